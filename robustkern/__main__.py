@@ -1,0 +1,28 @@
+"""`python -m robustkern` and the `robustkern` command."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+_EXTRAS = ("typer", "rich", "matplotlib", "sklearn", "safetensors")
+
+
+def main() -> None:
+    """Run the command line. `info` needs PyTorch alone; everything else needs the packages of the extra `train`."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["info"] and not {"-h", "--help"} & set(arguments):
+        from robustkern._info import run
+
+        sys.exit(run(arguments[1:]))
+    missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"robustkern: {', '.join(missing)} not installed: pip install 'robustkern[train]'", file=sys.stderr)
+        sys.exit(1)
+    from robustkern.cli import app
+
+    app(prog_name="robustkern")
+
+
+if __name__ == "__main__":
+    main()

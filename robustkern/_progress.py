@@ -1,0 +1,91 @@
+"""How a training run looks on a terminal: a bar with the time left, and one row per epoch."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from robustkern import training
+from robustkern.training import TrainingConfig
+from robustkern.training.figures import eps_text
+
+_COLUMNS = "{:>7}{:>13}{:>12}{:>9}{:>9}{:>10}"
+
+
+class TrainingProgress(training.Observer):
+    """Shows a run, or several runs one after the other."""
+
+    def __init__(self, console: Console, *, every: int = 1) -> None:
+        """Args:
+        console: Where to write.
+        every: Show the row of every so-many-th epoch, and always the last.
+        """
+        self._console = console
+        self._every = every
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._epochs = 0
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: training.Progress) -> None:
+        options = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in config.options.items() if value)
+        self._console.print(
+            f"[bold]{config.method}[/bold] on {config.data}: {config.model}, {config.epochs} epochs of "
+            f"{steps_per_epoch} steps, eps {eps_text(config.eps)}{options}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if progress.step:
+            self._console.print(f"going on after step {progress.step}", highlight=False)
+        heads = ("epoch", "orientation", "smoothness", "clean", f"PGD-{config.pgd_steps}", "ms/step")
+        self._console.print(_COLUMNS.format(*heads), style="dim", highlight=False)
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._epochs = config.epochs
+        total = config.epochs * steps_per_epoch
+        self._task = self._bar.add_task("training", total=total, completed=progress.step)
+        for row in progress.rows[-1:]:
+            self.on_epoch(row)
+
+    def on_step(self, progress: training.Progress) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, completed=progress.step)
+
+    def on_epoch(self, row: dict[str, float]) -> None:
+        epoch = int(row["epoch"])
+        if epoch % self._every and epoch != self._epochs:
+            return
+        skipped = f"  ({row['skipped']:.0f} steps skipped: not finite)" if row["skipped"] else ""
+        line = _COLUMNS.format(
+            f"{epoch}/{self._epochs}",
+            f"{row['orientation']:.4f}",
+            f"{row['smoothness']:.4f}",
+            f"{100 * row['clean_accuracy']:.1f} %",
+            f"{100 * row['robust_accuracy']:.1f} %",
+            f"{row['ms_per_step']:.1f}",
+        )
+        self._console.print(line + skipped, highlight=False, soft_wrap=True)
+
+    def on_message(self, message: str) -> None:
+        self._console.print(f"[yellow]{message}[/yellow]", highlight=False, soft_wrap=True)

@@ -1,0 +1,119 @@
+"""Data sets in memory: `load(name, root, split)`, and what each one is trained with by default.
+
+Names: `digits` (scikit-learn's, embedded), `mnist` and `fashion-mnist` (IDX files), `cifar10` (the published archive's
+files), or the path of a folder of images. A data set that is not there raises a `DataError` that says how to get it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .cifar import load_cifar10
+from .dataset import DataError, Dataset
+from .folder import load_folder
+from .idx import find_idx, load_idx
+from .randomness import CropFlip, epoch_order, generator
+
+__all__ = ["NAMES", "CropFlip", "DataError", "Dataset", "augmentation", "epoch_order", "generator", "load"]
+
+NAMES = ("digits", "fashion-mnist", "mnist", "cifar10")
+
+_DEBIAN = Path("/usr/share/datasets")
+_SPLITS = ("train", "test")
+_FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_DIGITS = tuple(str(digit) for digit in range(10))
+
+
+@dataclass(frozen=True)
+class _Source:
+    load: Callable[[list[Path], str], Dataset | None]
+    how_to_get: str
+
+
+def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "train") -> Dataset:
+    """Load one split of a data set into memory.
+
+    Args:
+        name: One of `NAMES`, or the path of a folder with `train/<class>/*.png` and `test/<class>/*.png`.
+        root: Where to look for its files first; a subfolder named after the data set is looked into as well. After
+            that come the places where Debian's packages put them.
+        split: "train" or "test".
+
+    Raises:
+        DataError: The data set is missing (the message says how to get it), truncated or wrong.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split must be train or test, got {split!r}")
+    source = _SOURCES.get(name)
+    if source is None:
+        if Path(name).is_dir():
+            return load_folder(Path(name), split)
+        raise DataError(f"no data set {name!r}: it is neither one of {', '.join(NAMES)} nor an existing folder")
+    folders = [_DEBIAN / name]
+    if root is not None:
+        if not Path(root).is_dir():
+            raise DataError(f"--root {root}: no such folder")
+        folders = [Path(root), Path(root) / name, *folders]
+    data = source.load(folders, split)
+    if data is None:
+        raise DataError(f"{name} not found in {', '.join(str(folder) for folder in folders)}: {source.how_to_get}")
+    return data
+
+
+def augmentation(name: str) -> CropFlip | None:
+    """The augmentation a data set is trained with: crops and flips for natural images, none where they would hurt."""
+    return CropFlip() if name == "cifar10" else None
+
+
+def _digits(folders: list[Path], split: str) -> Dataset:
+    """1797 grey images of 8x8 handwritten digits, shipped inside scikit-learn.
+
+    The split is by rule: of each class, every fifth image, counted in the order of the file, is a test image. That
+    makes 1442 training and 355 test images.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits data set needs scikit-learn: pip install 'robustkern[train]'") from error
+    bunch = load_digits()
+    labels = torch.from_numpy(bunch.target).long()
+    images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
+    position = torch.zeros_like(labels)  # how many images of its class precede each image
+    for digit in range(10):
+        members = labels == digit
+        position[members] = torch.arange(int(members.sum()))
+    is_test = position % 5 == 4
+    chosen = is_test if split == "test" else ~is_test
+    return Dataset("digits", images[chosen].contiguous(), labels[chosen], _DIGITS)
+
+
+def _idx(name: str, classes: tuple[str, ...]) -> Callable[[list[Path], str], Dataset | None]:
+    def load_split(folders: list[Path], split: str) -> Dataset | None:
+        files = find_idx(folders, split)
+        return None if files is None else load_idx(name, files, classes)
+
+    return load_split
+
+
+_SOURCES = {
+    "digits": _Source(_digits, "pip install 'robustkern[train]'"),
+    "fashion-mnist": _Source(
+        _idx("fashion-mnist", _FASHION),
+        "run `apt-get install dataset-fashion-mnist`, or put the four files of "
+        "https://github.com/zalandoresearch/fashion-mnist into a folder and pass it as --root",
+    ),
+    "mnist": _Source(
+        _idx("mnist", _DIGITS),
+        "put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
+        "t10k-labels-idx1-ubyte.gz (https://yann.lecun.com/exdb/mnist/) into a folder and pass it as --root",
+    ),
+    "cifar10": _Source(
+        load_cifar10,
+        "run `wget https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz` and pass its folder as --root",
+    ),
+}

@@ -1,0 +1,64 @@
+"""What a data set is here: all of one split in memory, as float32 images in [0, 1]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataError(RuntimeError):
+    """A data set is missing, truncated or not what it should be; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a data set, in memory.
+
+    Attributes:
+        name: The name it was loaded by.
+        images: float32 in [0, 1].  [N, C, H, W]
+        labels: int64 class indices.  [N]
+        classes: Class names, in the order of the labels.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dim() != 4 or self.images.dtype != torch.float32:
+            raise DataError(
+                f"{self.name}: images must be float32 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise DataError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise DataError(f"{self.name}: labels outside 0..{len(self.classes) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel: what a model normalises its inputs with."""
+        channels = self.images.movedim(1, 0).flatten(1).double()
+        std, mean = torch.std_mean(channels, dim=1, correction=0)
+        return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
+
+    def first(self, count: int | None) -> Dataset:
+        """The first `count` samples, or all of them for None."""
+        if count is None or count >= len(self):
+            return self
+        return Dataset(self.name, self.images[:count], self.labels[:count], self.classes)

@@ -1,0 +1,77 @@
+"""IDX files, the format of MNIST and its relatives, plain or gzip-compressed.
+
+A file is: two zero bytes, a type code (8 for unsigned bytes), the number of dimensions, each dimension as a big-endian
+32-bit integer, then the values in row-major order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .dataset import DataError, Dataset
+
+_UNSIGNED_BYTE = 0x08
+_SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The array in an IDX file of unsigned bytes, plain or `.gz`.
+
+    Args:
+        path: The file.
+        dimensions: How many dimensions it must have.
+
+    Raises:
+        DataError: The file is not such an IDX file, or is truncated.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read, truncated or not gzip ({error})") from error
+    header = 4 + 4 * dimensions
+    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+        raise DataError(
+            f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions (begins with {content[:4].hex()})"
+        )
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    expected = header + int(np.prod(shape, dtype=np.int64))
+    if len(content) != expected:
+        raise DataError(f"{path}: {len(content)} bytes where its header promises {expected}: truncated or corrupt")
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def find_idx(folders: list[Path], split: str) -> tuple[Path, Path] | None:
+    """The image file and the label file of a split in the first folder that has both, compressed or not."""
+    for folder in folders:
+        found = [_either(folder, stem) for stem in _SPLITS[split]]
+        if found[0] is not None and found[1] is not None:
+            return found[0], found[1]
+    return None
+
+
+def _either(folder: Path, stem: str) -> Path | None:
+    # The published archives have been unpacked with "-idx3" as well as ".idx3" in their names.
+    for name in (stem, stem.replace("-idx", ".idx")):
+        for suffix in ("", ".gz"):
+            if (folder / (name + suffix)).is_file():
+                return folder / (name + suffix)
+    return None
+
+
+def load_idx(name: str, files: tuple[Path, Path], classes: tuple[str, ...]) -> Dataset:
+    """A data set from an image file and a label file."""
+    pixels = read_idx(files[0], 3)
+    labels = read_idx(files[1], 1)
+    if len(pixels) != len(labels):
+        raise DataError(f"{files[0]} holds {len(pixels)} images but {files[1]} {len(labels)} labels")
+    images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255)).unsqueeze(1)
+    return Dataset(name, images, torch.from_numpy(labels.astype(np.int64)), classes)

@@ -1,0 +1,1 @@
+"""What a classifier has learned to see, and what teaching it costs."""

@@ -1,0 +1,112 @@
+"""The claim of gradient-regularised training, seen: the same network, trained with and without the penalty."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from robustkern import _library
+from robustkern import data as datasets
+from robustkern._progress import TrainingProgress
+from robustkern.training import TrainingConfig, build_loss, figures, recipe, train
+from robustkern.training.files import write_atomically
+from robustkern.training.trainer import Result
+
+from . import step_cost
+
+_METHODS = ("standard", "gradient-penalty")
+_ROW_NAMES = {"standard": "cross-entropy\nalone", "gradient-penalty": "with the\npenalty"}
+
+
+def run_demo(
+    out: Path, data: str, console: Console, *, root: Path | None = None, **given: Any
+) -> dict[str, dict[str, Any]]:
+    """Train both networks, measure their steps, draw `gradients.png` and `curves.png`, print one row for each.
+
+    Runs that are already there are gone on with, so that an interrupted demo is finished by starting it again.
+
+    Args:
+        out: Where everything goes.
+        data: A data set's name.
+        console: Where to print.
+        root: Where the data set's files are.
+        **given: Fields of `TrainingConfig` to set for both runs.
+
+    Returns:
+        The rows, as written to `results.json`.
+    """
+    started = time.perf_counter()
+    results: dict[str, Result] = {}
+    for method in _METHODS:
+        with TrainingProgress(console, every=10) as progress:
+            config = recipe(data, method, **given)
+            results[method] = train(config, out / method, root=root, resume=True, observer=progress)
+        console.print()
+    test_set = datasets.load(config.data, root, "test")
+    rows = {method: _row(result) for method, result in results.items()}
+    console.print("measuring steps ...", style="dim")
+    costs = _costs(config, results["standard"], datasets.load(config.data, root, "train"))
+    for method in _METHODS:
+        rows[method]["step"] = {
+            impl: dataclasses.asdict(costs[f"{method}, {impl}"]) for impl in ("reference", "kernel")
+        }
+    networks = {_ROW_NAMES[method]: result.model for method, result in results.items()}
+    figures.gradients(out / "gradients.png", test_set, networks)
+    figures.curves(out / "curves.png", {method: result.rows for method, result in results.items()}, config.eps)
+    record = {"data": config.data, "eps": config.eps, "model": config.model, "rows": rows}
+    write_atomically(out / "results.json", json.dumps(record, indent=2) + "\n")
+    console.print(_table(config, rows))
+    console.print(
+        f"{out}/gradients.png shows what each network looks at, {out}/curves.png how it got there "
+        f"({time.perf_counter() - started:.0f} s in all).",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return rows
+
+
+def _row(result: Result) -> dict[str, Any]:
+    last = result.rows[-1]
+    kept = ("orientation", "smoothness", "clean_accuracy", "robust_accuracy")
+    return {"epochs": int(last["epoch"]), **{name: last[name] for name in kept}}
+
+
+def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset) -> dict[str, step_cost.StepCost]:
+    """Both methods, each with PyTorch's own operators and with the fused ones."""
+    x, y = train_set.images[: config.batch_size], train_set.labels[: config.batch_size]
+    kernel = "kernel" if _library.extension() is not None else "auto"
+    losses = {}
+    for method in _METHODS:
+        options = recipe(config.data, method).options
+        for column, impl in (("reference", "reference"), ("kernel", kernel)):
+            losses[f"{method}, {column}"] = build_loss(method, options, eps=config.eps, impl=impl)
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return step_cost.measure(standard.model, x, y, losses, baseline="standard, reference")
+    finally:
+        torch.set_num_threads(before)
+
+
+def _table(config: TrainingConfig, rows: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=f"{config.data}, attack: PGD-{config.pgd_steps}, Linf, eps {figures.eps_text(config.eps)}")
+    table.add_column("trained with")
+    heads = ("clean accuracy", "robust accuracy", "step, stock PyTorch", "step, robustkern")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for method, row in rows.items():
+        cells = [f"{100 * row['clean_accuracy']:.1f} %", f"{100 * row['robust_accuracy']:.1f} %"]
+        for impl in ("reference", "kernel"):
+            step = row["step"][impl]
+            cells.append(f"{step['milliseconds']:.1f} ms  {step['ratio']:.2f}x")
+        table.add_row(_ROW_NAMES[method].replace("\n", " "), *cells)
+    if _library.extension() is None:
+        table.caption = f"the extension is not loaded, both columns are plain PyTorch: {_library.why_unavailable()}"
+    return table

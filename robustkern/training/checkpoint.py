@@ -1,0 +1,192 @@
+"""Checkpoints that survive anything: written atomically, verified when read, the last ones kept.
+
+A checkpoint is two files, `checkpoint-<step>.pt` with the state and `checkpoint-<step>.json`, its manifest, with size
+and SHA-256 of the first. The manifest is written last: without it there is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TrainingError
+from .files import sync_directory, write_atomically
+
+_FORMAT = 1
+_KEEP = 2  # one that is being written over by nobody, and one more in case it does not verify
+_NAME = re.compile(r"checkpoint-(\d{9})\.json")
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is damaged or belongs to something else."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer's buffers, all there is to resume from.
+
+    Attributes:
+        step: Steps taken, skipped ones included.
+        epoch: The epoch it is in, from 0.
+        skipped: Steps skipped in a row for a non-finite loss or gradient.
+        sums: Sums over the steps of this epoch, for its row of metrics.
+        rows: The rows of metrics of the epochs completed.
+    """
+
+    step: int
+    epoch: int
+    skipped: int
+    sums: dict[str, float]
+    rows: list[dict[str, float]]
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> Path:
+    """Write a checkpoint, then remove those older than the last two.
+
+    Args:
+        folder: The run directory.
+        progress: Where the run stands.
+        model: Its weights and buffers.
+        optimizer: Its state.
+        fingerprint: What the checkpoint belongs to; loading under another one is refused.
+
+    Raises:
+        TrainingError: A weight is not finite, or the disk is full; older checkpoints are left alone.
+    """
+    check_finite(model)
+    state = {"progress": vars(progress), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    manifest = {
+        "format": _FORMAT,
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "fingerprint": fingerprint,
+        "torch": torch.__version__,
+    }
+    path = folder / f"checkpoint-{progress.step:09d}.pt"
+    try:
+        # A checkpoint of this step, if there is one, is not to be described by the old manifest while it is replaced.
+        path.with_suffix(".json").unlink(missing_ok=True)
+        write_atomically(path, content)
+        write_atomically(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path} ({error.strerror or error}); the checkpoints before it are intact"
+        ) from error
+    for manifest_path in _manifests(folder)[_KEEP:]:
+        manifest_path.unlink(missing_ok=True)
+    kept = {manifest_path.with_suffix(".pt") for manifest_path in _manifests(folder)}
+    for orphan in set(folder.glob("checkpoint-*.pt")) - kept:
+        orphan.unlink(missing_ok=True)
+    sync_directory(folder)
+    return path
+
+
+def load_latest(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> tuple[Progress | None, list[str]]:
+    """Restore the newest checkpoint that verifies.
+
+    Returns:
+        The progress, or None if the folder holds no checkpoint at all; and one sentence for each that was passed over.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none can be used.
+    """
+    problems: list[str] = []
+    for manifest_path in _manifests(folder):
+        try:
+            state = _read_verified(manifest_path, fingerprint)
+            return _restore(state, manifest_path.with_suffix(".pt"), model, optimizer), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("no checkpoint can be used: " + "; ".join(problems))
+    return None, problems
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite: saved, they would push the healthy checkpoints out."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrainingError(f"{name} is not finite any more: nothing was saved over the last checkpoint")
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """Manifests, newest first."""
+    return sorted((path for path in folder.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def _read_verified(manifest_path: Path, fingerprint: str) -> Mapping[str, Any]:
+    path = manifest_path.with_suffix(".pt")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        expected_bytes, expected_hash = int(manifest["bytes"]), str(manifest["sha256"])
+        written_format, written_fingerprint = manifest["format"], manifest["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest_path} is damaged ({type(error).__name__})") from error
+    if written_format != _FORMAT:
+        raise CheckpointError(f"{path} has format {written_format}, this version reads {_FORMAT}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    if len(content) != expected_bytes:
+        raise CheckpointError(f"{path} is truncated: {len(content)} of {expected_bytes} bytes")
+    if hashlib.sha256(content).hexdigest() != expected_hash:
+        raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one in its manifest")
+    if written_fingerprint != fingerprint:
+        raise CheckpointError(f"{path} belongs to another architecture or data set")
+    try:
+        # weights_only: tensors and containers, no code, even from a file whose manifest was forged with it.
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on a file it refuses
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint that can be loaded safely ({reason})") from error
+    if not isinstance(state, dict) or set(state) != {"progress", "model", "optimizer"}:
+        raise CheckpointError(f"{path} is not a robustkern checkpoint")
+    return state
+
+
+def _restore(
+    state: Mapping[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    saved: Mapping[str, Tensor] = state["model"]
+    current = model.state_dict()
+    # All shapes first: a refused checkpoint must leave the model as it was.
+    for name in sorted(set(saved) ^ set(current)):
+        raise CheckpointError(f"{path} belongs to another architecture: {name} is in only one of the two")
+    for name, value in current.items():
+        if saved[name].shape != value.shape or saved[name].dtype != value.dtype:
+            raise CheckpointError(
+                f"{path} belongs to another architecture: {name} is {list(saved[name].shape)} there "
+                f"and {list(value.shape)} here"
+            )
+    try:
+        progress = Progress(**state["progress"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} belongs to another optimizer or version ({error})") from error
+    model.load_state_dict(saved)
+    return progress
+
+
+def fingerprint(model: nn.Module, classes: tuple[str, ...]) -> str:
+    """What a checkpoint belongs to: names, shapes and types of the state, and the classes."""
+    layout = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+    return hashlib.sha256(json.dumps([layout, classes]).encode()).hexdigest()

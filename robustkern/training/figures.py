@@ -1,0 +1,142 @@
+"""The two figures of a run: its curves, and what its input gradients look like."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustkern.data import Dataset
+
+from .evaluation import input_gradients
+from .files import write_atomically
+
+_COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157")
+_DPI = 160
+
+
+def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], eps: float) -> None:
+    """Loss terms, accuracies and step time against the epoch, one colour per run.
+
+    Args:
+        path: Where the PNG goes.
+        runs: Rows of metrics by the name of the run.
+        eps: Radius of the attack, for the label.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    terms, accuracy = figure.subplots(1, 2)
+    for color, (name, rows) in zip(_COLORS[1 if len(runs) == 1 else 0 :], runs.items(), strict=False):
+        epochs = [row["epoch"] for row in rows]
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        marker = "o" if len(epochs) == 1 else None
+        terms.plot(
+            epochs, [row["orientation"] for row in rows], color=color, marker=marker, label=f"{prefix}orientation"
+        )
+        if any(row["smoothness"] for row in rows):
+            smoothness = [row["smoothness"] for row in rows]
+            terms.plot(
+                epochs, smoothness, color=color, marker=marker, linestyle="--", label=f"{prefix}smoothness"
+            )
+        clean = [100 * row["clean_accuracy"] for row in rows]
+        robust = [100 * row["robust_accuracy"] for row in rows]
+        accuracy.plot(epochs, clean, color=color, marker=marker, label=f"{prefix}clean")
+        accuracy.plot(epochs, robust, color=color, marker=marker, linestyle="--", label=f"{prefix}under attack")
+    terms.set_ylabel("mean over the training set")
+    terms.set_ylim(bottom=0)
+    accuracy.set_ylabel("test accuracy (%)")
+    accuracy.set_ylim(0, 101)
+    accuracy.set_title(f"attack: PGD, $\\ell_\\infty$, ε = {eps_text(eps)}", fontsize=10)
+    terms.set_title("the two terms of the loss", fontsize=10)
+    for axes in (terms, accuracy):
+        axes.set_xlabel("epoch")
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    _save(path, figure)
+
+
+def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> None:
+    """Input gradients of each network for the same images: one column per class, one row per network.
+
+    Shown is d log p(label | x) / dx. Every gradient is divided by its own 99.5th percentile of |value|, for all networks
+    alike, because their magnitudes differ by orders from image to image; colour shows where and with which sign, not how
+    much. Colour images show the mean over channels.
+
+    Args:
+        path: Where the PNG goes.
+        data: Images to choose from: the first of each class, up to ten classes, that every network classifies right.
+        networks: Networks by the name of their row.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    x, y = _examples(data, list(networks.values()))
+    columns, rows = len(x), 1 + len(networks)
+    figure = Figure(figsize=(1.15 * columns + 1.7, 1.15 * rows + 0.75), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    grey = x.shape[1] == 1
+    for column in range(columns):
+        image = x[column, 0] if grey else x[column].movedim(0, 2)
+        grid[0, column].imshow(image.numpy(), cmap="gray_r" if grey else None, vmin=0, vmax=1)
+        grid[0, column].set_title(data.classes[int(y[column])], fontsize=10)
+    for row, (name, network) in enumerate(networks.items(), start=1):
+        device = next(network.parameters()).device
+        grad = input_gradients(network, x.to(device), y.to(device)).mean(dim=1).cpu()  # [B, H, W]
+        for column in range(columns):
+            grid[row, column].imshow(_normalised(grad[column]), cmap="RdBu_r", vmin=-1, vmax=1)
+        grid[row, 0].set_ylabel(name, fontsize=10)
+    grid[0, 0].set_ylabel("image", fontsize=10)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set(color="#c9c9c9", linewidth=0.6)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=grid[1:, :].ravel().tolist(), shrink=0.85, pad=0.01, aspect=18
+    )
+    bar.set_ticks([-1, 0, 1])
+    bar.outline.set_visible(False)
+    bar.set_label("∂ log p(label) / ∂ pixel,\neach scaled to its own maximum", fontsize=8)
+    _save(path, figure)
+
+
+def eps_text(eps: float) -> str:
+    """Radii as the field writes them: 8/255 where it is a whole number of grey levels, else the plain number."""
+    levels = eps * 255
+    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
+def _examples(data: Dataset, networks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+    """The first image of each class that every network classifies right; else the first of the class."""
+    chosen = []
+    for label in range(min(10, data.num_classes)):
+        members = (data.labels == label).nonzero().flatten()[:50]
+        if not len(members):
+            continue
+        right = torch.ones(len(members), dtype=torch.bool)
+        for network in networks:
+            device = next(network.parameters()).device
+            with torch.no_grad():
+                right &= network(data.images[members].to(device)).argmax(dim=1).cpu() == label
+        chosen.append(int(members[int(right.int().argmax())]))
+    return data.images[chosen], data.labels[chosen]
+
+
+def _normalised(grad: Tensor) -> np.ndarray:
+    """Divided by its 99.5th percentile of |value|: one outlying pixel must not fade the rest."""
+    scale = torch.quantile(grad.abs().flatten().double(), 0.995)
+    return (grad / scale.clamp_min(torch.finfo(torch.float32).tiny)).numpy() if scale > 0 else grad.numpy()
+
+
+def _save(path: Path, figure: object) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")  # type: ignore[attr-defined]
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,33 @@
+"""Learning rate and smoothness weight as functions of the step, so that a schedule has no state to save."""
+
+from __future__ import annotations
+
+import math
+
+_WARM_UP = 0.25  # share of the steps in which the one-cycle schedule rises
+
+
+def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`.
+
+    Args:
+        schedule: "one-cycle", "cosine" or "constant".
+        peak: The highest learning rate.
+        step: Steps already taken.
+        steps: Steps of the whole run.
+    """
+    if schedule == "constant":
+        return peak
+    rise = _WARM_UP * steps if schedule == "one-cycle" else 0.0
+    if step + 1 <= rise:
+        return peak * (step + 1) / rise
+    # Over the remaining steps, never quite zero: the last step is a step too.
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) if step > rise else peak
+
+
+def weight_factor(ramp: float, step: int, steps: int) -> float:
+    """The share of the smoothness weight that step `step` uses: a linear ramp over the first `ramp` of the steps.
+
+    With the full weight from the first step, a constant classifier, which is perfectly smooth, is the nearest minimum.
+    """
+    return min(1.0, (step + 1) / (ramp * steps)) if ramp > 0 else 1.0

@@ -1,0 +1,98 @@
+// Every argument check of every entry point.  A message names the operator, the argument, what was expected and what came:
+//   row_norm_backward: grad must be [4] float32 on cuda:0, got [4] float64 on cpu
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace rk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string device_of(const Tensor& t) {
+  const auto device = t.device();
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU: return "cpu";
+    case torch::headeronly::DeviceType::CUDA: return "cuda:" + std::to_string(device.index());
+    case torch::headeronly::DeviceType::Meta: return "meta";
+    default: return "device type " + std::to_string(static_cast<int>(device.type()));
+  }
+}
+
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  return std::vector<int64_t>(t.sizes().begin(), t.sizes().end());
+}
+
+inline std::string describe(const Tensor& t) {
+  return shape_text(sizes_of(t)) + " " + name_of(t.scalar_type()) + " on " + device_of(t);
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.device().type() == b.device().type() && a.device().index() == b.device().index();
+}
+
+inline bool is_floating_point(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+// Sums of 16-bit and 32-bit data are kept in float32, sums of float64 in float64.
+inline ScalarType accumulation_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", describe(t));
+  STD_TORCH_CHECK(is_floating_point(t.scalar_type()), op, ": ", name,
+                  " must be float32, float64, float16 or bfloat16, got ", describe(t));
+}
+
+// `t` must have exactly this shape and dtype, and live where `like` lives.
+inline void check_tensor(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
+                         ScalarType dtype, const Tensor& like) {
+  STD_TORCH_CHECK(sizes_of(t) == sizes && t.scalar_type() == dtype && same_device(t, like), op, ": ", name,
+                  " must be ", shape_text(sizes), " ", name_of(dtype), " on ", device_of(like), ", got ", describe(t));
+}
+
+// Rows that a kernel can read where they lie: columns adjacent, rows at any distance.  Anything else is copied once.
+inline Tensor with_dense_rows(const Tensor& t) {
+  return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline void check_number(const char* op, const char* name, bool ok, const char* expected, double got) {
+  STD_TORCH_CHECK(ok, op, ": ", name, " must be ", expected, ", got ", got);
+}
+
+}  // namespace rk

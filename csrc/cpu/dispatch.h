@@ -1,0 +1,26 @@
+// From a run-time dtype to the C++ type of its elements.
+#pragma once
+
+#include "../check.h"
+#include "half.h"
+
+namespace rk::cpu {
+
+// Calls f(S{}) with the storage type of `dtype`; entry points have checked that it is one of the four.
+template <class F>
+RK_HOST_DEVICE void visit_storage(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    default: return f(BFloat16{});
+  }
+}
+
+// Rows a thread should take at least, so that starting it costs less than it saves.
+inline std::int64_t rows_per_thread(std::int64_t elements_per_row) {
+  const std::int64_t elements = 32768;
+  return elements_per_row >= elements ? 1 : elements / (elements_per_row > 0 ? elements_per_row : 1);
+}
+
+}  // namespace rk::cpu

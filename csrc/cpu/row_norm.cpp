@@ -1,0 +1,357 @@
+// row_norm on the CPU.  Formulas: math/row_norm.h.  A row is worked on in chunks of fixed size, so that the order of additions, and
+// with it every bit of the result, depends on the row alone: neither on the batch nor on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../row_norm_arguments.h"
+#include "pieces.h"
+#include "row_norm_loops.h"
+
+namespace rk::cpu {
+namespace {
+
+constexpr int64_t kChunk = 16384;  // columns a unit of work takes: with its output well inside a core's L2 cache
+
+struct Arguments {
+  Norm norm;
+  ScalarType dtype;
+  int64_t item;  // bytes of a stored element
+  double p;
+  int64_t rows, cols, chunks;
+  const void *x, *gg_x;           // [rows, cols]
+  int64_t x_stride, gg_x_stride;  // elements between rows
+  const void *grad, *norms;       // [rows], accumulation type
+  const void* weights;            // [entries] or none: `run` columns share an entry, and the entries repeat
+  int64_t run, entries;
+  double *partial, *ties;         // [rows, chunks]
+  void* per_row;                  // [rows] output, accumulation type
+  void* out;                      // [rows, cols] output
+};
+
+double row_total(const double* partial, const Arguments& a, int64_t row) {
+  double total = 0;
+  for (int64_t c = 0; c < a.chunks; ++c) total += partial[row * a.chunks + c];
+  return total;
+}
+
+double larger(double total, double value) {
+  return value > total || is_nan(value) ? value : total;  // once NaN, a total stays NaN
+}
+
+// values[j] *= the weight of column begin + j
+template <class A>
+void multiply_by_weight(const Arguments& a, A* values, int64_t begin, int64_t end) {
+  const A* weights = static_cast<const A*>(a.weights);
+  for (int64_t j = begin, n; j < end; values += n, j += n) {
+    if (a.run == 1) {
+      n = std::min(end - j, a.entries - j % a.entries);
+      multiply(values, weights + j % a.entries, n);
+    } else {
+      n = std::min(end, (j / a.run + 1) * a.run) - j;
+      multiply(values, weights[j / a.run % a.entries], n);
+    }
+  }
+}
+
+template <class A>
+bool stored_as(const Arguments& a) {
+  return a.item == sizeof(A);
+}
+
+// Columns [begin, end) times their weights, in the accumulation type.  Where the row itself is just that, nothing is copied.
+template <class A>
+const A* weighted(const Arguments& a, const void* base, int64_t offset, int64_t begin, int64_t end, A* buffer) {
+  const char* from = static_cast<const char*>(base) + (offset + begin) * a.item;
+  if (!a.weights && stored_as<A>(a)) return reinterpret_cast<const A*>(from);
+  read_piece(a.dtype, from, buffer, end - begin);
+  if (a.weights) multiply_by_weight(a, buffer, begin, end);
+  return buffer;
+}
+
+// Column j of the output row = its weight * what f(piece) leaves in piece[j].
+template <class A, class F>
+void write_weighted(const Arguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
+  char* to = static_cast<char*>(a.out) + (row * a.cols + begin) * a.item;
+  A buffer[kPiece];
+  A* piece = stored_as<A>(a) ? reinterpret_cast<A*>(to) : buffer;
+  f(piece);
+  if (a.weights) multiply_by_weight(a, piece, begin, end);
+  if (piece == buffer) write_piece(a.dtype, buffer, to, end - begin);
+}
+
+template <class F>
+void for_pieces(int64_t begin, int64_t end, const F& f) {
+  for (; begin < end; begin += kPiece) f(begin, std::min(end, begin + kPiece));
+}
+
+template <class F>
+void for_chunk(const Arguments& a, int64_t chunk, const F& f) {
+  for_pieces(chunk * kChunk, std::min(a.cols, (chunk + 1) * kChunk), f);
+}
+
+template <class A>
+void value_unit(const Arguments& a, int64_t row, int64_t chunk) {
+  double total = 0;
+  A buffer[kPiece];
+  for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
+    const double part = terms(a.norm, weighted(a, a.x, row * a.x_stride, begin, end, buffer), end - begin, A(a.p));
+    total = a.norm == Norm::kInf ? larger(total, part) : total + part;
+  });
+  a.partial[row * a.chunks + chunk] = total;
+}
+
+// m ||a / m||_p with m = max |a|: a second and third look at the few rows that need it.
+template <Norm kNorm, class A>
+double scaled_norm(const Arguments& a, int64_t row) {
+  A buffer[kPiece];
+  double m = 0, total = 0;
+  for_pieces(0, a.cols, [&](int64_t begin, int64_t end) {
+    const A* v = weighted(a, a.x, row * a.x_stride, begin, end, buffer);
+    m = larger(m, terms(Norm::kInf, v, end - begin, A(a.p)));
+  });
+  if (m > 0 && m <= std::numeric_limits<double>::max())
+    for_pieces(0, a.cols, [&](int64_t begin, int64_t end) {
+      const A* v = weighted(a, a.x, row * a.x_stride, begin, end, buffer);
+      for (int64_t j = 0; j < end - begin; ++j) total += RowNorm<kNorm, double>::term(v[j] / m, a.p);
+    });
+  return finish_scaled<kNorm, double>(total, m, a.p);
+}
+
+template <class A>
+void finish_row(const Arguments& a, int64_t row) {
+  double n = a.norm == Norm::kInf ? 0 : row_total(a.partial, a, row);
+  const bool safe = in_safe_range(A(n), A(a.cols));
+  switch (a.norm) {
+    case Norm::kInf:
+      for (int64_t c = 0; c < a.chunks; ++c) n = larger(n, a.partial[row * a.chunks + c]);
+      break;
+    case Norm::kL2:
+      n = safe ? RowNorm<Norm::kL2, double>::finish(n, a.p) : scaled_norm<Norm::kL2, A>(a, row);
+      break;
+    case Norm::kP:
+      n = safe ? RowNorm<Norm::kP, double>::finish(n, a.p) : scaled_norm<Norm::kP, A>(a, row);
+      break;
+    default:
+      break;
+  }
+  static_cast<A*>(a.per_row)[row] = A(n);
+}
+
+// How many entries share the maximum.
+template <class A>
+void ties_unit(const Arguments& a, int64_t row, int64_t chunk) {
+  const A n = static_cast<const A*>(a.norms)[row];
+  A buffer[kPiece];
+  double total = 0;
+  for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
+    total += ties(weighted(a, a.x, row * a.x_stride, begin, end, buffer), end - begin, n);
+  });
+  a.ties[row * a.chunks + chunk] = total;
+}
+
+template <class A>
+RowScalars<A> scalars_of(const Arguments& a, int64_t row) {
+  const A ties = a.norm == Norm::kInf ? A(row_total(a.ties, a, row)) : A(1);
+  return {static_cast<const A*>(a.norms)[row], static_cast<const A*>(a.grad)[row], A(0), ties, A(a.p)};
+}
+
+template <class A>
+void backward_unit(const Arguments& a, int64_t row, int64_t chunk) {
+  const RowScalars<A> r = scalars_of<A>(a, row);
+  A buffer[kPiece];
+  for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
+    const A* v = weighted(a, a.x, row * a.x_stride, begin, end, buffer);
+    write_weighted<A>(a, row, begin, end, [&](A* out) { slopes(a.norm, v, out, end - begin, r); });
+  });
+}
+
+// s = sum_k v_k slope(a_k)
+template <class A>
+void directional_unit(const Arguments& a, int64_t row, int64_t chunk) {
+  const RowScalars<A> r = scalars_of<A>(a, row);
+  A x_buffer[kPiece], v_buffer[kPiece];
+  double total = 0;
+  for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
+    const A* x = weighted(a, a.x, row * a.x_stride, begin, end, x_buffer);
+    const A* v = weighted(a, a.gg_x, row * a.gg_x_stride, begin, end, v_buffer);
+    total += directional(a.norm, x, v, end - begin, r);
+  });
+  a.partial[row * a.chunks + chunk] = total;
+}
+
+template <class A>
+void bend_unit(const Arguments& a, int64_t row, int64_t chunk) {
+  RowScalars<A> r = scalars_of<A>(a, row);
+  r.s = A(row_total(a.partial, a, row));
+  if (chunk == 0) static_cast<A*>(a.per_row)[row] = r.s;
+  if (a.norm == Norm::kL1 || a.norm == Norm::kInf) return;
+  A x_buffer[kPiece], v_buffer[kPiece];
+  for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
+    const A* x = weighted(a, a.x, row * a.x_stride, begin, end, x_buffer);
+    const A* v = weighted(a, a.gg_x, row * a.gg_x_stride, begin, end, v_buffer);
+    write_weighted<A>(a, row, begin, end, [&](A* out) { bends(a.norm, x, v, out, end - begin, r); });
+  });
+}
+
+// What a pass over the units does.  A step that needs whole-row sums comes in a later pass than the step that makes them, unless
+// each row is one unit: then both run while the row is in cache.
+enum Step : int { kValue = 1, kFinish = 2, kTies = 4, kBackward = 8, kDirectional = 16, kBend = 32 };
+
+template <class A>
+void run_units(const Arguments& a, int steps, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit / a.chunks, chunk = unit % a.chunks;
+    if (steps & kValue) value_unit<A>(a, row, chunk);
+    if ((steps & kFinish) && chunk == 0) finish_row<A>(a, row);
+    if (steps & kTies) ties_unit<A>(a, row, chunk);
+    if (steps & kBackward) backward_unit<A>(a, row, chunk);
+    if (steps & kDirectional) directional_unit<A>(a, row, chunk);
+    if (steps & kBend) bend_unit<A>(a, row, chunk);
+  }
+}
+
+void run(const Arguments& a, std::initializer_list<int> passes) {
+  const int64_t columns = std::max<int64_t>(1, std::min(a.cols, kChunk));
+  const auto pass = [&](int steps) {
+    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(columns),
+                                [&](int64_t begin, int64_t end) {
+                                  if (a.dtype == ScalarType::Double)
+                                    run_units<double>(a, steps, begin, end);
+                                  else
+                                    run_units<float>(a, steps, begin, end);
+                                });
+  };
+  if (a.chunks == 1) {
+    int all = 0;
+    for (int steps : passes) all |= steps;
+    pass(all);
+  } else {
+    for (int steps : passes) pass(steps);
+  }
+}
+
+// The tensors of one call, in the form that the units read.
+class Call {
+ public:
+  Arguments a{};
+
+  Call(const char* op, const Tensor& x, const std::optional<Tensor>& weight, int64_t inner, double p, bool squared)
+      : x_(with_dense_rows(x)) {
+    check_matrix(op, "x", x);
+    check_weight(op, weight, inner, x);
+    a.norm = norm_kind(op, p, squared);
+    a.dtype = x.scalar_type();
+    a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
+    a.p = p;
+    a.rows = x.size(0);
+    a.cols = x.size(1);
+    a.chunks = std::max<int64_t>(1, (a.cols + kChunk - 1) / kChunk);
+    a.x = x_.data_ptr();
+    a.x_stride = x_.stride(0);
+    partial_.resize(a.rows * a.chunks);
+    a.partial = partial_.data();
+    if (a.norm == Norm::kInf) ties_.resize(a.rows * a.chunks);
+    a.ties = ties_.data();
+    if (weight && a.dtype == ScalarType::Double)
+      set_weight(*weight, inner, weights_double_);
+    else if (weight)
+      set_weight(*weight, inner, weights_);
+  }
+
+  void set_gg_x(const Tensor& gg_x) {
+    gg_x_ = with_dense_rows(gg_x);
+    a.gg_x = gg_x_->data_ptr();
+    a.gg_x_stride = gg_x_->stride(0);
+  }
+  void set_grad(const Tensor& grad, const Tensor& norm) {
+    grad_ = torch::stable::contiguous(grad);
+    norm_ = torch::stable::contiguous(norm);
+    a.grad = grad_->data_ptr();
+    a.norms = norm_->data_ptr();
+  }
+
+ private:
+  template <class A>
+  void set_weight(const Tensor& weight, int64_t inner, std::vector<A>& expanded) {
+    constexpr int64_t short_run = 64;  // runs shorter than this are written out, one weight a column
+    weight_ = torch::stable::contiguous(weight);
+    const A* w = static_cast<const A*>(weight_->data_ptr());
+    a.weights = w;
+    a.entries = weight.size(0);
+    a.run = inner;
+    if (inner < short_run) {
+      const int64_t period = a.entries * inner, repeats = std::max<int64_t>(1, std::min(kPiece, a.cols) / period);
+      expanded.resize(period * repeats);
+      for (size_t j = 0; j < expanded.size(); ++j) expanded[j] = w[j / inner % a.entries];
+      a.weights = expanded.data();
+      a.entries = period * repeats;
+      a.run = 1;
+    }
+  }
+
+  Tensor x_;
+  std::optional<Tensor> gg_x_, grad_, norm_, weight_;
+  std::vector<double> partial_, ties_, weights_double_;
+  std::vector<float> weights_;
+};
+
+Tensor row_norm(Tensor x, std::optional<Tensor> weight, int64_t inner, double p, bool squared) {
+  Call call("row_norm", x, weight, inner, p, squared);
+  Tensor norm = torch::stable::new_empty(x, {x.size(0)}, accumulation_type(x.scalar_type()));
+  call.a.per_row = norm.data_ptr();
+  run(call.a, {kValue, kFinish});
+  return norm;
+}
+
+Tensor row_norm_backward(Tensor grad, Tensor x, Tensor norm, std::optional<Tensor> weight, int64_t inner, double p,
+                         bool squared) {
+  const char* op = "row_norm_backward";
+  Call call(op, x, weight, inner, p, squared);
+  check_tensor(op, "grad", grad, {x.size(0)}, accumulation_type(x.scalar_type()), x);
+  check_tensor(op, "norm", norm, {x.size(0)}, accumulation_type(x.scalar_type()), x);
+  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  call.set_grad(grad, norm);
+  call.a.out = grad_x.data_ptr();
+  if (call.a.norm == Norm::kInf)
+    run(call.a, {kTies, kBackward});
+  else
+    run(call.a, {kBackward});
+  return grad_x;
+}
+
+std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor gg_x, Tensor grad, Tensor x, Tensor norm,
+                                                    std::optional<Tensor> weight, int64_t inner, double p,
+                                                    bool squared) {
+  const char* op = "row_norm_double_backward";
+  Call call(op, x, weight, inner, p, squared);
+  const ScalarType accumulation = accumulation_type(x.scalar_type());
+  check_tensor(op, "gg_x", gg_x, {x.size(0), x.size(1)}, x.scalar_type(), x);
+  check_tensor(op, "grad", grad, {x.size(0)}, accumulation, x);
+  check_tensor(op, "norm", norm, {x.size(0)}, accumulation, x);
+  const bool flat = call.a.norm == Norm::kL1 || call.a.norm == Norm::kInf;
+  Tensor gg_grad = torch::stable::new_empty(x, {x.size(0)}, accumulation);
+  Tensor grad_x = flat ? torch::stable::new_empty(x, {0}) : torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  call.set_gg_x(gg_x);
+  call.set_grad(grad, norm);
+  call.a.per_row = gg_grad.data_ptr();
+  call.a.out = grad_x.data_ptr();
+  if (call.a.norm == Norm::kInf)
+    run(call.a, {kTies, kDirectional, kBend});
+  else
+    run(call.a, {kDirectional, kBend});
+  return {gg_grad, grad_x};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("row_norm", TORCH_BOX(&row_norm));
+  m.impl("row_norm_backward", TORCH_BOX(&row_norm_backward));
+  m.impl("row_norm_double_backward", TORCH_BOX(&row_norm_double_backward));
+}
+
+}  // namespace rk::cpu

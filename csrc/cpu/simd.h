@@ -1,0 +1,89 @@
+// Vector code without intrinsics: loops over a fixed number of lanes, compiled once for each instruction set.
+#pragma once
+
+#include "../math/scalar.h"
+
+// A function marked RK_MULTIVERSION is compiled for baseline x86-64, AVX2 + FMA and AVX-512, and the loader picks one on the machine it
+// runs on.  Everything it calls must be inlined into it (RK_HOST_DEVICE, RK_INLINE_LAMBDA): a call would leave the instruction set.
+#if defined(__x86_64__) && defined(__ELF__) && \
+    ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 17))
+#define RK_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define RK_MULTIVERSION_NAMES "x86-64, x86-64-v3 (AVX2), x86-64-v4 (AVX-512)"
+#else
+#define RK_MULTIVERSION
+#define RK_MULTIVERSION_NAMES "the compiler's default only"
+#endif
+#define RK_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace rk::cpu {
+
+// 128 bytes: four AVX2 or two AVX-512 registers, enough independent sums to hide the latency of an addition.
+template <class A>
+inline constexpr int kLanes = 128 / sizeof(A);
+
+// sum_j f(j) for j in [0, n).  The order of the additions depends on n alone, never on the instruction set or threads.
+template <class A, class F>
+RK_HOST_DEVICE A lane_sum(std::int64_t n, const F& f) {
+  constexpr int L = kLanes<A>;
+  A lane[L] = {};
+  std::int64_t j = 0;
+  for (; j + L <= n; j += L)
+    for (int k = 0; k < L; ++k) lane[k] += f(j + k);
+  for (int k = 0; j < n; ++j, ++k) lane[k] += f(j);
+  for (int half = L / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
+  return lane[0];
+}
+
+// (sum_j f(j).first, sum_j f(j).second) in one sweep.
+template <class A, class F, class G>
+RK_HOST_DEVICE void lane_sum2(std::int64_t n, A& total_f, A& total_g, const F& f, const G& g) {
+  constexpr int L = kLanes<A>;
+  A first[L] = {}, second[L] = {};
+  std::int64_t j = 0;
+  for (; j + L <= n; j += L)
+    for (int k = 0; k < L; ++k) {
+      first[k] += f(j + k);
+      second[k] += g(j + k);
+    }
+  for (int k = 0; j < n; ++j, ++k) {
+    first[k] += f(j);
+    second[k] += g(j);
+  }
+  for (int half = L / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) {
+      first[k] += first[k + half];
+      second[k] += second[k + half];
+    }
+  total_f = first[0];
+  total_g = second[0];
+}
+
+// max_j f(j); NaN if any f(j) is NaN, `least` for n = 0.
+template <class A, class F>
+RK_HOST_DEVICE A lane_max(std::int64_t n, A least, const F& f) {
+  constexpr int L = kLanes<A>;
+  A lane[L];
+  A poison[L] = {};  // a comparison drops NaN, so it is kept here
+  for (int k = 0; k < L; ++k) lane[k] = least;
+  std::int64_t j = 0;
+  for (; j + L <= n; j += L)
+    for (int k = 0; k < L; ++k) {
+      const A v = f(j + k);
+      lane[k] = v > lane[k] ? v : lane[k];
+      poison[k] = v == v ? poison[k] : v;
+    }
+  for (int k = 0; j < n; ++j, ++k) {
+    const A v = f(j);
+    lane[k] = v > lane[k] ? v : lane[k];
+    poison[k] = v == v ? poison[k] : v;
+  }
+  A best = least;
+  for (int k = 0; k < L; ++k) {
+    if (is_nan(poison[k])) return poison[k];
+    best = lane[k] > best ? lane[k] : best;
+  }
+  return best;
+}
+
+}  // namespace rk::cpu

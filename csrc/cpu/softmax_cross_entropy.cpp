@@ -1,0 +1,304 @@
+// softmax_cross_entropy on the CPU.  Formulas: math/softmax_cross_entropy.h.  One thread works a row in pieces that stay in its L1 cache, so a
+// row is read from memory once, whatever the number of sweeps over it.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <tuple>
+
+#include "../softmax_cross_entropy_arguments.h"
+#include "pieces.h"
+#include "softmax_cross_entropy_loops.h"
+
+namespace rk::cpu {
+namespace {
+
+struct Arguments {
+  ScalarType dtype, target_dtype;
+  int64_t rows, classes;
+  const void *logits, *target, *gg;                // gg: cotangent of grad_logits
+  int64_t logits_stride, target_stride, gg_stride;  // elements between rows
+  double label_smoothing, temperature;
+  int64_t ignore_index;
+  const void *grad, *statistics_in;  // [rows], [rows, 2]
+  void *per_row, *statistics, *out;  // [rows], [rows, 2], [rows, classes]
+  std::atomic<int64_t>* bad_row;     // a row whose class index does not exist
+};
+
+inline int64_t item_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// One row of a matrix, read piece by piece in the accumulation type; without a copy where it is stored so.
+template <class A>
+struct Row {
+  const char* base;
+  ScalarType dtype;
+
+  Row(const void* matrix, int64_t stride, int64_t row, ScalarType type)
+      : base(matrix ? static_cast<const char*>(matrix) + row * stride * item_size(type) : nullptr), dtype(type) {}
+
+  const A* piece(int64_t begin, int64_t end, A* buffer) const {
+    if (!base) return nullptr;
+    const char* from = base + begin * item_size(dtype);
+    if (item_size(dtype) == sizeof(A)) return reinterpret_cast<const A*>(from);
+    read_piece(dtype, from, buffer, end - begin);
+    return buffer;
+  }
+};
+
+template <class A, class F>
+void write_row_piece(const Arguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
+  char* to = static_cast<char*>(a.out) + (row * a.classes + begin) * item_size(a.dtype);
+  A buffer[kPiece];
+  A* piece = item_size(a.dtype) == sizeof(A) ? reinterpret_cast<A*>(to) : buffer;
+  f(piece);
+  if (piece == buffer) write_piece(a.dtype, buffer, to, end - begin);
+}
+
+template <class F>
+void for_pieces(int64_t n, const F& f) {
+  for (int64_t begin = 0; begin < n; begin += kPiece) f(begin, std::min(n, begin + kPiece));
+}
+
+// The target of one row: a class, a row of probabilities, or nothing to learn from.
+template <class A>
+struct Target {
+  Row<A> probabilities;  // null for a class index
+  int64_t index = -1;
+  bool ignored = false;
+  Smoothing<A> smoothing;
+
+  Target(const Arguments& a, int64_t row)
+      : probabilities(a.target_dtype == ScalarType::Long ? nullptr : a.target, a.target_stride, row, a.target_dtype),
+        smoothing(A(a.label_smoothing), A(a.classes)) {
+    if (a.target_dtype != ScalarType::Long) return;
+    index = static_cast<const int64_t*>(a.target)[row];
+    ignored = index == a.ignore_index;
+    if (!ignored && (index < 0 || index >= a.classes)) {
+      a.bad_row->store(row, std::memory_order_relaxed);
+      ignored = true;
+    }
+  }
+
+  A total_q(int64_t classes) const {
+    if (!probabilities.base) return smoothing.keep + smoothing.floor * A(classes);
+    A buffer[kPiece];
+    double total = 0;
+    for_pieces(classes, [&](int64_t begin, int64_t end) {
+      total += sum_q(probabilities.piece(begin, end, buffer), end - begin, smoothing);
+    });
+    return A(total);
+  }
+};
+
+template <class A>
+void zero_row(const Arguments& a, int64_t row) {
+  if (a.out) std::memset(static_cast<char*>(a.out) + row * a.classes * item_size(a.dtype), 0, a.classes * item_size(a.dtype));
+  if (a.per_row) static_cast<A*>(a.per_row)[row] = A(0);
+}
+
+template <class A>
+void value_row(const Arguments& a, int64_t row) {
+  const Target<A> target(a, row);
+  A* statistics = static_cast<A*>(a.statistics) + 2 * row;
+  if (target.ignored) {
+    statistics[0] = statistics[1] = A(0);
+    return zero_row<A>(a, row);
+  }
+  const Row<A> z(a.logits, a.logits_stride, row, a.dtype);
+  const A inverse_t = A(1 / a.temperature);
+  A z_buffer[kPiece], t_buffer[kPiece];
+  A max = -std::numeric_limits<A>::infinity();
+  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
+    const A m = largest(z.piece(begin, end, z_buffer), end - begin);
+    max = m > max || is_nan(m) ? m : max;
+  });
+  max *= inverse_t;
+  const bool spread = target.probabilities.base || target.smoothing.floor != A(0);  // q has more than one class
+  double sum = 0, total_q = 0, gap = 0;
+  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
+    const A* piece = z.piece(begin, end, z_buffer);
+    sum += sum_exp(piece, end - begin, inverse_t, max);
+    if (spread) {
+      A q = 0, g = 0;
+      gaps(piece, target.probabilities.piece(begin, end, t_buffer), end - begin, inverse_t, max, target.smoothing, q, g);
+      total_q += q, gap += g;
+    }
+    if (target.index >= begin && target.index < end) {
+      total_q += target.smoothing.keep;
+      gap += cross_entropy_term(target.smoothing.keep, max - piece[target.index - begin] * inverse_t);
+    }
+  });
+  statistics[0] = max;
+  statistics[1] = A(std::log(sum));
+  static_cast<A*>(a.per_row)[row] = A(cross_entropy_value(std::log(sum), total_q, gap));
+}
+
+template <class A>
+RowState<A> state_of(const Arguments& a, const Target<A>& target, int64_t row) {
+  const A* statistics = static_cast<const A*>(a.statistics_in) + 2 * row;
+  return {statistics[0], statistics[1], target.total_q(a.classes), static_cast<const A*>(a.grad)[row],
+          A(1 / a.temperature), A(0)};
+}
+
+template <class A>
+void backward_row(const Arguments& a, int64_t row) {
+  const Target<A> target(a, row);
+  if (target.ignored) return zero_row<A>(a, row);
+  const RowState<A> r = state_of(a, target, row);
+  const Row<A> z(a.logits, a.logits_stride, row, a.dtype);
+  A z_buffer[kPiece], t_buffer[kPiece], p[kPiece];
+  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
+    probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
+    write_row_piece<A>(a, row, begin, end, [&](A* out) {
+      slopes(p, target.probabilities.piece(begin, end, t_buffer), out, end - begin, target.smoothing, r);
+      const int64_t y = target.index - begin;
+      if (y >= 0 && y < end - begin)
+        out[y] = r.grad * cross_entropy_slope(p[y], target.smoothing.q(A(1)), r.total_q, r.inverse_t);
+    });
+  });
+}
+
+template <class A>
+void double_backward_row(const Arguments& a, int64_t row) {
+  const Target<A> target(a, row);
+  if (target.ignored) return zero_row<A>(a, row);
+  RowState<A> r = state_of(a, target, row);
+  const Row<A> z(a.logits, a.logits_stride, row, a.dtype), u(a.gg, a.gg_stride, row, a.dtype);
+  A z_buffer[kPiece], t_buffer[kPiece], u_buffer[kPiece], p[kPiece];
+  double mean_u = 0, dot_qu = 0;
+  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
+    const A* us = u.piece(begin, end, u_buffer);
+    probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
+    mean_u += dot(p, us, end - begin);
+    dot_qu += dot_q(target.probabilities.piece(begin, end, t_buffer), us, end - begin, target.smoothing);
+    const int64_t y = target.index - begin;
+    if (y >= 0 && y < end - begin) dot_qu += target.smoothing.keep * us[y];
+  });
+  static_cast<A*>(a.per_row)[row] = A((double(r.total_q) * mean_u - dot_qu) * double(r.inverse_t));
+  r.mean_u = A(mean_u);
+  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
+    const A* us = u.piece(begin, end, u_buffer);
+    if (a.classes > kPiece) probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
+    write_row_piece<A>(a, row, begin, end, [&](A* out) { bends(p, us, out, end - begin, r); });
+  });
+}
+
+template <class F>
+void for_rows(const Arguments& a, const F& f) {
+  torch::stable::parallel_for(0, a.rows, rows_per_thread(a.classes), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (a.dtype == ScalarType::Double)
+        f(double{}, row);
+      else
+        f(float{}, row);
+    }
+  });
+}
+
+// The tensors of one call, in the form that the rows read.
+class Call {
+ public:
+  Arguments a{};
+
+  Call(const char* op, const Tensor& logits, const Tensor& target, double label_smoothing, double temperature,
+       int64_t ignore_index)
+      : op_(op), logits_(with_dense_rows(logits)), target_(dense_target(target)) {
+    check_cross_entropy(op, logits, target, label_smoothing, temperature);
+    a.dtype = logits.scalar_type();
+    a.target_dtype = target.scalar_type();
+    a.rows = logits.size(0);
+    a.classes = logits.size(1);
+    a.logits = logits_.data_ptr();
+    a.logits_stride = logits_.stride(0);
+    a.target = target_.data_ptr();
+    a.target_stride = target_.dim() ? target_.stride(0) : 0;
+    a.label_smoothing = label_smoothing;
+    a.temperature = temperature;
+    a.ignore_index = ignore_index;
+    a.bad_row = &bad_row_;
+  }
+  Call(const Call&) = delete;
+
+  void set_grad(const Tensor& grad, const Tensor& statistics) {
+    check_statistics(op_, grad, statistics, logits_);
+    grad_ = torch::stable::contiguous(grad);
+    statistics_ = torch::stable::contiguous(statistics);
+    a.grad = grad_->data_ptr();
+    a.statistics_in = statistics_->data_ptr();
+  }
+
+  void set_gg(const Tensor& gg) {
+    check_tensor(op_, "gg_logits", gg, sizes_of(logits_), a.dtype, logits_);
+    gg_ = with_dense_rows(gg);
+    a.gg = gg_->data_ptr();
+    a.gg_stride = gg_->stride(0);
+  }
+
+  void raise_if_bad() const {
+    const int64_t row = bad_row_.load();
+    if (row < 0) return;
+    const int64_t index = static_cast<const int64_t*>(a.target)[row];
+    STD_TORCH_CHECK(false, op_, ": target[", row, "] is class ", index, ", but there are ", a.classes,
+                    " classes and ignore_index is ", a.ignore_index);
+  }
+
+ private:
+  static Tensor dense_target(const Tensor& t) { return t.dim() == 2 ? with_dense_rows(t) : torch::stable::contiguous(t); }
+
+  const char* op_;
+  Tensor logits_, target_;
+  std::optional<Tensor> grad_, statistics_, gg_;
+  std::atomic<int64_t> bad_row_{-1};
+};
+
+std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing, double temperature,
+                                                 int64_t ignore_index) {
+  Call call("softmax_cross_entropy", logits, target, label_smoothing, temperature, ignore_index);
+  const ScalarType accumulation = accumulation_type(logits.scalar_type());
+  Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, accumulation);
+  Tensor statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, accumulation);
+  call.a.per_row = loss.data_ptr();
+  call.a.statistics = statistics.data_ptr();
+  for_rows(call.a, [&](auto type, int64_t row) { value_row<decltype(type)>(call.a, row); });
+  call.raise_if_bad();
+  return {loss, statistics};
+}
+
+Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target, double label_smoothing,
+                                      double temperature, int64_t ignore_index) {
+  Call call("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature, ignore_index);
+  call.set_grad(grad, statistics);
+  Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  call.a.out = grad_logits.data_ptr();
+  for_rows(call.a, [&](auto type, int64_t row) { backward_row<decltype(type)>(call.a, row); });
+  call.raise_if_bad();
+  return grad_logits;
+}
+
+std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits,
+                                                                 Tensor statistics, Tensor target, double label_smoothing,
+                                                                 double temperature, int64_t ignore_index) {
+  Call call("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature, ignore_index);
+  call.set_grad(grad, statistics);
+  call.set_gg(gg_logits);
+  Tensor gg_grad = torch::stable::new_empty(logits, {logits.size(0)}, accumulation_type(logits.scalar_type()));
+  Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  call.a.per_row = gg_grad.data_ptr();
+  call.a.out = grad_logits.data_ptr();
+  for_rows(call.a, [&](auto type, int64_t row) { double_backward_row<decltype(type)>(call.a, row); });
+  call.raise_if_bad();
+  return {gg_grad, grad_logits};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("softmax_cross_entropy", TORCH_BOX(&softmax_cross_entropy));
+  m.impl("softmax_cross_entropy_backward", TORCH_BOX(&softmax_cross_entropy_backward));
+  m.impl("softmax_cross_entropy_double_backward", TORCH_BOX(&softmax_cross_entropy_double_backward));
+}
+
+}  // namespace rk::cpu

@@ -1,0 +1,91 @@
+// n_i = ||a_i||_p with a_ik = w_k x_ik: value, first and second derivative of each norm, side by side.
+//
+//   value          n = finish(sum_k term(a_k))                      (a maximum instead of a sum for p = inf)
+//   backward       grad_x_k = grad * w_k * slope(a_k)               slope = dn/da_k
+//   double         s        = sum_k v_k slope(a_k)                  v_k = w_k * gg_x_k
+//   backward       gg_grad  = s
+//                  grad_x_k = grad * w_k * bend(a_k, v_k)           bend = sum_j v_j d2n/(da_j da_k)
+//
+// where gg_x is the cotangent of the backward's grad_x.  Where a norm has a corner, the subgradient is zero, in both
+// orders: at a = 0 for every p, at a_k = 0 for L1 and for the bend of 1 < p < 2.  Linf shares its slope equally between ties.
+#pragma once
+
+#include "scalar.h"
+
+namespace rk {
+
+enum class Norm { kL1, kL2, kSquaredL2, kInf, kP };
+
+// n == 0 gives 0; a NaN or infinite n stays visible.
+template <class A>
+RK_HOST_DEVICE A divide_or_zero(A v, A n) {
+  return n == A(0) ? A(0) : v / n;
+}
+
+template <Norm kNorm, class A>
+struct RowNorm;
+
+template <class A>
+struct RowNorm<Norm::kL1, A> {
+  static RK_HOST_DEVICE A term(A a, A) { return absolute(a); }
+  static RK_HOST_DEVICE A finish(A total, A) { return total; }
+  static RK_HOST_DEVICE A slope(A a, A, A, A) { return sign(a); }
+};
+
+template <class A>
+struct RowNorm<Norm::kL2, A> {
+  static RK_HOST_DEVICE A term(A a, A) { return a * a; }
+  static RK_HOST_DEVICE A finish(A total, A) { return std::sqrt(total); }
+  static RK_HOST_DEVICE A slope(A a, A n, A, A) { return divide_or_zero(a, n); }
+  static RK_HOST_DEVICE A bend(A a, A v, A s, A n, A) { return divide_or_zero(v - divide_or_zero(a, n) * s, n); }
+};
+
+template <class A>
+struct RowNorm<Norm::kSquaredL2, A> {
+  static RK_HOST_DEVICE A term(A a, A) { return a * a; }
+  static RK_HOST_DEVICE A finish(A total, A) { return total; }
+  static RK_HOST_DEVICE A slope(A a, A, A, A) { return A(2) * a; }
+  static RK_HOST_DEVICE A bend(A, A v, A, A, A) { return A(2) * v; }
+};
+
+template <class A>
+struct RowNorm<Norm::kInf, A> {
+  static RK_HOST_DEVICE A term(A a, A) { return absolute(a); }
+  static RK_HOST_DEVICE A finish(A total, A) { return total; }
+  static RK_HOST_DEVICE A slope(A a, A n, A, A ties) {
+    return is_nan(n) ? n : (absolute(a) == n ? sign(a) / ties : A(0));
+  }
+};
+
+template <class A>
+struct RowNorm<Norm::kP, A> {
+  static RK_HOST_DEVICE A term(A a, A p) { return std::pow(absolute(a), p); }
+  static RK_HOST_DEVICE A finish(A total, A p) { return std::pow(total, A(1) / p); }
+  static RK_HOST_DEVICE A slope(A a, A n, A p, A) {
+    return n == A(0) ? A(0) : sign(a) * std::pow(absolute(a) / n, p - A(1));
+  }
+  static RK_HOST_DEVICE A bend(A a, A v, A s, A n, A p) {
+    if (n == A(0) || a == A(0)) return A(0);
+    const A r = absolute(a) / n, q = std::pow(r, p - A(2));
+    return (p - A(1)) * (q * v - sign(a) * q * r * s) / n;
+  }
+};
+
+// Norms whose terms can overflow or vanish although the norm itself is an ordinary number.
+constexpr bool needs_range_check(Norm norm) { return norm == Norm::kL2 || norm == Norm::kP; }
+
+// Whether the plain sum of `count` terms is accurate: no term overflowed, and what underflowed is below rounding.
+template <class A>
+RK_HOST_DEVICE bool in_safe_range(A total, A count) {
+  const A smallest = count * std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
+  return total >= smallest && total <= std::numeric_limits<A>::max();
+}
+
+// The slow path for the rest: n = m ||a / m||_p with m = max |a|, for rows of tiny, huge or zero entries.
+template <Norm kNorm, class A>
+RK_HOST_DEVICE A finish_scaled(A scaled_total, A m, A p) {
+  if (m == A(0) || m > std::numeric_limits<A>::max()) return m;
+  return m * RowNorm<kNorm, A>::finish(scaled_total, p);
+}
+
+}  // namespace rk

@@ -1,0 +1,117 @@
+// What every formula header needs: function qualifiers, and the accumulation type of each storage type.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define RK_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// always_inline: a formula must be compiled with the instruction set of the loop that calls it.
+#define RK_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace rk {
+
+// Infinity and NaN survive every comparison below on purpose: a bad row must stay visible in its result.
+template <class A>
+RK_HOST_DEVICE A sign(A v) {
+  return v > A(0) ? A(1) : (v < A(0) ? A(-1) : v);  // sign(+-0) = +-0, sign(NaN) = NaN
+}
+
+template <class A>
+RK_HOST_DEVICE bool is_nan(A v) {
+  return v != v;
+}
+
+template <class A>
+RK_HOST_DEVICE A absolute(A v) {
+  return v < A(0) ? -v : v;
+}
+
+template <>
+RK_HOST_DEVICE float absolute(float v) {
+#if defined(__CUDA_ARCH__)
+  return ::fabsf(v);
+#else
+  return __builtin_fabsf(v);
+#endif
+}
+
+template <>
+RK_HOST_DEVICE double absolute(double v) {
+#if defined(__CUDA_ARCH__)
+  return ::fabs(v);
+#else
+  return __builtin_fabs(v);
+#endif
+}
+
+// exp(v) for v <= 0, as softmax needs it: never overflows, exactly 0 below the smallest normal number.
+//
+// On the CPU a polynomial without calls, branches or float-to-integer conversions, so that loops over it become
+// vector code: v = k ln 2 + r with |r| <= (ln 2)/2, and the Taylor series of exp(r) is cut where its remainder,
+// 0.3466^(n+1)/(n+1)!, falls below half a unit in the last place (n = 7 in float, 13 in double).
+RK_HOST_DEVICE float exp_nonpositive(float v) {
+#if defined(__CUDA_ARCH__)
+  return ::expf(v);
+#else
+  const float low = -87.3f;  // exp(-87.3) is a normal number still
+  const float x = v < low ? low : v;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, left in the low bits
+  const float shifted = x * 1.44269504088896341f + magic;
+  const float k = shifted - magic;
+  const float r = (x - k * 0.693359375f) - k * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
+  float e = 1.0f / 5040.0f;
+  e = e * r + 1.0f / 720.0f;
+  e = e * r + 1.0f / 120.0f;
+  e = e * r + 1.0f / 24.0f;
+  e = e * r + 1.0f / 6.0f;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;  // 2^k
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return v < low ? 0.0f : e * scale;
+#endif
+}
+
+RK_HOST_DEVICE double exp_nonpositive(double v) {
+#if defined(__CUDA_ARCH__)
+  return ::exp(v);
+#else
+  const double low = -708.0;
+  const double x = v < low ? low : v;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifted = x * 1.4426950408889634074 + magic;
+  const double k = shifted - magic;
+  const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+  double e = 1.0 / 6227020800.0;
+  e = e * r + 1.0 / 479001600.0;
+  e = e * r + 1.0 / 39916800.0;
+  e = e * r + 1.0 / 3628800.0;
+  e = e * r + 1.0 / 362880.0;
+  e = e * r + 1.0 / 40320.0;
+  e = e * r + 1.0 / 5040.0;
+  e = e * r + 1.0 / 720.0;
+  e = e * r + 1.0 / 120.0;
+  e = e * r + 1.0 / 24.0;
+  e = e * r + 1.0 / 6.0;
+  e = e * r + 0.5;
+  e = e * r + 1.0;
+  e = e * r + 1.0;
+  std::uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 52) + 0x3ff0000000000000ull;  // 2^k
+  double scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return v < low ? 0.0 : e * scale;
+#endif
+}
+
+}  // namespace rk

@@ -1,0 +1,58 @@
+"""What every operator registers with PyTorch in the same way: its vmap rule, and the end of its chain of derivatives."""
+
+from __future__ import annotations
+
+
+from typing import Any
+
+import torch
+
+
+def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:
+    """Registers for `op` the rule vmap(op)(x)[k] = op(x[k]), computed as one call on all rows.
+
+    Args:
+        op: the operator overload packet, such as torch.ops.robustkern.row_norm.
+        per_row: for each argument whether its first dimension counts rows; the others must not be mapped over.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        for index, (dim, rows) in enumerate(zip(in_dims, per_row)):
+            if dim is not None and not rows:
+                raise NotImplementedError(f"{op}: vmap over argument {index} is not supported")
+
+        def fold(value: Any, dim: int | None, rows: bool) -> Any:
+            if not rows or not isinstance(value, torch.Tensor):
+                return value
+            stacked = value.unsqueeze(0).expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return stacked.reshape(-1, *stacked.shape[2:])
+
+        def unfold(value: torch.Tensor, rows: int) -> torch.Tensor:
+            if value.dim() == 1 and value.numel() == 0 and rows:  # a derivative that is identically zero
+                return value.expand(info.batch_size, 0)
+            return value.reshape(info.batch_size, rows, *value.shape[1:])
+
+        result = op(*(fold(a, d, r) for a, d, r in zip(args, in_dims, per_row)))
+        first = next(i for i, rows in enumerate(per_row) if rows)
+        shape = list(args[first].shape)
+        if in_dims[first] is not None:
+            shape.pop(in_dims[first])
+        if isinstance(result, tuple):
+            return tuple(unfold(r, shape[0]) for r in result), (0,) * len(result)
+        return unfold(result, shape[0]), 0
+
+    torch.library.register_vmap(op.default, rule)
+
+
+def refuse_third_order(op: Any) -> None:
+    """Makes differentiating `op` an error rather than a zero."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{op}: third-order derivatives are not supported; use impl='reference'")
+
+    torch.library.register_autograd(op.default, backward, setup_context=setup_context)
+
+

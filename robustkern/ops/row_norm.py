@@ -1,0 +1,185 @@
+"""row_norm: the norm of each sample, its gradient and its second derivative."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustkern import _library, reference
+from robustkern.ops._register import refuse_third_order, register_row_vmap
+from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+from robustkern.ops._samples import Sample, make_tensor
+
+
+def row_norm(
+    x: Tensor,  # [B, ...]
+    p: float = 2.0,
+    weight: Tensor | float | None = None,  # [C], [C, 1, 1] or a number
+    *,
+    squared: bool = False,
+    impl: str = "auto",
+) -> Tensor:  # [B]
+    r"""n_i = ||w * x_i||_p, with weight w_c on channel c = dimension 1 of x.
+
+    Sums run in float32 for 16- and 32-bit data and in float64 for float64.  Rows of tiny or huge numbers neither vanish nor overflow.
+    Bytes moved: x once for the value, x once more and the result once for each derivative.
+
+    Args:
+        x: samples, [B, ...] float32, float64, float16 or bfloat16, of any layout; B may be 0.
+        p: 1, 2, inf or any number >= 1.
+        weight: a number, or one value per channel ([C], or anything with C elements that broadcasts against x_i along it); such as eps / std.
+            Not differentiated.
+        squared: n_i^2 instead of n_i; p = 2 only.
+        impl: "auto" (the kernel if there is one), "kernel" or "reference".
+
+    Returns:
+        [B], float32 for 16- and 32-bit inputs, float64 for float64.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        ValueError: p < 1, `squared` without p = 2, or a weight that does not match dimension 1 of x.
+
+    Differentiability: twice in x; a third derivative raises.  Where the norm has a corner the subgradient is zero, in both orders: at
+    x_i = 0, at single zeros for p = 1, at single zeros of the second derivative for 1 < p < 2.  p = inf shares its gradient equally between ties.
+    Determinism: the same bits on every run, for every batch size and number of threads.  Saved for backward: x and n.
+    """
+    check_floating("row_norm", "x", x)
+    p = float(p)
+    if not p >= 1.0:
+        raise ValueError(f"row_norm: p must be 1, 2, inf or any number >= 1, got {p}")
+    if squared and p != 2.0:
+        raise ValueError(f"row_norm: squared needs p = 2, got p = {p}")
+    if x.dim() < 1:
+        raise ValueError("row_norm: x must have a batch dimension, got a scalar")
+    factor, weight = _split_weight(x, weight)
+    unsupported = "weight requires grad" if weight is not None and weight.requires_grad else None
+    if use_kernel("row_norm", impl, x, unsupported):
+        rows, inner = as_rows(x)
+        norm = torch.ops.robustkern.row_norm(rows, weight, inner, p, squared)
+    else:
+        norm = reference.row_norm(x, p, weight, squared=squared)
+    return norm if factor == 1.0 else norm * (factor * factor if squared else factor)
+
+
+def _split_weight(x: Tensor, weight: Tensor | float | None) -> tuple[float, Tensor | None]:
+    """A weight as a factor on the whole norm, or as [C] in the accumulation dtype."""
+    if weight is None:
+        return 1.0, None
+    if not isinstance(weight, Tensor):
+        return abs(float(weight)), None
+    channels = x.shape[1] if x.dim() > 1 else 1
+    if weight.numel() != channels and weight.numel() != 1:
+        raise ValueError(
+            f"row_norm: weight must have one element or one for each of the {channels} channels of x (dimension 1), "
+            f"got shape {list(weight.shape)}"
+        )
+    if weight.numel() > 1 and max(weight.shape) != channels:
+        raise ValueError(f"row_norm: weight must vary along the channels only, got shape {list(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"row_norm: weight must be on {x.device} like x, got {weight.device}")
+    return 1.0, weight.reshape(-1).to(accumulation_dtype(x.dtype))
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x [B, C, ...] as rows [B, N] in the order of its memory, and how many adjacent columns share a channel.
+
+    A norm does not care for the order of a row, so channels_last and other permuted layouts are viewed, not copied.
+    """
+    if x.dim() == 1:
+        return x.unsqueeze(1), 1
+    order = list(range(x.dim()))
+    if not x.is_contiguous():
+        order[1:] = sorted(order[1:], key=lambda d: (-x.stride(d), d))
+    columns = math.prod(x.shape[1:])
+    inner = math.prod(x.shape[d] for d in order[order.index(1) + 1 :])
+    return x.permute(order).reshape(x.shape[0], columns), max(inner, 1)
+
+
+def _is_flat(p: float) -> bool:
+    """Whether the second derivative is identically zero."""
+    return p == 1.0 or math.isinf(p)
+
+
+def _register() -> None:
+    ops = torch.ops.robustkern
+
+    @torch.library.register_fake("robustkern::row_norm")
+    def _(x, weight, inner, p, squared):  # type: ignore[no-untyped-def]
+        return x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype))
+
+    @torch.library.register_fake("robustkern::row_norm_backward")
+    def _(grad, x, norm, weight, inner, p, squared):  # type: ignore[no-untyped-def]
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("robustkern::row_norm_double_backward")
+    def _(gg_x, grad, x, norm, weight, inner, p, squared):  # type: ignore[no-untyped-def]
+        gg_grad = x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype))
+        return gg_grad, x.new_empty([0]) if _is_flat(p) else x.new_empty(x.shape)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.inner, ctx.p, ctx.squared = inputs
+        ctx.save_for_backward(x, output, weight)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 5
+        x, norm, weight = ctx.saved_tensors
+        # The norm counts as a number here: row_norm_backward's own formula differentiates it as the function of x that it is.
+        grad_x = ops.row_norm_backward(grad, x, norm.detach(), weight, ctx.inner, ctx.p, ctx.squared)
+        return grad_x, None, None, None, None
+
+    torch.library.register_autograd("robustkern::row_norm", backward, setup_context=setup)
+
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, x, norm, weight, ctx.inner, ctx.p, ctx.squared = inputs
+        ctx.save_for_backward(grad, x, norm, weight)
+        ctx.set_materialize_grads(False)
+
+    # d(grad, x) of row_norm_backward     | L1, Linf | L2, squared, Lp
+    #   gg_grad = <gg_x, dn/dx>           |    yes   |      yes
+    #   grad_x  = grad d2n/dx2 gg_x       |     0    |      yes
+    def double_backward(ctx: Any, gg_x: Tensor | None) -> tuple[Any, ...]:
+        if gg_x is None:
+            return (None,) * 7
+        grad, x, norm, weight = ctx.saved_tensors
+        gg_grad, grad_x = ops.row_norm_double_backward(gg_x, grad, x, norm, weight, ctx.inner, ctx.p, ctx.squared)
+        return gg_grad, None if _is_flat(ctx.p) else grad_x, None, None, None, None, None
+
+    torch.library.register_autograd("robustkern::row_norm_backward", double_backward, setup_context=setup_backward)
+    refuse_third_order(ops.row_norm_double_backward)
+
+    register_row_vmap(ops.row_norm, (True, False, False, False, False))
+    register_row_vmap(ops.row_norm_backward, (True, True, True, False, False, False, False))
+    register_row_vmap(ops.row_norm_double_backward, (True, True, True, True, False, False, False, False))
+
+
+if _library.extension() is not None:
+    _register()
+
+
+def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
+    """Calls that exercise every option, shape class and layout of row_norm."""
+    make = make_tensor(device, dtype)
+    weight = torch.tensor([0.5, 1.5, 2.0], device=device, dtype=accumulation_dtype(dtype))
+    for p in (1.0, 2.0, math.inf, 3.0, 1.5):
+        yield Sample(row_norm, (make(4, 3, 5, 5),), {"p": p}, f"p={p}")
+        yield Sample(row_norm, (make(4, 3, 5, 5),), {"p": p, "weight": weight}, f"p={p}, weight")
+    yield Sample(row_norm, (make(4, 3, 5, 5),), {"squared": True}, "squared")
+    yield Sample(row_norm, (make(4, 3, 5, 5),), {"squared": True, "weight": weight}, "squared, weight")
+    yield Sample(row_norm, (make(4, 3, 5, 5),), {"weight": 0.25}, "number as weight")
+    yield Sample(row_norm, (make(2, 3, 16, 16),), {"weight": weight.view(3, 1, 1)}, "long runs of one weight")
+    yield Sample(row_norm, (make(4, 3, 5, 5).to(memory_format=torch.channels_last),), {"weight": weight}, "channels_last")
+    yield Sample(row_norm, (make(3, 4, 5, 5).transpose(0, 1),), {"weight": weight}, "batch not outermost")
+    yield Sample(row_norm, (make(5, 34)[1:, 1::2],), {}, "strided columns")
+    yield Sample(row_norm, (make(5, 35)[:, 2:],), {"p": 1.0}, "unaligned rows")
+    yield Sample(row_norm, (make(6),), {}, "numbers as rows")
+    yield Sample(row_norm, (make(1, 1),), {"p": 1.0}, "one element")
+    yield Sample(row_norm, (make(2, 40000),), {}, "rows longer than a chunk")
+    yield Sample(row_norm, (make(2, 40000),), {"p": math.inf}, "rows longer than a chunk, p=inf")
+    yield Sample(row_norm, (make(0, 3, 5, 5),), {}, "empty batch", empty=True)
+    yield Sample(row_norm, (make(3, 0),), {}, "empty rows", empty=True)

@@ -1,0 +1,107 @@
+"""Penalties on derivatives with respect to the input, as functions of (outputs, inputs)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustkern.ops import row_norm
+
+
+def gradient_norm(
+    loss: Tensor,  # [B]
+    x: Tensor,  # [B, ...]
+    p: float = 2.0,
+    *,
+    weight: Tensor | float | None = None,
+    squared: bool = False,
+    create_graph: bool | None = None,
+    impl: str = "auto",
+) -> Tensor:  # [B]
+    r"""||w * d loss_i / d x_i||_p for each sample i.
+
+    The gradient is that of the sum of the losses, so each sample's is its own and does not shrink with the batch.  A model that mixes the
+    samples of a batch, such as one with BatchNorm in training mode, adds the other samples' part.
+
+    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact.  For robustness to perturbations
+    bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
+
+    Args:
+        loss: one loss per sample, [B], computed from x by differentiable operations (reduction="none").
+        x: the inputs, a leaf that requires grad, [B, ...] float32, float64, float16 or bfloat16.
+        p: 1, 2, inf or any number >= 1.
+        weight: a number or one value per channel, such as eps / std.
+        squared: the squared norm; p = 2 only.
+        create_graph: whether the result can be differentiated; by default, whether grad mode is on.
+        impl: "auto", "kernel" or "reference", as for `robustkern.ops.row_norm`.
+
+    Returns:
+        [B], float32 (float64 for float64 x).
+
+    Raises:
+        TypeError: x or loss is not a floating-point tensor.
+        ValueError: x does not require grad, loss is not [B], loss does not depend on x, or its graph was detached.
+        RuntimeError: the model was compiled from outside (torch.compile of the model alone), whose gradient cannot be differentiated again.
+
+    Differentiability: once more in the parameters and x if `create_graph`.  Determinism: as deterministic as the model's own backward.
+    Source: Drucker and LeCun, "Double backpropagation increasing generalization performance", 1991; Lyu et al., "A unified gradient regularization
+    family for adversarial examples", 2015.
+    """
+    differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
+    _check(loss, x)
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=differentiable, retain_graph=True, allow_unused=True)
+    if grad is None:
+        raise ValueError(
+            "gradient_norm: loss does not depend on x: compute it from this very tensor, after x.requires_grad_(), without detach()"
+        )
+    if differentiable:
+        _check_differentiable(grad)
+    return row_norm(grad, p, weight, squared=squared, impl=impl)
+
+
+def _check(loss: Tensor, x: Tensor) -> None:
+    for name, value in (("loss", loss), ("x", x)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"gradient_norm: {name} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"gradient_norm: {name} must be a floating-point tensor, got {value.dtype}")
+    if not x.requires_grad:
+        raise ValueError("gradient_norm: x does not require grad: call x.requires_grad_() before the forward pass")
+    if x.dim() == 0 or loss.shape != x.shape[:1]:
+        raise ValueError(
+            f"gradient_norm: loss must hold one value per sample, shape {list(x.shape[:1])} for x of shape {list(x.shape)}, "
+            f"got {list(loss.shape)}: use reduction='none'"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "gradient_norm: loss has no graph: it was computed under torch.no_grad() or detached, so it does not depend on x"
+        )
+
+
+_COMPILED_FROM_OUTSIDE = (
+    "gradient_norm: the model was compiled from outside, and a compiled backward cannot be differentiated again: compile the whole "
+    "penalised step instead, with torch._dynamo.config.trace_autograd_ops = True, or leave the model uncompiled"
+)
+
+
+def _check_differentiable(grad: Tensor) -> None:
+    """Raises unless the gradient's own graph leads back to parameters or inputs."""
+    if torch.compiler.is_compiling():
+        return
+    if not grad.requires_grad:
+        raise ValueError(
+            "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is linear in x with frozen "
+            "parameters, or part of the model is detached; pass create_graph=False to measure the norm only"
+        )
+    node = grad.grad_fn
+    seen = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CompiledFunction" in node.name():
+            raise RuntimeError(_COMPILED_FROM_OUTSIDE)
+        stack.extend(next_node for next_node, _ in node.next_functions)

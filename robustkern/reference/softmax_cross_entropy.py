@@ -1,0 +1,24 @@
+"""softmax_cross_entropy in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def softmax_cross_entropy(
+    logits: Tensor,  # [B, C]
+    target: Tensor,  # [B] classes or [B, C] probabilities
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+) -> Tensor:  # [B]
+    """loss_i = -sum_c q_ic log softmax(z_i / T)_c; see `robustkern.ops.softmax_cross_entropy`."""
+    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if temperature != 1.0:
+        z = z / temperature
+    if target.is_floating_point():
+        target = target.to(z.dtype)
+    return F.cross_entropy(z, target, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index)

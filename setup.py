@@ -1,0 +1,88 @@
+"""The two compiled extensions; everything else about the package stands in pyproject.toml.
+
+robustkern._C     operator schemas and CPU kernels, always built
+robustkern._cuda  CUDA kernels: built when nvcc is found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it out
+"""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+VERSION = re.search(r'"(.+?)"', Path("robustkern/_version.py").read_text().split("__version__")[1])[1]
+OPS = ["row_norm", "softmax_cross_entropy"]
+CUDA_ARCHITECTURES = ["80", "90", "120"]  # the last one also as PTX, for whatever comes after it
+
+DEFINES = [
+    # Kernels use PyTorch's stable ABI as of 2.10: one binary serves every later version.
+    ("TORCH_TARGET_VERSION", "0x020a000000000000ull"),
+    ("RK_VERSION", f'"{VERSION}"'),
+    ("RK_TORCH_VERSION", f'"{torch.__version__}"'),
+]
+DEBUG = os.environ.get("ROBUSTKERN_DEBUG") == "1"
+CXX_FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"])]
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit: $CUDA_HOME, or the folder above nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return Path(home)
+    for toolkit in (Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)):
+        if (toolkit / "bin" / "nvcc").exists():
+            return toolkit
+    nvcc = shutil.which("nvcc")
+    return Path(nvcc).resolve().parent.parent if nvcc else None
+
+
+def cuda_extension() -> Extension | None:
+    """The CUDA half, or None; says on stderr which and why."""
+    wish, cuda = os.environ.get("ROBUSTKERN_CUDA", "auto"), find_cuda()
+    if wish not in ("auto", "0", "1"):
+        raise SystemExit(f"ROBUSTKERN_CUDA must be auto, 0 or 1, got {wish!r}")
+    if wish == "1" and cuda is None:
+        raise SystemExit("ROBUSTKERN_CUDA=1, but nvcc was not found: install the CUDA toolkit or set CUDA_HOME to it")
+    if wish == "0" or cuda is None or (wish == "auto" and torch.version.cuda is None):
+        why = "ROBUSTKERN_CUDA=0" if wish == "0" else "no nvcc" if cuda is None else "this PyTorch has no CUDA"
+        print(f"robustkern: building without CUDA kernels ({why})", file=sys.stderr)
+        return None
+    print(f"robustkern: building CUDA kernels with {cuda}/bin/nvcc", file=sys.stderr)
+    cpp_extension.CUDA_HOME = str(cuda)  # PyTorch leaves it empty where it has no CUDA itself
+    arch_flags = []
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        arch_flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        arch_flags.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
+    return Extension(
+        "robustkern._cuda",
+        ["csrc/cuda/module.cpp", *(f"csrc/cuda/{op}.cu" for op in OPS)],
+        include_dirs=[*cpp_extension.include_paths(), str(cuda / "include")],
+        library_dirs=[*cpp_extension.library_paths(), str(cuda / "lib64")],
+        libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
+        define_macros=[*DEFINES, ("USE_CUDA", None)],
+        extra_compile_args={
+            "cxx": CXX_FLAGS,
+            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v,--warn-on-spills", "--threads=2", *arch_flags],
+        },
+        language="c++",
+    )
+
+
+cpu = CppExtension(
+    "robustkern._C",
+    ["csrc/ops.cpp", "csrc/bindings.cpp", *(f"csrc/cpu/{op}.cpp" for op in OPS)],
+    include_dirs=[pybind11.get_include()],
+    define_macros=DEFINES,
+    extra_compile_args={"cxx": CXX_FLAGS},
+)
+setup(
+    version=VERSION,
+    ext_modules=[extension for extension in (cpu, cuda_extension()) if extension],
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
+)

@@ -10,7 +10,6 @@ from types import ModuleType
 import torch
 
 
-@functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"robustkern.{name}"), None
@@ -20,27 +19,31 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"robustkern.{name} is built but does not load with PyTorch {torch.__version__}: {error}"
 
 
+# Loaded once, at import: the operators must exist before anything is traced or differentiated.
+_C, _C_MISSING = _load("_C")
+_CUDA, _CUDA_MISSING = _load("_cuda") if _C is not None else (None, _C_MISSING)
+
+
 def extension() -> ModuleType | None:
     """The module robustkern._C (schemas and CPU kernels), or None."""
-    return _load("_C")[0]
+    return _C
 
 
 def cuda_extension() -> ModuleType | None:
     """The module robustkern._cuda (CUDA kernels), or None."""
-    return _load("_cuda")[0] if extension() is not None else None
+    return _CUDA
 
 
 def why_unavailable() -> str | None:
     """Why robustkern._C is missing; None if it is loaded."""
-    return _load("_C")[1]
+    return _C_MISSING
 
 
 def cuda_why_unavailable() -> str | None:
     """Why CUDA tensors have no kernels; None if they have."""
-    reason = why_unavailable() or _load("_cuda")[1]
-    if reason is None and torch.version.cuda is None:
+    if _CUDA_MISSING is None and torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    return reason
+    return _CUDA_MISSING
 
 
 def why_no_kernel(tensor: torch.Tensor) -> str | None:

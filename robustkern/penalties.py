@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -94,9 +96,10 @@ def _check_differentiable(grad: Tensor) -> None:
             "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is linear in x with frozen "
             "parameters, or part of the model is detached; pass create_graph=False to measure the norm only"
         )
-    node = grad.grad_fn
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        return
     seen = set()
-    stack = [node]
+    stack = [grad.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -31,8 +31,9 @@ class GradientPenalty:
         label_smoothing: in the cross-entropy of both terms.
         impl: "auto", "kernel" or "reference".
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and targets y.  x is detached
-    first; call `terms.backward(inputs=model.parameters())`.  BatchNorm in training mode couples the samples of a batch, and the gradient of one
+    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and targets y.  An x that
+    requires grad is used as it is (which is what torch.compile of a whole step needs), any other as a new leaf; call
+    `terms.backward(inputs=model.parameters())` to spare its own gradient.  BatchNorm in training mode couples the samples of a batch, and the gradient of one
     sample's loss with them; running statistics are updated once.
 
     Errors, dtypes and derivatives: see `robustkern.gradient_norm` and `robustkern.ops.softmax_cross_entropy`.
@@ -49,7 +50,7 @@ class GradientPenalty:
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
         if not x.is_floating_point():
             raise TypeError(f"GradientPenalty: x must be a floating-point tensor, got {x.dtype}")
-        x = x.detach().requires_grad_()
+        x = x if x.requires_grad else x.detach().requires_grad_()
         loss = softmax_cross_entropy(model(x), y, label_smoothing=self.label_smoothing, impl=self.impl)
         norm = gradient_norm(loss, x, self.p, weight=self.eps, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), norm.mean(), self.weight)

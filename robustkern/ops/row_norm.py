@@ -91,12 +91,12 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """
     if x.dim() == 1:
         return x.unsqueeze(1), 1
-    order = list(range(x.dim()))
-    if not x.is_contiguous():
-        order[1:] = sorted(order[1:], key=lambda d: (-x.stride(d), d))
-    columns = math.prod(x.shape[1:])
-    inner = math.prod(x.shape[d] for d in order[order.index(1) + 1 :])
-    return x.permute(order).reshape(x.shape[0], columns), max(inner, 1)
+    if x.is_contiguous():
+        return x.reshape(x.shape[0], x.shape[1:].numel()), max(x.shape[2:].numel(), 1)
+    order = [0, *sorted(range(1, x.dim()), key=lambda d: (-x.stride(d), d))]
+    permuted = x.permute(order)
+    inner = permuted.shape[order.index(1) + 1 :].numel()
+    return permuted.reshape(x.shape[0], x.shape[1:].numel()), max(inner, 1)
 
 
 def _is_flat(p: float) -> bool:

@@ -72,19 +72,19 @@ struct RowNorm<Norm::kP, A> {
 };
 
 // Norms whose terms can overflow or vanish although the norm itself is an ordinary number.
-constexpr bool needs_range_check(Norm norm) { return norm == Norm::kL2 || norm == Norm::kP; }
+template <Norm kNorm>
+inline constexpr bool kNeedsRangeCheck = kNorm == Norm::kL2 || kNorm == Norm::kP;
 
 // Whether the plain sum of `count` terms is accurate: no term overflowed, and what underflowed is below rounding.
 template <class A>
 RK_HOST_DEVICE bool in_safe_range(A total, A count) {
-  const A smallest = count * std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
-  return total >= smallest && total <= std::numeric_limits<A>::max();
+  return total >= count * (Limits<A>::smallest_normal / Limits<A>::epsilon) && total <= Limits<A>::largest;
 }
 
 // The slow path for the rest: n = m ||a / m||_p with m = max |a|, for rows of tiny, huge or zero entries.
 template <Norm kNorm, class A>
 RK_HOST_DEVICE A finish_scaled(A scaled_total, A m, A p) {
-  if (m == A(0) || m > std::numeric_limits<A>::max()) return m;
+  if (m == A(0) || m > Limits<A>::largest) return m;
   return m * RowNorm<kNorm, A>::finish(scaled_total, p);
 }
 

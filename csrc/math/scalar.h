@@ -15,6 +15,14 @@
 
 namespace rk {
 
+// std::numeric_limits as constants, which device code may use.
+template <class A>
+struct Limits {
+  static constexpr A largest = std::numeric_limits<A>::max();
+  static constexpr A smallest_normal = std::numeric_limits<A>::min();
+  static constexpr A epsilon = std::numeric_limits<A>::epsilon();
+};
+
 // Infinity and NaN survive every comparison below on purpose: a bad row must stay visible in its result.
 template <class A>
 RK_HOST_DEVICE A sign(A v) {

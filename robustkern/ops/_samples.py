@@ -19,6 +19,7 @@ class Sample:
     options: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     empty: bool = False  # no elements: there is nothing to compare but shapes
+    zero: tuple[str, ...] = ()  # which fields of `robustkern.testing.Derivatives` are identically zero
 
     def __str__(self) -> str:
         return f"{self.op.__name__}({self.name})"

@@ -1,0 +1,119 @@
+"""How accurate is accurate enough: the one check that every kernel passes.
+
+Public, so that kernels written elsewhere can be held to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Derivatives", "assert_as_accurate_as_reference", "cast", "derivatives"]
+
+
+class Derivatives(NamedTuple):
+    """A function value y = f(x) and its derivatives, as `derivatives` computes them."""
+
+    value: Tensor  # y
+    grad_x: Tensor  # grad . dy/dx
+    gg_grad: Tensor  # d<gg_x, grad_x>/d grad
+    second: Tensor  # d<gg_x, grad_x>/d x
+
+
+def derivatives(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, gg_x: Tensor) -> Derivatives:
+    """y = f(x), its backward, and both outputs of its double backward.
+
+    Args:
+        function: f, twice differentiable.
+        x: where; it is detached first, and keeps its layout.
+        grad: cotangent of y, shaped like y.
+        gg_x: cotangent of grad_x, shaped like x.
+
+    Returns:
+        Four detached tensors; zeros for a derivative that autograd found not to exist.
+    """
+    x = x.detach().requires_grad_()
+    grad = grad.detach().requires_grad_()
+    value = function(x)
+    (grad_x,) = torch.autograd.grad(value, x, grad, create_graph=True)
+    gg_grad, second = torch.autograd.grad(grad_x, (grad, x), gg_x, allow_unused=True)
+    gg_grad = torch.zeros_like(grad) if gg_grad is None else gg_grad
+    second = torch.zeros_like(x) if second is None else second
+    return Derivatives(value.detach(), grad_x.detach(), gg_grad.detach(), second.detach())
+
+
+def cast(value: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Converts floating-point tensors, also those in tuples, lists and dictionaries; leaves the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(item, dtype) for item in value)
+    return value
+
+
+def assert_as_accurate_as_reference(
+    actual: Tensor, eager: Tensor, exact: Tensor, *, zero: bool = False, what: str = "result"
+) -> None:
+    """error(actual) <= 2 error(eager) + 4 eps, relative to exact, in the L2 norm and in the maximum norm.
+
+    A kernel may round as often as plain PyTorch does in the same dtype, and twice at that; nobody has to invent a
+    tolerance.  Since both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns zeros
+    fails.
+
+    Args:
+        actual: what the kernel returned.
+        eager: the reference on the same inputs in the same dtype.  If `actual` is float64, where the reference would be
+            compared with itself: the reference in float32, whose error then counts in units of eps.
+        exact: the reference in float64 on the same inputs, converted with `cast`.
+        zero: `exact` is zero, and meant to be; the errors then count as they are.
+        what: how messages call the result.
+
+    Raises:
+        AssertionError: the shape, dtype or device differs from that of `eager`, an element is not finite, `exact` is zero
+            without `zero` or the other way round, or the error is too large; the message holds the numbers.
+    """
+    for name, other in (("eager", eager), ("exact", exact)):
+        if actual.shape != other.shape:
+            _fail(f"{what} has shape {list(actual.shape)}, {name} has {list(other.shape)}")
+    rounding = torch.float32 if actual.dtype == torch.float64 else actual.dtype
+    if eager.dtype != rounding or actual.device != eager.device:
+        _fail(
+            f"{what} is {actual.dtype} on {actual.device}, eager {eager.dtype} on {eager.device} instead of {rounding}"
+        )
+    if exact.dtype != torch.float64:
+        _fail(f"exact {what} must be float64, got {exact.dtype}")
+    if exact.numel() == 0:
+        return
+    actual, eager, exact = actual.detach(), eager.detach(), exact.detach().to(actual.device)
+    for name, tensor in (("exact", exact), ("actual", actual)):
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            _fail(f"{name} {what}: {bad} of {tensor.numel()} elements are not finite")
+    if bool((exact == 0).all()) != zero:
+        _fail(f"exact {what} is not zero" if zero else f"exact {what} is zero, so there is nothing to compare with")
+    eps = torch.finfo(actual.dtype).eps
+    for name, norm in (("L2", torch.linalg.vector_norm), ("maximum", _largest)):
+        size = 1.0 if zero else float(norm(exact))
+        error = float(norm(actual.double() - exact)) / size
+        yardstick = float(norm(eager.double() - exact)) / size * (eps / torch.finfo(eager.dtype).eps)
+        allowed = 4 * eps + (2 * yardstick if yardstick == yardstick else 0.0)  # a NaN of the reference excuses nothing
+        if not error <= allowed:
+            worst = int((actual.double() - exact).abs().argmax())
+            index = [int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)]
+            _fail(
+                f"{what}: {name} error {error:.3g} exceeds 2 * {yardstick:.3g} (reference in {eager.dtype}) + 4 eps "
+                f"= {allowed:.3g}; worst at {index}: {actual.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}"
+            )
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    return tensor.abs().max()
+
+
+def _fail(message: str) -> None:
+    raise AssertionError(message)

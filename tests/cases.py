@@ -1,0 +1,141 @@
+"""What the tests run over: every sample of every operator, and helpers that know nothing of the operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import robustkern
+from robustkern.ops._samples import Sample
+from robustkern.ops._select import DTYPES
+from robustkern.testing import Derivatives, assert_as_accurate_as_reference, cast, derivatives
+
+OPS = {name: importlib.import_module(f"robustkern.ops.{name}") for name in robustkern.ops.__all__}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A sample by name, so that it can be made for any device and dtype."""
+
+    op: str
+    name: str
+    empty: bool
+    elements: int
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def sample(self, device: str, dtype: torch.dtype) -> Sample:
+        return next(s for s in OPS[self.op].samples(device, dtype) if s.name == self.name)
+
+
+CASES = [
+    Case(op, sample.name, sample.empty, sample.inputs[0].numel())
+    for op, module in OPS.items()
+    for sample in module.samples()
+]
+
+over_all = pytest.mark.parametrize("case", CASES, ids=str)
+over_filled = pytest.mark.parametrize("case", [c for c in CASES if not c.empty], ids=str)
+over_small = pytest.mark.parametrize("case", [c for c in CASES if not c.empty and c.elements <= 1000], ids=str)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def in_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
+    """The same numbers in another dtype."""
+    return dataclasses.replace(sample, inputs=cast(sample.inputs, dtype), options=cast(sample.options, dtype))
+
+
+def random_like(tensor: Tensor, seed: int) -> Tensor:
+    """Normally distributed, in the layout of the tensor; the same values for every dtype and device."""
+    values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.empty_like(tensor).copy_(values)
+
+
+def cotangents(sample: Sample) -> tuple[Tensor, Tensor]:
+    """Random cotangents of the value and of the gradient."""
+    with torch.no_grad():
+        value = sample(impl="reference")
+    return random_like(value, 1), random_like(sample.inputs[0], 2)
+
+
+def run(sample: Sample, grad: Tensor, gg_x: Tensor, impl: str = "kernel", x: Tensor | None = None) -> Derivatives:
+    """Value, gradient and double backward of a sample."""
+    return derivatives(lambda v: sample(v, impl=impl), sample.inputs[0] if x is None else x, grad, gg_x)
+
+
+def assert_accurate(sample: Sample, grad: Tensor, gg_x: Tensor, actual: Derivatives | None = None) -> None:
+    """Checks the kernel's value and derivatives, or given ones, against the reference."""
+    actual = run(sample, grad, gg_x) if actual is None else actual
+    exact = run(in_dtype(sample, torch.float64), *cast((grad, gg_x)), "reference")
+    if grad.dtype == torch.float64:
+        eager = run(in_dtype(sample, torch.float32), *cast((grad, gg_x), torch.float32), "reference")
+    else:
+        eager = run(sample, grad, gg_x, "reference")
+    for order in Derivatives._fields:
+        trio = (getattr(d, order) for d in (actual, eager, exact))
+        assert_as_accurate_as_reference(*trio, zero=order in sample.zero, what=f"{sample} {order}")
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    """Equal in every bit, NaN and signed zeros included."""
+    if isinstance(actual, tuple):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+        return
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[actual.element_size()]
+    assert torch.equal(actual.contiguous().view(integer), expected.contiguous().view(integer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a registered operator."""
+
+    operator: Any  # torch._ops.OpOverload
+    arguments: tuple[Any, ...]
+
+    def __call__(self, **replaced: Any) -> tuple[Tensor, ...]:
+        """Runs the call, with some arguments replaced; the results as a tuple."""
+        arguments = [replaced.get(a.name, value) for a, value in zip(self.operator._schema.arguments, self.arguments)]
+        result = self.operator(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+    @property
+    def name(self) -> str:
+        return self.operator._schema.name.split("::")[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = zip((a.name for a in self.operator._schema.arguments), self.arguments)
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, Call] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "robustkern":
+            defaults = [a.default_value for a in func._schema.arguments[len(args) :]]
+            arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in (*args, *defaults))
+            call = Call(func, arguments)
+            self.calls[call.name] = call
+        return result
+
+
+def recorded_calls(sample: Sample) -> dict[str, Call]:
+    """The calls of registered operators that a sample and its two derivatives consist of, by operator."""
+    with _Recorder() as recorder:
+        run(sample, *cotangents(sample))
+    return recorder.calls

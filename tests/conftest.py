@@ -1,0 +1,134 @@
+"""Devices, seeds and the report of what ran where.
+
+Every test that takes `device` runs on the CPU, and on CUDA where there is a device and kernels for it.
+ROBUSTKERN_REQUIRE_CUDA=1 makes their absence a failure.  ROBUSTKERN_EMULATED=<file>, built by
+tests/cuda_emulator/build.py, puts the emulated CUDA kernels in place of the CPU kernels.
+"""
+
+import importlib.util
+import os
+import random
+import sys
+from collections import Counter
+
+import hypothesis
+import pytest
+import torch
+
+EMULATED = os.environ.get("ROBUSTKERN_EMULATED")
+REQUIRE_CUDA = os.environ.get("ROBUSTKERN_REQUIRE_CUDA") == "1"
+
+if EMULATED:  # before anything imports robustkern, which would load its own extension
+    if "robustkern" in sys.modules:
+        raise RuntimeError("robustkern was imported before tests/conftest.py could put the emulated kernels in place")
+    _spec = importlib.util.spec_from_file_location("robustkern._C", EMULATED)
+    sys.modules["robustkern._C"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["robustkern._C"])
+
+import robustkern  # noqa: E402
+from robustkern import _library  # noqa: E402
+
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
+hypothesis.settings.register_profile(
+    "robustkern",
+    max_examples=10 if EMULATED else 60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much],
+)
+hypothesis.settings.load_profile("robustkern")
+
+
+def why_no_cuda() -> str | None:
+    """What is missing to test the CUDA kernels on a device; None if nothing is."""
+    if _library.cuda_why_unavailable() is not None:
+        return f"CUDA kernels not loaded: {_library.cuda_why_unavailable()}"
+    return None if torch.cuda.is_available() else "CUDA kernels loaded, but PyTorch sees no device"
+
+
+def pytest_generate_tests(metafunc):
+    if "device" not in metafunc.fixturenames:
+        return
+    devices = ["cpu"]
+    if why_no_cuda() is None or REQUIRE_CUDA:
+        devices.append(pytest.param("cuda", marks=pytest.mark.cuda))
+    metafunc.parametrize("device", devices)
+
+
+def pytest_runtest_setup(item):
+    device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+    if device is None:
+        return
+    item.user_properties.append(("device", device))
+    reason = why_no_cuda() if device == "cuda" else _library.why_unavailable()
+    if reason is None:
+        return
+    if device == "cpu" or REQUIRE_CUDA:
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def emulated() -> bool:
+    """Whether CPU tensors are served by the emulated CUDA kernels."""
+    return bool(EMULATED)
+
+
+@pytest.fixture
+def not_emulated() -> None:
+    """Skips a test that the emulator would need minutes for, or that is about the CPU kernels."""
+    if EMULATED:
+        pytest.skip("too slow in the emulator, or about the CPU kernels")
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    """The same random numbers for every test, whatever ran before; no compiled code left behind."""
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+
+
+def describe_build() -> list[str]:
+    """Which kernels these tests run on."""
+    extension = _library.extension()
+    if EMULATED:
+        cpu = f"emulated CUDA kernels ({EMULATED})"
+    elif extension is not None:
+        info = extension.build_info()
+        cpu = f"CPU kernels built with {info['compiler']} for PyTorch {info['torch']}, running {info['cpu_runs']}"
+    else:
+        cpu = f"none: {_library.why_unavailable()}"
+    missing = why_no_cuda()
+    cuda = torch.cuda.get_device_name() if missing is None else f"not tested: {missing}"
+    threads = f"{torch.get_num_threads()} threads"
+    versions = f"robustkern {robustkern.__version__}, PyTorch {torch.__version__}, {threads}"
+    return [versions, f"  cpu: {cpu}", f"  cuda: {cuda}"]
+
+
+def pytest_report_header():
+    return describe_build()
+
+
+def pytest_sessionstart(session):
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None and not reporter.showheader:  # -q leaves the header out
+        for line in describe_build():
+            reporter.write_line(line)
+
+
+def pytest_terminal_summary(terminalreporter):
+    ran = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            ran[dict(report.user_properties).get("device", "no device")] += 1
+    cpu = "emulated" if EMULATED else "cpu"
+    counts = [f"{cpu} {ran['cpu']}", f"cuda {ran['cuda']}", f"independent of a device {ran['no device']}"]
+    terminalreporter.write_line(f"tests run: {', '.join(counts)}")

@@ -1,0 +1,25 @@
+"""Value, gradient and double backward of every operator, as accurate as the reference allows, in every dtype."""
+
+import torch
+from cases import assert_accurate, cotangents, over_dtypes, over_filled, over_small
+
+
+@over_dtypes
+@over_filled
+def test_value_and_derivatives(case, dtype, device):
+    sample = case.sample(device, dtype)
+    assert_accurate(sample, *cotangents(sample))
+
+
+@over_small
+def test_formulas_are_the_derivatives_of_the_values(case, device):
+    """Against finite differences, which know nothing of the reference."""
+    sample = case.sample(device, torch.float64)
+    x = sample.inputs[0].detach().requires_grad_()
+
+    def call(v):
+        return sample(v, impl="kernel")
+
+    assert torch.autograd.gradcheck(call, (x,))
+    grad = cotangents(sample)[0].requires_grad_()
+    assert torch.autograd.gradgradcheck(call, (x,), (grad,), gen_non_contig_grad_outputs=True)

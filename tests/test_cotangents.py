@@ -1,0 +1,150 @@
+"""Autograd's habits: cotangents of every kind and layout, graphs used twice, partial graphs, untouched inputs."""
+
+import pytest
+import torch
+from cases import (
+    assert_accurate,
+    assert_same_bits,
+    cotangents,
+    over_dtypes,
+    over_filled,
+    over_small,
+    recorded_calls,
+    run,
+)
+
+
+def transposed(t):
+    return t.t().contiguous().t() if t.dim() == 2 else torch.stack([t, t], -1)[..., 0]
+
+
+def interleaved(t):
+    return torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
+
+
+# Each turns the random cotangents of the value and of the gradient into what autograd might send instead.
+KINDS = {
+    "one a row": lambda grad, gg_x: (torch.arange(1, grad.numel() + 1).to(grad).view_as(grad), gg_x),
+    "expanded": lambda grad, gg_x: (grad.flatten()[0].expand(grad.shape), gg_x.flatten()[0].expand(gg_x.shape)),
+    "expanded along rows": lambda grad, gg_x: (grad, gg_x[:1].expand_as(gg_x)),
+    "interleaved": lambda grad, gg_x: (interleaved(grad), interleaved(gg_x)),
+    "transposed": lambda grad, gg_x: (grad, transposed(gg_x)),
+    "flipped": lambda grad, gg_x: (grad.flip(0), gg_x.flip(0)),
+    "contiguous": lambda grad, gg_x: (grad.contiguous(), gg_x.contiguous()),
+}
+
+
+@over_filled
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_cotangents(case, kind, device):
+    sample = case.sample(device, torch.float32)
+    assert_accurate(sample, *KINDS[kind](*cotangents(sample)))
+
+
+@over_small
+def test_zero_cotangents_give_zeros(case, device):
+    sample = case.sample(device, torch.float32)
+    grad, gg_x = cotangents(sample)
+    result = run(sample, torch.zeros_like(grad), gg_x)
+    assert not result.grad_x.any()
+    assert not result.second.any()
+    assert result.gg_grad.any() or "gg_grad" in sample.zero
+    result = run(sample, grad, torch.zeros_like(gg_x))
+    assert not result.gg_grad.any()
+    assert not result.second.any()
+    assert result.grad_x.any() or "grad_x" in sample.zero
+
+
+@over_dtypes
+@over_small
+def test_operators_write_to_no_input(case, dtype, device):
+    for call in recorded_calls(case.sample(device, dtype)).values():
+        before = {name: (tensor.clone(), tensor._version) for name, tensor in call.tensors.items()}
+        results = call()
+        for name, tensor in call.tensors.items():
+            assert_same_bits(tensor, before[name][0])
+            assert tensor._version == before[name][1], f"{call.name} bumped the version of {name}"
+            for result in results:
+                shared = result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+                assert not shared or not result.numel(), f"{call.name} returns memory of {name}"
+
+
+@over_small
+def test_one_graph_serves_several_backwards(case, device):
+    sample = case.sample(device, torch.float32)
+    x = sample.inputs[0].detach().requires_grad_()
+    grad, gg_x = cotangents(sample)
+    value = sample(x, impl="kernel")
+    (first,) = torch.autograd.grad(value, x, grad, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(value, x, 2 * grad, retain_graph=True)
+    (again,) = torch.autograd.grad(value, x, grad, create_graph=True)
+    assert_same_bits(first, kept)
+    assert_same_bits(again.detach(), kept)
+    assert_same_bits(second, 2 * kept)
+    if "second" in sample.zero:
+        return
+    (hvp,) = torch.autograd.grad(again, x, gg_x, retain_graph=True)
+    (twice,) = torch.autograd.grad(again, x, 2 * gg_x, retain_graph=True)
+    (once_more,) = torch.autograd.grad(again, x, gg_x)
+    assert_same_bits(hvp, once_more)
+    assert_same_bits(twice, 2 * hvp)
+
+
+@over_small
+def test_what_requires_grad_gets_one_and_the_rest_does_not(case, device):
+    sample = case.sample(device, torch.float32)
+    grad, gg_x = cotangents(sample)
+    expected = run(sample, grad, gg_x)
+    assert not sample(impl="kernel").requires_grad
+    backward = recorded_calls(sample)[f"{case.op}_backward"]
+    first = sample.inputs[0].detach().requires_grad_()
+    with torch.no_grad():
+        assert not sample(first, impl="kernel").requires_grad
+    # Only the cotangent of the value is differentiated, then only the input.
+    grad = grad.detach().requires_grad_()
+    (grad_x,) = torch.autograd.grad(sample(first, impl="kernel"), first, grad, create_graph=True)
+    (gg_grad,) = torch.autograd.grad(grad_x, grad, gg_x)
+    assert_same_bits(gg_grad, expected.gg_grad)
+    (grad_x,) = torch.autograd.grad(sample(first, impl="kernel"), first, grad.detach(), create_graph=True)
+    if "second" not in sample.zero:
+        (second,) = torch.autograd.grad(grad_x, first, gg_x)
+        assert_same_bits(second, expected.second)
+    names = list(backward.tensors)
+    alone = backward(**{names[0]: backward.tensors[names[0]].clone().requires_grad_()})
+    assert alone[0].requires_grad and not backward()[0].requires_grad
+
+
+@over_small
+def test_third_order_is_refused(case, device):
+    sample = case.sample(device, torch.float64)
+    x = sample.inputs[0].detach().requires_grad_()
+    grad, gg_x = (t.requires_grad_() for t in cotangents(sample))
+    (grad_x,) = torch.autograd.grad(sample(x, impl="kernel"), x, grad, create_graph=True)
+    gg_grad, second = torch.autograd.grad(grad_x, (grad, x), gg_x, create_graph=True, allow_unused=True)
+    for derivative in (gg_grad, second):
+        if derivative is not None:
+            with pytest.raises(RuntimeError, match="third-order derivatives are not supported; use impl='reference'"):
+                derivative.sum().backward(retain_graph=True)
+
+
+@over_small
+def test_the_reference_has_a_third_order(case, device):
+    sample = case.sample(device, torch.float64)
+    x = sample.inputs[0].detach().requires_grad_()
+    gg_x = cotangents(sample)[1]
+    (grad_x,) = torch.autograd.grad(sample(x, impl="reference").sum(), x, create_graph=True)
+    if grad_x.requires_grad and "second" not in sample.zero:
+        (second,) = torch.autograd.grad(grad_x, x, gg_x, create_graph=True)
+        if second.requires_grad:  # false where the third derivative is identically zero
+            torch.autograd.grad(second.sum(), x, allow_unused=True)
+
+
+@over_small
+def test_leaf_gradients_accumulate(case, device):
+    sample = case.sample(device, torch.float32)
+    x = sample.inputs[0].detach().clone().requires_grad_()
+    grad = cotangents(sample)[0]
+    for _ in range(2):
+        sample(x, impl="kernel").backward(grad)
+    assert_same_bits(x.grad, 2 * run(sample, *cotangents(sample)).grad_x)

@@ -14,11 +14,11 @@
 
 // A block's static shared memory is a static variable: blocks run one after another.
 //
-// Plain build: thread_local, because that puts the arrays of a module next to each other, in its thread-local storage,
-// where they can be refilled before every block. Other thread_local variables of the module are overwritten too, so
-// emulated kernels belong in a shared library of their own.
-// ThreadSanitizer: thread_local, because every block has an OS thread of its own and so starts without history.
-// AddressSanitizer: not thread_local, because it puts red zones only around plain variables.
+// It is thread_local, because that puts the arrays of a module next to each other, in its thread-local storage, where
+// they can be refilled before every block. Other thread_local variables of the module are overwritten too, so emulated
+// kernels belong in a shared library of their own. Under ThreadSanitizer, where every block has an OS thread of its
+// own, the arrays also start without history. AddressSanitizer puts red zones only around plain variables, so there
+// the arrays are not thread_local, and keep what the block before has left in them.
 #undef __shared__
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
@@ -30,7 +30,7 @@ namespace cuda_emulator {
 
 inline constexpr unsigned char poison = 0xff;  // NaN in every floating-point format, -1 in every signed integer
 
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if !defined(__SANITIZE_ADDRESS__)
 inline thread_local char module_anchor = 0;  // lies in the thread-local storage of the kernels' module
 
 inline void poison_static_shared_memory() {

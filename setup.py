@@ -68,7 +68,7 @@ def cuda_extension() -> Extension | None:
         define_macros=[*DEFINES, ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": CXX_FLAGS,
-            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=-v,--warn-on-spills", "--threads=2", *arch_flags],
+            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=--warn-on-spills", "--threads=2", *arch_flags],
         },
         language="c++",
     )

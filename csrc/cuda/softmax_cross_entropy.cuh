@@ -82,7 +82,7 @@ __device__ __forceinline__ bool settle_row(const CrossEntropyCall<S>& c, const R
 }
 
 template <class S>
-__global__ void __launch_bounds__(512) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
+__global__ void __launch_bounds__(512, 1) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     const RowTarget<S> target(c, row);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(512) softmax_cross_entropy_kernel(const CrossE
 }
 
 template <class S>
-__global__ void __launch_bounds__(512) softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c) {
+__global__ void __launch_bounds__(512, 1) softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     const RowTarget<S> target(c, row);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(512) softmax_cross_entropy_backward_kernel(con
 }
 
 template <class S>
-__global__ void __launch_bounds__(512) softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c) {
+__global__ void __launch_bounds__(512, 1) softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     const RowTarget<S> target(c, row);

@@ -1,0 +1,77 @@
+# make demo   set up .venv, build, and train a small network with and without the penalty on real data
+# make test   set up .venv, build, and run every test
+# make build  set up .venv and build, nothing more
+# make help   the other targets
+# Everything needs only Python >= 3.10 with venv, a C++20 compiler and make: no root, no GPU, no nvcc.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+JOBS ?= 2
+
+.PHONY: help build demo test lint format bench render cuda-compile test-cuda-emulated clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo                train with and without the penalty on real data (sets up and builds first)"
+	@echo "make test                every test"
+	@echo "make build               set up .venv and build"
+	@echo "make lint                ruff, mypy and clang-format, nothing changed"
+	@echo "make format              ruff and clang-format, in place"
+	@echo "make cuda-compile        compile the CUDA kernels with nvcc, on any machine; fails on a register spill"
+	@echo "make test-cuda-emulated  run the CUDA kernels on the CPU: plain, under ASan + UBSan, under TSan"
+	@echo "make bench               benchmarks of this machine; make render puts them into README.md"
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, " + sys.version.split()[0] + " found; set PYTHON=") if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python constraints.txt pyproject.toml
+	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(PIP) install -c constraints.txt typer rich matplotlib scikit-learn safetensors
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install -c constraints.txt pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	@touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/robustkern demo --out demo
+
+test: build $(VENV)/.dev
+	$(BIN)/python -m pytest tests --ignore=tests/test_cuda_emulator.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+
+cuda-compile: build
+	$(BIN)/python tests/cuda_compile.py
+
+test-cuda-emulated: build $(VENV)/.dev
+	sh tests/cuda_emulator/run.sh $(BIN)/python
+
+bench: build $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+render: build
+	$(BIN)/python -m benchmarks.render
+
+clean:
+	rm -rf build dist demo *.egg-info robustkern/*.so $(VENV)/.built

@@ -1,4 +1,5 @@
-// The Python module robustkern._C: importing it registers the operators of ops.cpp and their CPU kernels; it answers what it was built with.
+// The Python module robustkern._C: importing it registers the operators of ops.cpp and their CPU kernels; it answers
+// what it was built with.
 #include <pybind11/pybind11.h>
 
 #include <string>

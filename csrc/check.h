@@ -1,4 +1,5 @@
-// Every argument check of every entry point.  A message names the operator, the argument, what was expected and what came:
+// Every argument check of every entry point.  A message names the operator, the argument, what was expected and what
+// came:
 //   row_norm_backward: grad must be [4] float32 on cuda:0, got [4] float64 on cpu
 #pragma once
 
@@ -82,8 +83,8 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
 // `t` must have exactly this shape and dtype, and live where `like` lives.
 inline void check_tensor(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                          ScalarType dtype, const Tensor& like) {
-  STD_TORCH_CHECK(sizes_of(t) == sizes && t.scalar_type() == dtype && same_device(t, like), op, ": ", name,
-                  " must be ", shape_text(sizes), " ", name_of(dtype), " on ", device_of(like), ", got ", describe(t));
+  STD_TORCH_CHECK(sizes_of(t) == sizes && t.scalar_type() == dtype && same_device(t, like), op, ": ", name, " must be ",
+                  shape_text(sizes), " ", name_of(dtype), " on ", device_of(like), ", got ", describe(t));
 }
 
 // Rows that a kernel can read where they lie: columns adjacent, rows at any distance.  Anything else is copied once.

@@ -15,7 +15,8 @@ inline void check_cross_entropy(const char* op, const Tensor& logits, const Tens
     check_tensor(op, "target", target, {logits.size(0)}, ScalarType::Long, logits);
   } else {
     const bool wide = target.scalar_type() == accumulation_type(dtype);  // probabilities may be finer than the logits
-    check_tensor(op, "target", target, {logits.size(0), logits.size(1)}, wide ? accumulation_type(dtype) : dtype, logits);
+    check_tensor(op, "target", target, {logits.size(0), logits.size(1)}, wide ? accumulation_type(dtype) : dtype,
+                 logits);
   }
   STD_TORCH_CHECK(logits.size(1) >= 1 || logits.size(0) == 0, op, ": logits must have at least one class, got ",
                   describe(logits));

@@ -38,9 +38,13 @@ template <class S>
 RK_HOST_DEVICE S store(double v);
 
 template <>
-RK_HOST_DEVICE float store<float>(float v) { return v; }
+RK_HOST_DEVICE float store<float>(float v) {
+  return v;
+}
 template <>
-RK_HOST_DEVICE double store<double>(double v) { return v; }
+RK_HOST_DEVICE double store<double>(double v) {
+  return v;
+}
 
 template <>
 RK_HOST_DEVICE BFloat16 store<BFloat16>(float v) {  // to nearest, ties to even

@@ -1,4 +1,5 @@
-// Short pieces of a row on their way between storage and the accumulation type.  Each function is compiled for every instruction set.
+// Short pieces of a row on their way between storage and the accumulation type.  Each function is compiled for every
+// instruction set.
 #pragma once
 
 #include "dispatch.h"
@@ -28,7 +29,11 @@ RK_MULTIVERSION static inline void write_piece(ScalarType dtype, const float* fr
   }
 }
 
-inline void read_piece(ScalarType, const void* from, double* to, int64_t n) { std::memcpy(to, from, n * sizeof(double)); }
-inline void write_piece(ScalarType, const double* from, void* to, int64_t n) { std::memcpy(to, from, n * sizeof(double)); }
+inline void read_piece(ScalarType, const void* from, double* to, int64_t n) {
+  std::memcpy(to, from, n * sizeof(double));
+}
+inline void write_piece(ScalarType, const double* from, void* to, int64_t n) {
+  std::memcpy(to, from, n * sizeof(double));
+}
 
 }  // namespace rk::cpu

@@ -1,5 +1,6 @@
-// row_norm on the CPU.  Formulas: math/row_norm.h.  A row is worked on in chunks of fixed size, so that the order of additions, and
-// with it every bit of the result, depends on the row alone: neither on the batch nor on the number of threads.
+// row_norm on the CPU.  Formulas: math/row_norm.h.  A row is worked on in chunks of fixed size, so that the order of
+// additions, and with it every bit of the result, depends on the row alone: neither on the batch nor on the number of
+// threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -27,9 +28,9 @@ struct Arguments {
   const void *grad, *norms;       // [rows], accumulation type
   const void* weights;            // [entries] or none: `run` columns share an entry, and the entries repeat
   int64_t run, entries;
-  double *partial, *ties;         // [rows, chunks]
-  void* per_row;                  // [rows] output, accumulation type
-  void* out;                      // [rows, cols] output
+  double *partial, *ties;  // [rows, chunks]
+  void* per_row;           // [rows] output, accumulation type
+  void* out;               // [rows, cols] output
 };
 
 double row_total(const double* partial, const Arguments& a, int64_t row) {
@@ -62,7 +63,8 @@ bool stored_as(const Arguments& a) {
   return a.item == sizeof(A);
 }
 
-// Columns [begin, end) times their weights, in the accumulation type.  Where the row itself is just that, nothing is copied.
+// Columns [begin, end) times their weights, in the accumulation type.  Where the row itself is just that, nothing is
+// copied.
 template <class A>
 const A* weighted(const Arguments& a, const void* base, int64_t offset, int64_t begin, int64_t end, A* buffer) {
   const char* from = static_cast<const char*>(base) + (offset + begin) * a.item;
@@ -129,14 +131,9 @@ void finish_row(const Arguments& a, int64_t row) {
     case Norm::kInf:
       for (int64_t c = 0; c < a.chunks; ++c) n = larger(n, a.partial[row * a.chunks + c]);
       break;
-    case Norm::kL2:
-      n = safe ? RowNorm<Norm::kL2, double>::finish(n, a.p) : scaled_norm<Norm::kL2, A>(a, row);
-      break;
-    case Norm::kP:
-      n = safe ? RowNorm<Norm::kP, double>::finish(n, a.p) : scaled_norm<Norm::kP, A>(a, row);
-      break;
-    default:
-      break;
+    case Norm::kL2: n = safe ? RowNorm<Norm::kL2, double>::finish(n, a.p) : scaled_norm<Norm::kL2, A>(a, row); break;
+    case Norm::kP: n = safe ? RowNorm<Norm::kP, double>::finish(n, a.p) : scaled_norm<Norm::kP, A>(a, row); break;
+    default: break;
   }
   static_cast<A*>(a.per_row)[row] = A(n);
 }
@@ -197,8 +194,8 @@ void bend_unit(const Arguments& a, int64_t row, int64_t chunk) {
   });
 }
 
-// What a pass over the units does.  A step that needs whole-row sums comes in a later pass than the step that makes them, unless
-// each row is one unit: then both run while the row is in cache.
+// What a pass over the units does.  A step that needs whole-row sums comes in a later pass than the step that makes
+// them, unless each row is one unit: then both run while the row is in cache.
 enum Step : int { kValue = 1, kFinish = 2, kTies = 4, kBackward = 8, kDirectional = 16, kBend = 32 };
 
 template <class A>
@@ -217,13 +214,12 @@ void run_units(const Arguments& a, int steps, int64_t begin, int64_t end) {
 void run(const Arguments& a, std::initializer_list<int> passes) {
   const int64_t columns = std::max<int64_t>(1, std::min(a.cols, kChunk));
   const auto pass = [&](int steps) {
-    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(columns),
-                                [&](int64_t begin, int64_t end) {
-                                  if (a.dtype == ScalarType::Double)
-                                    run_units<double>(a, steps, begin, end);
-                                  else
-                                    run_units<float>(a, steps, begin, end);
-                                });
+    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
+      if (a.dtype == ScalarType::Double)
+        run_units<double>(a, steps, begin, end);
+      else
+        run_units<float>(a, steps, begin, end);
+    });
   };
   if (a.chunks == 1) {
     int all = 0;

@@ -21,8 +21,7 @@ RK_HOST_DEVICE A terms_of(Norm norm, const A* a, int64_t n, A p) {
       return lane_max<A>(n, A(0), [=](int64_t j) RK_INLINE_LAMBDA { return RowNorm<Norm::kInf, A>::term(a[j], p); });
     case Norm::kP:
       return lane_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return RowNorm<Norm::kP, A>::term(a[j], p); });
-    default:
-      return lane_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return RowNorm<Norm::kL2, A>::term(a[j], p); });
+    default: return lane_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return RowNorm<Norm::kL2, A>::term(a[j], p); });
   }
 }
 
@@ -51,9 +50,8 @@ RK_HOST_DEVICE void slopes_of(Norm norm, const A* a, A* out, int64_t n, const Ro
 // sum_j v_j slope_j
 template <Norm kNorm, class A>
 RK_HOST_DEVICE A directional(const A* a, const A* v, int64_t n, const RowScalars<A>& r) {
-  return lane_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA {
-    return v[j] * RowNorm<kNorm, A>::slope(a[j], r.n, r.p, r.ties);
-  });
+  return lane_sum<A>(
+      n, [=](int64_t j) RK_INLINE_LAMBDA { return v[j] * RowNorm<kNorm, A>::slope(a[j], r.n, r.p, r.ties); });
 }
 
 template <class A>
@@ -85,23 +83,23 @@ RK_HOST_DEVICE void bends_of(Norm norm, const A* a, const A* v, A* out, int64_t 
 }
 
 // The same for each accumulation type, compiled for every instruction set.
-#define RK_ROW_NORM_LOOPS(A)                                                                                       \
-  RK_MULTIVERSION static A terms(Norm norm, const A* a, int64_t n, A p) { return terms_of<A>(norm, a, n, p); }     \
-  RK_MULTIVERSION static A ties(const A* a, int64_t n, A norm) { return ties_of<A>(a, n, norm); }                  \
-  RK_MULTIVERSION static void slopes(Norm norm, const A* a, A* out, int64_t n, const RowScalars<A>& r) {           \
-    slopes_of<A>(norm, a, out, n, r);                                                                              \
-  }                                                                                                                \
-  RK_MULTIVERSION static A directional(Norm norm, const A* a, const A* v, int64_t n, const RowScalars<A>& r) {     \
-    return directional_of<A>(norm, a, v, n, r);                                                                    \
-  }                                                                                                                \
+#define RK_ROW_NORM_LOOPS(A)                                                                                        \
+  RK_MULTIVERSION static A terms(Norm norm, const A* a, int64_t n, A p) { return terms_of<A>(norm, a, n, p); }      \
+  RK_MULTIVERSION static A ties(const A* a, int64_t n, A norm) { return ties_of<A>(a, n, norm); }                   \
+  RK_MULTIVERSION static void slopes(Norm norm, const A* a, A* out, int64_t n, const RowScalars<A>& r) {            \
+    slopes_of<A>(norm, a, out, n, r);                                                                               \
+  }                                                                                                                 \
+  RK_MULTIVERSION static A directional(Norm norm, const A* a, const A* v, int64_t n, const RowScalars<A>& r) {      \
+    return directional_of<A>(norm, a, v, n, r);                                                                     \
+  }                                                                                                                 \
   RK_MULTIVERSION static void bends(Norm norm, const A* a, const A* v, A* out, int64_t n, const RowScalars<A>& r) { \
-    bends_of<A>(norm, a, v, out, n, r);                                                                            \
-  }                                                                                                                \
-  RK_MULTIVERSION static void multiply(A* values, const A* w, int64_t n) {                                         \
-    for (int64_t j = 0; j < n; ++j) values[j] *= w[j];                                                             \
-  }                                                                                                                \
-  RK_MULTIVERSION static void multiply(A* values, A w, int64_t n) {                                                \
-    for (int64_t j = 0; j < n; ++j) values[j] *= w;                                                                \
+    bends_of<A>(norm, a, v, out, n, r);                                                                             \
+  }                                                                                                                 \
+  RK_MULTIVERSION static void multiply(A* values, const A* w, int64_t n) {                                          \
+    for (int64_t j = 0; j < n; ++j) values[j] *= w[j];                                                              \
+  }                                                                                                                 \
+  RK_MULTIVERSION static void multiply(A* values, A w, int64_t n) {                                                 \
+    for (int64_t j = 0; j < n; ++j) values[j] *= w;                                                                 \
   }
 
 RK_ROW_NORM_LOOPS(float)

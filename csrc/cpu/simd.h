@@ -3,8 +3,9 @@
 
 #include "../math/scalar.h"
 
-// A function marked RK_MULTIVERSION is compiled for baseline x86-64, AVX2 + FMA and AVX-512, and the loader picks one on the machine it
-// runs on.  Everything it calls must be inlined into it (RK_HOST_DEVICE, RK_INLINE_LAMBDA): a call would leave the instruction set.
+// A function marked RK_MULTIVERSION is compiled for baseline x86-64, AVX2 + FMA and AVX-512, and the loader picks one
+// on the machine it runs on.  Everything it calls must be inlined into it (RK_HOST_DEVICE, RK_INLINE_LAMBDA): a call
+// would leave the instruction set.
 #if defined(__x86_64__) && defined(__ELF__) && \
     ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 17))
 #define RK_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))

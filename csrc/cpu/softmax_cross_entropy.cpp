@@ -1,5 +1,5 @@
-// softmax_cross_entropy on the CPU.  Formulas: math/softmax_cross_entropy.h.  One thread works a row in pieces that stay in its L1 cache, so a
-// row is read from memory once, whatever the number of sweeps over it.
+// softmax_cross_entropy on the CPU.  Formulas: math/softmax_cross_entropy.h.  One thread works a row in pieces that
+// stay in its L1 cache, so a row is read from memory once, whatever the number of sweeps over it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,7 +17,7 @@ namespace {
 struct Arguments {
   ScalarType dtype, target_dtype;
   int64_t rows, classes;
-  const void *logits, *target, *gg;                // gg: cotangent of grad_logits
+  const void *logits, *target, *gg;                 // gg: cotangent of grad_logits
   int64_t logits_stride, target_stride, gg_stride;  // elements between rows
   double label_smoothing, temperature;
   int64_t ignore_index;
@@ -95,7 +95,8 @@ struct Target {
 
 template <class A>
 void zero_row(const Arguments& a, int64_t row) {
-  if (a.out) std::memset(static_cast<char*>(a.out) + row * a.classes * item_size(a.dtype), 0, a.classes * item_size(a.dtype));
+  if (a.out)
+    std::memset(static_cast<char*>(a.out) + row * a.classes * item_size(a.dtype), 0, a.classes * item_size(a.dtype));
   if (a.per_row) static_cast<A*>(a.per_row)[row] = A(0);
 }
 
@@ -123,7 +124,8 @@ void value_row(const Arguments& a, int64_t row) {
     sum += sum_exp(piece, end - begin, inverse_t, max);
     if (spread) {
       A q = 0, g = 0;
-      gaps(piece, target.probabilities.piece(begin, end, t_buffer), end - begin, inverse_t, max, target.smoothing, q, g);
+      gaps(piece, target.probabilities.piece(begin, end, t_buffer), end - begin, inverse_t, max, target.smoothing, q,
+           g);
       total_q += q, gap += g;
     }
     if (target.index >= begin && target.index < end) {
@@ -139,7 +141,7 @@ void value_row(const Arguments& a, int64_t row) {
 template <class A>
 RowState<A> state_of(const Arguments& a, const Target<A>& target, int64_t row) {
   const A* statistics = static_cast<const A*>(a.statistics_in) + 2 * row;
-  return {statistics[0], statistics[1], target.total_q(a.classes), static_cast<const A*>(a.grad)[row],
+  return {statistics[0],        statistics[1], target.total_q(a.classes), static_cast<const A*>(a.grad)[row],
           A(1 / a.temperature), A(0)};
 }
 
@@ -246,7 +248,9 @@ class Call {
   }
 
  private:
-  static Tensor dense_target(const Tensor& t) { return t.dim() == 2 ? with_dense_rows(t) : torch::stable::contiguous(t); }
+  static Tensor dense_target(const Tensor& t) {
+    return t.dim() == 2 ? with_dense_rows(t) : torch::stable::contiguous(t);
+  }
 
   const char* op_;
   Tensor logits_, target_;
@@ -254,8 +258,8 @@ class Call {
   std::atomic<int64_t> bad_row_{-1};
 };
 
-std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing, double temperature,
-                                                 int64_t ignore_index) {
+std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing,
+                                                 double temperature, int64_t ignore_index) {
   Call call("softmax_cross_entropy", logits, target, label_smoothing, temperature, ignore_index);
   const ScalarType accumulation = accumulation_type(logits.scalar_type());
   Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, accumulation);
@@ -267,8 +271,8 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, d
   return {loss, statistics};
 }
 
-Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target, double label_smoothing,
-                                      double temperature, int64_t ignore_index) {
+Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target,
+                                      double label_smoothing, double temperature, int64_t ignore_index) {
   Call call("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature, ignore_index);
   call.set_grad(grad, statistics);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
@@ -279,8 +283,9 @@ Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statist
 }
 
 std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits,
-                                                                 Tensor statistics, Tensor target, double label_smoothing,
-                                                                 double temperature, int64_t ignore_index) {
+                                                                 Tensor statistics, Tensor target,
+                                                                 double label_smoothing, double temperature,
+                                                                 int64_t ignore_index) {
   Call call("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature, ignore_index);
   call.set_grad(grad, statistics);
   call.set_gg(gg_logits);

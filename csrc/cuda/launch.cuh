@@ -25,7 +25,7 @@
 
 // Declares `T* name`, the kernel's dynamic shared memory, aligned to 16 bytes.
 #if defined(__CUDACC__)
-#define RK_DYNAMIC_SHARED(T, name)                                           \
+#define RK_DYNAMIC_SHARED(T, name)                                          \
   extern __shared__ __align__(16) unsigned char rk_dynamic_shared_memory[]; \
   T* const name = reinterpret_cast<T*>(rk_dynamic_shared_memory)
 #else
@@ -53,8 +53,8 @@ template <class... Parameters, class... Arguments>
   constexpr std::size_t granted_without_asking = 32 * 1024;
   cudaError_t status = cudaSuccess;
   if (dynamic_shared > granted_without_asking) {
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(dynamic_shared));
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
   }
   if (status == cudaSuccess) {
     status = std::apply(

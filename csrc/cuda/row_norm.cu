@@ -1,4 +1,5 @@
-// row_norm for CUDA tensors: arguments checked, outputs allocated, kernels of row_norm.cuh launched on the current stream.
+// row_norm for CUDA tensors: arguments checked, outputs allocated, kernels of row_norm.cuh launched on the current
+// stream.
 #include "row_norm.cuh"
 
 #include <torch/csrc/stable/library.h>

@@ -1,8 +1,9 @@
 // Kernels of row_norm.  Formulas: math/row_norm.h.
 //
-// B rows, N columns; a unit of work is a chunk of kChunk columns of one row, one block each.  Rows of one chunk need one launch per call, longer
-// rows a second one, between which the chunks' sums lie in `partial`.  Bytes: x once for the value; x and the result once for the backward;
-// x, gg_x and the result once for the double backward of rows of one chunk (longer rows read x and gg_x twice).
+// B rows, N columns; a unit of work is a chunk of kChunk columns of one row, one block each.  Rows of one chunk need
+// one launch per call, longer rows a second one, between which the chunks' sums lie in `partial`.  Bytes: x once for
+// the value; x and the result once for the backward; x, gg_x and the result once for the double backward of rows of one
+// chunk (longer rows read x and gg_x twice).
 #pragma once
 
 #include <cstdint>
@@ -21,14 +22,14 @@ struct RowNormCall {
   Norm norm;
   A p;
   std::int64_t rows, cols, chunks;
-  const S *x, *gg_x;                  // [rows, cols]
-  std::int64_t x_stride, gg_x_stride; // elements between rows
-  const A *grad, *norms;              // [rows]
-  const A* weight;                    // [channels] or null: `inner` adjacent columns share an entry
+  const S *x, *gg_x;                   // [rows, cols]
+  std::int64_t x_stride, gg_x_stride;  // elements between rows
+  const A *grad, *norms;               // [rows]
+  const A* weight;                     // [channels] or null: `inner` adjacent columns share an entry
   std::int64_t inner, channels;
-  A *partial, *ties;                  // [rows, chunks], for rows of several chunks
-  A* per_row;                         // [rows] output
-  S* out;                             // [rows, cols] output
+  A *partial, *ties;  // [rows, chunks], for rows of several chunks
+  A* per_row;         // [rows] output
+  S* out;             // [rows, cols] output
 };
 
 // The weights of one chunk's columns.  One division finds the first of a vector, counting finds the others.
@@ -87,7 +88,8 @@ struct Unit {
         gg_x(c.gg_x + row * c.gg_x_stride + chunk * kChunk),
         out(c.out + row * c.cols + chunk * kChunk),
         weights(c, chunk * kChunk) {}
-  __device__ __forceinline__ Unit(const RowNormCall<S>& c, std::int64_t unit) : Unit(c, unit / c.chunks, unit % c.chunks) {}
+  __device__ __forceinline__ Unit(const RowNormCall<S>& c, std::int64_t unit)
+      : Unit(c, unit / c.chunks, unit % c.chunks) {}
 };
 
 // One thread's share of the sum (maximum for Linf) of term(a_j / scale) over a unit.
@@ -123,7 +125,8 @@ __device__ __forceinline__ accumulation_t<S> row_total(const accumulation_t<S>* 
 
 // The same over a whole row by one block, for the few rows whose terms overflowed or vanished.
 template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> scaled_total(const RowNormCall<S>& c, std::int64_t row, accumulation_t<S> scale) {
+__device__ __forceinline__ accumulation_t<S> scaled_total(const RowNormCall<S>& c, std::int64_t row,
+                                                          accumulation_t<S> scale) {
   accumulation_t<S> total = 0;
   for (std::int64_t chunk = 0; chunk < c.chunks; ++chunk) {
     const accumulation_t<S> part = thread_terms<kNorm>(c, Unit<S>(c, row, chunk), scale);

@@ -1,4 +1,5 @@
-// softmax_cross_entropy for CUDA tensors: arguments checked, outputs allocated, kernels of softmax_cross_entropy.cuh launched on the current stream.
+// softmax_cross_entropy for CUDA tensors: arguments checked, outputs allocated, kernels of softmax_cross_entropy.cuh
+// launched on the current stream.
 #include "softmax_cross_entropy.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -86,21 +87,23 @@ struct CrossEntropyTensors {
   }
 };
 
-std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing, double temperature,
-                                                 int64_t ignore_index) {
+std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing,
+                                                 double temperature, int64_t ignore_index) {
   const DeviceScope scope(logits);
   CrossEntropyTensors call("softmax_cross_entropy", logits, target, label_smoothing, temperature, ignore_index);
-  Tensor loss = call.new_rows(), statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, call.accumulation());
+  Tensor loss = call.new_rows(),
+         statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, call.accumulation());
   call.per_row = loss;
   call.statistics = statistics;
   call.launch_on(CrossEntropyOrder::kValue, scope.stream());
   return {loss, statistics};
 }
 
-Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target, double label_smoothing,
-                                      double temperature, int64_t ignore_index) {
+Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target,
+                                      double label_smoothing, double temperature, int64_t ignore_index) {
   const DeviceScope scope(logits);
-  CrossEntropyTensors call("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature, ignore_index);
+  CrossEntropyTensors call("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature,
+                           ignore_index);
   call.set_grad(grad, statistics);
   Tensor grad_logits = call.new_logits();
   call.out = grad_logits;
@@ -109,8 +112,9 @@ Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statist
 }
 
 std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits,
-                                                                 Tensor statistics, Tensor target, double label_smoothing,
-                                                                 double temperature, int64_t ignore_index) {
+                                                                 Tensor statistics, Tensor target,
+                                                                 double label_smoothing, double temperature,
+                                                                 int64_t ignore_index) {
   const DeviceScope scope(logits);
   CrossEntropyTensors call("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature,
                            ignore_index);

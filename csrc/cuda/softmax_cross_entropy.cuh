@@ -1,8 +1,9 @@
 // Kernels of softmax_cross_entropy.  Formulas: math/softmax_cross_entropy.h.
 //
-// One block a row, with as many threads as the row has 16-byte vectors, up to 512.  A kernel sweeps its row two times; the second sweep finds it in
-// the L1 or L2 cache, so device memory is read once: logits for the value; logits and result for the backward; logits, cotangent and
-// result for the double backward (and the target, where it is a row of probabilities).
+// One block a row, with as many threads as the row has 16-byte vectors, up to 512.  A kernel sweeps its row two times;
+// the second sweep finds it in the L1 or L2 cache, so device memory is read once: logits for the value; logits and
+// result for the backward; logits, cotangent and result for the double backward (and the target, where it is a row of
+// probabilities).
 #pragma once
 
 #include <cstdint>
@@ -17,16 +18,16 @@ template <class S>
 struct CrossEntropyCall {
   using A = accumulation_t<S>;
   std::int64_t rows, classes;
-  const S *logits, *gg;                  // [rows, classes]; gg: cotangent of grad_logits
+  const S *logits, *gg;                   // [rows, classes]; gg: cotangent of grad_logits
   std::int64_t logits_stride, gg_stride;  // elements between rows
-  const std::int64_t* indices;           // [rows], or null
-  const S* narrow_target;                // [rows, classes] probabilities as fine as the logits, or null
-  const A* wide_target;                  // the same in the accumulation type, or null
+  const std::int64_t* indices;            // [rows], or null
+  const S* narrow_target;                 // [rows, classes] probabilities as fine as the logits, or null
+  const A* wide_target;                   // the same in the accumulation type, or null
   std::int64_t target_stride, ignore_index;
   A label_smoothing, inverse_t;
-  const A *grad, *statistics_in;         // [rows], [rows, 2]
-  A *per_row, *statistics;               // [rows], [rows, 2] outputs
-  S* out;                                // [rows, classes] output
+  const A *grad, *statistics_in;  // [rows], [rows, 2]
+  A *per_row, *statistics;        // [rows], [rows, 2] outputs
+  S* out;                         // [rows, classes] output
 };
 
 // The target of one row.  A class that does not exist makes everything about its row NaN: raising would need the host.
@@ -118,10 +119,11 @@ __global__ void __launch_bounds__(512, 1) softmax_cross_entropy_backward_kernel(
     if (settle_row(c, target, row)) continue;
     const A max = c.statistics_in[2 * row], log_sum = c.statistics_in[2 * row + 1], grad = c.grad[row];
     const A total_q = target.total_q(c.classes), inverse_t = c.inverse_t;
-    transform(c.logits + row * c.logits_stride, c.out + row * c.classes, c.classes, Counter{}, [&](std::int64_t j, A v) {
-      const A p = softmax_probability(v * inverse_t, max, log_sum);
-      return grad * cross_entropy_slope(p, target.q(j), total_q, inverse_t);
-    });
+    transform(c.logits + row * c.logits_stride, c.out + row * c.classes, c.classes, Counter{},
+              [&](std::int64_t j, A v) {
+                const A p = softmax_probability(v * inverse_t, max, log_sum);
+                return grad * cross_entropy_slope(p, target.q(j), total_q, inverse_t);
+              });
   }
 }
 
@@ -156,7 +158,8 @@ cudaError_t launch_softmax_cross_entropy(CrossEntropyOrder order, const CrossEnt
   const dim3 block(threads_for<S>(c.classes, 512)), grid = grid_for(c.rows);
   switch (order) {
     case CrossEntropyOrder::kValue: return launch(softmax_cross_entropy_kernel<S>, grid, block, 0, stream, c);
-    case CrossEntropyOrder::kBackward: return launch(softmax_cross_entropy_backward_kernel<S>, grid, block, 0, stream, c);
+    case CrossEntropyOrder::kBackward:
+      return launch(softmax_cross_entropy_backward_kernel<S>, grid, block, 0, stream, c);
     default: return launch(softmax_cross_entropy_double_backward_kernel<S>, grid, block, 0, stream, c);
   }
 }

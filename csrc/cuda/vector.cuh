@@ -56,7 +56,8 @@ __device__ __forceinline__ void store_vector(S* pointer, const Vector<S>& v) {
   *reinterpret_cast<Vector<S>*>(pointer) = v;
 }
 
-// The threads of a block share n adjacent elements of one or two rows and, if kWrite, of an output row, in vectors where all are aligned.
+// The threads of a block share n adjacent elements of one or two rows and, if kWrite, of an output row, in vectors
+// where all are aligned.
 //
 // `cursor.at(j)` gives an iterator whose next() is what f needs to know of elements j, j + 1, ...: an index, a weight.
 //   kWrite: out[j] = f(cursor, x[j], ...), else f(cursor, x[j], ...) only.
@@ -117,7 +118,8 @@ __device__ __forceinline__ void transform(const S* x, S* out, std::int64_t n, co
 }
 
 template <class S, class Cursor, class F>
-__device__ __forceinline__ void transform(const S* x, const S* y, S* out, std::int64_t n, const Cursor& cursor, const F& f) {
+__device__ __forceinline__ void transform(const S* x, const S* y, S* out, std::int64_t n, const Cursor& cursor,
+                                          const F& f) {
   const S* const inputs[2] = {x, y};
   for_elements<true>(inputs, out, n, cursor, f);
 }
@@ -131,8 +133,8 @@ struct Counter {
   __device__ __forceinline__ Iterator at(std::int64_t j) const { return {j}; }
 };
 
-// Threads for a block that works on `columns` elements at a time: a multiple of 32, one vector a thread if that is enough.  It depends on
-// the row's length alone, and so does the order of additions.
+// Threads for a block that works on `columns` elements at a time: a multiple of 32, one vector a thread if that is
+// enough.  It depends on the row's length alone, and so does the order of additions.
 template <class S>
 unsigned threads_for(std::int64_t columns, unsigned most = 256) {
   const std::int64_t vectors = (columns + Vector<S>::kSize - 1) / Vector<S>::kSize, rounded = (vectors + 31) / 32 * 32;

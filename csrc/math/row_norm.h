@@ -7,7 +7,8 @@
 //                  grad_x_k = grad * w_k * bend(a_k, v_k)           bend = sum_j v_j d2n/(da_j da_k)
 //
 // where gg_x is the cotangent of the backward's grad_x.  Where a norm has a corner, the subgradient is zero, in both
-// orders: at a = 0 for every p, at a_k = 0 for L1 and for the bend of 1 < p < 2.  Linf shares its slope equally between ties.
+// orders: at a = 0 for every p, at a_k = 0 for L1 and for the bend of 1 < p < 2.  Linf shares its slope equally between
+// ties.
 #pragma once
 
 #include "scalar.h"

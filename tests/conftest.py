@@ -58,6 +58,16 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("device", devices)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves slow tests out unless -m asks about them."""
+    if "slow" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
 def pytest_runtest_setup(item):
     device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
     if device is None:

@@ -1,15 +1,14 @@
-// Softmax cross-entropy of one row of logits z with target distribution q (label smoothing already in q), temperature
-// T:
+// Softmax cross-entropy of one row of logits z; target distribution q (label smoothing already in it), temperature T:
 //
-//   value          loss   = Q l + sum_c q_c (m - z_c / T)             m = max_c z_c / T,  l = log sum_c exp(z_c / T -
-//   m) backward       grad_z = grad (Q p_c - q_c) / T                    p_c = exp((z_c / T - m) - l),  Q = sum_c q_c
-//   double         h        = sum_c p_c u_c                           u = cotangent of grad_z
-//   backward       gg_grad  = (Q h - sum_c q_c u_c) / T
-//                  grad_z_c = grad Q p_c (u_c - h) / T^2
+//   value      loss     = Q l + sum_c q_c (m - z_c / T)     m = max_c z_c / T,  l = log sum_c exp(z_c / T - m)
+//   backward   grad_z_c = grad (Q p_c - q_c) / T            p_c = exp((z_c / T - m) - l),  Q = sum_c q_c
+//   double     h        = sum_c p_c u_c                     u = cotangent of grad_z
+//   backward   gg_grad  = (Q h - sum_c q_c u_c) / T
+//              grad_z_c = grad Q p_c (u_c - h) / T^2
 //
 // m and l are kept apart: their sum, as one number, would cost p the digits that huge logits need.
 //
-// The target is an index y, q = (1 - s) e_y + s / C, or a row of probabilities t,  q = (1 - s) t + s / C.  A sum of t
+// The target is an index y, q = (1 - s) e_y + s / C, or a row of probabilities t, q = (1 - s) t + s / C.  A sum of t
 // other than one is allowed, as in torch.nn.functional.cross_entropy.
 #pragma once
 

@@ -8,13 +8,9 @@
 namespace {
 
 using testing::Buffer;
+using testing::Draw;
 using testing::expect_close;
 using testing::expect_success;
-
-struct Draw {
-  std::mt19937 random;
-  int operator()(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
-};
 
 template <class T>
 void test_row_normalize(Draw& draw, int cols, int offset, int threads) {

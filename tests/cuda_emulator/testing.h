@@ -11,10 +11,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "launch.cuh"
@@ -61,9 +64,11 @@ class Buffer {
  public:
   explicit Buffer(std::size_t count, std::size_t offset = 0)
       : count_(count), bytes_((count + offset) * sizeof(T)), memory_(new unsigned char[bytes_]) {
-    std::memset(memory_.get(), 0xff, bytes_);
     data_ = reinterpret_cast<T*>(memory_.get()) + offset;
+    fill_with_nan();
   }
+  void fill_with_nan() { std::memset(memory_.get(), 0xff, bytes_); }
+  std::string bytes() const { return std::string(reinterpret_cast<const char*>(memory_.get()), bytes_); }
   T* data() { return data_; }
   const T* data() const { return data_; }
   std::size_t size() const { return count_; }
@@ -123,6 +128,11 @@ inline void expect_close(double got, double want, double tolerance, const std::s
   if (!(std::fabs(got - want) <= tolerance) && !(std::isinf(want) && got == want)) report(what, got, want);
 }
 
+inline void expect_nan(double got, const std::string& what) {
+  ++checks;
+  if (!std::isnan(got)) report(what, got, std::nan(""));
+}
+
 // The launch went through; if not, nothing after it makes sense.
 inline void expect_success(cudaError_t status) {
   ++checks;
@@ -158,6 +168,33 @@ struct Options {
     }
   }
 };
+
+// Random choices of a test.
+struct Draw {
+  std::mt19937 random;
+
+  int operator()(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+  template <class T>
+  T one_of(std::initializer_list<T> values) {
+    return values.begin()[(*this)(0, static_cast<int>(values.size()) - 1)];
+  }
+};
+
+// Runs `call` in four orders of execution; what it leaves in the buffers must be the same to the last bit.
+template <class Call, class... Buffers>
+void run_in_all_orders(const Options& options, const std::string& what, const Call& call, Buffers&... outputs) {
+  cuda_emulator::configuration().order = options.order >= 0 ? options.order : cuda_emulator::forward;
+  expect_success(call());
+  if (options.order >= 0) return;
+  const auto first = std::make_tuple(outputs.bytes()...);
+  for (const int order : {1, 2, 3}) {
+    cuda_emulator::configuration().order = order;
+    (outputs.fill_with_nan(), ...);
+    expect_success(call());
+    ++checks;
+    if (std::make_tuple(outputs.bytes()...) != first) report(what + " in order " + std::to_string(order), 1, 0);
+  }
+}
 
 inline int finish() {
   std::printf("%d checks, %d failures\n", checks, failures);

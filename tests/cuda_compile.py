@@ -63,7 +63,9 @@ def compile_source(source: str, extension: Extension, nvcc: str) -> tuple[Path, 
         flags = [*extension.extra_compile_args["nvcc"], "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall"]
         return target, run([nvcc, "-c", source, "-o", str(target), *flags, *defines, *includes])
     compiler = os.environ.get("CXX", "c++")
-    return target, run([compiler, "-c", source, "-o", str(target), "-fPIC", *extension.extra_compile_args["cxx"], *defines, *includes])
+    return target, run(
+        [compiler, "-c", source, "-o", str(target), "-fPIC", *extension.extra_compile_args["cxx"], *defines, *includes]
+    )
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -71,8 +73,13 @@ def demangle(names: list[str]) -> list[str]:
     tool = shutil.which("c++filt")
     if tool is None:
         return names
-    lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
-    return [re.sub(r"\(rk::cuda::\w+Call<.*", "", line).replace("void ", "").replace("rk::cuda::", "").replace("rk::", "") for line in lines]
+    lines = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [
+        re.sub(r"\(rk::cuda::\w+Call<.*", "", line).replace("void ", "").replace("rk::cuda::", "").replace("rk::", "")
+        for line in lines
+    ]
 
 
 def parse(report: str) -> dict[str, dict[str, tuple[int, int, int]]]:
@@ -105,12 +112,27 @@ def main() -> None:
     print(f"{'registers / shared bytes / spilled bytes':<96}" + "".join(f"{arch:>16}" for arch in architectures))
     spilled = []
     for readable, name in sorted(zip(demangle(list(kernels)), kernels)):
-        print(f"{readable:<96}" + "".join("{:>16}".format("{} / {} / {}".format(*kernels[name][a])) for a in architectures))
+        print(
+            f"{readable:<96}"
+            + "".join("{:>16}".format("{} / {} / {}".format(*kernels[name][a])) for a in architectures)
+        )
         spilled += [f"{readable} on {a}" for a in architectures if kernels[name][a][2]]
     library = OUT / ("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
     folders = [flag for folder in extension.library_dirs for flag in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
-    run([os.environ.get("CXX", "c++"), "-shared", *(str(o) for o, _ in compiled), "-o", str(library), *folders, *(f"-l{name}" for name in extension.libraries)])
-    warnings = [line for _, report in compiled for line in report.splitlines() if "warning" in line and "spilled" not in line]
+    run(
+        [
+            os.environ.get("CXX", "c++"),
+            "-shared",
+            *(str(o) for o, _ in compiled),
+            "-o",
+            str(library),
+            *folders,
+            *(f"-l{name}" for name in extension.libraries),
+        ]
+    )
+    warnings = [
+        line for _, report in compiled for line in report.splitlines() if "warning" in line and "spilled" not in line
+    ]
     if warnings:
         sys.exit("cuda-compile: the compiler warns\n  " + "\n  ".join(warnings))
     if spilled:

@@ -54,5 +54,3 @@ def refuse_third_order(op: Any) -> None:
         raise RuntimeError(f"{op}: third-order derivatives are not supported; use impl='reference'")
 
     torch.library.register_autograd(op.default, backward, setup_context=setup_context)
-
-

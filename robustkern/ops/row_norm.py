@@ -175,7 +175,9 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     yield Sample(row_norm, (make(4, 3, 5, 5),), {"squared": True, "weight": weight}, "squared, weight")
     yield Sample(row_norm, (make(4, 3, 5, 5),), {"weight": 0.25}, "number as weight")
     yield Sample(row_norm, (make(2, 3, 16, 16),), {"weight": weight.view(3, 1, 1)}, "long runs of one weight")
-    yield Sample(row_norm, (make(4, 3, 5, 5).to(memory_format=torch.channels_last),), {"weight": weight}, "channels_last")
+    yield Sample(
+        row_norm, (make(4, 3, 5, 5).to(memory_format=torch.channels_last),), {"weight": weight}, "channels_last"
+    )
     yield Sample(row_norm, (make(3, 4, 5, 5).transpose(0, 1),), {"weight": weight}, "batch not outermost")
     yield Sample(row_norm, (make(5, 34)[1:, 1::2],), {}, "strided columns")
     yield Sample(row_norm, (make(5, 35)[:, 2:],), {"p": 1.0}, "unaligned rows", zero=flat)

@@ -66,7 +66,11 @@ def softmax_cross_entropy(
             f"got {list(target.shape)}"
         )
     target = target.long() if indices else target
-    options = {"label_smoothing": float(label_smoothing), "ignore_index": ignore_index, "temperature": float(temperature)}
+    options = {
+        "label_smoothing": float(label_smoothing),
+        "ignore_index": ignore_index,
+        "temperature": float(temperature),
+    }
     unsupported = "target requires grad" if target.requires_grad else None
     if not use_kernel(op, impl, logits, unsupported):
         return reference.softmax_cross_entropy(logits, target, **options)
@@ -94,7 +98,9 @@ def _register() -> None:
 
     @torch.library.register_fake("robustkern::softmax_cross_entropy_double_backward")
     def _(gg, grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
-        return logits.new_empty([logits.shape[0]], dtype=accumulation_dtype(logits.dtype)), logits.new_empty(logits.shape)
+        return logits.new_empty([logits.shape[0]], dtype=accumulation_dtype(logits.dtype)), logits.new_empty(
+            logits.shape
+        )
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         logits, target, *ctx.options = inputs
@@ -106,7 +112,13 @@ def _register() -> None:
         if grad is None:
             return (None,) * 5
         logits, statistics, target = ctx.saved_tensors
-        return ops.softmax_cross_entropy_backward(grad, logits, statistics, target, *ctx.options), None, None, None, None
+        return (
+            ops.softmax_cross_entropy_backward(grad, logits, statistics, target, *ctx.options),
+            None,
+            None,
+            None,
+            None,
+        )
 
     torch.library.register_autograd("robustkern::softmax_cross_entropy", backward, setup_context=setup)
 

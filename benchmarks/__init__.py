@@ -1,0 +1,1 @@
+"""Benchmarks of robustkern; see benchmarks/README.md."""

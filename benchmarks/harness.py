@@ -1,0 +1,291 @@
+"""What every benchmark shares: interleaved timing, peak memory, copy bandwidth, the stamp of a run, and files that are never half written."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Work = Callable[[], object]
+
+_SAMPLE_SECONDS = 5e-4  # one sample of the clock on the CPU covers at least this much work
+_COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}  # of each of the two tensors: far more than any cache holds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call, over the rounds."""
+
+    ms: float  # the fastest: noise only ever adds time
+    quartiles: tuple[float, float, float]
+    rounds: int
+
+
+class Stopped(Exception):
+    """Work that ran past its time limit."""
+
+
+def keep_pages() -> bool:
+    """Makes the C library keep freed memory, so that timings do not measure the operating system handing out zeroed pages.
+
+    glibc returns blocks above 32 MiB to the system on every free, and each new page then costs a fault of up to some microseconds: more than
+    the kernels themselves.  Every column gains alike, those that allocate most gain most.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_max = -1, -4  # from malloc.h
+        return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):
+        return False
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Interleaved:
+    """Times several ways of doing the same thing in turn, so that a slow moment of the machine is one for all of them.
+
+    On CUDA each call lies between two events, after the L2 cache has been flushed by writing a buffer twice its size.  On the CPU data
+    that fit the cache are measured in cache: calls follow each other, as many to a sample as make it long enough for the clock.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._flush = torch.empty(2 * cache_bytes("cuda"), dtype=torch.int8, device="cuda") if device == "cuda" else None
+
+    def __call__(
+        self, functions: Mapping[str, Work], *, seconds: float = 2.0, least: int = 5, most: int = 60
+    ) -> dict[str, Timing]:
+        """Rounds until `seconds` have passed, but between `least` and `most` of them."""
+        calls = {name: self._warm_up(function) for name, function in functions.items()}
+        samples: dict[str, list[float]] = {name: [] for name in functions}
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            end, rounds = time.perf_counter() + seconds, 0
+            while rounds < least or (rounds < most and time.perf_counter() < end):
+                for name, function in functions.items():
+                    samples[name].append(self._sample(function, calls[name]))
+                rounds += 1
+        finally:
+            if collecting:
+                gc.enable()
+        return {name: _timing(values) for name, values in samples.items()}
+
+    def _warm_up(self, function: Work) -> int:
+        function()
+        function()
+        if self.device == "cuda":
+            function()
+            return 1
+        return max(1, round(_SAMPLE_SECONDS / max(self._sample(function, 1) * 1e-3, 1e-7)))
+
+    def _sample(self, function: Work, calls: int) -> float:
+        if self.device == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush.zero_()
+            begin.record()
+            function()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return 1e3 * (time.perf_counter() - begin) / calls
+
+
+def _timing(values: list[float]) -> Timing:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return Timing(min(values), (quartiles[0], quartiles[1], quartiles[2]), len(values))
+
+
+class Copy:
+    """torch's own copy_ between two tensors far above cache size: the yardstick of every memory-bound kernel."""
+
+    def __init__(self, device: str, nbytes: int | None = None) -> None:
+        nbytes = nbytes or _COPY_BYTES[device]
+        self.source = torch.empty(nbytes // 4, dtype=torch.float32, device=device).normal_()
+        self.target = torch.empty_like(self.source)
+        self.bytes = 2 * self.source.nbytes  # read and written
+
+    def __call__(self) -> None:
+        self.target.copy_(self.source)
+
+    def gb_per_s(self, timing: Timing) -> float:
+        return self.bytes / timing.ms * 1e-6
+
+
+def peak_memory(function: Work, device: str) -> int:
+    """Bytes that `function` holds at its peak, above what was held before it.
+
+    CUDA: torch.cuda.max_memory_allocated.  CPU: the allocations and frees of PyTorch's CPU allocator in order of time, as its profiler
+    records them; scratch memory that oneDNN or a kernel takes elsewhere is not among them.
+    """
+    function()  # lazily created state is not counted
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises `Stopped` in the block after so many seconds; main thread only."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Stopped(f"stopped after {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why a column has no figure."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+@contextlib.contextmanager
+def differentiable_compilation() -> Iterator[None]:
+    """torch.compile traces torch.autograd.grad inside the compiled function, so that a whole penalised step becomes one graph."""
+    config = torch._dynamo.config
+    if not hasattr(config, "trace_autograd_ops"):
+        raise RuntimeError(f"PyTorch {torch.__version__} has no torch._dynamo.config.trace_autograd_ops")
+    with config.patch(trace_autograd_ops=True):
+        yield
+
+
+def cache_bytes(device: str) -> int:
+    """The last-level cache."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=32 << 20)
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=ROOT)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    cores = f"{torch.get_num_threads()} core{'s' if torch.get_num_threads() > 1 else ''}"
+    return torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {cores}"
+
+
+def stamp(device: str) -> dict[str, Any]:
+    """What a reader must know to reproduce or to doubt a figure."""
+    import robustkern
+    from robustkern import _library
+
+    extension = _library.extension()
+    commit = os.environ.get("ROBUSTKERN_COMMIT") or _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    if not os.environ.get("ROBUSTKERN_COMMIT") and _output("git", "status", "--porcelain", "--", "csrc", "robustkern"):
+        commit += " with uncommitted changes"
+    facts = {
+        "device": device_name(device),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "robustkern": robustkern.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),  # of other work at the start: a busy machine's figures are no good
+        "cache_bytes": cache_bytes(device),
+        "kernels": extension.build_info() if extension is not None and hasattr(extension, "build_info") else None,
+    }
+    if device == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    return facts
+
+
+def results_path(device: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device_name(device).lower())).strip("-")
+    return RESULTS / f"{'cpu-' if device == 'cpu' else ''}{slug}.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole file or the old one, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_section(path: Path, section: str, content: Mapping[str, Any]) -> None:
+    """Replaces one section of a results file and keeps the others."""
+    everything = json.loads(path.read_text()) if path.exists() else {}
+    everything[section] = content
+    write_atomically(path, dump(everything) + "\n")
+
+
+def dump(value: Any, indent: int = 0) -> str:
+    """JSON with one line per row, so that two runs can be compared with diff."""
+    pad = " " * indent
+    if isinstance(value, dict) and any(isinstance(item, (dict, list)) for item in value.values()):
+        body = ",\n".join(f"{pad} {json.dumps(key)}: {dump(item, indent + 1)}" for key, item in value.items())
+        return f"{{\n{body}\n{pad}}}" if indent < 2 else json.dumps(value)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"{pad} {json.dumps(item)}" for item in value) + f"\n{pad}]"
+    return json.dumps(value)

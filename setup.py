@@ -1,7 +1,7 @@
 """The two compiled extensions; everything else about the package stands in pyproject.toml.
 
-robustkern._C     operator schemas and CPU kernels, always built
-robustkern._cuda  CUDA kernels: built when nvcc is found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it out
+robustkern._C     operator schemas and CPU kernels, always built robustkern._cuda  CUDA kernels: built when nvcc is
+found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it out
 """
 
 import os
@@ -26,7 +26,8 @@ DEFINES = [
     ("RK_VERSION", f'"{VERSION}"'),
     ("RK_TORCH_VERSION", f'"{torch.__version__}"'),
 ]
-# Neither changes a value: they let the compiler vectorise comparisons and square roots, whose exception flags nobody reads.
+# Neither changes a value: they let the compiler vectorise comparisons and square roots, whose exception flags
+# nobody reads.
 VALUE_SAFE = ["-fno-math-errno", "-fno-trapping-math"]
 DEBUG = os.environ.get("ROBUSTKERN_DEBUG") == "1"
 CXX_FLAGS = [

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled extensions.  Importing this module never fails; it remembers why something is missing."""
+"""Finds and loads the compiled extensions.  Importing this never fails; it remembers why something is missing."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from robustkern.ops import row_norm
+from robustkern.ops.row_norm import row_norm
 
 
 def gradient_norm(
@@ -22,11 +22,12 @@ def gradient_norm(
 ) -> Tensor:  # [B]
     r"""||w * d loss_i / d x_i||_p for each sample i.
 
-    The gradient is that of the sum of the losses, so each sample's is its own and does not shrink with the batch.  A model that mixes the
-    samples of a batch, such as one with BatchNorm in training mode, adds the other samples' part.
+    The gradient is that of the sum of the losses, so each sample's is its own and does not shrink with the batch.  A
+    model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
+    part.
 
-    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact.  For robustness to perturbations
-    bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
+    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact.  For
+    robustness to perturbations bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
 
     Args:
         loss: one loss per sample, [B], computed from x by differentiable operations (reduction="none").
@@ -43,11 +44,12 @@ def gradient_norm(
     Raises:
         TypeError: x or loss is not a floating-point tensor.
         ValueError: x does not require grad, loss is not [B], loss does not depend on x, or its graph was detached.
-        RuntimeError: the model was compiled from outside (torch.compile of the model alone), whose gradient cannot be differentiated again.
+        RuntimeError: the model was compiled from outside (torch.compile of the model alone), whose gradient cannot
+            be differentiated again.
 
-    Differentiability: once more in the parameters and x if `create_graph`.  Determinism: as deterministic as the model's own backward.
-    Source: Drucker and LeCun, "Double backpropagation increasing generalization performance", 1991; Lyu et al., "A unified gradient regularization
-    family for adversarial examples", 2015.
+    Differentiability: once more in the parameters and x if `create_graph`.  Determinism: as deterministic as the
+    model's own backward. Source: Drucker and LeCun, "Double backpropagation increasing generalization performance",
+    1991; Lyu et al., "A unified gradient regularization family for adversarial examples", 2015.
     """
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     _check(loss, x)
@@ -55,7 +57,8 @@ def gradient_norm(
         (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=differentiable, retain_graph=True, allow_unused=True)
     if grad is None:
         raise ValueError(
-            "gradient_norm: loss does not depend on x: compute it from this very tensor, after x.requires_grad_(), without detach()"
+            "gradient_norm: loss does not depend on x: compute it from this very tensor, after x.requires_grad_(), "
+            "without detach()"
         )
     if differentiable:
         _check_differentiable(grad)
@@ -72,18 +75,20 @@ def _check(loss: Tensor, x: Tensor) -> None:
         raise ValueError("gradient_norm: x does not require grad: call x.requires_grad_() before the forward pass")
     if x.dim() == 0 or loss.shape != x.shape[:1]:
         raise ValueError(
-            f"gradient_norm: loss must hold one value per sample, shape {list(x.shape[:1])} for x of shape {list(x.shape)}, "
-            f"got {list(loss.shape)}: use reduction='none'"
+            f"gradient_norm: loss must hold one value per sample, shape {list(x.shape[:1])} for x of shape "
+            f"{list(x.shape)}, got {list(loss.shape)}: use reduction='none'"
         )
     if not loss.requires_grad:
         raise ValueError(
-            "gradient_norm: loss has no graph: it was computed under torch.no_grad() or detached, so it does not depend on x"
+            "gradient_norm: loss has no graph: it was computed under torch.no_grad() or detached, so it does not "
+            "depend on x"
         )
 
 
 _COMPILED_FROM_OUTSIDE = (
-    "gradient_norm: the model was compiled from outside, and a compiled backward cannot be differentiated again: compile the whole "
-    "penalised step instead, with torch._dynamo.config.trace_autograd_ops = True, or leave the model uncompiled"
+    "gradient_norm: the model was compiled from outside, and a compiled backward cannot be differentiated again: "
+    "compile the whole penalised step instead, with torch._dynamo.config.trace_autograd_ops = True, or leave the "
+    "model uncompiled"
 )
 
 
@@ -93,8 +98,9 @@ def _check_differentiable(grad: Tensor) -> None:
         return
     if not grad.requires_grad:
         raise ValueError(
-            "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is linear in x with frozen "
-            "parameters, or part of the model is detached; pass create_graph=False to measure the norm only"
+            "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is linear "
+            "in x with frozen parameters, or part of the model is detached; pass create_graph=False to measure the "
+            "norm only"
         )
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         return

@@ -27,8 +27,8 @@ class Terms(NamedTuple):
         """total.backward().
 
         Args:
-            inputs: accumulate gradients into these only, such as model.parameters().  Without it the gradient with respect to the input batch is
-                computed once more and thrown away.
+            inputs: accumulate gradients into these only, such as model.parameters().  Without it the gradient with
+                respect to the input batch is computed once more and thrown away.
         """
         self.total.backward(inputs=None if inputs is None else list(inputs))
 

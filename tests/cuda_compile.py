@@ -1,7 +1,8 @@
 """Compiles the CUDA extension with nvcc, on any machine: no GPU and no CUDA build of PyTorch needed.
 
-Prints registers, shared memory and spills of every kernel for every architecture; fails if a kernel spills registers, if the library does
-not link, or if it does not load into the PyTorch at hand and register its kernels.  Without nvcc it says so and succeeds.
+Prints registers, shared memory and spills of every kernel for every architecture; fails if a kernel spills
+registers, if the library does not link, or if it does not load into the PyTorch at hand and register its
+kernels.  Without nvcc it says so and succeeds.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def parse(report: str) -> dict[str, dict[str, tuple[int, int, int]]]:
     """{kernel: {architecture: (registers, shared bytes, spilled bytes)}} from ptxas -v."""
     kernels: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
     pattern = re.compile(
-        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*?)(?:\n|$)",
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers(.*?)(?:\n|$)",
         re.S,
     )
     for name, arch, stores, loads, registers, rest in pattern.findall(report):
@@ -146,7 +148,8 @@ def main() -> None:
     if reason:
         sys.exit(f"cuda-compile: {reason}")
     spec = importlib.util.spec_from_file_location("robustkern._cuda", library)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     if robustkern._library.cuda_extension() is None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc" / "ops.cpp").read_text())
@@ -155,7 +158,8 @@ def main() -> None:
         sys.exit(f"cuda-compile: no CUDA kernel registered for {', '.join(without)}")
     print(
         f"cuda-compile: {len(kernels)} kernels for {', '.join(architectures)} and PTX, none spills; {library.name} "
-        f"({library.stat().st_size / 2**20:.1f} MiB) loads with PyTorch {torch.__version__}; {time.perf_counter() - start:.0f} s"
+        f"({library.stat().st_size / 2**20:.1f} MiB) loads with PyTorch {torch.__version__}; "
+        f"{time.perf_counter() - start:.0f} s"
     )
 
 

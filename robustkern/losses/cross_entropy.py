@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustkern.ops import softmax_cross_entropy
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -22,8 +22,8 @@ class CrossEntropy:
         temperature: divides the logits.
         impl: "auto", "kernel" or "reference".
 
-    The call takes a model that maps x [B, ...] to logits [B, C], and classes or probabilities y; see `robustkern.ops.softmax_cross_entropy` for
-    dtypes, errors and derivatives.
+    The call takes a model that maps x [B, ...] to logits [B, C], and classes or probabilities y; see
+    `robustkern.ops.softmax_cross_entropy` for dtypes, errors and derivatives.
     """
 
     label_smoothing: float = 0.0

@@ -1,7 +1,6 @@
-"""What every operator registers with PyTorch in the same way: its vmap rule, and the end of its chain of derivatives."""
+"""What every operator registers with PyTorch in the same way: its vmap rule and the end of its chain."""
 
 from __future__ import annotations
-
 
 from typing import Any
 
@@ -35,8 +34,9 @@ def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:
         result = op(*(fold(a, d, r) for a, d, r in zip(args, in_dims, per_row)))
         first = next(i for i, rows in enumerate(per_row) if rows)
         shape = list(args[first].shape)
-        if in_dims[first] is not None:
-            shape.pop(in_dims[first])
+        mapped = in_dims[first]
+        if mapped is not None:
+            shape.pop(mapped)
         if isinstance(result, tuple):
             return tuple(unfold(r, shape[0]) for r in result), (0,) * len(result)
         return unfold(result, shape[0]), 0

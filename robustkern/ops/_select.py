@@ -25,7 +25,7 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def _composite_only() -> str | None:
-    """Transforms that differentiate through an operator's formula, which only the reference's plain PyTorch calls allow."""
+    """Why only plain PyTorch calls will do: transforms that differentiate through an operator's formula."""
     if torch.compiler.is_compiling():
         return None
     if forward_ad._current_level >= 0:

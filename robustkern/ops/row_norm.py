@@ -11,8 +11,8 @@ from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern.ops._register import refuse_third_order, register_row_vmap
-from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 from robustkern.ops._samples import Sample, make_tensor
+from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
 
 def row_norm(
@@ -25,14 +25,14 @@ def row_norm(
 ) -> Tensor:  # [B]
     r"""n_i = ||w * x_i||_p, with weight w_c on channel c = dimension 1 of x.
 
-    Sums run in float32 for 16- and 32-bit data and in float64 for float64.  Rows of tiny or huge numbers neither vanish nor overflow.
-    Bytes moved: x once for the value, x once more and the result once for each derivative.
+    Sums run in float32 for 16- and 32-bit data and in float64 for float64.  Rows of tiny or huge numbers neither
+    vanish nor overflow. Bytes moved: x once for the value, x once more and the result once for each derivative.
 
     Args:
         x: samples, [B, ...] float32, float64, float16 or bfloat16, of any layout; B may be 0.
         p: 1, 2, inf or any number >= 1.
-        weight: a number, or one value per channel ([C], or anything with C elements that broadcasts against x_i along it); such as eps / std.
-            Not differentiated.
+        weight: a number, or one value per channel ([C], or anything with C elements that broadcasts against x_i
+            along it); such as eps / std. Not differentiated.
         squared: n_i^2 instead of n_i; p = 2 only.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
@@ -43,9 +43,10 @@ def row_norm(
         TypeError: x is not a floating-point tensor.
         ValueError: p < 1, `squared` without p = 2, or a weight that does not match dimension 1 of x.
 
-    Differentiability: twice in x; a third derivative raises.  Where the norm has a corner the subgradient is zero, in both orders: at
-    x_i = 0, at single zeros for p = 1, at single zeros of the second derivative for 1 < p < 2.  p = inf shares its gradient equally between ties.
-    Determinism: the same bits on every run, for every batch size and number of threads.  Saved for backward: x and n.
+    Differentiability: twice in x; a third derivative raises.  Where the norm has a corner the subgradient is zero,
+    in both orders: at x_i = 0, at single zeros for p = 1, at single zeros of the second derivative for 1 < p < 2.  p
+    = inf shares its gradient equally between ties. Determinism: the same bits on every run, for every batch size
+    and number of threads.  Saved for backward: x and n.
     """
     check_floating("row_norm", "x", x)
     p = float(p)
@@ -93,7 +94,7 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
         return x.unsqueeze(1), 1
     if x.is_contiguous():
         return x.reshape(x.shape[0], x.shape[1:].numel()), max(x.shape[2:].numel(), 1)
-    order = [0, *sorted(range(1, x.dim()), key=lambda d: (-x.stride(d), d))]
+    order = [0, *sorted(range(1, x.dim()), key=lambda d: (-x.stride()[d], d))]
     permuted = x.permute(order)
     inner = permuted.shape[order.index(1) + 1 :].numel()
     return permuted.reshape(x.shape[0], x.shape[1:].numel()), max(inner, 1)
@@ -129,7 +130,8 @@ def _register() -> None:
         if grad is None:
             return (None,) * 5
         x, norm, weight = ctx.saved_tensors
-        # The norm counts as a number here: row_norm_backward's own formula differentiates it as the function of x that it is.
+        # The norm counts as a number here: row_norm_backward's own formula differentiates it as the function of x
+        # that it is.
         grad_x = ops.row_norm_backward(grad, x, norm.detach(), weight, ctx.inner, ctx.p, ctx.squared)
         return grad_x, None, None, None, None
 

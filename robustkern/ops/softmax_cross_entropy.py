@@ -25,12 +25,14 @@ def softmax_cross_entropy(
 ) -> Tensor:  # [B] or [B, d1, ...]
     r"""loss_i = -sum_c q_ic log softmax(z_i / T)_c, with q = (1 - s) target + s / C.
 
-    The values of `torch.nn.functional.cross_entropy(reduction="none")`, whose second backward moves 25 logits-sized tensors through memory; this
-    one moves 3.  Stable for logits of any size.  Sums run in float32 for 16- and 32-bit logits and in float64 for float64.
+    The values of `torch.nn.functional.cross_entropy(reduction="none")`, whose second backward moves 25 logits-sized
+    tensors through memory; this one moves 3.  Stable for logits of any size.  Sums run in float32 for 16- and 32-bit
+    logits and in float64 for float64.
 
     Args:
         logits: [B, C] or [B, C, d1, ...] float32, float64, float16 or bfloat16; B may be 0.
-        target: class indices (integers) or probabilities (floating point, not differentiated by the kernel, need not sum to one).
+        target: class indices (integers) or probabilities (floating point, not differentiated by the kernel, need
+            not sum to one).
         label_smoothing: s in [0, 1].
         ignore_index: samples of this class have loss and gradient zero.
         temperature: T > 0; gradients carry their 1 / T.
@@ -42,10 +44,12 @@ def softmax_cross_entropy(
     Raises:
         TypeError: logits or target have the wrong dtype.
         ValueError: shapes do not match, s is outside [0, 1] or T is not positive.
-        RuntimeError: on the CPU, a target class that does not exist.  On CUDA such a sample's loss is NaN, since reporting it would stop the device.
+        RuntimeError: on the CPU, a target class that does not exist.  On CUDA such a sample's loss is NaN, since
+            reporting it would stop the device.
 
-    Differentiability: twice in the logits; a third derivative raises.  Determinism: the same bits on every run and for every batch size.
-    Saved for backward: logits, target and two numbers a row (the maximum and the log of the sum).
+    Differentiability: twice in the logits; a third derivative raises.  Determinism: the same bits on every run and
+    for every batch size. Saved for backward: logits, target and two numbers a row (the maximum and the log of the
+    sum).
     """
     op = "softmax_cross_entropy"
     check_floating(op, "logits", logits)
@@ -66,20 +70,17 @@ def softmax_cross_entropy(
             f"got {list(target.shape)}"
         )
     target = target.long() if indices else target
-    options = {
-        "label_smoothing": float(label_smoothing),
-        "ignore_index": ignore_index,
-        "temperature": float(temperature),
-    }
     unsupported = "target requires grad" if target.requires_grad else None
     if not use_kernel(op, impl, logits, unsupported):
-        return reference.softmax_cross_entropy(logits, target, **options)
+        return reference.softmax_cross_entropy(
+            logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index, temperature=temperature
+        )
     if not indices and target.dtype not in (logits.dtype, accumulation_dtype(logits.dtype)):
         target = target.to(accumulation_dtype(logits.dtype))
     rows = logits if logits.dim() == 2 else logits.movedim(1, -1).reshape(-1, logits.shape[1])
     flat = target.reshape(-1) if indices else target.movedim(1, -1).reshape(rows.shape)
     loss, _ = torch.ops.robustkern.softmax_cross_entropy(
-        rows, flat, options["label_smoothing"], options["temperature"], ignore_index
+        rows, flat, float(label_smoothing), float(temperature), ignore_index
     )
     return loss.reshape([logits.shape[0], *logits.shape[2:]])
 

@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: any device, any dtype, any order of differentiation.  The truth that kernels are tested against."""
+"""Every operator in plain PyTorch, for any device, dtype and order: the truth that kernels are tested against."""
 
 from robustkern.reference.row_norm import row_norm
 from robustkern.reference.softmax_cross_entropy import softmax_cross_entropy

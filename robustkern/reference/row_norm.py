@@ -17,8 +17,8 @@ def row_norm(
 ) -> Tensor:  # [B]
     """n_i = ||w * x_i||_p; see `robustkern.ops.row_norm`.
 
-    Twice and more differentiable, with zero subgradients at zero: square roots and powers are taken where their argument is not zero, so
-    that no derivative meets 0 * inf.
+    Twice and more differentiable, with zero subgradients at zero: square roots and powers are taken where their
+    argument is not zero, so that no derivative meets 0 * inf.
     """
     a = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if weight is not None:

@@ -98,9 +98,9 @@ def _check_differentiable(grad: Tensor) -> None:
         return
     if not grad.requires_grad:
         raise ValueError(
-            "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is linear "
-            "in x with frozen parameters, or part of the model is detached; pass create_graph=False to measure the "
-            "norm only"
+            "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is "
+            "linear in x with frozen parameters, or part of the model is detached; pass create_graph=False to "
+            "measure the norm only"
         )
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         return

@@ -62,7 +62,8 @@ def gradient_norm(
         )
     if differentiable:
         _check_differentiable(grad)
-    return row_norm(grad, p, weight, squared=squared, impl=impl)
+    with torch.set_grad_enabled(differentiable):
+        return row_norm(grad, p, weight, squared=squared, impl=impl)
 
 
 def _check(loss: Tensor, x: Tensor) -> None:

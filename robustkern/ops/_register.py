@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorates the function that gives the results of robustkern::`name` without computing them.
+
+    PyTorch asks it also where one tensor of several is on the meta device, and no kernel then sees the call: hence the
+    check.
+    """
+    operator = getattr(torch.ops.robustkern, name).default
+
+    def decorate(function: Callable[..., Any]) -> None:
+        def fake(*args: Any) -> Any:
+            first: tuple[str, torch.device] | None = None
+            for argument, value in zip(operator._schema.arguments, args):
+                if isinstance(value, torch.Tensor):
+                    first = first or (argument.name, value.device)
+                    if value.device != first[1]:
+                        raise RuntimeError(
+                            f"{name}: {argument.name} must be on {first[1]} like {first[0]}, got {list(value.shape)} "
+                            f"{str(value.dtype).removeprefix('torch.')} on {value.device}"
+                        )
+            return function(*args)
+
+        torch.library.register_fake(f"robustkern::{name}", fake)
+
+    return decorate
 
 
 def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:

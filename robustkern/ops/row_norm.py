@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
-from robustkern.ops._register import refuse_third_order, register_row_vmap
+from robustkern.ops._register import refuse_third_order, register_fake, register_row_vmap
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
@@ -108,15 +108,15 @@ def _is_flat(p: float) -> bool:
 def _register() -> None:
     ops = torch.ops.robustkern
 
-    @torch.library.register_fake("robustkern::row_norm")
+    @register_fake("row_norm")
     def _(x, weight, inner, p, squared):  # type: ignore[no-untyped-def]
         return x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype))
 
-    @torch.library.register_fake("robustkern::row_norm_backward")
+    @register_fake("row_norm_backward")
     def _(grad, x, norm, weight, inner, p, squared):  # type: ignore[no-untyped-def]
         return x.new_empty(x.shape)
 
-    @torch.library.register_fake("robustkern::row_norm_double_backward")
+    @register_fake("row_norm_double_backward")
     def _(gg_x, grad, x, norm, weight, inner, p, squared):  # type: ignore[no-untyped-def]
         gg_grad = x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype))
         return gg_grad, x.new_empty([0]) if _is_flat(p) else x.new_empty(x.shape)

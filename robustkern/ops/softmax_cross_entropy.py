@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
-from robustkern.ops._register import refuse_third_order, register_row_vmap
+from robustkern.ops._register import refuse_third_order, register_fake, register_row_vmap
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
@@ -88,16 +88,16 @@ def softmax_cross_entropy(
 def _register() -> None:
     ops = torch.ops.robustkern
 
-    @torch.library.register_fake("robustkern::softmax_cross_entropy")
+    @register_fake("softmax_cross_entropy")
     def _(logits, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
         dtype = accumulation_dtype(logits.dtype)
         return logits.new_empty([logits.shape[0]], dtype=dtype), logits.new_empty([logits.shape[0], 2], dtype=dtype)
 
-    @torch.library.register_fake("robustkern::softmax_cross_entropy_backward")
+    @register_fake("softmax_cross_entropy_backward")
     def _(grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
         return logits.new_empty(logits.shape)
 
-    @torch.library.register_fake("robustkern::softmax_cross_entropy_double_backward")
+    @register_fake("softmax_cross_entropy_double_backward")
     def _(gg, grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
         return logits.new_empty([logits.shape[0]], dtype=accumulation_dtype(logits.dtype)), logits.new_empty(
             logits.shape

@@ -1,4 +1,4 @@
-"""Numbers at the edge: zeros, tiny, huge, infinite and missing ones, long rows, and rows that must not touch each other."""
+"""Numbers at the edge: zeros, tiny, huge, infinite and missing ones, long rows, and rows that must stay apart."""
 
 import dataclasses
 import math
@@ -313,7 +313,8 @@ def test_many_classes(smoothing, device, emulated):
 def test_gradients_sum_to_zero(device):
     """Softmax does not notice a common shift, so every derivative is orthogonal to the vector of ones."""
     logits = torch.randn(4, 9, device=device, dtype=torch.float64)
-    sample = Sample(softmax_cross_entropy, (logits, torch.tensor([1, 8, 0, 3], device=device)), {"label_smoothing": 0.2})
+    classes = torch.tensor([1, 8, 0, 3], device=device)
+    sample = Sample(softmax_cross_entropy, (logits, classes), {"label_smoothing": 0.2})
     result = run(sample, *cotangents(sample))
     for derivative in (result.grad_x, result.second):
         assert derivative.any()

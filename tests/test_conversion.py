@@ -1,0 +1,63 @@
+"""16-bit storage: every bit pattern in and every rounding out is PyTorch's own."""
+
+import pytest
+import torch
+from cases import assert_same_bits
+
+from robustkern.ops import row_norm
+
+LOW = [torch.float16, torch.bfloat16]
+over_low = pytest.mark.parametrize("dtype", LOW, ids=str)
+
+
+def all_patterns(dtype):
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def same_but_nan(actual, expected):
+    """Equal bits, where any NaN is as good as any other."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    zero = actual.new_zeros(())
+    assert_same_bits(torch.where(actual.isnan(), zero, actual), torch.where(expected.isnan(), zero, expected))
+
+
+@over_low
+@pytest.mark.parametrize("columns", [1, 64])
+def test_every_number_is_read_as_it_is(dtype, columns, device):
+    """The largest entry of a row of equal ones is |x|, and its sign comes back in the gradient."""
+    patterns = all_patterns(dtype).to(device)
+    x = patterns[:, None].repeat(1, columns) if columns == 1 else patterns.view(-1, columns)
+    if columns == 1:
+        same_but_nan(row_norm(x, 1.0, impl="kernel"), patterns.float().abs())
+        return
+    expected = x.float().abs().amax(1)  # through the vector code, a row at a time
+    same_but_nan(row_norm(x, torch.inf, impl="kernel"), expected)
+    finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
+    leaf = finite.requires_grad_()
+    row_norm(leaf, 1.0, impl="kernel").sum().backward()
+    assert torch.equal(leaf.grad.float(), finite.detach().float().sign())
+
+
+def numbers_to_round(dtype):
+    """Every 16-bit number, the numbers half way between neighbours, and those just beside them, in float32."""
+    finite = all_patterns(dtype).float()
+    finite = finite[finite.isfinite()].unique()
+    middle = (finite[:-1].double() + finite[1:].double()) / 2
+    middle = middle.float()[middle.float().double() == middle]
+    beside = [torch.nextafter(middle, torch.full_like(middle, end)) for end in (-torch.inf, torch.inf)]
+    largest = torch.tensor([torch.finfo(dtype).max * 1.001, 3.4e38, torch.inf, torch.nan, 1e-45, 1e-40, 0.0])
+    largest[0] = min(float(largest[0]), 3.4e38)
+    some = torch.cat([finite, middle, *beside, largest])
+    return torch.cat([some, -some])
+
+
+@over_low
+@pytest.mark.parametrize("columns", [1, 32])
+def test_every_rounding(dtype, columns, device):
+    """grad . sign(x) leaves the backward of the L1 norm rounded to the type of x."""
+    numbers = numbers_to_round(dtype).to(device)
+    x = torch.ones(numbers.numel(), columns, dtype=dtype, device=device)
+    norm = row_norm(x, 1.0, impl="kernel").detach()
+    rounded = torch.ops.robustkern.row_norm_backward(numbers, x, norm, None, 1, 1.0, False)
+    for column in (0, columns - 1):
+        same_but_nan(rounded[:, column].contiguous(), numbers.to(dtype))

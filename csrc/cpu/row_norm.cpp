@@ -43,17 +43,17 @@ double larger(double total, double value) {
   return value > total || is_nan(value) ? value : total;  // once NaN, a total stays NaN
 }
 
-// values[j] *= the weight of column begin + j
+// to[j] = from[j] * the weight of column begin + j; `from` may be `to`.
 template <class A>
-void multiply_by_weight(const Arguments& a, A* values, int64_t begin, int64_t end) {
+void multiply_by_weight(const Arguments& a, const A* from, A* to, int64_t begin, int64_t end) {
   const A* weights = static_cast<const A*>(a.weights);
-  for (int64_t j = begin, n; j < end; values += n, j += n) {
+  for (int64_t j = begin, n; j < end; from += n, to += n, j += n) {
     if (a.run == 1) {
       n = std::min(end - j, a.entries - j % a.entries);
-      multiply(values, weights + j % a.entries, n);
+      multiply(from, weights + j % a.entries, to, n);
     } else {
       n = std::min(end, (j / a.run + 1) * a.run) - j;
-      multiply(values, weights[j / a.run % a.entries], n);
+      multiply(from, weights[j / a.run % a.entries], to, n);
     }
   }
 }
@@ -68,9 +68,13 @@ bool stored_as(const Arguments& a) {
 template <class A>
 const A* weighted(const Arguments& a, const void* base, int64_t offset, int64_t begin, int64_t end, A* buffer) {
   const char* from = static_cast<const char*>(base) + (offset + begin) * a.item;
-  if (!a.weights && stored_as<A>(a)) return reinterpret_cast<const A*>(from);
-  read_piece(a.dtype, from, buffer, end - begin);
-  if (a.weights) multiply_by_weight(a, buffer, begin, end);
+  const A* values = reinterpret_cast<const A*>(from);
+  if (!stored_as<A>(a)) {
+    read_piece(a.dtype, from, buffer, end - begin);
+    values = buffer;
+  }
+  if (!a.weights) return values;
+  multiply_by_weight(a, values, buffer, begin, end);
   return buffer;
 }
 
@@ -81,7 +85,7 @@ void write_weighted(const Arguments& a, int64_t row, int64_t begin, int64_t end,
   A buffer[kPiece];
   A* piece = stored_as<A>(a) ? reinterpret_cast<A*>(to) : buffer;
   f(piece);
-  if (a.weights) multiply_by_weight(a, piece, begin, end);
+  if (a.weights) multiply_by_weight<A>(a, piece, piece, begin, end);
   if (piece == buffer) write_piece(a.dtype, buffer, to, end - begin);
 }
 
@@ -194,40 +198,43 @@ void bend_unit(const Arguments& a, int64_t row, int64_t chunk) {
   });
 }
 
-// What a pass over the units does.  A step that needs whole-row sums comes in a later pass than the step that makes
-// them, unless each row is one unit: then both run while the row is in cache.
+// What a pass over the chunks of a row does.  A step that needs whole-row sums comes in a later pass than the step that
+// makes them.
 enum Step : int { kValue = 1, kFinish = 2, kTies = 4, kBackward = 8, kDirectional = 16, kBend = 32 };
 
 template <class A>
-void run_units(const Arguments& a, int steps, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit / a.chunks, chunk = unit % a.chunks;
-    if (steps & kValue) value_unit<A>(a, row, chunk);
-    if ((steps & kFinish) && chunk == 0) finish_row<A>(a, row);
-    if (steps & kTies) ties_unit<A>(a, row, chunk);
-    if (steps & kBackward) backward_unit<A>(a, row, chunk);
-    if (steps & kDirectional) directional_unit<A>(a, row, chunk);
-    if (steps & kBend) bend_unit<A>(a, row, chunk);
+void run_unit(const Arguments& a, int step, int64_t row, int64_t chunk) {
+  switch (step) {
+    case kValue: return value_unit<A>(a, row, chunk);
+    case kFinish: return chunk == 0 ? finish_row<A>(a, row) : void();
+    case kTies: return ties_unit<A>(a, row, chunk);
+    case kBackward: return backward_unit<A>(a, row, chunk);
+    case kDirectional: return directional_unit<A>(a, row, chunk);
+    case kBend: return bend_unit<A>(a, row, chunk);
   }
 }
 
-void run(const Arguments& a, std::initializer_list<int> passes) {
-  const int64_t columns = std::max<int64_t>(1, std::min(a.cols, kChunk));
-  const auto pass = [&](int steps) {
-    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
-      if (a.dtype == ScalarType::Double)
-        run_units<double>(a, steps, begin, end);
-      else
-        run_units<float>(a, steps, begin, end);
+// Enough rows: each is one thread's, which finds it in its cache on the second pass.  Few long rows: their chunks are
+// shared, pass by pass.  The additions are the same either way.
+template <class A>
+void run_passes(const Arguments& a, std::initializer_list<int> passes) {
+  const int64_t threads = torch::stable::get_num_threads(), shared_out_evenly = 4 * threads;
+  if (a.chunks == 1 || a.rows >= shared_out_evenly) {
+    torch::stable::parallel_for(0, a.rows, rows_per_thread(a.cols), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int step : passes)
+          for (int64_t chunk = 0; chunk < a.chunks; ++chunk) run_unit<A>(a, step, row, chunk);
     });
-  };
-  if (a.chunks == 1) {
-    int all = 0;
-    for (int steps : passes) all |= steps;
-    pass(all);
-  } else {
-    for (int steps : passes) pass(steps);
+    return;
   }
+  for (int step : passes)
+    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(kChunk), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) run_unit<A>(a, step, unit / a.chunks, unit % a.chunks);
+    });
+}
+
+void run(const Arguments& a, std::initializer_list<int> passes) {
+  a.dtype == ScalarType::Double ? run_passes<double>(a, passes) : run_passes<float>(a, passes);
 }
 
 // The tensors of one call, in the form that the units read.

@@ -95,11 +95,11 @@ RK_HOST_DEVICE void bends_of(Norm norm, const A* a, const A* v, A* out, int64_t 
   RK_MULTIVERSION static void bends(Norm norm, const A* a, const A* v, A* out, int64_t n, const RowScalars<A>& r) { \
     bends_of<A>(norm, a, v, out, n, r);                                                                             \
   }                                                                                                                 \
-  RK_MULTIVERSION static void multiply(A* values, const A* w, int64_t n) {                                          \
-    for (int64_t j = 0; j < n; ++j) values[j] *= w[j];                                                              \
+  RK_MULTIVERSION static void multiply(const A* from, const A* w, A* to, int64_t n) {                               \
+    for (int64_t j = 0; j < n; ++j) to[j] = from[j] * w[j];                                                         \
   }                                                                                                                 \
-  RK_MULTIVERSION static void multiply(A* values, A w, int64_t n) {                                                 \
-    for (int64_t j = 0; j < n; ++j) values[j] *= w;                                                                 \
+  RK_MULTIVERSION static void multiply(const A* from, A w, A* to, int64_t n) {                                      \
+    for (int64_t j = 0; j < n; ++j) to[j] = from[j] * w;                                                            \
   }
 
 RK_ROW_NORM_LOOPS(float)

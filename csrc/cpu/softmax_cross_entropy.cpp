@@ -10,6 +10,7 @@
 #include "../softmax_cross_entropy_arguments.h"
 #include "pieces.h"
 #include "softmax_cross_entropy_loops.h"
+#include "softmax_cross_entropy_tiles.h"
 
 namespace rk::cpu {
 namespace {
@@ -188,16 +189,101 @@ void double_backward_row(const Arguments& a, int64_t row) {
   });
 }
 
-template <class F>
-void for_rows(const Arguments& a, const F& f) {
-  torch::stable::parallel_for(0, a.rows, rows_per_thread(a.classes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (a.dtype == ScalarType::Double)
-        f(double{}, row);
-      else
-        f(float{}, row);
+// Rows [first, first + tile.rows) of a matrix, stored as `dtype`, into `to`.
+template <class A>
+void fill_tile(const void* matrix, int64_t stride, ScalarType dtype, int64_t first, const Tile<A>& tile, A* to) {
+  A buffer[kTileClasses * kTileRows];
+  const char* from = static_cast<const char*>(matrix) + first * stride * item_size(dtype);
+  if (item_size(dtype) == sizeof(A)) return into_tile(reinterpret_cast<const A*>(from), stride, tile, to);
+  if (stride == tile.classes)
+    read_piece(dtype, from, buffer, tile.rows * tile.classes);
+  else
+    for (int64_t k = 0; k < tile.rows; ++k)
+      read_piece(dtype, from + k * stride * item_size(dtype), buffer + k * tile.classes, tile.classes);
+  into_tile(buffer, tile.classes, tile, to);
+}
+
+template <class A>
+void write_tile(const Arguments& a, int64_t first, const Tile<A>& tile) {
+  A buffer[kTileClasses * kTileRows];
+  char* to = static_cast<char*>(a.out) + first * a.classes * item_size(a.dtype);
+  if (item_size(a.dtype) == sizeof(A)) return out_of_tile(tile, reinterpret_cast<A*>(to));
+  out_of_tile(tile, buffer);
+  write_piece(a.dtype, buffer, to, tile.rows * tile.classes);
+}
+
+enum class Order { kValue, kBackward, kDoubleBackward };
+
+template <class A>
+void run_tile(const Arguments& a, Order order, int64_t first, int64_t rows) {
+  Tile<A> tile;
+  const Smoothing<A> smoothing(A(a.label_smoothing), A(a.classes));
+  const A inverse_t = A(1 / a.temperature);
+  bool ignored[kTileRows] = {};
+  tile.rows = rows;
+  tile.classes = a.classes;
+  tile.soft = a.target_dtype != ScalarType::Long;
+  fill_tile(a.logits, a.logits_stride, a.dtype, first, tile, tile.z);
+  if (tile.soft) fill_tile(a.target, a.target_stride, a.target_dtype, first, tile, tile.t);
+  for (int64_t k = 0; k < kTileRows; ++k) {
+    const bool row_exists = k < rows;
+    if (row_exists && !tile.soft) {
+      const Target<A> target(a, first + k);
+      ignored[k] = target.ignored;
+      tile.y[k] = A(target.index);
     }
+    if (order == Order::kValue) continue;
+    tile.max[k] = row_exists ? static_cast<const A*>(a.statistics_in)[2 * (first + k)] : A(0);
+    tile.log_sum[k] = row_exists ? static_cast<const A*>(a.statistics_in)[2 * (first + k) + 1] : A(0);
+    tile.grad[k] = row_exists ? static_cast<const A*>(a.grad)[first + k] : A(0);
+  }
+  switch (order) {
+    case Order::kValue: tile_value(tile, smoothing, inverse_t); break;
+    case Order::kBackward: tile_backward(tile, smoothing, inverse_t); break;
+    case Order::kDoubleBackward:
+      fill_tile(a.gg, a.gg_stride, a.dtype, first, tile, tile.u);
+      tile_double_backward(tile, smoothing, inverse_t);
+      break;
+  }
+  if (order != Order::kValue) write_tile(a, first, tile);
+  for (int64_t k = 0; k < rows; ++k) {
+    if (order == Order::kValue) {
+      A* statistics = static_cast<A*>(a.statistics) + 2 * (first + k);
+      statistics[0] = ignored[k] ? A(0) : tile.max[k];
+      statistics[1] = ignored[k] ? A(0) : tile.log_sum[k];
+    }
+    if (ignored[k])
+      zero_row<A>(a, first + k);
+    else if (order != Order::kBackward)
+      static_cast<A*>(a.per_row)[first + k] = tile.per_row[k];
+  }
+}
+
+template <class A>
+void run_row(const Arguments& a, Order order, int64_t row) {
+  switch (order) {
+    case Order::kValue: return value_row<A>(a, row);
+    case Order::kBackward: return backward_row<A>(a, row);
+    case Order::kDoubleBackward: return double_backward_row<A>(a, row);
+  }
+}
+
+template <class A>
+void run_rows(const Arguments& a, Order order) {
+  // Transposing an output back costs more than the sums across lanes that it saves, but for short rows.
+  const int64_t most = order == Order::kValue ? kTileClasses : kTileClasses / 4;
+  const int64_t at_once = a.classes <= most ? kTileRows : 1, units = (a.rows + at_once - 1) / at_once;
+  torch::stable::parallel_for(0, units, rows_per_thread(at_once * a.classes), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      if (at_once == 1)
+        run_row<A>(a, order, unit);
+      else
+        run_tile<A>(a, order, unit * at_once, std::min(at_once, a.rows - unit * at_once));
   });
+}
+
+void run(const Arguments& a, Order order) {
+  a.dtype == ScalarType::Double ? run_rows<double>(a, order) : run_rows<float>(a, order);
 }
 
 // The tensors of one call, in the form that the rows read.
@@ -266,7 +352,7 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, d
   Tensor statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, accumulation);
   call.a.per_row = loss.data_ptr();
   call.a.statistics = statistics.data_ptr();
-  for_rows(call.a, [&](auto type, int64_t row) { value_row<decltype(type)>(call.a, row); });
+  run(call.a, Order::kValue);
   call.raise_if_bad();
   return {loss, statistics};
 }
@@ -277,7 +363,7 @@ Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statist
   call.set_grad(grad, statistics);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   call.a.out = grad_logits.data_ptr();
-  for_rows(call.a, [&](auto type, int64_t row) { backward_row<decltype(type)>(call.a, row); });
+  run(call.a, Order::kBackward);
   call.raise_if_bad();
   return grad_logits;
 }
@@ -293,7 +379,7 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logit
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   call.a.per_row = gg_grad.data_ptr();
   call.a.out = grad_logits.data_ptr();
-  for_rows(call.a, [&](auto type, int64_t row) { double_backward_row<decltype(type)>(call.a, row); });
+  run(call.a, Order::kDoubleBackward);
   call.raise_if_bad();
   return {gg_grad, grad_logits};
 }

@@ -60,18 +60,18 @@ struct RowNorm<Norm::kInf, A> {
 
 template <class A>
 struct RowNorm<Norm::kP, A> {
-  static RK_HOST_DEVICE A term(A a, A p) { return std::pow(absolute(a), p); }
+  static RK_HOST_DEVICE A term(A a, A p) { return power(absolute(a), p); }
   // 1 / p is rounded, which costs n its last |log(total)| / p bits; one Newton step on n^p = total brings them back.
   static RK_HOST_DEVICE A finish(A total, A p) {
     const A n = std::pow(total, A(1) / p), power = std::pow(n, p);
     return power > A(0) && power <= Limits<A>::largest ? n + n * ((total / power - A(1)) / p) : n;
   }
   static RK_HOST_DEVICE A slope(A a, A n, A p, A) {
-    return n == A(0) ? A(0) : sign(a) * std::pow(absolute(a) / n, p - A(1));
+    return n == A(0) ? A(0) : sign(a) * power(absolute(a) / n, p - A(1));
   }
   static RK_HOST_DEVICE A bend(A a, A v, A s, A n, A p) {
     if (n == A(0) || a == A(0)) return A(0);
-    const A r = absolute(a) / n, q = std::pow(r, p - A(2));
+    const A r = absolute(a) / n, q = power(r, p - A(2));
     return (p - A(1)) * (q * v - sign(a) * q * r * s) / n;
   }
 };

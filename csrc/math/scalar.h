@@ -122,4 +122,72 @@ RK_HOST_DEVICE double exp_nonpositive(double v) {
 #endif
 }
 
+#if !defined(__CUDA_ARCH__)
+// log2 v of a positive normal number, to 1e-10 of its value: for what becomes a float.  v = 2^k m with m in
+// [sqrt(1/2), sqrt(2)), and log m = 2 artanh(s) with s = (m - 1) / (m + 1), |s| < 0.172, as a series.
+RK_HOST_DEVICE double log2_for_float(double v) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const std::uint64_t sqrt_half = 0x3fe6a09e667f3bcdull, exponent_bias = 1023ull << 52;
+  const std::uint64_t shifted = bits - sqrt_half + exponent_bias;  // its exponent field is k + 1023
+  const std::uint64_t m_bits = bits - (shifted & 0xfff0000000000000ull) + exponent_bias;
+  const std::uint64_t k_bits = (shifted >> 52) | 0x4330000000000000ull;  // 2^52 + (k + 1023), as a double
+  double m, k;
+  std::memcpy(&m, &m_bits, sizeof m);
+  std::memcpy(&k, &k_bits, sizeof k);
+  const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
+  double series = 2.0 / 11.0;
+  series = series * s2 + 2.0 / 9.0;
+  series = series * s2 + 2.0 / 7.0;
+  series = series * s2 + 2.0 / 5.0;
+  series = series * s2 + 2.0 / 3.0;
+  series = series * s2 + 2.0;
+  return (k - (4503599627370496.0 + 1023.0)) + series * s * 1.4426950408889634074;
+}
+#endif
+
+// v^p for v >= 0 and p > 0, and for p <= 0 where v is positive; 0 stays 0.
+//
+// On the CPU, like exp_nonpositive, without calls or branches: 2^(p log2 v) in double, rounded once.
+RK_HOST_DEVICE float power(float v, float p) {
+#if defined(__CUDA_ARCH__)
+  return v == 0.0f ? v : ::powf(v, p);
+#else
+  double y = double(p) * log2_for_float(v);
+  y = y > 1000.0 ? 1000.0 : (y < -1000.0 ? -1000.0 : y);  // beyond the range of a float
+  const double magic = 6755399441055744.0;                // as in exp_nonpositive
+  const double shifted = y + magic, r = (y - (shifted - magic)) * 6.9314718055994530942e-01;
+  double e = 1.0 / 40320.0;
+  e = e * r + 1.0 / 5040.0;
+  e = e * r + 1.0 / 720.0;
+  e = e * r + 1.0 / 120.0;
+  e = e * r + 1.0 / 24.0;
+  e = e * r + 1.0 / 6.0;
+  e = e * r + 0.5;
+  e = e * r + 1.0;
+  e = e * r + 1.0;
+  std::uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 52) + 0x3ff0000000000000ull;  // 2^round(y)
+  double scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  const float result = float(e * scale);
+  return v > 0.0f && v <= Limits<float>::largest ? result : v;  // infinity and NaN are their own powers
+#endif
+}
+
+RK_HOST_DEVICE double power(double v, double p) { return v == 0.0 ? v : std::pow(v, p); }
+
+// log v for v >= 1, the sum of a softmax.
+RK_HOST_DEVICE float log_from_one(float v) {
+#if defined(__CUDA_ARCH__)
+  return ::logf(v);
+#else
+  const float result = float(log2_for_float(v) * 6.9314718055994530942e-01);
+  return v <= Limits<float>::largest ? result : v;  // infinity and NaN
+#endif
+}
+
+RK_HOST_DEVICE double log_from_one(double v) { return std::log(v); }
+
 }  // namespace rk

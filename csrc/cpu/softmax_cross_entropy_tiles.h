@@ -1,0 +1,139 @@
+// softmax_cross_entropy with few classes: a tile of rows, transposed, so that a lane is a row.  No sum runs across lanes,
+// and what a row gives does not depend on which lane it is.
+#pragma once
+
+#include "../math/softmax_cross_entropy.h"
+#include "pieces.h"
+
+namespace rk::cpu {
+
+constexpr int64_t kTileClasses = 128;  // at most
+constexpr int kTileRows = 32;          // more than the 16 that GCC would unroll instead of vectorising
+
+// Column c of row k lies at [c * kTileRows + k].
+template <class A>
+using TileMatrix = A[kTileClasses * kTileRows];
+template <class A>
+using TileColumn = A[kTileRows];
+
+template <class A>
+struct Tile {
+  int64_t rows, classes;
+  bool soft;                   // the target is a matrix t of probabilities, not a class y
+  TileMatrix<A> z, t, u, out;  // logits, probabilities, cotangent of grad_logits, result
+  TileColumn<A> y;             // class, or -1
+  TileColumn<A> max, log_sum, grad, per_row, total_q;
+};
+
+template <bool kSoft, class A>
+RK_HOST_DEVICE A tile_q(const Tile<A>& w, Smoothing<A> s, int64_t c, int k) {
+  if constexpr (kSoft) return s.q(w.t[c * kTileRows + k]);
+  return w.y[k] == A(c) ? s.q(A(1)) : s.floor;
+}
+
+// per_row = loss
+template <bool kSoft, class A>
+RK_HOST_DEVICE void tile_value_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+  A max[kTileRows], sum[kTileRows] = {}, total_q[kTileRows] = {}, gap[kTileRows] = {};
+  for (int k = 0; k < kTileRows; ++k) max[k] = w.z[k];
+  for (int64_t c = 1; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A v = w.z[c * kTileRows + k];
+      max[k] = (v > max[k]) | is_nan(v) ? v : max[k];
+    }
+  for (int k = 0; k < kTileRows; ++k) max[k] *= inverse_t;
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A scaled = w.z[c * kTileRows + k] * inverse_t, q = tile_q<kSoft>(w, s, c, k);
+      sum[k] += exp_nonpositive(scaled - max[k]);
+      gap[k] += cross_entropy_term(q, max[k] - scaled);
+      total_q[k] += q;
+    }
+  for (int k = 0; k < kTileRows; ++k) {
+    const A log_sum = log_from_one(sum[k]);
+    w.max[k] = max[k];
+    w.log_sum[k] = log_sum;
+    w.per_row[k] = cross_entropy_value(log_sum, total_q[k], gap[k]);
+  }
+}
+
+template <bool kSoft, class A>
+RK_HOST_DEVICE void tile_total_q(Tile<A>& w, Smoothing<A> s) {
+  for (int k = 0; k < kTileRows; ++k) w.total_q[k] = kSoft ? A(0) : s.keep + s.floor * A(w.classes);
+  if constexpr (kSoft)
+    for (int64_t c = 0; c < w.classes; ++c)
+      for (int k = 0; k < kTileRows; ++k) w.total_q[k] += s.q(w.t[c * kTileRows + k]);
+}
+
+// out = grad_logits
+template <bool kSoft, class A>
+RK_HOST_DEVICE void tile_backward_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+  tile_total_q<kSoft>(w, s);
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A p = softmax_probability(w.z[c * kTileRows + k] * inverse_t, w.max[k], w.log_sum[k]);
+      const A q = tile_q<kSoft>(w, s, c, k);
+      w.out[c * kTileRows + k] = w.grad[k] * cross_entropy_slope(p, q, w.total_q[k], inverse_t);
+    }
+}
+
+// per_row = gg_grad, out = grad_logits.  Sums in double: gg_grad is the difference of two of them.
+template <bool kSoft, class A>
+RK_HOST_DEVICE void tile_double_backward_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+  double mean_u[kTileRows] = {}, dot_qu[kTileRows] = {};
+  tile_total_q<kSoft>(w, s);
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A p = softmax_probability(w.z[c * kTileRows + k] * inverse_t, w.max[k], w.log_sum[k]);
+      const A u = w.u[c * kTileRows + k];
+      w.out[c * kTileRows + k] = p;
+      mean_u[k] += double(p) * double(u);
+      dot_qu[k] += double(tile_q<kSoft>(w, s, c, k)) * double(u);
+    }
+  A mean[kTileRows];
+  for (int k = 0; k < kTileRows; ++k) {
+    w.per_row[k] = A((double(w.total_q[k]) * mean_u[k] - dot_qu[k]) * double(inverse_t));
+    mean[k] = A(mean_u[k]);
+  }
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A p = w.out[c * kTileRows + k], u = w.u[c * kTileRows + k];
+      w.out[c * kTileRows + k] = w.grad[k] * cross_entropy_bend(p, u, mean[k], w.total_q[k], inverse_t);
+    }
+}
+
+// Rows of `from`, `stride` elements apart, into a tile; lanes without a row are zero.
+template <class A>
+RK_HOST_DEVICE void tile_transpose(const A* from, int64_t stride, const Tile<A>& w, A* to) {
+  if (w.rows < kTileRows)
+    for (int64_t i = 0; i < w.classes * kTileRows; ++i) to[i] = A(0);
+  for (int64_t k = 0; k < w.rows; ++k)
+    for (int64_t c = 0; c < w.classes; ++c) to[c * kTileRows + k] = from[k * stride + c];
+}
+
+template <class A>
+RK_HOST_DEVICE void tile_transpose_back(const Tile<A>& w, A* to) {
+  for (int64_t k = 0; k < w.rows; ++k)
+    for (int64_t c = 0; c < w.classes; ++c) to[k * w.classes + c] = w.out[c * kTileRows + k];
+}
+
+#define RK_CROSS_ENTROPY_TILES(A)                                                                              \
+  RK_MULTIVERSION static void tile_value(Tile<A>& w, Smoothing<A> s, A inverse_t) {                            \
+    w.soft ? tile_value_of<true>(w, s, inverse_t) : tile_value_of<false>(w, s, inverse_t);                     \
+  }                                                                                                            \
+  RK_MULTIVERSION static void tile_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {                         \
+    w.soft ? tile_backward_of<true>(w, s, inverse_t) : tile_backward_of<false>(w, s, inverse_t);               \
+  }                                                                                                            \
+  RK_MULTIVERSION static void tile_double_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {                  \
+    w.soft ? tile_double_backward_of<true>(w, s, inverse_t) : tile_double_backward_of<false>(w, s, inverse_t); \
+  }                                                                                                            \
+  RK_MULTIVERSION static void into_tile(const A* from, int64_t stride, const Tile<A>& w, A* to) {              \
+    tile_transpose<A>(from, stride, w, to);                                                                    \
+  }                                                                                                            \
+  RK_MULTIVERSION static void out_of_tile(const Tile<A>& w, A* to) { tile_transpose_back<A>(w, to); }
+
+RK_CROSS_ENTROPY_TILES(float)
+RK_CROSS_ENTROPY_TILES(double)
+#undef RK_CROSS_ENTROPY_TILES
+
+}  // namespace rk::cpu

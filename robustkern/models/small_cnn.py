@@ -38,6 +38,12 @@ class SmallCNN(nn.Module):
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(channels * size[0] * size[1], features), nn.SiLU(), nn.Linear(features, num_classes)
         )
+        hidden = [module for module in self.modules() if isinstance(module, (nn.Conv2d, nn.Linear))][:-1]
+        for module in hidden:
+            # PyTorch's default shrinks the signal from layer to layer. The penalty then outweighs the loss before
+            # training has begun, and the nearest minimum is a constant classifier.
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
         return self.classifier(self.features(x))

@@ -52,10 +52,14 @@ class Method:
 
 
 def _standard(*, eps: float, impl: str, label_smoothing: float) -> Loss:
+    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
     return losses.CrossEntropy(label_smoothing=label_smoothing, impl=impl)
 
 
 def _gradient_penalty(*, eps: float, impl: str, weight: float, norm: float, label_smoothing: float) -> Loss:
+    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
+    _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
+    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
     return losses.GradientPenalty(weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl)
 
 
@@ -70,6 +74,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:
     """The loss of a method.
 
@@ -82,9 +91,4 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
     if name not in METHODS:
         raise UsageError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
     method = METHODS[name]
-    try:
-        return method.build(eps=eps, impl=impl, **method.complete(name, options))
-    except UsageError:
-        raise
-    except (ValueError, TypeError) as error:  # the loss's own checks
-        raise UsageError(f"method {name}: {error}") from error
+    return method.build(eps=eps, impl=impl, **method.complete(name, options))

@@ -1,0 +1,223 @@
+"""The command line: what it does, what it says when it is used wrongly, and what works without the extras."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+
+from typer.testing import CliRunner
+
+from robustkern import _info, cli
+from robustkern.study import demo as demo_module
+from robustkern.study import step_cost
+from robustkern.training import build_loss
+from robustkern.training import trainer as trainer_module
+
+FAST = ["--epochs", "1", "--train-samples", "96", "--batch-size", "32", "--eval-samples", "20", "--threads", "1"]
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def one_line(result):
+    """The one line that went to stderr."""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("robustkern: "), result.stderr
+    return lines[0]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_train_prints_a_row_per_epoch_and_writes_its_configuration(tmp_path):
+    arguments = ["--data", "digits", "--method", "gradient-penalty", "--eps", "32/255", "--weight", "0.5", "-p", "2"]
+    result = run("train", *arguments, *FAST, "--epochs", "2", "--seed", "3", "--lr", "0.02", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "orientation" in result.stdout and "PGD-20" in result.stdout and "ms/step" in result.stdout
+    assert "1/2" in result.stdout and "2/2" in result.stdout and "eps 32/255" in result.stdout
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["eps"] == pytest.approx(32 / 255) and written["seed"] == 3 and written["lr"] == 0.02
+    assert written["options"]["weight"] == 0.5 and written["options"]["norm"] == 2.0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
+    out = tmp_path / "run"
+    assert run("train", "--method", "standard", *FAST, "--out", out).exit_code == 0
+    again = run("train", "--resume", "--out", out)
+    assert again.exit_code == 0 and "going on after step 3" in again.stdout
+    assert run("train", "--resume", "--method", "standard", *FAST, "--out", out).exit_code == 0
+    changed = run("train", "--resume", "--out", out, "--lr", "0.9", "--epochs", "5")
+    assert changed.exit_code == 2
+    assert "epochs 1 -> 5" in one_line(changed) and "lr 0.1 -> 0.9" in one_line(changed)
+    assert "no option weight" in one_line(run("train", "--resume", "--out", out, "--weight", "3"))
+    existing = run("train", "--method", "standard", *FAST, "--out", out)
+    assert existing.exit_code == 2 and "--resume" in one_line(existing)
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["--data", "imagenet"], 2, "no data set 'imagenet'"),
+        (["--method", "magic"], 2, "no method 'magic'"),
+        (["--model", "vgg"], 2, "no model 'vgg'"),
+        (["--eps", "8"], 2, "write 8/255"),
+        (["--method", "standard", "--weight", "1"], 2, "no option weight"),
+        (["--norm", "0.5"], 2, "norm must be"),
+        (["--weight", "-1"], 2, "weight must not be negative"),
+        (["--epochs", "0"], 2, "epochs must be at least 1"),
+        (["--optimizer", "lion"], 2, "no optimizer"),
+        (["--impl", "fast"], 2, "impl"),
+        (["--data", "cifar10"], 1, "cifar-10-python.tar.gz"),
+        (["--root", "/nonexistent", "--data", "cifar10"], 1, "no such folder"),
+    ],
+)
+def test_wrong_use_is_one_line_and_a_status(tmp_path, arguments, status, message):
+    result = run("train", *arguments, "--out", tmp_path / "run")
+    assert result.exit_code == status and message in one_line(result)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--eps", "8/x"], ["--eps", "1/0"], ["--epochs", "many"], ["--colour"]])
+def test_arguments_that_cannot_be_parsed(arguments):
+    result = run("train", *arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_the_out_path_must_be_a_folder_that_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run("train", *FAST, "--out", tmp_path / "file").exit_code == 2
+    below = run("train", *FAST, "--out", tmp_path / "file" / "run")
+    assert below.exit_code == 1 and "Not a directory" in one_line(below)
+
+
+def test_eps_is_parsed():
+    assert cli.parse_eps("8/255") == 8 / 255 and cli.parse_eps("0.1") == 0.1 and cli.parse_eps("1e-2") == 0.01
+
+
+def test_demo_shows_both_rows(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo_module.step_cost, "measure", quick_measure)
+    result = run("demo", "--out", tmp_path / "demo", "--epochs", "1", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert "cross-entropy" in result.stdout and "robust" in result.stdout and "robustkern" in result.stdout
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    assert list(rows) == ["standard", "gradient-penalty"]
+    for row in rows.values():
+        assert 0 <= row["robust_accuracy"] <= 1 and set(row["step"]) == {"reference", "kernel"}
+    for name in ("gradients.png", "curves.png"):
+        assert (tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG")
+
+
+measure = step_cost.measure
+
+
+def quick_measure(*args, **kwargs):
+    return measure(*args, **{**kwargs, "seconds": 0.0})
+
+
+def test_step_cost_divides_by_the_baseline_and_leaves_the_model_alone():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    losses = {name: build_loss(name, {}, eps=0.1, impl="reference") for name in ("standard", "gradient-penalty")}
+    costs = measure(model, torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]), losses, "standard", seconds=0.0)
+    assert costs["standard"].ratio == 1.0 and costs["gradient-penalty"].milliseconds > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- as a process -----------------------------------------------------------------------------------------------------
+
+
+def process(*arguments, **kwargs):
+    command = [sys.executable, "-m", "robustkern", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
+    arguments = ["train", "--data", "digits", "--epochs", "12", "--eval-samples", "50", "--threads", "1", "--resume"]
+    whole = process(*arguments, "--out", tmp_path / "whole")
+    out = tmp_path / "stopped"
+    for number, status in ((signal.SIGTERM, cli.STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+        stopped = process(*arguments, "--out", out)
+        before = sorted(out.glob("checkpoint-*.json"))
+        while stopped.poll() is None and sorted(out.glob("checkpoint-*.json")) == before:
+            time.sleep(0.01)
+        stopped.send_signal(number)
+        _, errors = stopped.communicate(timeout=120)
+        assert stopped.returncode == status, errors
+        if number == signal.SIGTERM:
+            assert "SIGTERM" in errors and "--resume" in errors and len(errors.strip().splitlines()) == 1
+    finished = process(*arguments, "--out", out)
+    assert finished.wait(timeout=120) == 0 == whole.wait(timeout=120)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+# Blocks the extras, as if they were not installed, then runs the command line.
+WITHOUT_EXTRAS = """
+import runpy, sys
+for name in ("typer", "rich", "matplotlib", "sklearn", "safetensors", "PIL"):
+    sys.modules[name] = None
+sys.argv = ["robustkern", *sys.argv[1:]]
+runpy.run_module("robustkern", run_name="__main__")
+"""
+
+
+def test_info_works_without_the_extras():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, "info"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    facts = dict(line.split(None, 1) for line in result.stdout.splitlines() if line and not line.startswith(" "))
+    for name in ("robustkern", "python", "torch", "numpy", "compiler", "system", "cpu", "vectors", "gpu"):
+        assert facts[name].strip(), name
+    assert facts["torch"].startswith(torch.__version__)
+    assert "loaded" in facts["robustkern._C"] and "loaded" in facts["robustkern._cuda"]
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_everything_else_names_the_extra_in_one_sentence(command):
+    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, command], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert "pip install 'robustkern[train]'" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_importing_robustkern_imports_no_extra():
+    code = "import sys, robustkern; print(*sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"typer", "rich", "matplotlib", "sklearn", "safetensors"} & set(result.stdout.split())
+
+
+def test_info_through_typer_and_its_errors(capsys):
+    result = run("info")
+    assert result.exit_code == 0
+    assert _info.run(["--verbose"]) == 2 and "takes no arguments" in capsys.readouterr().err
+
+
+def test_info_never_fails_where_something_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    facts = _info.collect()
+    assert facts["compiler"] == "none found" and facts["nvcc"] == "none found"
+    broken = tmp_path / "c++"
+    broken.write_text("not a program")
+    broken.chmod(0o755)
+    assert "does not run" in _info.collect()["compiler"]
+
+
+def test_help_and_no_arguments():
+    assert "train" in run("--help").stdout and "demo" in run("-h").stdout
+    assert run().exit_code in (0, 2)
+    assert os.linesep not in cli.app.info.name

@@ -1,0 +1,409 @@
+"""Runs that are killed, and checkpoints that are damaged: the same bits at the end, or one clear sentence."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+
+from robustkern import models, training
+from robustkern.training import CheckpointError, Interrupted, TrainingError, UsageError, recipe, train
+from robustkern.training import checkpoint as checkpoint_module
+from robustkern.training import files as files_module
+from robustkern.training import trainer as trainer_module
+from robustkern.training.files import RunLock, write_atomically
+
+CONFIG = {"epochs": 2, "batch_size": 32, "train_samples": 192, "eval_samples": 20, "pgd_steps": 2, "threads": 1,
+          "checkpoint_every": 2, "lr": 0.05}  # fmt: skip
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+
+
+def config(**given):
+    return recipe("digits", "gradient-penalty", **{**CONFIG, **given})
+
+
+def outcome(out):
+    """What must be the same: weights to the bit, metrics but for their times."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return (out / "model.safetensors").read_bytes(), [{**row, "ms_per_step": None} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module._Run, "_draw", lambda self: None)
+        train(config(), out)
+    return outcome(out)
+
+
+class _Crash(BaseException):
+    """The power goes out. Not an Exception: nothing may handle it."""
+
+
+class _CrashAt(training.Observer):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, progress):
+        if progress.step == self.step:
+            raise _Crash
+
+
+@pytest.mark.parametrize("step", range(1, 13))
+def test_crash_after_any_step(tmp_path, uninterrupted, step):
+    with pytest.raises(_Crash):
+        train(config(), tmp_path, observer=_CrashAt(step))
+    torch.rand(3)
+    train(config(), tmp_path, resume=True)
+    assert outcome(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("given", [{"optimizer": "adamw", "lr": 3e-3}, {"checkpoint_every": 0, "schedule": "cosine"}])
+def test_crash_with_other_optimizers_and_schedules(tmp_path, given):
+    train(config(**given), tmp_path / "whole")
+    with pytest.raises(_Crash):
+        train(config(**given), tmp_path / "crashed", observer=_CrashAt(9))
+    train(config(**given), tmp_path / "crashed", resume=True)
+    assert outcome(tmp_path / "crashed") == outcome(tmp_path / "whole")
+
+
+def test_crash_at_any_file_operation(tmp_path, uninterrupted, monkeypatch):
+    """Every rename, sync and removal in turn is the last thing that the process does."""
+    operations = {"count": 0, "crash_at": None}
+
+    def counted(operation):
+        def wrapper(*args, **kwargs):
+            operations["count"] += 1
+            crash_at = operations["crash_at"]
+            if crash_at is not None and operations["count"] >= crash_at:
+                raise _Crash  # and so does everything after it: a dead process cleans nothing up
+            return operation(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "replace", counted(os.replace))
+        patch.setattr(files_module.os, "fsync", counted(os.fsync))
+        patch.setattr(files_module.Path, "unlink", counted(files_module.Path.unlink))
+        train(config(), tmp_path / "count")
+        total = operations["count"]
+        assert total > 60
+        chosen = random.Random(0).sample(range(1, total + 1), 12)
+        for crash_at in chosen:
+            out = tmp_path / str(crash_at)
+            operations.update(count=0, crash_at=crash_at)
+            with pytest.raises(_Crash):
+                train(config(), out)
+            operations["crash_at"] = None
+            train(config(), out, resume=True)
+            assert outcome(out) == uninterrupted, f"crash at file operation {crash_at}"
+            assert not list(out.glob(".tmp-*"))
+            assert len(list(out.glob("checkpoint-*"))) == 4
+
+
+def test_sigkill_at_random_moments(tmp_path):
+    """Killed again and again while it works, then let finish; compared with a run that nobody disturbed."""
+    # A forked child needs no new import of PyTorch, so that nearly all kills hit the training itself.
+    context = multiprocessing.get_context("fork")
+    settings = config(epochs=3, train_samples=512, checkpoint_every=3)
+
+    def start(out):
+        process = context.Process(target=train, args=(settings, out), kwargs={"resume": True})
+        process.start()
+        return process
+
+    whole = start(tmp_path / "whole")
+    whole.join(120)
+    assert whole.exitcode == 0
+    out = tmp_path / "killed"
+    clock = random.Random(1)
+    killed = 0
+    for _ in range(8):
+        process = start(out)
+        process.join(clock.uniform(0.02, 0.5))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+    assert killed >= 2
+    last = start(out)
+    last.join(120)
+    assert last.exitcode == 0
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_signals_save_and_stop(tmp_path, uninterrupted, number, moment):
+    class SendSignal(training.Observer):
+        steps = 0
+
+        def on_step(self, progress):
+            self.steps += 1
+            if moment == "step" and progress.step == 9:
+                os.kill(os.getpid(), number)
+
+        def on_evaluation(self):
+            if moment == "evaluation" and self.steps == 12:
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=number.name):
+        train(config(checkpoint_every=0), tmp_path, observer=SendSignal())
+    assert signal.getsignal(number) is before
+    at = 9 if moment == "step" else 12
+    assert (tmp_path / f"checkpoint-{at:09d}.json").exists()
+    train(config(checkpoint_every=0), tmp_path, resume=True)
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, uninterrupted):
+    train(config(), tmp_path)
+    train(config(), tmp_path, resume=True)
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_metrics_beyond_the_checkpoint_are_cut_off(tmp_path, uninterrupted):
+    with pytest.raises(_Crash):
+        train(config(), tmp_path, observer=_CrashAt(9))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "step": 12, "orien')
+    train(config(), tmp_path, resume=True)
+    assert outcome(tmp_path) == uninterrupted
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crashed(tmp_path):
+    """A run that crashed after step 9, with checkpoints of steps 6 and 8."""
+    with pytest.raises(_Crash):
+        train(config(), tmp_path, observer=_CrashAt(9))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*.pt")) == [
+        "checkpoint-000000006.pt",
+        "checkpoint-000000008.pt",
+    ]
+    return tmp_path
+
+
+class _Messages(training.Observer):
+    def __init__(self):
+        self.messages, self.start = [], None
+
+    def on_message(self, message):
+        self.messages.append(message)
+
+    def on_start(self, config, steps_per_epoch, progress):
+        self.start = progress.step
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated"),
+    "bit flipped": (flip_a_bit, "SHA-256"),
+    "missing": (lambda path: path.unlink(), "cannot be read"),
+    "manifest cut": (lambda path: path.with_suffix(".json").write_text('{"format": 1,'), "damaged"),
+    "manifest empty": (lambda path: path.with_suffix(".json").write_text("{}"), "damaged"),
+    "manifest binary": (lambda path: path.with_suffix(".json").write_bytes(b"\xff\xfe\x00"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(crashed, uninterrupted, kind):
+    damage, reason = DAMAGE[kind]
+    damage(crashed / "checkpoint-000000008.pt")
+    watch = _Messages()
+    train(config(), crashed, resume=True, observer=watch)
+    assert watch.start == 6
+    assert len(watch.messages) == 1 and reason in watch.messages[0] and "\n" not in watch.messages[0]
+    assert outcome(crashed) == uninterrupted
+
+
+def test_no_usable_checkpoint_is_one_sentence_and_changes_nothing(crashed):
+    for path in crashed.glob("checkpoint-*.pt"):
+        flip_a_bit(path)
+    content = {path.name: path.read_bytes() for path in crashed.iterdir() if path.name != ".lock"}
+    with pytest.raises(CheckpointError, match="no checkpoint can be used") as caught:
+        train(config(), crashed, resume=True)
+    assert "\n" not in str(caught.value)
+    assert content == {path.name: path.read_bytes() for path in crashed.iterdir() if path.name != ".lock"}
+
+
+def forge(out, step, state):
+    """Replace a checkpoint by another state, with a manifest that vouches for it."""
+    path = out / f"checkpoint-{step:09d}.pt"
+    torch.save(state, path)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    content = path.read_bytes()
+    manifest.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_bomb_with_a_valid_manifest_runs_nothing(crashed, uninterrupted):
+    bomb = crashed / "exploded"
+    forge(crashed, 8, {"progress": {}, "model": {}, "optimizer": _Bomb(str(bomb))})
+    watch = _Messages()
+    train(config(), crashed, resume=True, observer=watch)
+    assert not bomb.exists()
+    assert "cannot be loaded safely" in watch.messages[0] or "loaded safely" in watch.messages[0]
+    assert outcome(crashed) == uninterrupted
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"weights": torch.zeros(2)}, {"progress": {}, "model": {}, "optimizer": {}}])
+def test_forged_states_are_refused(crashed, state):
+    forge(crashed, 8, state)
+    watch = _Messages()
+    train(config(), crashed, resume=True, observer=watch)
+    assert watch.start == 6 and len(watch.messages) == 1
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "other", partial(models.SmallCNN, width=8))
+    train(config(model="other", epochs=1), tmp_path)
+    (tmp_path / "config.json").write_text(config().to_json())
+    with pytest.raises(CheckpointError, match="belongs to another architecture"):
+        train(config(), tmp_path, resume=True)
+
+
+def test_shapes_are_checked_before_anything_is_loaded(crashed):
+    state = torch.load(crashed / "checkpoint-000000008.pt", weights_only=True)
+    name = "network.classifier.3.bias"
+    state["model"][name] = torch.zeros(7)
+    forge(crashed, 8, state)
+    watch = _Messages()
+    train(config(), crashed, resume=True, observer=watch)
+    assert watch.start == 6 and name in watch.messages[0]
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    train(config(), tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    for damaged in (content[:-10], content[:4], b"", content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="corrupt"):
+            training.load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        training.load_model(tmp_path / "nowhere.safetensors")
+
+
+# --- resuming what is not the same ------------------------------------------------------------------------------------
+
+
+def test_a_changed_configuration_is_refused_and_named(crashed):
+    changed = config(lr=0.1, options={"weight": 0.5})
+    with pytest.raises(UsageError, match=r"weight .* -> 0.5.*lr 0.05 -> 0.1"):
+        train(changed, crashed, resume=True)
+
+
+def test_a_run_is_not_overwritten(crashed):
+    with pytest.raises(UsageError, match="already holds a run: pass --resume"):
+        train(config(), crashed)
+
+
+def test_damaged_config_is_one_sentence(crashed):
+    (crashed / "config.json").write_text('{"data": ')
+    with pytest.raises(UsageError, match="not JSON"):
+        train(config(), crashed, resume=True)
+
+
+def test_resume_without_a_run_starts_one(tmp_path, uninterrupted):
+    train(config(), tmp_path / "new", resume=True)
+    assert outcome(tmp_path / "new") == uninterrupted
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    with RunLock(tmp_path), pytest.raises(UsageError, match=f"in use by another process .pid {os.getpid()}"):
+        train(config(), tmp_path)
+    with RunLock(tmp_path):
+        pass  # released
+
+
+def test_lock_of_a_dead_process_does_not_hold(tmp_path):
+    def die():
+        RunLock(tmp_path).__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with RunLock(tmp_path):
+        pass
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch, uninterrupted):
+    write = write_atomically
+
+    def full(path, content):
+        if path.name == "checkpoint-000000008.pt":
+            # Half of it fits.
+            (path.parent / ".tmp-half").write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "write_atomically", full)
+        with pytest.raises(TrainingError, match="No space left on device.*before it are intact"):
+            train(config(), tmp_path)
+    watch = _Messages()
+    train(config(), tmp_path, resume=True, observer=watch)
+    assert watch.start == 6 and not watch.messages
+    assert outcome(tmp_path) == uninterrupted and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_atomic_write_replaces_or_leaves_alone(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fails(file):
+        file.write(b"new, but not all of")
+        raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        write_atomically(path, fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_text() == "new"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_only_the_last_two_checkpoints_stay(tmp_path):
+    train(dataclasses.replace(config(), checkpoint_every=1), tmp_path)
+    steps = sorted(path.stem[-2:] for path in tmp_path.glob("checkpoint-*.pt"))
+    assert steps == ["11", "12"] == sorted(path.stem[-2:] for path in tmp_path.glob("checkpoint-*.json"))

@@ -39,7 +39,7 @@ struct Configuration {
   std::uint64_t first_block = 0, end_block = std::numeric_limits<std::uint64_t>::max();
   // Whether threads that returned, or that wait at another __syncthreads, are an error. Volta and later let both pass.
   bool strict = true;
-  std::size_t stack_bytes = std::size_t{128} << 10;          // of each CUDA thread
+  std::size_t stack_bytes = std::size_t{128} << 10;           // of each CUDA thread
   std::size_t dynamic_shared_limit = std::size_t{227} << 10;  // of a block, on sm_90
 };
 

@@ -67,8 +67,8 @@ class Stacks {
       : page_(static_cast<std::size_t>(sysconf(_SC_PAGESIZE))),
         count_(count),
         stack_bytes_((stack_bytes + page_ - 1) / page_ * page_) {
-    void* const memory = mmap(nullptr, count_ * stride(), PROT_READ | PROT_WRITE,
-                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const memory =
+        mmap(nullptr, count_ * stride(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("the CUDA emulator found no memory for its stacks");
     memory_ = static_cast<char*>(memory);
     for (std::size_t i = 0; i < count_; ++i) mprotect(memory_ + i * stride(), page_, PROT_NONE);

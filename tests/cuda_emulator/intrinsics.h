@@ -36,16 +36,16 @@ inline void fence() {
 }  // namespace cuda_emulator
 
 // Atomics. The operand takes no part in deduction, so that atomicAdd(&unsigned_value, 1) compiles, as in CUDA.
-#define CUDA_EMULATOR_ATOMIC(name, expression)                                              \
-  template <class T>                                                                        \
-  T name(T* address, std::type_identity_t<T> value) {                                       \
-    return cuda_emulator::update(address, [value](T old) -> T { return T(expression); });   \
+#define CUDA_EMULATOR_ATOMIC(name, expression)                                            \
+  template <class T>                                                                      \
+  T name(T* address, std::type_identity_t<T> value) {                                     \
+    return cuda_emulator::update(address, [value](T old) -> T { return T(expression); }); \
   }
 CUDA_EMULATOR_ATOMIC(atomicAdd, old + value)
 CUDA_EMULATOR_ATOMIC(atomicSub, old - value)
 CUDA_EMULATOR_ATOMIC(atomicMin, value < old ? value : old)
 CUDA_EMULATOR_ATOMIC(atomicMax, old < value ? value : old)
-CUDA_EMULATOR_ATOMIC(atomicAnd, old & value)
+CUDA_EMULATOR_ATOMIC(atomicAnd, old& value)
 CUDA_EMULATOR_ATOMIC(atomicOr, old | value)
 CUDA_EMULATOR_ATOMIC(atomicXor, old ^ value)
 CUDA_EMULATOR_ATOMIC(atomicExch, ((void)old, value))
@@ -67,10 +67,10 @@ inline void __threadfence_system() { cuda_emulator::fence(); }
   T name(const T* address) {     \
     return *address;             \
   }
-#define CUDA_EMULATOR_STORE(name)                         \
-  template <class T>                                      \
-  void name(T* address, std::type_identity_t<T> value) {  \
-    *address = value;                                     \
+#define CUDA_EMULATOR_STORE(name)                        \
+  template <class T>                                     \
+  void name(T* address, std::type_identity_t<T> value) { \
+    *address = value;                                    \
   }
 CUDA_EMULATOR_LOAD(__ldg)
 CUDA_EMULATOR_LOAD(__ldca)

@@ -33,7 +33,8 @@ inline void check_launch_configuration(dim3 grid, dim3 block, std::size_t dynami
   }
   const std::size_t limit = configuration().dynamic_shared_limit;
   if (dynamic_shared > limit) {
-    throw Error(std::to_string(dynamic_shared) + " bytes of dynamic shared memory: the limit is " + std::to_string(limit));
+    throw Error(std::to_string(dynamic_shared) + " bytes of dynamic shared memory: the limit is " +
+                std::to_string(limit));
   }
 }
 
@@ -84,7 +85,8 @@ class TurnOrder {
     for (unsigned i = 0; i < count; ++i) turns_[i] = order == reverse ? count - 1 - i : i;
   }
   void next_block(Random& random) {
-    for (std::size_t i = turns_.size(); order_ > reverse && i > 1; --i) std::swap(turns_[i - 1], turns_[random.below(i)]);
+    for (std::size_t i = turns_.size(); order_ > reverse && i > 1; --i)
+      std::swap(turns_[i - 1], turns_[random.below(i)]);
   }
   const unsigned* data() const { return turns_.data(); }
 
@@ -111,7 +113,8 @@ inline std::shared_ptr<Stacks> stacks_for(std::size_t count) {
 #endif
 }
 
-inline void run_block_at(Block& block, std::uint64_t linear_index, const unsigned* warp_order, const unsigned* lane_order) {
+inline void run_block_at(Block& block, std::uint64_t linear_index, const unsigned* warp_order,
+                         const unsigned* lane_order) {
   const dim3 grid = block.grid;
   block.index = {static_cast<unsigned>(linear_index % grid.x), static_cast<unsigned>(linear_index / grid.x % grid.y),
                  static_cast<unsigned>(linear_index / (std::uint64_t{grid.x} * grid.y))};
@@ -153,7 +156,8 @@ inline void run_grid(dim3 grid, dim3 dimensions, std::size_t dynamic_shared, con
 #if defined(__SANITIZE_THREAD__)
   constexpr std::uint64_t most = 8000;  // TSan's table of threads ends at 8128
   if ((end - first) * threads > most) {
-    throw Error("ThreadSanitizer can follow 8000 CUDA threads in one launch, not " + std::to_string((end - first) * threads));
+    throw Error("ThreadSanitizer can follow 8000 CUDA threads in one launch, not " +
+                std::to_string((end - first) * threads));
   }
   tsan_fiber_pool.give_back_all();
   // Every block has an OS thread, stacks and fibers of its own, so that nothing orders it with other blocks. The

@@ -2,9 +2,10 @@
 
     python tests/cuda_emulator/run_kernel_tests.py                     # four orders of execution, and huge grids
     python tests/cuda_emulator/run_kernel_tests.py --sanitize thread   # missing barriers, races between blocks
-    python tests/cuda_emulator/run_kernel_tests.py --sanitize address  # accesses out of bounds, misaligned or overflowing
+    python tests/cuda_emulator/run_kernel_tests.py --sanitize address  # out of bounds, misaligned, overflow
 
-Exits with 0 if all pass, 1 if not, and 77, the mark of a skipped test, where g++ or the CUDA toolkit's headers are missing.
+Exits with 0 if all pass, 1 if not, and 77, the mark of a skipped test, where g++ or the CUDA toolkit's headers are
+missing.
 """
 
 from __future__ import annotations

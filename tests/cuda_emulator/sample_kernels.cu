@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(1024)
       for (const T value : vector.value) sum += to_float(value) * to_float(value);
     }
   } else {
-    for (int i = thread; i < cols + has(Bug::tail_overread); i += blockDim.x) sum += to_float(from[i]) * to_float(from[i]);
+    for (int i = thread; i < cols + has(Bug::tail_overread); i += blockDim.x)
+      sum += to_float(from[i]) * to_float(from[i]);
   }
 
   if (has(Bug::divergent_barriers)) {
@@ -165,11 +166,13 @@ template cudaError_t row_normalize(const __nv_bfloat16*, __nv_bfloat16*, float*,
 
 cudaError_t axpby_sum(const float* x, const float* y, float* out, float* total, std::int64_t n, float a, float b,
                       int blocks, int threads) {
-  return rk::cuda::launch(axpby_sum_kernel, dim3(n > 0 ? blocks : 0), dim3(threads), 0, nullptr, x, y, out, total, n, a, b);
+  return rk::cuda::launch(axpby_sum_kernel, dim3(n > 0 ? blocks : 0), dim3(threads), 0, nullptr, x, y, out, total, n, a,
+                          b);
 }
 
 cudaError_t project(const float* x, float* out, int rows, int cols, int projections, std::uint32_t seed, int threads) {
-  const std::size_t shared = sizeof(float) * static_cast<std::size_t>(projections) * static_cast<std::size_t>(threads / 32);
+  const std::size_t shared =
+      sizeof(float) * static_cast<std::size_t>(projections) * static_cast<std::size_t>(threads / 32);
   return rk::cuda::launch(project_kernel, dim3(rows), dim3(threads), shared, nullptr, x, out, cols, projections, seed);
 }
 

@@ -5,7 +5,7 @@
 
 #include "launch.cuh"
 
-#define SAMPLE_BUGS(BUG) \
+#define SAMPLE_BUGS(BUG)                                                                                               \
   BUG(missing_barrier)           /* shared memory is read before the barrier that follows its writes */                \
   BUG(missing_barrier_on_reuse)  /* shared memory is written again while others may still read it */                   \
   BUG(broadcast_without_barrier) /* right whenever warp 0 happens to come first */                                     \

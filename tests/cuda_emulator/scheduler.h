@@ -62,8 +62,14 @@ struct Thread {
 struct Block {
   Block(dim3 grid, dim3 dimensions, const Kernel& kernel, std::shared_ptr<Stacks> its_stacks,
         std::size_t dynamic_shared)
-      : grid(grid), dimensions(dimensions), size(dimensions.x * dimensions.y * dimensions.z), kernel(kernel),
-        stacks(std::move(its_stacks)), storage(size), threads(storage.data()), dynamic_shared(dynamic_shared) {
+      : grid(grid),
+        dimensions(dimensions),
+        size(dimensions.x * dimensions.y * dimensions.z),
+        kernel(kernel),
+        stacks(std::move(its_stacks)),
+        storage(size),
+        threads(storage.data()),
+        dynamic_shared(dynamic_shared) {
     for (unsigned i = 0; i < size; ++i) {
       Thread& thread = threads[i];
       thread.block = this;
@@ -145,13 +151,18 @@ CUDA_EMULATOR_RAW inline std::uint64_t wait(State state, std::uint32_t mask, std
   return thread.result;
 }
 
+CUDA_EMULATOR_RAW inline bool is_same(const Location& a, const Location& b) {
+  return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+}
+
 inline std::string describe(const Location& where) {
   const char* const slash = std::strrchr(where.file_name(), '/');
   return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
 }
 
 inline std::string describe(const Thread& thread) {
-  static const char* const names[] = {"running", "returned", "__trap", "__syncthreads", "__syncwarp", "shuffle", "vote", "reduce"};
+  static const char* const names[] = {"running",    "returned", "__trap", "__syncthreads",
+                                      "__syncwarp", "shuffle",  "vote",   "reduce"};
   std::string text = names[static_cast<int>(thread.state)];
   if (thread.state >= State::trapped) text += " at " + describe(thread.where);
   if (thread.state >= State::warp_barrier) {
@@ -165,13 +176,14 @@ inline std::string describe(const Thread& thread) {
 // Throws `problem`, with the block, the thread at fault if there is one, and what every thread is doing.
 [[noreturn]] inline void fail(const Block& block, const Thread* culprit, const std::string& problem) {
   auto text = [](auto x) { return std::to_string(x); };
-  std::string message = problem + "; block (" + text(block.index.x) + "," + text(block.index.y) + "," +
-                        text(block.index.z) + ")";
+  std::string message =
+      problem + "; block (" + text(block.index.x) + "," + text(block.index.y) + "," + text(block.index.z) + ")";
   if (culprit) message += ", thread " + text(culprit - block.threads);
   for (unsigned first = 0, i = 1; i <= block.size; ++i) {
     const std::string doing = describe(block.threads[first]);
     if (i < block.size && describe(block.threads[i]) == doing) continue;
-    message += "\n  thread" + (i - first > 1 ? "s " + text(first) + ".." + text(i - 1) : " " + text(first)) + ": " + doing;
+    message +=
+        "\n  thread" + (i - first > 1 ? "s " + text(first) + ".." + text(i - 1) : " " + text(first)) + ": " + doing;
     first = i;
   }
   throw Error(message);
@@ -204,8 +216,9 @@ CUDA_EMULATOR_RAW inline bool resolve_warp(Block& block, unsigned warp) {
       if (!(exchange.lanes >> j & 1)) continue;
       Thread& lane = lanes[j];
       if (state == State::shuffle && !(exchange.lanes >> (lane.argument & 31) & 1)) {
-        fail(block, &lane, "shuffle from lane " + std::to_string(lane.argument) +
-                               ", which takes no part (mask, early return or short last warp)");
+        fail(block, &lane,
+             "shuffle from lane " + std::to_string(lane.argument) +
+                 ", which takes no part (mask, early return or short last warp)");
       }
       if (lane.combine) lane.result = lane.combine(exchange, lane.argument);
     }
@@ -232,8 +245,7 @@ CUDA_EMULATOR_RAW inline bool resolve_block(Block& block, bool strict) {
     if (!first) first = &thread;
     ++waiting;
     votes += thread.value != 0;
-    same_place &= thread.where.line() == first->where.line() &&
-                  std::strcmp(thread.where.file_name(), first->where.file_name()) == 0;
+    same_place &= is_same(thread.where, first->where);
   }
   if (waiting + returned != block.size) fail(block, nullptr, "deadlock");
   if (strict && waiting && returned) fail(block, nullptr, "__syncthreads missed by threads that have returned");
@@ -249,7 +261,8 @@ CUDA_EMULATOR_RAW inline bool resolve_block(Block& block, bool strict) {
 }
 
 // Runs one block to its end; warps and lanes in the given orders.
-CUDA_EMULATOR_RAW inline void run_block(Block& block, const unsigned* warp_order, const unsigned* lane_order, bool strict) {
+CUDA_EMULATOR_RAW inline void run_block(Block& block, const unsigned* warp_order, const unsigned* lane_order,
+                                        bool strict) {
   block.lane_order = lane_order;
   for (unsigned i = 0; i < block.size; ++i) {
     Thread& thread = block.threads[i];

@@ -52,8 +52,14 @@ void test_shuffles() {
   std::vector<double> wide(32);
   run(shuffles, dim3(1), dim3(32), out.data(), wide.data());
   for (int lane = 0; lane < 32; ++lane) {
-    const int want[] = {5, lane / 8 * 8 + 5, lane ^ 3, lane + 4 < 32 ? lane + 4 : lane, lane % 16 + 4 < 16 ? lane + 4 : lane,
-                        lane >= 2 ? lane - 2 : lane, lane % 4 >= 2 ? lane - 2 : lane, lane % 2 ? 7 : 8};
+    const int want[] = {5,
+                        lane / 8 * 8 + 5,
+                        lane ^ 3,
+                        lane + 4 < 32 ? lane + 4 : lane,
+                        lane % 16 + 4 < 16 ? lane + 4 : lane,
+                        lane >= 2 ? lane - 2 : lane,
+                        lane % 4 >= 2 ? lane - 2 : lane,
+                        lane % 2 ? 7 : 8};
     for (int i = 0; i < 8; ++i) expect_close(out[lane * 8 + i], want[i], 0, "shuffle " + std::to_string(i));
     expect_close(wide[lane], 1e300 * (lane ^ 1), 0, "64-bit shuffle");
   }
@@ -81,7 +87,8 @@ void test_votes() {
   run(votes, dim3(1), dim3(64), out.data());
   for (unsigned thread = 0; thread < 64; ++thread) {
     const unsigned lane = thread % 32, thirds[] = {0x49249249u, 0x92492492u, 0x24924924u};
-    const unsigned want[] = {127, 1, 0, thirds[lane % 3], 496, static_cast<unsigned>(-40), 31, 0, 13, 1, 0, lane < 12 ? 0xff0u : 0};
+    const unsigned want[] = {127, 1, 0, thirds[lane % 3],      496, static_cast<unsigned>(-40), 31, 0,
+                             13,  1, 0, lane < 12 ? 0xff0u : 0};
     for (int i = 0; i < 12; ++i) expect_close(out[thread * 12 + i], want[i], 0, "vote " + std::to_string(i));
   }
 }
@@ -169,7 +176,8 @@ void test_orders() {
     std::vector<unsigned> blocks(30);
     unsigned next = 0;
     run(write_index, dim3(3, 5, 2), dim3(4, 3, 3), out.data(), blocks.data(), &next);
-    for (std::size_t i = 0; i < out.size(); ++i) expect_close(static_cast<double>(out[i]), 1.0 + i / 36, 0, "runs of a thread");
+    for (std::size_t i = 0; i < out.size(); ++i)
+      expect_close(static_cast<double>(out[i]), 1.0 + i / 36, 0, "runs of a thread");
     for (const auto& other : seen) expect(other != blocks, "orders differ");
     seen.push_back(blocks);
   }

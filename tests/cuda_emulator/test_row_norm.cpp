@@ -35,14 +35,31 @@ struct Problem {
 
   Problem(Draw& draw, Norm kind, double exponent, std::int64_t row_count, std::int64_t groups, std::int64_t run,
           bool with_weight)
-      : rows(row_count), cols(groups * run), chunks((cols + rk::cuda::kChunk - 1) / rk::cuda::kChunk),
-        stride(cols + draw(0, 1) * draw(0, 9)), inner(run), channels(groups), norm(kind), p(exponent),
-        weighted(with_weight), x(rows * stride, draw(0, 8)), gg_x(rows * stride, draw(0, 8)), out(rows * cols, draw(0, 8)),
-        weight(channels), grad(rows), norms(rows), per_row(rows), partial(rows * chunks), ties(rows * chunks) {
+      : rows(row_count),
+        cols(groups * run),
+        chunks((cols + rk::cuda::kChunk - 1) / rk::cuda::kChunk),
+        stride(cols + draw(0, 1) * draw(0, 9)),
+        inner(run),
+        channels(groups),
+        norm(kind),
+        p(exponent),
+        weighted(with_weight),
+        x(rows * stride, draw(0, 8)),
+        gg_x(rows * stride, draw(0, 8)),
+        out(rows * cols, draw(0, 8)),
+        weight(channels),
+        grad(rows),
+        norms(rows),
+        per_row(rows),
+        partial(rows * chunks),
+        ties(rows * chunks) {
     const bool whole_numbers = draw(0, 2) == 0;  // ties
     for (std::int64_t row = 0; row < rows; ++row) {
       const int kind_of_row = draw(0, 7);
-      const double scale = kind_of_row == 0 ? 0.0 : kind_of_row == 1 && sizeof(S) > 2 ? 1e-30 : kind_of_row == 2 && sizeof(S) > 2 ? 1e25 : 1.0;
+      const double scale = kind_of_row == 0                    ? 0.0
+                           : kind_of_row == 1 && sizeof(S) > 2 ? 1e-30
+                           : kind_of_row == 2 && sizeof(S) > 2 ? 1e25
+                                                               : 1.0;
       std::normal_distribution<double> normal;
       for (std::int64_t j = 0; j < cols; ++j) {
         const double value = whole_numbers ? draw(-3, 3) : normal(draw.random);
@@ -112,7 +129,8 @@ std::vector<double> slopes(const std::vector<double>& a, double n, Norm norm, do
 }
 
 // The derivative of <v, slopes> at a, for the norms that have one.
-std::vector<double> bends(const std::vector<double>& a, const std::vector<double>& v, double s, double n, Norm norm, double p) {
+std::vector<double> bends(const std::vector<double>& a, const std::vector<double>& v, double s, double n, Norm norm,
+                          double p) {
   std::vector<double> result(a.size());
   for (std::size_t j = 0; j < a.size(); ++j) {
     if (norm == Norm::kSquaredL2) {
@@ -133,7 +151,8 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   const std::string text = t.text();
   const double eps = testing::epsilon<A>(), loose = 400 * eps, store = testing::epsilon<S>();
   const auto run = [&](Order order, auto&... outputs) {
-    testing::run_in_all_orders(options, text, [&] { return rk::cuda::launch_row_norm(order, t.call(), nullptr); }, outputs...);
+    testing::run_in_all_orders(
+        options, text, [&] { return rk::cuda::launch_row_norm(order, t.call(), nullptr); }, outputs...);
   };
 
   run(Order::kValue, t.per_row);
@@ -142,7 +161,8 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
     for (std::int64_t j = 0; j < t.cols; ++j) a[row].push_back(t.a(row, j));
     const double n = norm_of_row(a[row], t.norm, t.p);
     if (n > std::numeric_limits<A>::max()) return;  // a squared norm may overflow
-    expect_close(t.per_row[row], n, loose * n + t.cols * double{std::numeric_limits<A>::min()}, "norm " + std::to_string(row) + ", " + text);
+    expect_close(t.per_row[row], n, loose * n + t.cols * double{std::numeric_limits<A>::min()},
+                 "norm " + std::to_string(row) + ", " + text);
     t.norms[row] = t.per_row[row];
     slope[row] = slopes(a[row], t.norm == Norm::kInf ? n : to_double(t.norms[row]), t.norm, t.p);
   }
@@ -172,7 +192,8 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
     for (std::int64_t j = 0; j < t.cols; ++j) largest = std::max(largest, std::fabs(bend[j] *= t.grad[row] * t.w(j)));
     if (largest > std::numeric_limits<A>::max() || largest > 1e4 * (sizeof(S) == 2 ? 1 : 1e30)) continue;
     for (std::int64_t j = 0; j < t.cols; ++j) {
-      expect_close(to_double(t.out[row * t.cols + j]), bend[j], (loose + store) * std::fabs(bend[j]) + 10 * loose * largest + 1e-7,
+      expect_close(to_double(t.out[row * t.cols + j]), bend[j],
+                   (loose + store) * std::fabs(bend[j]) + 10 * loose * largest + 1e-7,
                    "second grad_x " + std::to_string(row) + "," + std::to_string(j) + ", " + text);
     }
   }
@@ -198,7 +219,8 @@ void test_long_rows(const testing::Options& options, Draw& draw, Norm norm) {
 // Fewer blocks than rows: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
   Problem<float> t(draw, Norm::kL2, 2.0, 7, 1, 600, false);
-  expect_success(rk::cuda::launch(rk::cuda::row_norm_kernel<Norm::kL2, float>, dim3(2), dim3(160), 0, nullptr, t.call()));
+  expect_success(
+      rk::cuda::launch(rk::cuda::row_norm_kernel<Norm::kL2, float>, dim3(2), dim3(160), 0, nullptr, t.call()));
   for (std::int64_t row = 0; row < t.rows; ++row) {
     std::vector<double> a;
     for (std::int64_t j = 0; j < t.cols; ++j) a.push_back(t.a(row, j));

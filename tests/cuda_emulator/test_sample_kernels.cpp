@@ -21,7 +21,8 @@ void test_row_normalize(Draw& draw, int cols, int offset, int threads) {
   if (rows > 2) std::fill_n(x.data() + cols, cols, testing::from_double<T>(0.0));
   expect_success(sample::row_normalize<T>(x.data(), y.data(), norm.data(), rows, cols, 1e-6f, threads));
 
-  const std::string shape = "[" + std::to_string(rows) + "," + std::to_string(cols) + "], " + std::to_string(threads) + " threads";
+  const std::string shape =
+      "[" + std::to_string(rows) + "," + std::to_string(cols) + "], " + std::to_string(threads) + " threads";
   for (int r = 0; r < rows; ++r) {
     double sum = 0.0;
     for (int c = 0; c < cols; ++c) sum += std::pow(testing::to_double(x[r * cols + c]), 2);
@@ -29,7 +30,8 @@ void test_row_normalize(Draw& draw, int cols, int offset, int threads) {
     expect_close(norm[r], length, 1e-5 * (1.0 + length), "norm[" + std::to_string(r) + "] of " + shape);
     for (int c = 0; c < cols; ++c) {
       const double want = testing::to_double(x[r * cols + c]) / std::max(length, 1e-6);
-      expect_close(testing::to_double(y[r * cols + c]), want, 2 * testing::epsilon<T>() * (0.01 + std::fabs(want)) + 1e-6,
+      expect_close(testing::to_double(y[r * cols + c]), want,
+                   2 * testing::epsilon<T>() * (0.01 + std::fabs(want)) + 1e-6,
                    "y[" + std::to_string(r) + "," + std::to_string(c) + "] of " + shape);
     }
   }
@@ -62,7 +64,8 @@ void test_project(Draw& draw, int threads) {
     for (int j = 0; j < projections; ++j) {
       double want = 0.0;
       for (int i = 0; i < cols; ++i) want += x[r * cols + i] * sample::random_sign(seed, j, i);
-      expect_close(out[r * projections + j], want, 1e-3, "projection " + std::to_string(j) + " of row " + std::to_string(r));
+      expect_close(out[r * projections + j], want, 1e-3,
+                   "projection " + std::to_string(j) + " of row " + std::to_string(r));
     }
   }
 }

@@ -32,10 +32,22 @@ struct Problem {
   Buffer<A> wide, grad, per_row, statistics, statistics_in;
 
   Problem(Draw& draw, Target kind, std::int64_t row_count, std::int64_t class_count)
-      : rows(row_count), classes(class_count), stride(classes + draw(0, 1) * draw(0, 9)), target(kind),
-        smoothing(draw.one_of({0.0, 0.1})), temperature(draw.one_of({1.0, 0.5, 4.0})), logits(rows * stride, draw(0, 8)),
-        gg(rows * stride, draw(0, 8)), out(rows * classes, draw(0, 8)), narrow(rows * stride), indices(rows),
-        wide(rows * stride), grad(rows), per_row(rows), statistics(2 * rows), statistics_in(2 * rows) {
+      : rows(row_count),
+        classes(class_count),
+        stride(classes + draw(0, 1) * draw(0, 9)),
+        target(kind),
+        smoothing(draw.one_of({0.0, 0.1})),
+        temperature(draw.one_of({1.0, 0.5, 4.0})),
+        logits(rows * stride, draw(0, 8)),
+        gg(rows * stride, draw(0, 8)),
+        out(rows * classes, draw(0, 8)),
+        narrow(rows * stride),
+        indices(rows),
+        wide(rows * stride),
+        grad(rows),
+        per_row(rows),
+        statistics(2 * rows),
+        statistics_in(2 * rows) {
     logits.fill_normal(draw.random, draw.one_of({1.0, 20.0}));
     gg.fill_normal(draw.random);
     grad.fill_normal(draw.random);
@@ -140,9 +152,11 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const double factor = t.grad[row] / t.temperature;
     for (std::int64_t j = 0; j < t.classes; ++j) {
-      const double got = to_double(t.out[row * t.classes + j]), slope = factor * (want[row].total_q * want[row].p[j] - t.q(row, j));
+      const double got = to_double(t.out[row * t.classes + j]),
+                   slope = factor * (want[row].total_q * want[row].p[j] - t.q(row, j));
       if (is_settled(row, got, t.text("grad_logits", row, j))) continue;
-      expect_close(got, slope, store * std::fabs(slope) + loose * std::fabs(factor) * want[row].total_q + 1e-7, t.text("grad_logits", row, j));
+      expect_close(got, slope, store * std::fabs(slope) + loose * std::fabs(factor) * want[row].total_q + 1e-7,
+                   t.text("grad_logits", row, j));
     }
   }
 
@@ -152,7 +166,8 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
     const Row& w = want[row];
     const double scale = (1.0 + w.total_q) / t.temperature;
     if (!is_settled(row, t.per_row[row], t.text("gg_grad", row))) {
-      expect_close(t.per_row[row], (w.total_q * w.mean_u - w.dot_qu) / t.temperature, 10 * loose * scale, t.text("gg_grad", row));
+      expect_close(t.per_row[row], (w.total_q * w.mean_u - w.dot_qu) / t.temperature, 10 * loose * scale,
+                   t.text("gg_grad", row));
     }
     for (std::int64_t j = 0; j < t.classes; ++j) {
       const double got = to_double(t.out[row * t.classes + j]), u = to_double(t.gg[row * t.stride + j]);
@@ -209,7 +224,8 @@ void test_huge() {
   c.per_row = nullptr;
   c.out = out.data();
   expect_success(rk::cuda::launch_softmax_cross_entropy(CrossEntropyOrder::kBackward, c, nullptr));
-  expect_close(to_double(out.last_row()[classes - 1]), 1000.0 * (1.0 - 1.0 / classes), 1.0, "grad_logits of the last element");
+  expect_close(to_double(out.last_row()[classes - 1]), 1000.0 * (1.0 - 1.0 / classes), 1.0,
+               "grad_logits of the last element");
   c.per_row = per_row.data();
   expect_success(rk::cuda::launch_softmax_cross_entropy(CrossEntropyOrder::kDoubleBackward, c, nullptr));
   expect_close(to_double(out.last_row()[classes - 1]), 0.0, 1e-3, "second grad_logits of the last element");

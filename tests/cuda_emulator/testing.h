@@ -143,9 +143,9 @@ inline void expect_success(cudaError_t status) {
 }
 
 struct Options {
-  int rounds = 20;    // --rounds N: random shapes to try
-  int order = -1;     // --order N: one order of execution; by default four take turns
-  bool huge = false;  // --huge: also the last block of a grid too large to run
+  int rounds = 20;             // --rounds N: random shapes to try
+  int order = -1;              // --order N: one order of execution; by default four take turns
+  bool huge = false;           // --huge: also the last block of a grid too large to run
   std::uint32_t seed = 1;      // --seed N: of the random shapes
   std::string plant = "none";  // --plant NAME: a bug, where the tests are of kernels that have some
 

@@ -135,8 +135,8 @@ unsigned __match_any_sync(unsigned mask, T value, CUDA_EMULATOR_CALLER) {
   return cuda_emulator::match(mask, cuda_emulator::pack(value), where);
 }
 
-#define CUDA_EMULATOR_REDUCE(name, type, expression)                                                 \
-  inline type name(unsigned mask, type value, CUDA_EMULATOR_CALLER) {                                \
+#define CUDA_EMULATOR_REDUCE(name, type, expression)                                                     \
+  inline type name(unsigned mask, type value, CUDA_EMULATOR_CALLER) {                                    \
     return cuda_emulator::reduce(mask, value, [](type a, type b) -> type { return expression; }, where); \
   }
 CUDA_EMULATOR_REDUCE(__reduce_add_sync, unsigned, a + b)
@@ -145,7 +145,7 @@ CUDA_EMULATOR_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 CUDA_EMULATOR_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 CUDA_EMULATOR_REDUCE(__reduce_max_sync, unsigned, a > b ? a : b)
 CUDA_EMULATOR_REDUCE(__reduce_max_sync, int, a > b ? a : b)
-CUDA_EMULATOR_REDUCE(__reduce_and_sync, unsigned, a & b)
+CUDA_EMULATOR_REDUCE(__reduce_and_sync, unsigned, a& b)
 CUDA_EMULATOR_REDUCE(__reduce_or_sync, unsigned, a | b)
 CUDA_EMULATOR_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef CUDA_EMULATOR_REDUCE

@@ -22,10 +22,10 @@ Tensor double_rows(const Tensor& x, std::int64_t bug) {
   const rk::cuda::DeviceScope scope(x);
   Tensor y = torch::stable::empty_like(x);
   const auto blocks = static_cast<unsigned>((x.numel() + 127) / 128);
-  rk::cuda::check_launch(
-      rk::cuda::launch(double_kernel, dim3(blocks), dim3(128), 0, scope.stream(), static_cast<const float*>(x.const_data_ptr()),
-                       static_cast<float*>(y.mutable_data_ptr()), x.numel(), bug),
-      "double_rows");
+  rk::cuda::check_launch(rk::cuda::launch(double_kernel, dim3(blocks), dim3(128), 0, scope.stream(),
+                                          static_cast<const float*>(x.const_data_ptr()),
+                                          static_cast<float*>(y.mutable_data_ptr()), x.numel(), bug),
+                         "double_rows");
   return y;
 }
 

@@ -62,8 +62,8 @@ def assert_as_accurate_as_reference(
     """error(actual) <= 2 error(eager) + 4 eps, relative to exact, in the L2 norm and in the maximum norm.
 
     A kernel may round as often as plain PyTorch does in the same dtype, and twice at that; nobody has to invent a
-    tolerance.  Since both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns zeros
-    fails.
+    tolerance.  Since both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns
+    zeros fails.
 
     Args:
         actual: what the kernel returned.
@@ -74,8 +74,8 @@ def assert_as_accurate_as_reference(
         what: how messages call the result.
 
     Raises:
-        AssertionError: the shape, dtype or device differs from that of `eager`, an element is not finite, `exact` is zero
-            without `zero` or the other way round, or the error is too large; the message holds the numbers.
+        AssertionError: the shape, dtype or device differs from that of `eager`, an element is not finite, `exact` is
+            zero without `zero` or the other way round, or the error is too large; the message holds the numbers.
     """
     for name, other in (("eager", eager), ("exact", exact)):
         if actual.shape != other.shape:
@@ -105,9 +105,10 @@ def assert_as_accurate_as_reference(
         if not error <= allowed:
             worst = int((actual.double() - exact).abs().argmax())
             index = [int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)]
+            there = f"worst at {index}: {actual.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}"
             _fail(
                 f"{what}: {name} error {error:.3g} exceeds 2 * {yardstick:.3g} (reference in {eager.dtype}) + 4 eps "
-                f"= {allowed:.3g}; worst at {index}: {actual.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}"
+                f"= {allowed:.3g}; {there}"
             )
 
 

@@ -45,7 +45,10 @@ def test_any_alignment_gives_the_same_bits(case, dtype, device):
 
 def layouts_of(tensor):
     """The same numbers in other layouts."""
-    yield "reversed dimensions", tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+    yield (
+        "reversed dimensions",
+        tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim()))),
+    )
     padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=torch.float64).to(tensor)
     padded[..., 1:-2] = tensor
     yield "rows apart", padded[..., 1:-2]

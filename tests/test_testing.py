@@ -72,5 +72,7 @@ def test_derivatives_of_a_cube():
 def test_cast_converts_numbers_only():
     given = {"a": (torch.ones(2, dtype=torch.float16), 3), "b": [torch.ones(2, dtype=torch.long)], "c": None}
     converted = cast(given)
-    assert converted["a"][0].dtype == torch.float64 and converted["a"][1] == 3
-    assert converted["b"][0].dtype == torch.long and converted["c"] is None
+    assert converted["a"][0].dtype == torch.float64
+    assert converted["a"][1] == 3
+    assert converted["b"][0].dtype == torch.long
+    assert converted["c"] is None

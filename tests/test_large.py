@@ -1,0 +1,84 @@
+"""More rows and more elements than 32 bits can count."""
+
+import pytest
+import torch
+
+from robustkern.ops import row_norm, softmax_cross_entropy
+
+BEYOND = 2**31
+
+
+def free_memory(device):
+    """Bytes that a test may use."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+
+
+@pytest.fixture
+def twelve_gigabytes(device, emulated):
+    if emulated:
+        pytest.skip("too slow in the emulator; its own tests probe the last block of such grids")
+    if free_memory(device) < 12e9:
+        pytest.skip(f"needs 12 GB of free memory on {device}, there are {free_memory(device) / 1e9:.0f}")
+
+
+@pytest.mark.usefixtures("twelve_gigabytes")
+def test_rows_far_apart(device):
+    """Offsets beyond 2^31 in memory of which only the ends are touched."""
+    storage = torch.empty(BEYOND + 200, dtype=torch.bfloat16, device=device)
+    ends = storage.as_strided((2, 100), (BEYOND + 50, 1))
+    ends.copy_(torch.linspace(-1.0, 1.0, 200, device=device).view(2, 100))
+    for p in (1.0, 2.0, torch.inf):
+        assert torch.equal(row_norm(ends, p, impl="kernel"), row_norm(ends.contiguous(), p, impl="kernel"))
+    target = torch.tensor([3, 99], device=device)
+    losses = [softmax_cross_entropy(z, target, impl="kernel") for z in (ends, ends.contiguous())]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("twelve_gigabytes")
+@pytest.mark.parametrize("columns", [2**16, 1000])
+def test_more_elements_than_int32_can_count(columns, device):
+    """The last rows, whose offsets need more than 31 bits, are those of a small tensor."""
+    rows = BEYOND // columns + 3
+    x = torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
+    tail = torch.randn(3, columns, device=device).to(torch.bfloat16)
+    x[-3:] = tail
+    norm = row_norm(x, 2.0, impl="kernel")
+    assert not norm[:-3].any()
+    expected = row_norm(tail, 2.0, impl="kernel")
+    assert torch.equal(norm[-3:], expected)
+    grad = torch.ones_like(norm)
+    grad_x = torch.ops.robustkern.row_norm_backward(grad, x, norm, None, 1, 2.0, False)
+    small = torch.ops.robustkern.row_norm_backward(grad[-3:], tail, expected, None, 1, 2.0, False)
+    assert torch.equal(grad_x[-3:], small)
+    assert not grad_x[:3].any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("twelve_gigabytes")
+def test_more_logits_than_int32_can_count(device):
+    classes = 32_768
+    rows = BEYOND // classes + 2
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device=device)
+    tail = torch.randn(2, classes, device=device).to(torch.bfloat16)
+    logits[-2:] = tail
+    target = torch.arange(rows, device=device) % classes
+    loss, statistics = torch.ops.robustkern.softmax_cross_entropy(logits, target, 0.1, 1.0, -100)
+    expected, small = torch.ops.robustkern.softmax_cross_entropy(tail, target[-2:], 0.1, 1.0, -100)
+    assert torch.equal(loss[-2:], expected)
+    grad = torch.ones_like(loss)
+    options = (0.1, 1.0, -100)
+    backward = torch.ops.robustkern.softmax_cross_entropy_backward
+    whole = backward(grad, logits, statistics, target, *options)[-2:]
+    assert torch.equal(whole, backward(grad[-2:], tail, small, target[-2:], *options))
+
+
+@pytest.mark.usefixtures("not_emulated")
+def test_a_million_rows(device):
+    logits = torch.randn(1_000_003, 3, device=device)
+    target = torch.arange(1_000_003, device=device) % 3
+    loss = softmax_cross_entropy(logits, target, impl="kernel")
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target, reduction="none"))

@@ -1,0 +1,263 @@
+"""Every operator at every level: adding one without its tests, its benchmark or its row in the README fails here.
+
+csrc/README.md says how an operator is added; each message names the step that is missing.
+"""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, OPS, cotangents, recorded_calls
+
+import robustkern
+from robustkern import _library, losses, ops, penalties, reference
+
+ROOT = Path(__file__).parents[1]
+ORDERS = ("", "_backward", "_double_backward")
+SCHEMAS = re.findall(r'"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
+STEMS = [name for name in SCHEMAS if not name.endswith("backward")]
+LONGEST_FILE = 400
+
+over_operators = pytest.mark.parametrize("op", STEMS)
+over_schemas = pytest.mark.parametrize("schema", SCHEMAS)
+
+
+def has_kernel(schema, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"robustkern::{schema}", key)
+
+
+def text_of(path, step):
+    assert (ROOT / path).is_file(), f"{step}: {path} does not exist"
+    return (ROOT / path).read_text()
+
+
+def sources(*patterns):
+    """The project's own files that match, without what was built or downloaded."""
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    return [p for p in found if not {".venv", "build", ".git", "__pycache__"} & set(p.relative_to(ROOT).parts)]
+
+
+# ------------------------------------------------------------------ operators
+
+
+def test_schemas_come_in_threes():
+    assert STEMS, "csrc/ops.cpp defines no operator"
+    for stem in STEMS:
+        assert [stem + order for order in ORDERS] == [
+            s for s in SCHEMAS if s.startswith(stem) and s in stem_family(stem)
+        ]
+    assert len(SCHEMAS) == 3 * len(STEMS), f"each operator needs {ORDERS}, got {SCHEMAS}"
+
+
+def stem_family(stem):
+    return {stem + order for order in ORDERS}
+
+
+def test_the_extension_holds_the_schemas_of_the_source():
+    if _library.extension() is None:
+        pytest.fail(f"build it: {_library.why_unavailable()}")
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "robustkern::" in name}
+    assert registered == set(SCHEMAS), "rebuild: csrc/ops.cpp and the loaded extension differ"
+
+
+@over_operators
+def test_public_function_reference_and_module(op):
+    assert hasattr(ops, op), f"export {op} from robustkern/ops/__init__.py"
+    assert op in ops.__all__, f"add {op} to __all__ of robustkern/ops/__init__.py"
+    assert hasattr(reference, op), f"write robustkern/reference/{op}.py and export it"
+    assert op in reference.__all__, f"add {op} to __all__ of robustkern/reference/__init__.py"
+    assert inspect.getfile(getattr(reference, op)).endswith(f"reference/{op}.py")
+    assert inspect.getfile(getattr(ops, op)).endswith(f"ops/{op}.py")
+    assert ops.__all__ == sorted(STEMS) == reference.__all__
+
+
+@over_operators
+def test_sources(op):
+    for path in (f"csrc/math/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"):
+        text_of(path, "write the kernels")
+    setup = text_of("setup.py", "list the operator")
+    assert f'"{op}"' in setup, f"add {op} to OPS in setup.py"
+
+
+@over_schemas
+def test_kernels(schema):
+    stem = next(s for s in STEMS if schema in stem_family(s))
+    assert has_kernel(schema, "CPU"), f"register {schema} in csrc/cpu/{stem}.cpp"
+    cuda = text_of(f"csrc/cuda/{stem}.cu", "write the CUDA kernel")
+    assert f'"{schema}"' in cuda, f"register {schema} in csrc/cuda/{stem}.cu"
+    if _library.cuda_extension() is not None:
+        assert has_kernel(schema, "CUDA"), f"{schema} is not registered for CUDA: rebuild robustkern._cuda"
+
+
+@over_schemas
+def test_fake_autograd_and_vmap(schema):
+    stem = next(s for s in STEMS if schema in stem_family(s))
+    module = f"robustkern/ops/{stem}.py"
+    assert has_kernel(schema, "Meta"), f"register a fake kernel of {schema} in {module}"
+    assert has_kernel(schema, "Autograd"), f"register an autograd formula of {schema} in {module}"
+    assert has_kernel(schema, "FuncTorchBatched"), f"register a vmap rule of {schema} in {module}"
+
+
+@over_operators
+def test_the_end_of_the_chain_refuses(op):
+    case = next(c for c in CASES if c.op == op and not c.empty)
+    call = recorded_calls(case.sample("cpu", torch.float64))[f"{op}_double_backward"]
+    name, first = next(iter(call.tensors.items()))
+    result = call(**{name: first.clone().requires_grad_()})[0]
+    with pytest.raises(RuntimeError, match="third-order derivatives are not supported"):
+        result.sum().backward()
+
+
+@over_operators
+def test_samples_cover_every_option_and_every_operator(op):
+    samples = list(OPS[op].samples())
+    names = [sample.name for sample in samples]
+    assert len(set(names)) == len(names), "names of samples must differ: tests find samples by name"
+    assert all(sample.op is getattr(ops, op) for sample in samples)
+    parameters = inspect.signature(getattr(ops, op)).parameters
+    options = {name for name, p in parameters.items() if p.default is not inspect.Parameter.empty} - {"impl"}
+    for option in options:
+        values = {str(sample.options[option]) for sample in samples if option in sample.options}
+        assert values - {str(parameters[option].default)}, f"{op}: no sample sets {option} to anything but its default"
+    assert any(sample.empty for sample in samples), f"{op}: no sample is empty"
+    assert any(not s.inputs[0].is_contiguous() for s in samples), f"{op}: no sample has a layout of its own"
+    assert any(not s.zero for s in samples), f"{op}: the second derivative of every sample is zero"
+    for order in ("value", "grad_x", "gg_grad", "second"):
+        assert any(order not in sample.zero and not sample.empty for sample in samples)
+    called = set()
+    for sample in samples:
+        if sample.inputs[0].numel() <= 1000:
+            called |= set(recorded_calls(sample))
+    assert called == stem_family(op), f"{op}: the samples never call {stem_family(op) - called}"
+
+
+@over_operators
+def test_reference_takes_the_same_arguments(op):
+    public = list(inspect.signature(getattr(ops, op)).parameters)
+    plain = list(inspect.signature(getattr(reference, op)).parameters)
+    assert plain == [name for name in public if name != "impl"]
+    sample = next(OPS[op].samples("cpu", torch.float64))
+    torch.testing.assert_close(getattr(reference, op)(*sample.inputs, **sample.options), sample(impl="kernel"))
+    cotangents(sample)
+
+
+@over_operators
+def test_benchmark(op):
+    names = [p.name for p in (ROOT / "benchmarks").glob("*.py") if op in p.read_text()]
+    assert names, f"add {op} to benchmarks/op_cases.py"
+    assert {"op_cases.py", "bench_ops.py", f"test_{op}.py"} & set(names), f"add {op} to benchmarks/op_cases.py"
+
+
+@over_operators
+def test_readme(op):
+    rows = [line for line in text_of("README.md", "write the README").splitlines() if line.startswith("|")]
+    assert any(line.startswith(f"| `{op}` |") for line in rows), f"add a row for {op} to the table of ops in README.md"
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_losses_in_the_readme(name):
+    rows = [line for line in text_of("README.md", "write the README").splitlines() if line.startswith("|")]
+    assert any(f"`rk.losses.{name}`" in line for line in rows), f"add a row for {name} to the table in README.md"
+
+
+# ------------------------------------------------------------------ public names
+
+
+def public_functions():
+    for name in ops.__all__:
+        yield f"ops.{name}", getattr(ops, name)
+    for name, value in vars(penalties).items():
+        if inspect.isfunction(value) and value.__module__ == penalties.__name__ and not name.startswith("_"):
+            yield name, value
+    for name in losses.__all__:
+        yield f"losses.{name}", getattr(losses, name)
+
+
+PUBLIC = dict(public_functions())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_begin_with_a_formula_and_answer_the_questions(name):
+    text = inspect.getdoc(PUBLIC[name])
+    assert text, f"{name} has no docstring"
+    first = text.split("\n")[0]
+    assert re.search(r"=|\|\|", first), f"the docstring of {name} must begin with its formula, not with: {first}"
+    assert "Args:" in text, f"{name}: document the arguments"
+    if inspect.isfunction(PUBLIC[name]):
+        for section in ("Returns:", "Raises:", "Differentiability:", "Determinism:"):
+            assert section in text, f"{name}: the docstring lacks {section!r}"
+        for parameter in inspect.signature(PUBLIC[name]).parameters:
+            assert re.search(rf"^\s+{parameter}: ", text, re.MULTILINE), f"{name}: document {parameter}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_are_typed(name):
+    target = PUBLIC[name] if inspect.isfunction(PUBLIC[name]) else PUBLIC[name].__call__
+    signature = inspect.signature(target)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+@pytest.mark.parametrize("module", ["", ".ops", ".reference", ".losses", ".testing"])
+def test_all_names_exist(module):
+    module = importlib.import_module(f"robustkern{module}")
+    assert module.__all__ == sorted(module.__all__)
+    for name in module.__all__:
+        assert hasattr(module, name), f"{module.__name__}.__all__ names {name}"
+
+
+def test_every_penalty_is_public():
+    for name, value in PUBLIC.items():
+        if value.__module__ == penalties.__name__:
+            assert getattr(robustkern, name) is value, f"export {name} from robustkern/__init__.py"
+
+
+# ------------------------------------------------------------------ files
+
+CODE = sources("csrc/**/*", "robustkern/**/*.py", "tests/**/*", "benchmarks/*.py", "*.py", "Makefile")
+CODE = [p for p in CODE if p.is_file() and p.suffix in {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ""}]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_finished(path):
+    text = path.read_text()
+    assert text.count("\n") <= LONGEST_FILE, f"split {path.name}: {text.count(chr(10))} lines"
+    leftovers = ["TO" + "DO", "FIX" + "ME", "X" + "XX", "breakpoint" + "()", "pdb." + "set_trace", "import " + "pdb"]
+    for word in leftovers:
+        assert not re.search(rf"(?<!\w){re.escape(word)}", text), f"{path.name} holds {word!r}"
+
+
+def test_only_the_launcher_launches():
+    """It takes the device and the stream of the tensors; a raw launch takes whatever is current."""
+    for path in sources("csrc/**/*.cu", "csrc/**/*.cuh"):
+        if path.name != "launch.cuh":
+            text = path.read_text()
+            assert "<<<" not in text, f"{path.name}: use rk::cuda::launch"
+            assert "cudaLaunchKernel" not in text, f"{path.name}: use rk::cuda::launch"
+
+
+def test_no_fast_math():
+    for path in ("setup.py", "Makefile"):
+        for flag in ("use_fast_math", "ffast-math", "Ofast", "march=native"):
+            assert flag not in text_of(path, "write it"), f"{path}: {flag}"
+
+
+def test_no_tolerance_is_typed_by_hand():
+    """Only gradcheck in float64, whose differences are rough by nature, may be given one."""
+    typed = re.compile(r"\b[ar]tol\s*=")
+    for path in sources("tests/*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if typed.search(line) and "gradcheck" not in line:
+                pytest.fail(f"{path.name}:{number}: use robustkern.testing.assert_as_accurate_as_reference\n{line}")
+
+
+def test_kernels_use_stable_headers_only():
+    """So that one binary serves every later PyTorch, and the CUDA half compiles without a CUDA build of it."""
+    allowed = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")
+    for path in sources("csrc/*.cpp", "csrc/*.h", "csrc/math/*", "csrc/cpu/*", "csrc/cuda/*"):
+        for header in re.findall(r"#include <((?:torch|ATen|c10)[^>]*)>", path.read_text()):
+            assert allowed.match(header), f"{path.name} includes {header}"

@@ -1,6 +1,7 @@
 """Times every operator, order by order: python -m benchmarks.bench_ops.
 
-The operators, row_norm and softmax_cross_entropy, and their cases are listed in op_cases.py.  Every provider's values and derivatives
+The operators, row_norm and softmax_cross_entropy, and their cases are listed in op_cases.py.  Every provider's values
+and derivatives
 are compared with the float64 reference before anything is timed.
 """
 
@@ -25,9 +26,11 @@ _CHECKED_ELEMENTS = 1 << 20
 
 
 def check(case: Case, provider: str, backend: str) -> None:
-    """Raises AssertionError unless the provider computes what the reference does; on the first and last rows, rows being independent.
+    """Raises AssertionError unless the provider computes what the reference does; on the first and last rows, rows
+    being independent.
 
-    Kernels are held to the accuracy of the reference.  Other people's code only has to compute the same function: half of the digits.
+    Kernels are held to the accuracy of the reference.  Other people's code only has to compute the same function: half
+    of the digits.
     """
     actual = case.results(provider, backend)
     count = max(1, min(case.x.shape[0], _CHECKED_ELEMENTS // max(1, case.x[0].numel())) // 2)
@@ -90,7 +93,8 @@ def measure(
         bandwidth = copy.gb_per_s(timings["copy"])
         for provider in providers:
             row = {
-                "op": spec.op, "case": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch."),
+                "op": spec.op, "case": spec.name, "shape": list(spec.shape),
+                "dtype": str(spec.dtype).removeprefix("torch."),
                 "size": spec.size, "order": order, "provider": provider,
             }  # fmt: skip
             if provider in failed:
@@ -99,7 +103,9 @@ def measure(
             timing, traffic = timings[provider], case.traffic[order]
             rate = traffic / timing.ms * 1e-6
             row.update(ms=_round(timing.ms), quartiles=[_round(q) for q in timing.quartiles], rounds=timing.rounds)
-            row.update(bytes=traffic, gb_per_s=_round(rate), copy_gb_per_s=_round(bandwidth), of_copy=_round(rate / bandwidth))
+            row.update(
+                bytes=traffic, gb_per_s=_round(rate), copy_gb_per_s=_round(bandwidth), of_copy=_round(rate / bandwidth)
+            )
             if order == "all" and spec.size != "small" and provider != "operator":
                 row["peak_bytes"] = harness.peak_memory(work[provider], device)
             rows.append(row)
@@ -130,7 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--seconds", type=float, default=2.0, help="roughly, for each order of each case")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no further case is begun"
+    )
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, help="results file; by default named after the device")
     options = parser.parse_args(arguments)
@@ -147,7 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
             break
         print(spec, flush=True)
         rows = measure(
-            spec, options.device, interleaved, providers=options.providers, seconds=options.seconds, backend=options.backend
+            spec,
+            options.device,
+            interleaved,
+            providers=options.providers,
+            seconds=options.seconds,
+            backend=options.backend,
         )
         show(rows)
         section["rows"] += rows

@@ -28,7 +28,8 @@ def _error(actual: Tensor, exact: Tensor) -> float:
 def check(spec: Spec, case: Case, provider: str, gradient: Tensor) -> float:
     """The gradient's relative error; AssertionError if it is none of a step of this kind.
 
-    Finite differences are inexact by nature, and bfloat16 autocast rounds more than any kernel: their error is recorded, not judged.
+    Finite differences are inexact by nature, and bfloat16 autocast rounds more than any kernel: their error is
+    recorded, not judged.
     """
     stock = PLAIN if provider.startswith(PLAIN) else "eager"
     exact = Case(Spec(**{**vars(spec), "autocast": False}), case.device, torch.float64).gradient(stock)
@@ -43,7 +44,14 @@ def check(spec: Spec, case: Case, provider: str, gradient: Tensor) -> float:
 
 
 def measure(
-    spec: Spec, device: str, interleaved: harness.Interleaved, *, providers: Iterable[str], seconds: float, backend: str, limit: float
+    spec: Spec,
+    device: str,
+    interleaved: harness.Interleaved,
+    *,
+    providers: Iterable[str],
+    seconds: float,
+    backend: str,
+    limit: float,
 ) -> list[dict[str, Any]]:
     """One row for each provider, with a figure or the reason why there is none."""
     case = Case(spec, device)
@@ -89,8 +97,12 @@ def show(rows: list[dict[str, Any]]) -> None:
         if row["ms"] is None:
             print(f"  {row['provider']:20s} {row['reason']}", flush=True)
         else:
+            error = row["gradient_error"]
             ratio, peak = row.get("ratio", float("nan")), row["peak_bytes"] / 1e6
-            print(f"  {row['provider']:20s} {row['ms']:9.3f} ms {ratio:6.2f}x {peak:8.1f} MB  error {row['gradient_error']:.1e}", flush=True)
+            print(
+                f"  {row['provider']:20s} {row['ms']:9.3f} ms {ratio:6.2f}x {peak:8.1f} MB  error {error:.1e}",
+                flush=True,
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="full", choices=("tiny", "full"))
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--seconds", type=float, default=3.0, help="roughly, for each provider of each case")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no further case is begun"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one provider may compile and check")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, help="results file; by default named after the device")

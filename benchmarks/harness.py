@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, peak memory, copy bandwidth, the stamp of a run, and files that are never half written."""
+"""What every benchmark shares: interleaved timing, peak memory, copy bandwidth, a stamp, files never half written."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ class Stopped(Exception):
 
 
 def keep_pages() -> bool:
-    """Makes the C library keep freed memory, so that timings do not measure the operating system handing out zeroed pages.
+    """Makes the C library keep freed memory, so that timings do not measure the operating system handing out zeroed
+    pages.
 
-    glibc returns blocks above 32 MiB to the system on every free, and each new page then costs a fault of up to some microseconds: more than
+    glibc returns blocks above 32 MiB to the system on every free, and each new page then costs a fault of up to some
+    microseconds: more than
     the kernels themselves.  Every column gains alike, those that allocate most gain most.
     """
     try:
@@ -65,13 +67,17 @@ def synchronize(device: str) -> None:
 class Interleaved:
     """Times several ways of doing the same thing in turn, so that a slow moment of the machine is one for all of them.
 
-    On CUDA each call lies between two events, after the L2 cache has been flushed by writing a buffer twice its size.  On the CPU data
-    that fit the cache are measured in cache: calls follow each other, as many to a sample as make it long enough for the clock.
+    On CUDA each call lies between two events, after the L2 cache has been flushed by writing a buffer twice its size.
+    On the CPU data
+    that fit the cache are measured in cache: calls follow each other, as many to a sample as make it long enough for
+    the clock.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._flush = torch.empty(2 * cache_bytes("cuda"), dtype=torch.int8, device="cuda") if device == "cuda" else None
+        self._flush = (
+            torch.empty(2 * cache_bytes("cuda"), dtype=torch.int8, device="cuda") if device == "cuda" else None
+        )
 
     def __call__(
         self, functions: Mapping[str, Work], *, seconds: float = 2.0, least: int = 5, most: int = 60
@@ -140,7 +146,8 @@ class Copy:
 def peak_memory(function: Work, device: str) -> int:
     """Bytes that `function` holds at its peak, above what was held before it.
 
-    CUDA: torch.cuda.max_memory_allocated.  CPU: the allocations and frees of PyTorch's CPU allocator in order of time, as its profiler
+    CUDA: torch.cuda.max_memory_allocated.  CPU: the allocations and frees of PyTorch's CPU allocator in order of time,
+    as its profiler
     records them; scratch memory that oneDNN or a kernel takes elsewhere is not among them.
     """
     function()  # lazily created state is not counted
@@ -185,7 +192,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def differentiable_compilation() -> Iterator[None]:
-    """torch.compile traces torch.autograd.grad inside the compiled function, so that a whole penalised step becomes one graph."""
+    """torch.compile traces torch.autograd.grad inside the compiled function: a penalised step becomes one graph."""
     config = torch._dynamo.config
     if not hasattr(config, "trace_autograd_ops"):
         raise RuntimeError(f"PyTorch {torch.__version__} has no torch._dynamo.config.trace_autograd_ops")

@@ -37,8 +37,9 @@ class Spec:
 
     @property
     def name(self) -> str:
-        layout = ", channels_last" if self.channels_last else ""
-        return f"{self.model}, {self.batch}x{'x'.join(map(str, self.shape))}{layout}{', bf16 autocast' if self.autocast else ''}"
+        shape = "x".join(map(str, (self.batch, *self.shape)))
+        options = [", channels_last"] * self.channels_last + [", bf16 autocast"] * self.autocast
+        return f"{self.model}, {shape}{''.join(options)}"
 
     def __str__(self) -> str:
         return f"{self.name}, {self.penalty}"
@@ -137,7 +138,7 @@ class Case:
         return loss.mean() + norm.mean()
 
     def _finite_differences(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """||g||_p = <g, d> along the direction d of steepest ascent, and <g, d> = (loss(x + h d) - loss(x)) / h up to O(h)."""
+        """||g||_p = <g, d> along the steepest ascent d, and <g, d> = (loss(x + h d) - loss(x)) / h up to O(h)."""
         loss = F.cross_entropy(model(x), y, reduction="none")
         (grad,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
         dims = tuple(range(1, x.dim()))

@@ -1,0 +1,252 @@
+"""Writes the tables of README.md and results/<device>.md from results/*.json: python -m benchmarks.render [--check].
+
+A table stands between <!-- benchmarks:begin NAME --> and <!-- benchmarks:end NAME -->.  No figure is typed by hand, and
+no row is left
+out because it is a loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import harness
+from .op_cases import ORDERS
+from .op_cases import PROVIDERS as OP_PROVIDERS
+from .step_cases import PROVIDERS as STEP_PROVIDERS
+
+Row = dict[str, Any]
+Columns = dict[str, Row]  # provider -> row
+
+_TITLES = {
+    "eager": "stock eager", "compile": "torch.compile", "reference": "reference", "robustkern": "robustkern",
+    "operator": "bare kernel", "plain": "plain step", "plain_compiled": "plain, compiled",
+    "robustkern_compiled": "robustkern, compiled", "finite_differences": "finite differences",
+}  # fmt: skip
+# The case of each operator that stands for it in README.md.
+_REPRESENTATIVE = {"row_norm": ("float32", "p=2"), "softmax_cross_entropy": ("float32", "1000 classes")}
+
+
+def case_name(row: Row) -> str:
+    """What tells one case of an operator from another."""
+    classes = f"{row['shape'][1]} classes" if row["op"] == "softmax_cross_entropy" else ""
+    return ", ".join(filter(None, (classes, row["case"])))
+
+
+def group(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Columns]:
+    """Rows that differ in their provider only, side by side."""
+    groups: dict[Any, Columns] = {}
+    for row in rows:
+        groups.setdefault(key(row), {})[row["provider"]] = row
+    return groups
+
+
+def op_groups(results: Row) -> dict[Any, Columns]:
+    return group(
+        results.get("ops", {}).get("rows", []),
+        lambda r: (r["op"], r["size"], r["dtype"], tuple(r["shape"]), case_name(r), r["order"]),
+    )
+
+
+def step_groups(results: Row) -> dict[Any, Columns]:
+    return group(results.get("steps", {}).get("rows", []), lambda r: (r["model"], r["penalty"]))
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    numbers = ["---" if i == 0 else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, numbers, *lines))
+
+
+def ms(row: Row | None) -> str:
+    return "-" if row is None else "failed" if row["ms"] is None else f"{row['ms']:.3g}"
+
+
+def speed_up(columns: Columns, over: str, of: str = "robustkern") -> float | None:
+    mine, theirs = columns.get(of), columns.get(over)
+    return theirs["ms"] / mine["ms"] if mine and theirs and mine["ms"] and theirs["ms"] else None
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x" if value < 9.95 else f"{value:.0f}x"
+
+
+def megabytes(row: Row | None) -> str:
+    return "-" if row is None or not row.get("peak_bytes") else f"{row['peak_bytes'] / 1e6:.3g}"
+
+
+def sentence(section: Row) -> str:
+    """Where and when a section was measured."""
+    s = section["stamp"]
+    cuda = f", CUDA {s['cuda']}, driver {s['driver']}" if "cuda" in s else ""
+    incomplete = "" if section["complete"] else " The run was stopped before all cases were measured."
+    return f"{s['device']}, PyTorch {s['torch']}{cuda}, commit {s['commit']}, {s['date'][:10]}.{incomplete}"
+
+
+def readme_ops(results: Row) -> str:
+    """One line per operator and order at one size above cache, then the worst case of all."""
+    groups = {key: c for key, c in op_groups(results).items() if key[1] == "large"}
+    header = [
+        "",
+        "stock eager, ms",
+        "torch.compile, ms",
+        "robustkern, ms",
+        "faster than eager",
+        "than compile",
+        "bare kernel, GB/s",
+        "of copy",
+    ]
+
+    def line(name: str, c: Columns) -> list[str]:
+        kernel = c.get("operator")
+        figures = (
+            ["-", "-"] if not kernel or not kernel["ms"] else [f"{kernel['gb_per_s']:.3g}", f"{kernel['of_copy']:.0%}"]
+        )
+        cells = [ms(c.get(p)) for p in ("eager", "compile", "robustkern")]
+        return [name, *cells, times(speed_up(c, "eager")), times(speed_up(c, "compile")), *figures]
+
+    lines = []
+    for (op, _, dtype, _, case, order), columns in groups.items():
+        if (dtype, case) == _REPRESENTATIVE[op]:
+            lines.append(line(f"{op}, {order.replace('_', ' ')}", columns))
+    gains = {key: gain for key, c in groups.items() if (gain := speed_up(c, "eager")) is not None}
+    if gains:
+        op, _, dtype, _, case, order = key = min(gains, key=gains.__getitem__)
+        lines.append(line(f"worst of {len(gains)}: {op}, {order.replace('_', ' ')}, {dtype}, {case}", groups[key]))
+    shapes = {
+        k[0]: f"{k[0]} {'x'.join(map(str, k[3]))} {k[2]} {k[4]}"
+        for k in groups
+        if (k[2], k[4]) == _REPRESENTATIVE[k[0]]
+    }
+    return f"{sentence(results['ops'])} {'; '.join(shapes.values())}.\n\n{table(header, lines)}"
+
+
+def readme_steps(results: Row) -> str:
+    """Penalised steps as multiples of the plain step."""
+    providers = ("eager", "compile", "robustkern", "robustkern_compiled", "finite_differences")
+    header = ["", "plain step, ms", *(_TITLES[p] for p in providers), "peak MB: plain", "stock", "robustkern"]
+    lines = []
+    for (model, penalty), c in step_groups(results).items():
+        ratios = [times(c[p]["ratio"]) if p in c and c[p].get("ratio") else ms(c.get(p)) for p in providers]
+        peaks = [megabytes(c.get(p)) for p in ("plain", "eager", "robustkern")]
+        lines.append([f"{model}, {penalty}", ms(c.get("plain")), *ratios, *peaks])
+    return f"{sentence(results['steps'])}\n\n{table(header, lines)}"
+
+
+def full(results: Row) -> str:
+    """Everything of one device."""
+    parts = [
+        "# " + next(iter(results.values()))["stamp"]["device"],
+        "",
+        "Rendered by `python -m benchmarks.render`; see ../README.md.",
+    ]
+    if "ops" in results:
+        header = [
+            "case",
+            "order",
+            *(f"{_TITLES[p]}, ms" for p in OP_PROVIDERS),
+            "over eager",
+            "over compile",
+            "over reference",
+            "GB/s",
+            "of copy",
+        ]
+        lines = []
+        for (op, size, dtype, shape, case, order), c in op_groups(results).items():
+            kernel = c.get("operator") or {}
+            gains = [times(speed_up(c, p)) for p in ("eager", "compile", "reference")]
+            rate = [f"{kernel['gb_per_s']:.3g}", f"{kernel['of_copy']:.0%}"] if kernel.get("ms") else ["-", "-"]
+            name = f"{op}, {'x'.join(map(str, shape))} {dtype}, {case} ({size})"
+            lines.append([name, order.replace("_", " "), *(ms(c.get(p)) for p in OP_PROVIDERS), *gains, *rate])
+        parts += [
+            "",
+            "## Operators",
+            "",
+            sentence(results["ops"]),
+            "",
+            table(header, lines),
+            *_reasons(op_groups(results), ORDERS),
+        ]
+    if "steps" in results:
+        header = ["case", "", "ms", "quartiles", "of plain", "peak MB", "gradient error", "first call, s"]
+        lines = []
+        for (model, penalty), c in step_groups(results).items():
+            for provider in STEP_PROVIDERS:
+                row = c.get(provider)
+                if row is None:
+                    continue
+                quartiles = "-" if row["ms"] is None else " ".join(f"{q:.3g}" for q in row["quartiles"])
+                error = "-" if row["ms"] is None else f"{row['gradient_error']:.1e}"
+                first = f"{row['first_call_s']:.3g}" if "first_call_s" in row else ""
+                lines.append(
+                    [
+                        f"{model}, {penalty}",
+                        _TITLES[provider],
+                        ms(row),
+                        quartiles,
+                        times(row.get("ratio")),
+                        megabytes(row),
+                        error,
+                        first,
+                    ]
+                )
+        parts += [
+            "",
+            "## Training steps",
+            "",
+            sentence(results["steps"]),
+            "",
+            table(header, lines),
+            *_reasons(step_groups(results), ()),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _reasons(groups: dict[Any, Columns], orders: tuple[str, ...]) -> list[str]:
+    """Why some figures are missing, once each."""
+    reasons = {
+        f"{_TITLES[r['provider']]}: {r['reason']}": None for c in groups.values() for r in c.values() if r["ms"] is None
+    }
+    return ["", *(f"- {reason}" for reason in reasons)] if reasons else []
+
+
+def replace(text: str, name: str, content: str) -> str:
+    """The text with new content between the markers of that name."""
+    pattern = re.compile(rf"(<!-- benchmarks:begin {name} -->\n).*?(<!-- benchmarks:end {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(
+            f"README.md has no markers <!-- benchmarks:begin {name} --> and <!-- benchmarks:end {name} -->"
+        )
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if something is not up to date")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    parser.add_argument("--readme", type=Path, default=harness.ROOT / "README.md")
+    options = parser.parse_args(arguments)
+
+    everything = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
+    wanted = {path.with_suffix(".md"): full(results) for path, results in everything.items()}
+    text = options.readme.read_text()
+    for name, render in (("ops", readme_ops), ("steps", readme_steps)):
+        tables = [render(results) for results in everything.values() if name in results]
+        text = replace(text, name, "\n\n".join(tables) if tables else "No results yet: run `make bench`.")
+    wanted[options.readme] = text
+    stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
+    for path in stale:
+        if options.check:
+            print(f"{path} is not up to date with benchmarks/results: run python -m benchmarks.render", file=sys.stderr)
+        else:
+            harness.write_atomically(path, wanted[path])
+            print(f"written {path}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

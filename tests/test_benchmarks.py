@@ -1,0 +1,97 @@
+"""Every benchmark runs once at a tiny size, so that none rots; whether it is fast is not a test's business."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from robustkern import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(_library.extension() is None, reason=f"kernels not built: {_library.why_unavailable()}")
+
+
+def python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_suites():
+    options = ("--benchmark-disable", "--backend", "aot_eager", "--device", "cpu", "-p", "no:cacheprovider")
+    python("-m", "pytest", "benchmarks", "-q", *options)
+
+
+def test_programs_write_results_that_render(tmp_path, monkeypatch):
+    out, readme = tmp_path / "machine.json", tmp_path / "README.md"
+    shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
+    ops = ["--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared]
+    steps = ["--size", "tiny", "--providers", "plain", "eager", "robustkern", *shared]
+    # In a process of its own: the programs tell the C library to keep freed memory.
+    python("-c", f"from benchmarks import bench_ops, bench_steps; bench_ops.main({ops}); bench_steps.main({steps})")
+    results = json.loads(out.read_text())
+    assert results["ops"]["complete"]
+    assert results["steps"]["complete"]
+    assert results["ops"]["stamp"]["torch"] == torch.__version__
+    assert {row["op"] for row in results["ops"]["rows"]} == {"row_norm", "softmax_cross_entropy"}
+    for row in results["ops"]["rows"]:
+        assert row["ms"] > 0
+        assert 0 < row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] * 1e-6, rel=1e-2)
+    assert {row["provider"]: row["ratio"] for row in results["steps"]["rows"]}["plain"] == 1.0
+
+    markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name in ("ops", "steps") for end in ("begin", "end"))
+    readme.write_text(f"before\n{markers}\nafter\n")
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import render
+
+    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    assert render.main([*options, "--check"]) == 1
+    assert render.main(options) == 0
+    assert render.main([*options, "--check"]) == 0
+    assert "small-cnn" in readme.read_text()
+    assert "double backward" in out.with_suffix(".md").read_text()
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import bench_ops, op_cases
+
+    case = op_cases.specs("tiny", "cpu")[0].build("cpu")
+    right = case.robustkern
+    case.robustkern = lambda x: 1.01 * right(x)
+    with pytest.raises(AssertionError, match="exceeds"):
+        bench_ops.check(case, "robustkern", "eager")
+
+
+def test_results_are_replaced_whole_and_by_section(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import harness
+
+    path = tmp_path / "machine.json"
+    harness.write_section(path, "ops", {"rows": [{"a": 1}]})
+    harness.write_section(path, "steps", {"rows": []})
+    with pytest.raises(TypeError):
+        harness.write_section(path, "ops", {"rows": [{"a": object()}]})
+    assert json.loads(path.read_text()) == {"ops": {"rows": [{"a": 1}]}, "steps": {"rows": []}}
+    assert [p.name for p in tmp_path.iterdir()] == ["machine.json"]
+
+
+def test_peak_memory_counts_what_is_held_at_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import harness
+
+    megabyte = torch.empty(1 << 18)
+
+    def work():
+        first = megabyte + 1
+        second = first + 1
+        del first
+        return second + 1
+
+    assert harness.peak_memory(work, "cpu") == pytest.approx(2 * megabyte.nbytes, rel=1e-3)

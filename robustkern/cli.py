@@ -1,7 +1,7 @@
 """The command line: `robustkern train`, `robustkern demo`, `robustkern info`.
 
-Exit status: 0 done, 1 failed, 2 wrong use, 75 stopped by SIGINT or SIGTERM with everything saved, so that a batch system
-can start the same command again with `--resume`.
+Exit status: 0 done, 1 failed, 2 wrong use, 75 stopped by SIGINT or SIGTERM with everything saved, so that a batch
+system can start the same command again with `--resume`.
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ def demo(
     console = Console()
     given = {"epochs": epochs, "seed": seed, "threads": threads}
     with _one_line_errors():
-        run_demo(
-            out, data, console, root=root, **{name: value for name, value in given.items() if value is not None}
-        )
+        run_demo(out, data, console, root=root, **{name: value for name, value in given.items() if value is not None})
 
 
 @app.command()

@@ -77,7 +77,9 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if label.endswith(".bin"):
         if not content or len(content) % (1 + _PIXELS):
-            raise DataError(f"{label}: {len(content)} bytes are not whole records of {1 + _PIXELS}: truncated or corrupt")
+            raise DataError(
+                f"{label}: {len(content)} bytes are not whole records of {1 + _PIXELS}: truncated or corrupt"
+            )
         records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + _PIXELS)
         return records[:, 1:], records[:, 0]
     try:

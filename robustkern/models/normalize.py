@@ -11,6 +11,9 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """(x - mean) / std, per channel. Mean and standard deviation are buffers, saved with the weights."""
 
+    mean: Tensor  # [C, 1, 1]
+    std: Tensor  # [C, 1, 1]
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std):

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 class SmallCNN(nn.Module):
     """Convolutions down to at most 8x8 pixels, then two linear layers; no normalisation layers.
 
-    Images larger than 16x16 are halved by every convolution, so that nothing is computed at their full size; smaller ones
-    see one convolution before they are halved.
+    Images larger than 16x16 are halved by every convolution, so that nothing is computed at their full size;
+    smaller ones see one convolution before they are halved.
 
-    The activation is SiLU. The input gradient of a piecewise linear network is piecewise constant, so that a penalty on it
-    learns little about how it changes nearby; with a smooth activation flatness at the data reaches further around it.
-    There is no BatchNorm, which would mix the samples whose gradients are penalised.
+    The activation is SiLU. The input gradient of a piecewise linear network is piecewise constant, so that a
+    penalty on it learns little about how it changes nearby; with a smooth activation flatness at the data reaches
+    further around it. There is no BatchNorm, which would mix the samples whose gradients are penalised.
 
     Args:
         num_classes: Number of logits.
@@ -22,9 +22,7 @@ class SmallCNN(nn.Module):
         features: Width of the hidden linear layer.
     """
 
-    def __init__(
-        self, num_classes: int, in_shape: tuple[int, int, int], width: int = 16, features: int = 128
-    ) -> None:
+    def __init__(self, num_classes: int, in_shape: tuple[int, int, int], width: int = 16, features: int = 128) -> None:
         super().__init__()
         channels, *size = in_shape
         stride = 2 if max(size) > 16 else 1
@@ -43,6 +41,7 @@ class SmallCNN(nn.Module):
             # PyTorch's default shrinks the signal from layer to layer. The penalty then outweighs the loss before
             # training has begun, and the nearest minimum is a constant classifier.
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]

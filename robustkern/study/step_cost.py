@@ -32,8 +32,8 @@ def measure(
 ) -> dict[str, StepCost]:
     """Time one step with each loss.
 
-    The losses take turns, so that a machine that is slow for a while is slow for all of them, and the minimum of each is
-    taken: noise only ever adds time.
+    The losses take turns, so that a machine that is slow for a while is slow for all of them, and the minimum of
+    each is taken: noise only ever adds time.
 
     Args:
         model: Copied; the original is left alone.

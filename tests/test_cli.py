@@ -1,7 +1,6 @@
 """The command line: what it does, what it says when it is used wrongly, and what works without the extras."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def test_eps_is_parsed():
 def test_demo_shows_both_rows(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo_module.step_cost, "measure", quick_measure)
-    result = run("demo", "--out", tmp_path / "demo", "--epochs", "1", "--threads", "1")
+    result = run("demo", "--out", tmp_path / "demo", "--epochs", "1")
     assert result.exit_code == 0, result.output
     assert "cross-entropy" in result.stdout and "robust" in result.stdout and "robustkern" in result.stdout
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
@@ -148,7 +147,7 @@ def process(*arguments, **kwargs):
 
 
 def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
-    arguments = ["train", "--data", "digits", "--epochs", "12", "--eval-samples", "50", "--threads", "1", "--resume"]
+    arguments = ["train", "--epochs", "4", "--train-samples", "512", "--eval-samples", "20", "--resume"]
     whole = process(*arguments, "--out", tmp_path / "whole")
     out = tmp_path / "stopped"
     for number, status in ((signal.SIGTERM, cli.STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
@@ -157,12 +156,12 @@ def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
         while stopped.poll() is None and sorted(out.glob("checkpoint-*.json")) == before:
             time.sleep(0.01)
         stopped.send_signal(number)
-        _, errors = stopped.communicate(timeout=120)
+        _, errors = stopped.communicate(timeout=300)
         assert stopped.returncode == status, errors
         if number == signal.SIGTERM:
             assert "SIGTERM" in errors and "--resume" in errors and len(errors.strip().splitlines()) == 1
     finished = process(*arguments, "--out", out)
-    assert finished.wait(timeout=120) == 0 == whole.wait(timeout=120)
+    assert finished.wait(timeout=300) == 0 == whole.wait(timeout=300)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
@@ -219,5 +218,4 @@ def test_info_never_fails_where_something_is_missing(monkeypatch, tmp_path):
 
 def test_help_and_no_arguments():
     assert "train" in run("--help").stdout and "demo" in run("-h").stdout
-    assert run().exit_code in (0, 2)
-    assert os.linesep not in cli.app.info.name
+    assert "Usage" in run().output

@@ -258,7 +258,7 @@ def test_image_folders_are_read(tmp_path, mode, channels):
     train = data.load(str(write_folder(tmp_path, mode)))
     assert train.images.shape == (6, channels, 7, 9) and train.classes == ("cat", "dog")
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert 0 <= train.images.min() and train.images.max() <= 1
+    assert train.images.min() >= 0 and train.images.max() <= 1
 
 
 def test_image_folder_errors(tmp_path):
@@ -311,7 +311,9 @@ def test_augmentation_is_crop_and_flip():
     out = CropFlip(padding=1)(image.expand(count, -1, -1, -1), torch.arange(count), seed=0, epoch=0, count=count)
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
     crops = [padded[0, :, i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
-    allowed = {crop.numpy().tobytes() for crop in crops} | {crop.flip(-1).contiguous().numpy().tobytes() for crop in crops}
+    allowed = {crop.numpy().tobytes() for crop in crops} | {
+        crop.flip(-1).contiguous().numpy().tobytes() for crop in crops
+    }
     assert {picture.numpy().tobytes() for picture in out} == allowed
 
 

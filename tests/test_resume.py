@@ -26,6 +26,7 @@ from robustkern.training.files import RunLock, write_atomically
 CONFIG = {"epochs": 2, "batch_size": 32, "train_samples": 192, "eval_samples": 20, "pgd_steps": 2, "threads": 1,
           "checkpoint_every": 2, "lr": 0.05}  # fmt: skip
 
+
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)

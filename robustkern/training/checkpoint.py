@@ -163,9 +163,7 @@ def _read_verified(manifest_path: Path, fingerprint: str) -> Mapping[str, Any]:
     return state
 
 
-def _restore(
-    state: Mapping[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
+def _restore(state: Mapping[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     saved: Mapping[str, Tensor] = state["model"]
     current = model.state_dict()
     # All shapes first: a refused checkpoint must leave the model as it was.

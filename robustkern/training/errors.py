@@ -11,5 +11,5 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the command line exits with 1."""
 
 
-class Interrupted(Exception):  # noqa: N818 - an event, not a mistake
+class Interrupted(Exception):
     """A signal asked the run to stop; its state was saved and `--resume` goes on from there."""

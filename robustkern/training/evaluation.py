@@ -69,11 +69,13 @@ def robust_accuracy(
 
 
 def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """d log p(y | x) / dx in eval mode: where more of a pixel makes the model more certain of the label.  [B, C, H, W]"""
+    """d z_y / dx in eval mode: where more of a pixel speaks for the label.  [B, C, H, W]
+
+    The logit rather than the loss, whose gradient fades to rounding errors where a network is certain.
+    """
     x = x.detach().clone().requires_grad_(True)
     with attacked(model), torch.enable_grad():
-        log_p = model(x).log_softmax(dim=1).gather(1, y[:, None]).sum()
-        (grad,) = torch.autograd.grad(log_p, x)
+        (grad,) = torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)
     return grad
 
 

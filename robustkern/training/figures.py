@@ -40,9 +40,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], eps: f
         )
         if any(row["smoothness"] for row in rows):
             smoothness = [row["smoothness"] for row in rows]
-            terms.plot(
-                epochs, smoothness, color=color, marker=marker, linestyle="--", label=f"{prefix}smoothness"
-            )
+            terms.plot(epochs, smoothness, color=color, marker=marker, linestyle="--", label=f"{prefix}smoothness")
         clean = [100 * row["clean_accuracy"] for row in rows]
         robust = [100 * row["robust_accuracy"] for row in rows]
         accuracy.plot(epochs, clean, color=color, marker=marker, label=f"{prefix}clean")
@@ -65,9 +63,10 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], eps: f
 def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> None:
     """Input gradients of each network for the same images: one column per class, one row per network.
 
-    Shown is d log p(label | x) / dx. Every gradient is divided by its own 99.5th percentile of |value|, for all networks
-    alike, because their magnitudes differ by orders from image to image; colour shows where and with which sign, not how
-    much. Colour images show the mean over channels.
+    Shown is d z_label / dx, the gradient of the label's logit. Every gradient is divided by its own 99.5th percentile
+    of |value|, for all networks alike, because their magnitudes differ by orders from image to image; colour shows
+    where and with which sign, not how much. Gradients of colour images are averaged over the channels; over those of
+    grey images the outline of the image is drawn.
 
     Args:
         path: Where the PNG goes.
@@ -92,6 +91,8 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
         grad = input_gradients(network, x.to(device), y.to(device)).mean(dim=1).cpu()  # [B, H, W]
         for column in range(columns):
             grid[row, column].imshow(_normalised(grad[column]), cmap="RdBu_r", vmin=-1, vmax=1)
+            if grey:
+                grid[row, column].contour(x[column, 0].numpy(), levels=[0.5], colors="#222222", linewidths=0.8)
         grid[row, 0].set_ylabel(name, fontsize=10)
     grid[0, 0].set_ylabel("image", fontsize=10)
     for axes in grid.flat:
@@ -104,7 +105,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
     )
     bar.set_ticks([-1, 0, 1])
     bar.outline.set_visible(False)
-    bar.set_label("∂ log p(label) / ∂ pixel,\neach scaled to its own maximum", fontsize=8)
+    bar.set_label("∂ logit of the label / ∂ pixel,\neach scaled to its own maximum", fontsize=8)
     _save(path, figure)
 
 

@@ -71,7 +71,7 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
-        file = open(self._folder / ".lock", "a+")  # noqa: SIM115 - held until __exit__
+        file = open(self._folder / ".lock", "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

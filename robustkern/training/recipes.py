@@ -21,8 +21,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Options of the methods that have them. Label smoothing keeps the loss from vanishing at the training images: where it
-# does, so does its gradient, and a penalty on that gradient has nothing left to act on. The few digits need more of both
-# than the larger sets, which are not learnt by heart.
+# does, so does its gradient, and a penalty on that gradient has nothing left to act on. The few digits, which are soon
+# learnt by heart, need more of both than the larger sets.
 _OPTIONS: dict[str, dict[str, float]] = {
     "digits": {"weight": 4.0, "label_smoothing": 0.2},
     "mnist": {"label_smoothing": 0.1},

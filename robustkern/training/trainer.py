@@ -1,9 +1,9 @@
 """The training loop: a run directory in, a trained model and its record out.
 
-The run keeps no random state. Initial weights are a function of the seed, the order of the samples and their augmentation
-of (seed, epoch), the attack's starts of (seed, batch), the learning rate and the smoothness weight of the step. What a
-checkpoint holds, weights, optimizer buffers and counters, is therefore everything: on one CPU, with one thread count, a
-run that was killed and resumed ends with the same bits as one that was not.
+The run keeps no random state. Initial weights are a function of the seed, the order of the samples and their
+augmentation of (seed, epoch), the attack's starts of (seed, batch), the learning rate and the smoothness weight of the
+step. What a checkpoint holds, weights, optimizer buffers and counters, is therefore everything: on one CPU, with one
+thread count, a run that was killed and resumed ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -165,9 +165,7 @@ class _Run:
         self.augmentation = datasets.augmentation(config.data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = models.create(
-                config.model, train_set.num_classes, train_set.in_shape, *train_set.statistics()
-            )
+            self.model = models.create(config.model, train_set.num_classes, train_set.in_shape, *train_set.statistics())
         self.model.to(config.device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(config, self.parameters)
@@ -312,9 +310,7 @@ class _Run:
 def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
-    )
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +58,39 @@ def _reference(case: Case, rows: slice, dtype: torch.dtype) -> Any:
 
 
 def measure(
-    spec: Spec, device: str, interleaved: harness.Interleaved, *, providers: Iterable[str], seconds: float, backend: str
+    spec: Spec,
+    device: str,
+    interleaved: harness.Interleaved,
+    *,
+    providers: Iterable[str],
+    seconds: float,
+    backend: str,
+    left_out: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """The rows of one case: one for each order and provider, with a figure or the reason why there is none."""
     case = spec.build(device)
-    broken: dict[str, str] = {}
+    broken: dict[str, str] = {}  # the chain of all orders fails, single ones may work
+    wrong: dict[str, str] = dict(left_out)  # not timed at all
     for provider in providers:
-        if provider == "operator":  # the kernels that "robustkern" has been checked with
+        if provider == "operator" or provider in wrong:  # the bare kernels are those that "robustkern" is checked with
             continue
         try:
             with harness.time_limit(300):
                 check(case, provider, backend)
-        except AssertionError:
-            raise
+        except AssertionError as error:
+            wrong[provider] = harness.reason(error)
         except Exception as error:
             broken[provider] = harness.reason(error)
+    if "robustkern" in wrong:
+        wrong["operator"] = wrong["robustkern"]
     copy = harness.Copy(device, 1 << 16 if spec.size == "tiny" else None)
     rows: list[dict[str, Any]] = []
     for order in ORDERS:
         work: dict[str, harness.Work] = {"copy": copy}
-        failed = dict(broken)
+        failed = {**broken, **wrong}
         for provider in providers:
+            if provider in wrong:
+                continue
             if provider in broken and not (provider == "compile" and order in ("forward", "backward")):
                 continue
             try:
@@ -113,6 +125,18 @@ def measure(
     return rows
 
 
+def _in_turn(cases: list[Spec]) -> list[Spec]:
+    """A case of each operator in turn, so that a run that is cut short leaves none out."""
+    seen: dict[tuple[str, str], int] = {}
+    sizes = list(dict.fromkeys(spec.size for spec in cases))
+
+    def turn(spec: Spec) -> tuple[int, int]:
+        seen[spec.size, spec.op] = seen.get((spec.size, spec.op), -1) + 1
+        return sizes.index(spec.size), seen[spec.size, spec.op]
+
+    return sorted(cases, key=turn)
+
+
 def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -139,6 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which no further case is begun"
     )
+    parser.add_argument(
+        "--compile-budget", type=float, default=float("inf"), help="seconds after which nothing is compiled"
+    )
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--out", type=Path, help="results file; by default named after the device")
     options = parser.parse_args(arguments)
@@ -147,13 +174,14 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or harness.results_path(options.device)
     section = {"stamp": {**harness.stamp(options.device), "pages_kept": kept}, "complete": False, "rows": []}
     interleaved = harness.Interleaved(options.device)
-    cases = [spec for size in options.sizes for spec in specs(size, options.device) if spec.op in options.ops]
+    cases = _in_turn([spec for size in options.sizes for spec in specs(size, options.device) if spec.op in options.ops])
     started = time.perf_counter()
     for spec in cases:
         if time.perf_counter() - started > options.budget:
             print(f"time is up: {len(cases) - cases.index(spec)} of {len(cases)} cases are left out", file=sys.stderr)
             break
         print(spec, flush=True)
+        late = time.perf_counter() - started > options.compile_budget
         rows = measure(
             spec,
             options.device,
@@ -161,6 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
             providers=options.providers,
             seconds=options.seconds,
             backend=options.backend,
+            left_out={"compile": harness.TOO_LATE_TO_COMPILE} if late else {},
         )
         show(rows)
         section["rows"] += rows
@@ -170,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         section["complete"] = True
     harness.write_section(out, "ops", section)
     print(f"written to {out}")
-    return 0
+    return harness.report_wrong(section["rows"])
 
 
 if __name__ == "__main__":

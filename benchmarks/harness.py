@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -182,6 +182,17 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+TOO_LATE_TO_COMPILE = "left out: the time for compilation was over"
+
+
+def report_wrong(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Names the rows that failed the comparison with float64; the exit status."""
+    wrong = {row["reason"]: None for row in rows if str(row.get("reason", "")).startswith("AssertionError")}
+    for message in wrong:
+        print(f"wrong result, not timed: {message}")
+    return 1 if wrong else 0
 
 
 def reason(error: BaseException) -> str:

@@ -47,8 +47,10 @@ def group(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, Columns]:
 
 
 def op_groups(results: Row) -> dict[Any, Columns]:
+    sizes = ("large", "small", "tiny")
+    rows = sorted(results.get("ops", {}).get("rows", []), key=lambda r: (r["op"], sizes.index(r["size"])))
     return group(
-        results.get("ops", {}).get("rows", []),
+        rows,
         lambda r: (r["op"], r["size"], r["dtype"], tuple(r["shape"]), case_name(r), r["order"]),
     )
 

@@ -80,7 +80,7 @@ class Interleaved:
         )
 
     def __call__(
-        self, functions: Mapping[str, Work], *, seconds: float = 2.0, least: int = 5, most: int = 60
+        self, functions: Mapping[str, Work], *, seconds: float = 2.0, least: int = 4, most: int = 60
     ) -> dict[str, Timing]:
         """Rounds until `seconds` have passed, but between `least` and `most` of them."""
         calls = {name: self._warm_up(function) for name, function in functions.items()}

@@ -243,25 +243,22 @@ def specs(size: str, device: str) -> list[Spec]:
 
     if size == "tiny":
         return [norm(bf16, True, p=2.0, weight=True), entropy(10)]
-    some = [norm(p=1.0), norm(p=2.0), norm(p=2.0, squared=True), norm(p=math.inf), norm(bf16, p=1.0)]
-    some += [entropy(10), entropy(100), entropy(1000), entropy(1000, bf16)]
-    if size == "small":
-        return some
-    return [
-        *some[:4],
-        norm(p=3.0),
-        norm(p=1.5),
-        norm(p=1.0, weight=True),
-        norm(channels_last=True, p=1.0, weight=True),
-        norm(p=2.0, weight=True),
-        *(norm(dtype, p=p) for dtype in (bf16, f16) for p in (1.0, 2.0)),
-        norm(bf16, p=1.0, weight=True),
-        norm(f64, p=2.0),
-        *some[5:8],
-        entropy(32000),
-        entropy(1000, label_smoothing=0.1),
-        entropy(1000, probabilities=True),
-        *(entropy(classes, bf16) for classes in (10, 1000, 32000)),
-        entropy(1000, f16),
-        entropy(1000, f64),
-    ]
+    norms = [norm(p=2.0), norm(p=1.0), norm(p=2.0, squared=True), norm(p=math.inf), norm(bf16, p=1.0)]
+    entropies = [entropy(1000), entropy(10), entropy(100), entropy(1000, bf16)]
+    if size == "large":
+        norms += [
+            norm(p=1.0, weight=True),
+            norm(channels_last=True, p=1.0, weight=True),
+            norm(bf16, p=2.0),
+            norm(f16, p=2.0),
+            norm(p=3.0),
+            norm(f64, p=2.0),
+        ]
+        entropies += [
+            entropy(32000),
+            entropy(1000, probabilities=True),
+            entropy(1000, label_smoothing=0.1),
+            entropy(1000, f16),
+            entropy(32000, bf16),
+        ]
+    return norms + entropies

@@ -46,18 +46,28 @@ __device__ __forceinline__ bool is_aligned(const S* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
 
+// At once where the address allows it, element by element where not.
 template <class S>
-__device__ __forceinline__ Vector<S> load_vector(const S* pointer) {
-  return *reinterpret_cast<const Vector<S>*>(pointer);
+__device__ __forceinline__ Vector<S> load_vector(const S* pointer, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Vector<S>*>(pointer);
+  Vector<S> v;
+#pragma unroll
+  for (int k = 0; k < Vector<S>::kSize; ++k) v.element[k] = pointer[k];
+  return v;
 }
 
 template <class S>
-__device__ __forceinline__ void store_vector(S* pointer, const Vector<S>& v) {
-  *reinterpret_cast<Vector<S>*>(pointer) = v;
+__device__ __forceinline__ void store_vector(S* pointer, const Vector<S>& v, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Vector<S>*>(pointer) = v;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < Vector<S>::kSize; ++k) pointer[k] = v.element[k];
 }
 
-// The threads of a block share n adjacent elements of one or two rows and, if kWrite, of an output row, in vectors
-// where all are aligned.
+// The threads of a block share n adjacent elements of one or two rows and, if kWrite, of an output row, in vectors. A
+// thread gets the same elements wherever the rows lie: the order of a sum, and every bit of it, depends on n alone.
 //
 // `cursor.at(j)` gives an iterator whose next() is what f needs to know of elements j, j + 1, ...: an index, a weight.
 //   kWrite: out[j] = f(cursor, x[j], ...), else f(cursor, x[j], ...) only.
@@ -71,14 +81,11 @@ __device__ __forceinline__ void for_elements(const S* const (&x)[kInputs], S* __
     else
       return f(tag, load(first), load(last));
   };
-  bool aligned = !kWrite || is_aligned(out);
-#pragma unroll
-  for (int i = 0; i < kInputs; ++i) aligned = aligned && is_aligned(x[i]);
-  const std::int64_t vectors = aligned ? n / V : 0;
+  const std::int64_t vectors = n / V;
   for (std::int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
     Vector<S> values[kInputs];
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) values[i] = load_vector(x[i] + v * V);
+    for (int i = 0; i < kInputs; ++i) values[i] = load_vector(x[i] + v * V, is_aligned(x[i]));
     auto tags = cursor.at(v * V);
     [[maybe_unused]] Vector<S> result;
 #pragma unroll
@@ -88,7 +95,7 @@ __device__ __forceinline__ void for_elements(const S* const (&x)[kInputs], S* __
       else
         apply(tags.next(), values[0].element[k], values[kInputs - 1].element[k]);
     }
-    if constexpr (kWrite) store_vector(out + v * V, result);
+    if constexpr (kWrite) store_vector(out + v * V, result, is_aligned(out));
   }
   for (std::int64_t j = vectors * V + threadIdx.x; j < n; j += blockDim.x) {
     auto tags = cursor.at(j);

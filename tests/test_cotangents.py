@@ -25,7 +25,7 @@ def interleaved(t):
 # Each turns the random cotangents of the value and of the gradient into what autograd might send instead.
 KINDS = {
     "one a row": lambda grad, gg_x: (torch.arange(1, grad.numel() + 1).to(grad).view_as(grad), gg_x),
-    "expanded": lambda grad, gg_x: (grad.flatten()[0].expand(grad.shape), gg_x.flatten()[0].expand(gg_x.shape)),
+    "one number for all": lambda grad, gg_x: (grad.flatten()[0].expand(grad.shape), gg_x),
     "expanded along rows": lambda grad, gg_x: (grad, gg_x[:1].expand_as(gg_x)),
     "interleaved": lambda grad, gg_x: (interleaved(grad), interleaved(gg_x)),
     "transposed": lambda grad, gg_x: (grad, transposed(gg_x)),
@@ -39,6 +39,16 @@ KINDS = {
 def test_kinds_of_cotangents(case, kind, device):
     sample = case.sample(device, torch.float32)
     assert_accurate(sample, *KINDS[kind](*cotangents(sample)))
+
+
+@over_small
+def test_a_cotangent_of_one_number(case, device):
+    """What .sum() sends: no strides at all.  To softmax it is the zero direction, so that bits are compared."""
+    sample = case.sample(device, torch.float32)
+    grad, gg_x = (t.flatten()[0].expand(t.shape) for t in cotangents(sample))
+    expanded, dense = run(sample, grad, gg_x), run(sample, grad.contiguous(), gg_x.contiguous())
+    for actual, expected in zip(expanded, dense, strict=True):
+        assert_same_bits(actual, expected)
 
 
 @over_small

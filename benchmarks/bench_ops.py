@@ -8,6 +8,7 @@ are compared with the float64 reference before anything is timed.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -158,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--sizes", nargs="+", default=["small", "large"], choices=("tiny", "small", "large"))
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--match", default="", help="a regular expression: only cases whose name it is found in")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--seconds", type=float, default=2.0, help="roughly, for each order of each case")
     parser.add_argument(
@@ -175,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     section = {"stamp": {**harness.stamp(options.device), "pages_kept": kept}, "complete": False, "rows": []}
     interleaved = harness.Interleaved(options.device)
     cases = _in_turn([spec for size in options.sizes for spec in specs(size, options.device) if spec.op in options.ops])
+    cases = [spec for spec in cases if re.search(options.match, str(spec))]
     started = time.perf_counter()
     for spec in cases:
         if time.perf_counter() - started > options.budget:

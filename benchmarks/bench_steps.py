@@ -6,6 +6,7 @@ The parameter gradients of every provider are compared with those of stock PyTor
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="full", choices=("tiny", "full"))
+    parser.add_argument("--match", default="", help="a regular expression: only cases whose name it is found in")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--seconds", type=float, default=3.0, help="roughly, for each provider of each case")
     parser.add_argument(
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or harness.results_path(options.device)
     section = {"stamp": {**harness.stamp(options.device), "pages_kept": kept}, "complete": False, "rows": []}
     interleaved = harness.Interleaved(options.device)
-    cases = specs(options.size, options.device)
+    cases = [spec for spec in specs(options.size, options.device) if re.search(options.match, str(spec))]
     started = time.perf_counter()
     for spec in cases:
         if time.perf_counter() - started > options.budget:

@@ -72,17 +72,18 @@ class TrainingProgress(training.Observer):
         if self._task is not None:
             self._bar.update(self._task, completed=progress.step)
 
-    def on_epoch(self, row: dict[str, float]) -> None:
-        epoch = int(row["epoch"])
+    def on_epoch(self, row: training.Row) -> None:
+        epoch = int(row["epoch"] or 0)
         if epoch % self._every and epoch != self._epochs:
             return
         skipped = f"  ({row['skipped']:.0f} steps skipped: not finite)" if row["skipped"] else ""
+        clean, robust = row["clean_accuracy"], row["robust_accuracy"]
         line = _COLUMNS.format(
             f"{epoch}/{self._epochs}",
             f"{row['orientation']:.4f}",
             f"{row['smoothness']:.4f}",
-            f"{100 * row['clean_accuracy']:.1f} %",
-            f"{100 * row['robust_accuracy']:.1f} %",
+            "" if clean is None else f"{100 * clean:.1f} %",
+            "" if robust is None else f"{100 * robust:.1f} %",
             f"{row['ms_per_step']:.1f}",
         )
         self._console.print(line + skipped, highlight=False, soft_wrap=True)

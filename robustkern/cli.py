@@ -86,6 +86,7 @@ def train_command(
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     train_samples: Annotated[int | None, typer.Option(help="Train on the first N samples; 0: all.")] = None,
     eval_samples: Annotated[int | None, typer.Option(help="Attack the first N test samples; 0: all.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Epochs between attacks; the last is always measured.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints inside an epoch; 0: only at its end.")
     ] = None,
@@ -98,7 +99,7 @@ def train_command(
         "model": model, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
         "weight_decay": weight_decay, "schedule": schedule, "ramp": ramp, "clip": clip, "seed": seed, "impl": impl,
         "device": device, "threads": threads, "train_samples": train_samples, "eval_samples": eval_samples,
-        "checkpoint_every": checkpoint_every, "eps": None if eps is None else parse_eps(eps),
+        "eval_every": eval_every, "checkpoint_every": checkpoint_every, "eps": None if eps is None else parse_eps(eps),
     }  # fmt: skip
     options = {"weight": weight, "norm": norm, "label_smoothing": label_smoothing}
     given = {name: value for name, value in given.items() if value is not None}
@@ -134,7 +135,7 @@ def _resumed(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where both runs and the figures go.")] = Path("runs/demo"),
-    data: Annotated[str, typer.Option(help=_DATA_HELP)] = "digits",
+    data: Annotated[str, typer.Option(help=_DATA_HELP)] = "digits-28",
     root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of each training. Default: per data set.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,

@@ -102,7 +102,7 @@ def test_fashion_mnist_names_its_package(tmp_path, monkeypatch):
 
 
 def test_unknown_names_and_roots(tmp_path):
-    with pytest.raises(DataError, match="no data set 'imagenet'.*digits, fashion-mnist"):
+    with pytest.raises(DataError, match="no data set 'imagenet'.*digits.*fashion-mnist"):
         data.load("imagenet")
     with pytest.raises(DataError, match="no such folder"):
         data.load("mnist", tmp_path / "nowhere")
@@ -123,6 +123,17 @@ def test_digits_split_is_fixed_and_stratified():
     assert sum(image.numpy().tobytes() in seen for image in test.images) == 0
     mean, std = train.statistics()
     assert mean[0] == pytest.approx(float(train.images.mean()), rel=1e-5) and 0.3 < std[0] < 0.45
+
+
+def test_enlarged_digits_are_the_digits():
+    pytest.importorskip("sklearn")
+    small, large = data.load("digits", split="test"), data.load("digits-28", split="test")
+    assert large.in_shape == (1, 28, 28)
+    assert torch.equal(small.labels, large.labels)
+    assert large.images.min() >= 0
+    assert large.images.max() <= 1
+    back = torch.nn.functional.adaptive_avg_pool2d(large.images, 8)
+    assert (back - small.images).abs().mean() < 0.1
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------

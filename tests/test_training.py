@@ -84,6 +84,12 @@ def test_threads_are_put_back(tmp_path):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_robust_accuracy_is_measured_as_often_as_asked_and_at_the_end(tmp_path):
+    rows = train(small(epochs=5, train_samples=64, eval_every=2, eval_samples=10), tmp_path).rows
+    assert [row["robust_accuracy"] is None for row in rows] == [True, False, True, False, False]
+
+
 # --- what is not finite -----------------------------------------------------------------------------------------------
 
 

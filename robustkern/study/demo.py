@@ -21,6 +21,7 @@ from robustkern.training.trainer import Result
 
 from . import step_cost
 
+_EVAL_EVERY = 5  # epochs; the attacks would take longer than the training
 _METHODS = ("standard", "gradient-penalty")
 _ROW_NAMES = {"standard": "cross-entropy\nalone", "gradient-penalty": "with the\npenalty"}
 
@@ -45,8 +46,8 @@ def run_demo(
     started = time.perf_counter()
     results: dict[str, Result] = {}
     for method in _METHODS:
-        with TrainingProgress(console, every=10) as progress:
-            config = recipe(data, method, **given)
+        with TrainingProgress(console, every=5) as progress:
+            config = recipe(data, method, eval_every=_EVAL_EVERY, **given)
             results[method] = train(config, out / method, root=root, resume=True, observer=progress)
         console.print()
     test_set = datasets.load(config.data, root, "test")
@@ -75,7 +76,7 @@ def run_demo(
 def _row(result: Result) -> dict[str, Any]:
     last = result.rows[-1]
     kept = ("orientation", "smoothness", "clean_accuracy", "robust_accuracy")
-    return {"epochs": int(last["epoch"]), **{name: last[name] for name in kept}}
+    return {"epochs": len(result.rows), **{name: last[name] for name in kept}}
 
 
 def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset) -> dict[str, step_cost.StepCost]:

@@ -1,6 +1,6 @@
 """Training: `train(recipe("digits", "gradient-penalty"), "runs/digits")`, and `load_model` to use the result."""
 
-from .checkpoint import CheckpointError, Progress
+from .checkpoint import CheckpointError, Progress, Row
 from .config import TrainingConfig
 from .errors import Interrupted, TrainingError, UsageError
 from .evaluation import clean_accuracy, input_gradients, robust_accuracy
@@ -17,6 +17,7 @@ __all__ = [
     "Observer",
     "Progress",
     "Result",
+    "Row",
     "TrainingConfig",
     "TrainingError",
     "UsageError",

@@ -26,6 +26,9 @@ _KEEP = 2  # one that is being written over by nobody, and one more in case it d
 _NAME = re.compile(r"checkpoint-(\d{9})\.json")
 
 
+Row = dict[str, float | None]  # the metrics of one epoch; None where something was not measured
+
+
 class CheckpointError(TrainingError):
     """A checkpoint is damaged or belongs to something else."""
 
@@ -46,7 +49,7 @@ class Progress:
     epoch: int
     skipped: int
     sums: dict[str, float]
-    rows: list[dict[str, float]]
+    rows: list[Row]
 
 
 def save_checkpoint(

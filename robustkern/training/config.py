@@ -37,6 +37,7 @@ class TrainingConfig:
         threads: CPU threads. Part of the result, because it decides the order in which sums are taken.
         train_samples: Train on the first so many samples only; 0: all.
         eval_samples: Robust accuracy is measured on the first so many test samples; 0: all.
+        eval_every: It is measured every so many epochs, and after the last; null in the rows between.
         pgd_steps: Steps of that attack.
         checkpoint_every: Steps between checkpoints inside an epoch; 0: only at the end of each epoch.
         max_skipped: Steps in a row that may be skipped for a non-finite loss or gradient before the run fails.
@@ -61,12 +62,13 @@ class TrainingConfig:
     threads: int = 1
     train_samples: int = 0
     eval_samples: int = 1000
+    eval_every: int = 1
     pgd_steps: int = 20
     checkpoint_every: int = 0
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "pgd_steps", "threads"):
+        for name in ("epochs", "batch_size", "pgd_steps", "eval_every", "threads"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("train_samples", "eval_samples", "checkpoint_every", "max_skipped", "weight_decay", "clip"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robustkern.data import Dataset
 
+from .checkpoint import Row
 from .evaluation import input_gradients
 from .files import write_atomically
 
@@ -19,7 +20,7 @@ _COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157")
 _DPI = 160
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], eps: float) -> None:
+def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
     """Loss terms, accuracies and step time against the epoch, one colour per run.
 
     Args:
@@ -41,10 +42,18 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], eps: f
         if any(row["smoothness"] for row in rows):
             smoothness = [row["smoothness"] for row in rows]
             terms.plot(epochs, smoothness, color=color, marker=marker, linestyle="--", label=f"{prefix}smoothness")
-        clean = [100 * row["clean_accuracy"] for row in rows]
-        robust = [100 * row["robust_accuracy"] for row in rows]
+        clean = [100 * (row["clean_accuracy"] or 0) for row in rows]
+        measured = [row for row in rows if row["robust_accuracy"] is not None]
+        robust = [100 * (row["robust_accuracy"] or 0) for row in measured]
         accuracy.plot(epochs, clean, color=color, marker=marker, label=f"{prefix}clean")
-        accuracy.plot(epochs, robust, color=color, marker=marker, linestyle="--", label=f"{prefix}under attack")
+        accuracy.plot(
+            [row["epoch"] for row in measured],
+            robust,
+            color=color,
+            marker=marker,
+            linestyle="--",
+            label=f"{prefix}under attack",
+        )
     terms.set_ylabel("mean over the training set")
     terms.set_ylim(bottom=0)
     accuracy.set_ylabel("test accuracy (%)")

@@ -15,6 +15,7 @@ from .methods import METHODS
 _RECIPES: dict[str, dict[str, Any]] = {
     # One thread: the steps are so short that a second one costs more than it brings.
     "digits": {"eps": 0.15, "epochs": 40, "lr": 0.1, "threads": 1},
+    "digits-28": {"eps": 0.15, "epochs": 30, "lr": 0.1, "threads": 1},
     "mnist": {"eps": 0.2, "epochs": 10, "lr": 0.1},
     "fashion-mnist": {"eps": 0.1, "epochs": 8, "lr": 0.1},
     "cifar10": {"eps": 8 / 255, "epochs": 30, "lr": 0.1, "model": "preact-resnet18"},
@@ -25,6 +26,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
 # learnt by heart, need more of both than the larger sets.
 _OPTIONS: dict[str, dict[str, float]] = {
     "digits": {"weight": 4.0, "label_smoothing": 0.2},
+    "digits-28": {"weight": 4.0, "label_smoothing": 0.1},
     "mnist": {"label_smoothing": 0.1},
     "fashion-mnist": {"label_smoothing": 0.1},
 }

@@ -26,7 +26,7 @@ from robustkern import data as datasets
 from robustkern import models
 from robustkern.attacks import PGD
 
-from .checkpoint import Progress, fingerprint, load_latest, save_checkpoint
+from .checkpoint import Progress, Row, fingerprint, load_latest, save_checkpoint
 from .config import TrainingConfig
 from .errors import Interrupted, TrainingError, UsageError
 from .evaluation import clean_accuracy, robust_accuracy
@@ -50,7 +50,7 @@ class Observer:
     def on_evaluation(self) -> None:
         """A batch of the evaluation was done."""
 
-    def on_epoch(self, row: dict[str, float]) -> None:
+    def on_epoch(self, row: Row) -> None:
         """An epoch has ended with these metrics."""
 
     def on_message(self, message: str) -> None:
@@ -69,7 +69,7 @@ class Result:
 
     out: Path
     model: nn.Module
-    rows: list[dict[str, float]]
+    rows: list[Row]
 
 
 def train(
@@ -250,11 +250,17 @@ class _Run:
         samples = max(1.0, sums["samples"])
         attack = PGD(config.eps, steps=config.pgd_steps)
         clean = clean_accuracy(self.model, self.test_set, device=config.device, on_batch=self._on_evaluation)
-        attacked_set = self.test_set.first(config.eval_samples or None)
-        robust = robust_accuracy(
-            self.model, attacked_set, attack, seed=config.seed, device=config.device, on_batch=self._on_evaluation
-        )
-        row = {
+        robust = None
+        if (progress.epoch + 1) % config.eval_every == 0 or progress.epoch + 1 == config.epochs:
+            robust = robust_accuracy(
+                self.model,
+                self.test_set.first(config.eval_samples or None),
+                attack,
+                seed=config.seed,
+                device=config.device,
+                on_batch=self._on_evaluation,
+            )
+        row: Row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "orientation": sums["orientation"] / samples,

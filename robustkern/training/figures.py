@@ -57,7 +57,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
     terms.set_ylabel("mean over the training set")
     terms.set_ylim(bottom=0)
     accuracy.set_ylabel("test accuracy (%)")
-    accuracy.set_ylim(0, 101)
+    accuracy.set_ylim(-2, 102)
     accuracy.set_title(f"attack: PGD, $\\ell_\\infty$, ε = {eps_text(eps)}", fontsize=10)
     terms.set_title("the two terms of the loss", fontsize=10)
     for axes in (terms, accuracy):
@@ -114,7 +114,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
     )
     bar.set_ticks([-1, 0, 1])
     bar.outline.set_visible(False)
-    bar.set_label("∂ logit of the label / ∂ pixel,\neach scaled to its own maximum", fontsize=8)
+    bar.set_label("∂ logit of the label / ∂ pixel,\neach scaled to its 99.5th percentile", fontsize=8)
     _save(path, figure)
 
 

@@ -13,13 +13,14 @@ def test_value_and_derivatives(case, dtype, device):
 
 @over_small
 def test_formulas_are_the_derivatives_of_the_values(case, device):
-    """Against finite differences, which know nothing of the reference."""
+    """Against finite differences, which know nothing of the reference; in random directions for many inputs."""
     sample = case.sample(device, torch.float64)
     x = sample.inputs[0].detach().requires_grad_()
 
     def call(v):
         return sample(v, impl="kernel")
 
-    assert torch.autograd.gradcheck(call, (x,))
+    fast = case.elements > 60
+    assert torch.autograd.gradcheck(call, (x,), fast_mode=fast)
     grad = cotangents(sample)[0].requires_grad_()
-    assert torch.autograd.gradgradcheck(call, (x,), (grad,), gen_non_contig_grad_outputs=True)
+    assert torch.autograd.gradgradcheck(call, (x,), (grad,), gen_non_contig_grad_outputs=True, fast_mode=fast)

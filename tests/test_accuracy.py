@@ -1,6 +1,7 @@
 """Value, gradient and double backward of every operator, as accurate as the reference allows, in every dtype."""
 
 import torch
+
 from cases import assert_accurate, cotangents, over_dtypes, over_filled, over_small
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from cases import CASES, OPS, recorded_calls
 
+from cases import CASES, OPS, recorded_calls
 from robustkern import ops
 from robustkern.ops import row_norm, softmax_cross_entropy
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, OPS, assert_accurate, assert_same_bits, cotangents, over_all, over_filled, recorded_calls
 
+from cases import CASES, OPS, assert_accurate, assert_same_bits, cotangents, over_all, over_filled, recorded_calls
 from robustkern import gradient_norm
 from robustkern.losses import GradientPenalty
 from robustkern.testing import Derivatives

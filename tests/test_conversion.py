@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import assert_same_bits
 
+from cases import assert_same_bits
 from robustkern.ops import row_norm
 
 LOW = [torch.float16, torch.bfloat16]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cases import (
     assert_accurate,
     assert_same_bits,

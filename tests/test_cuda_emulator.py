@@ -17,9 +17,8 @@ import pytest
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 sys.path.insert(0, str(EMULATOR))
 
-import toolchain  # noqa: E402
-
 import build  # noqa: E402
+import toolchain  # noqa: E402
 
 OUT = toolchain.ROOT / "build" / "emulator-tests"
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from cases import assert_same_bits, cotangents, over_dtypes, over_filled, recorded_calls, run
 
 

@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
-from cases import assert_accurate, cotangents
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from cases import assert_accurate, cotangents
 from robustkern.ops import row_norm, softmax_cross_entropy
 from robustkern.ops._samples import Sample
 from robustkern.ops._select import DTYPES

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+
 from cases import (
     assert_accurate,
     assert_same_bits,

@@ -7,9 +7,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import over_dtypes
 from torch import nn
 
+from cases import over_dtypes
 from robustkern import Terms
 from robustkern.losses import CrossEntropy, GradientPenalty
 from robustkern.testing import assert_as_accurate_as_reference

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from cases import (
     CASES,
     assert_accurate,
@@ -16,7 +17,6 @@ from cases import (
     random_like,
     run,
 )
-
 from robustkern import reference
 from robustkern.ops import row_norm, softmax_cross_entropy
 from robustkern.ops._samples import Sample

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import over_dtypes
 from torch import nn
 
+from cases import over_dtypes
 from robustkern import gradient_norm
 
 NORMS = [(1.0, False), (2.0, False), (2.0, True), (math.inf, False), (3.0, False)]

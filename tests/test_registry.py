@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, OPS, cotangents, recorded_calls
 
 import robustkern
+from cases import CASES, OPS, cotangents, recorded_calls
 from robustkern import _library, losses, ops, penalties, reference
 
 ROOT = Path(__file__).parents[1]

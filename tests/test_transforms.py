@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from cases import (
     assert_accurate,
     assert_same_bits,
@@ -14,7 +15,6 @@ from cases import (
     recorded_calls,
     run,
 )
-
 from robustkern.ops import row_norm, softmax_cross_entropy
 from robustkern.testing import Derivatives, derivatives
 

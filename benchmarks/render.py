@@ -1,8 +1,8 @@
 """Writes the tables of README.md and results/<device>.md from results/*.json: python -m benchmarks.render [--check].
 
 A table stands between <!-- benchmarks:begin NAME --> and <!-- benchmarks:end NAME -->.  No figure is typed by hand, and
-no row is left
-out because it is a loss.
+no row is left out
+because it is a loss.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
 from .step_cases import PROVIDERS as STEP_PROVIDERS
 
+TRAINING = harness.ROOT / "docs" / "training.json"
 Row = dict[str, Any]
 Columns = dict[str, Row]  # provider -> row
 
@@ -139,6 +140,24 @@ def readme_steps(results: Row) -> str:
     return f"{sentence(results['steps'])}\n\n{table(header, lines)}"
 
 
+def readme_training(rows: list[Row]) -> str:
+    """Accuracies of trained networks, as their run directories state them."""
+    lines = [
+        [
+            r["data"],
+            r["method"],
+            f"{r['eps']:g}",
+            str(r["epochs"]),
+            f"{r['clean_accuracy']:.1%}",
+            f"{r['robust_accuracy']:.1%}",
+            str(r["attacked_images"]),
+            f"`{r['command']}`",
+        ]
+        for r in rows
+    ]
+    return table(["data", "method", "eps (Linf)", "epochs", "clean", "PGD-20", "images attacked", "command"], lines)
+
+
 def full(results: Row) -> str:
     """Everything of one device."""
     parts = [
@@ -239,6 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, render in (("ops", readme_ops), ("steps", readme_steps)):
         tables = [render(results) for results in everything.values() if name in results]
         text = replace(text, name, "\n\n".join(tables) if tables else "No results yet: run `make bench`.")
+    if TRAINING.exists():
+        text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
     wanted[options.readme] = text
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     for path in stale:

@@ -218,6 +218,11 @@ def test_values_of_bad_rows(options, value, device):
     norm = row_norm(x, **options, impl="kernel")
     assert norm[0].isfinite()
     assert norm[1].isnan() if math.isnan(value) else norm[1] == math.inf
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(row_norm(leaf, **options, impl="kernel").sum(), leaf)
+    assert gradient[0].isfinite().all()
+    if math.isnan(value):
+        assert gradient[1, 70].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

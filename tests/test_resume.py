@@ -386,24 +386,6 @@ def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch, uninterrup
     assert outcome(tmp_path) == uninterrupted and not list(tmp_path.glob(".tmp-*"))
 
 
-def test_atomic_write_replaces_or_leaves_alone(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def fails(file):
-        file.write(b"new, but not all of")
-        raise ValueError("half way")
-
-    with pytest.raises(ValueError, match="half way"):
-        write_atomically(path, fails)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_atomically(path, lambda file: file.write(b"new"))
-    assert path.read_text() == "new"
-    mask = os.umask(0)
-    os.umask(mask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
-
-
 def test_only_the_last_two_checkpoints_stay(tmp_path):
     train(dataclasses.replace(config(), checkpoint_every=1), tmp_path)
     steps = sorted(path.stem[-2:] for path in tmp_path.glob("checkpoint-*.pt"))

@@ -7,13 +7,24 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+// Raises RuntimeError in Python with this message and nothing else: STD_TORCH_CHECK would put a C++ file and line in front.
+#define RK_CHECK(condition, ...) ((condition) ? void() : ::rk::fail(__VA_ARGS__))
+
 namespace rk {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -75,16 +86,16 @@ inline ScalarType accumulation_type(ScalarType dtype) {
 }
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", describe(t));
-  STD_TORCH_CHECK(is_floating_point(t.scalar_type()), op, ": ", name,
-                  " must be float32, float64, float16 or bfloat16, got ", describe(t));
+  RK_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", describe(t));
+  RK_CHECK(is_floating_point(t.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
+           describe(t));
 }
 
 // `t` must have exactly this shape and dtype, and live where `like` lives.
 inline void check_tensor(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& sizes,
                          ScalarType dtype, const Tensor& like) {
-  STD_TORCH_CHECK(sizes_of(t) == sizes && t.scalar_type() == dtype && same_device(t, like), op, ": ", name, " must be ",
-                  shape_text(sizes), " ", name_of(dtype), " on ", device_of(like), ", got ", describe(t));
+  RK_CHECK(sizes_of(t) == sizes && t.scalar_type() == dtype && same_device(t, like), op, ": ", name, " must be ",
+           shape_text(sizes), " ", name_of(dtype), " on ", device_of(like), ", got ", describe(t));
 }
 
 // Rows that a kernel can read where they lie: columns adjacent, rows at any distance.  Anything else is copied once.
@@ -93,7 +104,7 @@ inline Tensor with_dense_rows(const Tensor& t) {
 }
 
 inline void check_number(const char* op, const char* name, bool ok, const char* expected, double got) {
-  STD_TORCH_CHECK(ok, op, ": ", name, " must be ", expected, ", got ", got);
+  RK_CHECK(ok, op, ": ", name, " must be ", expected, ", got ", got);
 }
 
 }  // namespace rk

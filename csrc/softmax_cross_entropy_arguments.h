@@ -18,8 +18,8 @@ inline void check_cross_entropy(const char* op, const Tensor& logits, const Tens
     check_tensor(op, "target", target, {logits.size(0), logits.size(1)}, wide ? accumulation_type(dtype) : dtype,
                  logits);
   }
-  STD_TORCH_CHECK(logits.size(1) >= 1 || logits.size(0) == 0, op, ": logits must have at least one class, got ",
-                  describe(logits));
+  RK_CHECK(logits.size(1) >= 1 || logits.size(0) == 0, op, ": logits must have at least one class, got ",
+           describe(logits));
   check_number(op, "label_smoothing", label_smoothing >= 0.0 && label_smoothing <= 1.0, "in [0, 1]", label_smoothing);
   check_number(op, "temperature", temperature > 0.0 && temperature < 1e300, "a positive number", temperature);
 }

@@ -329,8 +329,8 @@ class Call {
     const int64_t row = bad_row_.load();
     if (row < 0) return;
     const int64_t index = static_cast<const int64_t*>(a.target)[row];
-    STD_TORCH_CHECK(false, op_, ": target[", row, "] is class ", index, ", but there are ", a.classes,
-                    " classes and ignore_index is ", a.ignore_index);
+    fail(op_, ": target[", row, "] is class ", index, ", but there are ", a.classes, " classes and ignore_index is ",
+         a.ignore_index);
   }
 
  private:

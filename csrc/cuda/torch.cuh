@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "../check.h"
 #include "launch.cuh"
 
 #if defined(__CUDACC__)
@@ -45,7 +45,7 @@ inline CurrentStreamFunction find_current_stream_function() {
 
 inline cudaStream_t current_stream(int32_t device_index) {
   static const CurrentStreamFunction function = find_current_stream_function();
-  STD_TORCH_CHECK(function != nullptr, "this PyTorch was built without CUDA");
+  RK_CHECK(function != nullptr, "this PyTorch was built without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(function(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -79,7 +79,7 @@ class DeviceScope {
 // Raises unless the launch of `op` went through: check_launch(row_norm_forward(..., scope.stream()), "row_norm").
 // In the emulator cudaGetErrorString is the report of what went wrong inside the kernel, by block, thread and line.
 inline void check_launch(cudaError_t status, const char* op) {
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
+  RK_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
 }
 
 }  // namespace rk::cuda

@@ -48,7 +48,7 @@ demo: build
 	$(BIN)/robustkern demo --out demo
 
 test: build $(VENV)/.dev
-	$(BIN)/python -m pytest tests --ignore=tests/test_cuda_emulator.py
+	$(BIN)/python -m pytest tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, render in (("ops", readme_ops), ("steps", readme_steps)):
         tables = [render(results) for results in everything.values() if name in results]
         text = replace(text, name, "\n\n".join(tables) if tables else "No results yet: run `make bench`.")
-    if TRAINING.exists():
+    if "<!-- benchmarks:begin training -->" in text:
         text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
     wanted[options.readme] = text
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]

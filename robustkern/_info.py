@@ -61,7 +61,7 @@ def _extensions() -> dict[str, str]:
     extension = _library.extension()
     facts = {"robustkern._C": "loaded" if extension is not None else f"not loaded: {_library.why_unavailable()}"}
     if extension is not None and hasattr(extension, "build_info"):
-        facts["  built with"] = str(extension.build_info())
+        facts["  built with"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
     why_not = _library.cuda_why_unavailable()
     facts["robustkern._cuda"] = "loaded" if why_not is None else f"not loaded: {why_not}"
     return facts

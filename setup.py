@@ -1,7 +1,9 @@
-"""The two compiled extensions; everything else about the package stands in pyproject.toml.
+"""The three compiled extensions; everything else about the package stands in pyproject.toml.
 
-robustkern._C     operator schemas and CPU kernels, always built robustkern._cuda  CUDA kernels: built when nvcc is
-found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it out
+robustkern._C     operator schemas and CPU kernels, always built
+robustkern._aten  second derivatives for PyTorch's own operators, always built; serves the PyTorch it was built with
+robustkern._cuda  CUDA kernels: built when nvcc is found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it
+                  out
 """
 
 import os
@@ -17,7 +19,6 @@ from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 VERSION = re.search(r'"(.+?)"', Path("robustkern/_version.py").read_text().split("__version__")[1])[1]
-OPS = ["row_norm", "softmax_cross_entropy"]
 CUDA_ARCHITECTURES = ["80", "90", "120"]  # the last one also as PTX, for whatever comes after it
 
 DEFINES = [
@@ -38,6 +39,10 @@ CXX_FLAGS = [
     *VALUE_SAFE,
     *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"]),
 ]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path("csrc").glob(pattern))
 
 
 def find_cuda() -> Path | None:
@@ -71,7 +76,7 @@ def cuda_extension() -> Extension | None:
         arch_flags.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
     return Extension(
         "robustkern._cuda",
-        ["csrc/cuda/module.cpp", *(f"csrc/cuda/{op}.cu" for op in OPS)],
+        ["csrc/cuda/module.cpp", *sources("cuda/*.cu")],
         include_dirs=[*cpp_extension.include_paths(), str(cuda / "include")],
         library_dirs=[*cpp_extension.library_paths(), str(cuda / "lib64")],
         libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
@@ -86,13 +91,19 @@ def cuda_extension() -> Extension | None:
 
 cpu = CppExtension(
     "robustkern._C",
-    ["csrc/ops.cpp", "csrc/bindings.cpp", *(f"csrc/cpu/{op}.cpp" for op in OPS)],
+    ["csrc/ops.cpp", "csrc/bindings.cpp", *sources("cpu/*.cpp")],
     include_dirs=[pybind11.get_include()],
     define_macros=DEFINES,
     extra_compile_args={"cxx": CXX_FLAGS},
 )
+aten = CppExtension(
+    "robustkern._aten",
+    sources("aten/*.cpp"),
+    include_dirs=[pybind11.get_include()],
+    extra_compile_args={"cxx": ["-std=c++20", "-Wall", "-fvisibility=hidden", "-O0" if DEBUG else "-O2", "-g0"]},
+)
 setup(
     version=VERSION,
-    ext_modules=[extension for extension in (cpu, cuda_extension()) if extension],
+    ext_modules=[extension for extension in (cpu, aten, cuda_extension()) if extension],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
 )

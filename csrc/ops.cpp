@@ -30,4 +30,45 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits, Tensor statistics, Tensor "
       "target, "
       "float label_smoothing, float temperature, int ignore_index) -> (Tensor, Tensor)");
+
+  // Second derivatives of PyTorch's own operators.  The inputs of a first backward (grad, x, ...) and the cotangents of
+  // its outputs (gg_x of grad_x, gg_weight of grad_weight, gg_bias of grad_bias) give the gradients of those inputs.
+  // An absent cotangent is zero, and costs nothing; a gradient that is not needed comes back as an empty tensor [0].
+  // Numbers per channel or row (weight, mean, ...) come and go in the accumulation type.
+
+  // x: [N, C, S]; grad, gg_x like x; weight, gg_weight, gg_bias, mean, invstd: [C]
+  // -> (gg_grad like x, grad_x like x, grad_weight [C])
+  m.def(
+      "batch_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
+      "weight, "
+      "Tensor mean, Tensor invstd, bool training, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, "
+      "Tensor)");
+  // x: [B, D] rows; weight, gg_weight, gg_bias: [D]; mean (none: RMSNorm), rstd: [B]
+  // -> (gg_grad [B, D], grad_x [B, D], grad_weight [D])
+  m.def(
+      "layer_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
+      "weight, "
+      "Tensor? mean, Tensor rstd, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
+  // x: [N, C, S], contiguous or with the channels innermost; weight, gg_weight, gg_bias: [C]; mean, rstd: [N, groups]
+  // -> (gg_grad like x, grad_x like x, grad_weight [C])
+  m.def(
+      "group_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
+      "weight, "
+      "Tensor mean, Tensor rstd, int groups, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, "
+      "Tensor)");
+  // x: any shape, the input (for tanh and sigmoid: the output); parameters: see math/activation.h
+  // -> (gg_grad like x, grad_x like x)
+  m.def(
+      "activation_double_backward(Tensor gg_x, Tensor grad, Tensor x, str function, float[] parameters, bool "
+      "need_grad, "
+      "bool need_x) -> (Tensor, Tensor)");
+  // output: [B, C, S], of softmax or log_softmax over C -> (gg_grad, grad_output), both like output
+  m.def(
+      "softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad, bool need_output) -> "
+      "(Tensor, Tensor)");
+  // q, gg_q: [B, H, L, D]; k, gg_k: [B, H, S, D]; v, gg_v: [B, H, S, E]; out, grad: [B, H, L, E]; logsumexp: [B, H, L];
+  // mask: additive, broadcastable to [B, H, L, S] -> (gg_grad, grad_q, grad_k, grad_v)
+  m.def(
+      "attention_double_backward(Tensor? gg_q, Tensor? gg_k, Tensor? gg_v, Tensor grad, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor logsumexp, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
 }

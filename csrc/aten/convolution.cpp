@@ -1,0 +1,111 @@
+// The second derivative of every convolution: 1d to 3d, transposed, grouped, dilated, in any memory format.
+//
+// PyTorch computes the weight gradient of the second backward as a convolution whose kernel is the whole feature map,
+// group by group, on transposed copies (3 to 50 times the cost of a weight gradient).  It is an ordinary weight
+// gradient, with u in the place of the input:
+//
+//   first backward   grad_x = dgrad(g, w)   grad_w = wgrad(g, x)   grad_b = sum g       cotangents of these: u, a, b
+//   second backward  grad_g = conv(u, w) + conv(x, a) + b   grad_x = dgrad(g, a)   grad_w = wgrad(g, u)
+//
+// Written in operators that are themselves replaced, so it can be differentiated any number of times.
+#include "operators.h"
+
+namespace rk::aten {
+namespace {
+
+struct Geometry {
+  std::vector<SymInt> stride, padding, dilation, output_padding;
+  bool transposed;
+  SymInt groups;
+
+  void save(AutogradContext* ctx) const {
+    auto& data = ctx->saved_data;
+    data["stride"] = c10::IValue(SymIntArrayRef(stride));
+    data["padding"] = c10::IValue(SymIntArrayRef(padding));
+    data["dilation"] = c10::IValue(SymIntArrayRef(dilation));
+    data["output_padding"] = c10::IValue(SymIntArrayRef(output_padding));
+    data["transposed"] = transposed;
+    data["groups"] = groups;
+  }
+  static Geometry load(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    return {data["stride"].toSymIntVector(),   data["padding"].toSymIntVector(),
+            data["dilation"].toSymIntVector(), data["output_padding"].toSymIntVector(),
+            data["transposed"].toBool(),       data["groups"].toSymInt()};
+  }
+
+  Tensor convolve(const Tensor& x, const Tensor& w) const {
+    return at::convolution_symint(x, w, std::nullopt, stride, padding, dilation, transposed, output_padding, groups);
+  }
+  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g, const Tensor& x, const Tensor& w,
+                                              at::OptionalSymIntArrayRef bias_sizes, std::array<bool, 3> mask) const {
+    return at::convolution_backward_symint(g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding,
+                                           groups, mask);
+  }
+};
+
+Tensor plus(const Tensor& a, const Tensor& b) { return a.defined() ? a + b : b; }
+
+struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& w,
+                               const at::OptionalSymIntArrayRef& bias_sizes, const Geometry& geometry,
+                               std::array<bool, 3> mask) {
+    ctx->save_for_backward({g, x, w});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["mask"] = (mask[0] ? 1 : 0) + (mask[1] ? 2 : 0) + (mask[2] ? 4 : 0);
+    geometry.save(ctx);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [grad_x, grad_w, grad_b] = geometry.backward(g, x, w, bias_sizes, mask);
+    variable_list outputs;
+    if (mask[0]) outputs.push_back(grad_x);
+    if (mask[1]) outputs.push_back(grad_w);
+    if (mask[2]) outputs.push_back(grad_b);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
+    const auto geometry = Geometry::load(ctx);
+    const int64_t mask = ctx->saved_data["mask"].toInt();
+    size_t next = 0;
+    const Tensor u = mask & 1 ? cotangents[next++] : Tensor();
+    const Tensor a = mask & 2 ? cotangents[next++] : Tensor();
+    const Tensor b = mask & 4 ? cotangents[next++] : Tensor();
+
+    Tensor grad_g, grad_x, grad_w;
+    if (ctx->needs_input_grad(0)) {
+      if (u.defined()) grad_g = geometry.convolve(u, w);
+      if (a.defined()) grad_g = plus(grad_g, geometry.convolve(x, a));
+      if (b.defined()) {
+        std::vector<SymInt> shape(g.dim(), 1);
+        shape[1] = -1;
+        grad_g = plus(grad_g, b.view_symint(shape).expand_as(g));
+      }
+    }
+    if (ctx->needs_input_grad(1) && a.defined())
+      grad_x = std::get<0>(geometry.backward(g, x, a, std::nullopt, {true, false, false}));
+    if (ctx->needs_input_grad(2) && u.defined())
+      grad_w = std::get<1>(geometry.backward(g, u, w, std::nullopt, {false, true, false}));
+    return {grad_g, grad_x, grad_w, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& g, const Tensor& x, const Tensor& w,
+                                                        at::OptionalSymIntArrayRef bias_sizes, SymIntArrayRef stride,
+                                                        SymIntArrayRef padding, SymIntArrayRef dilation,
+                                                        bool transposed, SymIntArrayRef output_padding, SymInt groups,
+                                                        std::array<bool, 3> mask) {
+  const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
+  const auto outputs = ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask);
+  Tensor result[3];
+  for (size_t i = 0, k = 0; i < 3; ++i)
+    if (mask[i]) result[i] = outputs[k++];
+  return {result[0], result[1], result[2]};
+}
+
+}  // namespace
+
+void register_convolution(Registrar& r) { r.replace<at::_ops::convolution_backward, convolution_backward>(); }
+
+}  // namespace rk::aten

@@ -1,0 +1,108 @@
+// The Python module robustkern._aten: registers the replacements once, and switches them on and off.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/version.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "operators.h"
+#include "replacement.h"
+
+namespace rk::aten {
+namespace {
+
+// Kernels stay registered once they are: taking one out of PyTorch's tables while another thread looks it up would be
+// a race, a flag is not.  A call that finds the flag down costs one more jump.
+std::atomic<int> scopes{0};
+std::atomic<bool> installed{false};
+std::atomic<bool> zeros{false};
+thread_local bool stock = false;
+
+Registrar& registrar() {
+  static Registrar* const registered = [] {
+    auto r = std::make_unique<Registrar>();
+    register_all(*r);
+    return r.release();  // outlives PyTorch's own statics
+  }();
+  return *registered;
+}
+
+}  // namespace
+
+bool enabled() { return installed.load(std::memory_order_relaxed) || scopes.load(std::memory_order_relaxed) > 0; }
+bool materializes_zeros() { return zeros.load(std::memory_order_relaxed); }
+bool uses_stock_kernels() { return stock; }
+
+UseStock::UseStock() : before_(stock) { stock = true; }
+UseStock::~UseStock() { stock = before_; }
+
+bool under_functorch_grad() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return false;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    return true;
+  }
+  return false;
+}
+
+bool being_compiled(const Tensor& t) {
+  return t.key_set().has(c10::DispatchKey::Python) || t.key_set().has(c10::DispatchKey::Functionalize);
+}
+
+variable_list higher_order(const std::function<variable_list(const variable_list&)>& forward,
+                           const variable_list& inputs, const variable_list& cotangents,
+                           const std::vector<bool>& wanted) {
+  // The stand-ins keep apart what the inputs' own graphs may have in common: gradients stop at them.
+  variable_list stand_ins, asked;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const bool differentiable = inputs[i].defined() && inputs[i].requires_grad();
+    stand_ins.push_back(differentiable ? inputs[i].view_as(inputs[i]) : inputs[i]);
+    if (wanted[i] && differentiable) asked.push_back(stand_ins.back());
+  }
+  variable_list outputs, grads;
+  {
+    const UseStock guard;
+    for (auto& output : forward(stand_ins)) outputs.push_back(output);
+  }
+  variable_list roots;
+  for (size_t i = 0; i < cotangents.size(); ++i) {
+    if (!cotangents[i].defined() || !outputs[i].requires_grad()) continue;
+    roots.push_back(outputs[i]);
+    grads.push_back(cotangents[i]);
+  }
+  variable_list result(inputs.size());
+  if (roots.empty() || asked.empty()) return result;
+  const auto found = torch::autograd::grad(roots, asked, grads, /*retain_graph=*/true, /*create_graph=*/true,
+                                           /*allow_unused=*/true);
+  for (size_t i = 0, k = 0; i < inputs.size(); ++i)
+    if (wanted[i] && inputs[i].defined() && inputs[i].requires_grad()) result[i] = found[k++];
+  return result;
+}
+
+}  // namespace rk::aten
+
+PYBIND11_MODULE(_aten, m) {
+  using namespace rk::aten;
+  m.doc() = "Fused second derivatives for PyTorch's own operators.";
+  m.attr("torch") = TORCH_VERSION;
+  m.def("install", [] {
+    registrar();
+    installed.store(true);
+  });
+  m.def("uninstall", [] { installed.store(false); });
+  m.def("is_installed", [] { return installed.load(); });
+  m.def("enter", [] {
+    registrar();
+    ++scopes;
+  });
+  m.def("leave", [] { --scopes; });
+  m.def("enabled", &enabled);
+  m.def("materialize_zeros", [](bool value) { return zeros.exchange(value); });
+  m.def("operators", [] { return registrar().names(); });
+}

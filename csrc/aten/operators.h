@@ -1,0 +1,12 @@
+// Every file of replacements, and nothing else.
+#pragma once
+
+#include "replacement.h"
+
+namespace rk::aten {
+
+void register_convolution(Registrar&);
+
+inline void register_all(Registrar& r) { register_convolution(r); }
+
+}  // namespace rk::aten

@@ -1,0 +1,143 @@
+// Replaces the autograd kernel of one of PyTorch's own operators.
+//
+// A replacement is registered at AutogradCPU and AutogradCUDA, beside PyTorch's kernel, which stands at the alias key
+// Autograd and stays reachable through AutogradOther.  It does its own work only where a graph is being built that can
+// be differentiated again; every other call goes to PyTorch's kernel at once:
+//
+//     Tensor gelu_backward(const Tensor& grad, const Tensor& x, c10::string_view approximate) { ... Function::apply }
+//     void register_activations(Registrar& r) { r.replace<at::_ops::gelu_backward, gelu_backward>(); }
+//
+// What a replacement's Function does:
+//   forward    runs the operator below autograd and saves its inputs; returns defined tensors only
+//   backward   if grad mode is on, a third order was asked for: higher_order(), PyTorch's own formula.  Else the fused
+//              operator, called below autograd.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace rk::aten {
+
+using at::Tensor;
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+bool enabled();               // robustkern.install() or a scope of fused_double_backward() is in force
+bool materializes_zeros();    // derivatives that are identically zero come as zeros rather than as None
+bool uses_stock_kernels();    // inside a UseStock
+bool under_functorch_grad();  // a torch.func transform that differentiates is running: Function::apply would refuse
+bool being_compiled(const Tensor& t);  // a fake or functional tensor: torch.compile or make_fx is tracing
+
+// PyTorch's own kernels for every operator called on this thread while in scope.
+class UseStock {
+ public:
+  UseStock();
+  ~UseStock();
+  UseStock(const UseStock&) = delete;
+  UseStock& operator=(const UseStock&) = delete;
+
+ private:
+  bool before_;
+};
+
+// The keys that lead to PyTorch's own autograd kernel: it is registered at the alias Autograd, hence at AutogradOther.
+inline c10::DispatchKeySet stock_keys(c10::DispatchKeySet keys) {
+  return keys.remove(c10::DispatchKey::AutogradFunctionality).add(c10::DispatchKey::AutogradOther);
+}
+
+namespace detail {
+
+inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool wants_grad(const std::optional<Tensor>& t) { return t && wants_grad(*t); }
+template <class T>
+bool wants_grad(const T&) {
+  return false;
+}
+
+inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
+inline bool has_tangent(const std::optional<Tensor>& t) { return t && has_tangent(*t); }
+template <class T>
+bool has_tangent(const T&) {
+  return false;
+}
+
+}  // namespace detail
+
+// Whether this call builds a graph that a fused second derivative can serve.
+template <class... Args>
+bool serves(const Args&... args) {
+  return enabled() && at::GradMode::is_enabled() && (detail::wants_grad(args) || ...) && !uses_stock_kernels() &&
+         !under_functorch_grad() && !(detail::has_tangent(args) || ...);
+}
+
+template <class Op, class Schema = typename Op::schema>
+struct Replacement;
+
+template <class Op, class R, class... Args>
+struct Replacement<Op, R(Args...)> {
+  template <R (*ours)(Args...)>
+  static R kernel(c10::DispatchKeySet keys, Args... args) {
+    if (serves(args...)) return ours(std::forward<Args>(args)...);
+    return Op::redispatch(stock_keys(keys), std::forward<Args>(args)...);
+  }
+};
+
+// Registers replacements; they live until the process ends and are idle while !enabled().
+class Registrar {
+ public:
+  template <class Op, auto ours>
+  void replace() {
+    names_.emplace_back(Op::name);
+    cpu_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
+    cuda_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
+  }
+  const std::vector<std::string>& names() const { return names_; }
+
+ private:
+  template <class Op>
+  static std::string full_name() {
+    const std::string overload = Op::overload_name;
+    return overload.empty() ? std::string(Op::name) : std::string(Op::name) + "." + overload;
+  }
+
+  torch::Library cpu_{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__};
+  torch::Library cuda_{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCUDA, __FILE__, __LINE__};
+  std::vector<std::string> names_;
+};
+
+// The double backward as PyTorch computes it, itself differentiable to any order: `forward` is run on `inputs` once
+// more, by PyTorch's kernels, and its outputs are differentiated.
+//   forward    from tensors standing for `inputs` to the defined outputs, in the order of `cotangents`
+//   wanted     which inputs' gradients; the others come back undefined
+variable_list higher_order(const std::function<variable_list(const variable_list&)>& forward,
+                           const variable_list& inputs, const variable_list& cotangents,
+                           const std::vector<bool>& wanted);
+
+// In a Function's backward: whether the i-th tensor input's gradient is asked for.  Counts as Function::apply does,
+// which skips undefined and absent tensors.
+inline bool needs(AutogradContext* ctx, const Tensor& saved, size_t& edge) {
+  return saved.defined() && ctx->needs_input_grad(edge++);
+}
+
+// A number for each dimension, broadcast along all but the channels.
+inline Tensor optional_value(const std::optional<Tensor>& t) { return t.value_or(Tensor()); }
+
+// float32 for 16- and 32-bit data, float64 for float64.
+inline at::ScalarType accumulation_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+inline std::optional<Tensor> in_accumulation_type(const Tensor& t, at::ScalarType data) {
+  return t.defined() ? std::make_optional(t.to(accumulation_type(data))) : std::nullopt;
+}
+
+}  // namespace rk::aten

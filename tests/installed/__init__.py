@@ -1,0 +1,21 @@
+"""Functions of replaced operators, over which every test of `robustkern.install()` runs: one file for each operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One function that PyTorch differentiates twice with replaced operators."""
+
+    name: str
+    function: Callable[..., Tensor]  # of the inputs, twice differentiable in all of them
+    inputs: Callable[[torch.dtype], tuple[Tensor, ...]]  # fresh, detached; all require grad when used
+
+    def __str__(self) -> str:
+        return self.name

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -96,6 +97,12 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, cons
                          ScalarType dtype, const Tensor& like) {
   RK_CHECK(sizes_of(t) == sizes && t.scalar_type() == dtype && same_device(t, like), op, ": ", name, " must be ",
            shape_text(sizes), " ", name_of(dtype), " on ", device_of(like), ", got ", describe(t));
+}
+
+// The same for an argument that may be absent.
+inline void check_optional(const char* op, const char* name, const std::optional<Tensor>& t,
+                           const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  if (t) check_tensor(op, name, *t, sizes, dtype, like);
 }
 
 // Rows that a kernel can read where they lie: columns adjacent, rows at any distance.  Anything else is copied once.

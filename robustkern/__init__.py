@@ -2,7 +2,19 @@
 
 from robustkern import losses, ops, reference
 from robustkern._version import __version__
+from robustkern.double_backward import fused_double_backward, install, is_installed, uninstall
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
 
-__all__ = ["Terms", "__version__", "gradient_norm", "losses", "ops", "reference"]
+__all__ = [
+    "Terms",
+    "__version__",
+    "fused_double_backward",
+    "gradient_norm",
+    "install",
+    "is_installed",
+    "losses",
+    "ops",
+    "reference",
+    "uninstall",
+]

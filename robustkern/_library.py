@@ -12,15 +12,17 @@ import torch
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module(f"robustkern.{name}"), None
+        module = importlib.import_module(f"robustkern.{name}")
     except ModuleNotFoundError:
         return None, f"robustkern.{name} is not built; build it with: pip install --no-build-isolation -e ."
     except ImportError as error:  # built for another PyTorch, Python or machine
         return None, f"robustkern.{name} is built but does not load with PyTorch {torch.__version__}: {error}"
+    return module, None
 
 
 # Loaded once, at import: the operators must exist before anything is traced or differentiated.
 _C, _C_MISSING = _load("_C")
+_ATEN, _ATEN_MISSING = _load("_aten") if _C is not None else (None, _C_MISSING)
 _CUDA, _CUDA_MISSING = _load("_cuda") if _C is not None else (None, _C_MISSING)
 
 
@@ -37,6 +39,16 @@ def cuda_extension() -> ModuleType | None:
 def why_unavailable() -> str | None:
     """Why robustkern._C is missing; None if it is loaded."""
     return _C_MISSING
+
+
+def aten_extension() -> ModuleType | None:
+    """The module robustkern._aten (replacements for PyTorch's second derivatives), or None."""
+    return _ATEN
+
+
+def aten_why_unavailable() -> str | None:
+    """Why robustkern._aten is missing; None if it is loaded."""
+    return _ATEN_MISSING
 
 
 def cuda_why_unavailable() -> str | None:

@@ -5,8 +5,12 @@
 
 namespace rk::aten {
 
+void register_batch_norm(Registrar&);
 void register_convolution(Registrar&);
 
-inline void register_all(Registrar& r) { register_convolution(r); }
+inline void register_all(Registrar& r) {
+  register_batch_norm(r);
+  register_convolution(r);
+}
 
 }  // namespace rk::aten

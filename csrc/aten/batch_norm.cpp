@@ -1,0 +1,174 @@
+// The second derivative of batch normalisation, native and cuDNN, and so of instance normalisation.
+//
+// The formulas stand in math/batch_norm.h.  Here PyTorch's arguments are brought into the shape that the operator
+// robustkern::batch_norm_double_backward takes: [N, C, S]; channels_last images are [N * H * W, C, 1].  Views only.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "operators.h"
+
+namespace rk::aten {
+namespace {
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using Mask = std::array<bool, 3>;
+
+// What both first backwards are given besides grad, x and weight.
+struct Statistics {
+  std::optional<Tensor> running_mean, running_var, mean, invstd, reserve;  // reserve: cuDNN's
+  bool training = true;
+  double eps = 0;
+
+  Triple backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, Mask mask) const {
+    if (reserve)
+      return at::cudnn_batch_norm_backward(x, g, w.value(), running_mean, running_var, mean, invstd, eps, *reserve);
+    return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
+  }
+};
+
+bool channels_innermost(const Tensor& x) {
+  const auto format = x.suggest_memory_format();
+  return format == at::MemoryFormat::ChannelsLast || format == at::MemoryFormat::ChannelsLast3d;
+}
+
+// [N, C, S], copied only if the data lie otherwise than `innermost` says.
+Tensor flattened(const Tensor& t, bool innermost) {
+  if (innermost) {
+    const auto format = t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+    return t.contiguous(format).movedim(1, -1).view_symint({t.sym_numel() / t.sym_size(1), t.sym_size(1), 1});
+  }
+  SymInt inner = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) inner = inner * t.sym_size(d);
+  return t.contiguous().view_symint({t.sym_size(0), t.sym_size(1), inner});
+}
+
+Tensor unflattened(const Tensor& t, const Tensor& like, bool innermost) {
+  if (!innermost) return t.view_symint(like.sym_sizes());
+  auto shape = like.sym_sizes().vec();
+  shape.push_back(shape[1]);
+  shape.erase(shape.begin() + 1);
+  return t.view_symint(shape).movedim(-1, 1);
+}
+
+Triple double_backward(const std::optional<Tensor>& u, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+                       const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Tensor& mean,
+                       const Tensor& invstd, bool training, Mask need) {
+  using Signature =
+      Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+             const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool, bool, bool);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::batch_norm_double_backward", "").typed<Signature>();
+  return op.call(u, a, b, g, x, w, mean, invstd, training, need[0], need[1], need[2]);
+}
+
+struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                               const Statistics& s, Mask mask) {
+    ctx->save_for_backward({g, x, w.value_or(Tensor()), s.running_mean.value_or(Tensor()),
+                            s.running_var.value_or(Tensor()), s.mean.value_or(Tensor()), s.invstd.value_or(Tensor()),
+                            s.reserve.value_or(Tensor())});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["training"] = s.training;
+    ctx->saved_data["eps"] = s.eps;
+    ctx->saved_data["mask"] = (mask[0] ? 1 : 0) + (mask[1] ? 2 : 0) + (mask[2] ? 4 : 0);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return defined_only(s.backward(g, x, w, mask), mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [&](size_t i) { return saved[i].defined() ? std::make_optional(saved[i]) : std::nullopt; };
+    const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
+    const Statistics s{optional(3),
+                       optional(4),
+                       optional(5),
+                       optional(6),
+                       optional(7),
+                       ctx->saved_data["training"].toBool(),
+                       ctx->saved_data["eps"].toDouble()};
+    const int64_t bits = ctx->saved_data["mask"].toInt();
+    const Mask mask{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
+
+    size_t next = 0;
+    Tensor cotangent[3];
+    for (size_t i = 0; i < 3; ++i)
+      if (mask[i]) cotangent[i] = cotangents[next++];
+    const Tensor &u = cotangent[0], &a = cotangent[1], &b = cotangent[2];
+
+    variable_list result(5);
+    size_t edge = 0;
+    Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
+    if (!u.defined() && !a.defined() && !b.defined()) return result;
+
+    if (at::GradMode::is_enabled()) {
+      const auto first = [&](const variable_list& in) {
+        const auto weight = in[2].defined() ? std::make_optional(in[2]) : std::nullopt;
+        return defined_only(s.backward(in[0], in[1], weight, mask), mask);
+      };
+      variable_list given;
+      for (size_t i = 0; i < 3; ++i)
+        if (mask[i]) given.push_back(cotangent[i]);
+      const auto grads = higher_order(first, {g, x, w}, given, {need[0], need[1], need[2]});
+      std::copy(grads.begin(), grads.end(), result.begin());
+      return result;
+    }
+
+    const at::AutoDispatchBelowADInplaceOrView below;
+    need[1] = need[1] && (s.training ? u.defined() || a.defined() : a.defined());
+    need[2] = need[2] && u.defined();
+    const bool innermost = channels_innermost(x);
+    const auto image = [&](const Tensor& t) {
+      return t.defined() ? std::make_optional(flattened(t, innermost)) : std::nullopt;
+    };
+    const auto channels = [&](const Tensor& t) { return in_accumulation_type(t, x.scalar_type()); };
+    const Tensor mean = *channels(s.training ? *s.mean : *s.running_mean);
+    const Tensor invstd = s.training ? *channels(*s.invstd) : channels(*s.running_var)->add(s.eps).rsqrt();
+    const auto [grad_g, grad_x, grad_w] =
+        double_backward(image(u), channels(a), channels(b), flattened(g, innermost), flattened(x, innermost),
+                        channels(w), mean, invstd, s.training, need);
+    if (need[0]) result[0] = unflattened(grad_g, g, innermost);
+    if (need[1]) result[1] = unflattened(grad_x, x, innermost);
+    if (need[2]) result[2] = grad_w.to(w.scalar_type());
+    return result;
+  }
+
+ private:
+  static variable_list defined_only(const Triple& grads, Mask mask) {
+    variable_list outputs;
+    if (mask[0]) outputs.push_back(std::get<0>(grads));
+    if (mask[1]) outputs.push_back(std::get<1>(grads));
+    if (mask[2]) outputs.push_back(std::get<2>(grads));
+    return outputs;
+  }
+};
+
+Triple apply(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Statistics& s, Mask mask) {
+  // Without a weight PyTorch still asks for the gradients of both: it computes them, and nobody uses them.
+  const auto outputs = BatchNormBackward::apply(g, x, w, s, mask);
+  Tensor result[3];
+  for (size_t i = 0, k = 0; i < 3; ++i)
+    if (mask[i]) result[i] = outputs[k++];
+  return {result[0], result[1], result[2]};
+}
+
+Triple native_batch_norm_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                                  const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                                  const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd, bool training,
+                                  double eps, Mask mask) {
+  return apply(g, x, w, {running_mean, running_var, mean, invstd, std::nullopt, training, eps}, mask);
+}
+
+Triple cudnn_batch_norm_backward(const Tensor& x, const Tensor& g, const Tensor& w,
+                                 const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                                 const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd, double eps,
+                                 const Tensor& reserve) {
+  return apply(g, x, w, {running_mean, running_var, mean, invstd, reserve, true, eps}, {true, true, true});
+}
+
+}  // namespace
+
+void register_batch_norm(Registrar& r) {
+  r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>();
+  r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>();
+}
+
+}  // namespace rk::aten

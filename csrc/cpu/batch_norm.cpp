@@ -1,0 +1,335 @@
+// batch_norm_double_backward on the CPU.  Formulas: math/batch_norm.h.
+//
+// Two sweeps, one for five sums a channel and one for the results: u, g and x are read twice and two tensors written, 8
+// elements moved for each element of x, and 5 where the second sweep finds its channel in the cache.  Work is cut into
+// units of fixed size, whose sums are added in order: the same bits for every number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../batch_norm_arguments.h"
+#include "batch_norm_loops.h"
+#include "pieces.h"
+
+namespace rk::cpu {
+namespace {
+
+constexpr int64_t kUnit = 16384;     // elements of a unit along a channel: its five tensors fit a core's L2 cache
+constexpr int64_t kRowUnit = 65536;  // elements of a unit of rows
+constexpr int64_t kTile =
+    8192;  // elements of the rows that are summed in the accumulation type before they go to double
+
+template <class A>
+A value_or(const A* values, int64_t i, A otherwise) {
+  return values ? values[i] : otherwise;
+}
+
+template <class A>
+class Call {
+ public:
+  int64_t images, channels, inner;  // [N, C, S]
+  ScalarType dtype;
+  int64_t item;
+  const char *u, *g, *x;  // x is null where nothing depends on it
+  char *grad, *grad_x;    // or null
+  const A *weight, *a, *b, *mean, *invstd;
+  A* grad_weight;  // or null
+  bool training;
+
+  void run() {
+    if (images * channels * inner == 0) {
+      if (grad_weight) std::fill(grad_weight, grad_weight + channels, A(0));
+      return;
+    }
+    coefficients_.resize(channels);
+    inner == 1 ? run_across() : run_along();
+  }
+
+ private:
+  bool is_wide() const { return item == sizeof(A); }  // stored as it is computed with
+
+  void set_coefficients(int64_t c, const Sums& sums) {
+    const double r = invstd[c];
+    const auto k = batch_norm_coefficients<double>({sums.u, sums.g, sums.ug, sums.ux * r, sums.gx * r},
+                                                   double(images) * double(inner), value_or(weight, c, A(1)), r,
+                                                   value_or(a, c, A(0)), value_or(b, c, A(0)), training);
+    coefficients_[c] = {A(k.grad_u), A(k.grad_x), A(k.grad_1), A(k.x_u), A(k.x_g), A(k.x_x), A(k.x_1), A(k.weight)};
+    if (grad_weight) grad_weight[c] = A(k.weight);
+  }
+
+  static void add(Sums& to, const Sums& from) {
+    to.u += from.u;
+    to.g += from.g;
+    to.ug += from.ug;
+    to.ux += from.ux;
+    to.gx += from.gx;
+  }
+
+  // ---- [N, C, S]: the units of a channel, each some runs of adjacent elements
+
+  int64_t units_of_image() const { return (inner + kUnit - 1) / kUnit; }
+  int64_t images_of_unit() const { return std::max<int64_t>(1, kUnit / inner); }
+  int64_t units() const {
+    return inner >= kUnit ? images * units_of_image() : (images + images_of_unit() - 1) / images_of_unit();
+  }
+
+  // Calls f(offset of the first run, runs, length) with pieces of at most kPiece elements.
+  template <class F>
+  void for_runs(int64_t channel, int64_t unit, const F& f) const {
+    const int64_t stride = channels * inner;
+    if (inner >= kPiece) {
+      const bool whole = inner < kUnit;
+      const int64_t first = whole ? unit * images_of_unit() : unit / units_of_image();
+      const int64_t last = whole ? std::min(images, first + images_of_unit()) : first + 1;
+      const int64_t begin = whole ? 0 : unit % units_of_image() * kUnit, end = std::min(inner, begin + kUnit);
+      for (int64_t n = first; n < last; ++n)
+        for (int64_t s = begin; s < end; s += kPiece)
+          f(n * stride + channel * inner + s, int64_t(1), std::min(kPiece, end - s));
+    } else {
+      const int64_t first = unit * images_of_unit(), last = std::min(images, first + images_of_unit());
+      const int64_t runs = std::max<int64_t>(1, kPiece / inner);
+      for (int64_t n = first; n < last; n += runs) f(n * stride + channel * inner, std::min(runs, last - n), inner);
+    }
+  }
+
+  const A* read(const char* base, int64_t offset, int64_t runs, int64_t length, A* buffer) const {
+    if (!base) return nullptr;
+    if (is_wide()) return reinterpret_cast<const A*>(base) + offset;
+    for (int64_t run = 0; run < runs; ++run)
+      read_piece(dtype, base + (offset + run * channels * inner) * item, buffer + run * length, length);
+    return buffer;
+  }
+
+  void write(char* base, int64_t offset, int64_t runs, int64_t length, const A* buffer) const {
+    if (!base || is_wide()) return;
+    for (int64_t run = 0; run < runs; ++run)
+      write_piece(dtype, buffer + run * length, base + (offset + run * channels * inner) * item, length);
+  }
+
+  A* target(char* base, int64_t offset, A* buffer) const {
+    return !base ? nullptr : is_wide() ? reinterpret_cast<A*>(base) + offset : buffer;
+  }
+
+  Sums sums_along_unit(int64_t channel, int64_t unit) const {
+    Sums sums;
+    A buffer[3][kPiece];
+    for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
+      const int64_t stride = is_wide() ? channels * inner : length;
+      sums_along(read(u, offset, runs, length, buffer[0]), read(g, offset, runs, length, buffer[1]),
+                 read(x, offset, runs, length, buffer[2]), runs, stride, length, mean[channel], sums);
+    });
+    return sums;
+  }
+
+  void apply_along_unit(int64_t channel, int64_t unit) const {
+    A buffer[5][kPiece];
+    for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
+      const int64_t stride = is_wide() ? channels * inner : length;
+      const Place<A> place{read(u, offset, runs, length, buffer[0]), read(g, offset, runs, length, buffer[1]),
+                           read(x, offset, runs, length, buffer[2]), target(grad, offset, buffer[3]),
+                           target(grad_x, offset, buffer[4])};
+      apply_along(place, runs, stride, length, mean[channel], coefficients_[channel]);
+      write(grad, offset, runs, length, buffer[3]);
+      write(grad_x, offset, runs, length, buffer[4]);
+    });
+  }
+
+  bool writes() const { return grad || grad_x; }
+
+  void run_along() {
+    const int64_t all = units(), threads = torch::stable::get_num_threads();
+    std::vector<Sums> sums(channels * all);
+    const auto finish = [&](int64_t c) {
+      Sums total;
+      for (int64_t unit = 0; unit < all; ++unit) add(total, sums[c * all + unit]);
+      set_coefficients(c, total);
+    };
+    if (!training) {  // the coefficients do not wait for the sums: one sweep
+      for (int64_t c = 0; c < channels; ++c) set_coefficients(c, {});
+      torch::stable::parallel_for(0, channels * all, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (grad_weight) sums[i] = sums_along_unit(i / all, i % all);
+          if (writes()) apply_along_unit(i / all, i % all);
+        }
+      });
+      for (int64_t c = 0; grad_weight && c < channels; ++c) finish(c);
+    } else if (channels >= 4 * threads) {  // a channel is one thread's, which still has it in its cache
+      const int64_t at_least = rows_per_thread(images * inner);
+      torch::stable::parallel_for(0, channels, at_least, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          for (int64_t unit = 0; unit < all; ++unit) sums[c * all + unit] = sums_along_unit(c, unit);
+          finish(c);
+          for (int64_t unit = all; writes() && unit-- > 0;) apply_along_unit(c, unit);
+        }
+      });
+    } else {
+      torch::stable::parallel_for(0, channels * all, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) sums[i] = sums_along_unit(i / all, i % all);
+      });
+      for (int64_t c = 0; c < channels; ++c) finish(c);
+      if (writes())
+        torch::stable::parallel_for(0, channels * all, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = end; i-- > begin;) apply_along_unit(i / all, i % all);
+        });
+    }
+  }
+
+  // ---- [P, C, 1]: tiles of rows
+
+  int64_t rows_of_tile() const { return std::min<int64_t>(128, std::max<int64_t>(1, kTile / channels)); }
+  int64_t rows_of_unit() const {
+    const int64_t tiles = std::max<int64_t>(1, kRowUnit / (rows_of_tile() * channels));
+    return tiles * rows_of_tile();
+  }
+
+  template <class F>
+  void for_tiles(int64_t unit, bool backwards, const F& f) const {
+    const int64_t first = unit * rows_of_unit(), last = std::min(images, first + rows_of_unit()), step = rows_of_tile();
+    const int64_t tiles = (last - first + step - 1) / step;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = first + (backwards ? tiles - 1 - i : i) * step;
+      f(row * channels, std::min(step, last - row));
+    }
+  }
+
+  const A* read_rows(const char* base, int64_t offset, int64_t count, std::vector<A>& buffer) const {
+    if (!base) return nullptr;
+    if (is_wide()) return reinterpret_cast<const A*>(base) + offset;
+    buffer.resize(rows_of_tile() * channels);
+    read_piece(dtype, base + offset * item, buffer.data(), count);
+    return buffer.data();
+  }
+
+  struct Buffers {
+    std::vector<A> u, g, x, grad, grad_x;
+  };
+
+  void sums_across_unit(int64_t unit, Sums* sums, Buffers& buffer) const {
+    for_tiles(unit, false, [&](int64_t offset, int64_t rows) {
+      const int64_t count = rows * channels;
+      sums_across(read_rows(u, offset, count, buffer.u), read_rows(g, offset, count, buffer.g),
+                  read_rows(x, offset, count, buffer.x), rows, channels, mean, sums);
+    });
+  }
+
+  void apply_across_unit(int64_t unit, const ChannelCoefficients<A>& c, Buffers& buffer) const {
+    for_tiles(unit, true, [&](int64_t offset, int64_t rows) {
+      const int64_t count = rows * channels;
+      if (!is_wide()) {
+        buffer.grad.resize(rows_of_tile() * channels);
+        buffer.grad_x.resize(rows_of_tile() * channels);
+      }
+      const Place<A> place{read_rows(u, offset, count, buffer.u), read_rows(g, offset, count, buffer.g),
+                           read_rows(x, offset, count, buffer.x), target(grad, offset, buffer.grad.data()),
+                           target(grad_x, offset, buffer.grad_x.data())};
+      apply_across(place, rows, channels, c);
+      if (grad && !is_wide()) write_piece(dtype, buffer.grad.data(), grad + offset * item, count);
+      if (grad_x && !is_wide()) write_piece(dtype, buffer.grad_x.data(), grad_x + offset * item, count);
+    });
+  }
+
+  void run_across() {
+    const int64_t all = (images + rows_of_unit() - 1) / rows_of_unit();
+    const bool summed = training || grad_weight;
+    std::vector<Sums> sums(summed ? all * channels : 0);
+    const auto finish = [&] {
+      for (int64_t c = 0; c < channels; ++c) {
+        Sums total;
+        for (int64_t unit = 0; summed && unit < all; ++unit) add(total, sums[unit * channels + c]);
+        set_coefficients(c, total);
+      }
+    };
+    if (summed)
+      torch::stable::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
+        Buffers buffer;
+        for (int64_t unit = begin; unit < end; ++unit) sums_across_unit(unit, sums.data() + unit * channels, buffer);
+      });
+    finish();
+    if (!writes()) return;
+    std::vector<A> columns(7 * channels);
+    A* const column = columns.data();
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto& k = coefficients_[c];
+      const A values[7] = {k.grad_u, k.grad_x, k.grad_1, k.x_u, k.x_g, k.x_x, k.x_1};
+      for (int i = 0; i < 7; ++i) column[i * channels + c] = values[i];
+    }
+    const ChannelCoefficients<A> c{mean,
+                                   column,
+                                   column + channels,
+                                   column + 2 * channels,
+                                   column + 3 * channels,
+                                   column + 4 * channels,
+                                   column + 5 * channels,
+                                   column + 6 * channels};
+    torch::stable::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
+      Buffers buffer;
+      for (int64_t unit = end; unit-- > begin;) apply_across_unit(unit, c, buffer);  // what was read last comes first
+    });
+  }
+
+  std::vector<BatchNormCoefficients<A>> coefficients_;
+};
+
+template <class A>
+const A* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<const A*>(t->data_ptr()) : nullptr;
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> gg_x,
+                                                              std::optional<Tensor> gg_weight,
+                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+                                                              std::optional<Tensor> weight, Tensor mean, Tensor invstd,
+                                                              bool training, bool need_grad, bool need_x,
+                                                              bool need_weight) {
+  check_batch_norm("batch_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
+  const auto sizes = sizes_of(x);
+  const Tensor u = gg_x ? torch::stable::contiguous(*gg_x) : torch::stable::new_zeros(x, sizes);
+  const Tensor g = torch::stable::contiguous(grad), dense_x = torch::stable::contiguous(x);
+  const Tensor dense_mean = torch::stable::contiguous(mean), dense_invstd = torch::stable::contiguous(invstd);
+  const auto w = dense(weight), a = dense(gg_weight), b = dense(gg_bias);
+  const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
+  };
+  Tensor gg_grad = output(need_grad, sizes, x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
+  Tensor grad_weight = output(need_weight, {x.size(1)}, accumulation_type(x.scalar_type()));
+
+  const auto run = [&](auto number) {
+    using A = decltype(number);
+    Call<A> call{};
+    call.images = x.size(0);
+    call.channels = x.size(1);
+    call.inner = x.size(2);
+    call.dtype = x.scalar_type();
+    call.item = call.dtype == ScalarType::Double ? 8 : call.dtype == ScalarType::Float ? 4 : 2;
+    call.training = training;
+    call.u = static_cast<const char*>(u.data_ptr());
+    call.g = static_cast<const char*>(g.data_ptr());
+    call.x = training || gg_weight || need_x ? static_cast<const char*>(dense_x.data_ptr()) : nullptr;
+    call.grad = need_grad ? static_cast<char*>(gg_grad.data_ptr()) : nullptr;
+    call.grad_x = need_x ? static_cast<char*>(grad_x.data_ptr()) : nullptr;
+    call.weight = pointer<A>(w);
+    call.a = pointer<A>(a);
+    call.b = pointer<A>(b);
+    call.mean = static_cast<const A*>(dense_mean.data_ptr());
+    call.invstd = static_cast<const A*>(dense_invstd.data_ptr());
+    call.grad_weight = need_weight ? static_cast<A*>(grad_weight.data_ptr()) : nullptr;
+    call.run();
+  };
+  x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  return {gg_grad, grad_x, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("batch_norm_double_backward", TORCH_BOX(&batch_norm_double_backward));
+}
+
+}  // namespace rk::cpu

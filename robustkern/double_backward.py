@@ -1,0 +1,87 @@
+"""The switch that gives PyTorch's own operators fused second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from robustkern import _library
+
+__all__ = ["fused_double_backward", "install", "is_installed", "uninstall"]
+
+
+def install(*, materialize_zeros: bool = False) -> None:
+    """Makes the second backward of PyTorch's own operators fused, for every model in this process.
+
+    Nothing about a model changes, nor about its first backward's values.  Where a graph is built that can be
+    differentiated again (`create_graph=True`), the operators that `robustkern info` lists remember their inputs, and
+    their second backward is one fused kernel instead of a chain of small ones.  Everywhere else (no grad mode, plain
+    training steps, torch.func transforms, forward-mode differentiation) PyTorch's own kernels run.
+
+    Calling it again changes nothing but the option.  A graph keeps the derivatives it was built with: one built before
+    `install()` stays PyTorch's, one built after it stays fused, whenever it is run.
+
+    Args:
+        materialize_zeros: give derivatives that are identically zero, such as that of ReLU's gradient in its input, as
+            tensors of zeros, as PyTorch does.  By default they are not computed at all: a parameter that a penalty
+            does not depend on then has `.grad` None instead of zeros, which optimizers with momentum or weight decay
+            and DistributedDataParallel (`find_unused_parameters`) can tell apart.
+
+    Raises:
+        RuntimeError: the extension is missing; the message says why.
+
+    Differentiability: any order; beyond the second, PyTorch's own formulas run.  Determinism: the same bits on every
+    run. Thread safety: may be called from any thread at any time.
+    """
+    extension = _extension("install")
+    extension.materialize_zeros(materialize_zeros)
+    extension.install()
+
+
+def uninstall() -> None:
+    """Gives PyTorch its own second derivatives back; without effect if they were never replaced."""
+    extension = _library.aten_extension()
+    if extension is not None:
+        extension.uninstall()
+        extension.materialize_zeros(False)
+
+
+def is_installed() -> bool:
+    """Whether `install()` is in force; scopes of `fused_double_backward` do not count."""
+    extension = _library.aten_extension()
+    return extension is not None and extension.is_installed()
+
+
+@contextmanager
+def fused_double_backward() -> Iterator[None]:
+    """`install()` for the graphs built inside a with statement, in any thread; also ended by an exception.
+
+        with robustkern.fused_double_backward():
+            loss = criterion(model(x), y)
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + grad.square().sum()).backward()  # fused, though outside
+
+    Scopes may be nested and may overlap between threads: the replacements are in force while any scope is open.
+
+    Raises:
+        RuntimeError: the extension is missing; the message says why.
+    """
+    extension = _extension("fused_double_backward")
+    extension.enter()
+    try:
+        yield
+    finally:
+        extension.leave()
+
+
+def replaced_operators() -> list[str]:
+    """The operators of PyTorch whose derivatives are replaced while installed, such as "aten::gelu_backward"."""
+    extension = _library.aten_extension()
+    return [] if extension is None else sorted(set(extension.operators()))
+
+
+def _extension(name: str):  # type: ignore[no-untyped-def]
+    extension = _library.aten_extension()
+    if extension is None:
+        raise RuntimeError(f"{name}: {_library.aten_why_unavailable()}")
+    return extension

@@ -1,0 +1,88 @@
+"""The second derivative of batch normalisation in plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def batch_norm_double_backward(
+    gg_x: Tensor | None,  # [N, C, S]
+    gg_weight: Tensor | None,  # [C]
+    gg_bias: Tensor | None,  # [C]
+    grad: Tensor,  # [N, C, S]
+    x: Tensor,  # [N, C, S]
+    weight: Tensor | None,  # [C]
+    mean: Tensor,  # [C]
+    invstd: Tensor,  # [C]
+    training: bool,
+    need_grad: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The gradients of L = <u, grad_x> + <a, grad_weight> + <b, grad_bias> in grad, x and weight.
+
+    With xh = (x - mean) r, P(v) = v - mean(v) - xh mean(v xh) and K = sum u P(g), over the M elements of a channel:
+
+        gg_grad = w r P(u) + a xh + b
+        grad_x = -(w r^2 / M) (K xh + sum(g xh) P(u) + sum(u xh) P(g)) + a r P(g)
+        grad_weight = r K
+
+    and in evaluation mode, where mean and r are constants, gg_grad = w r u + a xh + b, grad_x = a r g and
+    grad_weight = r sum u g.
+
+    Args:
+        gg_x: u, the cotangent of grad_x; None for zero, as for the next two.
+        gg_weight: a, the cotangent of grad_weight.
+        gg_bias: b, the cotangent of grad_bias.
+        grad: g, the gradient that the first backward was given.
+        x: the input; any floating-point dtype.
+        weight: w, ones if None.
+        mean: of each channel over the batch, or the running mean in evaluation mode.
+        invstd: r = (var + eps)^(-1/2), likewise.
+        training: whether mean and invstd are those of x.
+        need_grad: whether to compute the first result; an empty tensor stands for what is not computed.
+        need_x: the same for the second.
+        need_weight: the same for the third.
+
+    Returns:
+        gg_grad and grad_x like x, grad_weight [C] in the dtype of mean.
+
+    Differentiability: any order.  Source: Ioffe and Szegedy, "Batch normalization", 2015, differentiated twice.
+    """
+
+    def channels(v: Tensor | None) -> Tensor | None:
+        return None if v is None else v.to(x.dtype).view(1, -1, 1)
+
+    count = x.shape[0] * x.shape[2]
+    r = channels(invstd)
+    w, a, b = channels(weight), channels(gg_weight), channels(gg_bias)
+    assert r is not None
+    scale = r if w is None else w * r
+    xh = (x - channels(mean)) * r
+    u = x.new_zeros(()).expand_as(x) if gg_x is None else gg_x
+
+    def total(v: Tensor) -> Tensor:
+        return v.sum((0, 2), keepdim=True)
+
+    def project(v: Tensor) -> Tensor:
+        return v - total(v) / count - xh * (total(v * xh) / count) if training else v
+
+    projected = project(u)
+    k = total(grad * projected)
+    gg_grad = scale * projected
+    if a is not None:
+        gg_grad = gg_grad + a * xh
+    if b is not None:
+        gg_grad = gg_grad + b
+    if training:
+        grad_x = -(scale * r / count) * (k * xh + total(grad * xh) * projected + total(u * xh) * project(grad))
+        grad_x = grad_x if a is None else grad_x + a * r * project(grad)
+    else:
+        grad_x = x.new_zeros(x.shape) if a is None else a * r * grad
+    grad_weight = (r * k).flatten().to(mean.dtype)
+    empty = x.new_empty([0])
+    return (
+        gg_grad if need_grad else empty,
+        grad_x if need_x else empty,
+        grad_weight if need_weight else empty.to(mean.dtype),
+    )

@@ -51,8 +51,9 @@ class UseStock {
 };
 
 // The keys that lead to PyTorch's own autograd kernel: it is registered at the alias Autograd, hence at AutogradOther.
+// Keys above autograd are done already; with them, a trace under Python's dispatcher would come back here for ever.
 inline c10::DispatchKeySet stock_keys(c10::DispatchKeySet keys) {
-  return keys.remove(c10::DispatchKey::AutogradFunctionality).add(c10::DispatchKey::AutogradOther);
+  return (keys & c10::after_autograd_keyset).add(c10::DispatchKey::AutogradOther);
 }
 
 namespace detail {

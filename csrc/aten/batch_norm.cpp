@@ -32,10 +32,7 @@ bool channels_innermost(const Tensor& x) {
 
 // [N, C, S], copied only if the data lie otherwise than `innermost` says.
 Tensor flattened(const Tensor& t, bool innermost) {
-  if (innermost) {
-    const auto format = t.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-    return t.contiguous(format).movedim(1, -1).view_symint({t.sym_numel() / t.sym_size(1), t.sym_size(1), 1});
-  }
+  if (innermost) return t.movedim(1, -1).contiguous().view_symint({t.sym_numel() / t.sym_size(1), t.sym_size(1), 1});
   SymInt inner = 1;
   for (int64_t d = 2; d < t.dim(); ++d) inner = inner * t.sym_size(d);
   return t.contiguous().view_symint({t.sym_size(0), t.sym_size(1), inner});

@@ -51,7 +51,7 @@ class UseStock {
 };
 
 // The keys that lead to PyTorch's own autograd kernel: it is registered at the alias Autograd, hence at AutogradOther.
-// Keys above autograd are done already; with them, a trace under Python's dispatcher would come back here for ever.
+// Keys above autograd have had their turn.
 inline c10::DispatchKeySet stock_keys(c10::DispatchKeySet keys) {
   return (keys & c10::after_autograd_keyset).add(c10::DispatchKey::AutogradOther);
 }

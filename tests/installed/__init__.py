@@ -16,6 +16,9 @@ class Case:
     name: str
     function: Callable[..., Tensor]  # of the inputs, twice differentiable in all of them
     inputs: Callable[[torch.dtype], tuple[Tensor, ...]]  # fresh, detached; all require grad when used
+    # The same function in operators whose second derivative PyTorch has, where it lacks that of `function`'s own.
+    stock: Callable[..., Tensor] | None = None
+    half: bool = True  # also in float16 and bfloat16
 
     def __str__(self) -> str:
         return self.name

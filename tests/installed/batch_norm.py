@@ -1,0 +1,56 @@
+"""BatchNorm and InstanceNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.installed import Case
+
+
+def _inputs(*shape: int, affine: bool = True, layout: torch.memory_format = torch.contiguous_format) -> Callable:
+    def make(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
+        weight, bias = torch.randn(2, shape[1], generator=generator, dtype=torch.float64).to(dtype)
+        return (x, 1.5 + weight, bias) if affine else (x,)
+
+    return make
+
+
+def _train(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+def _running(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    mean, var = torch.zeros_like(x[0].flatten(1)[:, 0]), torch.ones_like(x[0].flatten(1)[:, 0])
+    return F.batch_norm(x, mean.detach(), var.detach(), weight, bias, training=True, momentum=0.3)
+
+
+def _eval(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    channels = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
+    return F.batch_norm(x, 0.1 * channels, channels, weight, bias, training=False).sin()
+
+
+def _instance(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return F.instance_norm(x, None, None, weight, bias)
+
+
+CASES = [
+    Case("BatchNorm2d", _train, _inputs(3, 2, 3, 2)),
+    Case("BatchNorm2d, channels_last", _train, _inputs(3, 2, 3, 2, layout=torch.channels_last)),
+    Case("BatchNorm2d without weight", _train, _inputs(3, 2, 3, 2, affine=False)),
+    Case("BatchNorm2d, running statistics", _running, _inputs(2, 3, 2, 2)),
+    Case("BatchNorm1d", _train, _inputs(6, 3)),
+    Case("BatchNorm1d of sequences", _train, _inputs(3, 2, 4)),
+    Case("BatchNorm3d", _train, _inputs(2, 2, 2, 1, 3)),
+    Case("BatchNorm3d, channels_last", _train, _inputs(2, 2, 2, 1, 3, layout=torch.channels_last_3d)),
+    Case("BatchNorm2d, evaluation", _eval, _inputs(3, 2, 3, 2)),
+    Case("BatchNorm2d, evaluation, channels_last", _eval, _inputs(3, 2, 3, 2, layout=torch.channels_last)),
+    Case("BatchNorm2d, evaluation without weight", _eval, _inputs(3, 2, 3, 2, affine=False)),
+    Case("InstanceNorm2d", _instance, _inputs(2, 2, 3, 2)),
+    Case("InstanceNorm1d without weight", _instance, _inputs(2, 2, 5, affine=False)),
+]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from robustkern import _library
 
@@ -36,6 +39,7 @@ def install(*, materialize_zeros: bool = False) -> None:
     extension = _extension("install")
     extension.materialize_zeros(materialize_zeros)
     extension.install()
+    _tag_compiled_code(extension, materialize_zeros)
 
 
 def uninstall() -> None:
@@ -44,6 +48,7 @@ def uninstall() -> None:
     if extension is not None:
         extension.uninstall()
         extension.materialize_zeros(False)
+        _tag_compiled_code(extension)
 
 
 def is_installed() -> bool:
@@ -68,16 +73,34 @@ def fused_double_backward() -> Iterator[None]:
     """
     extension = _extension("fused_double_backward")
     extension.enter()
+    _tag_compiled_code(extension)
     try:
         yield
     finally:
         extension.leave()
+        _tag_compiled_code(extension)
 
 
 def replaced_operators() -> list[str]:
     """The operators of PyTorch whose derivatives are replaced while installed, such as "aten::gelu_backward"."""
     extension = _library.aten_extension()
     return [] if extension is None else sorted(set(extension.operators()))
+
+
+_tagging = threading.Lock()
+_TAGS = {False: " robustkern", True: " robustkern with zeros"}
+
+
+def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: ignore[no-untyped-def]
+    """Keeps what torch.compile caches on disk apart: its key is the traced program, not what replaces its operators."""
+    config = torch.compiler.config
+    with _tagging:
+        tag = config.cache_key_tag
+        if zeros is None:
+            zeros = _TAGS[True] in tag
+        for old in reversed(_TAGS.values()):
+            tag = tag.replace(old, "")
+        config.cache_key_tag = tag + _TAGS[zeros] if extension.enabled() else tag
 
 
 def _extension(name: str):  # type: ignore[no-untyped-def]

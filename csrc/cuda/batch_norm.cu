@@ -1,0 +1,91 @@
+// batch_norm_double_backward for CUDA tensors: arguments checked, outputs allocated, kernels of batch_norm.cuh launched
+// on the current stream.
+#include "batch_norm.cuh"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../batch_norm_arguments.h"
+#include "torch.cuh"
+
+namespace rk::cuda {
+namespace {
+
+using torch::stable::Tensor;
+
+std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+template <class T>
+T* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> gg_x,
+                                                              std::optional<Tensor> gg_weight,
+                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+                                                              std::optional<Tensor> weight, Tensor mean, Tensor invstd,
+                                                              bool training, bool need_grad, bool need_x,
+                                                              bool need_weight) {
+  const char* op = "batch_norm_double_backward";
+  const DeviceScope scope(x);
+  check_batch_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
+  const auto sizes = sizes_of(x);
+  const ScalarType accumulation = accumulation_type(x.scalar_type());
+  const auto u = dense(gg_x), g = dense(grad), dense_x = dense(x), w = dense(weight), a = dense(gg_weight),
+             b = dense(gg_bias), m = dense(mean), r = dense(invstd);
+  const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
+  };
+  Tensor gg_grad = output(need_grad, sizes, x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
+  Tensor grad_weight = output(need_weight, {x.size(1)}, accumulation);
+  std::optional<Tensor> partial, coefficients;
+
+  const auto run = [&](auto stored) {
+    using S = decltype(stored);
+    using A = accumulation_t<S>;
+    BatchNormCall<S> c{};
+    c.images = x.size(0);
+    c.channels = x.size(1);
+    c.inner = x.size(2);
+    c.u = pointer<const S>(u);
+    c.g = pointer<const S>(g);
+    c.x = training || gg_weight || need_x ? pointer<const S>(dense_x) : nullptr;
+    c.grad = need_grad ? pointer<S>(gg_grad) : nullptr;
+    c.grad_x = need_x ? pointer<S>(grad_x) : nullptr;
+    c.weight = pointer<const A>(w);
+    c.a = pointer<const A>(a);
+    c.b = pointer<const A>(b);
+    c.mean = pointer<const A>(m);
+    c.invstd = pointer<const A>(r);
+    c.grad_weight = need_weight ? pointer<A>(grad_weight) : nullptr;
+    c.training = training;
+    c.shares = c.images * c.inner == 0 ? 0 : batch_norm_shares(c);
+    partial = torch::stable::new_empty(x, {c.shares * kBatchNormSums * c.channels}, accumulation);
+    coefficients = torch::stable::new_empty(x, {kBatchNormCoefficients * c.channels}, accumulation);
+    c.partial = pointer<A>(partial);
+    c.coefficients = pointer<A>(coefficients);
+    if (c.shares == 0 && need_weight) torch::stable::zero_(grad_weight);
+    if (c.shares > 0) check_launch(launch_batch_norm(c, scope.stream()), op);
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: run(float{}); break;
+    case ScalarType::Double: run(double{}); break;
+    case ScalarType::Half: run(__half{}); break;
+    default: run(__nv_bfloat16{}); break;
+  }
+  return {gg_grad, grad_x, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, RK_CUDA_KEY, m) {
+  m.impl("batch_norm_double_backward", TORCH_BOX(&batch_norm_double_backward));
+}
+
+}  // namespace rk::cuda

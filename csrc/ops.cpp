@@ -43,13 +43,22 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "weight, "
       "Tensor mean, Tensor invstd, bool training, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, "
       "Tensor)");
-  // x: [B, D] rows; weight, gg_weight, gg_bias: [D]; mean (none: RMSNorm), rstd: [B]
+  // x: [B, D] rows; weight: [D]; mean (none: RMSNorm), rstd: [B] -> (grad_x [B, D], grad_weight [D], grad_bias [D])
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, bool need_x, bool "
+      "need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // gg_weight, gg_bias: [D]
   // -> (gg_grad [B, D], grad_x [B, D], grad_weight [D])
   m.def(
       "layer_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
       "weight, "
       "Tensor? mean, Tensor rstd, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
-  // x: [N, C, S], contiguous or with the channels innermost; weight, gg_weight, gg_bias: [C]; mean, rstd: [N, groups]
+  // x: [N, C, S], contiguous or with the channels innermost; weight: [C]; mean, rstd: [N, groups]
+  // -> (grad_x like x, grad_weight [C], grad_bias [C])
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int groups, bool need_x, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // gg_weight, gg_bias: [C]
   // -> (gg_grad like x, grad_x like x, grad_weight [C])
   m.def(
       "group_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "

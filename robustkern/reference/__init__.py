@@ -1,7 +1,17 @@
 """Every operator in plain PyTorch, for any device, dtype and order: the truth that kernels are tested against."""
 
 from robustkern.reference.batch_norm import batch_norm_double_backward
+from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
+from robustkern.reference.layer_norm import layer_norm_backward, layer_norm_double_backward
 from robustkern.reference.row_norm import row_norm
 from robustkern.reference.softmax_cross_entropy import softmax_cross_entropy
 
-__all__ = ["batch_norm_double_backward", "row_norm", "softmax_cross_entropy"]
+__all__ = [
+    "batch_norm_double_backward",
+    "group_norm_backward",
+    "group_norm_double_backward",
+    "layer_norm_backward",
+    "layer_norm_double_backward",
+    "row_norm",
+    "softmax_cross_entropy",
+]

@@ -1,0 +1,388 @@
+// group_norm_backward and its derivative on the CPU.  Formulas: math/group_norm.h.
+//
+// A unit of work is what shares its sums and lies together: one group of one sample where the channels are planes, one
+// sample where they are innermost.  One thread sums over a unit and writes its results while the unit is in the cache.
+// Where units are few, threads share their parts, pass by pass; the additions are the same either way, for every number
+// of threads.
+#include "group_norm_loops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../group_norm_arguments.h"
+#include "pieces.h"
+
+namespace rk::cpu {
+namespace {
+
+constexpr int64_t kSums = 5;              // of ChannelSums
+constexpr int64_t kArrays = 9;            // of GroupNormCoefficients
+constexpr int64_t kPartElements = 65536;  // of channels innermost: with the results, inside a core's L2 cache
+constexpr int64_t kRunningRows = 32;      // that are added in the accumulation type, before double takes over
+
+struct Arguments {
+  ScalarType dtype;
+  int64_t item;  // bytes of a stored element
+  bool innermost, second;
+  int64_t samples, channels, positions, groups;
+  const void *x, *g, *u;                                 // [N, C, S] in one layout; u: second derivative only
+  const void *weight, *gg_weight, *gg_bias;              // [C], accumulation type, or null
+  const void *mean, *rstd;                               // [N, groups], accumulation type
+  void *gg_grad, *grad_x, *sample_weight, *sample_bias;  // outputs or null; the last two [N, C], accumulation type
+
+  // Of a unit; `part_size` channels or positions make a part.
+  int64_t units, unit_groups, unit_channels, parts, part_size;
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t sums_size() const { return kSums * unit_channels * (innermost ? parts : 1); }
+};
+
+// Pieces of the three inputs in the accumulation type, and room for a piece of an output.
+template <class A>
+class Pieces {
+ public:
+  explicit Pieces(const Arguments& a) : a_(a), direct_(a.item == sizeof(A)) {}
+
+  // `count` runs of `length` elements, a run `stride` behind the last in memory.  Converted runs are adjacent.
+  GroupNormPiece<A> read(int64_t offset, int64_t count, int64_t length, int64_t stride) {
+    if (direct_) return {at(a_.x, offset), at(a_.g, offset), a_.u ? at(a_.u, offset) : nullptr, count, length, stride};
+    convert(a_.x, offset, count * length, x_);
+    convert(a_.g, offset, count * length, g_);
+    if (a_.u) convert(a_.u, offset, count * length, u_);
+    return {x_, g_, a_.u ? u_ : nullptr, count, length, length};
+  }
+
+  template <class F>
+  void write(void* out, int64_t offset, int64_t n, const F& f) {
+    char* to = static_cast<char*>(out) + offset * a_.item;
+    if (direct_) return f(reinterpret_cast<A*>(to));
+    f(out_);
+    write_piece(a_.dtype, out_, to, n);
+  }
+
+ private:
+  static const A* at(const void* base, int64_t offset) { return static_cast<const A*>(base) + offset; }
+  void convert(const void* base, int64_t offset, int64_t n, A* to) {
+    read_piece(a_.dtype, static_cast<const char*>(base) + offset * a_.item, to, n);
+  }
+
+  const Arguments& a_;
+  bool direct_;
+  A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
+};
+
+// What one unit's passes leave for each other.
+template <class A>
+class Unit {
+ public:
+  Unit(const Arguments& a, int64_t index, double* sums, A* arrays)
+      : a_(a),
+        sample_(a.innermost ? index : index / a.groups),
+        first_group_(a.innermost ? 0 : index % a.groups),
+        first_channel_(first_group_ * a.group_channels()),
+        sums_(sums),
+        arrays_(arrays) {}
+
+  void prepare() {
+    std::fill_n(sums_, a_.sums_size(), 0.0);
+    for (int64_t c = 0; c < a_.unit_channels; ++c) {
+      const int64_t row = sample_ * a_.groups + first_group_ + c / a_.group_channels();
+      array(0)[c] = static_cast<const A*>(a_.mean)[row];
+      array(1)[c] = static_cast<const A*>(a_.rstd)[row];
+    }
+  }
+
+  void sum_part(int64_t part, Pieces<A>& pieces) {
+    if (a_.innermost)
+      sum_rows(part, pieces);
+    else
+      for_planes(part, [&](int64_t c, int64_t count, int64_t offset, int64_t length) {
+        plane_sums(pieces.read(offset, count, length, a_.positions), array(0) + c, array(1) + c, sums_ + kSums * c);
+      });
+  }
+
+  // From sums to coefficients, and to this sample's share of the gradients of weight and bias.
+  void finish() {
+    const int64_t slab = kSums * a_.unit_channels;
+    for (int64_t part = 1; a_.innermost && part < a_.parts; ++part)
+      for (int64_t i = 0; i < slab; ++i) sums_[i] += sums_[part * slab + i];
+    for (int64_t group = 0; group < a_.unit_groups; ++group) {
+      const int64_t begin = group * a_.group_channels(), end = begin + a_.group_channels();
+      const double r = double(array(1)[begin]), count = std::max(1.0, double(a_.group_channels() * a_.positions));
+      NormSums<double> s{};
+      for (int64_t c = begin; c < end; ++c) channel_sums(c).add_to(s, weight(c), vector(a_.gg_weight, c));
+      const NormSlopes<double> slopes = norm_slopes(s.g, s.gx, r, count);
+      const NormBends<double> bends = norm_bends(s, r, count);
+      for (int64_t c = begin; c < end; ++c) a_.second ? set_bends(c, bends, r) : set_slopes(c, slopes);
+    }
+  }
+
+  void write_part(int64_t part, Pieces<A>& pieces) {
+    if (!a_.gg_grad && !a_.grad_x) return;
+    const auto write = [&](const GroupNormPiece<A>& p, int64_t c, int64_t offset) {
+      const GroupNormCoefficients<A> k = coefficients().from(c);
+      const int64_t n = p.count * p.length;
+      if (a_.gg_grad)
+        pieces.write(a_.gg_grad, offset, n,
+                     [&](A* out) { a_.innermost ? row_gg_grad(p, k, out) : plane_gg_grad(p, k, out); });
+      if (a_.grad_x)
+        pieces.write(a_.grad_x, offset, n,
+                     [&](A* out) { a_.innermost ? row_grad_x(p, k, out) : plane_grad_x(p, k, out); });
+    };
+    if (a_.innermost)
+      for_rows(part, [&](int64_t c, int64_t width, int64_t offset, int64_t count) {
+        write(pieces.read(offset, count, width, a_.channels), c, offset);
+      });
+    else
+      for_planes(part, [&](int64_t c, int64_t count, int64_t offset, int64_t length) {
+        write(pieces.read(offset, count, length, a_.positions), c, offset);
+      });
+  }
+
+ private:
+  A* array(int64_t i) const { return arrays_ + i * a_.unit_channels; }
+  double vector(const void* v, int64_t c) const { return v ? double(static_cast<const A*>(v)[first_channel_ + c]) : 0; }
+  double weight(int64_t c) const { return a_.weight ? vector(a_.weight, c) : 1; }
+
+  ChannelSums<double> channel_sums(int64_t c) const {
+    const double* s = a_.innermost ? sums_ + c : sums_ + kSums * c;
+    const int64_t step = a_.innermost ? a_.unit_channels : 1;
+    return {s[0], s[step], s[2 * step], s[3 * step], s[4 * step]};
+  }
+  GroupNormCoefficients<A> coefficients() const {
+    return {array(0), array(1), array(2), array(3), array(4), array(5), array(6), array(7), array(8)};
+  }
+  void set_slopes(int64_t c, const NormSlopes<double>& group) {
+    const ChannelSlopes<double> k = channel_slopes(group, weight(c));
+    array(6)[c] = A(k.g);
+    array(7)[c] = A(k.x);
+    array(8)[c] = A(k.one);
+    put(a_.sample_weight, c, channel_sums(c).gx);
+    put(a_.sample_bias, c, channel_sums(c).g);
+  }
+  void set_bends(int64_t c, const NormBends<double>& group, double r) {
+    const ChannelBends<double> k = channel_bends(group, r, weight(c), vector(a_.gg_weight, c), vector(a_.gg_bias, c));
+    const double values[] = {k.t_u, k.t_x, k.t_one, k.x_u, k.x_g, k.x_x, k.x_one};
+    for (int i = 0; i < 7; ++i) array(2 + i)[c] = A(values[i]);
+    put(a_.sample_weight, c, channel_sums(c).weight_bend(group, r));
+  }
+  void put(void* out, int64_t c, double value) const {
+    if (out) static_cast<A*>(out)[sample_ * a_.channels + first_channel_ + c] = A(value);
+  }
+
+  // f(channel of the unit, channels, offset, positions): whole planes, or a stretch of one.
+  template <class F>
+  void for_planes(int64_t part, const F& f) {
+    const int64_t begin = part * a_.part_size, count = std::min(a_.unit_channels - begin, a_.part_size);
+    const int64_t offset = (sample_ * a_.channels + first_channel_ + begin) * a_.positions;
+    if (a_.positions <= kPiece) return f(begin, count, offset, a_.positions);
+    for (int64_t j = 0; j < a_.positions; j += kPiece) f(begin, count, offset + j, std::min(a_.positions - j, kPiece));
+  }
+
+  // f(first channel, channels, offset, positions): a piece is all channels of some positions, or some of one.
+  template <class F>
+  void for_rows(int64_t part, const F& f) {
+    const int64_t begin = part * a_.part_size, end = std::min(a_.positions, begin + a_.part_size);
+    for (int64_t c = 0; c < a_.channels; c += kPiece) {
+      const int64_t width = std::min(a_.channels - c, kPiece), rows = std::min(kPiece / width, kRunningRows);
+      for (int64_t j = begin; j < end; j += rows)
+        f(c, width, (sample_ * a_.positions + j) * a_.channels + c, std::min(rows, end - j));
+    }
+  }
+
+  void sum_rows(int64_t part, Pieces<A>& pieces) {
+    double* sums = sums_ + part * kSums * a_.unit_channels;
+    A running[kSums * kPiece];
+    int64_t channel = 0, width = 0, rows = 0;
+    const auto flush = [&] {
+      for (int64_t i = 0; i < kSums; ++i)
+        add_in_double(sums + i * a_.unit_channels + channel, running + i * width, width);
+      rows = 0;
+    };
+    for_rows(part, [&](int64_t c, int64_t w, int64_t offset, int64_t count) {
+      if (rows && (c != channel || rows + count > kRunningRows)) flush();
+      if (!rows) std::fill_n(running, kSums * w, A(0));
+      channel = c;
+      width = w;
+      row_sums(pieces.read(offset, count, w, a_.channels), array(0) + c, array(1) + c, running);
+      rows += count;
+    });
+    flush();
+  }
+
+  const Arguments& a_;
+  int64_t sample_, first_group_, first_channel_;
+  double* sums_;
+  A* arrays_;
+};
+
+template <class A>
+void run_as(const Arguments& a) {
+  const int64_t unit_elements = a.unit_channels * a.positions, sums = a.sums_size(), arrays = kArrays * a.unit_channels;
+  if (a.units >= 2 * int64_t(torch::stable::get_num_threads()) || a.parts <= 1) {
+    torch::stable::parallel_for(0, a.units, rows_per_thread(unit_elements), [&](int64_t begin, int64_t end) {
+      std::vector<double> own_sums(sums);
+      std::vector<A> own_arrays(arrays);
+      Pieces<A> pieces(a);
+      for (int64_t i = begin; i < end; ++i) {
+        Unit<A> unit(a, i, own_sums.data(), own_arrays.data());
+        unit.prepare();
+        for (int64_t part = 0; part < a.parts; ++part) unit.sum_part(part, pieces);
+        unit.finish();
+        for (int64_t part = a.parts; part-- > 0;) unit.write_part(part, pieces);  // the last is in the cache still
+      }
+    });
+    return;
+  }
+  std::vector<double> all_sums(a.units * sums);
+  std::vector<A> all_arrays(a.units * arrays);
+  const auto unit = [&](int64_t i) {
+    return Unit<A>(a, i, all_sums.data() + i * sums, all_arrays.data() + i * arrays);
+  };
+  const auto for_parts = [&](const auto& f) {
+    torch::stable::parallel_for(0, a.units * a.parts, rows_per_thread(unit_elements / a.parts),
+                                [&](int64_t begin, int64_t end) {
+                                  Pieces<A> pieces(a);
+                                  for (int64_t i = begin; i < end; ++i) f(unit(i / a.parts), i % a.parts, pieces);
+                                });
+  };
+  for (int64_t i = 0; i < a.units; ++i) unit(i).prepare();
+  for_parts([](Unit<A> u, int64_t part, Pieces<A>& pieces) { u.sum_part(part, pieces); });
+  for (int64_t i = 0; i < a.units; ++i) unit(i).finish();
+  for_parts([](Unit<A> u, int64_t part, Pieces<A>& pieces) { u.write_part(part, pieces); });
+}
+
+// out[c] = sum over samples of from[., c]
+template <class A>
+void add_samples(const Arguments& a, const void* from, void* out) {
+  constexpr int64_t kColumns = 256;
+  const int64_t units = (a.channels + kColumns - 1) / kColumns;
+  torch::stable::parallel_for(0, units, rows_per_thread(a.samples * kColumns), [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t begin = unit * kColumns, n = std::min(a.channels - begin, kColumns);
+      double totals[kColumns] = {};
+      for (int64_t i = 0; i < a.samples; ++i)
+        add_in_double(totals, static_cast<const A*>(from) + i * a.channels + begin, n);
+      for (int64_t c = 0; c < n; ++c) static_cast<A*>(out)[begin + c] = A(totals[c]);
+    }
+  });
+}
+
+// The tensors of one call, in the form that the units read.
+class Call {
+ public:
+  Arguments a{};
+
+  Call(const Tensor& x, const Tensor& grad, const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight,
+       int64_t groups, bool second) {
+    a.innermost = channels_innermost(x);
+    a.second = second;
+    a.dtype = x.scalar_type();
+    a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
+    a.samples = x.size(0);
+    a.channels = x.size(1);
+    a.positions = x.size(2);
+    a.groups = groups;
+    a.x = keep(dense_in(a.innermost, x));
+    a.g = keep(dense_in(a.innermost, grad));
+    a.mean = vector(mean);
+    a.rstd = vector(rstd);
+    a.weight = vector(weight);
+    x_ = kept_.front();
+    // Planes of one position are rows of channels.
+    a.innermost = a.innermost || a.positions == 1;
+    if (a.innermost) {
+      a.units = a.samples;
+      a.unit_groups = a.groups;
+      a.part_size = std::max<int64_t>(1, kPartElements / std::max<int64_t>(1, a.channels));
+      a.parts = (a.positions + a.part_size - 1) / a.part_size;
+    } else {
+      a.units = a.samples * a.groups;
+      a.unit_groups = 1;
+      a.part_size = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, a.positions));
+      a.parts = (a.group_channels() + a.part_size - 1) / a.part_size;
+    }
+    a.unit_channels = a.unit_groups * a.group_channels();
+  }
+
+  const void* keep(const Tensor& t) {
+    kept_.push_back(t);
+    return t.data_ptr();
+  }
+  const void* vector(const std::optional<Tensor>& t) { return t ? keep(torch::stable::contiguous(*t)) : nullptr; }
+
+  const void* dense(const std::optional<Tensor>& t) {
+    if (t) return keep(dense_in(channels_innermost(*x_), *t));
+    Tensor zeros = empty_in(channels_innermost(*x_), *x_);
+    return keep(torch::stable::zero_(zeros));
+  }
+
+  Tensor like_x(bool needed, void*& data) {
+    Tensor out = needed ? empty_in(channels_innermost(*x_), *x_) : torch::stable::new_empty(*x_, {0});
+    data = needed ? out.data_ptr() : nullptr;
+    return out;
+  }
+
+  void make_samples(bool needed, void*& data) {
+    if (!needed) return;
+    kept_.push_back(torch::stable::new_empty(*x_, {a.samples, a.channels}, accumulation_type(a.dtype)));
+    data = kept_.back().data_ptr();
+  }
+
+  void run() { a.dtype == ScalarType::Double ? run_as<double>(a) : run_as<float>(a); }
+
+  Tensor total(bool needed, const void* samples) {
+    Tensor out = torch::stable::new_empty(*x_, {needed ? a.channels : 0}, accumulation_type(a.dtype));
+    if (!needed) return out;
+    a.dtype == ScalarType::Double ? add_samples<double>(a, samples, out.data_ptr())
+                                  : add_samples<float>(a, samples, out.data_ptr());
+    return out;
+  }
+
+ private:
+  std::optional<Tensor> x_;
+  std::vector<Tensor> kept_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean,
+                                                       Tensor rstd, int64_t groups, bool need_x, bool need_weight,
+                                                       bool need_bias) {
+  const std::optional<Tensor> none;
+  check_group_norm("group_norm_backward", none, none, none, grad, x, weight, mean, rstd, groups);
+  Call call(x, grad, mean, rstd, weight, groups, false);
+  Tensor grad_x = call.like_x(need_x, call.a.grad_x);
+  call.make_samples(need_weight, call.a.sample_weight);
+  call.make_samples(need_bias, call.a.sample_bias);
+  call.run();
+  return {grad_x, call.total(need_weight, call.a.sample_weight), call.total(need_bias, call.a.sample_bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> gg_x,
+                                                              std::optional<Tensor> gg_weight,
+                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+                                                              std::optional<Tensor> weight, Tensor mean, Tensor rstd,
+                                                              int64_t groups, bool need_grad, bool need_x,
+                                                              bool need_weight) {
+  check_group_norm("group_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups);
+  Call call(x, grad, mean, rstd, weight, groups, true);
+  call.a.u = call.dense(gg_x);
+  call.a.gg_weight = call.vector(gg_weight);
+  call.a.gg_bias = call.vector(gg_bias);
+  Tensor gg_grad = call.like_x(need_grad, call.a.gg_grad), grad_x = call.like_x(need_x, call.a.grad_x);
+  call.make_samples(need_weight, call.a.sample_weight);
+  call.run();
+  return {gg_grad, grad_x, call.total(need_weight, call.a.sample_weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
+  m.impl("group_norm_double_backward", TORCH_BOX(&group_norm_double_backward));
+}
+
+}  // namespace rk::cpu

@@ -1,0 +1,267 @@
+// layer_norm_backward and its derivative on the CPU, RMSNorm included.  Formulas: math/layer_norm.h.
+//
+// A row is summed over and then written while it lies in the cache: each tensor moves once.  Sums down the columns are
+// made for chunks of rows of fixed size, and the chunks' sums are added in order: the same bits for every number of
+// threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../layer_norm_arguments.h"
+#include "layer_norm_loops.h"
+#include "pieces.h"
+
+namespace rk::cpu {
+namespace {
+
+struct Arguments {
+  ScalarType dtype;
+  int64_t item;  // bytes of a stored element
+  int64_t rows, cols;
+  const void *x, *g, *u;                                    // [rows, cols]; u of absent gg_x is null
+  const void *weight, *gg_weight, *gg_bias, *ones, *zeros;  // [cols], accumulation type; null: absent
+  const void *mean, *rstd;                                  // [rows], accumulation type
+  void *gg_grad, *grad_x;                                   // [rows, cols] outputs, or null
+  int64_t chunk_rows, chunks;
+  void *partial_weight, *partial_bias;  // [chunks, cols] zeros, or null
+};
+
+// The two matrices and three vectors of a row, and the outputs, from column `begin` on, in the accumulation type.
+template <class A>
+class Row {
+ public:
+  Row(const Arguments& a, int64_t row) : a_(a), row_(row), direct_(a.item == sizeof(A)), loaded_(-1) {}
+
+  NormPiece<A> piece(int64_t begin) {
+    const int64_t n = std::min(a_.cols - begin, kPiece);
+    if (!direct_ && loaded_ != begin) {
+      read_piece(a_.dtype, at(a_.x, begin), x_, n);
+      read_piece(a_.dtype, at(a_.g, begin), g_, n);
+      if (a_.u) read_piece(a_.dtype, at(a_.u, begin), u_, n);
+      loaded_ = begin;
+    }
+    const A* zeros = static_cast<const A*>(a_.zeros);
+    return {direct_ ? static_cast<const A*>(at(a_.x, begin)) : x_,
+            direct_ ? static_cast<const A*>(at(a_.g, begin)) : g_,
+            !a_.u     ? zeros
+            : direct_ ? static_cast<const A*>(at(a_.u, begin))
+                      : u_,
+            vector(a_.weight ? a_.weight : a_.ones, begin),
+            vector(a_.gg_weight, begin),
+            vector(a_.gg_bias, begin),
+            n,
+            a_.mean ? static_cast<const A*>(a_.mean)[row_] : A(0),
+            static_cast<const A*>(a_.rstd)[row_]};
+  }
+
+  // Lets f fill out[begin, begin + n).
+  template <class F>
+  void write(void* out, int64_t begin, int64_t n, const F& f) {
+    char* to = static_cast<char*>(out) + (row_ * a_.cols + begin) * a_.item;
+    if (direct_) return f(reinterpret_cast<A*>(to));
+    f(out_);
+    write_piece(a_.dtype, out_, to, n);
+  }
+
+ private:
+  const void* at(const void* base, int64_t begin) const {
+    return static_cast<const char*>(base) + (row_ * a_.cols + begin) * a_.item;
+  }
+  static const A* vector(const void* base, int64_t begin) {
+    return base ? static_cast<const A*>(base) + begin : nullptr;
+  }
+
+  const Arguments& a_;
+  int64_t row_;
+  bool direct_;
+  int64_t loaded_;
+  A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
+};
+
+template <class F>
+void for_pieces(const Arguments& a, const F& f) {
+  for (int64_t begin = 0; begin < a.cols; begin += kPiece) f(begin);
+}
+
+template <class A>
+A* column_totals(void* partial, const Arguments& a, int64_t row, int64_t begin) {
+  return partial ? static_cast<A*>(partial) + row / a.chunk_rows * a.cols + begin : nullptr;
+}
+
+template <class A>
+void backward_row(const Arguments& a, int64_t i) {
+  Row<A> row(a, i);
+  double sums[2] = {};
+  if (a.grad_x) for_pieces(a, [&](int64_t begin) { slope_sums(row.piece(begin), sums); });
+  const double r = double(static_cast<const A*>(a.rstd)[i]);
+  const NormSlopes<double> d = norm_slopes(a.mean ? sums[0] : 0.0, sums[1], r, double(a.cols));
+  const NormSlopes<A> c{A(d.x_g), A(d.x_x), A(d.x_one)};
+  for_pieces(a, [&](int64_t begin) {
+    const NormPiece<A> p = row.piece(begin);
+    if (a.grad_x) row.write(a.grad_x, begin, p.n, [&](A* out) { write_slopes(p, c, out); });
+    if (a.partial_weight) add_weight_slopes(p, column_totals<A>(a.partial_weight, a, i, begin));
+    if (a.partial_bias) add_to(column_totals<A>(a.partial_bias, a, i, begin), p.g, p.n);
+  });
+}
+
+template <class A>
+void double_backward_row(const Arguments& a, int64_t i) {
+  Row<A> row(a, i);
+  double sums[7] = {};
+  for_pieces(a, [&](int64_t begin) {
+    const NormPiece<A> p = row.piece(begin);
+    bend_sums(p, sums);
+    if (p.gg_weight) affine_sums(p, sums + 5);
+  });
+  if (!a.mean) sums[0] = sums[2] = sums[5] = 0;
+  const double r = double(static_cast<const A*>(a.rstd)[i]);
+  const NormBends<double> d =
+      norm_bends<double>({sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6]}, r, double(a.cols));
+  const NormBends<A> c{A(d.t_x), A(d.t_one), A(d.x_u), A(d.x_g), A(d.x_x), A(d.x_one)};
+  for_pieces(a, [&](int64_t begin) {
+    const NormPiece<A> p = row.piece(begin);
+    if (a.gg_grad) row.write(a.gg_grad, begin, p.n, [&](A* out) { write_gg_grad(p, c, out); });
+    if (a.grad_x) row.write(a.grad_x, begin, p.n, [&](A* out) { write_bends(p, c, out); });
+    if (a.partial_weight) add_weight_bends(p, c, column_totals<A>(a.partial_weight, a, i, begin));
+  });
+}
+
+// Chunks of rows, one thread each; their sums lie in `partial`.
+template <class A, class F>
+void run_rows(const Arguments& a, const F& f) {
+  torch::stable::parallel_for(0, a.chunks, rows_per_thread(a.chunk_rows * a.cols), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * a.chunk_rows; row < std::min(a.rows, end * a.chunk_rows); ++row) f(row);
+  });
+}
+
+// out[j] = sum over chunks of partial[., j]
+template <class A>
+void add_chunks(const Arguments& a, const void* partial, void* out) {
+  constexpr int64_t kColumns = 256;
+  const int64_t units = (a.cols + kColumns - 1) / kColumns;
+  torch::stable::parallel_for(0, units, rows_per_thread(a.chunks * kColumns), [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t begin = unit * kColumns, n = std::min(a.cols - begin, kColumns);
+      double totals[kColumns] = {};
+      for (int64_t c = 0; c < a.chunks; ++c)
+        add_in_double(totals, static_cast<const A*>(partial) + c * a.cols + begin, n);
+      for (int64_t j = 0; j < n; ++j) static_cast<A*>(out)[begin + j] = A(totals[j]);
+    }
+  });
+}
+
+// The tensors of one call, in the form that the rows read.
+class Call {
+ public:
+  Arguments a{};
+
+  Call(const Tensor& x, const Tensor& grad, const std::optional<Tensor>& mean, const Tensor& rstd,
+       const std::optional<Tensor>& weight, bool sums_columns)
+      : x_(torch::stable::contiguous(x)) {
+    a.dtype = x.scalar_type();
+    a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
+    a.rows = x.size(0);
+    a.cols = x.size(1);
+    // A chunk's sums cost a row of their own, so a chunk is many rows where these are short.
+    constexpr int64_t elements = 65536;
+    a.chunk_rows = sums_columns ? std::clamp<int64_t>(elements / std::max<int64_t>(a.cols, 1), 4, 64) : 1;
+    a.chunks = (a.rows + a.chunk_rows - 1) / a.chunk_rows;
+    a.x = x_.data_ptr();
+    a.g = keep(grad);
+    a.rstd = keep(rstd);
+    a.mean = keep(mean);
+    a.weight = keep(weight);
+    if (!weight) a.ones = filled(1);
+  }
+
+  const void* keep(const Tensor& t) {
+    kept_.push_back(torch::stable::contiguous(t));
+    return kept_.back().data_ptr();
+  }
+  const void* keep(const std::optional<Tensor>& t) { return t ? keep(*t) : nullptr; }
+
+  // A vector [cols] of one number.
+  const void* filled(double value) {
+    kept_.push_back(torch::stable::new_empty(x_, {a.cols}, accumulation_type(a.dtype)));
+    torch::stable::fill_(kept_.back(), value);
+    return kept_.back().data_ptr();
+  }
+
+  Tensor matrix(bool needed, void*& data) {
+    Tensor out = needed ? torch::stable::new_empty(x_, {a.rows, a.cols}) : torch::stable::new_empty(x_, {0});
+    data = needed ? out.data_ptr() : nullptr;
+    return out;
+  }
+
+  // Room for the sums of every chunk.
+  void make_partial(bool needed, void*& data) {
+    if (!needed) return;
+    kept_.push_back(torch::stable::new_zeros(x_, {a.chunks, a.cols}, accumulation_type(a.dtype)));
+    data = kept_.back().data_ptr();
+  }
+
+  Tensor total(bool needed, const void* partial) {
+    Tensor out = torch::stable::new_empty(x_, {needed ? a.cols : 0}, accumulation_type(a.dtype));
+    if (!needed) return out;
+    a.dtype == ScalarType::Double ? add_chunks<double>(a, partial, out.data_ptr())
+                                  : add_chunks<float>(a, partial, out.data_ptr());
+    return out;
+  }
+
+ private:
+  Tensor x_;
+  std::vector<Tensor> kept_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> weight,
+                                                       std::optional<Tensor> mean, Tensor rstd, bool need_x,
+                                                       bool need_weight, bool need_bias) {
+  const std::optional<Tensor> none;
+  check_layer_norm("layer_norm_backward", none, none, none, grad, x, weight, mean, rstd);
+  Call call(x, grad, mean, rstd, weight, need_weight || need_bias);
+  Arguments& a = call.a;
+  Tensor grad_x = call.matrix(need_x, a.grad_x);
+  call.make_partial(need_weight, a.partial_weight);
+  call.make_partial(need_bias, a.partial_bias);
+  if (a.dtype == ScalarType::Double)
+    run_rows<double>(a, [&](int64_t row) { backward_row<double>(a, row); });
+  else
+    run_rows<float>(a, [&](int64_t row) { backward_row<float>(a, row); });
+  return {grad_x, call.total(need_weight, a.partial_weight), call.total(need_bias, a.partial_bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tensor> gg_x,
+                                                              std::optional<Tensor> gg_weight,
+                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+                                                              std::optional<Tensor> weight, std::optional<Tensor> mean,
+                                                              Tensor rstd, bool need_grad, bool need_x,
+                                                              bool need_weight) {
+  check_layer_norm("layer_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
+  Call call(x, grad, mean, rstd, weight, need_weight);
+  Arguments& a = call.a;
+  a.u = call.keep(gg_x);
+  if (!gg_x || gg_weight || gg_bias) a.zeros = call.filled(0);
+  if (gg_weight || gg_bias) {
+    a.gg_weight = gg_weight ? call.keep(gg_weight) : a.zeros;
+    a.gg_bias = gg_bias ? call.keep(gg_bias) : a.zeros;
+  }
+  Tensor gg_grad = call.matrix(need_grad, a.gg_grad), grad_x = call.matrix(need_x, a.grad_x);
+  call.make_partial(need_weight, a.partial_weight);
+  if (a.dtype == ScalarType::Double)
+    run_rows<double>(a, [&](int64_t row) { double_backward_row<double>(a, row); });
+  else
+    run_rows<float>(a, [&](int64_t row) { double_backward_row<float>(a, row); });
+  return {gg_grad, grad_x, call.total(need_weight, a.partial_weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+  m.impl("layer_norm_double_backward", TORCH_BOX(&layer_norm_double_backward));
+}
+
+}  // namespace rk::cpu

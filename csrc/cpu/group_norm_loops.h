@@ -27,95 +27,66 @@ struct GroupNormCoefficients {
 };
 
 // totals[5 * channel + i] += the i-th of ChannelSums; the last three only where p.u is given.
-#define RK_GROUP_NORM_LOOPS(A)                                                                                                                                        \
-  RK_MULTIVERSION static void plane_sums(const GroupNormPiece<A>& p, const A* means, const A* rs, double* totals) {                                                   \
-    for (std::int64_t c = 0; c < p.count; ++c, totals += 5) {                                                                                                         \
-      const A *x = p.x + c * p.stride, *g = p.g + c * p.stride, mean = means[c], r = rs[c];                                                                           \
-      if (p.u) {                                                                                                                                                      \
-        const A* u = p.u + c * p.stride;                                                                                                                              \
-        lane_sums<A, 5>(p.length, totals, [=](std::int64_t j, A* v) RK_INLINE_LAMBDA {                                                                                \
-          const A xh = (x[j] - mean) * r;                                                                                                                             \
-          v[0] = g[j];                                                                                                                                                \
-          v[1] = g[j] * xh;                                                                                                                                           \
-          v[2] = u[j];                                                                                                                                                \
-          v[3] = u[j] * xh;                                                                                                                                           \
-          v[4] = u[j] * g[j];                                                                                                                                         \
-        });                                                                                                                                                           \
-      } else {                                                                                                                                                        \
-        lane_sums<A, 2>(p.length, totals, [=](std::int64_t j, A* v) RK_INLINE_LAMBDA {                                                                                \
-          v[0] = g[j];                                                                                                                                                \
-          v[1] = g[j] * ((x[j] - mean) * r);                                                                                                                          \
-        });                                                                                                                                                           \
-      }                                                                                                                                                               \
-    }                                                                                                                                                                 \
-  }                                                                                                                                                                   \
-  RK_MULTIVERSION static void plane_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,                                                            \
-                                            A* __restrict__ out) {                                                                                                    \
-    for (std::int64_t c = 0; c < p.count; ++c, out += p.stride) {                                                                                                     \
-      const A *x = p.x + c * p.stride, *u = p.u + c * p.stride;                                                                                                       \
-      const A mean = k.mean[c], r = k.r[c], t_u = k.t_u[c], t_x = k.t_x[c], t_one = k.t_one[c];                                                                       \
-      for (std::int64_t j = 0; j < p.length; ++j) out[j] = t_u * u[j] + (t_x * ((x[j] - mean) * r) + t_one);                                                          \
-    }                                                                                                                                                                 \
-  }                                                                                                                                                                   \
-  RK_MULTIVERSION static void plane_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,                                                             \
-                                           A* __restrict__ out) {                                                                                                     \
-    for (std::int64_t c = 0; c < p.count; ++c, out += p.stride) {                                                                                                     \
-      const A *x = p.x + c * p.stride, *g = p.g + c * p.stride;                                                                                                       \
-      const A mean = k.mean[c], r = k.r[c], x_g = k.x_g[c], x_x = k.x_x[c], x_one = k.x_one[c];                                                                       \
-      if (p.u) {                                                                                                                                                      \
-        const A *u = p.u + c * p.stride, x_u = k.x_u[c];                                                                                                              \
-        for (std::int64_t j = 0; j < p.length; ++j)                                                                                                                   \
-          out[j] = x_u * u[j] + (x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one));                                                                                   \
-      } else {                                                                                                                                                        \
-        for (std::int64_t j = 0; j < p.length; ++j) out[j] = x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one);                                                        \
-      }                                                                                                                                                               \
-    }                                                                                                                                                                 \
-  }                                                                                                                                                                   \
-  /* sums: five arrays of p.length */                                                                                                                                 \
-  RK_MULTIVERSION static void row_sums(const GroupNormPiece<A>& p, const A* mean, const A* r, A* __restrict__ sums) {                                                 \
-    const std::int64_t n = p.length;                                                                                                                                  \
-    A* __restrict__ sg = sums, * __restrict__ sgx = sums + n, * __restrict__ su = sums + 2 * n, * __restrict__ sux = sums + 3 * n, * __restrict__ sug = sums + 4 * n; \
-    for (std::int64_t i = 0; i < p.count; ++i) {                                                                                                                      \
-      const A *x = p.x + i * p.stride, *g = p.g + i * p.stride;                                                                                                       \
-      if (p.u) {                                                                                                                                                      \
-        const A* u = p.u + i * p.stride;                                                                                                                              \
-        for (std::int64_t j = 0; j < n; ++j) {                                                                                                                        \
-          const A xh = (x[j] - mean[j]) * r[j];                                                                                                                       \
-          sg[j] += g[j];                                                                                                                                              \
-          sgx[j] += g[j] * xh;                                                                                                                                        \
-          su[j] += u[j];                                                                                                                                              \
-          sux[j] += u[j] * xh;                                                                                                                                        \
-          sug[j] += u[j] * g[j];                                                                                                                                      \
-        }                                                                                                                                                             \
-      } else {                                                                                                                                                        \
-        for (std::int64_t j = 0; j < n; ++j) {                                                                                                                        \
-          sg[j] += g[j];                                                                                                                                              \
-          sgx[j] += g[j] * ((x[j] - mean[j]) * r[j]);                                                                                                                 \
-        }                                                                                                                                                             \
-      }                                                                                                                                                               \
-    }                                                                                                                                                                 \
-  }                                                                                                                                                                   \
-  RK_MULTIVERSION static void row_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,                                                              \
-                                          A* __restrict__ out) {                                                                                                      \
-    for (std::int64_t i = 0; i < p.count; ++i, out += p.stride) {                                                                                                     \
-      const A *x = p.x + i * p.stride, *u = p.u + i * p.stride;                                                                                                       \
-      for (std::int64_t j = 0; j < p.length; ++j)                                                                                                                     \
-        out[j] = k.t_u[j] * u[j] + (k.t_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.t_one[j]);                                                                           \
-    }                                                                                                                                                                 \
-  }                                                                                                                                                                   \
-  RK_MULTIVERSION static void row_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,                                                               \
-                                         A* __restrict__ out) {                                                                                                       \
-    for (std::int64_t i = 0; i < p.count; ++i, out += p.stride) {                                                                                                     \
-      const A *x = p.x + i * p.stride, *g = p.g + i * p.stride;                                                                                                       \
-      if (p.u) {                                                                                                                                                      \
-        const A* u = p.u + i * p.stride;                                                                                                                              \
-        for (std::int64_t j = 0; j < p.length; ++j)                                                                                                                   \
-          out[j] = k.x_u[j] * u[j] + (k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]));                                                     \
-      } else {                                                                                                                                                        \
-        for (std::int64_t j = 0; j < p.length; ++j)                                                                                                                   \
-          out[j] = k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]);                                                                         \
-      }                                                                                                                                                               \
-    }                                                                                                                                                                 \
+#define RK_GROUP_NORM_LOOPS(A)                                                                                      \
+  RK_MULTIVERSION static void plane_sums(const GroupNormPiece<A>& p, const A* means, const A* rs, double* totals) { \
+    for (std::int64_t c = 0; c < p.count; ++c, totals += 5) {                                                       \
+      const A *x = p.x + c * p.stride, *g = p.g + c * p.stride, mean = means[c], r = rs[c];                         \
+      if (p.u)                                                                                                      \
+        norm_sums(NormRow<true, false, A>{x, g, p.u + c * p.stride, nullptr, mean, r}, p.length, totals);           \
+      else                                                                                                          \
+        norm_sums(NormRow<false, false, A>{x, g, nullptr, nullptr, mean, r}, p.length, totals);                     \
+    }                                                                                                               \
+  }                                                                                                                 \
+  RK_MULTIVERSION static void plane_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,          \
+                                            A* __restrict__ out) {                                                  \
+    for (std::int64_t c = 0; c < p.count; ++c, out += p.stride) {                                                   \
+      const A *x = p.x + c * p.stride, *u = p.u + c * p.stride;                                                     \
+      const A mean = k.mean[c], r = k.r[c], t_u = k.t_u[c], t_x = k.t_x[c], t_one = k.t_one[c];                     \
+      for (std::int64_t j = 0; j < p.length; ++j) out[j] = t_u * u[j] + (t_x * ((x[j] - mean) * r) + t_one);        \
+    }                                                                                                               \
+  }                                                                                                                 \
+  RK_MULTIVERSION static void plane_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,           \
+                                           A* __restrict__ out) {                                                   \
+    for (std::int64_t c = 0; c < p.count; ++c, out += p.stride) {                                                   \
+      const A *x = p.x + c * p.stride, *g = p.g + c * p.stride;                                                     \
+      const A mean = k.mean[c], r = k.r[c], x_g = k.x_g[c], x_x = k.x_x[c], x_one = k.x_one[c];                     \
+      if (p.u) {                                                                                                    \
+        const A *u = p.u + c * p.stride, x_u = k.x_u[c];                                                            \
+        for (std::int64_t j = 0; j < p.length; ++j)                                                                 \
+          out[j] = x_u * u[j] + (x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one));                                 \
+      } else {                                                                                                      \
+        for (std::int64_t j = 0; j < p.length; ++j) out[j] = x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one);      \
+      }                                                                                                             \
+    }                                                                                                               \
+  }                                                                                                                 \
+  /* sums: five arrays of p.length */                                                                               \
+  RK_MULTIVERSION static void row_sums(const GroupNormPiece<A>& p, const A* mean, const A* r, A* sums) {            \
+    if (p.u)                                                                                                        \
+      column_sums<true>(p.count, p.length, p.stride, p.x, p.g, p.u, mean, r, sums);                                 \
+    else                                                                                                            \
+      column_sums<false, A>(p.count, p.length, p.stride, p.x, p.g, nullptr, mean, r, sums);                         \
+  }                                                                                                                 \
+  RK_MULTIVERSION static void row_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,            \
+                                          A* __restrict__ out) {                                                    \
+    for (std::int64_t i = 0; i < p.count; ++i, out += p.stride) {                                                   \
+      const A *x = p.x + i * p.stride, *u = p.u + i * p.stride;                                                     \
+      for (std::int64_t j = 0; j < p.length; ++j)                                                                   \
+        out[j] = k.t_u[j] * u[j] + (k.t_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.t_one[j]);                         \
+    }                                                                                                               \
+  }                                                                                                                 \
+  RK_MULTIVERSION static void row_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k,             \
+                                         A* __restrict__ out) {                                                     \
+    for (std::int64_t i = 0; i < p.count; ++i, out += p.stride) {                                                   \
+      const A *x = p.x + i * p.stride, *g = p.g + i * p.stride;                                                     \
+      if (p.u) {                                                                                                    \
+        const A* u = p.u + i * p.stride;                                                                            \
+        for (std::int64_t j = 0; j < p.length; ++j)                                                                 \
+          out[j] = k.x_u[j] * u[j] + (k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]));   \
+      } else {                                                                                                      \
+        for (std::int64_t j = 0; j < p.length; ++j)                                                                 \
+          out[j] = k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]);                       \
+      }                                                                                                             \
+    }                                                                                                               \
   }
 
 RK_GROUP_NORM_LOOPS(float)

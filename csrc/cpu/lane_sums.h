@@ -1,33 +1,152 @@
-// Sums of several things at once.
+// The sums that normalisations share.
 #pragma once
 
 #include "simd.h"
 
 namespace rk::cpu {
 
-// totals[i] += sum_j terms(j)[i], where terms(j, v) writes K numbers to v.  Half the lanes of lane_sum, so that the
-// lanes of several sums fit the registers; the order of additions depends on n alone.
-template <class A, int K, class F>
-RK_HOST_DEVICE void lane_sums(std::int64_t n, double* totals, const F& terms) {
-  constexpr int L = kLanes<A> / 2;
-  A lane[K][L] = {};
-  std::int64_t j = 0;
-  for (; j + L <= n; j += L)
-    for (int k = 0; k < L; ++k) {
-      A v[K];
-      terms(j + k, v);
-      for (int i = 0; i < K; ++i) lane[i][k] += v[i];
+// An AVX2 register.  Written out, because gcc unrolls a loop over lanes with several sums in it and then finds no vectors
+// in what is left.
+template <class A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(32)));
+  static constexpr int kCount = 32 / sizeof(A);
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+
+template <class A>
+RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const A* from) {
+  std::memcpy(&to, from, sizeof to);
+}
+
+// The first n < kCount lanes, zeros behind them.
+template <class A>
+RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const A* from, std::int64_t n) {
+  A padded[LanesOf<A>::kCount] = {};
+  for (std::int64_t k = 0; k < n; ++k) padded[k] = from[k];
+  std::memcpy(&to, padded, sizeof to);
+}
+
+template <class A>
+RK_HOST_DEVICE A sum_of_lanes(const Lanes<A>& lanes) {
+  A sum = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  if constexpr (LanesOf<A>::kCount == 8) sum += (lanes[4] + lanes[6]) + (lanes[5] + lanes[7]);
+  return sum;
+}
+
+// Sums of h, h xh, and of u, u xh, u h, in lanes: h = w g, xh = (x - mean) r.
+template <class A>
+struct NormLanes {
+  Lanes<A> h = {}, hx = {}, u = {}, ux = {}, uh = {};
+
+  template <bool kSecond>
+  RK_HOST_DEVICE void add(const Lanes<A>& xh, const Lanes<A>& h_j, const Lanes<A>& u_j) {
+    h += h_j;
+    hx += h_j * xh;
+    if constexpr (kSecond) {
+      u += u_j;
+      ux += u_j * xh;
+      uh += u_j * h_j;
     }
-  for (int k = 0; j < n; ++j, ++k) {
-    A v[K];
-    terms(j, v);
-    for (int i = 0; i < K; ++i) lane[i][k] += v[i];
   }
-  for (int i = 0; i < K; ++i) {
-    for (int half = L / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) lane[i][k] += lane[i][k + half];
-    totals[i] += double(lane[i][0]);
+  RK_HOST_DEVICE void add(const NormLanes& other) {
+    h += other.h;
+    hx += other.hx;
+    u += other.u;
+    ux += other.ux;
+    uh += other.uh;
   }
+};
+
+// A row, or part of one; w is read if kWeighted, u if kSecond.
+template <bool kSecond, bool kWeighted, class A>
+struct NormRow {
+  const A *x, *g, *u, *w;
+  A mean, r;
+
+  template <class... Count>  // none for all lanes
+  RK_HOST_DEVICE void add_to(NormLanes<A>& sums, std::int64_t j, Count... count) const {
+    Lanes<A> x_j, h_j, u_j = {}, w_j;
+    load_lanes(x_j, x + j, count...);
+    load_lanes(h_j, g + j, count...);
+    if constexpr (kWeighted) {
+      load_lanes(w_j, w + j, count...);
+      h_j *= w_j;
+    }
+    if constexpr (kSecond) load_lanes(u_j, u + j, count...);
+    sums.template add<kSecond>((x_j - mean) * r, h_j, u_j);
+  }
+};
+
+// totals += the first two sums of n elements and, if kSecond, the others.  The order of additions depends on n alone.
+template <bool kSecond, bool kWeighted, class A>
+RK_HOST_DEVICE void norm_sums(const NormRow<kSecond, kWeighted, A>& row, std::int64_t n, double* totals) {
+  constexpr int L = LanesOf<A>::kCount;
+  NormLanes<A> even, odd;  // two of each sum hide the latency of an addition
+  std::int64_t j = 0;
+  for (; j + 2 * L <= n; j += 2 * L) {
+    row.add_to(even, j);
+    row.add_to(odd, j + L);
+  }
+  if (j + L <= n) {
+    row.add_to(even, j);
+    j += L;
+  }
+  if (j < n) row.add_to(odd, j, n - j);
+  even.add(odd);
+  totals[0] += double(sum_of_lanes<A>(even.h));
+  totals[1] += double(sum_of_lanes<A>(even.hx));
+  if constexpr (kSecond) {
+    totals[2] += double(sum_of_lanes<A>(even.u));
+    totals[3] += double(sum_of_lanes<A>(even.ux));
+    totals[4] += double(sum_of_lanes<A>(even.uh));
+  }
+}
+
+// The same for every column of `rows` rows, `stride` apart: totals is five arrays [n].
+template <bool kSecond, class A>
+RK_HOST_DEVICE void column_sums(std::int64_t rows, std::int64_t n, std::int64_t stride, const A* x, const A* g,
+                                const A* u, const A* mean, const A* r, A* totals) {
+  constexpr int L = LanesOf<A>::kCount;
+  std::int64_t j = 0;
+  for (; j + L <= n; j += L) {
+    NormLanes<A> sums;
+    Lanes<A> mean_j, r_j, x_j, g_j, u_j = {};
+    load_lanes(mean_j, mean + j);
+    load_lanes(r_j, r + j);
+    load_lanes(sums.h, totals + j);
+    load_lanes(sums.hx, totals + n + j);
+    if constexpr (kSecond) {
+      load_lanes(sums.u, totals + 2 * n + j);
+      load_lanes(sums.ux, totals + 3 * n + j);
+      load_lanes(sums.uh, totals + 4 * n + j);
+    }
+    for (std::int64_t at = j; at < rows * stride; at += stride) {
+      load_lanes(x_j, x + at);
+      load_lanes(g_j, g + at);
+      if constexpr (kSecond) load_lanes(u_j, u + at);
+      sums.template add<kSecond>((x_j - mean_j) * r_j, g_j, u_j);
+    }
+    std::memcpy(totals + j, &sums.h, sizeof sums.h);
+    std::memcpy(totals + n + j, &sums.hx, sizeof sums.h);
+    if constexpr (kSecond) {
+      std::memcpy(totals + 2 * n + j, &sums.u, sizeof sums.h);
+      std::memcpy(totals + 3 * n + j, &sums.ux, sizeof sums.h);
+      std::memcpy(totals + 4 * n + j, &sums.uh, sizeof sums.h);
+    }
+  }
+  for (; j < n; ++j)
+    for (std::int64_t at = j; at < rows * stride; at += stride) {
+      const A xh = (x[at] - mean[j]) * r[j];
+      totals[j] += g[at];
+      totals[n + j] += g[at] * xh;
+      if constexpr (kSecond) {
+        totals[2 * n + j] += u[at];
+        totals[3 * n + j] += u[at] * xh;
+        totals[4 * n + j] += u[at] * g[at];
+      }
+    }
 }
 
 RK_MULTIVERSION [[maybe_unused]] static void add_in_double(double* __restrict__ totals, const float* from,

@@ -116,10 +116,11 @@ void double_backward_row(const Arguments& a, int64_t i) {
     bend_sums(p, sums);
     if (p.gg_weight) affine_sums(p, sums + 5);
   });
-  if (!a.mean) sums[0] = sums[2] = sums[5] = 0;
+  if (!a.mean) sums[0] = sums[2] = sums[5] = 0;  // of h, u, a g
   const double r = double(static_cast<const A*>(a.rstd)[i]);
-  const NormBends<double> d =
-      norm_bends<double>({sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6]}, r, double(a.cols));
+  const NormBends<double> d = norm_bends<double>(
+      {.u = sums[2], .ux = sums[3], .g = sums[0], .gx = sums[1], .ug = sums[4], .ag = sums[5], .agx = sums[6]}, r,
+      double(a.cols));
   const NormBends<A> c{A(d.t_x), A(d.t_one), A(d.x_u), A(d.x_g), A(d.x_x), A(d.x_one)};
   for_pieces(a, [&](int64_t begin) {
     const NormPiece<A> p = row.piece(begin);

@@ -17,30 +17,17 @@ struct NormPiece {
 };
 
 #define RK_LAYER_NORM_LOOPS(A)                                                                                         \
-  /* += sum of w g, w g xh */                                                                                          \
+  /* += the sums of w g, w g xh */                                                                                     \
   RK_MULTIVERSION static void slope_sums(const NormPiece<A>& p, double* totals) {                                      \
-    lane_sums<A, 2>(p.n, totals, [&](std::int64_t j, A* v) RK_INLINE_LAMBDA {                                          \
-      v[0] = p.weight[j] * p.g[j];                                                                                     \
-      v[1] = v[0] * p.normalized(j);                                                                                   \
-    });                                                                                                                \
+    norm_sums(NormRow<false, true, A>{p.x, p.g, p.u, p.weight, p.mean, p.r}, p.n, totals);                             \
   }                                                                                                                    \
-  /* += the first five NormSums */                                                                                     \
+  /* += the sums of w g, w g xh, u, u xh, u w g */                                                                     \
   RK_MULTIVERSION static void bend_sums(const NormPiece<A>& p, double* totals) {                                       \
-    lane_sums<A, 5>(p.n, totals, [&](std::int64_t j, A* v) RK_INLINE_LAMBDA {                                          \
-      const A xh = p.normalized(j), h = p.weight[j] * p.g[j];                                                          \
-      v[0] = p.u[j];                                                                                                   \
-      v[1] = p.u[j] * xh;                                                                                              \
-      v[2] = h;                                                                                                        \
-      v[3] = h * xh;                                                                                                   \
-      v[4] = p.u[j] * h;                                                                                               \
-    });                                                                                                                \
+    norm_sums(NormRow<true, true, A>{p.x, p.g, p.u, p.weight, p.mean, p.r}, p.n, totals);                              \
   }                                                                                                                    \
-  /* += the last two */                                                                                                \
+  /* += the sums of a g, a g xh */                                                                                     \
   RK_MULTIVERSION static void affine_sums(const NormPiece<A>& p, double* totals) {                                     \
-    lane_sums<A, 2>(p.n, totals, [&](std::int64_t j, A* v) RK_INLINE_LAMBDA {                                          \
-      v[0] = p.gg_weight[j] * p.g[j];                                                                                  \
-      v[1] = v[0] * p.normalized(j);                                                                                   \
-    });                                                                                                                \
+    norm_sums(NormRow<false, true, A>{p.x, p.g, p.u, p.gg_weight, p.mean, p.r}, p.n, totals);                          \
   }                                                                                                                    \
   RK_MULTIVERSION static void write_slopes(const NormPiece<A>& p, NormSlopes<A> c, A* __restrict__ out) {              \
     for (std::int64_t j = 0; j < p.n; ++j)                                                                             \

@@ -7,11 +7,6 @@
 
 namespace rk {
 
-inline void check_optional(const char* op, const char* name, const std::optional<Tensor>& t,
-                           const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  if (t) check_tensor(op, name, *t, sizes, dtype, like);
-}
-
 inline void check_layer_norm(const char* op, const std::optional<Tensor>& gg_x, const std::optional<Tensor>& gg_weight,
                              const std::optional<Tensor>& gg_bias, const Tensor& grad, const Tensor& x,
                              const std::optional<Tensor>& weight, const std::optional<Tensor>& mean,

@@ -1,0 +1,217 @@
+// GroupNorm.
+//
+// Under create_graph PyTorch's first backward is not its operator native_group_norm_backward, which has no derivative,
+// but a chain of 27 kernels.  So the forward is replaced: it runs PyTorch's own below autograd, and its backward is that
+// operator, or, where a graph is built for a second derivative, ours.  Formulas: math/group_norm.h.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "normalization.h"
+#include "operators.h"
+
+namespace rk::aten {
+namespace {
+
+// What the backward is given besides grad, x and weight.
+struct GroupNorm {
+  SymInt samples, channels, positions;
+  int64_t groups;
+  Tensor mean, rstd;
+
+  void save(AutogradContext* ctx) const {
+    auto& data = ctx->saved_data;
+    data["samples"] = samples;
+    data["channels"] = channels;
+    data["positions"] = positions;
+    data["groups"] = groups;
+  }
+  static GroupNorm load(AutogradContext* ctx, const Tensor& mean, const Tensor& rstd) {
+    auto& data = ctx->saved_data;
+    return {data["samples"].toSymInt(),
+            data["channels"].toSymInt(),
+            data["positions"].toSymInt(),
+            data["groups"].toInt(),
+            mean.detach(),
+            rstd.detach()};
+  }
+
+  // [N, C, S], a view of both layouts.
+  Tensor flat(const Tensor& t) const { return t.reshape_symint({samples, channels, positions}); }
+  std::optional<Tensor> vector(const Tensor& t, const Tensor& x) const {
+    return in_accumulation_type(t, x.scalar_type());
+  }
+  Tensor statistic(const Tensor& t, const Tensor& x) const {
+    return t.reshape_symint({samples, groups}).to(accumulation_type(x.scalar_type()));
+  }
+
+  // Without grad mode.
+  Triple stock_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    const auto format = x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
+    return at::native_group_norm_backward_symint(g.contiguous(format), x.contiguous(format), mean, rstd, if_defined(w),
+                                                 samples, channels, positions, groups, mask);
+  }
+
+  // Below autograd.
+  Triple backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    if (being_compiled(x)) return stock_backward(g, x, w, mask);
+    using Signature = Triple(const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
+                             int64_t, bool, bool, bool);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::group_norm_backward", "").typed<Signature>();
+    auto [grad_x, grad_w, grad_b] = op.call(flat(g), flat(x), vector(w, x), statistic(mean, x), statistic(rstd, x),
+                                            groups, mask[0], mask[1], mask[2]);
+    if (mask[0]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+    const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
+    if (mask[1]) grad_w = grad_w.to(dtype);
+    if (mask[2]) grad_b = grad_b.to(dtype);
+    return {grad_x, grad_w, grad_b};
+  }
+
+  // The same in differentiable operators.
+  Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    const auto wide = [&](const Tensor& t) { return flat(t).to(accumulation_type(x.scalar_type())); };
+    const auto grouped = [&](const Tensor& t) {
+      return t.reshape_symint({samples, groups, channels / groups * positions});
+    };
+    const Normalized normalized(grouped(wide(x)), statistic(mean, x).unsqueeze(2), statistic(rstd, x).unsqueeze(2));
+    const Tensor grad = wide(g), weighted = w.defined() ? vector(w, x)->unsqueeze(1) * grad : grad;
+    const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
+    Triple result;
+    if (mask[0])
+      std::get<0>(result) = normalized.backward(grouped(weighted)).to(x.scalar_type()).reshape_symint(x.sym_sizes());
+    if (mask[1]) std::get<1>(result) = (grad * flat(normalized.xh)).sum({0, 2}).to(dtype);
+    if (mask[2]) std::get<2>(result) = grad.sum({0, 2}).to(dtype);
+    return result;
+  }
+
+  // Below autograd.
+  Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
+                         const Tensor& w, const Mask& need) const {
+    using Signature =
+        Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+               const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, int64_t, bool, bool, bool);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::group_norm_double_backward", "").typed<Signature>();
+    const auto flat_u = u.defined() ? std::make_optional(flat(u)) : std::nullopt;
+    auto [grad_g, grad_x, grad_w] = op.call(flat_u, vector(a, x), vector(b, x), flat(g), flat(x), vector(w, x),
+                                            statistic(mean, x), statistic(rstd, x), groups, need[0], need[1], need[2]);
+    if (need[0]) grad_g = grad_g.reshape_symint(g.sym_sizes());
+    if (need[1]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+    if (need[2]) grad_w = grad_w.to(w.scalar_type());
+    return {grad_g, grad_x, grad_w};
+  }
+};
+
+struct GroupNormBackward : torch::autograd::Function<GroupNormBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                               const GroupNorm& norm, Mask mask) {
+    ctx->save_for_backward({g, x, optional_value(w), norm.mean, norm.rstd});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["mask"] = to_bits(mask);
+    norm.save(ctx);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return pick(norm.backward(g, x, optional_value(w), mask), mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
+    const GroupNorm norm = GroupNorm::load(ctx, saved[3], saved[4]);
+    const Mask mask = from_bits(ctx->saved_data["mask"].toInt());
+    const auto [u, a, b] = spread(cotangents, mask);
+
+    variable_list result(5);
+    size_t edge = 0;
+    Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
+    if (!u.defined() && !a.defined() && !b.defined()) return result;
+    if (at::GradMode::is_enabled()) {
+      const auto first = [&](const variable_list& in) { return pick(norm.composed(in[0], in[1], in[2], mask), mask); };
+      const auto grads = higher_order(first, {g, x, w}, cotangents, {need[0], need[1], need[2]});
+      std::copy(grads.begin(), grads.end(), result.begin());
+      return result;
+    }
+    const at::AutoDispatchBelowADInplaceOrView below;
+    need[1] = need[1] && (u.defined() || a.defined());
+    need[2] = need[2] && u.defined();
+    const auto [grad_g, grad_x, grad_w] = norm.double_backward(u, a, b, g, x, w, need);
+    if (need[0]) result[0] = grad_g;
+    if (need[1]) result[1] = grad_x;
+    if (need[2]) result[2] = grad_w;
+    return result;
+  }
+};
+
+struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
+                               const std::optional<Tensor>& b, const GroupNorm& norm, double eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, mean, rstd] =
+        at::native_group_norm_symint(x, w, b, norm.samples, norm.channels, norm.positions, norm.groups, eps);
+    ctx->save_for_backward({x, optional_value(w), optional_value(b), mean, rstd});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["eps"] = eps;
+    norm.save(ctx);
+    return {y, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &w = saved[1], &b = saved[2], &g = cotangents[0];
+    const GroupNorm norm = GroupNorm::load(ctx, saved[3], saved[4]);
+    variable_list result(5);
+    size_t edge = 0;
+    const Mask mask{needs(ctx, x, edge), needs(ctx, w, edge), needs(ctx, b, edge)};
+    const bool of_statistics = cotangents[1].defined() || cotangents[2].defined();
+    if (!g.defined() && !of_statistics) return result;
+
+    if (of_statistics || (at::GradMode::is_enabled() && under_functorch_grad())) {
+      const double eps = ctx->saved_data["eps"].toDouble();
+      const auto forward = [&](const variable_list& in) -> variable_list {
+        const auto [y, mean, rstd] = at::native_group_norm_symint(
+            in[0], if_defined(in[1]), if_defined(in[2]), norm.samples, norm.channels, norm.positions, norm.groups, eps);
+        return {y, mean, rstd};
+      };
+      const at::AutoGradMode grad_mode(true);
+      const auto grads = higher_order(forward, {x, w, b}, cotangents, {mask[0], mask[1], mask[2]});
+      std::copy(grads.begin(), grads.end(), result.begin());
+      return result;
+    }
+    const Triple grads = at::GradMode::is_enabled()
+                             ? spread(GroupNormBackward::apply(g, x, if_defined(w), norm, mask), mask)
+                             : norm.stock_backward(g, x, w, mask);
+    if (mask[0]) result[0] = std::get<0>(grads);
+    if (mask[1]) result[1] = std::get<1>(grads);
+    if (mask[2]) result[2] = std::get<2>(grads);
+    return result;
+  }
+};
+
+Triple native_group_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+                         SymInt samples, SymInt channels, SymInt positions, int64_t groups, double eps) {
+  if (!has_kernel(x, w)) {
+    const UseStock guard;
+    return at::native_group_norm_symint(x, w, b, samples, channels, positions, groups, eps);
+  }
+  const GroupNorm norm{samples, channels, positions, groups, Tensor(), Tensor()};
+  const auto outputs = NativeGroupNorm::apply(x, w, b, norm, eps);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+Triple native_group_norm_backward(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                  const std::optional<Tensor>& w, SymInt samples, SymInt channels, SymInt positions,
+                                  int64_t groups, Mask mask) {
+  if (!has_kernel(x, w)) {
+    const UseStock guard;
+    return at::native_group_norm_backward_symint(g, x, mean, rstd, w, samples, channels, positions, groups, mask);
+  }
+  const GroupNorm norm{samples, channels, positions, groups, mean.detach(), rstd.detach()};
+  return spread(GroupNormBackward::apply(g, x, w, norm, mask), mask);
+}
+
+}  // namespace
+
+void register_group_norm(Registrar& r) {
+  r.replace<at::_ops::native_group_norm, native_group_norm>();
+  r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>();
+}
+
+}  // namespace rk::aten

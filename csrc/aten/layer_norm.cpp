@@ -1,0 +1,203 @@
+// LayerNorm and RMSNorm.
+//
+// LayerNorm's first backward is an operator, which is replaced.  RMSNorm is a composition of a dozen operators on the CPU
+// and becomes one under create_graph on CUDA; so the forward is replaced: it runs PyTorch's own below autograd and keeps
+// 1 / rms.  Where a graph is built for a second derivative, the first one runs our kernel too, which reads each tensor
+// once.  Formulas: math/layer_norm.h.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "normalization.h"
+#include "operators.h"
+
+namespace rk::aten {
+namespace {
+
+// A normalisation over the last dimensions: what its backward is given besides grad, x and weight.
+struct LayerNorm {
+  std::vector<SymInt> shape;
+  Tensor mean, rstd, bias;  // mean: undefined for RMSNorm; bias: for PyTorch's own operator
+
+  SymInt columns() const { return product(shape); }
+  SymInt rows(const Tensor& x) const {
+    return product(x.sym_sizes().slice(0, static_cast<size_t>(x.dim()) - shape.size()));
+  }
+  Tensor matrix(const Tensor& t) const { return t.reshape_symint({rows(t), columns()}); }
+  std::optional<Tensor> vector(const Tensor& t, const Tensor& x) const {
+    return t.defined() ? in_accumulation_type(t.reshape_symint({columns()}), x.scalar_type()) : std::nullopt;
+  }
+  std::optional<Tensor> per_row(const Tensor& t, const Tensor& x) const {
+    return t.defined() ? in_accumulation_type(t.reshape_symint({rows(x)}), x.scalar_type()) : std::nullopt;
+  }
+  Tensor like_weight(const Tensor& t, const Tensor& weight) const {
+    return t.reshape_symint(shape).to(weight.scalar_type());
+  }
+
+  // Below autograd.
+  Triple backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    if (mean.defined() && being_compiled(x))
+      return at::native_layer_norm_backward_symint(g, x, shape, mean, rstd, if_defined(w), if_defined(bias), mask);
+    using Signature = Triple(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                             const Tensor&, bool, bool, bool);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::layer_norm_backward", "").typed<Signature>();
+    auto [grad_x, grad_w, grad_b] =
+        op.call(matrix(g), matrix(x), vector(w, x), per_row(mean, x), *per_row(rstd, x), mask[0], mask[1], mask[2]);
+    if (mask[0]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+    if (mask[1]) grad_w = like_weight(grad_w, w);
+    if (mask[2]) grad_b = like_weight(grad_b, bias);
+    return {grad_x, grad_w, grad_b};
+  }
+
+  // The same in differentiable operators.
+  Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    const auto wide = [&](const Tensor& t) { return matrix(t).to(accumulation_type(x.scalar_type())); };
+    const auto column = [&](const Tensor& t) { return t.defined() ? per_row(t, x)->unsqueeze(1) : t; };
+    const Normalized normalized(wide(x), column(mean), column(rstd));
+    const Tensor grad = wide(g), weighted = w.defined() ? *vector(w, x) * grad : grad;
+    Triple result;
+    if (mask[0]) std::get<0>(result) = normalized.backward(weighted).to(x.scalar_type()).reshape_symint(x.sym_sizes());
+    if (mask[1]) std::get<1>(result) = like_weight((grad * normalized.xh).sum(0), w);
+    if (mask[2]) std::get<2>(result) = like_weight(grad.sum(0), bias);
+    return result;
+  }
+
+  // Below autograd.
+  Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
+                         const Tensor& w, const Mask& need) const {
+    using Signature = Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                             const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                             const Tensor&, bool, bool, bool);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::layer_norm_double_backward", "").typed<Signature>();
+    const auto rows_of_u = u.defined() ? std::make_optional(matrix(u)) : std::nullopt;
+    auto [grad_g, grad_x, grad_w] = op.call(rows_of_u, vector(a, x), vector(b, x), matrix(g), matrix(x), vector(w, x),
+                                            per_row(mean, x), *per_row(rstd, x), need[0], need[1], need[2]);
+    if (need[0]) grad_g = grad_g.reshape_symint(g.sym_sizes());
+    if (need[1]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+    if (need[2]) grad_w = like_weight(grad_w, w);
+    return {grad_g, grad_x, grad_w};
+  }
+};
+
+struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                               const LayerNorm& norm, Mask mask) {
+    ctx->save_for_backward({g, x, optional_value(w), norm.mean, norm.rstd, norm.bias});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(norm.shape));
+    ctx->saved_data["mask"] = to_bits(mask);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return pick(norm.backward(g, x, optional_value(w), mask), mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
+    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), saved[3], saved[4], saved[5]};
+    const Mask mask = from_bits(ctx->saved_data["mask"].toInt());
+    const auto [u, a, b] = spread(cotangents, mask);
+
+    variable_list result(5);
+    size_t edge = 0;
+    Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
+    if (!u.defined() && !a.defined() && !b.defined()) return result;
+    if (at::GradMode::is_enabled()) {
+      const auto first = [&](const variable_list& in) { return pick(norm.composed(in[0], in[1], in[2], mask), mask); };
+      const auto grads = higher_order(first, {g, x, w}, cotangents, {need[0], need[1], need[2]});
+      std::copy(grads.begin(), grads.end(), result.begin());
+      return result;
+    }
+    const at::AutoDispatchBelowADInplaceOrView below;
+    need[1] = need[1] && (u.defined() || a.defined());
+    need[2] = need[2] && u.defined();
+    const auto [grad_g, grad_x, grad_w] = norm.double_backward(u, a, b, g, x, w, need);
+    if (need[0]) result[0] = grad_g;
+    if (need[1]) result[1] = grad_x;
+    if (need[2]) result[2] = grad_w;
+    return result;
+  }
+};
+
+Triple native_layer_norm_backward(const Tensor& g, const Tensor& x, SymIntArrayRef shape, const Tensor& mean,
+                                  const Tensor& rstd, const std::optional<Tensor>& w, const std::optional<Tensor>& bias,
+                                  Mask mask) {
+  if (!has_kernel(x, w)) {
+    const UseStock guard;
+    return at::native_layer_norm_backward_symint(g, x, shape, mean, rstd, w, bias, mask);
+  }
+  mask[1] = mask[1] && w && w->defined();
+  mask[2] = mask[2] && bias && bias->defined();
+  const Tensor plain_bias = bias && bias->defined() ? bias->detach() : Tensor();
+  const LayerNorm norm{shape.vec(), mean.detach(), rstd.detach(), plain_bias};
+  return spread(LayerNormBackward::apply(g, x, w, norm, mask), mask);
+}
+
+struct RmsNorm : torch::autograd::Function<RmsNorm> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
+                        const std::vector<SymInt>& shape, std::optional<double> eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, rstd] = at::_fused_rms_norm(x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(shape)), w, eps);
+    ctx->save_for_backward({x, optional_value(w), rstd});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
+    ctx->saved_data["eps"] = eps;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    variable_list result(4);
+    const Tensor& g = cotangents[0];
+    if (!g.defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &w = saved[1];
+    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), Tensor(), saved[2], Tensor()};
+    size_t edge = 0;
+    const Mask mask{needs(ctx, x, edge), needs(ctx, w, edge), false};
+
+    if (at::GradMode::is_enabled() && under_functorch_grad()) {
+      const auto eps = ctx->saved_data["eps"].toOptional<double>();
+      const auto forward = [&](const variable_list& in) {
+        return variable_list{at::rms_norm_symint(in[0], norm.shape, if_defined(in[1]), eps)};
+      };
+      const auto grads = higher_order(forward, {x, w}, {g}, {mask[0], mask[1]});
+      std::copy(grads.begin(), grads.end(), result.begin());
+      return result;
+    }
+    Triple grads;
+    if (at::GradMode::is_enabled()) {
+      grads = spread(LayerNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      grads = norm.backward(g, x, w, mask);
+    }
+    if (mask[0]) result[0] = std::get<0>(grads);
+    if (mask[1]) result[1] = std::get<1>(grads);
+    return result;
+  }
+};
+
+Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w, std::optional<double> eps) {
+  // On CUDA PyTorch has its fused kernel only where the types agree, and for no channels_last images.
+  const auto format = x.suggest_memory_format();
+  const bool fused = (!w || !w->defined() || w->scalar_type() == x.scalar_type()) &&
+                     format != at::MemoryFormat::ChannelsLast && format != at::MemoryFormat::ChannelsLast3d;
+  if (!has_kernel(x, w) || (!x.is_cpu() && !fused)) {
+    const UseStock guard;
+    return at::rms_norm_symint(x, shape, w, eps);
+  }
+  // Refuses shapes that do not fit, with PyTorch's own words.
+  TORCH_CHECK(x.dim() >= static_cast<int64_t>(shape.size()) && !shape.empty() &&
+                  x.sym_sizes().slice(static_cast<size_t>(x.dim()) - shape.size()).equals(shape) &&
+                  (!w || !w->defined() || w->sym_sizes().equals(shape)),
+              "rms_norm: the last dimensions of the input ", x.sym_sizes(), " must be ", shape, ", as the weight's");
+  return RmsNorm::apply(x, w, shape.vec(), eps);
+}
+
+}  // namespace
+
+void register_layer_norm(Registrar& r) {
+  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>();
+  r.replace<at::_ops::rms_norm, rms_norm>();
+}
+
+}  // namespace rk::aten

@@ -43,7 +43,13 @@ struct GroupNorm {
     return t.reshape_symint({samples, groups}).to(accumulation_type(x.scalar_type()));
   }
 
-  // Without grad mode.
+  // Without grad mode: PyTorch's, but where that crashes (on the CPU, for channels_last images whose gradient nobody
+  // asked for, it writes to it all the same).
+  Triple plain_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    if (mask[0] || !x.is_cpu() || x.is_contiguous() || being_compiled(x)) return stock_backward(g, x, w, mask);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return backward(g, x, w, mask);
+  }
   Triple stock_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
     const auto format = x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
     return at::native_group_norm_backward_symint(g.contiguous(format), x.contiguous(format), mean, rstd, if_defined(w),
@@ -177,7 +183,7 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     }
     const Triple grads = at::GradMode::is_enabled()
                              ? spread(GroupNormBackward::apply(g, x, if_defined(w), norm, mask), mask)
-                             : norm.stock_backward(g, x, w, mask);
+                             : norm.plain_backward(g, x, w, mask);
     if (mask[0]) result[0] = std::get<0>(grads);
     if (mask[1]) result[1] = std::get<1>(grads);
     if (mask[2]) result[2] = std::get<2>(grads);

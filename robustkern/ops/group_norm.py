@@ -119,7 +119,7 @@ def _backward_samples(device: str, dtype: torch.dtype) -> Iterator[DoubleBackwar
             given = _inputs(device, dtype, shape, innermost)
             inputs = {name: given[name] for name in ("grad", "x", "weight", "mean", "rstd", "groups")}
             title = _title(shape, innermost)
-            zero = () if given["x"].numel() else (1, 2)
+            zero: tuple[int, ...] = () if given["x"].numel() else (1, 2)
             yield DoubleBackwardSample(title, inputs | _needs(names, *names), zero)
             if shape == SHAPES[0]:
                 yield DoubleBackwardSample(f"{title} no weight", inputs | {"weight": None} | _needs(names, *names))
@@ -135,7 +135,7 @@ def _double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Double
             inputs = _inputs(device, dtype, shape, innermost)
             title = _title(shape, innermost)
             input_gradient = inputs | {"gg_weight": None, "gg_bias": None}
-            zero = () if inputs["x"].numel() else (2,)
+            zero: tuple[int, ...] = () if inputs["x"].numel() else (2,)
             yield DoubleBackwardSample(title, input_gradient | _needs(names, *names), zero)
             yield DoubleBackwardSample(f"{title} every cotangent", inputs | _needs(names, *names), zero)
         inputs = _inputs(device, dtype, SHAPES[0], innermost)

@@ -90,7 +90,7 @@ def _backward_samples(device: str, dtype: torch.dtype) -> Iterator[DoubleBackwar
             given = _row_inputs(device, dtype, rows, columns, rms)
             inputs = {name: given[name] for name in ("grad", "x", "weight", "mean", "rstd")}
             title = f"{'rms ' if rms else ''}{rows}x{columns}"
-            zero = () if rows else (1, 2)
+            zero: tuple[int, ...] = () if rows else (1, 2)
             yield DoubleBackwardSample(title, inputs | _needs(names, *names), zero)
             if (rows, columns) == SHAPES[0]:
                 yield DoubleBackwardSample(f"{title} no weight", inputs | {"weight": None} | _needs(names, *names))
@@ -106,7 +106,7 @@ def _double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Double
             inputs = _row_inputs(device, dtype, rows, columns, rms)
             title = f"{'rms ' if rms else ''}{rows}x{columns}"
             input_gradient = inputs | {"gg_weight": None, "gg_bias": None}
-            zero = () if rows else (2,)
+            zero: tuple[int, ...] = () if rows else (2,)
             yield DoubleBackwardSample(title, input_gradient | _needs(names, *names), zero)
             yield DoubleBackwardSample(f"{title} every cotangent", inputs | _needs(names, *names), zero)
         inputs = _row_inputs(device, dtype, *SHAPES[0], rms)

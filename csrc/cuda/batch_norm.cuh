@@ -103,7 +103,9 @@ struct RunPart {
     if (count == Vector<S>::kSize)
       to = load_vector(from, is_aligned(from));
     else
-      for (int k = 0; k < count; ++k) to.element[k] = from[k];
+#pragma unroll
+      for (int k = 0; k < Vector<S>::kSize; ++k)
+        if (k < count) to.element[k] = from[k];
   }
 };
 
@@ -113,11 +115,13 @@ __device__ __forceinline__ void store_part(S* to, const Vector<S>& v, int count)
   if (count == Vector<S>::kSize)
     store_vector(to, v, is_aligned(to));
   else
-    for (int k = 0; k < count; ++k) to[k] = v.element[k];
+#pragma unroll
+    for (int k = 0; k < Vector<S>::kSize; ++k)
+      if (k < count) to[k] = v.element[k];
 }
 
-template <class S>
-__global__ void __launch_bounds__(kBatchNormThreads) batch_norm_sums_along_kernel(const BatchNormCall<S> c) {
+template <class S, bool kTraining>
+__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_sums_along_kernel(const BatchNormCall<S> c) {
   using A = accumulation_t<S>;
   constexpr int V = Vector<S>::kSize;
   const std::int64_t parts = (c.inner + V - 1) / V;
@@ -125,34 +129,43 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_sums_along_kerne
     const std::int64_t channel = block / c.shares, share = block % c.shares;
     const std::int64_t first = share_begin(c, share), last = share_begin(c, share + 1);
     const A mean = c.mean[channel], r = c.invstd[channel];
-    const auto fixed = coefficients_of(c, channel, BatchNormSums<A>{});
+    [[maybe_unused]] BatchNormCoefficients<A> fixed;
+    if constexpr (!kTraining) fixed = coefficients_of(c, channel, BatchNormSums<A>{});
     ChannelSums<A> sums;
+
     for (std::int64_t i = threadIdx.x; i < (last - first) * parts; i += blockDim.x) {
       const std::int64_t image = first + i / parts, j = i % parts * V;
       const std::int64_t offset = (image * c.channels + channel) * c.inner + j;
       const RunPart<S> part(c, offset, c.inner - j);
       Vector<S> grad, grad_x;
-      for (int k = 0; k < part.count; ++k) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        if (k >= part.count) break;
         const A u = part.u_at(k), g = part.g_at(k), d = part.d_at(k, mean);
         sums.add(u, g, d);
-        if (!c.training) write_results(c, k, fixed, u, g, d, grad, grad_x);
+        if constexpr (!kTraining) write_results(c, k, fixed, u, g, d, grad, grad_x);
       }
-      if (!c.training) {
+      if constexpr (!kTraining) {
         store_part(c.grad ? c.grad + offset : nullptr, grad, part.count);
         store_part(c.grad_x ? c.grad_x + offset : nullptr, grad_x, part.count);
       }
     }
-    const A totals[kBatchNormSums] = {block_sum(sums.s.u), block_sum(sums.s.g), block_sum(sums.s.ug),
-                                      block_sum(sums.s.ux) * r, block_sum(sums.s.gx) * r};
-    if (threadIdx.x == 0)
-      for (int i = 0; i < kBatchNormSums; ++i)
-        c.partial[(share * kBatchNormSums + i) * c.channels + channel] = totals[i];
+    const A u = block_sum(sums.s.u), g = block_sum(sums.s.g), ug = block_sum(sums.s.ug);
+    const A ux = block_sum(sums.s.ux) * r, gx = block_sum(sums.s.gx) * r;
+    if (threadIdx.x != 0) continue;
+    A* const to = c.partial + share * kBatchNormSums * c.channels + channel;
+    to[0] = u;
+    to[c.channels] = g;
+    to[2 * c.channels] = ug;
+    to[3 * c.channels] = ux;
+    to[4 * c.channels] = gx;
   }
 }
 
 // Threads: x walks along the channels, a vector each, y over rows.
-template <class S>
-__global__ void __launch_bounds__(kBatchNormThreads) batch_norm_sums_across_kernel(const BatchNormCall<S> c) {
+template <class S, bool kTraining>
+__global__ void __launch_bounds__(kBatchNormThreads, kTraining ? 2 : 1)
+    batch_norm_sums_across_kernel(const BatchNormCall<S> c) {
   using A = accumulation_t<S>;
   constexpr int V = Vector<S>::kSize;
   __shared__ A shared[kBatchNormThreads * V];
@@ -162,11 +175,13 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_sums_across_kern
     const std::int64_t first = share_begin(c, share), last = share_begin(c, share + 1), left = c.channels - channel;
     const int width = left < 0 ? 0 : left < V ? static_cast<int>(left) : V;
     A mean[V];
-    BatchNormCoefficients<A> fixed[V];
+    [[maybe_unused]] BatchNormCoefficients<A> fixed[V];
     ChannelSums<A> sums[V];
-    for (int k = 0; k < width; ++k) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      if (k >= width) break;
       mean[k] = c.mean[channel + k];
-      if (!c.training) fixed[k] = coefficients_of(c, channel + k, BatchNormSums<A>{});
+      if constexpr (!kTraining) fixed[k] = coefficients_of(c, channel + k, BatchNormSums<A>{});
     }
     for (std::int64_t row = first + threadIdx.y; width > 0 && row < last; row += blockDim.y) {
       const std::int64_t offset = row * c.channels + channel;
@@ -177,15 +192,17 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_sums_across_kern
         if (k >= part.count) break;
         const A u = part.u_at(k), g = part.g_at(k), d = part.d_at(k, mean[k]);
         sums[k].add(u, g, d);
-        if (!c.training) write_results(c, k, fixed[k], u, g, d, grad, grad_x);
+        if constexpr (!kTraining) write_results(c, k, fixed[k], u, g, d, grad, grad_x);
       }
-      if (!c.training) {
+      if constexpr (!kTraining) {
         store_part(c.grad ? c.grad + offset : nullptr, grad, part.count);
         store_part(c.grad_x ? c.grad_x + offset : nullptr, grad_x, part.count);
       }
     }
+#pragma unroll
     for (int i = 0; i < kBatchNormSums; ++i) {
       __syncthreads();  // shared may still be read
+#pragma unroll
       for (int k = 0; k < V; ++k) {
         const auto& s = sums[k].s;
         const A value = i == 0 ? s.u : i == 1 ? s.g : i == 2 ? s.ug : i == 3 ? s.ux : s.gx;
@@ -208,21 +225,24 @@ __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_sums_across_kern
 
 // One warp a channel.
 template <class S>
-__global__ void __launch_bounds__(kBatchNormThreads) batch_norm_coefficients_kernel(const BatchNormCall<S> c) {
+__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_coefficients_kernel(const BatchNormCall<S> c) {
   using A = accumulation_t<S>;
   const std::int64_t warps = blockDim.x / 32;
   for (std::int64_t channel = blockIdx.x * warps + threadIdx.x / 32; channel < c.channels;
        channel += gridDim.x * warps) {
     A totals[kBatchNormSums] = {};
     for (std::int64_t share = threadIdx.x % 32; share < c.shares; share += 32)
+#pragma unroll
       for (int i = 0; i < kBatchNormSums; ++i)
         totals[i] += c.partial[(share * kBatchNormSums + i) * c.channels + channel];
 #pragma unroll
     for (int i = 0; i < kBatchNormSums; ++i)
+#pragma unroll
       for (int d = 16; d; d /= 2) totals[i] += __shfl_xor_sync(0xffffffffu, totals[i], d);
     if (threadIdx.x % 32 != 0) continue;
     const auto w = coefficients_of(c, channel, {totals[0], totals[1], totals[2], totals[3], totals[4]});
     const A values[kBatchNormCoefficients] = {w.grad_u, w.grad_x, w.grad_1, w.x_u, w.x_g, w.x_x, w.x_1};
+#pragma unroll
     for (int i = 0; i < kBatchNormCoefficients; ++i) c.coefficients[i * c.channels + channel] = values[i];
     if (c.grad_weight) c.grad_weight[channel] = w.weight;
   }
@@ -237,7 +257,7 @@ __device__ __forceinline__ BatchNormCoefficients<accumulation_t<S>> stored_coeff
 }
 
 template <class S, bool kAcross>
-__global__ void __launch_bounds__(kBatchNormThreads) batch_norm_apply_kernel(const BatchNormCall<S> c) {
+__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_apply_kernel(const BatchNormCall<S> c) {
   using A = accumulation_t<S>;
   constexpr int V = Vector<S>::kSize;
   const std::int64_t length = kAcross ? c.channels : c.inner, runs = kAcross ? c.images : c.images * c.channels;
@@ -273,10 +293,13 @@ cudaError_t launch_batch_norm(const BatchNormCall<S>& c, cudaStream_t stream) {
     unsigned wide = 1;
     while (wide < 32 && wide * V < c.channels) wide *= 2;
     const std::int64_t strips = (c.channels + wide * V - 1) / (wide * V);
-    status = launch(batch_norm_sums_across_kernel<S>, grid_for(strips * c.shares), dim3(wide, kBatchNormThreads / wide),
-                    0, stream, c);
+    const dim3 grid = grid_for(strips * c.shares), block(wide, kBatchNormThreads / wide);
+    status = c.training ? launch(batch_norm_sums_across_kernel<S, true>, grid, block, 0, stream, c)
+                        : launch(batch_norm_sums_across_kernel<S, false>, grid, block, 0, stream, c);
   } else {
-    status = launch(batch_norm_sums_along_kernel<S>, grid_for(c.channels * c.shares), flat, 0, stream, c);
+    const dim3 grid = grid_for(c.channels * c.shares);
+    status = c.training ? launch(batch_norm_sums_along_kernel<S, true>, grid, flat, 0, stream, c)
+                        : launch(batch_norm_sums_along_kernel<S, false>, grid, flat, 0, stream, c);
   }
   if (status != cudaSuccess) return status;
   constexpr int warps = kBatchNormThreads / 32;

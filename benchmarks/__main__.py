@@ -2,7 +2,7 @@
 
 import sys
 
-from . import bench_ops, bench_steps
+from . import bench_ops, penalised_step
 
 if __name__ == "__main__":
-    raise SystemExit(bench_ops.main(sys.argv[1:]) or bench_steps.main(sys.argv[1:]))
+    raise SystemExit(bench_ops.main(sys.argv[1:]) or penalised_step.main(sys.argv[1:]))

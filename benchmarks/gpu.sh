@@ -92,14 +92,14 @@ else
   half=$((left / 2))
   stage bench_ops "$half" "$PYTHON" -m benchmarks.bench_ops --device cuda --sizes large small --seconds 0.15 \
     --compile-budget $((half * 6 / 10)) --budget $((half * 9 / 10))
-  stage bench_steps "$((535 - (SECONDS - STARTED)))" "$PYTHON" -m benchmarks.bench_steps --device cuda --seconds 0.5 \
-    --compile-budget $((half * 5 / 10)) --budget $((half * 8 / 10)) --limit $((half * 5 / 10))
+  stage penalised_step "$((535 - (SECONDS - STARTED)))" "$PYTHON" -m benchmarks.penalised_step --device cuda \
+    --seconds 0.5 --compile-budget $((half * 5 / 10)) --budget $((half * 8 / 10)) --limit $((half * 3 / 10))
 fi
 
 if [ -n "${OUT:-}" ]; then
   cp benchmarks/results/*.json "$OUT"/ 2>/dev/null
 fi
-grep -hE ' of copy|^[a-z].*[0-9]x[0-9]|  [a-z_]+ +[0-9.]+ ms ' "$LOGS"/bench_*.log 2>/dev/null | grep -v USDT | cut -c1-180
+grep -hE ' of copy|^[a-z].*[0-9]x[0-9]|  [a-z_]+ +[0-9.]+ ms ' "$LOGS"/bench_ops.log "$LOGS"/penalised_step.log 2>/dev/null | grep -v USDT | cut -c1-180
 echo
 echo "== $((SECONDS - STARTED)) s, logs in $LOGS"
 grep -hE '^(FAILED|ERROR) ' "$LOGS/suite.log" 2>/dev/null | head -n 20

@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 Work = Callable[[], object]
 
 _SAMPLE_SECONDS = 5e-4  # one sample of the clock on the CPU covers at least this much work
+_LONG_SECONDS = 0.05  # a call this long has warmed everything up, and is a sample by itself
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}  # of each of the two tensors: far more than any cache holds
 
 
@@ -100,11 +101,14 @@ class Interleaved:
         return {name: _timing(values) for name, values in samples.items()}
 
     def _warm_up(self, function: Work) -> int:
-        function()
-        function()
+        """Calls to a sample."""
         if self.device == "cuda":
-            function()
+            for _ in range(3):
+                function()
             return 1
+        if 1e-3 * self._sample(function, 1) > _LONG_SECONDS:
+            return 1
+        function()
         return max(1, round(_SAMPLE_SECONDS / max(self._sample(function, 1) * 1e-3, 1e-7)))
 
     def _sample(self, function: Work, calls: int) -> float:
@@ -275,13 +279,13 @@ def results_path(device: str) -> Path:
     return RESULTS / f"{'cpu-' if device == 'cpu' else ''}{slug}.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """The whole file or the old one, whatever happens in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

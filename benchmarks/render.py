@@ -1,4 +1,6 @@
-"""Writes the tables of README.md and results/<device>.md from results/*.json: python -m benchmarks.render [--check].
+"""Writes the tables of README.md, results/<device>.md and the chart from results/*.json.
+
+    python -m benchmarks.render [--check]
 
 A table stands between <!-- benchmarks:begin NAME --> and <!-- benchmarks:end NAME -->.  No figure is typed by hand, and
 no row is left out
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import harness
+from . import chart, harness
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
 from .step_cases import PROVIDERS as STEP_PROVIDERS
@@ -26,8 +28,9 @@ Columns = dict[str, Row]  # provider -> row
 
 _TITLES = {
     "eager": "stock eager", "compile": "torch.compile", "reference": "reference", "robustkern": "robustkern",
-    "operator": "bare kernel", "plain": "plain step", "plain_compiled": "plain, compiled",
-    "robustkern_compiled": "robustkern, compiled", "finite_differences": "finite differences",
+    "operator": "bare kernel", "plain": "plain step", "plain_installed": "plain step, installed",
+    "installed": "robustkern installed", "installed_compile": "torch.compile, installed",
+    "finite_differences": "finite differences",
 }  # fmt: skip
 # The case of each operator that stands for it in README.md.
 _REPRESENTATIVE = {"row_norm": ("float32", "p=2"), "softmax_cross_entropy": ("float32", "1000 classes")}
@@ -85,9 +88,11 @@ def megabytes(row: Row | None) -> str:
 def sentence(section: Row) -> str:
     """Where and when a section was measured."""
     s = section["stamp"]
+    commits = dict.fromkeys(row.get("commit", s["commit"]) for row in section["rows"]) or [s["commit"]]
     cuda = f", CUDA {s['cuda']}, driver {s['driver']}" if "cuda" in s else ""
     incomplete = "" if section["complete"] else " The run was stopped before all cases were measured."
-    return f"{s['device']}, PyTorch {s['torch']}{cuda}, commit {s['commit']}, {s['date'][:10]}.{incomplete}"
+    commit = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{s['device']}, PyTorch {s['torch']}{cuda}, {commit}, {s['date'][:10]}.{incomplete}"
 
 
 def readme_ops(results: Row) -> str:
@@ -129,15 +134,27 @@ def readme_ops(results: Row) -> str:
 
 
 def readme_steps(results: Row) -> str:
-    """Penalised steps as multiples of the plain step."""
-    providers = ("eager", "compile", "robustkern", "robustkern_compiled", "finite_differences")
-    header = ["", "plain step, ms", *(_TITLES[p] for p in providers), "peak MB: plain", "stock", "robustkern"]
+    """Penalised steps as multiples of the plain step: time, then peak memory."""
+    timed = ("eager", "compile", "finite_differences", "installed", "installed_compile", "plain_installed")
+    measured = ("eager", "installed")
+    header = ["", f"{_TITLES['plain']}, ms", *(_TITLES[p] for p in timed), "peak memory: stock eager", "installed"]
     lines = []
     for (model, penalty), c in step_groups(results).items():
-        ratios = [times(c[p]["ratio"]) if p in c and c[p].get("ratio") else ms(c.get(p)) for p in providers]
-        peaks = [megabytes(c.get(p)) for p in ("plain", "eager", "robustkern")]
-        lines.append([f"{model}, {penalty}", ms(c.get("plain")), *ratios, *peaks])
+        peaks = [times(ratio_of(c.get(p), c.get("plain"), "peak_bytes")) for p in measured]
+        lines.append([f"{model}, {penalty}", ms(c.get("plain")), *(step_ratio(c.get(p)) for p in timed), *peaks])
     return f"{sentence(results['steps'])}\n\n{table(header, lines)}"
+
+
+def step_ratio(row: Row | None) -> str:
+    if row is None or not row.get("ratio"):
+        return ms(row)
+    digits = 3 if row["provider"] == "plain_installed" else 2
+    first = f" after {row['first_call_s']:.0f} s" if "first_call_s" in row else ""
+    return f"{row['ratio']:.{digits}f}x{first}"
+
+
+def ratio_of(row: Row | None, other: Row | None, what: str) -> float | None:
+    return row[what] / other[what] if row and other and row.get(what) and other.get(what) else None
 
 
 def readme_training(rows: list[Row]) -> str:
@@ -250,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail if something is not up to date")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     parser.add_argument("--readme", type=Path, default=harness.ROOT / "README.md")
+    parser.add_argument("--images", type=Path, default=harness.ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
 
     everything = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
@@ -262,13 +280,22 @@ def main(arguments: list[str] | None = None) -> int:
         text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
     wanted[options.readme] = text
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
-    for path in stale:
+    charts = {chart_path(options.images, p): results for p, results in everything.items() if step_groups(results)}
+    charts = {path: r for path, r in charts.items() if not chart.is_current(path, step_groups(r))}
+    for path in [*stale, *charts]:
         if options.check:
             print(f"{path} is not up to date with benchmarks/results: run python -m benchmarks.render", file=sys.stderr)
         else:
-            harness.write_atomically(path, wanted[path])
+            results = charts.get(path)
+            picture = results and chart.draw(step_groups(results), sentence(results["steps"]))
+            harness.write_atomically(path, picture or wanted[path])
             print(f"written {path}")
-    return 1 if options.check and stale else 0
+    return 1 if options.check and (stale or charts) else 0
+
+
+def chart_path(images: Path, results: Path) -> Path:
+    """The CPU's chart has the plain name: there is one in the repository."""
+    return images / ("penalised_step.png" if results.stem.startswith("cpu-") else f"penalised_step-{results.stem}.png")
 
 
 if __name__ == "__main__":

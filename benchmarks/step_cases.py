@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import robustkern as rk
-from robustkern import models
 
-from .harness import Work, differentiable_compilation
+from .harness import differentiable_compilation
+from .step_models import ATTENTION, MODELS, Shape, available
 
-EPS = 8 / 255
-PLAIN = "plain"
-PROVIDERS = (PLAIN, "plain_compiled", "eager", "compile", "robustkern", "robustkern_compiled", "finite_differences")
+PLAIN, PLAIN_INSTALLED = "plain", "plain_installed"
+STOCK, INSTALLED, FINITE_DIFFERENCES = "eager", "installed", "finite_differences"
+COMPILED = ("compile", "installed_compile")
+PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, INSTALLED, FINITE_DIFFERENCES, *COMPILED)
 PENALTIES: dict[str, tuple[float, bool]] = {"L1": (1.0, False), "L2": (2.0, False), "squared L2": (2.0, True)}
 
-Model = Callable[[Tensor], Tensor]
-Loss = Callable[[Model, Tensor, Tensor], Tensor]  # (model, x, y) -> scalar
+Gradients = tuple[Tensor, ...]
+Step = Callable[[], Gradients]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> scalar
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class Spec:
 
     model: str
     batch: int
-    shape: tuple[int, int, int]
-    penalty: str = "L1"
+    shape: Shape = (3, 32, 32)
+    penalty: str = "squared L2"
     channels_last: bool = False
     autocast: bool = False  # bfloat16
+    compiled: bool = True  # whether there are columns of torch.compile, which take a minute each
 
     @property
     def name(self) -> str:
@@ -41,133 +46,196 @@ class Spec:
         options = [", channels_last"] * self.channels_last + [", bf16 autocast"] * self.autocast
         return f"{self.model}, {shape}{''.join(options)}"
 
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(p for p in PROVIDERS if self.compiled or p not in COMPILED)
+
     def __str__(self) -> str:
         return f"{self.name}, {self.penalty}"
 
 
-def _mlp(shape: tuple[int, int, int]) -> nn.Module:
-    features = shape[0] * shape[1] * shape[2]
-    layers = [nn.Linear(features, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10)]
-    return nn.Sequential(nn.Flatten(), *layers)
-
-
-def _reduced(shape: tuple[int, int, int]) -> nn.Module:
-    return models.PreActResNet(10, shape, (2, 2, 2, 2), widths=(16, 32, 64, 128))
-
-
-MODELS: dict[str, Callable[[tuple[int, int, int]], nn.Module]] = {
-    "mlp-gelu": _mlp,
-    "small-cnn": lambda shape: models.create("small-cnn", 10, shape),
-    "preact-resnet18 of width 16": _reduced,
-    "preact-resnet18": lambda shape: models.create("preact-resnet18", 10, shape),
-}
-
-
 class Case:
-    """A model with its batch; `work` is one step: forward, loss and the gradients of all parameters."""
+    """A model with its batch; `step` is one of: forward, loss and the gradients of all parameters."""
 
     def __init__(self, spec: Spec, device: str, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         self.spec, self.device = spec, device
         layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-        self.model = MODELS[spec.model](spec.shape).to(device=device, dtype=dtype, memory_format=layout).train()
+        self.model: nn.Module = MODELS[spec.model](spec.shape).to(device=device, dtype=dtype, memory_format=layout)
+        self.model.train()
         self.parameters = tuple(self.model.parameters())
         generator = torch.Generator().manual_seed(1)
         x = torch.rand(spec.batch, *spec.shape, generator=generator)
         self.x = x.to(device=device, dtype=dtype, memory_format=layout).requires_grad_()
         self.y = torch.randint(10, (spec.batch,), generator=generator).to(device)
         self.p, self.squared = PENALTIES[spec.penalty]
+        self.weight = 1.0
+        self.weight = self._balance()
 
-    def work(self, provider: str, backend: str = "inductor") -> Work:
-        """One step that leaves the gradients in the parameters' .grad, or returns them if compiled."""
-        if provider.endswith("compile") or provider.endswith("compiled"):
-            return self._compiled(self._loss(provider), backend)
-        loss = self._loss(provider)
+    def step(self, provider: str, backend: str = "inductor") -> Step:
+        """One training step of a column: returns the parameters' gradients and leaves nothing behind."""
+        loss = self._losses()[provider]
+        if provider in COMPILED:
+            return self._compiled(provider, loss, backend)
 
-        def step() -> None:
-            for parameter in self.parameters:
-                parameter.grad = None
-            with self._precision():
-                total = loss(self.model, self.x, self.y)
-            total.backward(inputs=self.parameters)
+        def step() -> Gradients:
+            with self._conditions(provider):
+                with self._precision():
+                    total = loss(self.x, self.y)
+                total.backward(inputs=self.parameters)
+            return self._take_gradients()
 
         return step
 
     def gradient(self, provider: str, backend: str = "inductor") -> Tensor:
         """All parameters' gradients in one vector, for comparison."""
-        grads = self.work(provider, backend)()
-        grads = tuple(p.grad for p in self.parameters) if grads is None else grads
-        return torch.cat([grad.detach().flatten() for grad in grads])  # type: ignore[union-attr]
+        return flat(self.step(provider, backend)())
 
-    def _compiled(self, loss: Loss, backend: str) -> Work:
+    @contextmanager
+    def _conditions(self, provider: str) -> Iterator[None]:
+        """The state of the process that a column is about: robustkern installed or not, and which attention."""
+        installed = "installed" in provider
+        stock_penalty = not installed and provider not in (PLAIN, FINITE_DIFFERENCES)
+        attention = sdpa_kernel(SDPBackend.MATH) if stock_penalty and self.spec.model in ATTENTION else nullcontext()
+        if rk.is_installed():
+            raise RuntimeError("robustkern is installed already: the stock columns would not be stock")
+        if installed:
+            rk.install()
+        try:
+            with attention:
+                yield
+        finally:
+            if installed:
+                rk.uninstall()
+
+    def _compiled(self, provider: str, loss: Loss, backend: str) -> Step:
         """The whole step, input gradient and parameter gradients included, as one compiled function."""
 
-        def traced(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        def traced(x: Tensor, y: Tensor) -> Gradients:
             with self._precision():
-                total = loss(self.model, x, y)
-            grads = torch.autograd.grad(total, self.parameters)
-            return tuple(grad.detach() for grad in grads)
+                total = loss(x, y)
+            grads = torch.autograd.grad(total, self.parameters, allow_unused=True)
+            return tuple(
+                torch.zeros_like(p) if grad is None else grad.detach() for p, grad in zip(self.parameters, grads)
+            )
 
+        # Dynamo keeps what it compiled with the code object, which all columns would share.
+        traced.__code__ = traced.__code__.replace(co_name=f"step_{next(_steps)}_{provider}")
         compiled = torch.compile(traced, backend=backend, dynamic=False, fullgraph=True)
 
-        def step() -> object:
-            with differentiable_compilation():
+        def step() -> Gradients:
+            with self._conditions(provider), differentiable_compilation():
                 return compiled(self.x, self.y)
 
         return step
 
+    def _take_gradients(self) -> Gradients:
+        gradients = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
+
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device, torch.bfloat16) if self.spec.autocast else nullcontext()
 
-    def _loss(self, provider: str) -> Loss:
-        if provider.startswith(PLAIN):
-            return lambda model, x, y: F.cross_entropy(model(x.detach()), y)
-        if provider.startswith("robustkern"):
-            penalty = rk.losses.GradientPenalty(1.0, self.p, EPS, squared=self.squared, impl="kernel")
-            return lambda model, x, y: penalty(model, x, y).total
-        return self._finite_differences if provider == "finite_differences" else self._stock
+    def _losses(self) -> dict[str, Loss]:
+        plain, penalised = self._plain, self._penalised
+        return {
+            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised,
+            FINITE_DIFFERENCES: self._finite_differences, **dict.fromkeys(COMPILED, penalised),
+        }  # fmt: skip
 
-    def _stock(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+    def _plain(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x.detach()), y)
+
+    def _penalised(self, x: Tensor, y: Tensor) -> Tensor:
         """What a user of PyTorch writes."""
-        loss = F.cross_entropy(model(x), y, reduction="none")
+        loss = F.cross_entropy(self.model(x), y, reduction="none")
         (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
         if self.squared:
-            norm = (EPS * grad).flatten(1).square().sum(1)
+            norm = grad.flatten(1).square().sum(1)
         else:
-            norm = torch.linalg.vector_norm((EPS * grad).flatten(1), self.p, dim=1)
-        return loss.mean() + norm.mean()
+            norm = torch.linalg.vector_norm(grad.flatten(1), self.p, dim=1)
+        return loss.mean() + self.weight * norm.mean()
 
-    def _finite_differences(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """||g||_p = <g, d> along the steepest ascent d, and <g, d> = (loss(x + h d) - loss(x)) / h up to O(h)."""
-        loss = F.cross_entropy(model(x), y, reduction="none")
+    def _finite_differences(self, x: Tensor, y: Tensor) -> Tensor:
+        """The penalty's derivative in g, v, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
+
+        In the parameters <g, v> has the gradient of the penalty, which is what a step needs; so it is for models that
+        mix the samples of a batch, too, as h is the same for all.
+        """
+        loss = F.cross_entropy(self.model(x), y, reduction="none")
         (grad,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
         dims = tuple(range(1, x.dim()))
-        direction = grad.sign() if self.p == 1.0 else grad / torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
-        length = 1e-2 / torch.linalg.vector_norm(direction, 2, dims, keepdim=True)
-        moved = F.cross_entropy(model((x + length * direction).detach()), y, reduction="none")
-        norm = EPS * (moved - loss) / length.flatten()
-        return loss.mean() + (norm.square() if self.squared else norm).mean()
+        if self.squared:
+            v = 2 * grad
+        else:
+            v = grad.sign() if self.p == 1.0 else grad / torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
+        h = 1e-2 / torch.linalg.vector_norm(v, 2, dims).mean()
+        moved = F.cross_entropy(self.model((x + h * v).detach()), y, reduction="none")
+        return loss.mean() + self.weight * ((moved - loss) / h).mean()
+
+    def _balance(self) -> float:
+        """The weight that makes the penalty as large as the loss, to one digit: neither hides an error in the other."""
+        with self._conditions(STOCK):
+            loss = F.cross_entropy(self.model(self.x), self.y, reduction="none")
+            (grad,) = torch.autograd.grad(loss.sum(), self.x)
+        norm = torch.linalg.vector_norm(grad.flatten(1).double(), self.p, dim=1)
+        ratio = loss.detach().double().mean() / (norm.square() if self.squared else norm).mean()
+        return float(f"{float(ratio):.0e}")
+
+
+_steps = count()
+
+
+def flat(gradients: Gradients) -> Tensor:
+    return torch.cat([gradient.detach().flatten() for gradient in gradients])
+
+
+def exact(spec: Spec, device: str, provider: str) -> Tensor:
+    """The gradient in float64, by stock PyTorch."""
+    spec = replace(spec, autocast=False, channels_last=False)  # the layout in which stock PyTorch is faster
+    return Case(spec, device, torch.float64).gradient(provider)
 
 
 def specs(size: str, device: str) -> list[Spec]:
-    """The steps of one size: "tiny" for tests, "full" for figures."""
+    """The steps of one size: "tiny" for tests, "full" for figures; those whose package is installed."""
+    return [spec for spec in _specs(size, device) if available(spec.model)]
+
+
+def _specs(size: str, device: str) -> list[Spec]:
     if size == "tiny":
-        return [Spec("small-cnn", 4, (1, 8, 8), "L2")]
-    cifar = (3, 32, 32)
-    if device == "cuda":
+        shape = (3, 8, 8)
         return [
-            Spec("preact-resnet18", 256, cifar),
-            Spec("preact-resnet18", 256, cifar, channels_last=True, autocast=True),
-            Spec("small-cnn", 1024, cifar),
-            Spec("preact-resnet18", 256, cifar, "L2"),
-            Spec("mlp-gelu", 1024, cifar, "squared L2"),
+            Spec("tiny PreAct-ResNet, BatchNorm", 4, shape),
+            Spec("tiny PreAct-ResNet, GroupNorm", 4, shape, "L1", channels_last=True),
+            Spec("tiny ConvNeXt", 4, shape, "L2", channels_last=True),
+            Spec("tiny ViT", 4, shape),
+            Spec("MLP with GELU", 4, shape, compiled=False),
         ]
+    if device == "cuda":
+        resnet, vit = "PreAct-ResNet-18, BatchNorm", "ViT"
+        return [
+            Spec(resnet, 256),
+            Spec(resnet, 256, channels_last=True, autocast=True),
+            Spec(vit, 256),
+            Spec(vit, 256, autocast=True),
+            Spec("ConvNeXt blocks", 256, channels_last=True),
+            Spec("conv-BatchNorm-ReLU of PyTorch issue 3076", 512),
+            Spec("PreAct-ResNet-18 of PyTorch issue 7714", 128, compiled=False),
+            Spec("MLP with GELU", 1024, penalty="L1"),
+        ]
+    batch_norm, group_norm = (f"PreAct-ResNet-18 of width 32, {norm}Norm" for norm in ("Batch", "Group"))
     return [
-        Spec("small-cnn", 128, (1, 8, 8)),
-        Spec("small-cnn", 128, (1, 28, 28)),
-        Spec("small-cnn", 128, (1, 28, 28), "L2"),
-        Spec("mlp-gelu", 128, cifar, "squared L2"),
-        Spec("preact-resnet18 of width 16", 64, cifar),
-        Spec("preact-resnet18 of width 16", 64, cifar, "L2"),
-        Spec("preact-resnet18 of width 16", 64, cifar, channels_last=True),
+        Spec(batch_norm, 48),
+        Spec(batch_norm, 48, channels_last=True),
+        Spec(group_norm, 48),
+        Spec(group_norm, 48, channels_last=True),
+        Spec("ConvNeXt blocks", 48),
+        Spec("ConvNeXt blocks", 48, channels_last=True),
+        Spec("ViT", 48),
+        Spec("conv-BatchNorm-ReLU of PyTorch issue 3076", 48),
+        Spec("PreAct-ResNet-18 of PyTorch issue 7714", 16, compiled=False),
+        Spec("pytorchcv PreResNet-20", 64, compiled=False),
+        Spec("x-transformers ViT", 48, compiled=False),
     ]

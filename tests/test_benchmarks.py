@@ -33,33 +33,82 @@ def test_suites():
 
 
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
-    out, readme = tmp_path / "machine.json", tmp_path / "README.md"
+    out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
-    ops = ["--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared]
-    steps = ["--size", "tiny", "--providers", "plain", "eager", "robustkern", *shared]
-    # In a process of its own: the programs tell the C library to keep freed memory.
-    python("-c", f"from benchmarks import bench_ops, bench_steps; bench_ops.main({ops}); bench_steps.main({steps})")
+    # In processes of their own: the programs tell the C library to keep freed memory.
+    python("-m", "benchmarks.bench_ops", "--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared)
+    steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
+    python(*steps, "plain", "plain_installed", "eager", "installed")
+    python(*steps, "installed_compile")  # joins the others
     results = json.loads(out.read_text())
     assert results["ops"]["complete"]
-    assert results["steps"]["complete"]
+    assert not results["steps"]["complete"]
     assert results["ops"]["stamp"]["torch"] == torch.__version__
     assert {row["op"] for row in results["ops"]["rows"]} == {"row_norm", "softmax_cross_entropy"}
     for row in results["ops"]["rows"]:
         assert row["ms"] > 0
         assert 0 < row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] * 1e-6, rel=1e-2)
-    assert {row["provider"]: row["ratio"] for row in results["steps"]["rows"]}["plain"] == 1.0
+    rows = {row["provider"]: row for row in results["steps"]["rows"]}
+    assert list(rows) == ["plain", "plain_installed", "eager", "installed", "installed_compile"]
+    assert rows["plain"]["ratio"] == 1.0
+    assert all(row["ms"] > 0 and row["gradient_error"] < 1e-4 for row in rows.values())
 
     markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name in ("ops", "steps") for end in ("begin", "end"))
     readme.write_text(f"before\n{markers}\nafter\n")
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import render
 
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    options = ["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]
     assert render.main([*options, "--check"]) == 1
     assert render.main(options) == 0
     assert render.main([*options, "--check"]) == 0
-    assert "small-cnn" in readme.read_text()
+    assert "ResNet" in readme.read_text()
     assert "double backward" in out.with_suffix(".md").read_text()
+    (tmp_path / "penalised_step.png").unlink()
+    assert render.main([*options, "--check"]) == 1
+
+
+def test_a_crash_costs_one_column(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import supervise
+
+    program = tmp_path / "crashes.py"
+    program.write_text(
+        "import os, pathlib, sys\n"
+        "from benchmarks.supervise import Progress\n"
+        "progress = Progress(pathlib.Path(sys.argv[-1]))\n"
+        "for case in 'ab':\n"
+        "    for column in ('good', 'bad'):\n"
+        "        if progress.is_finished(case) or progress.why_left_out(case, column): continue\n"
+        "        progress.enter(case, column)\n"
+        "        print(case, column, file=open(sys.argv[1], 'a'))\n"
+        "        if case == 'a' and column == 'bad': os.abort()\n"
+        "    progress.finish(case)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    log = tmp_path / "log"
+    assert supervise.supervise("crashes", [str(log)]) == 1
+    assert log.read_text().splitlines() == ["a good", "a bad", "a good", "b good", "b bad"]
+
+
+def test_columns_do_not_leave_robustkern_installed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import robustkern
+    from benchmarks import step_cases
+
+    case = step_cases.Case(step_cases.specs("tiny", "cpu")[0], "cpu")
+    seen = []
+    monkeypatch.setattr(case, "_plain", lambda x, y: seen.append(robustkern.is_installed()) or case.model(x).sum())
+    for provider in ("plain", "plain_installed", "plain"):
+        case.step(provider)()
+    assert seen == [False, True, False]
+    assert not robustkern.is_installed()
+    robustkern.install()
+    try:
+        with pytest.raises(RuntimeError, match="installed already"):
+            case.step("plain")()
+    finally:
+        robustkern.uninstall()
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

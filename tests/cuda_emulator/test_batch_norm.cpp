@@ -139,6 +139,6 @@ int main(int argc, char** argv) {
     test_shape<__half>(options, draw, draw(1, 60), draw(1, 40), 1);
   }
   test_shape<float>(options, draw, 1100, 5, 1);
-  test_shape<float>(options, draw, 40, 2, 900);
+  test_shape<float>(options, draw, 12, 2, 900);
   return testing::finish();
 }

@@ -138,7 +138,7 @@ int main(int argc, char** argv) {
     test_shape<float>(options, draw, draw(1, 60), draw(1, 40), 1);
     test_shape<__half>(options, draw, draw(1, 60), draw(1, 40), 1);
   }
-  test_shape<float>(options, draw, 1100, 5, 1);
-  test_shape<float>(options, draw, 12, 2, 900);
+  test_shape<float>(options, draw, 600, 5, 1);
+  test_shape<float>(options, draw, 3, 2, 900);
   return testing::finish();
 }

@@ -86,10 +86,14 @@ inline ScalarType accumulation_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_matrix(const char* op, const char* name, const Tensor& t) {
-  RK_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", describe(t));
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
   RK_CHECK(is_floating_point(t.scalar_type()), op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
            describe(t));
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  RK_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", describe(t));
+  check_floating(op, name, t);
 }
 
 // `t` must have exactly this shape and dtype, and live where `like` lives.

@@ -91,6 +91,17 @@ struct Replacement<Op, R(Args...)> {
     if (serves(args...)) return ours(std::forward<Args>(args)...);
     return Op::redispatch(stock_keys(keys), std::forward<Args>(args)...);
   }
+
+  // For an operator without a derivative in PyTorch (silu_backward).  At AutogradOther stands its decomposition, which
+  // can be differentiated, and which is needed only for that.
+  template <R (*ours)(Args...)>
+  static R decomposed_kernel(c10::DispatchKeySet keys, Args... args) {
+    if (serves(args...)) return ours(std::forward<Args>(args)...);
+    const bool differentiable = (at::GradMode::is_enabled() && (detail::wants_grad(args) || ...)) ||
+                                (detail::has_tangent(args) || ...) || under_functorch_grad();
+    return Op::redispatch(differentiable ? stock_keys(keys) : keys & c10::after_autograd_keyset,
+                          std::forward<Args>(args)...);
+  }
 };
 
 // Registers replacements; they live until the process ends and are idle while !enabled().
@@ -101,6 +112,12 @@ class Registrar {
     names_.emplace_back(Op::name);
     cpu_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
     cuda_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
+  }
+  template <class Op, auto ours>
+  void replace_decomposed() {
+    names_.emplace_back(Op::name);
+    cpu_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template decomposed_kernel<ours>)));
+    cuda_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template decomposed_kernel<ours>)));
   }
   const std::vector<std::string>& names() const { return names_; }
 
@@ -132,6 +149,13 @@ inline bool needs(AutogradContext* ctx, const Tensor& saved, size_t& edge) {
 
 // A number for each dimension, broadcast along all but the channels.
 inline Tensor optional_value(const std::optional<Tensor>& t) { return t.value_or(Tensor()); }
+
+// Whether fused kernels can read `t`: a strided tensor of one of their dtypes, that holds numbers.
+inline bool is_plain(const Tensor& t) {
+  const auto dtype = t.scalar_type();
+  return t.layout() == at::kStrided && !t.is_nested() && !being_compiled(t) &&
+         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16);
+}
 
 // float32 for 16- and 32-bit data, float64 for float64.
 inline at::ScalarType accumulation_type(at::ScalarType dtype) {

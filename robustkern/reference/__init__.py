@@ -1,12 +1,15 @@
 """Every operator in plain PyTorch, for any device, dtype and order: the truth that kernels are tested against."""
 
+from robustkern.reference.activation import activation_double_backward
 from robustkern.reference.batch_norm import batch_norm_double_backward
 from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
 from robustkern.reference.layer_norm import layer_norm_backward, layer_norm_double_backward
 from robustkern.reference.row_norm import row_norm
+from robustkern.reference.softmax import softmax_double_backward
 from robustkern.reference.softmax_cross_entropy import softmax_cross_entropy
 
 __all__ = [
+    "activation_double_backward",
     "batch_norm_double_backward",
     "group_norm_backward",
     "group_norm_double_backward",
@@ -14,4 +17,5 @@ __all__ = [
     "layer_norm_double_backward",
     "row_norm",
     "softmax_cross_entropy",
+    "softmax_double_backward",
 ]

@@ -1,0 +1,70 @@
+// The arguments of activation_double_backward, checked once for both devices.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "layout.h"
+#include "math/activation.h"
+
+namespace rk {
+
+struct ActivationChoice {
+  Activation function;
+  ActivationParameters<double> parameters{};
+
+  template <class A>
+  ActivationParameters<A> as() const {
+    const auto& p = parameters;
+    return {A(p.beta), A(p.threshold), A(p.alpha), A(p.scale), A(p.input_scale)};
+  }
+};
+
+inline ActivationChoice activation_choice(const char* op, const std::string& name, const std::vector<double>& values) {
+  const auto take = [&](Activation function, size_t count) {
+    RK_CHECK(values.size() == count, op, ": ", name, " has ", count, " parameters, got ", values.size());
+    return ActivationChoice{function};
+  };
+  if (name == "gelu") return take(Activation::kGelu, 0);
+  if (name == "gelu_tanh") return take(Activation::kGeluTanh, 0);
+  if (name == "silu") return take(Activation::kSilu, 0);
+  if (name == "mish") return take(Activation::kMish, 0);
+  if (name == "hardswish") return take(Activation::kHardswish, 0);
+  if (name == "tanh") return take(Activation::kTanh, 0);
+  if (name == "sigmoid") return take(Activation::kSigmoid, 0);
+  if (name == "softplus") {
+    ActivationChoice choice = take(Activation::kSoftplus, 2);
+    choice.parameters.beta = values[0];
+    choice.parameters.threshold = values[1];
+    return choice;
+  }
+  RK_CHECK(name == "elu", op,
+           ": function must be gelu, gelu_tanh, silu, mish, softplus, elu, hardswish, tanh or sigmoid, got '", name,
+           "'");
+  ActivationChoice choice = take(Activation::kElu, 4);
+  choice.parameters.alpha = values[0];
+  choice.parameters.scale = values[1];
+  choice.parameters.input_scale = values[2];
+  if (values[3] != 0.0) choice.function = Activation::kEluResult;
+  check_number(op, "input_scale", values[3] != 0.0 || values[2] >= 0.0, "at least 0", values[2]);
+  return choice;
+}
+
+// The tensors of a call in one layout, that of x, and the outputs in the same.
+struct ActivationTensors {
+  Tensor x, gg_x, grad, gg_grad, grad_x;  // an output that is not needed is [0]
+
+  ActivationTensors(const char* op, const Tensor& u, const Tensor& g, const Tensor& input, bool need_grad, bool need_x)
+      : x(dense(input)), gg_x(u), grad(g), gg_grad(u), grad_x(u) {
+    check_floating(op, "x", input);
+    check_tensor(op, "gg_x", u, sizes_of(input), input.scalar_type(), input);
+    check_tensor(op, "grad", g, sizes_of(input), input.scalar_type(), input);
+    gg_x = in_layout_of(x, u);
+    if (need_x) grad = in_layout_of(x, g);
+    gg_grad = need_grad ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  }
+};
+
+}  // namespace rk

@@ -1,0 +1,176 @@
+// The second derivative of gelu, silu, mish, softplus, elu (selu, celu), hardswish, tanh and sigmoid: one fused sweep.
+//
+//   first backward   grad_x = f'(x) g                      cotangent: u
+//   second backward  grad_g = f'(x) u   grad_x = f''(x) u g
+//
+// PyTorch has a first backward of one kernel for silu and mish, but takes it apart where it is to be differentiated.
+// Here the forward is replaced too, by one whose backward is that kernel.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "replacement.h"
+
+namespace rk::aten {
+namespace {
+
+// Which activation: the arguments of activation_double_backward.
+struct Choice {
+  std::string function;
+  std::vector<double> parameters;
+
+  // PyTorch's first backward.
+  Tensor backward(const Tensor& g, const Tensor& x) const {
+    const auto& p = parameters;
+    if (function == "gelu") return at::gelu_backward(g, x, "none");
+    if (function == "gelu_tanh") return at::gelu_backward(g, x, "tanh");
+    if (function == "silu") return at::silu_backward(g, x);
+    if (function == "mish") return at::mish_backward(g, x);
+    if (function == "softplus") return at::softplus_backward(g, x, p[0], p[1]);
+    if (function == "elu") return at::elu_backward(g, p[0], p[1], p[2], p[3] != 0.0, x);
+    if (function == "hardswish") return at::hardswish_backward(g, x);
+    if (function == "tanh") return at::tanh_backward(g, x);
+    TORCH_INTERNAL_ASSERT(function == "sigmoid");
+    return at::sigmoid_backward(g, x);
+  }
+};
+
+std::tuple<Tensor, Tensor> double_backward(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
+                                           bool need_grad, bool need_x) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("robustkern::activation_double_backward", "")
+                             .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                               c10::string_view, at::ArrayRef<double>, bool, bool)>();
+  return op.call(u, g, x, choice.function, choice.parameters, need_grad, need_x);
+}
+
+struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Choice& choice) {
+    ctx->save_for_backward({g, x});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["function"] = choice.function;
+    ctx->saved_data["parameters"] = choice.parameters;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return choice.backward(g, x);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const Tensor& u = cotangents[0];
+    if (!u.defined()) return {Tensor(), Tensor(), Tensor()};
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = saved[0], &x = saved[1];
+    const Choice choice{ctx->saved_data["function"].toStringRef(), ctx->saved_data["parameters"].toDoubleVector()};
+    const bool need_grad = ctx->needs_input_grad(0), need_x = ctx->needs_input_grad(1);
+    if (at::GradMode::is_enabled()) {
+      const auto grads =
+          higher_order([&](const variable_list& in) { return variable_list{choice.backward(in[0], in[1])}; }, {g, x},
+                       {u}, {need_grad, need_x});
+      return {grads[0], grads[1], Tensor()};
+    }
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [gg_grad, grad_x] = double_backward(u, g, x, choice, need_grad, need_x);
+    return {need_grad ? gg_grad : Tensor(), need_x ? grad_x : Tensor(), Tensor()};
+  }
+};
+
+Tensor apply(const Tensor& g, const Tensor& x, const Choice& choice) {
+  const bool fused = is_plain(x) && is_plain(g) && g.scalar_type() == x.scalar_type() && g.sizes() == x.sizes();
+  if (fused) return ActivationBackward::apply(g, x, choice);
+  const UseStock guard;
+  return choice.backward(g, x);
+}
+
+Tensor gelu_backward(const Tensor& g, const Tensor& x, c10::string_view approximate) {
+  return apply(g, x, {approximate == "tanh" ? "gelu_tanh" : "gelu", {}});
+}
+Tensor softplus_backward(const Tensor& g, const Tensor& x, const at::Scalar& beta, const at::Scalar& threshold) {
+  return apply(g, x, {"softplus", {beta.toDouble(), threshold.toDouble()}});
+}
+Tensor elu_backward(const Tensor& g, const at::Scalar& alpha, const at::Scalar& scale, const at::Scalar& input_scale,
+                    bool is_result, const Tensor& x) {
+  const Choice choice{"elu", {alpha.toDouble(), scale.toDouble(), input_scale.toDouble(), is_result ? 1.0 : 0.0}};
+  if (choice.parameters[2] >= 0.0) return apply(g, x, choice);
+  const UseStock guard;  // an exponential that grows
+  return choice.backward(g, x);
+}
+Tensor tanh_backward(const Tensor& g, const Tensor& y) { return apply(g, y, {"tanh", {}}); }
+Tensor sigmoid_backward(const Tensor& g, const Tensor& y) { return apply(g, y, {"sigmoid", {}}); }
+Tensor hardswish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"hardswish", {}}); }
+Tensor silu_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"silu", {}}); }
+Tensor mish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"mish", {}}); }
+
+// silu and mish: operators that leave the input alone, and their twins that overwrite it.
+struct Silu {
+  static Tensor forward(const Tensor& x) { return at::silu(x); }
+  static Tensor& forward_(Tensor& x) { return at::silu_(x); }
+  static Tensor backward(const Tensor& g, const Tensor& x) { return at::silu_backward(g, x); }
+};
+struct Mish {
+  static Tensor forward(const Tensor& x) { return at::mish(x); }
+  static Tensor& forward_(Tensor& x) { return at::mish_(x); }
+  static Tensor backward(const Tensor& g, const Tensor& x) { return at::mish_backward(g, x); }
+};
+
+template <class Activation>
+struct Forward : torch::autograd::Function<Forward<Activation>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x) {
+    ctx->save_for_backward({x});
+    ctx->set_materialize_grads(false);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return Activation::forward(x);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {Tensor()};
+    return {Activation::backward(grads[0], ctx->get_saved_variables()[0])};
+  }
+};
+
+// `before` is a copy of self, which PyTorch makes too; gradients go through it to where self came from.
+template <class Activation>
+struct ForwardInPlace : torch::autograd::Function<ForwardInPlace<Activation>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& before, Tensor& self) {
+    ctx->save_for_backward({before});
+    ctx->set_materialize_grads(false);
+    ctx->mark_dirty({self});
+    const at::AutoDispatchBelowAutograd below;  // what counts the versions of self is not to be left out
+    return Activation::forward_(self);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {Tensor(), Tensor()};
+    return {Activation::backward(grads[0], ctx->get_saved_variables()[0]), Tensor()};
+  }
+};
+
+template <class Activation>
+Tensor forward(const Tensor& x) {
+  if (is_plain(x)) return Forward<Activation>::apply(x);
+  const UseStock guard;
+  return Activation::forward(x);
+}
+
+template <class Activation>
+Tensor& forward_(Tensor& self) {
+  if (is_plain(self) && !self.is_leaf()) {  // PyTorch has an error message for leaves
+    ForwardInPlace<Activation>::apply(self.clone(), self);
+    return self;
+  }
+  const UseStock guard;
+  return Activation::forward_(self);
+}
+
+}  // namespace
+
+void register_activation(Registrar& r) {
+  r.replace<at::_ops::gelu_backward, gelu_backward>();
+  r.replace<at::_ops::softplus_backward, softplus_backward>();
+  r.replace<at::_ops::elu_backward, elu_backward>();
+  r.replace<at::_ops::hardswish_backward, hardswish_backward>();
+  r.replace<at::_ops::tanh_backward, tanh_backward>();
+  r.replace<at::_ops::sigmoid_backward, sigmoid_backward>();
+  r.replace<at::_ops::silu, forward<Silu>>();
+  r.replace<at::_ops::mish, forward<Mish>>();
+  r.replace<at::_ops::silu_, forward_<Silu>>();
+  r.replace<at::_ops::mish_, forward_<Mish>>();
+  r.replace_decomposed<at::_ops::silu_backward, silu_backward>();
+  r.replace_decomposed<at::_ops::mish_backward, mish_backward>();
+}
+
+}  // namespace rk::aten

@@ -1,0 +1,36 @@
+// nll_loss, of rows and of images: the second backward is the loss of u.
+#include "linear_backward.h"
+
+namespace rk::aten {
+namespace {
+
+Tensor nll_loss_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
+                         int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
+  return linear_backward(
+      g, x,
+      {[&] { return at::nll_loss_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
+       [reduction, ignore_index](const Tensor& u, const variable_list& saved) {
+         return at::nll_loss_symint(u, saved[0], saved[1], reduction, ignore_index);
+       },
+       {target, optional_value(weight)}});
+}
+
+Tensor nll_loss2d_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
+                           int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
+  return linear_backward(
+      g, x,
+      {[&] { return at::nll_loss2d_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
+       [reduction, ignore_index](const Tensor& u, const variable_list& saved) {
+         return at::nll_loss2d_symint(u, saved[0], saved[1], reduction, ignore_index);
+       },
+       {target, optional_value(weight)}});
+}
+
+}  // namespace
+
+void register_nll_loss(Registrar& r) {
+  r.replace<at::_ops::nll_loss_backward, nll_loss_backward>();
+  r.replace<at::_ops::nll_loss2d_backward, nll_loss2d_backward>();
+}
+
+}  // namespace rk::aten

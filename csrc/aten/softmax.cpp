@@ -1,0 +1,100 @@
+// The second derivative of softmax and log_softmax, in one sweep over memory.
+//
+//   first backward   grad_x = J(output) g                                   cotangent: u
+//   second backward  grad_g = J(output)^T u   grad_output = d <u, J g> / d output
+#include <ATen/WrapDimUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "replacement.h"
+
+namespace rk::aten {
+namespace {
+
+Tensor first_backward(bool log, const Tensor& g, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
+  return log ? at::_log_softmax_backward_data(g, output, dim, input_dtype)
+             : at::_softmax_backward_data(g, output, dim, input_dtype);
+}
+
+// A tensor of any layout as [B, C, S] in the order of its memory, where C is dimension `dim`; and the way back.
+class Rows {
+ public:
+  Rows(const Tensor& like, int64_t dim) : order_(like.dim()), back_(like.dim()) {
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+    int64_t* size = &shape_[0];  // of the dimensions outside of `dim`, then of `dim`, then inside
+    for (int64_t i = 0; i < like.dim(); ++i) {
+      const int64_t d = order_[i];
+      back_[d] = i;
+      permuted_.push_back(like.size(d));
+      if (d == dim) size = &shape_[1];
+      *size *= like.size(d);
+      if (d == dim) size = &shape_[2];
+    }
+  }
+  Tensor of(const Tensor& t) const { return t.permute(order_).reshape(shape_); }  // copies what lies otherwise
+  Tensor back(const Tensor& rows) const { return rows.view(permuted_).permute(back_); }
+
+ private:
+  std::vector<int64_t> order_, back_, permuted_;
+  std::array<int64_t, 3> shape_{1, 1, 1};
+};
+
+struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& output, int64_t dim, bool log) {
+    ctx->save_for_backward({g, output});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["dim"] = dim;
+    ctx->saved_data["log"] = log;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return first_backward(log, g, output, dim, output.scalar_type());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const Tensor& u = cotangents[0];
+    if (!u.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = saved[0], &output = saved[1];
+    const int64_t dim = ctx->saved_data["dim"].toInt();
+    const bool log = ctx->saved_data["log"].toBool();
+    const bool need_grad = ctx->needs_input_grad(0), need_output = ctx->needs_input_grad(1);
+    if (at::GradMode::is_enabled()) {
+      const auto grads = higher_order(
+          [&](const variable_list& in) {
+            return variable_list{first_backward(log, in[0], in[1], dim, in[1].scalar_type())};
+          },
+          {g, output}, {u}, {need_grad, need_output});
+      return {grads[0], grads[1], Tensor(), Tensor()};
+    }
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("robustkern::softmax_double_backward", "")
+            .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Rows rows(output, dim);
+    const auto [gg_grad, grad_output] = op.call(rows.of(u), rows.of(g), rows.of(output), log, need_grad, need_output);
+    return {need_grad ? rows.back(gg_grad) : Tensor(), need_output ? rows.back(grad_output) : Tensor(), Tensor(),
+            Tensor()};
+  }
+};
+
+template <bool kLog>
+Tensor softmax_backward(const Tensor& g, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
+  if (is_plain(output) && is_plain(g) && g.scalar_type() == output.scalar_type() &&
+      input_dtype == output.scalar_type() && g.sizes() == output.sizes())
+    return SoftmaxBackward::apply(g, output, at::maybe_wrap_dim(dim, output.dim()), kLog);
+  const UseStock guard;
+  return first_backward(kLog, g, output, dim, input_dtype);
+}
+
+}  // namespace
+
+void register_softmax(Registrar& r) {
+  r.replace<at::_ops::_softmax_backward_data, softmax_backward<false>>();
+  r.replace<at::_ops::_log_softmax_backward_data, softmax_backward<true>>();
+}
+
+}  // namespace rk::aten

@@ -1,0 +1,109 @@
+"""Second derivatives of activations in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Slopes = tuple[Tensor, Tensor]  # f'(x), f''(x)
+
+
+def activation_double_backward(
+    gg_x: Tensor,
+    grad: Tensor,  # like gg_x
+    x: Tensor,  # like gg_x
+    function: str,
+    parameters: Sequence[float],
+    need_grad: bool = True,
+    need_x: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """gg_grad = f'(x) gg_x and grad_x = f''(x) gg_x grad.
+
+    Args:
+        gg_x: cotangent of the first backward's grad_x = f'(x) grad.
+        grad: cotangent of the activation's result.
+        x: input of the activation; for "tanh", "sigmoid", and "elu" with is_result the result y, in which case f'(x) is
+            the function s(y), and s'(y) stands for f''(x).
+        function: "gelu", "gelu_tanh", "silu", "mish", "softplus", "elu", "hardswish", "tanh" or
+            "sigmoid".
+        parameters: (beta, threshold) of softplus; (alpha, scale, input_scale, is_result) of elu; else empty.
+        need_grad: whether gg_grad is asked for; it comes back empty if not.
+        need_x: whether grad_x is.
+    """
+    slope, bend = _SLOPES[function](x, *parameters)
+    return slope * gg_x if need_grad else x.new_empty([0]), bend * gg_x * grad if need_x else x.new_empty([0])
+
+
+def _gelu(x: Tensor) -> Slopes:
+    h = x.clamp(-40, 40)  # beyond, the density is zero, and squares may overflow
+    density = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + h * density, density * (2 - h * h)
+
+
+def _gelu_tanh(x: Tensor) -> Slopes:
+    h, root = x.clamp(-25, 25), math.sqrt(2 / math.pi)
+    v = root * (h + 0.044715 * h**3)
+    slope, bend = root * (1 + 0.134145 * h * h), root * 0.26829 * h  # of v
+    t, sech2 = torch.tanh(v), _sech2(v)
+    return 0.5 * (1 + t) + 0.5 * h * sech2 * slope, sech2 * (slope + 0.5 * h * (bend - 2 * t * slope * slope))
+
+
+def _sech2(v: Tensor) -> Tensor:
+    """1 - tanh(v)^2, to full relative accuracy."""
+    return 4 * torch.sigmoid(2 * v) * torch.sigmoid(-2 * v)
+
+
+def _silu(x: Tensor) -> Slopes:
+    s, rest = torch.sigmoid(x), torch.sigmoid(-x)
+    return s * (1 + x * rest), s * rest * (2 + x * (rest - s))
+
+
+def _mish(x: Tensor) -> Slopes:
+    v, s = torch.nn.functional.softplus(x), torch.sigmoid(x)
+    t, slope = torch.tanh(v), _sech2(v) * s
+    return t + x * slope, slope * (2 + x * (1 - s - 2 * t * s))
+
+
+def _softplus(x: Tensor, beta: float, threshold: float) -> Slopes:
+    z = beta * x
+    s = torch.sigmoid(z)
+    bend = beta * s * torch.sigmoid(-z)
+    return torch.where(z > threshold, torch.ones_like(s), s), torch.where(z >= threshold, torch.zeros_like(s), bend)
+
+
+def _elu(x: Tensor, alpha: float, scale: float, input_scale: float, is_result: float) -> Slopes:
+    if is_result:  # y = scale alpha (exp(input_scale x) - 1)
+        slope, bend = input_scale * (x + alpha * scale), torch.full_like(x, input_scale)
+    else:
+        slope = input_scale * alpha * scale * torch.exp(input_scale * x.clamp(max=0))
+        bend = input_scale * slope
+    return torch.where(x > 0, torch.full_like(x, scale), slope), torch.where(x >= 0, torch.zeros_like(x), bend)
+
+
+def _hardswish(x: Tensor) -> Slopes:
+    bend = torch.where(x.abs() >= 3, torch.zeros_like(x), torch.full_like(x, 1 / 3))
+    return torch.where(x <= -3, torch.zeros_like(x), torch.where(x >= 3, torch.ones_like(x), x / 3 + 0.5)), bend
+
+
+def _tanh(y: Tensor) -> Slopes:
+    return 1 - y * y, -2 * y
+
+
+def _sigmoid(y: Tensor) -> Slopes:
+    return y * (1 - y), 1 - 2 * y
+
+
+_SLOPES = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "mish": _mish,
+    "softplus": _softplus,
+    "elu": _elu,
+    "hardswish": _hardswish,
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+}

@@ -60,6 +60,10 @@ RK_HOST_DEVICE void softmax_columns(const SoftmaxPiece<A>& w, const double* tota
   }
 }
 
+RK_MULTIVERSION static void add(const double* from, double* to, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) to[j] += from[j];
+}
+
 #define RK_SOFTMAX_LOOPS(A)                                                                                        \
   RK_MULTIVERSION static void exponentials(const A* o, A* p, std::int64_t n) {                                     \
     for (std::int64_t j = 0; j < n; ++j) p[j] = exp_nonpositive(o[j]);                                             \

@@ -53,9 +53,7 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     last = torch.channels_last
     yield sample("gg_grad only", make(33), make(33), make(33), needs=(True, False))
     yield sample("grad_x only", make(33), make(33), make(33), needs=(False, True))
-    yield sample(
-        "channels_last", *(make(2, 3, 5, 4).to(memory_format=last) for _ in range(3)), key="silu"
-    )
+    yield sample("channels_last", *(make(2, 3, 5, 4).to(memory_format=last) for _ in range(3)), key="silu")
     yield sample("grad in another layout", make(2, 3, 5, 4), make(2, 3, 5, 4).to(memory_format=last), make(2, 3, 5, 4))
     yield sample("x in another layout", make(2, 3, 5, 4), make(2, 3, 5, 4), make(2, 3, 5, 4).to(memory_format=last))
     yield sample("transposed", *(make(6, 9).t() for _ in range(3)), key="mish")

@@ -21,7 +21,9 @@ CASES = [
         for shape in ((5,), (4, 5), (2, 5, 3, 2))
         for dim in range(-1, len(shape) - 1)
     ),
-    Case("log_softmax, channels_last", lambda x: torch.log_softmax(x, 1), inputs(2, 5, 3, 2, layout=torch.channels_last)),
+    Case(
+        "log_softmax, channels_last", lambda x: torch.log_softmax(x, 1), inputs(2, 5, 3, 2, layout=torch.channels_last)
+    ),
     Case("softmax of a transposed input", lambda x: torch.softmax(x.t(), 1), inputs(4, 5)),
     Case("log_softmax of one class", lambda x: torch.log_softmax(x, 1) * x, inputs(4, 1)),
     Case("log_softmax of nothing", lambda x: torch.log_softmax(x, 1), inputs(0, 5)),

@@ -1,0 +1,78 @@
+// The kernel of activation_double_backward.  Formulas: math/activation.h.
+//
+// A thread works on one 16-byte vector at a time, in the order of memory.  Bytes: gg_x, grad and x once, gg_grad and
+// grad_x once; without grad_x, grad is not read.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/activation.h"
+#include "vector.cuh"
+
+namespace rk::cuda {
+
+template <class S>
+struct ActivationCall {
+  using A = accumulation_t<S>;
+  std::int64_t elements;
+  const S *gg_x, *grad, *x;
+  S *gg_grad, *grad_x;  // null: not needed
+  ActivationParameters<A> parameters;
+};
+
+template <Activation kFunction, class S>
+__global__ void __launch_bounds__(256) activation_double_backward_kernel(const ActivationCall<S> c) {
+  using A = accumulation_t<S>;
+  constexpr int V = Vector<S>::kSize;
+  const std::int64_t thread = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x,
+                     threads = std::int64_t{gridDim.x} * blockDim.x;
+  const std::int64_t vectors = c.elements / V;
+  const bool gg_x_aligned = is_aligned(c.gg_x), grad_aligned = is_aligned(c.grad), x_aligned = is_aligned(c.x);
+  const bool gg_grad_aligned = is_aligned(c.gg_grad), grad_x_aligned = is_aligned(c.grad_x);
+  for (std::int64_t v = thread; v < vectors; v += threads) {
+    const Vector<S> x = load_vector(c.x + v * V, x_aligned), u = load_vector(c.gg_x + v * V, gg_x_aligned);
+    Vector<S> g = u, gg_grad, grad_x;
+    if (c.grad_x) g = load_vector(c.grad + v * V, grad_aligned);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Slopes<A> s = ActivationSlopes<kFunction, A>::at(load(x.element[k]), c.parameters);
+      const A u_k = load(u.element[k]);
+      gg_grad.element[k] = store<S>(s.slope * u_k);
+      grad_x.element[k] = store<S>(s.bend * u_k * load(g.element[k]));
+    }
+    if (c.gg_grad) store_vector(c.gg_grad + v * V, gg_grad, gg_grad_aligned);
+    if (c.grad_x) store_vector(c.grad_x + v * V, grad_x, grad_x_aligned);
+  }
+  const std::int64_t j = vectors * V + thread;
+  if (j < c.elements) {
+    const Slopes<A> s = ActivationSlopes<kFunction, A>::at(load(c.x[j]), c.parameters);
+    const A u = load(c.gg_x[j]);
+    if (c.gg_grad) c.gg_grad[j] = store<S>(s.slope * u);
+    if (c.grad_x) c.grad_x[j] = store<S>(s.bend * u * load(c.grad[j]));
+  }
+}
+
+template <Activation kFunction, class S>
+cudaError_t launch_activation_as(const ActivationCall<S>& c, cudaStream_t stream) {
+  constexpr std::int64_t threads = 256, per_block = threads * Vector<S>::kSize;
+  const dim3 grid = grid_for((c.elements + per_block - 1) / per_block);
+  return launch(activation_double_backward_kernel<kFunction, S>, grid, dim3(threads), 0, stream, c);
+}
+
+template <class S>
+cudaError_t launch_activation_double_backward(Activation function, const ActivationCall<S>& c, cudaStream_t stream) {
+  switch (function) {
+    case Activation::kGelu: return launch_activation_as<Activation::kGelu>(c, stream);
+    case Activation::kGeluTanh: return launch_activation_as<Activation::kGeluTanh>(c, stream);
+    case Activation::kSilu: return launch_activation_as<Activation::kSilu>(c, stream);
+    case Activation::kMish: return launch_activation_as<Activation::kMish>(c, stream);
+    case Activation::kSoftplus: return launch_activation_as<Activation::kSoftplus>(c, stream);
+    case Activation::kElu: return launch_activation_as<Activation::kElu>(c, stream);
+    case Activation::kEluResult: return launch_activation_as<Activation::kEluResult>(c, stream);
+    case Activation::kHardswish: return launch_activation_as<Activation::kHardswish>(c, stream);
+    case Activation::kTanh: return launch_activation_as<Activation::kTanh>(c, stream);
+    default: return launch_activation_as<Activation::kSigmoid>(c, stream);
+  }
+}
+
+}  // namespace rk::cuda

@@ -72,9 +72,9 @@ def test_penalty_of_a_piecewise_linear_network_takes_four_passes(activation: Cal
     robustkern.install()
     after, ours = penalty_step(model, x, with_loss=False)
     layers = 4
-    assert after["aten::convolution_backward"] == layers  # W2 of each; stock runs D and W1 over zeros
-    assert after["aten::convolution"] == layers  # U of each
-    assert before["aten::convolution_backward"] + before["aten::convolution"] >= 4 * layers - 1
+    assert after["aten::convolution"] == after["aten::convolution_backward"] == layers  # U and W2 of each
+    assert before["aten::convolution"] == 2 * layers  # the same two
+    assert before["aten::convolution_backward"] == layers  # D and W1 together, over zeros
     assert after["aten::zeros_like"] == after["aten::zeros"] == 0
     for (name, _), a, b in zip(model.named_parameters(), stock, ours, strict=True):
         if b is None:
@@ -122,7 +122,8 @@ def test_one_kernel_and_no_more(name: str) -> None:
     assert sum(n for op, n in first.count.items() if op.endswith("_backward")) == 1
     assert set(first.count) <= {*(op for op in first.count if op.endswith("_backward")), "aten::detach"}
     assert second.count.pop("robustkern::activation_double_backward") == 1
-    assert set(second.count) <= {"aten::ones_like", "aten::detach"}
+    from_result_to_x = {f"aten::{name}_backward"} if name in ("tanh", "sigmoid") else set()
+    assert set(second.count) <= {"aten::ones_like", "aten::detach"} | from_result_to_x
 
 
 @pytest.mark.parametrize("function", [F.silu, F.mish], ids=lambda f: f.__name__)
@@ -231,7 +232,7 @@ def test_half_precision_is_at_least_as_good_as_pytorchs(name: str, dtype: torch.
     robustkern.install()
     ours = second(values.clone())
     assert ours.isfinite().all()
-    assert (ours - exact).norm() <= 1.1 * (stock - exact).norm()
+    assert not (ours - exact).norm() > 1.1 * (stock - exact).norm()  # mish of PyTorch is NaN for large float16 numbers
     assert (ours - exact).abs().max() <= torch.finfo(dtype).eps
 
 

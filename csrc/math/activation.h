@@ -138,7 +138,7 @@ struct ActivationSlopes<Activation::kMish, A> {
     const A n = positive ? A(1) + A(2) * e : e * (e + A(2)), inverse = A(1) / (n + (positive ? A(2) * e * e : A(2)));
     const A t = n * inverse;
     const A q = A(4) * e * (positive ? e : A(1)) * (A(1) + e) * inverse * inverse;  // (1 - t^2) sigmoid(x)
-    return {t + x * q, q * (A(2) + x * (A(1) - s - A(2) * t * s))};
+    return {t + x * q, q * (A(2) + at_most(x, A(1000)) * (A(1) - s - A(2) * t * s))};
   }
 };
 

@@ -79,7 +79,7 @@ def register_looped_vmap(operator: Any) -> None:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         def at(k: int) -> list[Any]:
-            return [a if d is None else a.select(d, k) for a, d in zip(args, in_dims)]
+            return [a.select(d, k) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
 
         results = [operator(*at(k)) for k in range(info.batch_size)]
         if isinstance(results[0], Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,29 +40,36 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     make = make_tensor(device, dtype)
 
     def sample(
-        name: str, gg_x: Tensor, grad: Tensor, x: Tensor, key: str = "gelu", needs: tuple[bool, bool] = (True, True)
+        name: str, tensors: Iterable[Tensor], key: str = "gelu", needs: tuple[bool, bool] = (True, True)
     ) -> DoubleBackwardSample:
+        gg_x, grad, x = tensors
         function, parameters = FUNCTIONS[key]
         arguments = {"gg_x": gg_x, "grad": grad, "x": x, "function": function, "parameters": list(parameters)}
         return DoubleBackwardSample(name, {**arguments, "need_grad": needs[0], "need_x": needs[1]})
 
+    def three(*shape: int) -> list[Tensor]:
+        return [make(*shape) for _ in range(3)]
+
+    def last(t: Tensor) -> Tensor:
+        return t.to(memory_format=torch.channels_last)
+
     for key, (function, _) in FUNCTIONS.items():
-        x = 3 * make(2, 3, 5, 7)
-        x = x.tanh() if function == "tanh" else x.sigmoid() if function == "sigmoid" else x
-        yield sample(key, make(2, 3, 5, 7), make(2, 3, 5, 7), x, key)
-    last = torch.channels_last
-    yield sample("gg_grad only", make(33), make(33), make(33), needs=(True, False))
-    yield sample("grad_x only", make(33), make(33), make(33), needs=(False, True))
-    yield sample("channels_last", *(make(2, 3, 5, 4).to(memory_format=last) for _ in range(3)), key="silu")
-    yield sample("grad in another layout", make(2, 3, 5, 4), make(2, 3, 5, 4).to(memory_format=last), make(2, 3, 5, 4))
-    yield sample("x in another layout", make(2, 3, 5, 4), make(2, 3, 5, 4), make(2, 3, 5, 4).to(memory_format=last))
-    yield sample("transposed", *(make(6, 9).t() for _ in range(3)), key="mish")
-    yield sample("strided", make(6, 18)[:, ::2], make(6, 18)[1:, ::2].new_ones(6, 9), make(6, 18)[:, 1::2])
-    yield sample("expanded grad", make(6, 9), make(6, 1).expand(6, 9), make(6, 9))
-    yield sample("unaligned", make(302)[1:], make(303)[2:], make(304)[3:])
-    yield sample("several pieces", make(5000), make(5000), make(5000), "gelu, tanh")
-    yield sample("a number", *(make(1).squeeze() for _ in range(3)))
-    yield sample("empty", make(0, 4), make(0, 4), make(0, 4))
+        u, g, x = three(2, 3, 5, 7)
+        x = x.tanh() if function == "tanh" else x.sigmoid() if function == "sigmoid" else 3 * x
+        yield sample(key, (u, g, x), key)
+    yield sample("gg_grad only", three(33), needs=(True, False))
+    yield sample("grad_x only", three(33), needs=(False, True))
+    yield sample("channels_last", map(last, three(2, 3, 5, 4)), "silu")
+    u, g, x = three(2, 3, 5, 4)
+    yield sample("grad in another layout", (u, last(g), x))
+    yield sample("x in another layout", (u, g, last(x)))
+    yield sample("transposed", (t.t() for t in three(6, 9)), "mish")
+    yield sample("strided", (t[:, ::2] for t in three(6, 18)))
+    yield sample("expanded grad", (make(6, 9), make(6, 1).expand(6, 9), make(6, 9)))
+    yield sample("unaligned", (make(302)[1:], make(303)[2:], make(304)[3:]))
+    yield sample("several pieces", three(5000), "gelu, tanh")
+    yield sample("a number", (t.squeeze() for t in three(1)))
+    yield sample("empty", three(0, 4))
 
 
 register_double_backward(

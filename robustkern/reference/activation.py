@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def _silu(x: Tensor) -> Slopes:
 def _mish(x: Tensor) -> Slopes:
     v, s = torch.nn.functional.softplus(x), torch.sigmoid(x)
     t, slope = torch.tanh(v), _sech2(v) * s
-    return t + x * slope, slope * (2 + x * (1 - s - 2 * t * s))
+    return t + x * slope, slope * (2 + x.clamp(max=1000) * (1 - s - 2 * t * s))  # 2 x may overflow
 
 
 def _softplus(x: Tensor, beta: float, threshold: float) -> Slopes:
@@ -96,7 +96,7 @@ def _sigmoid(y: Tensor) -> Slopes:
     return y * (1 - y), 1 - 2 * y
 
 
-_SLOPES = {
+_SLOPES: dict[str, Callable[..., Slopes]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": _silu,

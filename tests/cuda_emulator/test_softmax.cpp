@@ -22,8 +22,8 @@ struct Problem {
   std::int64_t batch, classes, inner, n;
   Buffer<S> gg_x, grad, output, gg_grad, grad_output;
 
-  Problem(Draw& draw, std::int64_t rows, std::int64_t class_count, std::int64_t columns)
-      : log(draw(0, 1)),
+  Problem(Draw& draw, bool of_log, std::int64_t rows, std::int64_t class_count, std::int64_t columns)
+      : log(of_log),
         batch(rows),
         classes(class_count),
         inner(columns),
@@ -100,7 +100,7 @@ struct Problem {
 
 template <class S>
 void test_shape(const testing::Options& options, Draw& draw, int batch, int classes, int inner) {
-  Problem<S> t(draw, batch, classes, inner);
+  Problem<S> t(draw, draw(0, 1), batch, classes, inner);
   const int needed = draw(0, 4);
   const bool need_grad = needed != 0, need_output = needed != 1;
   const auto call = [&] {
@@ -112,8 +112,7 @@ void test_shape(const testing::Options& options, Draw& draw, int batch, int clas
 
 // Fewer blocks than units of work: each does several, one after another.
 void test_small_grid(Draw& draw) {
-  Problem<float> rows(draw, 7, 300, 1), columns(draw, 3, 5, 100);
-  rows.log = columns.log = false;
+  Problem<float> rows(draw, false, 7, 300, 1), columns(draw, false, 3, 5, 100);
   expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_rows_kernel<false, float>, dim3(2), dim3(96), 0,
                                   nullptr, rows.call(true, true)));
   expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_columns_kernel<false, float>, dim3(2), dim3(32), 0,

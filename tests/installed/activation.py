@@ -22,14 +22,8 @@ def inputs(*shape: int, scale: float = 2.0, layout: torch.memory_format = torch.
 
 
 def in_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`function` of something that it may overwrite, together with what came before."""
-
-    def apply(x: Tensor) -> Tensor:
-        y = x * 1.5
-        y = y * y.detach().sign()  # a result that nobody needs for its own backward
-        return function(y + 0.25)
-
-    return apply
+    """`function` of something that it may overwrite."""
+    return lambda x: function(x * 1.5 + 0.25)
 
 
 def in_place_on_view(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -60,16 +54,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 CASES = [
-    *(Case(name, function, inputs(4, 3, 5)) for name, function in FUNCTIONS.items()),
-    Case("silu, channels_last", F.silu, inputs(2, 3, 4, 5, layout=torch.channels_last)),
-    Case("gelu of a transposed input", lambda x: F.gelu(x.t()), inputs(3, 7)),
-    Case("gelu of a strided input", lambda x: F.gelu(x[:, ::2]), inputs(3, 7)),
-    Case("gelu of an expanded input", lambda x: F.gelu(x.expand(4, 3, 7)), inputs(3, 7)),
-    Case("gelu, its result summed", lambda x: F.gelu(x).sum(0), inputs(3, 7)),
+    *(Case(name, function, inputs(3, 2, 2)) for name, function in FUNCTIONS.items()),
+    Case("silu, channels_last", F.silu, inputs(2, 3, 2, 2, layout=torch.channels_last)),
+    Case("gelu of a transposed input", lambda x: F.gelu(x.t()), inputs(2, 5)),
+    Case("gelu of a strided input", lambda x: F.gelu(x[:, ::2]), inputs(2, 5)),
+    Case("gelu of an expanded input", lambda x: F.gelu(x.expand(2, 2, 5)), inputs(2, 5)),
+    Case("gelu, its result summed", lambda x: F.gelu(x).sum(0), inputs(2, 5)),
     Case("mish of a number", F.mish, inputs()),
-    Case("silu of nothing", F.silu, inputs(0, 3)),
     *(
-        Case(f"{name} in place", in_place(function), inputs(4, 3, 5))
+        Case(f"{name} in place", in_place(function), inputs(3, 2, 2))
         for name, function in {
             "silu": lambda x: F.silu(x, inplace=True),
             "mish": lambda x: F.mish(x, inplace=True),
@@ -80,7 +73,7 @@ CASES = [
             "sigmoid": torch.sigmoid_,
         }.items()
     ),
-    Case("silu in place on a view", in_place_on_view(lambda x: F.silu(x, inplace=True)), inputs(4, 3, 5)),
+    Case("silu in place on a view", in_place_on_view(lambda x: F.silu(x, inplace=True)), inputs(3, 2, 2)),
     Case("swiglu", lambda x: F.silu(x[:, :3]) * x[:, 3:], inputs(2, 6)),
-    Case("log of a sigmoid", F.logsigmoid, inputs(4, 3, 5)),
+    Case("log of a sigmoid", F.logsigmoid, inputs(3, 2, 2)),
 ]

@@ -18,16 +18,15 @@ CASES = [
     *(
         Case(f"{function.__name__}, dim {dim} of {len(shape)}", lambda x, f=function, d=dim: f(x, d), inputs(*shape))
         for function in (torch.softmax, torch.log_softmax)
-        for shape in ((5,), (4, 5), (2, 5, 3, 2))
+        for shape in ((4,), (3, 4), (2, 3, 2, 2))
         for dim in range(-1, len(shape) - 1)
     ),
     Case(
-        "log_softmax, channels_last", lambda x: torch.log_softmax(x, 1), inputs(2, 5, 3, 2, layout=torch.channels_last)
+        "log_softmax, channels_last", lambda x: torch.log_softmax(x, 1), inputs(2, 3, 2, 2, layout=torch.channels_last)
     ),
-    Case("softmax of a transposed input", lambda x: torch.softmax(x.t(), 1), inputs(4, 5)),
-    Case("log_softmax of one class", lambda x: torch.log_softmax(x, 1) * x, inputs(4, 1)),
-    Case("log_softmax of nothing", lambda x: torch.log_softmax(x, 1), inputs(0, 5)),
-    Case("softmax behind softmax", temperature, inputs(4, 5)),
-    Case("log_softmax in float64", lambda x: torch.log_softmax(x, 1, dtype=torch.float64), inputs(4, 5)),
+    Case("softmax of a transposed input", lambda x: torch.softmax(x.t(), 1), inputs(3, 4)),
+    Case("log_softmax of one class", lambda x: torch.log_softmax(x, 1) + x, inputs(3, 1)),
+    Case("softmax behind softmax", temperature, inputs(3, 4)),
+    Case("log_softmax in float64", lambda x: torch.log_softmax(x, 1, dtype=torch.float64), inputs(3, 4), half=False),
     Case("softmax of a number", lambda x: torch.softmax(x, 0) * x, inputs()),
 ]

@@ -20,7 +20,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), TWO),
     "max_pool2d, ceil_mode": (lambda x: F.max_pool2d(x, 2, ceil_mode=True), TWO),
     "max_pool2d, overlapping and padded": (lambda x: F.max_pool2d(x, 3, 2, 1), TWO),
-    "max_pool2d, dilated": (lambda x: F.max_pool2d(x, (2, 3), 1, (1, 0), dilation=(1, 2)), TWO),
+    "max_pool2d, dilated": (lambda x: F.max_pool2d(x, (2, 3), 1, (1, 1), dilation=(1, 2)), TWO),
     "max_pool2d of one image": (lambda x: F.max_pool2d(x, 2), (2, 5, 4)),
     "max_pool3d": (lambda x: F.max_pool3d(x, 2, ceil_mode=True), THREE),
     "avg_pool1d": (lambda x: F.avg_pool1d(x, 3, 2, 1), ONE),

@@ -64,7 +64,27 @@ def _extensions() -> dict[str, str]:
         facts["  built with"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
     why_not = _library.cuda_why_unavailable()
     facts["robustkern._cuda"] = "loaded" if why_not is None else f"not loaded: {why_not}"
+    why_none = _library.aten_why_unavailable()
+    facts["robustkern._aten"] = "loaded" if why_none is None else f"not loaded: {why_none}"
+    facts.update(_replaced())
     return facts
+
+
+def _replaced() -> dict[str, str]:
+    """The operators whose second derivatives `robustkern.install()` replaces on each device, and why others are not."""
+    from robustkern import _library
+    from robustkern.double_backward import replaced_operators
+
+    on_cpu, on_cuda = replaced_operators("cpu"), replaced_operators("cuda")
+    left = [name for name in on_cpu if name not in on_cuda]
+    facts = {"install() on cpu": _names(on_cpu), "install() on cuda": _names(on_cuda)}
+    if left:
+        facts["  not on cuda"] = f"{_names(left)}: {_library.cuda_why_unavailable()}"
+    return facts
+
+
+def _names(operators: list[str]) -> str:
+    return ", ".join(name.removeprefix("aten::") for name in operators) or "nothing"
 
 
 def _compiler() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -81,10 +81,24 @@ def fused_double_backward() -> Iterator[None]:
         _tag_compiled_code(extension)
 
 
-def replaced_operators() -> list[str]:
-    """The operators of PyTorch whose derivatives are replaced while installed, such as "aten::gelu_backward"."""
+def fused_where_possible(impl: str = "auto") -> AbstractContextManager[None]:
+    """The scope that robustkern's own penalties open: none for the reference, without the extension, or while tracing.
+
+    What torch.compile traces is fused by `install()`: tracing cannot enter a scope halfway.
+    """
+    if impl == "reference" or torch.compiler.is_compiling() or _library.aten_extension() is None or is_installed():
+        return nullcontext()
+    return fused_double_backward()
+
+
+def replaced_operators(device: str = "cpu") -> list[str]:
+    """The operators of PyTorch whose derivatives are replaced while installed, such as "aten::gelu_backward".
+
+    Args:
+        device: "cpu" or "cuda"; the latter without the CUDA extension only those that need no kernel of ours.
+    """
     extension = _library.aten_extension()
-    return [] if extension is None else sorted(set(extension.operators()))
+    return [] if extension is None else sorted(set(extension.operators(device == "cuda")))
 
 
 _tagging = threading.Lock()

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
+from robustkern.double_backward import fused_where_possible
 from robustkern.ops.row_norm import row_norm
 
 
@@ -26,7 +27,10 @@ def gradient_norm(
     model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
     part.
 
-    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact.  For
+    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact, and fused
+    for the operators that `robustkern.install()` replaces, installed or not.  (GroupNorm, RMSNorm, SiLU and Mish, whose
+    forward pass must know of it, are fused if the forward pass too ran installed or within
+    `robustkern.fused_double_backward()`, as it does in `robustkern.losses`.)  For
     robustness to perturbations bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
 
     Args:
@@ -53,7 +57,7 @@ def gradient_norm(
     """
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     _check(loss, x)
-    with torch.enable_grad():
+    with torch.enable_grad(), fused_where_possible(impl):
         (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=differentiable, retain_graph=True, allow_unused=True)
     if grad is None:
         raise ValueError(

@@ -9,6 +9,8 @@
 namespace rk::aten {
 namespace {
 
+constexpr char kKernel[] = "robustkern::batch_norm_double_backward";
+
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Mask = std::array<bool, 3>;
 
@@ -52,8 +54,7 @@ Triple double_backward(const std::optional<Tensor>& u, const std::optional<Tenso
   using Signature =
       Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
              const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool, bool, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::batch_norm_double_backward", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kKernel, "").typed<Signature>();
   return op.call(u, a, b, g, x, w, mean, invstd, training, need[0], need[1], need[2]);
 }
 
@@ -164,8 +165,8 @@ Triple cudnn_batch_norm_backward(const Tensor& x, const Tensor& g, const Tensor&
 }  // namespace
 
 void register_batch_norm(Registrar& r) {
-  r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>();
-  r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>();
+  r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
+  r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);
 }
 
 }  // namespace rk::aten

@@ -216,8 +216,8 @@ Triple native_group_norm_backward(const Tensor& g, const Tensor& x, const Tensor
 }  // namespace
 
 void register_group_norm(Registrar& r) {
-  r.replace<at::_ops::native_group_norm, native_group_norm>();
-  r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>();
+  r.replace<at::_ops::native_group_norm, native_group_norm>("robustkern::group_norm_double_backward");
+  r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>("robustkern::group_norm_double_backward");
 }
 
 }  // namespace rk::aten

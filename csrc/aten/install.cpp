@@ -104,5 +104,5 @@ PYBIND11_MODULE(_aten, m) {
   m.def("leave", [] { --scopes; });
   m.def("enabled", &enabled);
   m.def("materialize_zeros", [](bool value) { return zeros.exchange(value); });
-  m.def("operators", [] { return registrar().names(); });
+  m.def("operators", [](bool cuda) { return registrar().names(cuda); });
 }

@@ -196,8 +196,8 @@ Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tenso
 }  // namespace
 
 void register_layer_norm(Registrar& r) {
-  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>();
-  r.replace<at::_ops::rms_norm, rms_norm>();
+  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>("robustkern::layer_norm_double_backward");
+  r.replace<at::_ops::rms_norm, rms_norm>("robustkern::layer_norm_double_backward");
 }
 
 }  // namespace rk::aten

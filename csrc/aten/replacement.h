@@ -16,6 +16,7 @@
 #include <ATen/ATen.h>
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -107,21 +108,23 @@ struct Replacement<Op, R(Args...)> {
 // Registers replacements; they live until the process ends and are idle while !enabled().
 class Registrar {
  public:
+  // On CUDA only if `kernel`, the operator of robustkern that the replacement calls, has a kernel there: where the CUDA
+  // extension is not built, PyTorch's own derivative stays.  None: written in PyTorch's operators.
   template <class Op, auto ours>
-  void replace() {
-    names_.emplace_back(Op::name);
+  void replace(const char* kernel = nullptr) {
+    on_cpu_.emplace_back(Op::name);
     cpu_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
+    if (kernel && !has_cuda_kernel(kernel)) return;
+    on_cuda_.emplace_back(Op::name);
     cuda_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
   }
-  template <class Op, auto ours>
-  void replace_decomposed() {
-    names_.emplace_back(Op::name);
-    cpu_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template decomposed_kernel<ours>)));
-    cuda_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template decomposed_kernel<ours>)));
-  }
-  const std::vector<std::string>& names() const { return names_; }
+  const std::vector<std::string>& names(bool cuda) const { return cuda ? on_cuda_ : on_cpu_; }
 
  private:
+  static bool has_cuda_kernel(const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    return op && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  }
   template <class Op>
   static std::string full_name() {
     const std::string overload = Op::overload_name;
@@ -130,7 +133,7 @@ class Registrar {
 
   torch::Library cpu_{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__};
   torch::Library cuda_{torch::Library::IMPL, "aten", c10::DispatchKey::AutogradCUDA, __FILE__, __LINE__};
-  std::vector<std::string> names_;
+  std::vector<std::string> on_cpu_, on_cuda_;
 };
 
 // The double backward as PyTorch computes it, itself differentiable to any order: `forward` is run on `inputs` once

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern.double_backward import fused_where_possible
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
@@ -54,6 +55,7 @@ class GradientPenalty:
         if not x.is_floating_point():
             raise TypeError(f"GradientPenalty: x must be a floating-point tensor, got {x.dtype}")
         x = x if x.requires_grad else x.detach().requires_grad_()
-        loss = softmax_cross_entropy(model(x), y, label_smoothing=self.label_smoothing, impl=self.impl)
-        norm = gradient_norm(loss, x, self.p, weight=self.eps, squared=self.squared, impl=self.impl)
+        with fused_where_possible(self.impl):
+            loss = softmax_cross_entropy(model(x), y, label_smoothing=self.label_smoothing, impl=self.impl)
+            norm = gradient_norm(loss, x, self.p, weight=self.eps, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), norm.mean(), self.weight)

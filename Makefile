@@ -40,6 +40,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	$(PIP) install -c constraints.txt pytorchcv==0.0.67 x-transformers
 	@touch $@
 
 build: $(VENV)/.built

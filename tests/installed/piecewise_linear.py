@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.installed import Case
-from tests.installed.activation import in_place, in_place_on_view, inputs
+from tests.installed.activation import in_place, inputs
 
 
 def squared(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -42,5 +42,4 @@ CASES = [
             "hardtanh": lambda x: F.hardtanh(x, inplace=True),
         }.items()
     ),
-    Case("relu in place on a view", squared(in_place_on_view(torch.relu_)), inputs(3, 2, 2)),
 ]

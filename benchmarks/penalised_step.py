@@ -50,7 +50,7 @@ class Truth:
     def __init__(self, spec: Spec, device: str) -> None:
         self.spec, self.device = spec, device
         self._exact: dict[str, Tensor] = {}
-        self._stock_error: float | None = None
+        self._stock_error: dict[str, float] = {}
 
     def error(self, provider: str, gradient: Tensor) -> float:
         """The gradient's relative error; AssertionError if it is none of a step of this kind.
@@ -64,12 +64,12 @@ class Truth:
             self._exact[stock] = exact(self.spec, self.device, stock)
         truth = self._exact[stock]
         error = float((gradient.double() - truth).norm() / truth.norm())
-        if provider == STOCK:
-            self._stock_error = error
+        if provider == stock:
+            self._stock_error[stock] = error
         if provider == FINITE_DIFFERENCES or self.spec.autocast:
             return error
-        digits = 0.1 if provider == STOCK else torch.finfo(torch.float32).eps ** 0.5
-        allowed = max(digits, 4 * (self._stock_error or 0))
+        digits = 0.1 if provider == stock else torch.finfo(torch.float32).eps ** 0.5
+        allowed = max(digits, 4 * self._stock_error.get(stock, 0))
         assert error <= allowed, f"{self.spec} {provider}: relative error {error:.2g} of the gradient"
         return error
 

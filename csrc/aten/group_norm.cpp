@@ -169,7 +169,7 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     const bool of_statistics = cotangents[1].defined() || cotangents[2].defined();
     if (!g.defined() && !of_statistics) return result;
 
-    if (of_statistics || (at::GradMode::is_enabled() && under_functorch_grad())) {
+    if (of_statistics) {
       const double eps = ctx->saved_data["eps"].toDouble();
       const auto forward = [&](const variable_list& in) -> variable_list {
         const auto [y, mean, rstd] = at::native_group_norm_symint(
@@ -181,9 +181,16 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
       std::copy(grads.begin(), grads.end(), result.begin());
       return result;
     }
-    const Triple grads = at::GradMode::is_enabled()
-                             ? spread(GroupNormBackward::apply(g, x, if_defined(w), norm, mask), mask)
-                             : norm.plain_backward(g, x, w, mask);
+    Triple grads;
+    if (!at::GradMode::is_enabled())
+      grads = norm.plain_backward(g, x, w, mask);
+    else if (under_functorch_grad() || (is_batched(g) && !enabled()))
+      grads = norm.composed(g, x, w, mask);
+    else if (is_batched(g))
+      grads = at::native_group_norm_backward_symint(g, x, norm.mean, norm.rstd, if_defined(w), norm.samples,
+                                                    norm.channels, norm.positions, norm.groups, mask);
+    else
+      grads = spread(GroupNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
     if (mask[0]) result[0] = std::get<0>(grads);
     if (mask[1]) result[1] = std::get<1>(grads);
     if (mask[2]) result[2] = std::get<2>(grads);

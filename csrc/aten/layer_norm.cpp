@@ -140,7 +140,6 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     ctx->save_for_backward({x, optional_value(w), rstd});
     ctx->set_materialize_grads(false);
     ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
-    ctx->saved_data["eps"] = eps;
     return y;
   }
 
@@ -154,27 +153,36 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     size_t edge = 0;
     const Mask mask{needs(ctx, x, edge), needs(ctx, w, edge), false};
 
-    if (at::GradMode::is_enabled() && under_functorch_grad()) {
-      const auto eps = ctx->saved_data["eps"].toOptional<double>();
-      const auto forward = [&](const variable_list& in) {
-        return variable_list{at::rms_norm_symint(in[0], norm.shape, if_defined(in[1]), eps)};
-      };
-      const auto grads = higher_order(forward, {x, w}, {g}, {mask[0], mask[1]});
-      std::copy(grads.begin(), grads.end(), result.begin());
-      return result;
-    }
     Triple grads;
-    if (at::GradMode::is_enabled()) {
-      grads = spread(LayerNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
-    } else {
+    if (!at::GradMode::is_enabled()) {
       const at::AutoDispatchBelowADInplaceOrView below;
       grads = norm.backward(g, x, w, mask);
+    } else if (under_functorch_grad() || (is_batched(g) && !enabled())) {
+      grads = norm.composed(g, x, w, mask);
+    } else if (is_batched(g)) {
+      std::tie(std::get<0>(grads), std::get<1>(grads)) = at::_fused_rms_norm_backward(
+          g, x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(norm.shape)), norm.rstd, if_defined(w), {mask[0], mask[1]});
+    } else {
+      grads = spread(LayerNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
     }
     if (mask[0]) result[0] = std::get<0>(grads);
     if (mask[1]) result[1] = std::get<1>(grads);
     return result;
   }
 };
+
+std::tuple<Tensor, Tensor> fused_rms_norm_backward(const Tensor& g, const Tensor& x, at::IntArrayRef shape,
+                                                   const Tensor& rstd, const std::optional<Tensor>& w,
+                                                   std::array<bool, 2> wanted) {
+  if (!has_kernel(x, w)) {
+    const UseStock guard;
+    return at::_fused_rms_norm_backward(g, x, shape, rstd, w, wanted);
+  }
+  const Mask mask{wanted[0], wanted[1] && w && w->defined(), false};
+  const LayerNorm norm{c10::fromIntArrayRefSlow(shape).vec(), Tensor(), rstd.detach(), Tensor()};
+  const auto [grad_x, grad_w, none] = spread(LayerNormBackward::apply(g, x, w, norm, mask), mask);
+  return {grad_x, grad_w};
+}
 
 Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w, std::optional<double> eps) {
   // On CUDA PyTorch has its fused kernel only where the types agree, and for no channels_last images.
@@ -196,8 +204,10 @@ Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tenso
 }  // namespace
 
 void register_layer_norm(Registrar& r) {
-  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>("robustkern::layer_norm_double_backward");
-  r.replace<at::_ops::rms_norm, rms_norm>("robustkern::layer_norm_double_backward");
+  constexpr auto kernel = "robustkern::layer_norm_double_backward";
+  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kernel);
+  r.replace<at::_ops::rms_norm, rms_norm>(kernel);
+  r.replace<at::_ops::_fused_rms_norm_backward, fused_rms_norm_backward>(kernel);
 }
 
 }  // namespace rk::aten

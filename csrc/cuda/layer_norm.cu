@@ -39,7 +39,6 @@ struct Tensors {
 
   int64_t rows() const { return x.size(0); }
   int64_t cols() const { return x.size(1); }
-  int64_t chunks() const { return (rows() + kChunkRows - 1) / kChunkRows; }
 
   Tensor matrix() const { return torch::stable::new_empty(x, {rows(), cols()}); }
   Tensor sums(int64_t a, int64_t b) const {
@@ -58,13 +57,13 @@ struct Tensors {
   template <class S>
   void launch_as(bool second, cudaStream_t stream) {
     using A = accumulation_t<S>;
-    if (grad_weight) partial_weight = sums(chunks(), cols());
-    if (grad_bias) partial_bias = sums(chunks(), cols());
-    if (grad_weight && second) t = sums(rows(), 2);
     LayerNormCall<S> c{};
     c.rows = rows();
     c.cols = cols();
-    c.chunks = chunks();
+    set_chunks(c, second || grad_x, grad_weight.has_value(), grad_bias.has_value());
+    if (grad_weight) partial_weight = sums(c.chunks, cols());
+    if (grad_bias) partial_bias = sums(c.chunks, cols());
+    if (grad_weight && second) t = sums(rows(), 2);
     c.x = static_cast<const S*>(x.data_ptr());
     c.g = static_cast<const S*>(grad.data_ptr());
     c.u = pointer<const S>(gg_x);

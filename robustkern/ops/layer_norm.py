@@ -14,7 +14,7 @@ from robustkern.ops._samples import make_tensor
 from robustkern.ops._select import accumulation_dtype
 
 # rows and columns: short and long rows, several chunks of rows, rows of more than one piece, nothing at all
-SHAPES = ((5, 8), (70, 3), (130, 33), (9, 1500), (2, 2051), (0, 4), (4, 0))
+SHAPES = ((5, 8), (70, 3), (130, 33), (9, 1500), (2, 2051), (5, 9001), (0, 4), (4, 0))
 
 
 def _vector(like: Tensor, size: int) -> Tensor:

@@ -1,0 +1,246 @@
+// The kernels of layer_norm against plain loops in double: random shapes and alignments, with and without mean, weight
+// and cotangents, sums down the columns in a block and in a kernel of their own, small grids, and the end of a matrix of
+// more than 2^31 elements.
+#include "layer_norm.cuh"
+
+#include <algorithm>
+
+#include "testing.h"
+
+namespace {
+
+using rk::cuda::LayerNormCall;
+using testing::Buffer;
+using testing::Draw;
+using testing::expect_close;
+using testing::expect_success;
+using testing::to_double;
+
+// What the kernels are given, and what they leave.
+template <class S>
+struct Problem {
+  using A = rk::cuda::accumulation_t<S>;
+  std::int64_t rows, cols;
+  bool centred, weighted, has_u, affine, own_kernel = false;  // own_kernel: for sums down the columns
+  Buffer<S> x, g, u, gg_grad, grad_x;
+  Buffer<A> weight, gg_weight, gg_bias, mean, rstd, t, partial_weight, partial_bias, grad_weight, grad_bias;
+
+  Problem(Draw& draw, std::int64_t row_count, std::int64_t columns)
+      : rows(row_count),
+        cols(columns),
+        centred(draw(0, 1) == 1),
+        weighted(draw(0, 1) == 1),
+        has_u(draw(0, 4) > 0),
+        affine(draw(0, 1) == 1),
+        x(rows * cols, draw(0, 8)),
+        g(rows * cols, draw(0, 8)),
+        u(rows * cols, draw(0, 8)),
+        gg_grad(rows * cols, draw(0, 8)),
+        grad_x(rows * cols, draw(0, 8)),
+        weight(cols),
+        gg_weight(cols),
+        gg_bias(cols),
+        mean(rows),
+        rstd(rows),
+        t(2 * rows),
+        partial_weight(rows * cols),
+        partial_bias(rows * cols),
+        grad_weight(cols),
+        grad_bias(cols) {
+    for (Buffer<S>* b : {&x, &g, &u}) b->fill_normal(draw.random);
+    for (Buffer<A>* b : {&weight, &gg_weight, &gg_bias}) b->fill_normal(draw.random);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      mean[row] = static_cast<A>(0.125 * draw(-4, 4));
+      rstd[row] = static_cast<A>(0.25 * draw(1, 8));
+    }
+  }
+
+  LayerNormCall<S> call(bool second) {
+    LayerNormCall<S> c{};
+    c.rows = rows;
+    c.cols = cols;
+    rk::cuda::set_chunks(c, !own_kernel, true, !second);
+    c.x = x.data();
+    c.g = g.data();
+    if (second && has_u) c.u = u.data();
+    if (weighted) c.weight = weight.data();
+    if (second && affine) c.gg_weight = gg_weight.data();
+    if (second && affine) c.gg_bias = gg_bias.data();
+    if (centred) c.mean = mean.data();
+    c.rstd = rstd.data();
+    if (second) c.gg_grad = gg_grad.data();
+    c.grad_x = grad_x.data();
+    if (second) c.t = t.data();
+    c.partial_weight = partial_weight.data();
+    c.grad_weight = grad_weight.data();
+    if (!second) c.partial_bias = partial_bias.data();
+    if (!second) c.grad_bias = grad_bias.data();
+    return c;
+  }
+
+  std::string text() const {
+    return "[" + std::to_string(rows) + "," + std::to_string(cols) + "] as " + std::to_string(sizeof(S)) + " bytes" +
+           (centred ? ", centred" : "") + (weighted ? ", weighted" : "") + (affine ? ", every cotangent" : "");
+  }
+};
+
+// A row in double, and r P(v).
+struct Row {
+  std::vector<double> xh, g, h, u, a, b, w;
+  double r;
+  bool centred;
+
+  template <class S>
+  Row(const Problem<S>& t, std::int64_t row) : r(to_double(t.rstd[row])), centred(t.centred) {
+    for (std::int64_t j = 0; j < t.cols; ++j) {
+      const std::int64_t at = row * t.cols + j;
+      const double mean = centred ? to_double(t.mean[row]) : 0.0;
+      xh.push_back((to_double(t.x[at]) - mean) * r);
+      w.push_back(t.weighted ? to_double(t.weight[j]) : 1.0);
+      g.push_back(to_double(t.g[at]));
+      h.push_back(w[j] * g[j]);
+      u.push_back(t.has_u ? to_double(t.u[at]) : 0.0);
+      a.push_back(t.affine ? to_double(t.gg_weight[j]) : 0.0);
+      b.push_back(t.affine ? to_double(t.gg_bias[j]) : 0.0);
+    }
+  }
+
+  static double mean_of(const std::vector<double>& v, const std::vector<double>& w) {
+    double sum = 0.0;
+    for (std::size_t j = 0; j < v.size(); ++j) sum += v[j] * w[j];
+    return sum / static_cast<double>(v.size());
+  }
+  std::vector<double> project(std::vector<double> v) const {
+    const double average = centred ? mean_of(v, std::vector<double>(v.size(), 1.0)) : 0.0, slope = mean_of(v, xh);
+    for (std::size_t j = 0; j < v.size(); ++j) v[j] = v[j] - average - xh[j] * slope;
+    return v;
+  }
+};
+
+double largest(const std::vector<double>& v) {
+  double most = 0.0;
+  for (const double e : v) most = std::max(most, std::fabs(e));
+  return most;
+}
+
+template <class S>
+void compare(const Buffer<S>& actual, std::int64_t from, const std::vector<double>& expected, double scale,
+             const std::string& what) {
+  using A = rk::cuda::accumulation_t<S>;
+  const double room = 200 * testing::epsilon<A>() * scale;
+  for (std::size_t j = 0; j < expected.size(); ++j)
+    expect_close(to_double(actual[from + j]), expected[j],
+                 room + testing::epsilon<S>() * std::fabs(expected[j]) + (sizeof(S) == 2 ? 1e-7 : 0.0),
+                 what + " " + std::to_string(j));
+}
+
+template <class S>
+void test_problem(const testing::Options& options, Problem<S>& t) {
+  const std::string text = t.text();
+  std::vector<double> sum_slope(t.cols), sum_bias(t.cols), sum_bend(t.cols);
+
+  testing::run_in_all_orders(
+      options, text, [&] { return rk::cuda::launch_layer_norm(false, t.call(false), nullptr); }, t.grad_x,
+      t.grad_weight, t.grad_bias);
+  for (std::int64_t i = 0; i < t.rows; ++i) {
+    const Row row(t, i);
+    std::vector<double> grad_x = row.project(row.h);
+    for (double& v : grad_x) v *= row.r;
+    compare(t.grad_x, i * t.cols, grad_x, 1 + largest(grad_x) + largest(row.xh), "grad_x, " + text);
+    for (std::int64_t j = 0; j < t.cols; ++j) {
+      sum_slope[j] += row.g[j] * row.xh[j];
+      sum_bias[j] += row.g[j];
+    }
+  }
+  const double many = static_cast<double>(t.rows);
+  compare(t.grad_weight, 0, sum_slope, many, "grad_weight, " + text);
+  compare(t.grad_bias, 0, sum_bias, many, "grad_bias, " + text);
+
+  t.grad_x.fill_with_nan();
+  t.grad_weight.fill_with_nan();
+  testing::run_in_all_orders(
+      options, text, [&] { return rk::cuda::launch_layer_norm(true, t.call(true), nullptr); }, t.gg_grad, t.grad_x,
+      t.grad_weight);
+  for (std::int64_t i = 0; i < t.rows; ++i) {
+    const Row row(t, i);
+    const std::vector<double> pu = row.project(row.u), ph = row.project(row.h);
+    std::vector<double> ag = row.a, gg_grad(t.cols), grad_x(t.cols);
+    for (std::int64_t j = 0; j < t.cols; ++j) ag[j] *= row.g[j];
+    const std::vector<double> pag = row.project(ag);
+    const double k = Row::mean_of(row.u, ph), hx = Row::mean_of(row.h, row.xh), ux = Row::mean_of(row.u, row.xh);
+    double scale = 1.0 + largest(row.xh);
+    for (std::int64_t j = 0; j < t.cols; ++j) {
+      const double second = k * row.xh[j] + hx * pu[j] + ux * ph[j];
+      gg_grad[j] = row.w[j] * row.r * pu[j] + row.a[j] * row.xh[j] + row.b[j];
+      grad_x[j] = -row.r * row.r * second + row.r * pag[j];
+      sum_bend[j] += row.g[j] * row.r * pu[j];
+      scale = std::max({scale, std::fabs(second) * row.r * row.r, std::fabs(gg_grad[j])});
+    }
+    compare(t.gg_grad, i * t.cols, gg_grad, scale, "gg_grad, " + text);
+    compare(t.grad_x, i * t.cols, grad_x, scale, "second grad_x, " + text);
+  }
+  compare(t.grad_weight, 0, sum_bend, 4 * many, "second grad_weight, " + text);
+}
+
+// Fewer blocks than chunks: each block does several, one after another, with the same shared memory.
+void test_small_grid(Draw& draw) {
+  Problem<float> t(draw, 23, 70);
+  const LayerNormCall<float> c = t.call(false);
+  expect_success(rk::cuda::launch(rk::cuda::layer_norm_backward_kernel<float>, dim3(2), dim3(32),
+                                  2 * t.cols * sizeof(float), nullptr, c));
+  expect_success(rk::cuda::launch_column_totals<float>(c.partial_bias, t.grad_bias.data(), c.chunks, t.cols, nullptr));
+  for (std::int64_t j = 0; j < t.cols; ++j) {
+    double sum = 0.0;
+    for (std::int64_t row = 0; row < t.rows; ++row) sum += t.g[row * t.cols + j];
+    expect_close(t.grad_bias[j], sum, 1e-4, "grad_bias in a small grid");
+  }
+}
+
+// The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
+void test_huge() {
+  constexpr std::int64_t rows = 140000, cols = 16384;
+  testing::LastRowOnly<__half> x(rows, cols), g(rows, cols), u(rows, cols), gg_grad(rows, cols), grad_x(rows, cols);
+  for (std::int64_t j = 0; j < cols; ++j) {
+    x.last_row()[j] = testing::from_double<__half>(j % 2 ? 1.0 : -1.0);
+    g.last_row()[j] = testing::from_double<__half>(j < cols / 2 ? 1.0 : -1.0);
+    u.last_row()[j] = testing::from_double<__half>(j % 4 < 2 ? 1.0 : -1.0);
+  }
+  std::vector<float> mean(rows, 0.0f), rstd(rows, 1.0f);
+  LayerNormCall<__half> c{};
+  c.rows = rows;
+  c.cols = cols;
+  rk::cuda::set_chunks(c, true, false, false);
+  c.x = x.data();
+  c.g = g.data();
+  c.u = u.data();
+  c.mean = mean.data();
+  c.rstd = rstd.data();
+  c.gg_grad = gg_grad.data();
+  c.grad_x = grad_x.data();
+  cuda_emulator::configuration().first_block = rows - 1;
+  expect_success(rk::cuda::launch_layer_norm(false, c, nullptr));
+  expect_close(to_double(grad_x.last_row()[cols - 1]), -1.0, 1e-3, "grad_x of the last element");
+  expect_success(rk::cuda::launch_layer_norm(true, c, nullptr));
+  expect_close(to_double(gg_grad.last_row()[cols - 1]), -1.0, 1e-3, "gg_grad of the last element");
+  cuda_emulator::configuration().first_block = 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const testing::Options options(argc, argv);
+  Draw draw{std::mt19937(options.seed)};
+  for (int round = 0; round < options.rounds; ++round) {
+    Problem<float> floats(draw, draw(1, 12), draw(2, 300));
+    test_problem(options, floats);
+    Problem<__half> halves(draw, draw(1, 12), draw(2, 300));
+    test_problem(options, halves);
+    test_small_grid(draw);
+  }
+  Problem<float> many_rows(draw, 150, 40);
+  test_problem(options, many_rows);
+  many_rows.own_kernel = true;  // as for rows whose sums do not fit a block
+  test_problem(options, many_rows);
+  if (options.huge) test_huge();
+  return testing::finish();
+}

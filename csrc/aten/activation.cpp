@@ -12,6 +12,8 @@
 namespace rk::aten {
 namespace {
 
+constexpr char kKernel[] = "robustkern::activation_double_backward";
+
 // Which activation: the arguments of activation_double_backward.
 struct Choice {
   std::string function;
@@ -36,7 +38,7 @@ struct Choice {
 std::tuple<Tensor, Tensor> double_backward(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
                                            bool need_grad, bool need_x) {
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("robustkern::activation_double_backward", "")
+                             .findSchemaOrThrow(kKernel, "")
                              .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                                c10::string_view, at::ArrayRef<double>, bool, bool)>();
   return op.call(u, g, x, choice.function, choice.parameters, need_grad, need_x);
@@ -159,18 +161,18 @@ Tensor& forward_(Tensor& self) {
 }  // namespace
 
 void register_activation(Registrar& r) {
-  r.replace<at::_ops::gelu_backward, gelu_backward>();
-  r.replace<at::_ops::softplus_backward, softplus_backward>();
-  r.replace<at::_ops::elu_backward, elu_backward>();
-  r.replace<at::_ops::hardswish_backward, hardswish_backward>();
-  r.replace<at::_ops::tanh_backward, tanh_backward>();
-  r.replace<at::_ops::sigmoid_backward, sigmoid_backward>();
-  r.replace<at::_ops::silu, forward<Silu>>();
-  r.replace<at::_ops::mish, forward<Mish>>();
-  r.replace<at::_ops::silu_, forward_<Silu>>();
-  r.replace<at::_ops::mish_, forward_<Mish>>();
-  r.replace_decomposed<at::_ops::silu_backward, silu_backward>();
-  r.replace_decomposed<at::_ops::mish_backward, mish_backward>();
+  r.replace<at::_ops::gelu_backward, gelu_backward>(kKernel);
+  r.replace<at::_ops::softplus_backward, softplus_backward>(kKernel);
+  r.replace<at::_ops::elu_backward, elu_backward>(kKernel);
+  r.replace<at::_ops::hardswish_backward, hardswish_backward>(kKernel);
+  r.replace<at::_ops::tanh_backward, tanh_backward>(kKernel);
+  r.replace<at::_ops::sigmoid_backward, sigmoid_backward>(kKernel);
+  r.replace<at::_ops::silu, forward<Silu>>(kKernel);
+  r.replace<at::_ops::mish, forward<Mish>>(kKernel);
+  r.replace<at::_ops::silu_, forward_<Silu>>(kKernel);
+  r.replace<at::_ops::mish_, forward_<Mish>>(kKernel);
+  r.replace_decomposed<at::_ops::silu_backward, silu_backward>(kKernel);
+  r.replace_decomposed<at::_ops::mish_backward, mish_backward>(kKernel);
 }
 
 }  // namespace rk::aten

@@ -112,11 +112,11 @@ class Registrar {
   // extension is not built, PyTorch's own derivative stays.  None: written in PyTorch's operators.
   template <class Op, auto ours>
   void replace(const char* kernel = nullptr) {
-    on_cpu_.emplace_back(Op::name);
-    cpu_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
-    if (kernel && !has_cuda_kernel(kernel)) return;
-    on_cuda_.emplace_back(Op::name);
-    cuda_.impl(full_name<Op>().c_str(), TORCH_FN((Replacement<Op>::template kernel<ours>)));
+    add<Op, Replacement<Op>::template kernel<ours>>(kernel);
+  }
+  template <class Op, auto ours>
+  void replace_decomposed(const char* kernel = nullptr) {
+    add<Op, Replacement<Op>::template decomposed_kernel<ours>>(kernel);
   }
   const std::vector<std::string>& names(bool cuda) const { return cuda ? on_cuda_ : on_cpu_; }
 
@@ -124,6 +124,14 @@ class Registrar {
   static bool has_cuda_kernel(const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     return op && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  }
+  template <class Op, auto replacement>
+  void add(const char* kernel) {
+    on_cpu_.emplace_back(Op::name);
+    cpu_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
+    if (kernel && !has_cuda_kernel(kernel)) return;
+    on_cuda_.emplace_back(Op::name);
+    cuda_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
   }
   template <class Op>
   static std::string full_name() {

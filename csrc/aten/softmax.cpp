@@ -13,6 +13,8 @@
 namespace rk::aten {
 namespace {
 
+constexpr char kKernel[] = "robustkern::softmax_double_backward";
+
 Tensor first_backward(bool log, const Tensor& g, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
   return log ? at::_log_softmax_backward_data(g, output, dim, input_dtype)
              : at::_softmax_backward_data(g, output, dim, input_dtype);
@@ -71,7 +73,7 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
     }
     static const auto op =
         c10::Dispatcher::singleton()
-            .findSchemaOrThrow("robustkern::softmax_double_backward", "")
+            .findSchemaOrThrow(kKernel, "")
             .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>();
     const at::AutoDispatchBelowADInplaceOrView below;
     const Rows rows(output, dim);
@@ -93,8 +95,8 @@ Tensor softmax_backward(const Tensor& g, const Tensor& output, int64_t dim, at::
 }  // namespace
 
 void register_softmax(Registrar& r) {
-  r.replace<at::_ops::_softmax_backward_data, softmax_backward<false>>();
-  r.replace<at::_ops::_log_softmax_backward_data, softmax_backward<true>>();
+  r.replace<at::_ops::_softmax_backward_data, softmax_backward<false>>(kKernel);
+  r.replace<at::_ops::_log_softmax_backward_data, softmax_backward<true>>(kKernel);
 }
 
 }  // namespace rk::aten

@@ -50,13 +50,12 @@ def batch_norm_double_backward(
     Differentiability: any order.  Source: Ioffe and Szegedy, "Batch normalization", 2015, differentiated twice.
     """
 
-    def channels(v: Tensor | None) -> Tensor | None:
-        return None if v is None else v.to(x.dtype).view(1, -1, 1)
+    def channels(v: Tensor) -> Tensor:
+        return v.to(x.dtype).view(1, -1, 1)
 
     count = x.shape[0] * x.shape[2]
     r = channels(invstd)
-    w, a, b = channels(weight), channels(gg_weight), channels(gg_bias)
-    assert r is not None
+    w, a, b = (None if v is None else channels(v) for v in (weight, gg_weight, gg_bias))
     scale = r if w is None else w * r
     xh = (x - channels(mean)) * r
     u = x.new_zeros(()).expand_as(x) if gg_x is None else gg_x

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../math/batch_norm.h"
-#include "simd.h"
+#include "lane_sums.h"
 
 namespace rk::cpu {
 
@@ -19,49 +19,71 @@ struct Place {
   A *grad, *grad_x;
 };
 
-// Lanes of one vector register or two: five sums of them stay in registers.
+// The five sums in vector registers.
 template <class A>
-inline constexpr int kSumLanes = 64 / sizeof(A);
+struct SumLanes {
+  Lanes<A> u = {}, g = {}, ug = {}, ux = {}, gx = {};
+
+  RK_HOST_DEVICE void add(const Lanes<A>& v, const Lanes<A>& w, const Lanes<A>& d) {
+    u += v;
+    g += w;
+    ug += v * w;
+    ux += v * d;
+    gx += w * d;
+  }
+  // Lane by lane to sums[0], sums[1], ... or all to one.
+  RK_HOST_DEVICE void add_to(Sums* sums, int lanes, int step) const {
+    for (int k = 0; k < lanes; ++k) {
+      Sums& s = sums[k * step];
+      s.u += u[k];
+      s.g += g[k];
+      s.ug += ug[k];
+      s.ux += ux[k];
+      s.gx += gx[k];
+    }
+  }
+};
 
 // Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.
 template <class A>
 RK_HOST_DEVICE void sums_along_of(const A* __restrict__ u, const A* __restrict__ g, const A* __restrict__ x,
                                   int64_t runs, int64_t stride, int64_t length, A mean, Sums& s) {
-  constexpr int L = kSumLanes<A>;
+  constexpr int L = LanesOf<A>::kCount;
   if (!x) {
     for (int64_t run = 0; run < runs; ++run)
       s.ug +=
           lane_sum<A>(length, [=](int64_t j) RK_INLINE_LAMBDA { return u[run * stride + j] * g[run * stride + j]; });
     return;
   }
-  A su[L] = {}, sg[L] = {}, sug[L] = {}, sux[L] = {}, sgx[L] = {};
+  SumLanes<A> first, second;  // two, to hide the latency of the additions
+  Lanes<A> v, w, d;
   for (int64_t run = 0; run < runs; ++run, u += stride, g += stride, x += stride) {
     int64_t j = 0;
-    for (; j + L <= length; j += L)
-      for (int k = 0; k < L; ++k) {
-        const A d = x[j + k] - mean, v = u[j + k], w = g[j + k];
-        su[k] += v;
-        sg[k] += w;
-        sug[k] += v * w;
-        sux[k] += v * d;
-        sgx[k] += w * d;
-      }
-    for (int k = 0; j < length; ++j, ++k) {
-      const A d = x[j] - mean, v = u[j], w = g[j];
-      su[k] += v;
-      sg[k] += w;
-      sug[k] += v * w;
-      sux[k] += v * d;
-      sgx[k] += w * d;
+    for (; j + 2 * L <= length; j += 2 * L) {
+      load_lanes<A>(v, u + j);
+      load_lanes<A>(w, g + j);
+      load_lanes<A>(d, x + j);
+      first.add(v, w, d - mean);
+      load_lanes<A>(v, u + j + L);
+      load_lanes<A>(w, g + j + L);
+      load_lanes<A>(d, x + j + L);
+      second.add(v, w, d - mean);
+    }
+    for (; j + L <= length; j += L) {
+      load_lanes<A>(v, u + j);
+      load_lanes<A>(w, g + j);
+      load_lanes<A>(d, x + j);
+      first.add(v, w, d - mean);
+    }
+    if (j < length) {  // behind the end u and g are zero, and so is all they are part of
+      load_lanes<A>(v, u + j, length - j);
+      load_lanes<A>(w, g + j, length - j);
+      load_lanes<A>(d, x + j, length - j);
+      second.add(v, w, d - mean);
     }
   }
-  for (int k = 0; k < L; ++k) {
-    s.u += su[k];
-    s.g += sg[k];
-    s.ug += sug[k];
-    s.ux += sux[k];
-    s.gx += sgx[k];
-  }
+  first.add_to(&s, L, 0);
+  second.add_to(&s, L, 0);
 }
 
 template <class A>
@@ -92,46 +114,44 @@ RK_HOST_DEVICE void apply_along_of(const Place<A>& p, int64_t runs, int64_t stri
 template <class A>
 RK_HOST_DEVICE void sums_across_of(const A* __restrict__ u, const A* __restrict__ g, const A* __restrict__ x,
                                    int64_t rows, int64_t channels, const A* __restrict__ mean, Sums* sums) {
-  constexpr int L = kSumLanes<A>;
+  constexpr int L = LanesOf<A>::kCount;
   if (!x) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < channels; ++j) sums[j].ug += u[row * channels + j] * g[row * channels + j];
     return;
   }
-  for (int64_t begin = 0; begin < channels; begin += L) {
-    A su[L] = {}, sg[L] = {}, sug[L] = {}, sux[L] = {}, sgx[L] = {};
+  Lanes<A> v, w, d;
+  int64_t begin = 0;
+  for (; begin + 2 * L <= channels; begin += 2 * L) {  // a cache line of float32
+    SumLanes<A> first, second;
+    Lanes<A> mean_1, mean_2;
+    load_lanes<A>(mean_1, mean + begin);
+    load_lanes<A>(mean_2, mean + begin + L);
+    for (int64_t o = begin; o < begin + rows * channels; o += channels) {
+      load_lanes<A>(v, u + o);
+      load_lanes<A>(w, g + o);
+      load_lanes<A>(d, x + o);
+      first.add(v, w, d - mean_1);
+      load_lanes<A>(v, u + o + L);
+      load_lanes<A>(w, g + o + L);
+      load_lanes<A>(d, x + o + L);
+      second.add(v, w, d - mean_2);
+    }
+    first.add_to(sums + begin, L, 1);
+    second.add_to(sums + begin + L, L, 1);
+  }
+  for (; begin < channels; begin += L) {
     const int width = int(std::min<int64_t>(L, channels - begin));
-    if (width == L) {
-      A m[L];
-      for (int k = 0; k < L; ++k) m[k] = mean[begin + k];
-      for (int64_t o = begin; o < begin + rows * channels; o += channels)
-        for (int k = 0; k < L; ++k) {
-          const A d = x[o + k] - m[k], v = u[o + k], w = g[o + k];
-          su[k] += v;
-          sg[k] += w;
-          sug[k] += v * w;
-          sux[k] += v * d;
-          sgx[k] += w * d;
-        }
-    } else {
-      for (int64_t o = begin; o < begin + rows * channels; o += channels)
-        for (int k = 0; k < width; ++k) {
-          const A d = x[o + k] - mean[begin + k], v = u[o + k], w = g[o + k];
-          su[k] += v;
-          sg[k] += w;
-          sug[k] += v * w;
-          sux[k] += v * d;
-          sgx[k] += w * d;
-        }
+    SumLanes<A> strip;
+    Lanes<A> means;
+    load_lanes<A>(means, mean + begin, width);
+    for (int64_t o = begin; o < begin + rows * channels; o += channels) {
+      load_lanes<A>(v, u + o, width);
+      load_lanes<A>(w, g + o, width);
+      load_lanes<A>(d, x + o, width);
+      strip.add(v, w, d - means);
     }
-    for (int k = 0; k < width; ++k) {
-      Sums& s = sums[begin + k];
-      s.u += su[k];
-      s.g += sg[k];
-      s.ug += sug[k];
-      s.ux += sux[k];
-      s.gx += sgx[k];
-    }
+    strip.add_to(sums + begin, width, 1);
   }
 }
 
@@ -141,28 +161,51 @@ struct ChannelCoefficients {
   const A *mean, *grad_u, *grad_x, *grad_1, *x_u, *x_g, *x_x, *x_1;
 };
 
+// One vector of a row, or `width` elements of one: written out, since gcc gives up on so many arrays.
+template <bool kGrad, bool kX, class A>
+RK_HOST_DEVICE void apply_lanes(const Place<A>& p, int64_t o, int64_t j, int64_t width,
+                                const ChannelCoefficients<A>& c) {
+  constexpr int L = LanesOf<A>::kCount;
+  const auto get = [=](const A* from) RK_INLINE_LAMBDA {
+    Lanes<A> to;
+    if (width == L)
+      load_lanes<A>(to, from);
+    else
+      load_lanes<A>(to, from, width);
+    return to;
+  };
+  const auto put = [=](A* to, const Lanes<A>& from) RK_INLINE_LAMBDA { std::memcpy(to, &from, width * sizeof(A)); };
+  const Lanes<A> d = get(p.x + o + j) - get(c.mean + j), v = get(p.u + o + j);
+  if constexpr (kGrad) put(p.grad + o + j, get(c.grad_u + j) * v + (get(c.grad_x + j) * d + get(c.grad_1 + j)));
+  if constexpr (kX) {
+    const Lanes<A> w = get(p.g + o + j);
+    put(p.grad_x + o + j, get(c.x_u + j) * v + (get(c.x_g + j) * w + (get(c.x_x + j) * d + get(c.x_1 + j))));
+  }
+}
+
+template <bool kGrad, bool kX, class A>
+RK_HOST_DEVICE void apply_rows(const Place<A>& p, int64_t rows, int64_t channels, const ChannelCoefficients<A>& c) {
+  constexpr int L = LanesOf<A>::kCount;
+  for (int64_t o = 0; o < rows * channels; o += channels) {
+    int64_t j = 0;
+    for (; j + L <= channels; j += L) apply_lanes<kGrad, kX>(p, o, j, L, c);
+    if (j < channels) apply_lanes<kGrad, kX>(p, o, j, channels - j, c);
+  }
+}
+
 template <class A>
 RK_HOST_DEVICE void apply_across_of(const Place<A>& p, int64_t rows, int64_t channels,
                                     const ChannelCoefficients<A>& c) {
-  const A* __restrict__ u = p.u, * __restrict__ g = p.g, * __restrict__ x = p.x;
-  A* __restrict__ grad = p.grad, * __restrict__ grad_x = p.grad_x;
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t o = row * channels;
-    if (!x) {
-      for (int64_t j = 0; j < channels; ++j) grad[o + j] = c.grad_u[j] * u[o + j] + c.grad_1[j];
-    } else if (grad && grad_x) {
-      for (int64_t j = 0; j < channels; ++j) {
-        const A d = x[o + j] - c.mean[j], v = u[o + j];
-        grad[o + j] = c.grad_u[j] * v + (c.grad_x[j] * d + c.grad_1[j]);
-        grad_x[o + j] = c.x_u[j] * v + (c.x_g[j] * g[o + j] + (c.x_x[j] * d + c.x_1[j]));
-      }
-    } else if (grad) {
+  if (!p.x) {
+    for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < channels; ++j)
-        grad[o + j] = c.grad_u[j] * u[o + j] + (c.grad_x[j] * (x[o + j] - c.mean[j]) + c.grad_1[j]);
-    } else if (grad_x) {
-      for (int64_t j = 0; j < channels; ++j)
-        grad_x[o + j] = c.x_u[j] * u[o + j] + (c.x_g[j] * g[o + j] + (c.x_x[j] * (x[o + j] - c.mean[j]) + c.x_1[j]));
-    }
+        p.grad[row * channels + j] = c.grad_u[j] * p.u[row * channels + j] + c.grad_1[j];
+  } else if (p.grad && p.grad_x) {
+    apply_rows<true, true>(p, rows, channels, c);
+  } else if (p.grad) {
+    apply_rows<true, false>(p, rows, channels, c);
+  } else if (p.grad_x) {
+    apply_rows<false, true>(p, rows, channels, c);
   }
 }
 

@@ -75,9 +75,11 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
   m.def(
       "softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad, bool need_output) -> "
       "(Tensor, Tensor)");
-  // q, gg_q: [B, H, L, D]; k, gg_k: [B, H, S, D]; v, gg_v: [B, H, S, E]; out, grad: [B, H, L, E]; logsumexp: [B, H, L];
-  // mask: additive, broadcastable to [B, H, L, S] -> (gg_grad, grad_q, grad_k, grad_v)
+  // q, gg_q: [B, H, L, D]; k, gg_k: [B, G, S, D]; v, gg_v: [B, G, S, E], G a divisor of H; grad: [B, H, L, E];
+  // mask: additive, broadcastable to [B, H, L, S]; causal: row i of q sees keys 0 to i
+  // -> (gg_grad like grad, grad_q like q, grad_k like k, grad_v like v)
   m.def(
       "attention_double_backward(Tensor? gg_q, Tensor? gg_k, Tensor? gg_v, Tensor grad, Tensor q, Tensor k, Tensor v, "
-      "Tensor out, Tensor logsumexp, Tensor? mask, bool causal, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? mask, bool causal, float scale, bool need_grad, bool need_q, bool need_k, bool need_v) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
 }

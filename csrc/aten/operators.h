@@ -6,6 +6,7 @@
 namespace rk::aten {
 
 void register_activation(Registrar&);
+void register_attention(Registrar&);
 void register_batch_norm(Registrar&);
 void register_convolution(Registrar&);
 void register_group_norm(Registrar&);
@@ -17,6 +18,7 @@ void register_softmax(Registrar&);
 
 inline void register_all(Registrar& r) {
   register_activation(r);
+  register_attention(r);
   register_batch_norm(r);
   register_convolution(r);
   register_group_norm(r);

@@ -118,20 +118,21 @@ class Registrar {
   void replace_decomposed(const char* kernel = nullptr) {
     add<Op, Replacement<Op>::template decomposed_kernel<ours>>(kernel);
   }
+  // A kernel that decides by itself which calls it serves.
+  template <class Op, auto replacement>
+  void add(const char* kernel = nullptr) {
+    on_cpu_.emplace_back(Op::name);
+    cpu_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
+    if (kernel && !has_cuda_kernel(kernel)) return;
+    on_cuda_.emplace_back(Op::name);
+    cuda_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
+  }
   const std::vector<std::string>& names(bool cuda) const { return cuda ? on_cuda_ : on_cpu_; }
 
  private:
   static bool has_cuda_kernel(const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     return op && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA);
-  }
-  template <class Op, auto replacement>
-  void add(const char* kernel) {
-    on_cpu_.emplace_back(Op::name);
-    cpu_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
-    if (kernel && !has_cuda_kernel(kernel)) return;
-    on_cuda_.emplace_back(Op::name);
-    cuda_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
   }
   template <class Op>
   static std::string full_name() {

@@ -1,10 +1,10 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
-from robustkern.ops import activation, batch_norm, group_norm, layer_norm, softmax
+from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 
 # Imported for what they register: the second derivatives of PyTorch's own operators.
-DOUBLE_BACKWARD_MODULES = (activation, batch_norm, group_norm, layer_norm, softmax)
+DOUBLE_BACKWARD_MODULES = (activation, attention, batch_norm, group_norm, layer_norm, softmax)
 
 __all__ = ["row_norm", "softmax_cross_entropy"]

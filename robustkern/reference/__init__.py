@@ -1,6 +1,7 @@
 """Every operator in plain PyTorch, for any device, dtype and order: the truth that kernels are tested against."""
 
 from robustkern.reference.activation import activation_double_backward
+from robustkern.reference.attention import attention_double_backward
 from robustkern.reference.batch_norm import batch_norm_double_backward
 from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
 from robustkern.reference.layer_norm import layer_norm_backward, layer_norm_double_backward
@@ -10,6 +11,7 @@ from robustkern.reference.softmax_cross_entropy import softmax_cross_entropy
 
 __all__ = [
     "activation_double_backward",
+    "attention_double_backward",
     "batch_norm_double_backward",
     "group_norm_backward",
     "group_norm_double_backward",

@@ -1,0 +1,244 @@
+// Second derivatives of scaled_dot_product_attention on its fused backends, where PyTorch has none: CPU flash, and on
+// CUDA flash, memory-efficient and cuDNN.
+//
+// The first backward stays PyTorch's.  It is a function of (grad, q, k, v, bias) alone: out and logsumexp, which it is
+// given too, are functions of these, and the operator's formula (math/attention.h) has folded them in.  The second
+// backward takes memory linear in the sequence; a third order, or second derivatives in a bias, go through the scores
+// of all heads, as PyTorch's own MATH backend does.
+#include <cmath>
+
+#include "operators.h"
+
+namespace rk::aten {
+namespace {
+
+constexpr const char* kOperator = "robustkern::attention_double_backward";
+
+struct Settings {
+  bool causal;
+  double scale, dropout;
+};
+
+SymInt heads_of(const Tensor& t) { return t.sym_size(1); }
+
+Tensor per_head(const Tensor& t, const Tensor& q) {
+  return heads_of(t) == heads_of(q) ? t : t.repeat_interleave_symint(heads_of(q) / heads_of(t), 1);
+}
+
+Tensor per_key_head(const Tensor& grad, const Tensor& k) {
+  if (heads_of(grad) == heads_of(k)) return grad;
+  return at::unflatten_symint(grad, 1, {heads_of(k), heads_of(grad) / heads_of(k)}).sum(2);
+}
+
+// The first backward in operators that PyTorch differentiates any number of times: grad_q, grad_k, grad_v, and grad_bias
+// where there is a bias.
+variable_list first_backward(const variable_list& in, const Settings& s) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto dtype = accumulation_type(in[0].scalar_type());
+  const auto wide = [&](const Tensor& t) { return t.to(dtype); };
+  const Tensor g = wide(in[0]), q = wide(in[1]), k = wide(per_head(in[2], q)), v = wide(per_head(in[3], q));
+  Tensor scores = at::matmul(q, k.mT()) * s.scale;
+  if (in[4].defined()) scores = scores + wide(in[4]);
+  if (s.causal) {
+    const auto ones = at::ones_symint({q.sym_size(2), k.sym_size(2)}, q.options().dtype(at::kBool));
+    scores = scores.masked_fill(ones.triu(1), -std::numeric_limits<double>::infinity());
+  }
+  const Tensor p = at::_safe_softmax(scores, -1);
+  const Tensor dp = at::matmul(g, v.mT());
+  const Tensor ds = p * (dp - (p * dp).sum(-1, /*keepdim=*/true));
+  variable_list grads{(at::matmul(ds, k) * s.scale).to(in[1].scalar_type()),
+                      per_key_head(at::matmul(ds.mT(), q) * s.scale, in[2]).to(in[2].scalar_type()),
+                      per_key_head(at::matmul(p.mT(), g), in[3]).to(in[3].scalar_type())};
+  if (in[4].defined()) grads.push_back(at::sum_to(ds, in[4].sym_sizes()).to(in[4].scalar_type()));
+  return grads;
+}
+
+std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Results double_backward(const Tensor* gg, const variable_list& in, const Settings& s, const std::vector<bool>& need) {
+  using Signature = Results(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                            const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                            bool, double, bool, bool, bool, bool);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kOperator, "").typed<Signature>();
+  return op.call(optional(gg[0]), optional(gg[1]), optional(gg[2]), in[0], in[1], in[2], in[3], optional(in[4]),
+                 s.causal, s.scale, need[0], need[1], need[2], need[3]);
+}
+
+using Stock = std::function<variable_list()>;  // PyTorch's first backward
+
+struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const std::optional<Tensor>& bias, const Settings& s, const Stock& stock) {
+    ctx->save_for_backward({g, q, k, v, optional_value(bias)});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["causal"] = s.causal;
+    ctx->saved_data["scale"] = s.scale;
+    ctx->saved_data["dropout"] = s.dropout;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return stock();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto in = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    const Settings s{data["causal"].toBool(), data["scale"].toDouble(), data["dropout"].toDouble()};
+    TORCH_CHECK_NOT_IMPLEMENTED(s.dropout == 0,
+                                "robustkern: the second derivative of scaled_dot_product_attention with dropout needs "
+                                "sdpa_kernel(SDPBackend.MATH) around the forward");
+    Tensor gg[4];
+    std::copy(cotangents.begin(), cotangents.end(), gg);
+    variable_list result(7);
+    size_t edge = 0;
+    std::vector<bool> need;
+    for (const Tensor& t : in) need.push_back(needs(ctx, t, edge));
+    if (std::none_of(gg, gg + 4, [](const Tensor& t) { return t.defined(); })) return result;
+
+    const bool third_order = at::GradMode::is_enabled();
+    if (third_order || need[4] || gg[3].defined()) {
+      const at::AutoGradMode grad_mode(true);
+      const auto grads = higher_order([&](const variable_list& x) { return first_backward(x, s); }, in,
+                                      {gg, gg + 3 + in[4].defined()}, need);
+      for (size_t i = 0; i < grads.size(); ++i)
+        result[i] = third_order || !grads[i].defined() ? grads[i] : grads[i].detach();
+      return result;
+    }
+
+    const at::AutoDispatchBelowADInplaceOrView below;
+    need[3] = need[3] && (gg[0].defined() || gg[1].defined());  // v is linear
+    const auto [grad_g, grad_q, grad_k, grad_v] = double_backward(gg, in, s, need);
+    if (need[0]) result[0] = grad_g;
+    if (need[1]) result[1] = grad_q;
+    if (need[2]) result[2] = grad_k;
+    if (need[3]) result[3] = grad_v;
+    return result;
+  }
+};
+
+double scale_of(const std::optional<double>& scale, const Tensor& q) {
+  return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.sym_size(-1).guard_int(__FILE__, __LINE__)));
+}
+
+// What the four backends have in common.  A backend is one of the structs below.
+struct Call {
+  Tensor g, q, k, v;
+  std::optional<Tensor> bias;
+  Settings settings;
+};
+
+template <class... T>
+variable_list as_list(const std::tuple<T...>& results) {
+  return std::apply([](const auto&... t) { return variable_list{t...}; }, results);
+}
+
+struct FlashCpu {
+  using Op = at::_ops::_scaled_dot_product_flash_attention_for_cpu_backward;
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
+                   double dropout, bool causal, const std::optional<Tensor>& bias, std::optional<double> scale) {
+    return {g, q, k, v, bias, {causal, scale_of(scale, q), dropout}};
+  }
+};
+
+struct FlashCuda {
+  using Op = at::_ops::_scaled_dot_product_flash_attention_backward;
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
+                   const Tensor&, const Tensor&, const SymInt&, const SymInt&, double dropout, bool causal,
+                   const Tensor&, const Tensor&, std::optional<double> scale) {
+    return {g, q, k, v, std::nullopt, {causal, scale_of(scale, q), dropout}};
+  }
+};
+
+struct Efficient {
+  using Op = at::_ops::_scaled_dot_product_efficient_attention_backward;
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, double dropout, std::array<bool, 4>,
+                   bool causal, std::optional<double> scale) {
+    return {g, q, k, v, optional(bias), {causal, scale_of(scale, q), dropout}};
+  }
+};
+
+struct Cudnn {
+  using Op = at::_ops::_scaled_dot_product_cudnn_attention_backward;
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
+                   const Tensor&, const Tensor&, const Tensor& bias, const Tensor&, const Tensor&, const SymInt&,
+                   const SymInt&, double dropout, bool causal, std::optional<double> scale) {
+    return {g, q, k, v, optional(bias), {causal, scale_of(scale, q), dropout}};
+  }
+};
+
+template <size_t N>
+auto as_tuple(const std::array<Tensor, N>& t) {
+  return std::apply([](const auto&... each) { return std::tuple(each...); }, t);
+}
+
+// torch.func.grad runs a backward once at each of its levels, from the inside out.  The outer levels are those that
+// differentiate what the inner ones have computed; how many lie above the one at hand:
+thread_local int inner_levels = 0;
+
+class InnerLevel {
+ public:
+  explicit InnerLevel(bool entered) : entered_(entered) { inner_levels += entered_; }
+  ~InnerLevel() { inner_levels -= entered_; }
+  InnerLevel(const InnerLevel&) = delete;
+  InnerLevel& operator=(const InnerLevel&) = delete;
+
+ private:
+  const bool entered_;
+};
+
+template <class Backend, class Schema = typename Backend::Op::schema>
+struct Attention;
+
+template <class Backend, class R, class... Args>
+struct Attention<Backend, R(Args...)> {
+  using Op = typename Backend::Op;
+  static constexpr size_t kOutputs = std::tuple_size_v<R>;
+
+  static R kernel(c10::DispatchKeySet keys, Args... args) {
+    if (serves(args...)) return fused(args...);
+    const bool transformed = enabled() && !uses_stock_kernels() && under_functorch_grad();
+    if (transformed && inner_levels > 0) return composite(args...);
+    const InnerLevel level(transformed);
+    return Op::redispatch(stock_keys(keys), args...);
+  }
+
+ private:
+  static R fused(Args... args) {
+    const Call c = Backend::call(args...);
+    std::array<bool, kOutputs> present{};
+    const Stock stock = [&] {
+      variable_list outputs;
+      const auto all = as_list(Op::call(args...));
+      for (size_t i = 0; i < kOutputs; ++i)
+        if ((present[i] = all[i].defined())) outputs.push_back(all[i]);
+      return outputs;
+    };
+    const auto outputs = AttentionBackward::apply(c.g, c.q, c.k, c.v, c.bias, c.settings, stock);
+    std::array<Tensor, kOutputs> results;
+    for (size_t i = 0, next = 0; i < kOutputs; ++i)
+      if (present[i]) results[i] = outputs[next++];
+    return as_tuple(results);
+  }
+
+  // Under torch.func.grad of torch.func.grad, where no Function can run.
+  static R composite(Args... args) {
+    const Call c = Backend::call(args...);
+    if (c.settings.dropout != 0) return Op::call(args...);
+    const auto grads = first_backward({c.g, c.q, c.k, c.v, optional_value(c.bias)}, c.settings);
+    std::array<Tensor, kOutputs> results;
+    for (size_t i = 0; i < std::min(kOutputs, grads.size()); ++i) results[i] = grads[i];
+    return as_tuple(results);
+  }
+};
+
+}  // namespace
+
+void register_attention(Registrar& r) {
+  r.add<FlashCpu::Op, Attention<FlashCpu>::kernel>(kOperator);
+  r.add<FlashCuda::Op, Attention<FlashCuda>::kernel>(kOperator);
+  r.add<Efficient::Op, Attention<Efficient>::kernel>(kOperator);
+  r.add<Cudnn::Op, Attention<Cudnn>::kernel>(kOperator);
+}
+
+}  // namespace rk::aten

@@ -1,0 +1,65 @@
+#include "attention_arguments.h"
+
+#include <sstream>
+#include <vector>
+
+#include "../check.h"
+
+namespace rk::aten {
+namespace {
+
+constexpr const char* kOp = "attention_double_backward";
+
+std::string describe(const Tensor& t) {
+  return shape_text(t.sizes().vec()) + " " + name_of(t.scalar_type()) + " on " + t.device().str();
+}
+
+void check_like(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, const Tensor& q) {
+  RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == q.scalar_type() && t.device() == q.device(), kOp, ": ", name,
+           " must be ", shape_text(sizes), " ", name_of(q.scalar_type()), " on ", q.device().str(), ", got ",
+           describe(t));
+}
+
+void check_like(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& sizes, const Tensor& q) {
+  if (t) check_like(name, *t, sizes, q);
+}
+
+}  // namespace
+
+AttentionShape check_attention(const AttentionArguments& a) {
+  const Tensor &q = a.q, &k = a.k, &v = a.v;
+  RK_CHECK(is_floating_point(q.scalar_type()), kOp, ": q must be float32, float64, float16 or bfloat16, got ",
+           describe(q));
+  const std::pair<const char*, const Tensor&> four_dimensional[] = {{"q", q}, {"k", k}, {"v", v}};
+  for (const auto& [name, t] : four_dimensional)
+    RK_CHECK(t.dim() == 4, kOp, ": ", name, " must have 4 dimensions, got ", describe(t));
+  const AttentionShape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), q.scalar_type()};
+  RK_CHECK(s.key_heads == 0 ? s.heads == 0 : s.heads % s.key_heads == 0, kOp, ": the ", s.key_heads,
+           " heads of k must divide the ", s.heads, " heads of q");
+  const std::vector<int64_t> like_q{s.batch, s.heads, s.queries, s.key_size},
+      like_k{s.batch, s.key_heads, s.keys, s.key_size}, like_v{s.batch, s.key_heads, s.keys, s.value_size};
+  check_like("k", k, like_k, q);
+  check_like("v", v, like_v, q);
+  check_like("grad", a.grad, {s.batch, s.heads, s.queries, s.value_size}, q);
+  check_like("gg_q", a.gg_q, like_q, q);
+  check_like("gg_k", a.gg_k, like_k, q);
+  check_like("gg_v", a.gg_v, like_v, q);
+  if (!a.mask) return s;
+  const std::vector<int64_t> scores{s.batch, s.heads, s.queries, s.keys};
+  const Tensor& m = *a.mask;
+  bool fits = m.dim() <= 4 && is_floating_point(m.scalar_type()) && m.device() == q.device();
+  for (int64_t d = 1; fits && d <= m.dim(); ++d) fits = m.size(-d) == 1 || m.size(-d) == scores[4 - d];
+  RK_CHECK(fits, kOp, ": mask must be floating-point, broadcastable to ", shape_text(scores), " and on ",
+           q.device().str(), ", got ", describe(m));
+  return s;
+}
+
+Tensor additive_mask(const Tensor& mask, const AttentionShape& shape) {
+  Tensor m = mask;
+  for (int64_t d = 0; d < m.dim(); ++d)
+    if (m.size(d) > 1 && m.stride(d) == 0) m = m.narrow(d, 0, 1);
+  m = m.to(shape.dtype == at::kDouble ? at::kDouble : at::kFloat);
+  return m.expand({shape.batch, shape.heads, shape.queries, shape.keys});
+}
+
+}  // namespace rk::aten

@@ -1,8 +1,10 @@
-"""All benchmarks of this machine, operators and then training steps: python -m benchmarks [options of both]."""
+"""All benchmarks of this machine, operators, second backwards, training steps: python -m benchmarks [options]."""
 
 import sys
 
-from . import bench_ops, penalised_step
+from . import bench_double_backward, bench_ops, penalised_step
 
 if __name__ == "__main__":
-    raise SystemExit(bench_ops.main(sys.argv[1:]) or penalised_step.main(sys.argv[1:]))
+    raise SystemExit(
+        bench_ops.main(sys.argv[1:]) or bench_double_backward.main([]) or penalised_step.main(sys.argv[1:])
+    )

@@ -244,6 +244,24 @@ def full(results: Row) -> str:
     return "\n".join(parts) + "\n"
 
 
+def readme_double_backward(results: Row) -> str:
+    """One line for each second backward, stock beside installed."""
+    section = results["double_backward"]
+    header = ["second backward of", "stock, ms", "installed, ms", "faster", "GB/s", "of copy"]
+    lines = [
+        [
+            row["case"],
+            "raises" if row["stock_ms"] is None else f"{row['stock_ms']:.3g}",
+            f"{row['installed_ms']:.3g}",
+            "-" if row["stock_ms"] is None else times(row["stock_ms"] / row["installed_ms"]),
+            f"{row['gb_per_s']:.3g}",
+            f"{row['of_copy']:.0%}",
+        ]
+        for row in section["rows"]
+    ]
+    return f"{sentence(section)}\n\n{table(header, lines)}"
+
+
 def _reasons(groups: dict[Any, Columns], orders: tuple[str, ...]) -> list[str]:
     """Why some figures are missing, once each."""
     reasons = {
@@ -262,6 +280,9 @@ def replace(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
+BLOCKS = (("ops", readme_ops), ("double_backward", readme_double_backward), ("steps", readme_steps))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if something is not up to date")
@@ -273,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     everything = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
     wanted = {path.with_suffix(".md"): full(results) for path, results in everything.items()}
     text = options.readme.read_text()
-    for name, render in (("ops", readme_ops), ("steps", readme_steps)):
+    for name, render in BLOCKS:
         tables = [render(results) for results in everything.values() if name in results]
         text = replace(text, name, "\n\n".join(tables) if tables else "No results yet: run `make bench`.")
     if "<!-- benchmarks:begin training -->" in text:

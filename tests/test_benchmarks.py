@@ -37,6 +37,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
     # In processes of their own: the programs tell the C library to keep freed memory.
     python("-m", "benchmarks.bench_ops", "--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared)
+    python("-m", "benchmarks.bench_double_backward", "--size", "tiny", *shared[:4], "--out", str(out))
     steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
     python(*steps, "plain", "plain_installed", "eager", "installed")
     python(*steps, "installed_compile")  # joins the others
@@ -53,7 +54,9 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert rows["plain"]["ratio"] == 1.0
     assert all(row["ms"] > 0 and row["gradient_error"] < 1e-4 for row in rows.values())
 
-    markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name in ("ops", "steps") for end in ("begin", "end"))
+    markers = "\n".join(
+        f"<!-- benchmarks:{end} {name} -->" for name in ("ops", "double_backward", "steps") for end in ("begin", "end")
+    )
     readme.write_text(f"before\n{markers}\nafter\n")
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import render
@@ -63,6 +66,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert render.main(options) == 0
     assert render.main([*options, "--check"]) == 0
     assert "ResNet" in readme.read_text()
+    assert "BatchNorm2d" in readme.read_text()
     assert "double backward" in out.with_suffix(".md").read_text()
     (tmp_path / "penalised_step.png").unlink()
     assert render.main([*options, "--check"]) == 1

@@ -14,15 +14,20 @@ import torch
 import robustkern
 from cases import CASES, OPS, cotangents, recorded_calls
 from robustkern import _library, losses, ops, penalties, reference
+from robustkern.ops._double_backward import DOUBLE_BACKWARDS
 
 ROOT = Path(__file__).parents[1]
 ORDERS = ("", "_backward", "_double_backward")
 SCHEMAS = re.findall(r'"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
 STEMS = [name for name in SCHEMAS if not name.endswith("backward")]
+CHAINS = {stem + order for stem in STEMS for order in ORDERS}
+# Derivatives of PyTorch's own operators, whose chains PyTorch begins.
+ENDS = [name for name in SCHEMAS if name not in CHAINS]
 LONGEST_FILE = 400
 
 over_operators = pytest.mark.parametrize("op", STEMS)
-over_schemas = pytest.mark.parametrize("schema", SCHEMAS)
+over_schemas = pytest.mark.parametrize("schema", [name for name in SCHEMAS if name in CHAINS])
+over_ends = pytest.mark.parametrize("schema", ENDS)
 
 
 def has_kernel(schema, key):
@@ -49,7 +54,38 @@ def test_schemas_come_in_threes():
         assert [stem + order for order in ORDERS] == [
             s for s in SCHEMAS if s.startswith(stem) and s in stem_family(stem)
         ]
-    assert len(SCHEMAS) == 3 * len(STEMS), f"each operator needs {ORDERS}, got {SCHEMAS}"
+    assert len(CHAINS) == 3 * len(STEMS), f"each operator needs {ORDERS}, got {SCHEMAS}"
+    assert sorted(ENDS) == sorted(DOUBLE_BACKWARDS), "register what csrc/ops.cpp declares in robustkern/ops"
+
+
+@over_ends
+def test_derivatives_of_pytorch_operators(schema):
+    stem = re.sub(r"(_double)?_backward$", "", schema)
+    entry = DOUBLE_BACKWARDS[schema]
+    for key, step in (
+        ("CPU", "kernel"),
+        ("Meta", "fake kernel"),
+        ("Autograd", "formula"),
+        ("FuncTorchBatched", "rule"),
+    ):
+        assert has_kernel(schema, key), f"register a {key} {step} of {schema}"
+    kernels = [p for p in sources(f"csrc/cuda/{stem}*.cu", f"csrc/aten/{stem}*.cpp") if f'"{schema}"' in p.read_text()]
+    assert kernels, f"register a CUDA kernel of {schema}"
+    assert schema in reference.__all__
+    assert entry.reference is getattr(reference, schema)
+    names = [argument.name for argument in entry.operator.default._schema.arguments]
+    assert list(inspect.signature(entry.reference).parameters) == names
+    for sample in entry.samples("cpu", torch.float32):
+        assert list(sample.arguments) == names, f"{schema}({sample.name})"
+    replacements = " ".join(p.read_text() for p in sources("csrc/aten/*.cpp"))
+    assert f"robustkern::{schema}" in replacements, f"nothing in csrc/aten calls {schema}"
+    assert (ROOT / f"tests/installed/{stem}.py").is_file(), f"write tests/installed/{stem}.py"
+    text = inspect.getdoc(entry.reference)
+    assert text, f"{schema}: the reference has no docstring"
+    assert re.search(r"=|L\b", text.split("\n")[0]), f"{schema}: begin the reference's docstring with its formula"
+    rows = [line for line in text_of("README.md", "write the README").splitlines() if line.startswith("|")]
+    assert any(schema in line for line in rows), f"add a row for {schema} to README.md"
+    assert any(schema in p.read_text() for p in (ROOT / "benchmarks").glob("*.py")), f"add {schema} to the benchmarks"
 
 
 def stem_family(stem):
@@ -71,15 +107,14 @@ def test_public_function_reference_and_module(op):
     assert op in reference.__all__, f"add {op} to __all__ of robustkern/reference/__init__.py"
     assert inspect.getfile(getattr(reference, op)).endswith(f"reference/{op}.py")
     assert inspect.getfile(getattr(ops, op)).endswith(f"ops/{op}.py")
-    assert ops.__all__ == sorted(STEMS) == reference.__all__
+    assert ops.__all__ == sorted(STEMS)
+    assert reference.__all__ == sorted([*STEMS, *ENDS])
 
 
 @over_operators
 def test_sources(op):
     for path in (f"csrc/math/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"):
         text_of(path, "write the kernels")
-    setup = text_of("setup.py", "list the operator")
-    assert f'"{op}"' in setup, f"add {op} to OPS in setup.py"
 
 
 @over_schemas

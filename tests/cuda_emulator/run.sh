@@ -7,7 +7,7 @@
 set -u
 python=${1:-python3}
 cd "$(dirname "$0")/../.." || exit 1
-suite="tests/test_accuracy.py tests/test_cotangents.py tests/test_determinism.py tests/test_layouts.py tests/test_numerics.py tests/test_arguments.py"
+suite="tests/test_accuracy.py tests/test_cotangents.py tests/test_determinism.py tests/test_layouts.py tests/test_numerics.py tests/test_arguments.py tests/test_double_backward.py"
 
 run() { # a step that needs g++ and the CUDA toolkit's headers exits with 77 where they are missing
   echo "== $*"
@@ -28,6 +28,7 @@ run "$python" $emulator/build.py
 library=$("$python" $emulator/build.py | tail -n 1)
 # shellcheck disable=SC2086
 run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest $suite
+run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest tests/test_installed.py -k gradgradcheck
 run env ROBUSTKERN_EMULATED="$library" ROBUSTKERN_EMULATOR_ORDER=reverse "$python" -m pytest tests/test_cotangents.py
 run "$python" $emulator/build.py --sanitize address
 library=$("$python" $emulator/build.py --sanitize address | tail -n 1)

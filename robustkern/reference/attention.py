@@ -22,7 +22,7 @@ def attention_double_backward(
     need_k: bool = True,
     need_v: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of sum <gg_x, grad_x> over x in (q, k, v), where grad_x are the first derivatives of attention.
+    """Gradients of L = sum <gg_x, grad_x> over x in (q, k, v), grad_x being the first derivatives of attention.
 
     ::
 

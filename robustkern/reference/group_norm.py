@@ -20,7 +20,7 @@ def group_norm_double_backward(
     need_x: bool = True,
     need_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The gradients of <gg_x, grad_x> + <gg_weight, grad_weight> + <gg_bias, grad_bias> in grad, x and weight.
+    r"""Gradients of L = <gg_x, grad_x> + <gg_weight, grad_weight> + <gg_bias, grad_bias> in grad, x and weight.
 
         P(v)        = v - mean(v) - xh mean(v xh),  xh = (x - mean) rstd
         gg_grad     = weight t + gg_weight xh + gg_bias,  t = rstd P(gg_x)

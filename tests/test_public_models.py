@@ -21,7 +21,7 @@ def preresnet():
 
 def vit():
     package = pytest.importorskip("x_transformers", reason="pip install robustkern[models]")
-    layers = package.Encoder(dim=32, depth=2, heads=2, attn_flash=True)
+    layers = package.Encoder(dim=32, depth=2, heads=2, attn_flash=False)
     return package.ViTransformerWrapper(image_size=32, patch_size=8, num_classes=10, attn_layers=layers)
 
 

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../group_norm_arguments.h"
 #include "torch.cuh"
@@ -64,9 +65,11 @@ struct Tensors {
     c.groups = groups;
     const bool rows = innermost || c.positions == 1;  // planes of one position are rows of channels
     set_units(c, rows);
-    sums = torch::stable::new_empty(x, {c.samples, c.channels, c.slots, 5}, accumulation());
-    if (grad_weight) sample_weight = torch::stable::new_empty(x, {c.samples, c.channels}, accumulation());
-    if (grad_bias) sample_bias = torch::stable::new_empty(x, {c.samples, c.channels}, accumulation());
+    // Named, since nvcc takes the commas of a list in a template's argument for operators.
+    const std::vector<int64_t> sum_sizes{c.samples, c.channels, c.slots, 5}, sample_sizes{c.samples, c.channels};
+    sums = torch::stable::new_empty(x, sum_sizes, accumulation());
+    if (grad_weight) sample_weight = torch::stable::new_empty(x, sample_sizes, accumulation());
+    if (grad_bias) sample_bias = torch::stable::new_empty(x, sample_sizes, accumulation());
     c.x = static_cast<const S*>(x.data_ptr());
     c.g = static_cast<const S*>(grad.data_ptr());
     c.u = pointer<const S>(gg_x);

@@ -237,7 +237,7 @@ int main(int argc, char** argv) {
     test_problem(options, halves);
     test_small_grid(draw);
   }
-  Problem<float> many_rows(draw, 150, 40);
+  Problem<float> many_rows(draw, 60, 40);
   test_problem(options, many_rows);
   many_rows.own_kernel = true;  // as for rows whose sums do not fit a block
   test_problem(options, many_rows);

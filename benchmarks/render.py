@@ -69,7 +69,9 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def ms(row: Row | None) -> str:
-    return "-" if row is None else "failed" if row["ms"] is None else f"{row['ms']:.3g}"
+    if row is None or row.get("reason") == harness.TOO_LATE_TO_COMPILE:
+        return "-"
+    return "failed" if row["ms"] is None else f"{row['ms']:.3g}"
 
 
 def speed_up(columns: Columns, over: str, of: str = "robustkern") -> float | None:

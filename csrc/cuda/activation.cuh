@@ -21,7 +21,7 @@ struct ActivationCall {
 };
 
 template <Activation kFunction, class S>
-__global__ void __launch_bounds__(256) activation_double_backward_kernel(const ActivationCall<S> c) {
+__global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(const ActivationCall<S> c) {
   using A = accumulation_t<S>;
   constexpr int V = Vector<S>::kSize;
   const std::int64_t thread = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x,

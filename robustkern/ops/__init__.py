@@ -1,6 +1,7 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
 from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
+from robustkern.ops.random_cotangents import random_cotangents as random_cotangents
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 

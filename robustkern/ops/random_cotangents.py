@@ -1,0 +1,97 @@
+"""random_cotangents: random directions in the space of a model's outputs, for estimates of its Jacobian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustkern import _library, reference
+from robustkern.ops._select import check_floating, use_kernel
+from robustkern.reference.random_cotangents import draw_seed
+
+# In the order of csrc/math/random_cotangents.h.
+LAWS = ("sphere", "gaussian", "rademacher", "orthonormal")
+KINDS = ("plain", "centred", "fisher")
+
+
+def random_cotangents(
+    outputs: Tensor,  # [B, C] or [B, C, d1, ...]
+    projections: int,
+    *,
+    law: str = "sphere",
+    kind: str = "plain",
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:  # [K, B, C, ...]
+    r"""w_k = v_k, v_k - mean_c(v_k) or sqrt(p) v_k - p <sqrt(p), v_k>, with random v_k, E[v_k v_k^T] = I.
+
+    mean_k ||J^T w_k||^2 is then an unbiased estimate for each sample, J being the Jacobian of its outputs: of
+    ||J||_F^2 (plain), of ||(I - 11^T/C) J||_F^2 (centred, cross-Lipschitz), of the trace of the Fisher information
+    with p = softmax(outputs) (fisher).  One sample's outputs, D = C d1 ... of them, are one vector; mean, softmax and
+    inner product are taken over the C classes, at each position by itself.  Bytes moved: outputs once if fisher, the
+    result once.
+
+    Args:
+        outputs: logits, [B, C] or [B, C, d1, ...] float32, float64, float16 or bfloat16; B may be 0.  They lend the
+            result their shape, dtype and device; only kind="fisher" reads them.
+        projections: K >= 1.
+        law: of v.  "sphere": sqrt(D) times a unit vector; "gaussian": normal entries; "rademacher": entries +-1;
+            "orthonormal": sqrt(D) times K orthonormal vectors, uniformly distributed (Haar), K <= D: of all laws the
+            least variance, none at K = D.
+        kind: "plain", "centred" or "fisher", as above.
+        generator: where the seed comes from if none is given; on the device of outputs.  None: the default one.
+        seed: one int64 on the device of outputs, [1].  The same seed gives the same v.
+        impl: "auto" (the kernel if there is one), "kernel" or "reference".
+
+    Returns:
+        [K, *outputs.shape] in the dtype of outputs; computed in float32, float64 for float64, from the same random
+        bits in every dtype.
+
+    Raises:
+        TypeError: outputs is not a floating-point tensor.
+        ValueError: an unknown law or kind, K < 1, K > D for "orthonormal", a seed that is not one int64, or a seed or
+            generator on another device.
+
+    Differentiability: kind="fisher" once in outputs; a further derivative raises.  The others do not depend on them.
+    Determinism: Philox4x32-10, keyed by the seed and counted by entry, projection and sample: the same bits on every
+    run, on CPU and CUDA, and for any number of threads.  Without a seed, the result follows the generator.  Saved for
+    backward: outputs and the seed, from which v is drawn again.
+    """
+    op = "random_cotangents"
+    check_floating(op, "outputs", outputs)
+    if outputs.dim() < 2:
+        raise ValueError(f"{op}: outputs must be [B, C] or [B, C, ...], got shape {list(outputs.shape)}")
+    if law not in LAWS:
+        raise ValueError(f"{op}: law must be one of {', '.join(map(repr, LAWS))}, got {law!r}")
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if projections < 1:
+        raise ValueError(f"{op}: projections must be at least 1, got {projections}")
+    size = outputs.shape[1:].numel()
+    if law == "orthonormal" and projections > size:
+        raise ValueError(
+            f"{op}: there are at most {size} orthonormal vectors in {size} dimensions, got projections = {projections}; "
+            f"{size} of them are exact already, and the other laws take any number"
+        )
+    if seed is None:
+        if generator is not None and generator.device.type != outputs.device.type:
+            raise ValueError(f"{op}: generator must be on {outputs.device} like outputs, got {generator.device}")
+        seed = draw_seed(outputs, generator)
+    elif seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != outputs.device:
+        raise ValueError(
+            f"{op}: seed must be one int64 on {outputs.device} like outputs, "
+            f"got {list(seed.shape)} {str(seed.dtype).removeprefix('torch.')} on {seed.device}"
+        )
+    seed = seed.reshape(1)
+    if kind != "fisher":
+        outputs = outputs.detach()
+    if not use_kernel(op, impl, outputs, None if _library.extension() and _has_kernel() else "it is not built"):
+        return reference.random_cotangents(outputs, projections, law=law, kind=kind, seed=seed)
+    flat = outputs.reshape(outputs.shape[0], outputs.shape[1], outputs.shape[2:].numel())
+    w = torch.ops.robustkern.random_cotangents(flat, seed, projections, LAWS.index(law), KINDS.index(kind))
+    return w.reshape(projections, *outputs.shape)
+
+
+def _has_kernel() -> bool:
+    return hasattr(torch.ops.robustkern, "random_cotangents")

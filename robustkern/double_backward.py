@@ -16,10 +16,13 @@ __all__ = ["fused_double_backward", "install", "is_installed", "uninstall"]
 def install(*, materialize_zeros: bool = False) -> None:
     """Makes the second backward of PyTorch's own operators fused, for every model in this process.
 
-    Nothing about a model changes, nor about its first backward's values.  Where a graph is built that can be
-    differentiated again (`create_graph=True`), the operators that `robustkern info` lists remember their inputs, and
-    their second backward is one fused kernel instead of a chain of small ones.  Everywhere else (no grad mode, plain
-    training steps, torch.func transforms, forward-mode differentiation) PyTorch's own kernels run.
+    Nothing about a model changes.  Where a graph is built that can be differentiated again (`create_graph=True`), the
+    operators that `robustkern info` lists remember their inputs, and their second backward is one fused kernel instead
+    of a chain of small ones.  Everywhere else (no grad mode, plain training steps, torch.func transforms, forward-mode
+    differentiation) PyTorch's own kernels run, but for RMSNorm's backward, which PyTorch composes of a dozen operators.
+
+    First derivatives keep their bits, but for those of LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm:
+    always), which run fused kernels too and differ by rounding.
 
     Calling it again changes nothing but the option.  A graph keeps the derivatives it was built with: one built before
     `install()` stays PyTorch's, one built after it stays fused, whenever it is run.

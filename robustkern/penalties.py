@@ -27,7 +27,8 @@ def gradient_norm(
     model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
     part.
 
-    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact, and fused
+    To penalise it, add a multiple of its mean to the loss and call backward (a parameter that it does not depend on, such
+    as the last bias, gets no gradient from it: `.grad` None rather than zeros if nothing else gives one); the second derivative is exact, and fused
     for the operators that `robustkern.install()` replaces, installed or not.  (GroupNorm, RMSNorm, SiLU and Mish, whose
     forward pass must know of it, are fused if the forward pass too ran installed or within
     `robustkern.fused_double_backward()`, as it does in `robustkern.losses`.)  For

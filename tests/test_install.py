@@ -178,6 +178,23 @@ def test_zeros_where_asked_for():
     assert bias_gradient() is None
 
 
+def test_a_graph_keeps_its_zeros():
+    """Whether zeros come back is settled where the graph is built, not where it runs."""
+    x = torch.randn(2, 4, requires_grad=True)
+
+    def built(**options: bool) -> Tensor:
+        rk.install(**options)
+        return torch.autograd.grad(F.relu(x), x, torch.ones_like(x).requires_grad_(), create_graph=True)[0]
+
+    with_zeros, without = built(materialize_zeros=True), built()
+    assert torch.autograd.grad(without.sum(), x, allow_unused=True) == (None,)
+    assert torch.equal(torch.autograd.grad(with_zeros.sum(), x)[0], torch.zeros_like(x))
+    rk.uninstall()
+    without = built()
+    rk.install(materialize_zeros=True)
+    assert torch.autograd.grad(without.sum(), x, allow_unused=True) == (None,)
+
+
 def test_switching_in_many_threads():
     """Backward passes in some threads while others switch: every gradient is right."""
     model, (x, y) = network().double(), batch(torch.float64)

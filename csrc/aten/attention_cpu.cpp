@@ -1,8 +1,12 @@
 // attention_double_backward on the CPU.  Formulas: math/attention.h.
 //
-// A unit of work is one head of k and v with the rows of q that attend to it, taken in blocks: twelve matrix products
-// through PyTorch's BLAS for each block, on buffers that one thread owns, and between them loops over the scores while
-// these lie in its cache.  No more than a block of rows of four matrices of scores exists per thread.
+// A unit of work is one head of k and v with the rows of q that attend to it, taken in blocks: matrix products through
+// PyTorch's BLAS for each block, on buffers that one thread owns, and between them loops over the scores while these lie
+// in its cache.  No more than a block of rows of four matrices of scores exists per thread.
+//
+// The formulas have twelve products, which are small where sequences are short.  Seven remain, because operands that meet
+// the same matrix lie beside each other: [S T] = q [k B]^T, [dP X] = grad [v C]^T, [Pd P] [v C], [W dS] [k B], and the
+// rows of W and dS alternate as those of q and A do: (W, dS)^T (q, A).
 //
 // Where there are too few heads to occupy the machine, the blocks of a head are dealt out to several units, whose
 // gradients of k and v are added afterwards in their order.  How many depends on shapes alone: every bit of the result is
@@ -72,6 +76,14 @@ struct Task {
   Tensor partial_k, partial_v;  // [B, G, splits, S, D or E] if there are several
 };
 
+// Two matrices that lie beside or beneath each other.
+struct Pair {
+  Tensor both, first, second;
+  const Tensor& pick(bool with_first, bool with_second) const {
+    return with_first && with_second ? both : with_first ? first : second;
+  }
+};
+
 // One thread's buffers, and what it does with them.
 template <class A>
 class Worker {
@@ -79,30 +91,28 @@ class Worker {
   explicit Worker(const Task& task) : task_(task), s_(task.shape) {
     const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
     const auto buffer = [&](int64_t rows, int64_t cols) { return at::empty({rows, cols}, options); };
-    k_ = buffer(s_.keys, s_.key_size);
-    b_ = buffer(s_.keys, s_.key_size);
-    v_ = buffer(s_.keys, s_.value_size);
-    c_ = buffer(s_.keys, s_.value_size);
+    const int64_t width = rk::cpu::whole_lanes<A>(s_.keys);
+    keys_ = buffer(2 * width, s_.key_size);
+    values_ = buffer(2 * width, s_.value_size);
     sum_k_ = buffer(s_.keys, s_.key_size);
     sum_v_ = buffer(s_.keys, s_.value_size);
-    for (Tensor& m : scores_) m = buffer(1, task.block_rows * s_.keys);
-    for (Tensor& m : q_like_) m = buffer(task.block_rows, s_.key_size);
-    for (Tensor& m : grad_like_) m = buffer(task.block_rows, s_.value_size);
+    for (Tensor& m : scores_) m = buffer(1, task.block_rows * 2 * width);
+    queries_ = buffer(task.block_rows, 2 * s_.key_size);
+    out_q_ = buffer(task.block_rows, s_.key_size);
+    grad_ = buffer(task.block_rows, s_.value_size);
+    out_grad_ = buffer(task.block_rows, s_.value_size);
   }
 
   void run(int64_t unit) {
     const int64_t split = unit % task_.splits, head = unit / task_.splits;
     const int64_t b = head / s_.key_heads, g = head % s_.key_heads;
     const auto& plan = task_.plan;
-    read(task_.k, b, g, 0, k_, s_.keys);
-    if (plan.b) read(task_.gg_k, b, g, 0, b_, s_.keys);
-    if (plan.slope() || plan.grad) read(task_.v, b, g, 0, v_, s_.keys);
-    if (plan.c) read(task_.gg_v, b, g, 0, c_, s_.keys);
     if (plan.k) sum_k_.zero_();
     if (plan.v) sum_v_.zero_();
+    cols_read_ = -1;  // of this head
     for (int64_t h = g * s_.group(); h < (g + 1) * s_.group(); ++h)
       for (int64_t block = split; block < task_.blocks; block += task_.splits)
-        run_block(b, h, block * task_.block_rows);
+        run_block(b, h, g, block * task_.block_rows);
     if (task_.splits == 1) {
       if (plan.k) write(sum_k_, task_.result_k, b, g, 0, s_.keys);
       if (plan.v) write(sum_v_, task_.result_v, b, g, 0, s_.keys);
@@ -122,10 +132,11 @@ class Worker {
  private:
   static A* pointer(const Tensor& t) { return t.mutable_data_ptr<A>(); }
 
+  // Rows of a tensor into a matrix whose rows may lie further apart than they are long.
   void read(const Rows& from, int64_t b, int64_t h, int64_t first, const Tensor& to, int64_t rows) {
-    const int64_t cols = to.size(1);
+    const int64_t cols = to.size(1), stride = to.stride(0);
     A* const out = pointer(to);
-    for (int64_t i = 0; i < rows; ++i) read_piece(s_.dtype, from.at(b, h, first + i), out + i * cols, cols);
+    for (int64_t i = 0; i < rows; ++i) read_piece(s_.dtype, from.at(b, h, first + i), out + i * stride, cols);
   }
   void write(const Tensor& from, const Rows& to, int64_t b, int64_t h, int64_t first, int64_t rows) {
     const int64_t cols = from.size(1);
@@ -143,20 +154,49 @@ class Worker {
     return sum;
   }
 
+  static Pair beside(const Tensor& buffer, int64_t rows, int64_t cols) {
+    const Tensor both = buffer.view({-1}).narrow(0, 0, rows * 2 * cols).view({rows, 2 * cols});
+    return {both, both.narrow(1, 0, cols), both.narrow(1, cols, cols)};
+  }
+  static Pair beneath(const Tensor& buffer, int64_t rows) {
+    return {buffer.narrow(0, 0, 2 * rows), buffer.narrow(0, 0, rows), buffer.narrow(0, rows, rows)};
+  }
+
   // The buffers as matrices of a block's size; blocks of one size in a row find them made.
   void shape_views(int64_t rows, int64_t cols) {
     if (rows == rows_ && cols == cols_) return;
     rows_ = rows;
     cols_ = cols;
-    for (int i = 0; i < 4; ++i) scores[i] = scores_[i].narrow(1, 0, rows * cols).view({rows, cols});
-    for (int i = 0; i < 3; ++i) q_like[i] = q_like_[i].narrow(0, 0, rows);
-    for (int i = 0; i < 2; ++i) grad_like[i] = grad_like_[i].narrow(0, 0, rows);
-    k = k_.narrow(0, 0, cols);
-    b = b_.narrow(0, 0, cols);
-    v = v_.narrow(0, 0, cols);
-    c = c_.narrow(0, 0, cols);
+    width_ = rk::cpu::whole_lanes<A>(cols);
+    moved_scores = beside(scores_[0], rows, width_);
+    slopes = beside(scores_[1], rows, width_);
+    alternating = slopes.both.view({2 * rows, width_}).narrow(1, 0, cols).t();
+    bend = slopes.first.narrow(1, 0, cols).t();
+    moved = moved_scores.first.narrow(1, 0, cols).t();
+    keys = beneath(keys_, width_);
+    values = beneath(values_, width_);
+    queries = beside(queries_, rows, s_.key_size);
+    alternating_queries = queries.both.view({2 * rows, s_.key_size});
+    out_q = out_q_.narrow(0, 0, rows);
+    grad = grad_.narrow(0, 0, rows);
+    out_grad = out_grad_.narrow(0, 0, rows);
     sum_k = sum_k_.narrow(0, 0, cols);
     sum_v = sum_v_.narrow(0, 0, cols);
+  }
+
+  // The first cols_ rows of k, B, v and C, zeros behind them.
+  void read_keys(int64_t b, int64_t g) {
+    if (cols_read_ == cols_) return;
+    cols_read_ = cols_;
+    const auto fill = [&](const Rows& from, const Tensor& to) {
+      read(from, b, g, 0, to, cols_);
+      std::fill(pointer(to) + cols_ * to.size(1), pointer(to) + width_ * to.size(1), A(0));
+    };
+    const auto& plan = task_.plan;
+    fill(task_.k, keys.first);
+    if (plan.b) fill(task_.gg_k, keys.second);
+    if (plan.slope() || plan.grad) fill(task_.v, values.first);
+    if (plan.c) fill(task_.gg_v, values.second);
   }
 
   // out = scale x y, or out += scale x y
@@ -164,50 +204,39 @@ class Worker {
     Tensor(out).addmm_(x, y, add ? 1 : 0, scale);
   }
 
-  void run_block(int64_t batch, int64_t head, int64_t first) {
+  void run_block(int64_t batch, int64_t head, int64_t key_head, int64_t first) {
     const auto& plan = task_.plan;
     const int64_t rows = std::min(task_.block_rows, s_.queries - first);
-    const int64_t cols = task_.causal ? std::min(s_.keys, first + rows) : s_.keys;
-    shape_views(rows, cols);
-    const Tensor &s = scores[0], &t = scores[1], &dp = scores[2], &x = scores[3];
-    const Tensor &q = q_like[0], &a = q_like[1], &out_q = q_like[2], &grad = grad_like[0], &out_grad = grad_like[1];
+    shape_views(rows, task_.causal ? std::min(s_.keys, first + rows) : s_.keys);
+    read_keys(batch, key_head);
+    const Tensor &q = queries.first, &a = queries.second;
     read(task_.q, batch, head, first, q, rows);
     if (plan.a) read(task_.gg_q, batch, head, first, a, rows);
     if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad, rows);
 
-    multiply(q, k.t(), s, false, task_.scale);
-    if (plan.a) multiply(a, k.t(), t, false, task_.scale);
-    if (plan.b) multiply(q, b.t(), t, plan.a, task_.scale);
-    if (!plan.tangent()) Tensor(t).zero_();
-    if (plan.slope())
-      multiply(grad, v.t(), dp, false);
-    else
-      Tensor(dp).zero_();
-    if (plan.mixed())
-      multiply(grad, c.t(), x, false);
-    else
-      Tensor(x).zero_();
-    scores_loop(batch, head, first);
-    const Tensor &moved = s, &probability = t, &slope = dp, &bend = x;  // Pd, P, dS, W
+    multiply(q, keys.pick(true, plan.b).t(), moved_scores.pick(true, plan.b), false, task_.scale);
+    if (plan.a) multiply(a, keys.first.t(), moved_scores.second, plan.b, task_.scale);
+    if (!plan.tangent()) Tensor(moved_scores.second).zero_();
+    if (plan.slope() || plan.mixed())
+      multiply(grad, values.pick(plan.slope(), plan.mixed()).t(), slopes.pick(plan.slope(), plan.mixed()), false);
+    if (!plan.slope()) Tensor(slopes.first).zero_();
+    if (!plan.mixed()) Tensor(slopes.second).zero_();
+    scores_loop(batch, head, first);  // now they are [Pd P] and [W dS]
     if (plan.grad) {
-      if (plan.tangent()) multiply(moved, v, out_grad, false);
-      if (plan.c) multiply(probability, c, out_grad, plan.tangent());
+      multiply(moved_scores.pick(plan.tangent(), plan.c), values.pick(plan.tangent(), plan.c), out_grad, false);
       write(out_grad, task_.result_grad, batch, head, first, rows);
     }
     if (plan.q) {
-      multiply(bend, k, out_q, false, task_.scale);
-      if (plan.b) multiply(slope, b, out_q, true, task_.scale);
+      multiply(slopes.pick(true, plan.b), keys.pick(true, plan.b), out_q, false, task_.scale);
       write(out_q, task_.result_q, batch, head, first, rows);
     }
-    if (plan.k) {
-      multiply(bend.t(), q, sum_k, true, task_.scale);
-      if (plan.a) multiply(slope.t(), a, sum_k, true, task_.scale);
-    }
-    if (plan.v) multiply(moved.t(), grad, sum_v, true);
+    if (plan.k && plan.a) multiply(alternating, alternating_queries, sum_k, true, task_.scale);
+    if (plan.k && !plan.a) multiply(bend, q, sum_k, true, task_.scale);
+    if (plan.v) multiply(moved, grad, sum_v, true);
   }
 
   void scores_loop(int64_t batch, int64_t head, int64_t first) {
-    A *s = pointer(scores[0]), *t = pointer(scores[1]), *dp = pointer(scores[2]), *x = pointer(scores[3]);
+    A *s = pointer(moved_scores.both), *dp = pointer(slopes.both);
     const Tensor& mask = task_.mask;
     const A* mask_row = nullptr;
     if (mask.defined())
@@ -215,17 +244,21 @@ class Worker {
     for (int64_t i = 0; i < rows_; ++i) {
       if (mask_row) rk::cpu::add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols_);
       const int64_t valid = task_.causal ? std::min(cols_, first + i + 1) : cols_;
-      rk::cpu::attention_row(s, t, dp, x, valid, cols_);
-      for (A** row : {&s, &t, &dp, &x}) *row += cols_;
+      rk::cpu::attention_row(s, s + width_, dp, dp + width_, valid, width_);
+      s += 2 * width_;
+      dp += 2 * width_;
     }
   }
 
   const Task& task_;
   const AttentionShape& s_;
-  Tensor k_, b_, v_, c_, sum_k_, sum_v_;         // [S, D or E]
-  Tensor scores_[4], q_like_[3], grad_like_[2];  // a block's
-  int64_t rows_ = -1, cols_ = -1;                // of the views below
-  Tensor k, b, v, c, sum_k, sum_v, scores[4], q_like[3], grad_like[2];
+  Tensor keys_, values_, sum_k_, sum_v_;                  // [2 S or S, D or E]
+  Tensor scores_[2], queries_, out_q_, grad_, out_grad_;  // a block's
+  int64_t rows_ = -1, cols_ = -1, width_ = -1;            // of the views below; cols_ in whole lanes
+  int64_t cols_read_ = -1;                                // rows of this head in keys and values
+  Pair keys, values, queries;                             // [k B], [v C], [q A]
+  Pair moved_scores, slopes;                              // [S T] and [dP X]
+  Tensor moved, bend, alternating, alternating_queries, out_q, grad, out_grad, sum_k, sum_v;
 };
 
 template <class A>

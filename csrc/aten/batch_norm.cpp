@@ -2,17 +2,13 @@
 //
 // The formulas stand in math/batch_norm.h.  Here PyTorch's arguments are brought into the shape that the operator
 // robustkern::batch_norm_double_backward takes: [N, C, S]; channels_last images are [N * H * W, C, 1].  Views only.
-#include <ATen/core/dispatch/Dispatcher.h>
-
+#include "normalization.h"
 #include "operators.h"
 
 namespace rk::aten {
 namespace {
 
 constexpr char kKernel[] = "robustkern::batch_norm_double_backward";
-
-using Triple = std::tuple<Tensor, Tensor, Tensor>;
-using Mask = std::array<bool, 3>;
 
 // What both first backwards are given besides grad, x and weight.
 struct Statistics {
@@ -26,6 +22,26 @@ struct Statistics {
     return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
   }
 };
+
+// The first backward in differentiable operators.  PyTorch's own second derivative takes the statistics of a batch for
+// constants where it is differentiated again, and its third order is wrong.
+Triple composed(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Statistics& s, Mask mask) {
+  const auto accumulation = accumulation_type(x.scalar_type());
+  const auto rows = [&](const Tensor& t) { return t.to(accumulation).transpose(0, 1).flatten(1); };
+  const auto column = [&](const Tensor& t) { return t.to(accumulation).unsqueeze(1); };
+  const Normalized normalized(rows(x), column(*s.mean), column(*s.invstd));
+  const Tensor grad = rows(g);
+  const auto dtype = w ? w->scalar_type() : accumulation;
+  Triple result;
+  if (mask[0])
+    std::get<0>(result) = normalized.backward(w ? column(*w) * grad : grad)
+                              .reshape_symint(x.transpose(0, 1).sym_sizes())
+                              .transpose(0, 1)
+                              .to(x.scalar_type());
+  if (mask[1]) std::get<1>(result) = (grad * normalized.xh).sum(1).to(dtype);
+  if (mask[2]) std::get<2>(result) = grad.sum(1).to(dtype);
+  return result;
+}
 
 bool channels_innermost(const Tensor& x) {
   const auto format = x.suggest_memory_format();
@@ -67,30 +83,23 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["training"] = s.training;
     ctx->saved_data["eps"] = s.eps;
-    ctx->saved_data["mask"] = (mask[0] ? 1 : 0) + (mask[1] ? 2 : 0) + (mask[2] ? 4 : 0);
+    ctx->saved_data["mask"] = to_bits(mask);
     const at::AutoDispatchBelowADInplaceOrView below;
-    return defined_only(s.backward(g, x, w, mask), mask);
+    return pick(s.backward(g, x, w, mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [&](size_t i) { return saved[i].defined() ? std::make_optional(saved[i]) : std::nullopt; };
     const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
-    const Statistics s{optional(3),
-                       optional(4),
-                       optional(5),
-                       optional(6),
-                       optional(7),
+    const Statistics s{if_defined(saved[3]),
+                       if_defined(saved[4]),
+                       if_defined(saved[5]),
+                       if_defined(saved[6]),
+                       if_defined(saved[7]),
                        ctx->saved_data["training"].toBool(),
                        ctx->saved_data["eps"].toDouble()};
-    const int64_t bits = ctx->saved_data["mask"].toInt();
-    const Mask mask{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
-
-    size_t next = 0;
-    Tensor cotangent[3];
-    for (size_t i = 0; i < 3; ++i)
-      if (mask[i]) cotangent[i] = cotangents[next++];
-    const Tensor &u = cotangent[0], &a = cotangent[1], &b = cotangent[2];
+    const Mask mask = from_bits(ctx->saved_data["mask"].toInt());
+    const auto [u, a, b] = spread(cotangents, mask);
 
     variable_list result(5);
     size_t edge = 0;
@@ -99,13 +108,11 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
 
     if (at::GradMode::is_enabled()) {
       const auto first = [&](const variable_list& in) {
-        const auto weight = in[2].defined() ? std::make_optional(in[2]) : std::nullopt;
-        return defined_only(s.backward(in[0], in[1], weight, mask), mask);
+        const auto weight = if_defined(in[2]);
+        return pick(s.training ? composed(in[0], in[1], weight, s, mask) : s.backward(in[0], in[1], weight, mask),
+                    mask);
       };
-      variable_list given;
-      for (size_t i = 0; i < 3; ++i)
-        if (mask[i]) given.push_back(cotangent[i]);
-      const auto grads = higher_order(first, {g, x, w}, given, {need[0], need[1], need[2]});
+      const auto grads = higher_order(first, {g, x, w}, cotangents, {need[0], need[1], need[2]});
       std::copy(grads.begin(), grads.end(), result.begin());
       return result;
     }
@@ -128,24 +135,11 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
     if (need[2]) result[2] = grad_w.to(w.scalar_type());
     return result;
   }
-
- private:
-  static variable_list defined_only(const Triple& grads, Mask mask) {
-    variable_list outputs;
-    if (mask[0]) outputs.push_back(std::get<0>(grads));
-    if (mask[1]) outputs.push_back(std::get<1>(grads));
-    if (mask[2]) outputs.push_back(std::get<2>(grads));
-    return outputs;
-  }
 };
 
 Triple apply(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Statistics& s, Mask mask) {
   // Without a weight PyTorch still asks for the gradients of both: it computes them, and nobody uses them.
-  const auto outputs = BatchNormBackward::apply(g, x, w, s, mask);
-  Tensor result[3];
-  for (size_t i = 0, k = 0; i < 3; ++i)
-    if (mask[i]) result[i] = outputs[k++];
-  return {result[0], result[1], result[2]};
+  return spread(BatchNormBackward::apply(g, x, w, s, mask), mask);
 }
 
 Triple native_batch_norm_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,

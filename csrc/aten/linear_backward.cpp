@@ -8,6 +8,7 @@ struct Kept : torch::CustomClassHolder {
   Transposed transposed;
   std::vector<SymInt> sizes;  // of x
   at::TensorOptions options;
+  bool zeros = materializes_zeros();  // a graph keeps the derivatives it was built with
   Kept(Transposed f, const Tensor& x) : transposed(std::move(f)), sizes(x.sym_sizes().vec()), options(x.options()) {}
 };
 
@@ -27,7 +28,7 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
     const Kept& kept = static_cast<const Kept&>(*capsule);
     Tensor grad_g, grad_x;
     if (ctx->needs_input_grad(0)) grad_g = kept.transposed(u, ctx->get_saved_variables());
-    if (ctx->needs_input_grad(1) && materializes_zeros()) grad_x = at::zeros_symint(kept.sizes, kept.options);
+    if (ctx->needs_input_grad(1) && kept.zeros) grad_x = at::zeros_symint(kept.sizes, kept.options);
     return {grad_g, grad_x, Tensor()};
   }
 };

@@ -159,7 +159,7 @@ inline bool needs(AutogradContext* ctx, const Tensor& saved, size_t& edge) {
   return saved.defined() && ctx->needs_input_grad(edge++);
 }
 
-// A number for each dimension, broadcast along all but the channels.
+// Undefined if absent.
 inline Tensor optional_value(const std::optional<Tensor>& t) { return t.value_or(Tensor()); }
 
 // Whether fused kernels can read `t`: a strided tensor of one of their dtypes, that holds numbers.

@@ -2,92 +2,126 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "../math/attention.h"
+#include "lane_sums.h"
 #include "pieces.h"
-#include "simd.h"
 
 namespace rk::cpu {
 
-// Sums run in the type of the data within a piece, in double across pieces.
-#define RK_ATTENTION_LOOPS(A)                                                                                       \
-  RK_MULTIVERSION static void add_to_scores(A* s, const A* mask, int64_t stride, int64_t n) {                       \
-    if (stride == 1)                                                                                                \
-      for (int64_t j = 0; j < n; ++j) s[j] += mask[j];                                                              \
-    else                                                                                                            \
-      for (int64_t j = 0; j < n; ++j) s[j] += mask[j * stride];                                                     \
-  }                                                                                                                 \
-  RK_MULTIVERSION static A largest_score(const A* s, int64_t n) {                                                   \
-    return lane_max<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return s[j]; });   \
-  }                                                                                                                 \
-  /* s = exp(s - max); returns the sum */                                                                           \
-  RK_MULTIVERSION static double exponentials(A* s, int64_t n, A max) {                                              \
-    double total = 0;                                                                                               \
-    for (int64_t i = 0; i < n; i += kPiece) {                                                                       \
-      A* e = s + i;                                                                                                 \
-      const int64_t m = n - i < kPiece ? n - i : kPiece;                                                            \
-      for (int64_t j = 0; j < m; ++j) e[j] = exp_nonpositive(e[j] - max);                                           \
-      total += lane_sum<A>(m, [=](int64_t j) RK_INLINE_LAMBDA { return e[j]; });                                    \
-    }                                                                                                               \
-    return total;                                                                                                   \
-  }                                                                                                                 \
-  /* sum x y */                                                                                                     \
-  RK_MULTIVERSION static double dot(const A* x, const A* y, int64_t n) {                                            \
-    double total = 0;                                                                                               \
-    for (int64_t i = 0; i < n; i += kPiece) {                                                                       \
-      const A *a = x + i, *b = y + i;                                                                               \
-      const int64_t m = n - i < kPiece ? n - i : kPiece;                                                            \
-      total += lane_sum<A>(m, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });                             \
-    }                                                                                                               \
-    return total;                                                                                                   \
-  }                                                                                                                 \
-  /* e becomes P, x becomes G */                                                                                    \
-  RK_MULTIVERSION static void bends(A* __restrict__ e, const A* __restrict__ t, const A* __restrict__ dp,           \
-                                    A* __restrict__ x, int64_t n, const AttentionRow<A>& r) {                       \
-    const AttentionRow<A> row = r;                                                                                  \
-    for (int64_t j = 0; j < n; ++j) {                                                                               \
-      e[j] *= row.inverse_sum;                                                                                      \
-      x[j] = attention_bend(t[j], dp[j], x[j], row);                                                                \
-    }                                                                                                               \
-  }                                                                                                                 \
-  /* in place: P, T, dP, G become P (T - t), P, P (dP - D), P (G - g) */                                            \
-  RK_MULTIVERSION static void products(A* __restrict__ p, A* __restrict__ t, A* __restrict__ dp, A* __restrict__ x, \
-                                       int64_t n, const AttentionRow<A>& r) {                                       \
-    const AttentionRow<A> row = r;                                                                                  \
-    for (int64_t j = 0; j < n; ++j) {                                                                               \
-      const A probability = p[j];                                                                                   \
-      p[j] = probability * (t[j] - row.t);                                                                          \
-      t[j] = probability;                                                                                           \
-      dp[j] = probability * (dp[j] - row.d);                                                                        \
-      x[j] = probability * (x[j] - row.g);                                                                          \
-    }                                                                                                               \
-  }                                                                                                                 \
-  RK_MULTIVERSION static void add_rows(const A* from, A* to, int64_t n) {                                           \
-    for (int64_t j = 0; j < n; ++j) to[j] += from[j];                                                               \
+// n, up to the next multiple of a register's lanes: rows are that long, and no loop has a remainder.
+template <class A>
+constexpr int64_t whole_lanes(int64_t n) {
+  return (n + LanesOf<A>::kCount - 1) / LanesOf<A>::kCount * LanesOf<A>::kCount;
+}
+
+// The largest of n whole lanes, NaN if there is one.
+template <class A>
+RK_HOST_DEVICE A largest_score(const A* s, int64_t n) {
+  constexpr int L = LanesOf<A>::kCount;
+  A lane[L];
+  for (int k = 0; k < L; ++k) lane[k] = s[k];
+  for (int64_t j = L; j < n; j += L)
+    for (int k = 0; k < L; ++k) {
+      const A v = s[j + k];
+      lane[k] = v > lane[k] || v != v ? v : lane[k];
+    }
+  A best = lane[0];
+  for (int k = 1; k < L; ++k) best = lane[k] > best || lane[k] != lane[k] ? lane[k] : best;
+  return best;
+}
+
+// A sum of n whole lanes, in their type within a piece and in double across pieces; f(j) gives those from j.
+template <class A, class F>
+RK_HOST_DEVICE double sum_in_lanes(int64_t n, const F& f) {
+  constexpr int L = LanesOf<A>::kCount;
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t end = n - i < kPiece ? n : i + kPiece;
+    Lanes<A> sums[4] = {}, term;
+    int64_t j = i;
+    for (; j + 4 * L <= end; j += 4 * L)
+      for (int k = 0; k < 4; ++k) {
+        f(term, j + k * L);
+        sums[k] += term;
+      }
+    for (int k = 0; j < end; j += L, ++k) {
+      f(term, j);
+      sums[k] += term;
+    }
+    total += double(sum_of_lanes<A>((sums[0] + sums[2]) + (sums[1] + sums[3])));
+  }
+  return total;
+}
+
+// sum x y
+template <class A>
+RK_HOST_DEVICE double dot_in_lanes(const A* x, const A* y, int64_t n) {
+  return sum_in_lanes<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA {
+    Lanes<A> y_j;
+    load_lanes(term, x + j);
+    load_lanes(y_j, y + j);
+    term *= y_j;
+  });
+}
+
+// S, T, dP, X become Pd = P (T - t), P, W = P (G - g), dS = P (dP - D): n whole lanes, of which the largest score is max.
+template <class A>
+RK_HOST_DEVICE void attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __restrict__ dp, A* __restrict__ x,
+                                    int64_t n, A max) {
+  for (int64_t j = 0; j < n; ++j) s[j] = exp_nonpositive(s[j] - max);
+  const double sum = sum_in_lanes<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA { load_lanes(term, s + j); });
+  AttentionRow<A> row{};
+  row.t = A(dot_in_lanes(s, t, n) / sum);
+  row.d = A(dot_in_lanes(s, dp, n) / sum);
+  row.inverse_sum = A(1 / sum);
+  for (int64_t j = 0; j < n; ++j) {
+    s[j] *= row.inverse_sum;
+    x[j] = attention_bend(t[j], dp[j], x[j], row);
+  }
+  row.g = A(dot_in_lanes(s, x, n));
+  for (int64_t j = 0; j < n; ++j) {
+    const A probability = s[j], slope = dp[j];
+    s[j] = probability * (t[j] - row.t);
+    t[j] = probability;
+    dp[j] = probability * (x[j] - row.g);
+    x[j] = probability * (slope - row.d);
+  }
+}
+
+#define RK_ATTENTION_LOOPS(A)                                                                 \
+  RK_MULTIVERSION static void add_to_scores(A* s, const A* mask, int64_t stride, int64_t n) { \
+    if (stride == 1)                                                                          \
+      for (int64_t j = 0; j < n; ++j) s[j] += mask[j];                                        \
+    else                                                                                      \
+      for (int64_t j = 0; j < n; ++j) s[j] += mask[j * stride];                               \
+  }                                                                                           \
+  /* False, and nothing done, if all scores are -inf: such a row attends to nothing. */       \
+  RK_MULTIVERSION static bool attention_lanes_of(A* s, A* t, A* dp, A* x, int64_t n) {        \
+    const A max = largest_score(s, n);                                                        \
+    if (max == -std::numeric_limits<A>::infinity()) return false;                             \
+    attention_lanes(s, t, dp, x, n, max);                                                     \
+    return true;                                                                              \
+  }                                                                                           \
+  RK_MULTIVERSION static void add_rows(const A* from, A* to, int64_t n) {                     \
+    for (int64_t j = 0; j < n; ++j) to[j] += from[j];                                         \
   }
 
 RK_ATTENTION_LOOPS(float)
 RK_ATTENTION_LOOPS(double)
 #undef RK_ATTENTION_LOOPS
 
-// One row of scores s, with t, dp and x beside it: in place, s becomes Pd, t becomes P, dp becomes dS, x becomes W.
-// Columns from `valid` on lie behind the causal mask.
+// One row of scores s, with t, dp and x beside it: in place, s becomes Pd, t becomes P, dp becomes W, x becomes dS.
+// Columns from `valid` on lie behind the causal mask or the last key; `width` counts them in whole lanes.
 template <class A>
-void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t cols) {
-  const A max = largest_score(s, valid);
-  const bool masked = max == -std::numeric_limits<A>::infinity();  // everywhere: such a row attends to nothing
-  if (!masked) {
-    AttentionRow<A> row{};
-    const double inverse_sum = 1.0 / exponentials(s, valid, max);
-    row.inverse_sum = A(inverse_sum);
-    row.t = A(dot(s, t, valid) * inverse_sum);
-    row.d = A(dot(s, dp, valid) * inverse_sum);
-    bends(s, t, dp, x, valid, row);
-    row.g = A(dot(s, x, valid));
-    products(s, t, dp, x, valid, row);
-  }
-  const int64_t from = masked ? 0 : valid;
-  for (A* matrix : {s, t, dp, x}) std::fill(matrix + from, matrix + cols, A(0));
+void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t width) {
+  const int64_t n = whole_lanes<A>(valid);
+  std::fill(s + valid, s + n, -std::numeric_limits<A>::infinity());
+  for (A* row : {t, dp, x}) std::fill(row + valid, row + n, A(0));
+  const int64_t from = attention_lanes_of(s, t, dp, x, n) ? n : 0;
+  if (from == width) return;
+  for (A* row : {s, t, dp, x}) std::fill(row + from, row + width, A(0));
 }
 
 }  // namespace rk::cpu

@@ -18,6 +18,8 @@ class Case:
     inputs: Callable[[torch.dtype], tuple[Tensor, ...]]  # fresh, detached; all require grad when used
     # The same function in operators whose second derivative PyTorch has, where it lacks that of `function`'s own.
     stock: Callable[..., Tensor] | None = None
+    # The same where PyTorch gets the third derivative of `function`'s own wrong.
+    third: Callable[..., Tensor] | None = None
     half: bool = True  # also in float16 and bfloat16
 
     def __str__(self) -> str:

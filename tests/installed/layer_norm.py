@@ -53,12 +53,12 @@ def _composed(function: Callable) -> Callable:
 
 
 CASES = [
-    Case("LayerNorm", _layer_norm, _inputs(3, 5), stock=_composed(_layer_norm)),
-    Case("LayerNorm of tokens", _layer_norm, _inputs(2, 3, 4), stock=_composed(_layer_norm)),
-    Case("LayerNorm, transposed", _layer_norm, _inputs(2, 3, 4, transposed=True), stock=_composed(_layer_norm)),
-    Case("LayerNorm without weight", _layer_norm, _inputs(4, 5, affine=0), stock=_composed(_layer_norm)),
-    Case("LayerNorm without bias", _layer_norm, _inputs(4, 5, affine=1), stock=_composed(_layer_norm)),
-    Case("LayerNorm of planes", _plane_norm, _inputs(2, 2, 3, normalized=2), stock=_composed(_plane_norm)),
+    Case("LayerNorm", _layer_norm, _inputs(3, 5), third=_composed(_layer_norm)),
+    Case("LayerNorm of tokens", _layer_norm, _inputs(2, 3, 4), third=_composed(_layer_norm)),
+    Case("LayerNorm, transposed", _layer_norm, _inputs(2, 3, 4, transposed=True), third=_composed(_layer_norm)),
+    Case("LayerNorm without weight", _layer_norm, _inputs(4, 5, affine=0), third=_composed(_layer_norm)),
+    Case("LayerNorm without bias", _layer_norm, _inputs(4, 5, affine=1), third=_composed(_layer_norm)),
+    Case("LayerNorm of planes", _plane_norm, _inputs(2, 2, 3, normalized=2), third=_composed(_plane_norm)),
     Case("RMSNorm", _rms_norm, _inputs(3, 5, affine=1)),
     Case("RMSNorm of tokens", _rms_norm, _inputs(2, 3, 4, affine=1)),
     Case("RMSNorm without weight", _rms_norm, _inputs(4, 5, affine=0)),

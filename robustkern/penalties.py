@@ -27,12 +27,13 @@ def gradient_norm(
     model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
     part.
 
-    To penalise it, add a multiple of its mean to the loss and call backward (a parameter that it does not depend on, such
-    as the last bias, gets no gradient from it: `.grad` None rather than zeros if nothing else gives one); the second derivative is exact, and fused
+    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact, and fused
     for the operators that `robustkern.install()` replaces, installed or not.  (GroupNorm, RMSNorm, SiLU and Mish, whose
     forward pass must know of it, are fused if the forward pass too ran installed or within
-    `robustkern.fused_double_backward()`, as it does in `robustkern.losses`.)  For
-    robustness to perturbations bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
+    `robustkern.fused_double_backward()`, as it does in `robustkern.losses`.)  A parameter that the penalty does not
+    depend on, such as the last bias, gets no gradient from it: `.grad` None, not zeros, if nothing else gives one.
+
+    For robustness to perturbations bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
 
     Args:
         loss: one loss per sample, [B], computed from x by differentiable operations (reduction="none").

@@ -11,7 +11,7 @@
 // Where there are too few heads to occupy the machine, the blocks of a head are dealt out to several units, whose
 // gradients of k and v are added afterwards in their order.  How many depends on shapes alone: every bit of the result is
 // independent of the number of threads.
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -265,7 +265,8 @@ template <class A>
 void run_all(const Task& task) {
   const int64_t heads = task.shape.batch * task.shape.key_heads;
   const auto on_threads = [&](int64_t n, auto step) {
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    // The library's own: at::parallel_for is a template, which without -fopenmp is a loop on one thread.
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       const SequentialBlas sequential;

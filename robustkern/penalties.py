@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
+from robustkern._input_gradient import check_differentiable, check_graph, check_tensors, input_gradient
 from robustkern.double_backward import fused_where_possible
 from robustkern.ops.row_norm import row_norm
 
@@ -60,64 +59,18 @@ def gradient_norm(
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     _check(loss, x)
     with torch.enable_grad(), fused_where_possible(impl):
-        (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=differentiable, retain_graph=True, allow_unused=True)
-    if grad is None:
-        raise ValueError(
-            "gradient_norm: loss does not depend on x: compute it from this very tensor, after x.requires_grad_(), "
-            "without detach()"
-        )
+        grad = input_gradient("gradient_norm", "loss", loss.sum(), x, create_graph=differentiable)
     if differentiable:
-        _check_differentiable(grad)
+        check_differentiable("gradient_norm", "loss", grad)
     with torch.set_grad_enabled(differentiable):
         return row_norm(grad, p, weight, squared=squared, impl=impl)
 
 
 def _check(loss: Tensor, x: Tensor) -> None:
-    for name, value in (("loss", loss), ("x", x)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"gradient_norm: {name} must be a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"gradient_norm: {name} must be a floating-point tensor, got {value.dtype}")
-    if not x.requires_grad:
-        raise ValueError("gradient_norm: x does not require grad: call x.requires_grad_() before the forward pass")
+    check_tensors("gradient_norm", x, loss=loss)
     if x.dim() == 0 or loss.shape != x.shape[:1]:
         raise ValueError(
             f"gradient_norm: loss must hold one value per sample, shape {list(x.shape[:1])} for x of shape "
             f"{list(x.shape)}, got {list(loss.shape)}: use reduction='none'"
         )
-    if not loss.requires_grad:
-        raise ValueError(
-            "gradient_norm: loss has no graph: it was computed under torch.no_grad() or detached, so it does not "
-            "depend on x"
-        )
-
-
-_COMPILED_FROM_OUTSIDE = (
-    "gradient_norm: the model was compiled from outside, and a compiled backward cannot be differentiated again: "
-    "compile the whole penalised step instead, with torch._dynamo.config.trace_autograd_ops = True, or leave the "
-    "model uncompiled"
-)
-
-
-def _check_differentiable(grad: Tensor) -> None:
-    """Raises unless the gradient's own graph leads back to parameters or inputs."""
-    if torch.compiler.is_compiling():
-        return
-    if not grad.requires_grad:
-        raise ValueError(
-            "gradient_norm: the input gradient has no graph, so a penalty on it would train nothing: the loss is "
-            "linear in x with frozen parameters, or part of the model is detached; pass create_graph=False to "
-            "measure the norm only"
-        )
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
-        return
-    seen = set()
-    stack = [grad.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if "CompiledFunction" in node.name():
-            raise RuntimeError(_COMPILED_FROM_OUTSIDE)
-        stack.extend(next_node for next_node, _ in node.next_functions)
+    check_graph("gradient_norm", "loss", loss)

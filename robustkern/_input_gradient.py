@@ -1,0 +1,86 @@
+"""J^T w, the gradient of outputs with respect to inputs, checked: a wrong use is one sentence, never a silent zero."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+def check_tensors(function: str, x: Tensor, **outputs: Tensor) -> None:
+    """Raises unless all are floating-point tensors and x requires grad.
+
+    Args:
+        function: the public function, for messages.
+        x: the inputs.
+        outputs: what was computed from them, by the name of the argument.
+    """
+    for name, value in (*outputs.items(), ("x", x)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{function}: {name} must be a floating-point tensor, got {value.dtype}")
+    if not x.requires_grad:
+        raise ValueError(f"{function}: x does not require grad: call x.requires_grad_() before the forward pass")
+
+
+def check_graph(function: str, name: str, outputs: Tensor) -> None:
+    """Raises unless the outputs have a graph."""
+    if not outputs.requires_grad:
+        raise ValueError(
+            f"{function}: {name} has no graph: it was computed under torch.no_grad() or detached, so it does not "
+            "depend on x"
+        )
+
+
+def input_gradient(
+    function: str, name: str, outputs: Tensor, x: Tensor, cotangent: Tensor | None = None, *, create_graph: bool
+) -> Tensor:
+    """J^T w, of the shape of x; the graph of the outputs is kept.
+
+    Args:
+        function: the public function, for messages.
+        name: what it calls the outputs.
+        outputs: computed from x.
+        x: the inputs.
+        cotangent: w, of the shape of the outputs; None for a scalar's 1.
+        create_graph: whether the result is to be differentiated.
+    """
+    (grad,) = torch.autograd.grad(
+        outputs, x, cotangent, create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
+    if grad is None:
+        raise ValueError(
+            f"{function}: {name} does not depend on x: compute it from this very tensor, after x.requires_grad_(), "
+            "without detach()"
+        )
+    return grad
+
+
+def check_differentiable(function: str, name: str, grad: Tensor) -> None:
+    """Raises unless the gradient's own graph leads back to parameters or inputs."""
+    if torch.compiler.is_compiling():
+        return
+    if not grad.requires_grad:
+        raise ValueError(
+            f"{function}: the input gradient has no graph, so a penalty on it would train nothing: {name} is "
+            "linear in x with frozen parameters, or part of the model is detached; pass create_graph=False to "
+            "measure the norm only"
+        )
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        return
+    seen = set()
+    stack = [grad.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CompiledFunction" in node.name():
+            raise RuntimeError(
+                f"{function}: the model was compiled from outside, and a compiled backward cannot be differentiated "
+                "again: compile the whole penalised step instead, with torch._dynamo.config.trace_autograd_ops = True, "
+                "or leave the model uncompiled"
+            )
+        stack.extend(next_node for next_node, _ in node.next_functions)

@@ -34,6 +34,19 @@ def check_graph(function: str, name: str, outputs: Tensor) -> None:
         )
 
 
+def check_outputs(function: str, outputs: Tensor, x: Tensor) -> None:
+    """Raises unless outputs are [B, C] or [B, C, ...] with the B of x, and have a graph."""
+    check_tensors(function, x, outputs=outputs)
+    if x.dim() == 0 or outputs.dim() < 2 or outputs.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{function}: outputs must be [B, C] or [B, C, ...] with B = {x.shape[0] if x.dim() else 1} for x of "
+            f"shape {list(x.shape)}, got {list(outputs.shape)}"
+        )
+    if outputs.shape[1:].numel() == 0:
+        raise ValueError(f"{function}: outputs of shape {list(outputs.shape)} have no entries to differentiate")
+    check_graph(function, "outputs", outputs)
+
+
 def input_gradient(
     function: str, name: str, outputs: Tensor, x: Tensor, cotangent: Tensor | None = None, *, create_graph: bool
 ) -> Tensor:

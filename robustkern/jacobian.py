@@ -1,0 +1,252 @@
+"""The Jacobian of a model's outputs with respect to its inputs: norms by random projection or exact, and itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from robustkern._basis import basis_cotangents, unit_cotangents
+from robustkern._input_gradient import check_differentiable, check_outputs, input_gradient
+from robustkern.double_backward import fused_where_possible
+from robustkern.ops.random_cotangents import KINDS, random_cotangents
+from robustkern.ops.row_norm import row_norm
+
+Projections = int | Literal["exact"]
+
+
+@overload
+def jacobian_norm(
+    outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: str = ..., kind: str = ...,
+    weight: Tensor | float | None = ..., squared: bool = ..., reduction: str = ...,
+    generator: torch.Generator | None = ..., return_variance: Literal[False] = ..., create_graph: bool | None = ...,
+    impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def jacobian_norm(
+    outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: str = ..., kind: str = ...,
+    weight: Tensor | float | None = ..., squared: bool = ..., reduction: str = ...,
+    generator: torch.Generator | None = ..., return_variance: Literal[True], create_graph: bool | None = ...,
+    impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def jacobian_norm(
+    outputs: Tensor,  # [B, C, ...]
+    x: Tensor,  # [B, ...]
+    projections: Projections = 1,
+    *,
+    law: str = "orthonormal",
+    kind: str = "plain",
+    weight: Tensor | float | None = None,
+    squared: bool = True,
+    reduction: str = "none",
+    generator: torch.Generator | None = None,
+    return_variance: bool = False,
+    create_graph: bool | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""mean_k ||J_i^T w_ik||_2^2 ~ ||J_i||_F^2 for each sample i, with J_i = d outputs_i / d x_i and random w_ik.
+
+    Unbiased for every law and every number K of projections; exact for "exact" and for K = D orthonormal ones, D being
+    the number of outputs of a sample.  Other quantities are of the same form, kind says which:
+
+        plain    ||J||_F^2                                   Jacobian regularisation
+        centred  ||(I - 11^T/C) J||_F^2                      C/2 times the cross-Lipschitz sum over pairs / C^2
+        fisher   tr(J^T (diag p - p p^T) J), p = softmax     the trace of the Fisher information in the input
+
+    With A = J J^T (M J J^T M^T for the other kinds), the variance of one sample's estimate is 1/K times
+
+        sphere       2 D / (D + 2) (||A||_F^2 - (tr A)^2 / D)
+        orthonormal  (D - K) / (D - 1) times that
+        gaussian     2 ||A||_F^2
+        rademacher   2 (||A||_F^2 - sum_c A_cc^2)
+
+    and that of a batch's mean another B times less: one projection is enough for training.  Each projection takes
+    one backward pass, and another in the backward pass of the result: a step with K of them takes 1 + K plain steps
+    in time, and K times the activations in memory.
+
+    To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
+    A model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
+    part, d outputs_j / d x_i: `batch_coupling` measures how much.
+
+    Args:
+        outputs: [B, C] or [B, C, d1, ...] (dense prediction), computed from x by differentiable operations.
+        x: the inputs, a leaf that requires grad, [B, ...] float32, float64, float16 or bfloat16.
+        projections: K, or "exact" for the sum over a basis, which takes D of them ((C - 1) D / C for centred and
+            fisher).
+        law: of the projections: "orthonormal" (K <= D), "sphere", "gaussian" or "rademacher"; see
+            `robustkern.ops.random_cotangents`.
+        kind: "plain", "centred" or "fisher", as above; fisher is differentiated through p too.
+        weight: a number or one value per channel of x, such as eps / std: the norm of J diag(weight).
+        squared: False for the square root of the estimate, which is biased (downwards) unless it is exact.
+        reduction: "none" [B], "mean" or "sum" over the batch.
+        generator: where the projections come from, on the device of outputs; None: the default one.
+        return_variance: also give an unbiased estimate of the estimate's variance, from the spread of the K values:
+            s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It takes K >= 2 and
+            `squared`, and assumes nothing but that the samples' projections are independent, which they are.
+            Not differentiable.
+        create_graph: whether the result can be differentiated; by default, whether grad mode is on.
+        impl: "auto", "kernel" or "reference".
+
+    Returns:
+        [B] or a scalar, float32 (float64 for float64 x); with return_variance a pair of them.
+
+    Raises:
+        TypeError: x or outputs is not a floating-point tensor.
+        ValueError: x does not require grad, outputs are not [B, C, ...], do not depend on x, or their graph was
+            detached; an option that is none of the above; K > D for "orthonormal".
+        RuntimeError: the model was compiled from outside, see `gradient_norm`.
+
+    Differentiability: once more in the parameters and x if `create_graph`; where a Jacobian vanishes, by zero, also
+    if not `squared`. Determinism: a function of the generator's state, and else as deterministic as the model's own
+    backward. Source: Hoffman, Roberts and Yaida, "Robust learning with Jacobian regularization", 2019 (sphere).
+    """
+    differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
+    exact = projections == "exact"
+    check_outputs("jacobian_norm", outputs, x)
+    _check_options(outputs, projections, law, kind, squared, reduction, return_variance)
+    with torch.enable_grad(), fused_where_possible(impl):
+        source = outputs if differentiable else outputs.detach()
+        if exact:
+            cotangents: Iterable[Tensor] = basis_cotangents(source, kind)
+        else:
+            count = int(projections)
+            cotangents = random_cotangents(source, count, law=law, kind=kind, generator=generator, impl=impl)
+        values: list[Tensor] = []
+        for cotangent in cotangents:
+            grad = input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)
+            if differentiable and not values:
+                check_differentiable("jacobian_norm", "outputs", grad)
+            with torch.set_grad_enabled(differentiable):
+                values.append(row_norm(grad, 2.0, weight, squared=squared, impl=impl))
+    with torch.set_grad_enabled(differentiable):
+        stacked = torch.stack(values, 1)  # [B, K]
+        if squared:
+            norm = stacked.sum(1) if exact else stacked.mean(1)
+        else:  # a norm again, and so without the infinite slope that a root has at zero
+            norm = row_norm(stacked, 2.0, 1.0 if exact else len(values) ** -0.5, impl=impl)
+        norm = _reduce(norm, reduction)
+    if not return_variance:
+        return norm
+    return norm, _variance(stacked.detach(), outputs, exact, law, reduction)
+
+
+def _variance(values: Tensor, outputs: Tensor, exact: bool, law: str, reduction: str) -> Tensor:
+    """Of the mean of each row of values [B, K]."""
+    batch, count = values.shape
+    size = outputs.shape[1:].numel()
+    if exact or (law == "orthonormal" and count == size):
+        variance = values.new_zeros(batch)
+    else:
+        # The values of a whole frame have a constant sum, so that any two have the covariance -Var / (D - 1): drawn
+        # without replacement, as it were, with the same correction for a finite population.
+        variance = values.var(1) / count * (1 - count / size if law == "orthonormal" else 1.0)
+    variance = _reduce(variance, "sum" if reduction == "mean" else reduction)
+    return variance / batch**2 if reduction == "mean" else variance
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
+
+
+def suggest_projections(
+    estimate: Tensor,
+    variance: Tensor,
+    relative_error: float,
+    *,
+    projections: int,
+    dimensions: int,
+    law: str = "orthonormal",
+) -> int:
+    r"""The least K for which sqrt(sum Var_K / sum estimate^2) <= relative_error.
+
+        estimate, variance = jacobian_norm(outputs, x, 4, reduction="mean", return_variance=True)
+        suggest_projections(estimate, variance, 0.05, projections=4, dimensions=outputs[0].numel())
+
+    With reduction="mean" that is the standard deviation of a batch's mean, relative to it; with reduction="none" the
+    root mean square over the samples.  It is an estimate itself, from the given variance: take it from a batch that
+    is not too small.
+
+    Args:
+        estimate, variance: as from `jacobian_norm(..., return_variance=True)`, of any reduction.
+        relative_error: the one that is wanted, > 0.
+        projections: the K that they were taken with.
+        dimensions: D, the number of outputs of a sample; no answer is larger for law="orthonormal".
+        law: of the projections.
+
+    Raises:
+        ValueError: projections that show no variance, since they were exact, or a relative_error that is not positive.
+
+    It returns a number, and so waits for the device.
+    """
+    orthonormal = law == "orthonormal"
+    if not relative_error > 0:
+        raise ValueError(f"suggest_projections: relative_error must be positive, got {relative_error}")
+    if projections < 2 or (orthonormal and projections >= dimensions):
+        raise ValueError(
+            f"suggest_projections: {projections} projections by the law {law!r} in {dimensions} dimensions show no "
+            "variance: take 2 or more, and fewer than there are dimensions if they are orthonormal"
+        )
+    # The square of an estimate is too large by its variance; that of non-negative values is never larger itself.
+    squares, variances = (float(t.detach().double().sum()) for t in (estimate.square(), variance))
+    wanted = relative_error**2 * (squares - variances if squares > variances else squares)
+    # s^2 in Var_K = s^2 / K, for orthonormal ones s^2 / K (1 - K / D)
+    spread = variances * projections / (1 - projections / dimensions if orthonormal else 1)
+    if spread == 0:
+        return 1
+    return max(1, math.ceil(spread / (wanted + spread / dimensions if orthonormal else wanted) - 1e-9))
+
+
+def input_jacobian(
+    outputs: Tensor,  # [B, C, ...]
+    x: Tensor,  # [B, ...]
+    *,
+    create_graph: bool | None = None,
+    impl: str = "auto",
+) -> Tensor:  # [B, C, ..., *x.shape[1:]]
+    r"""J_i = d outputs_i / d x_i for each sample, by one backward pass for each of the D outputs of a sample.
+
+    Exact, as long as a sample's outputs depend on no other sample: see `batch_coupling`.
+
+    Args:
+        outputs: [B, C] or [B, C, d1, ...], computed from x by differentiable operations.
+        x: the inputs, a leaf that requires grad.
+        create_graph: whether the result can be differentiated; by default, whether grad mode is on.
+        impl: "auto", "kernel" or "reference": whether its derivative is fused.
+
+    Returns:
+        [B, *outputs.shape[1:], *x.shape[1:]] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `jacobian_norm`.
+    """
+    differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
+    check_outputs("input_jacobian", outputs, x)
+    rows = []
+    with torch.enable_grad(), fused_where_possible(impl):
+        for cotangent in unit_cotangents(outputs.detach()):
+            rows.append(input_gradient("input_jacobian", "outputs", outputs, x, cotangent, create_graph=differentiable))
+            if differentiable and len(rows) == 1:
+                check_differentiable("input_jacobian", "outputs", rows[0])
+    with torch.set_grad_enabled(differentiable):
+        return torch.stack(rows, 1).reshape(*outputs.shape, *x.shape[1:])
+
+
+def _check_options(
+    outputs: Tensor, projections: Projections, law: str, kind: str, squared: bool, reduction: str, variance: bool
+) -> None:
+    if projections != "exact" and (isinstance(projections, (bool, str)) or int(projections) != projections):
+        raise ValueError(f"jacobian_norm: projections must be a number or 'exact', got {projections!r}")
+    if kind not in KINDS:
+        raise ValueError(f"jacobian_norm: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"jacobian_norm: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if variance and not squared:
+        raise ValueError("jacobian_norm: return_variance needs squared=True: the root of an estimate is biased")
+    size = outputs.shape[1:].numel()
+    if variance and projections == 1 and not (law == "orthonormal" and size == 1):
+        raise ValueError("jacobian_norm: return_variance needs at least two projections: one value has no spread")

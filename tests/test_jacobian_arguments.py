@@ -1,0 +1,89 @@
+"""Jacobian norms: every wrong use is told in one sentence instead of training nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from jacobian_cases import images, network
+from robustkern import input_jacobian, jacobian_norm, jacobian_spectral_norm, suggest_projections
+
+
+def misuses(model, x):
+    """What the user does wrong, the error, and words of the sentence that says so."""
+    leaf = x.detach().requires_grad_()
+    outputs = model(leaf)
+    other = x.detach().requires_grad_()
+    frozen = nn.Linear(75, 2, device=x.device, dtype=x.dtype).requires_grad_(False)
+    with torch.no_grad():
+        without_graph = model(leaf)
+    return {
+        "x does not require grad": ((model(x), x.detach()), ValueError, r"x does not require grad: call"),
+        "another tensor": ((outputs, other), ValueError, "outputs does not depend on x: compute it from this very"),
+        "detached": ((outputs.detach(), leaf), ValueError, "outputs has no graph: .* or detached"),
+        "no_grad": ((without_graph, leaf), ValueError, r"outputs has no graph: it was computed under torch\.no_grad"),
+        "one number each": ((outputs[:, 0], leaf), ValueError, r"outputs must be \[B, C\] .* B = 6 .* got \[6\]"),
+        "another batch": ((outputs[:2], leaf), ValueError, r"B = 6 for x of shape \[6, 3, 5, 5\], got \[2, 4\]"),
+        "no outputs": ((outputs[:, :0], leaf), ValueError, r"shape \[6, 0\] have no entries"),
+        "integer x": ((outputs, x.long()), TypeError, r"x must be a floating-point tensor, got torch\.int64"),
+        "integer outputs": ((outputs.long(), leaf), TypeError, r"outputs must be a floating-point tensor"),
+        "a number": ((1.0, leaf), TypeError, "outputs must be a tensor, got float"),
+        "linear and frozen": ((frozen(leaf.flatten(1)), leaf), ValueError, "would train nothing: outputs is linear"),
+    }
+
+
+@pytest.mark.parametrize("function", [jacobian_norm, input_jacobian, jacobian_spectral_norm])
+@pytest.mark.parametrize("name", list(misuses(network("cpu"), images("cpu"))))
+def test_wrong_use_is_told_in_one_sentence(name, function, device):
+    inputs, error, message = misuses(network(device), images(device))[name]
+    with pytest.raises(error, match=rf"^{function.__name__}: .*{message}") as raised:
+        function(*inputs)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projections": 5}, "at most 4 orthonormal vectors in 4 dimensions.*the other laws take any number"),
+        ({"projections": 0}, "projections must be at least 1"),
+        ({"projections": 1.5}, "jacobian_norm: projections must be a number or 'exact', got 1.5"),
+        ({"projections": "all"}, "jacobian_norm: projections must be a number or 'exact', got 'all'"),
+        ({"law": "uniform"}, "law must be one of"),
+        ({"kind": "central"}, "jacobian_norm: kind must be one of 'plain', 'centred', 'fisher', got 'central'"),
+        ({"kind": "central", "projections": "exact"}, "jacobian_norm: kind must be one of"),
+        ({"reduction": "max"}, "jacobian_norm: reduction must be 'none', 'mean' or 'sum', got 'max'"),
+        ({"return_variance": True}, "jacobian_norm: return_variance needs at least two projections"),
+        ({"return_variance": True, "projections": 2, "squared": False}, "return_variance needs squared=True"),
+        ({"impl": "other"}, "impl must be"),
+    ],
+    ids=str,
+)
+def test_options_are_checked(options, message, device):
+    model, x = network(device), images(device)
+    with pytest.raises(ValueError, match=message) as raised:
+        jacobian_norm(model(x), x, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_options_of_the_others_are_checked(device):
+    model, x = network(device), images(device)
+    outputs = model(x)
+    with pytest.raises(ValueError, match="jacobian_spectral_norm: iterations must not be negative, got -1"):
+        jacobian_spectral_norm(outputs, x, -1)
+    with pytest.raises(ValueError, match=r"jacobian_spectral_norm: start must be \[6, 4\] .* got \[6, 3\]"):
+        jacobian_spectral_norm(outputs, x, start=outputs[:, :3])
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="relative_error must be positive, got 0"):
+        suggest_projections(one, one, 0.0, projections=2, dimensions=4)
+    for projections, law in ((1, "sphere"), (4, "orthonormal")):
+        with pytest.raises(ValueError, match=f"suggest_projections: {projections} projections .* show no variance"):
+            suggest_projections(one, one, 0.1, projections=projections, dimensions=4, law=law)
+
+
+def test_a_model_compiled_from_outside_is_refused(device):
+    model, x = network(device, torch.float32), images(device, torch.float32)
+    outputs = torch.compile(model, backend="aot_eager")(x)
+    with pytest.raises(RuntimeError, match=r"^jacobian_norm: the model was compiled from outside"):
+        jacobian_norm(outputs, x)
+    torch.testing.assert_close(
+        jacobian_norm(outputs, x, "exact", create_graph=False), jacobian_norm(model(x), x, "exact").detach()
+    )

@@ -100,7 +100,8 @@ aten = CppExtension(
     "robustkern._aten",
     sources("aten/*.cpp"),
     include_dirs=[pybind11.get_include()],
-    extra_compile_args={"cxx": ["-std=c++20", "-Wall", "-fvisibility=hidden", "-O0" if DEBUG else "-O2", "-g0"]},
+    # PyTorch's headers warn under -Wextra.
+    extra_compile_args={"cxx": [flag for flag in CXX_FLAGS if flag != "-Wextra"]},
 )
 setup(
     version=VERSION,

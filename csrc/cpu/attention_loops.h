@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "../math/attention.h"
 #include "lane_sums.h"
@@ -20,16 +21,15 @@ constexpr int64_t whole_lanes(int64_t n) {
 template <class A>
 RK_HOST_DEVICE A largest_score(const A* s, int64_t n) {
   constexpr int L = LanesOf<A>::kCount;
-  A lane[L];
-  for (int k = 0; k < L; ++k) lane[k] = s[k];
-  for (int64_t j = L; j < n; j += L)
-    for (int k = 0; k < L; ++k) {
-      const A v = s[j + k];
-      lane[k] = v > lane[k] || v != v ? v : lane[k];
-    }
-  A best = lane[0];
-  for (int k = 1; k < L; ++k) best = lane[k] > best || lane[k] != lane[k] ? lane[k] : best;
-  return best;
+  Lanes<A> best, v;
+  load_lanes(best, s);
+  for (int64_t j = L; j < n; j += L) {
+    load_lanes(v, s + j);
+    best = (v > best) | (v != v) ? v : best;
+  }
+  A largest = best[0];
+  for (int k = 1; k < L; ++k) largest = best[k] > largest || is_nan(best[k]) ? best[k] : largest;
+  return largest;
 }
 
 // A sum of n whole lanes, in their type within a piece and in double across pieces; f(j) gives those from j.
@@ -39,18 +39,24 @@ RK_HOST_DEVICE double sum_in_lanes(int64_t n, const F& f) {
   double total = 0;
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t end = n - i < kPiece ? n : i + kPiece;
-    Lanes<A> sums[4] = {}, term;
+    Lanes<A> sum_0 = {}, sum_1 = {}, sum_2 = {}, sum_3 = {}, term;  // four hide the latency of an addition
     int64_t j = i;
-    for (; j + 4 * L <= end; j += 4 * L)
-      for (int k = 0; k < 4; ++k) {
-        f(term, j + k * L);
-        sums[k] += term;
-      }
-    for (int k = 0; j < end; j += L, ++k) {
+    for (; j + 4 * L <= end; j += 4 * L) {
       f(term, j);
-      sums[k] += term;
+      sum_0 += term;
+      f(term, j + L);
+      sum_1 += term;
+      f(term, j + 2 * L);
+      sum_2 += term;
+      f(term, j + 3 * L);
+      sum_3 += term;
     }
-    total += double(sum_of_lanes<A>((sums[0] + sums[2]) + (sums[1] + sums[3])));
+    for (; j < end; j += L) {
+      f(term, j);
+      sum_0 += term;
+      std::swap(sum_0, sum_1);
+    }
+    total += double(sum_of_lanes<A>((sum_0 + sum_2) + (sum_1 + sum_3)));
   }
   return total;
 }

@@ -10,39 +10,6 @@ namespace {
 
 constexpr char kKernel[] = "robustkern::batch_norm_double_backward";
 
-// What both first backwards are given besides grad, x and weight.
-struct Statistics {
-  std::optional<Tensor> running_mean, running_var, mean, invstd, reserve;  // reserve: cuDNN's
-  bool training = true;
-  double eps = 0;
-
-  Triple backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, Mask mask) const {
-    if (reserve)
-      return at::cudnn_batch_norm_backward(x, g, w.value(), running_mean, running_var, mean, invstd, eps, *reserve);
-    return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
-  }
-};
-
-// The first backward in differentiable operators.  PyTorch's own second derivative takes the statistics of a batch for
-// constants where it is differentiated again, and its third order is wrong.
-Triple composed(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Statistics& s, Mask mask) {
-  const auto accumulation = accumulation_type(x.scalar_type());
-  const auto rows = [&](const Tensor& t) { return t.to(accumulation).transpose(0, 1).flatten(1); };
-  const auto column = [&](const Tensor& t) { return t.to(accumulation).unsqueeze(1); };
-  const Normalized normalized(rows(x), column(*s.mean), column(*s.invstd));
-  const Tensor grad = rows(g);
-  const auto dtype = w ? w->scalar_type() : accumulation;
-  Triple result;
-  if (mask[0])
-    std::get<0>(result) = normalized.backward(w ? column(*w) * grad : grad)
-                              .reshape_symint(x.transpose(0, 1).sym_sizes())
-                              .transpose(0, 1)
-                              .to(x.scalar_type());
-  if (mask[1]) std::get<1>(result) = (grad * normalized.xh).sum(1).to(dtype);
-  if (mask[2]) std::get<2>(result) = grad.sum(1).to(dtype);
-  return result;
-}
-
 bool channels_innermost(const Tensor& x) {
   const auto format = x.suggest_memory_format();
   return format == at::MemoryFormat::ChannelsLast || format == at::MemoryFormat::ChannelsLast3d;
@@ -64,82 +31,93 @@ Tensor unflattened(const Tensor& t, const Tensor& like, bool innermost) {
   return t.view_symint(shape).movedim(-1, 1);
 }
 
-Triple double_backward(const std::optional<Tensor>& u, const std::optional<Tensor>& a, const std::optional<Tensor>& b,
-                       const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Tensor& mean,
-                       const Tensor& invstd, bool training, Mask need) {
-  using Signature =
-      Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-             const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool, bool, bool);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kKernel, "").typed<Signature>();
-  return op.call(u, a, b, g, x, w, mean, invstd, training, need[0], need[1], need[2]);
-}
+// What both first backwards are given besides grad, x and weight.
+struct BatchNorm {
+  std::optional<Tensor> running_mean, running_var, mean, invstd, reserve;  // reserve: cuDNN's
+  bool training = true;
+  double eps = 0;
+
+  Triple backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, Mask mask) const {
+    if (reserve)
+      return at::cudnn_batch_norm_backward(x, g, w.value(), running_mean, running_var, mean, invstd, eps, *reserve);
+    return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
+  }
+
+  // The same in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it is
+  // differentiated twice more.
+  Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
+    if (!training) return backward(g, x, if_defined(w), mask);
+    const auto accumulation = accumulation_type(x.scalar_type());
+    const auto rows = [&](const Tensor& t) { return t.to(accumulation).transpose(0, 1).flatten(1); };
+    const auto column = [&](const Tensor& t) { return t.to(accumulation).unsqueeze(1); };
+    const Normalized normalized(rows(x), column(*mean), column(*invstd));
+    const Tensor grad = rows(g);
+    const auto dtype = w.defined() ? w.scalar_type() : accumulation;
+    Triple result;
+    if (mask[0])
+      std::get<0>(result) = normalized.backward(w.defined() ? column(w) * grad : grad)
+                                .reshape_symint(x.transpose(0, 1).sym_sizes())
+                                .transpose(0, 1)
+                                .to(x.scalar_type());
+    if (mask[1]) std::get<1>(result) = (grad * normalized.xh).sum(1).to(dtype);
+    if (mask[2]) std::get<2>(result) = grad.sum(1).to(dtype);
+    return result;
+  }
+
+  bool bends(const Tensor& u, const Tensor& a) const { return a.defined() || (training && u.defined()); }
+
+  // Below autograd.
+  Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
+                         const Tensor& w, const Mask& need) const {
+    using Signature =
+        Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
+               const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool, bool, bool);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kKernel, "").typed<Signature>();
+    const bool innermost = channels_innermost(x);
+    const auto flat_u = u.defined() ? std::make_optional(flattened(u, innermost)) : std::nullopt;
+    const auto channels = [&](const Tensor& t) { return in_accumulation_type(t, x.scalar_type()); };
+    const Tensor center = *channels(training ? *mean : *running_mean);
+    const Tensor scale = training ? *channels(*invstd) : channels(*running_var)->add(eps).rsqrt();
+    auto [grad_g, grad_x, grad_w] =
+        op.call(flat_u, channels(a), channels(b), flattened(g, innermost), flattened(x, innermost), channels(w), center,
+                scale, training, need[0], need[1], need[2]);
+    if (need[0]) grad_g = unflattened(grad_g, g, innermost);
+    if (need[1]) grad_x = unflattened(grad_x, x, innermost);
+    if (need[2]) grad_w = grad_w.to(w.scalar_type());
+    return {grad_g, grad_x, grad_w};
+  }
+};
 
 struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
-                               const Statistics& s, Mask mask) {
-    ctx->save_for_backward({g, x, w.value_or(Tensor()), s.running_mean.value_or(Tensor()),
-                            s.running_var.value_or(Tensor()), s.mean.value_or(Tensor()), s.invstd.value_or(Tensor()),
-                            s.reserve.value_or(Tensor())});
+                               const BatchNorm& norm, Mask mask) {
+    ctx->save_for_backward({g, x, optional_value(w), optional_value(norm.running_mean),
+                            optional_value(norm.running_var), optional_value(norm.mean), optional_value(norm.invstd),
+                            optional_value(norm.reserve)});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["training"] = s.training;
-    ctx->saved_data["eps"] = s.eps;
+    ctx->saved_data["training"] = norm.training;
+    ctx->saved_data["eps"] = norm.eps;
     ctx->saved_data["mask"] = to_bits(mask);
     const at::AutoDispatchBelowADInplaceOrView below;
-    return pick(s.backward(g, x, w, mask), mask);
+    return pick(norm.backward(g, x, w, mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
-    const Statistics s{if_defined(saved[3]),
-                       if_defined(saved[4]),
-                       if_defined(saved[5]),
-                       if_defined(saved[6]),
-                       if_defined(saved[7]),
-                       ctx->saved_data["training"].toBool(),
-                       ctx->saved_data["eps"].toDouble()};
-    const Mask mask = from_bits(ctx->saved_data["mask"].toInt());
-    const auto [u, a, b] = spread(cotangents, mask);
-
-    variable_list result(5);
-    size_t edge = 0;
-    Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
-    if (!u.defined() && !a.defined() && !b.defined()) return result;
-
-    if (at::GradMode::is_enabled()) {
-      const auto first = [&](const variable_list& in) {
-        const auto weight = if_defined(in[2]);
-        return pick(s.training ? composed(in[0], in[1], weight, s, mask) : s.backward(in[0], in[1], weight, mask),
-                    mask);
-      };
-      const auto grads = higher_order(first, {g, x, w}, cotangents, {need[0], need[1], need[2]});
-      std::copy(grads.begin(), grads.end(), result.begin());
-      return result;
-    }
-
-    const at::AutoDispatchBelowADInplaceOrView below;
-    need[1] = need[1] && (s.training ? u.defined() || a.defined() : a.defined());
-    need[2] = need[2] && u.defined();
-    const bool innermost = channels_innermost(x);
-    const auto image = [&](const Tensor& t) {
-      return t.defined() ? std::make_optional(flattened(t, innermost)) : std::nullopt;
-    };
-    const auto channels = [&](const Tensor& t) { return in_accumulation_type(t, x.scalar_type()); };
-    const Tensor mean = *channels(s.training ? *s.mean : *s.running_mean);
-    const Tensor invstd = s.training ? *channels(*s.invstd) : channels(*s.running_var)->add(s.eps).rsqrt();
-    const auto [grad_g, grad_x, grad_w] =
-        double_backward(image(u), channels(a), channels(b), flattened(g, innermost), flattened(x, innermost),
-                        channels(w), mean, invstd, s.training, need);
-    if (need[0]) result[0] = unflattened(grad_g, g, innermost);
-    if (need[1]) result[1] = unflattened(grad_x, x, innermost);
-    if (need[2]) result[2] = grad_w.to(w.scalar_type());
-    return result;
+    const BatchNorm norm{if_defined(saved[3]),
+                         if_defined(saved[4]),
+                         if_defined(saved[5]),
+                         if_defined(saved[6]),
+                         if_defined(saved[7]),
+                         ctx->saved_data["training"].toBool(),
+                         ctx->saved_data["eps"].toDouble()};
+    return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
   }
 };
 
-Triple apply(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Statistics& s, Mask mask) {
+Triple apply(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const BatchNorm& norm, Mask mask) {
   // Without a weight PyTorch still asks for the gradients of both: it computes them, and nobody uses them.
-  return spread(BatchNormBackward::apply(g, x, w, s, mask), mask);
+  return spread(BatchNormBackward::apply(g, x, w, norm, mask), mask);
 }
 
 Triple native_batch_norm_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,

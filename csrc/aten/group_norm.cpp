@@ -89,6 +89,8 @@ struct GroupNorm {
     return result;
   }
 
+  static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
+
   // Below autograd.
   Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {
@@ -120,29 +122,8 @@ struct GroupNormBackward : torch::autograd::Function<GroupNormBackward> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
     const GroupNorm norm = GroupNorm::load(ctx, saved[3], saved[4]);
-    const Mask mask = from_bits(ctx->saved_data["mask"].toInt());
-    const auto [u, a, b] = spread(cotangents, mask);
-
-    variable_list result(5);
-    size_t edge = 0;
-    Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
-    if (!u.defined() && !a.defined() && !b.defined()) return result;
-    if (at::GradMode::is_enabled()) {
-      const auto first = [&](const variable_list& in) { return pick(norm.composed(in[0], in[1], in[2], mask), mask); };
-      const auto grads = higher_order(first, {g, x, w}, cotangents, {need[0], need[1], need[2]});
-      std::copy(grads.begin(), grads.end(), result.begin());
-      return result;
-    }
-    const at::AutoDispatchBelowADInplaceOrView below;
-    need[1] = need[1] && (u.defined() || a.defined());
-    need[2] = need[2] && u.defined();
-    const auto [grad_g, grad_x, grad_w] = norm.double_backward(u, a, b, g, x, w, need);
-    if (need[0]) result[0] = grad_g;
-    if (need[1]) result[1] = grad_x;
-    if (need[2]) result[2] = grad_w;
-    return result;
+    return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
   }
 };
 

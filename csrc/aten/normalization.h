@@ -1,5 +1,5 @@
-// What LayerNorm, RMSNorm and GroupNorm have in common: their first backward in differentiable operators, for third
-// and higher orders, and the bookkeeping of three gradients of which some are asked for.
+// What the normalisations have in common: their first backward in differentiable operators, for third and higher
+// orders, their second backward, and the bookkeeping of three gradients of which some are asked for.
 #pragma once
 
 #include "replacement.h"
@@ -72,5 +72,35 @@ struct Normalized {
     return r * (centred ? h - h.mean(-1, true) - middle : h - middle);
   }
 };
+
+// The backward of a normalisation's Function that has saved g, x, w as its first tensors: the second derivative.
+//   Norm::composed(g, x, w, mask)                      the first backward in differentiable operators
+//   Norm::double_backward(u, a, b, g, x, w, need)      its derivatives in g, x, w; below autograd
+//   Norm::bends(u, a)                                  whether there is a derivative in x at all
+template <class Norm>
+variable_list second_backward(AutogradContext* ctx, const variable_list& saved, const Norm& norm, const Mask& mask,
+                              const variable_list& cotangents) {
+  const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
+  const auto [u, a, b] = spread(cotangents, mask);
+  variable_list result(5);
+  size_t edge = 0;
+  Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
+  if (!u.defined() && !a.defined() && !b.defined()) return result;
+
+  if (at::GradMode::is_enabled()) {
+    const auto first = [&](const variable_list& in) { return pick(norm.composed(in[0], in[1], in[2], mask), mask); };
+    const auto grads = higher_order(first, {g, x, w}, cotangents, {need[0], need[1], need[2]});
+    std::copy(grads.begin(), grads.end(), result.begin());
+    return result;
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  need[1] = need[1] && norm.bends(u, a);
+  need[2] = need[2] && u.defined();
+  const auto [grad_g, grad_x, grad_w] = norm.double_backward(u, a, b, g, x, w, need);
+  if (need[0]) result[0] = grad_g;
+  if (need[1]) result[1] = grad_x;
+  if (need[2]) result[2] = grad_w;
+  return result;
+}
 
 }  // namespace rk::aten

@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "target, "
       "float label_smoothing, float temperature, int ignore_index) -> (Tensor, Tensor)");
 
+  // outputs: [B, C, S]; seed: [1] int64; law, kind: see math/random_cotangents.h -> w [K, B, C, S]
+  m.def("random_cotangents(Tensor outputs, Tensor seed, int projections, int law, int kind) -> Tensor");
+  // Of kind fisher; grad: [K, B, C, S] -> grad_outputs [B, C, S]
+  m.def("random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int law) -> Tensor");
+
   // Second derivatives of PyTorch's own operators.  The inputs of a first backward (grad, x, ...) and the cotangents of
   // its outputs (gg_x of grad_x, gg_weight of grad_weight, gg_bias of grad_bias) give the gradients of those inputs.
   // An absent cotangent is zero, and costs nothing; a gradient that is not needed comes back as an empty tensor [0].

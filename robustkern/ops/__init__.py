@@ -1,11 +1,11 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
 from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
-from robustkern.ops.random_cotangents import random_cotangents as random_cotangents
+from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 
 # Imported for what they register: the second derivatives of PyTorch's own operators.
 DOUBLE_BACKWARD_MODULES = (activation, attention, batch_norm, group_norm, layer_norm, softmax)
 
-__all__ = ["row_norm", "softmax_cross_entropy"]
+__all__ = ["random_cotangents", "row_norm", "softmax_cross_entropy"]

@@ -20,6 +20,7 @@ class Sample:
     name: str = ""
     empty: bool = False  # no elements: there is nothing to compare but shapes
     zero: tuple[str, ...] = ()  # which fields of `robustkern.testing.Derivatives` are identically zero
+    orders: int = 2  # derivatives that the kernel has; those beyond are not asked for
 
     def __str__(self) -> str:
         return f"{self.op.__name__}({self.name})"

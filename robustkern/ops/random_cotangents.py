@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern.ops._double_backward import register_looped_vmap
+from robustkern.ops._register import refuse_derivatives, register_fake
+from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.random_cotangents import draw_seed
 
@@ -71,8 +77,8 @@ def random_cotangents(
     size = outputs.shape[1:].numel()
     if law == "orthonormal" and projections > size:
         raise ValueError(
-            f"{op}: there are at most {size} orthonormal vectors in {size} dimensions, got projections = {projections}; "
-            f"{size} of them are exact already, and the other laws take any number"
+            f"{op}: projections must be at most {size} for orthonormal vectors in {size} dimensions, got {projections}; "
+            f"{size} are exact already, and the other laws take any number"
         )
     if seed is None:
         if generator is not None and generator.device.type != outputs.device.type:
@@ -86,12 +92,72 @@ def random_cotangents(
     seed = seed.reshape(1)
     if kind != "fisher":
         outputs = outputs.detach()
-    if not use_kernel(op, impl, outputs, None if _library.extension() and _has_kernel() else "it is not built"):
+    if not use_kernel(op, impl, outputs):
         return reference.random_cotangents(outputs, projections, law=law, kind=kind, seed=seed)
     flat = outputs.reshape(outputs.shape[0], outputs.shape[1], outputs.shape[2:].numel())
     w = torch.ops.robustkern.random_cotangents(flat, seed, projections, LAWS.index(law), KINDS.index(kind))
     return w.reshape(projections, *outputs.shape)
 
 
-def _has_kernel() -> bool:
-    return hasattr(torch.ops.robustkern, "random_cotangents")
+def _register() -> None:
+    ops = torch.ops.robustkern
+
+    @register_fake("random_cotangents")
+    def _(outputs, seed, projections, law, kind):  # type: ignore[no-untyped-def]
+        return outputs.new_empty([projections, *outputs.shape])
+
+    @register_fake("random_cotangents_backward")
+    def _(grad, outputs, seed, law):  # type: ignore[no-untyped-def]
+        return outputs.new_empty(outputs.shape)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        outputs, seed, _, ctx.law, ctx.kind = inputs
+        ctx.save_for_backward(outputs, seed)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        outputs, seed = ctx.saved_tensors
+        if grad is None or KINDS[ctx.kind] != "fisher":
+            return (None,) * 5
+        return ops.random_cotangents_backward(grad, outputs, seed, ctx.law), None, None, None, None
+
+    torch.library.register_autograd("robustkern::random_cotangents", backward, setup_context=setup)
+    refuse_derivatives(ops.random_cotangents_backward, "second-order")
+
+    # Every mapped call draws the same v from its seed, as a loop would: not one call on all rows.
+    register_looped_vmap(ops.random_cotangents)
+    register_looped_vmap(ops.random_cotangents_backward)
+
+
+if _library.extension() is not None:
+    _register()
+
+
+def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
+    """Calls that exercise every option, shape class and layout of random_cotangents."""
+    make, op = make_tensor(device, dtype), random_cotangents
+    seed = torch.tensor([0x0123456789ABCDEF], device=device)
+
+    def sample(name: str, outputs: Tensor, projections: int = 3, **options: Any) -> Sample:
+        fisher = options.get("kind") == "fisher"
+        given = {"projections": projections, "seed": seed, **options}
+        return Sample(op, (outputs,), given, name, empty=not outputs.numel(), orders=1 if fisher else 0)
+
+    for law in LAWS:
+        yield sample(f"{law}, fisher", 2 * make(5, 10), law=law, kind="fisher")
+        yield sample(f"{law}, fisher, positions", 2 * make(2, 3, 4, 5), law=law, kind="fisher")
+        for kind in ("plain", "centred"):
+            yield sample(f"{law}, {kind}", make(5, 10), law=law, kind=kind)
+            yield sample(f"{law}, {kind}, positions", make(2, 3, 4, 5), law=law, kind=kind)
+        yield sample(f"{law}, 300 classes", make(3, 300), law=law, kind="fisher")
+        yield sample(f"{law}, two classes", make(4, 2), 2, law=law, kind="fisher")
+    yield sample("orthonormal, all directions", make(3, 37), 37, law="orthonormal", kind="fisher")
+    yield sample("orthonormal, all directions, plain", make(3, 37), 37, law="orthonormal")
+    yield sample("another seed", make(5, 10), kind="fisher", seed=torch.tensor([-3], device=device))
+    yield sample("one number", make(4, 1), 1)
+    yield sample("strided columns", make(5, 20)[:, ::2], kind="fisher")
+    yield sample("transposed", make(10, 5).t(), kind="fisher")
+    yield sample("channels_last", make(2, 3, 4, 5).to(memory_format=torch.channels_last), kind="fisher")
+    yield sample("huge outputs", 1000.0 + 3.0 * make(5, 10), kind="fisher")
+    yield sample("empty batch", make(0, 10), law="orthonormal", kind="fisher")
+    yield sample("no positions", make(2, 3, 0), kind="fisher")

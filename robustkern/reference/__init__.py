@@ -5,7 +5,7 @@ from robustkern.reference.attention import attention_double_backward
 from robustkern.reference.batch_norm import batch_norm_double_backward
 from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
 from robustkern.reference.layer_norm import layer_norm_backward, layer_norm_double_backward
-from robustkern.reference.random_cotangents import random_cotangents as random_cotangents
+from robustkern.reference.random_cotangents import random_cotangents
 from robustkern.reference.row_norm import row_norm
 from robustkern.reference.softmax import softmax_double_backward
 from robustkern.reference.softmax_cross_entropy import softmax_cross_entropy
@@ -18,6 +18,7 @@ __all__ = [
     "group_norm_double_backward",
     "layer_norm_backward",
     "layer_norm_double_backward",
+    "random_cotangents",
     "row_norm",
     "softmax_cross_entropy",
     "softmax_double_backward",

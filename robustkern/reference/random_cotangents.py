@@ -31,13 +31,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def _words(seed: Tensor, projections: int, batch: int, blocks: int, stream: int) -> Tensor:  # [K, B, blocks, 4]
-    def count(n: int, *after: int) -> Tensor:
-        return torch.arange(n, device=seed.device).view(-1, *after)
-
-    counter = (count(blocks), count(projections, 1, 1), count(batch, 1), torch.full_like(seed, stream))
+def _words(seed: Tensor, batch: int, blocks: int, stream: int) -> Tensor:  # [B, 4 blocks]
+    """The random words of each sample, one sequence."""
+    block, sample = (torch.arange(n, device=seed.device) for n in (blocks, batch))
+    zero = torch.zeros_like(seed)
+    counter = (block & _MASK, block >> 32, sample.unsqueeze(1), zero + stream)
     words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(torch.broadcast_tensors(*words), -1)
+    return torch.stack(torch.broadcast_tensors(*words), -1).flatten(1)
 
 
 def _box_muller(words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,16 +55,17 @@ def _box_muller(words: Tensor, dtype: torch.dtype) -> Tensor:
     return (-2.0 * u.log()).sqrt().unsqueeze(-1) * torch.stack([first, second], -1)
 
 
-def _normals(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.dtype) -> Tensor:  # [K, B, size]
-    words = _words(seed, projections, batch, (size + 3) // 4, 0)
-    normals = torch.cat([_box_muller(words[..., :2], dtype), _box_muller(words[..., 2:], dtype)], -1)
-    return normals.flatten(2)[..., :size]
+def _normals(seed: Tensor, batch: int, count: int, dtype: torch.dtype) -> Tensor:  # [B, count]
+    words = _words(seed, batch, (count + 3) // 4, 0).view(batch, -1, 2)
+    return _box_muller(words, dtype).flatten(1)[:, :count]
 
 
-def _signs(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.dtype) -> Tensor:  # [K, B, size]
-    words = _words(seed, projections, batch, (size + 127) // 128, 1)
-    bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
-    return (1 - 2 * bits).flatten(2)[..., :size].to(dtype)
+def _signs(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.dtype) -> Tensor:  # [K, B, D]
+    """Entries +-1 by the bits of the words; a row begins with a word."""
+    row = (size + 31) // 32
+    words = _words(seed, batch, (projections * row + 3) // 4, 1)[:, : projections * row]
+    bits = (words.view(batch, projections, row, 1) >> torch.arange(32, device=seed.device)) & 1
+    return (1 - 2 * bits).flatten(2)[..., :size].transpose(0, 1).to(dtype)
 
 
 def _frames(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.dtype) -> Tensor:  # [K, B, size]
@@ -73,10 +74,11 @@ def _frames(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.
     The Householder reflections that a QR factorisation of a Gaussian matrix would find are those of independent
     Gaussian vectors of size D, D - 1, ...: nothing needs to be factorised.  The signs make the diagonal of R positive.
     """
-    normals = _normals(seed, projections, batch, size, dtype)
+    normals = _normals(seed, batch, projections * size - projections * (projections - 1) // 2, dtype)
     frames = torch.eye(size, projections, device=seed.device, dtype=dtype).repeat(batch, 1, 1)
     for k in reversed(range(projections)):
-        u = normals[k, :, : size - k].clone()
+        begin = k * size - k * (k - 1) // 2
+        u = normals[:, begin : begin + size - k].clone()
         head, norm = u[:, 0].clone(), torch.linalg.vector_norm(u, dim=1)
         u[:, 0] += torch.copysign(norm, head)
         factor = 1.0 / (norm * (norm + head.abs()))
@@ -92,7 +94,8 @@ def _draws(seed: Tensor, projections: int, batch: int, size: int, law: str, dtyp
         return _signs(seed, projections, batch, size, dtype)
     if law == "orthonormal":
         return math.sqrt(size) * _frames(seed, projections, batch, size, dtype)
-    normals = _normals(seed, projections, batch, size, dtype)
+    row = (size + 3) // 4 * 4  # a row begins with a block of four
+    normals = _normals(seed, batch, projections * row, dtype).view(batch, projections, row)[..., :size].transpose(0, 1)
     if law == "gaussian":
         return normals
     return normals * (math.sqrt(size) / torch.linalg.vector_norm(normals, dim=2, keepdim=True))
@@ -130,5 +133,5 @@ def random_cotangents(
 
 
 def draw_seed(like: Tensor, generator: torch.Generator | None = None) -> Tensor:  # [1] int64
-    """A new seed on the device of `like`, from `generator` or from that device's default one, without waiting for it."""
+    """A new seed on the device of `like`, from `generator` or the default one there, without waiting for the device."""
     return torch.randint(2**63 - 1, (1,), generator=generator, device=like.device)

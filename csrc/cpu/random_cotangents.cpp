@@ -1,0 +1,258 @@
+// random_cotangents on the CPU.  Formulas and orders of sums: math/random_cotangents.h.  A thread draws one v at a time
+// into its workspace, or the frames of one sample, and writes w from there: memory sees the outputs and w.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "../random_cotangents_arguments.h"
+#include "pieces.h"
+#include "random_cotangents_loops.h"
+
+namespace rk::cpu {
+namespace {
+
+constexpr int64_t kFrameColumns = 256;  // of one unit of work; each draws the reflections anew
+
+struct Call : CotangentShape {
+  PhiloxKey key;
+  ScalarType dtype;
+  const char *outputs, *grad;  // [B, C, S], [K, B, C, S]
+  char* result;                // [K, B, C, S], of a backward [B, C, S]
+
+  Call(const CotangentShape& shape, const Tensor& seed, const Tensor& z, const char* g, const Tensor& to)
+      : CotangentShape(shape),
+        key(static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()))),
+        dtype(z.scalar_type()),
+        outputs(static_cast<const char*>(z.data_ptr())),
+        grad(g),
+        result(static_cast<char*>(to.data_ptr())) {}
+
+  int64_t item() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+  int64_t row(int64_t k, int64_t b) const { return (k * batch + b) * size() * item(); }
+
+  // Numbers of the sequence that a row of v takes up, and rows that are drawn at once.
+  int64_t row_numbers() const { return law == Law::kRademacher ? (size() + 31) / 32 * 32 : (size() + 3) / 4 * 4; }
+  int64_t rows_together() const {
+    return std::clamp<int64_t>(4096 / std::max<int64_t>(row_numbers(), 1), 1, projections);
+  }
+};
+
+// Rows of u in the groups of four reflections before this one.
+int64_t group_begin(int64_t group, int64_t n) { return group * n - 2 * group * (group - 1); }
+
+template <class A>
+struct Workspace {
+  std::vector<A> v, a, w, g, d, m, b;            // v: whole blocks; a, w, g: [D]; d, m, b: [S]
+  std::vector<A> reflections, columns, q, sign;  // [K / 4, <= D, 4]; [D, kColumns]; [D]; [K]
+  std::vector<FourReflections<A>> four;          // [K / 4]
+  int64_t sample = -1;                           // whose a is there
+
+  explicit Workspace(const Call& c) {
+    const int64_t n = c.size();
+    v.resize(c.row_numbers() * c.rows_together());
+    w.resize(n);
+    if (c.kind == Kind::kFisher) a.resize(n);
+    if (c.grad) g.resize(n);
+    if (c.positions != 1)
+      for (std::vector<A>* each : {&d, &m, &b}) each->resize(c.positions);
+    if (c.law != Law::kOrthonormal) return;
+    const int64_t fours = (c.projections + 3) / 4;
+    v.resize(reflection_begin(c.projections, n) + 3);
+    reflections.resize(4 * group_begin(fours, n));
+    columns.resize(n * kColumns<A>);
+    q.resize(n);
+    sign.resize(c.projections);
+    four.resize(fours);
+  }
+};
+
+// a = sqrt(softmax z) of one sample.
+template <class A>
+void find_roots(const Call& c, int64_t sample, Workspace<A>& s) {
+  if (s.sample == sample || c.size() == 0) return;
+  s.sample = sample;
+  const int64_t S = c.positions;
+  read_piece(c.dtype, c.outputs + c.row(0, sample), s.w.data(), c.size());
+  if (S == 1) {
+    half_exponentials(s.w.data(), largest(s.w.data(), c.classes), s.a.data(), c.classes);
+    divide(s.a.data(), std::sqrt(dot(s.a.data(), s.a.data(), c.classes)), c.classes);
+    return;
+  }
+  std::copy_n(s.w.data(), S, s.m.data());
+  std::fill_n(s.d.data(), S, A(0));
+  for (int64_t j = 1; j < c.classes; ++j) raise(s.w.data() + j * S, s.m.data(), S);
+  for (int64_t j = 0; j < c.classes; ++j) {
+    A* const a = s.a.data() + j * S;
+    half_exponentials(s.w.data() + j * S, s.m.data(), a, S);
+    add_dot(a, a, s.d.data(), S);
+  }
+  for (int64_t j = 0; j < c.classes; ++j) divide_by_root(s.a.data() + j * S, s.d.data(), S);
+}
+
+// The reflections of one sample.
+template <class A>
+void draw_reflections(const Call& c, int64_t sample, int64_t count, Workspace<A>& s) {
+  const int64_t n = c.size();
+  draw_normal(c.key, static_cast<uint32_t>(sample), 0, (reflection_begin(count, n) + 3) / 4, s.v.data());
+  for (int64_t group = 0; 4 * group < count; ++group) {
+    FourReflections<A>& h = s.four[group];
+    const int64_t rows = n - 4 * group;
+    A* const u = s.reflections.data() + 4 * group_begin(group, n);
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t k = 4 * group + j, zeros = k < count ? j : rows;
+      for (int64_t i = 0; i < zeros; ++i) u[4 * i + j] = A(0);
+      h.factor[j] = A(0);
+      if (k >= count) continue;
+      const A* const x = s.v.data() + reflection_begin(k, n);
+      const Reflection<A> one(x[0], std::sqrt(dot(x, x, n - k)));
+      for (int64_t i = j; i < rows; ++i) u[4 * i + j] = x[i - j];
+      u[4 * j + j] = one.head;
+      h.factor[j] = one.factor;
+      s.sign[k] = one.sign * std::sqrt(A(n));
+    }
+    products(u, rows, h);
+  }
+}
+
+// f(k, v, scale) for projections [first, last) of one sample: v scaled are orthogonal, of length sqrt(D).
+template <class A, class F>
+void for_frames(const Call& c, int64_t sample, int64_t first, int64_t last, Workspace<A>& s, const F& f) {
+  constexpr int64_t W = kColumns<A>;
+  const int64_t n = c.size();
+  draw_reflections(c, sample, last, s);
+  for (int64_t begin = first; begin < last; begin += W) {
+    const int64_t end = std::min(begin + W, last);
+    std::fill(s.columns.begin(), s.columns.end(), A(0));
+    for (int64_t k = begin; k < end; ++k) s.columns[k * W + k - begin] = A(1);
+    for (int64_t group = (end - 1) / 4; group >= 0; --group)
+      reflect(s.reflections.data() + 4 * group_begin(group, n), s.four[group], n - 4 * group,
+              s.columns.data() + 4 * group * W);
+    for (int64_t k = begin; k < end; ++k) {
+      for (int64_t e = 0; e < n; ++e) s.q[e] = s.columns[e * W + k - begin];
+      f(k, s.q.data(), s.sign[k]);
+    }
+  }
+}
+
+// f(k, v, scale) for projections [first, last) of one sample.
+template <class A, class F>
+void for_rows(const Call& c, int64_t sample, int64_t first, int64_t last, Workspace<A>& s, const F& f) {
+  if (c.law == Law::kOrthonormal) return for_frames(c, sample, first, last, s, f);
+  const int64_t n = c.size(), numbers = c.row_numbers(), together = c.rows_together();
+  const auto number = static_cast<uint32_t>(sample);
+  for (int64_t begin = first; begin < last; begin += together) {
+    const int64_t end = std::min(begin + together, last);
+    if (c.law == Law::kRademacher)
+      draw_sign(c.key, number, begin * numbers / 32, (end - begin) * numbers / 32, s.v.data());
+    else
+      draw_normal(c.key, number, begin * numbers / 4, (end - begin) * numbers / 4, s.v.data());
+    for (int64_t k = begin; k < end; ++k) {
+      const A* const v = s.v.data() + (k - begin) * numbers;
+      f(k, v, c.law == Law::kSphere ? std::sqrt(A(n)) / std::sqrt(dot(v, v, n)) : A(1));
+    }
+  }
+}
+
+// w of one row.
+template <class A>
+void transform(const Call& c, const A* v, A scale, A* w, Workspace<A>& s) {
+  const int64_t n = c.size(), S = c.positions;
+  if (c.kind == Kind::kPlain) return scale_row(v, scale, w, n);
+  const A* const a = s.a.data();
+  A* const d = s.d.data();
+  if (S == 1 && c.kind == Kind::kCentred) return centre(v, sum(v, n) / A(n), scale, w, n);
+  if (S == 1) return fisher(a, v, dot(a, v, n), scale, w, n);
+  std::fill_n(d, S, A(0));
+  for (int64_t e = 0; e < n; e += S) c.kind == Kind::kCentred ? add_sum(v + e, d, S) : add_dot(a + e, v + e, d, S);
+  if (c.kind == Kind::kCentred) divide(d, A(c.classes), S);
+  for (int64_t e = 0; e < n; e += S)
+    c.kind == Kind::kCentred ? centre(v + e, d, scale, w + e, S) : fisher(a + e, v + e, d, scale, w + e, S);
+}
+
+// Adds a projection's share of grad_z to w.
+template <class A>
+void add_gradient(const Call& c, const A* v, A scale, const A* g, Workspace<A>& s) {
+  const int64_t n = c.size(), S = c.positions;
+  const A* const a = s.a.data();
+  A *const w = s.w.data(), *const d = s.d.data(), *const m = s.m.data(), *const b = s.b.data();
+  if (S == 1) return add_slopes(a, v, g, dot(a, v, n), dot(g, a, v, n), dot(g, a, a, n), scale, w, n);
+  for (A* each : {d, m, b}) std::fill_n(each, S, A(0));
+  for (int64_t e = 0; e < n; e += S) {
+    add_dot(a + e, v + e, d, S);
+    add_dot(g + e, a + e, v + e, m, S);
+    add_dot(g + e, a + e, a + e, b, S);
+  }
+  for (int64_t e = 0; e < n; e += S) add_slopes(a + e, v + e, g + e, d, m, b, scale, w + e, S);
+}
+
+// Units of work that are worth a thread of their own.
+int64_t units_per_thread(const Call& c) {
+  const int64_t together = c.law == Law::kOrthonormal ? c.projections / 8 + 1 : 1;
+  return rows_per_thread(8 * c.size() * std::min(c.projections, kFrameColumns) * together);
+}
+
+template <class A>
+void run(const Call& c) {
+  const int64_t together = c.law == Law::kOrthonormal ? kFrameColumns : c.rows_together();
+  const int64_t units = (c.projections + together - 1) / together;
+  torch::stable::parallel_for(0, c.batch * units, units_per_thread(c), [&](int64_t begin, int64_t end) {
+    Workspace<A> s(c);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t sample = unit / units, first = unit % units * together;
+      if (c.kind == Kind::kFisher) find_roots(c, sample, s);
+      for_rows(c, sample, first, std::min(first + together, c.projections), s, [&](int64_t k, const A* v, A scale) {
+        char* const to = c.result + c.row(k, sample);
+        if (c.item() == sizeof(A)) return transform(c, v, scale, reinterpret_cast<A*>(to), s);
+        transform(c, v, scale, s.w.data(), s);
+        write_piece(c.dtype, s.w.data(), to, c.size());
+      });
+    }
+  });
+}
+
+template <class A>
+void run_backward(const Call& c) {
+  torch::stable::parallel_for(0, c.batch, units_per_thread(c), [&](int64_t begin, int64_t end) {
+    Workspace<A> s(c);
+    for (int64_t sample = begin; sample < end; ++sample) {
+      find_roots(c, sample, s);
+      std::fill(s.w.begin(), s.w.end(), A(0));
+      for_rows(c, sample, 0, c.projections, s, [&](int64_t k, const A* v, A scale) {
+        read_piece(c.dtype, c.grad + c.row(k, sample), s.g.data(), c.size());
+        add_gradient(c, v, scale, s.g.data(), s);
+      });
+      write_piece(c.dtype, s.w.data(), c.result + c.row(0, sample), c.size());
+    }
+  });
+}
+
+Tensor random_cotangents(Tensor outputs, Tensor seed, int64_t projections, int64_t law, int64_t kind) {
+  const CotangentShape shape("random_cotangents", outputs, seed, projections, law, kind);
+  Tensor w = torch::stable::new_empty(outputs, {projections, shape.batch, shape.classes, shape.positions});
+  const Tensor z = shape.kind == Kind::kFisher ? torch::stable::contiguous(outputs) : outputs;
+  const Call call(shape, seed, z, nullptr, w);
+  outputs.scalar_type() == ScalarType::Double ? run<double>(call) : run<float>(call);
+  return w;
+}
+
+Tensor random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int64_t law) {
+  constexpr const char* op = "random_cotangents_backward";
+  constexpr auto fisher = static_cast<int64_t>(Kind::kFisher);
+  const CotangentShape shape(op, outputs, seed, projections_of(op, grad), law, fisher);
+  check_grad(op, grad, shape, outputs);
+  const Tensor g = torch::stable::contiguous(grad), z = torch::stable::contiguous(outputs);
+  Tensor grad_outputs = torch::stable::new_empty(outputs, {shape.batch, shape.classes, shape.positions});
+  const Call call(shape, seed, z, static_cast<const char*>(g.data_ptr()), grad_outputs);
+  outputs.scalar_type() == ScalarType::Double ? run_backward<double>(call) : run_backward<float>(call);
+  return grad_outputs;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("random_cotangents", TORCH_BOX(&random_cotangents));
+  m.impl("random_cotangents_backward", TORCH_BOX(&random_cotangents_backward));
+}
+
+}  // namespace rk::cpu

@@ -1,0 +1,218 @@
+// The inner loops of random_cotangents: rows of v, their sums in lanes, reflections of blocks of columns.
+#pragma once
+
+#include <algorithm>
+
+#include "../math/random_cotangents.h"
+#include "lane_sums.h"
+
+namespace rk::cpu {
+
+// f(e, sum) adds entry e to the sum of its lane; see math/random_cotangents.h for the order.
+template <class A, class F>
+RK_HOST_DEVICE A sum_in_lanes(std::int64_t n, const F& f) {
+  A lane[kSumLanes] = {};
+  std::int64_t e = 0;
+  for (; e + 4 * kSumLanes <= n; e += 4 * kSumLanes)
+    for (int j = 0; j < 4; ++j)
+      for (int l = 0; l < kSumLanes; ++l) lane[l] = f(e + 4 * l + j, lane[l]);
+  const std::int64_t rest = n - e;
+  for (int l = 0; 4 * l < rest; ++l)
+    for (int j = 0; j < 4 && 4 * l + j < rest; ++j) lane[l] = f(e + 4 * l + j, lane[l]);
+  int used = kSumLanes;  // lanes beyond the row's end hold zeros, whose addition changes nothing
+  while (used > 1 && n <= 2 * used) used /= 2;
+  for (int half = used / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+// Numbers of a sample's sequence, in whole blocks.
+template <class A>
+RK_HOST_DEVICE void draw_normals(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
+                                 A* __restrict__ v) {
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const FourNormals<A> x(key, first + std::uint64_t(b), sample);
+    for (int j = 0; j < 4; ++j) v[4 * b + j] = x.at[j];
+  }
+}
+
+// Signs from words [first, first + words) of the sequence, 32 each.
+template <class A>
+RK_HOST_DEVICE void draw_signs(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words,
+                               A* __restrict__ v) {
+  const std::uint64_t end = first + std::uint64_t(words);
+  for (std::uint64_t block = first / 4; 4 * block < end; ++block) {
+    const RandomWords w = cotangent_words(key, block, sample, kBitStream);
+    const std::uint32_t four[4] = {w.w0, w.w1, w.w2, w.w3};
+    for (int j = 0; j < 4; ++j) {
+      const std::uint64_t word = 4 * block + j;
+      if (word < first || word >= end) continue;
+      for (std::uint32_t bit = 0; bit < 32; ++bit) v[(word - first) * 32 + bit] = sign_from<A>(four[j], bit);
+    }
+  }
+}
+
+// The dot products of four vectors u [n, 4] with each other.
+template <class A>
+RK_HOST_DEVICE void find_products(const A* u, std::int64_t n, FourReflections<A>& h) {
+  h.u01 = h.u02 = h.u03 = h.u12 = h.u13 = h.u23 = A(0);
+  for (std::int64_t i = 0; i < n; ++i, u += 4) {
+    h.u01 = fused(u[0], u[1], h.u01);
+    h.u02 = fused(u[0], u[2], h.u02);
+    h.u03 = fused(u[0], u[3], h.u03);
+    h.u12 = fused(u[1], u[2], h.u12);
+    h.u13 = fused(u[1], u[3], h.u13);
+    h.u23 = fused(u[2], u[3], h.u23);
+  }
+}
+
+// Columns that are reflected together, side by side in two registers.
+template <class A>
+inline constexpr int kColumns = 2 * LanesOf<A>::kCount;
+
+// r += a b
+template <class A>
+RK_HOST_DEVICE void add_fused(Lanes<A>& r, A a, const Lanes<A>& b) {
+  for (int l = 0; l < LanesOf<A>::kCount; ++l) r[l] = fused(a, b[l], r[l]);
+}
+
+// q [n, kColumns] turned by four reflections u [n, 4].
+template <class A>
+RK_HOST_DEVICE void reflect_columns(const A* u, const FourReflections<A>& h, std::int64_t n, A* __restrict__ q) {
+  constexpr int L = LanesOf<A>::kCount, W = kColumns<A>;
+  Lanes<A> d[4][2] = {}, x, y;
+  for (std::int64_t i = 0; i < n; ++i) {
+    load_lanes(x, q + i * W);
+    load_lanes(y, q + i * W + L);
+    for (int k = 0; k < 4; ++k) {
+      add_fused(d[k][0], u[4 * i + k], x);
+      add_fused(d[k][1], u[4 * i + k], y);
+    }
+  }
+  A steps[4][W];
+  for (int l = 0; l < W; ++l) {
+    const int r = l / L, c = l % L;
+    const FourSteps<A> s(h, d[0][r][c], d[1][r][c], d[2][r][c], d[3][r][c]);
+    steps[0][l] = s.s0, steps[1][l] = s.s1, steps[2][l] = s.s2, steps[3][l] = s.s3;
+  }
+  for (int k = 0; k < 4; ++k) {
+    load_lanes(d[k][0], steps[k]);
+    load_lanes(d[k][1], steps[k] + L);
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    load_lanes(x, q + i * W);
+    load_lanes(y, q + i * W + L);
+    for (int k = 3; k >= 0; --k) {
+      add_fused(x, u[4 * i + k], d[k][0]);
+      add_fused(y, u[4 * i + k], d[k][1]);
+    }
+    std::memcpy(q + i * W, &x, sizeof x);
+    std::memcpy(q + i * W + L, &y, sizeof y);
+  }
+}
+
+// A number that all of a row's entries share, where positions side by side have one each.
+template <class A>
+struct Shared {
+  A value;
+  RK_HOST_DEVICE A operator[](std::int64_t) const { return value; }
+};
+
+template <class A, class Each>
+RK_HOST_DEVICE void centre_entries(const A* v, Each mean, A scale, A* __restrict__ w, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) w[e] = (v[e] - mean[e]) * scale;
+}
+
+template <class A, class Each>
+RK_HOST_DEVICE void fisher_entries(const A* a, const A* v, Each d, A scale, A* __restrict__ w, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) w[e] = fisher_value(a[e], v[e], d[e]) * scale;
+}
+
+// d = <a, v>, m = <g, a v>, b = <g, p>
+template <class A, class Each>
+RK_HOST_DEVICE void slope_entries(const A* a, const A* v, const A* g, Each d, Each m, Each b, A scale,
+                                  A* __restrict__ total, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e)
+    total[e] = fisher_slope(a[e], v[e] * scale, g[e], d[e] * scale, m[e] * scale, b[e], total[e]);
+}
+
+#define RK_COTANGENT_LOOPS(A)                                                                                         \
+  RK_MULTIVERSION static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first,                   \
+                                          std::int64_t blocks, A* v) {                                                \
+    draw_normals(key, sample, first, blocks, v);                                                                      \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words, \
+                                        A* v) {                                                                       \
+    draw_signs(key, sample, first, words, v);                                                                         \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void products(const A* u, std::int64_t n, FourReflections<A>& h) { find_products(u, n, h); } \
+  RK_MULTIVERSION static void reflect(const A* u, const FourReflections<A>& h, std::int64_t n, A* q) {                \
+    reflect_columns(u, h, n, q);                                                                                      \
+  }                                                                                                                   \
+  RK_MULTIVERSION static A sum(const A* v, std::int64_t n) {                                                          \
+    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + v[e]; });                        \
+  }                                                                                                                   \
+  RK_MULTIVERSION static A dot(const A* x, const A* y, std::int64_t n) {                                              \
+    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(x[e], y[e], s); });            \
+  }                                                                                                                   \
+  RK_MULTIVERSION static A dot(const A* g, const A* a, const A* v, std::int64_t n) {                                  \
+    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(g[e], a[e] * v[e], s); });     \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void add_sum(const A* v, A* __restrict__ sum, std::int64_t n) {                              \
+    for (std::int64_t e = 0; e < n; ++e) sum[e] += v[e];                                                              \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void add_dot(const A* x, const A* y, A* __restrict__ sum, std::int64_t n) {                  \
+    for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(x[e], y[e], sum[e]);                                          \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void add_dot(const A* g, const A* a, const A* v, A* __restrict__ sum, std::int64_t n) {      \
+    for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(g[e], a[e] * v[e], sum[e]);                                   \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void raise(const A* z, A* __restrict__ max, std::int64_t n) {                                \
+    for (std::int64_t e = 0; e < n; ++e) max[e] = z[e] > max[e] ? z[e] : max[e];                                      \
+  }                                                                                                                   \
+  RK_MULTIVERSION static A largest(const A* z, std::int64_t n) {                                                      \
+    A most = z[0];                                                                                                    \
+    for (std::int64_t e = 1; e < n; ++e) most = z[e] > most ? z[e] : most;                                            \
+    return most;                                                                                                      \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void half_exponentials(const A* z, const A* max, A* __restrict__ a, std::int64_t n) {        \
+    for (std::int64_t e = 0; e < n; ++e) a[e] = half_exponential(z[e], max[e]);                                       \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void half_exponentials(const A* z, A max, A* __restrict__ a, std::int64_t n) {               \
+    for (std::int64_t e = 0; e < n; ++e) a[e] = half_exponential(z[e], max);                                          \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void divide_by_root(A* __restrict__ a, const A* total, std::int64_t n) {                     \
+    for (std::int64_t e = 0; e < n; ++e) a[e] /= std::sqrt(total[e]);                                                 \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void divide(A* a, A by, std::int64_t n) {                                                    \
+    for (std::int64_t e = 0; e < n; ++e) a[e] /= by;                                                                  \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void scale_row(const A* v, A scale, A* w, std::int64_t n) {                                  \
+    for (std::int64_t e = 0; e < n; ++e) w[e] = v[e] * scale;                                                         \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void centre(const A* v, A mean, A scale, A* w, std::int64_t n) {                             \
+    centre_entries(v, Shared<A>{mean}, scale, w, n);                                                                  \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void centre(const A* v, const A* mean, A scale, A* w, std::int64_t n) {                      \
+    centre_entries(v, mean, scale, w, n);                                                                             \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void fisher(const A* a, const A* v, A d, A scale, A* w, std::int64_t n) {                    \
+    fisher_entries(a, v, Shared<A>{d}, scale, w, n);                                                                  \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void fisher(const A* a, const A* v, const A* d, A scale, A* w, std::int64_t n) {             \
+    fisher_entries(a, v, d, scale, w, n);                                                                             \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void add_slopes(const A* a, const A* v, const A* g, A d, A m, A b, A scale, A* total,        \
+                                         std::int64_t n) {                                                            \
+    slope_entries(a, v, g, Shared<A>{d}, Shared<A>{m}, Shared<A>{b}, scale, total, n);                                \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void add_slopes(const A* a, const A* v, const A* g, const A* d, const A* m, const A* b,      \
+                                         A scale, A* total, std::int64_t n) {                                         \
+    slope_entries(a, v, g, d, m, b, scale, total, n);                                                                 \
+  }
+
+RK_COTANGENT_LOOPS(float)
+RK_COTANGENT_LOOPS(double)
+#undef RK_COTANGENT_LOOPS
+
+}  // namespace rk::cpu

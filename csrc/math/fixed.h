@@ -1,0 +1,118 @@
+// Arithmetic that gives the same bits on every machine: one order of operations, every product that is added to
+// something in an explicit fused multiply-add, so that no compiler has a choice.  Sums and products rounded one by one,
+// square roots and divisions are exact to half a unit in the last place everywhere.
+#pragma once
+
+#include "scalar.h"
+
+namespace rk {
+
+// a b + c, rounded once.
+RK_HOST_DEVICE float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return ::fmaf(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+RK_HOST_DEVICE double fused(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return ::fma(a, b, c);
+#else
+  return __builtin_fma(a, b, c);
+#endif
+}
+
+// c0 + x (c1 + x (c2 + ...))
+template <class A>
+RK_HOST_DEVICE A polynomial(A, double c0) {
+  return A(c0);
+}
+template <class A, class... Rest>
+RK_HOST_DEVICE A polynomial(A x, double c0, Rest... rest) {
+  return fused(polynomial(x, rest...), x, A(c0));
+}
+
+// exp(v) for v <= 0; below the smallest normal number, 0.  See exp_nonpositive in scalar.h.
+RK_HOST_DEVICE float exp_fixed(float v) {
+  const float low = -87.3f, x = v < low ? low : v;
+  const float magic = 12582912.0f;  // 1.5 * 2^23
+  const float shifted = fused(x, 1.44269504088896341f, magic), k = shifted - magic;
+  const float r = fused(k, 2.12194440e-4f, fused(k, -0.693359375f, x));
+  const float e = polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040);
+  std::uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + 0x3f800000u;  // 2^k
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return v < low ? 0.0f : e * scale;
+}
+
+RK_HOST_DEVICE double exp_fixed(double v) {
+  const double low = -708.0, x = v < low ? low : v;
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifted = fused(x, 1.4426950408889634074, magic), k = shifted - magic;
+  const double r = fused(k, -1.90821492927058770002e-10, fused(k, -6.93147180369123816490e-01, x));
+  const double e = polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
+                              1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800);
+  std::uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 52) + 0x3ff0000000000000ull;  // 2^k
+  double scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return v < low ? 0.0 : e * scale;
+}
+
+// (1/s) log((1 + s) / (1 - s)) / 2 from s^2 < 0.0295: the series of artanh(s) / s, cut below half a unit.
+RK_HOST_DEVICE float artanh_series(float s2) { return polynomial(s2, 1.0, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9); }
+RK_HOST_DEVICE double artanh_series(double s2) {
+  return polynomial(s2, 1.0, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9, 1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19);
+}
+
+// sin(x) / x and cos(x) from x^2, |x| <= pi/4: Taylor series, cut likewise.
+RK_HOST_DEVICE float sine_series(float x2) {
+  return polynomial(x2, 1.0, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880);
+}
+RK_HOST_DEVICE double sine_series(double x2) {
+  return polynomial(x2, 1.0, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800,
+                    -1.0 / 1307674368000, 1.0 / 355687428096000);
+}
+RK_HOST_DEVICE float cosine_series(float x2) {
+  return polynomial(x2, 1.0, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800);
+}
+RK_HOST_DEVICE double cosine_series(double x2) {
+  return polynomial(x2, 1.0, -1.0 / 2, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600,
+                    -1.0 / 87178291200, 1.0 / 20922789888000);
+}
+
+template <class A>
+struct NormalPair {
+  A first, second;
+};
+
+// Two independent normal numbers from 64 random bits (Box and Muller): r (cos, sin) with r^2 = -2 log u.  u has 24 bits,
+// in float and double alike, and is neither 0 nor 1; the angle, 31 bits.  Neither number is ever zero.
+template <class A>
+RK_HOST_DEVICE NormalPair<A> box_muller(std::uint32_t radius, std::uint32_t angle) {
+  // u 2^24 = 2^k m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh((m - 1) / (m + 1)).
+  const float numerator = float(std::int32_t((radius >> 8) | 1u));
+  std::int32_t bits;
+  std::memcpy(&bits, &numerator, sizeof bits);
+  const std::int32_t sqrt_half = 0x3f3504f3, k = (bits - sqrt_half) >> 23;
+  const std::int32_t m_bits = bits - k * (1 << 23);
+  float m_float;
+  std::memcpy(&m_float, &m_bits, sizeof m_float);
+  const A m = m_float, s = (m - A(1)) / (m + A(1));
+  const A r = std::sqrt(fused(A(2 * (24 - k)), A(0.693147180559945309417), A(-4) * s * artanh_series(s * s)));
+
+  // Which quarter of a turn, and at most 1/8 turn from its middle: an odd number of 2^-32 turns.
+  const std::uint32_t quarter = angle >> 30;
+  const A x = A((std::int32_t(angle << 2) >> 1) | 1) * A(3.14159265358979323846 / 2147483648.0 / 2);
+  const A x2 = x * x, cosine = cosine_series(x2), sine = x * sine_series(x2);
+  const bool swapped = quarter & 1u;
+  const A a = swapped ? sine : cosine, b = swapped ? cosine : sine;
+  return {r * ((quarter + 1u) & 2u ? -a : a), r * (quarter & 2u ? -b : b)};
+}
+
+}  // namespace rk

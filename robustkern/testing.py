@@ -23,7 +23,9 @@ class Derivatives(NamedTuple):
     second: Tensor  # d<gg_x, grad_x>/d x
 
 
-def derivatives(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, gg_x: Tensor) -> Derivatives:
+def derivatives(
+    function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, gg_x: Tensor, orders: int = 2
+) -> Derivatives:
     """y = f(x), its backward, and both outputs of its double backward.
 
     Args:
@@ -31,15 +33,19 @@ def derivatives(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, g
         x: where; it is detached first, and keeps its layout.
         grad: cotangent of y, shaped like y.
         gg_x: cotangent of grad_x, shaped like x.
+        orders: how often f is differentiated: 0 to 2.
 
     Returns:
-        Four detached tensors; zeros for a derivative that autograd found not to exist.
+        Four detached tensors; zeros for a derivative that autograd found not to exist, or was not asked for.
     """
     x = x.detach().requires_grad_()
     grad = grad.detach().requires_grad_()
     value = function(x)
-    (grad_x,) = torch.autograd.grad(value, x, grad, create_graph=True)
-    gg_grad, second = torch.autograd.grad(grad_x, (grad, x), gg_x, allow_unused=True)
+    grad_x, gg_grad, second = torch.zeros_like(x), None, None
+    if orders > 0:
+        (grad_x,) = torch.autograd.grad(value, x, grad, create_graph=orders > 1)
+    if orders > 1:
+        gg_grad, second = torch.autograd.grad(grad_x, (grad, x), gg_x, allow_unused=True)
     gg_grad = torch.zeros_like(grad) if gg_grad is None else gg_grad
     second = torch.zeros_like(x) if second is None else second
     return Derivatives(value.detach(), grad_x.detach(), gg_grad.detach(), second.detach())

@@ -27,6 +27,7 @@ class Case:
     name: str
     empty: bool
     elements: int
+    orders: int = 2
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -36,13 +37,18 @@ class Case:
 
 
 CASES = [
-    Case(op, sample.name, sample.empty, sample.inputs[0].numel())
+    Case(op, sample.name, sample.empty, sample.inputs[0].numel(), sample.orders)
     for op, module in OPS.items()
     for sample in module.samples()
 ]
 
 over_all = pytest.mark.parametrize("case", CASES, ids=str)
 over_filled = pytest.mark.parametrize("case", [c for c in CASES if not c.empty], ids=str)
+# Those whose kernels can be differentiated twice.
+over_chains = pytest.mark.parametrize("case", [c for c in CASES if not c.empty and c.orders == 2], ids=str)
+over_small_chains = pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.empty and c.elements <= 1000 and c.orders == 2], ids=str
+)
 over_small = pytest.mark.parametrize("case", [c for c in CASES if not c.empty and c.elements <= 1000], ids=str)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -67,7 +73,7 @@ def cotangents(sample: Sample) -> tuple[Tensor, Tensor]:
 
 def run(sample: Sample, grad: Tensor, gg_x: Tensor, impl: str = "kernel", x: Tensor | None = None) -> Derivatives:
     """Value, gradient and double backward of a sample."""
-    return derivatives(lambda v: sample(v, impl=impl), sample.inputs[0] if x is None else x, grad, gg_x)
+    return derivatives(lambda v: sample(v, impl=impl), sample.inputs[0] if x is None else x, grad, gg_x, sample.orders)
 
 
 def assert_accurate(sample: Sample, grad: Tensor, gg_x: Tensor, actual: Derivatives | None = None) -> None:
@@ -112,6 +118,11 @@ class Call:
     @property
     def name(self) -> str:
         return self.operator._schema.name.split("::")[1]
+
+    @property
+    def ends_chain(self) -> bool:
+        """Whether differentiating it is refused."""
+        return self.name.endswith("_double_backward") or self.name == "random_cotangents_backward"
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -22,6 +22,11 @@ def test_formulas_are_the_derivatives_of_the_values(case, device):
         return sample(v, impl="kernel")
 
     fast = case.elements > 60
+    if case.orders == 0:
+        assert not call(x).requires_grad
+        return
     assert torch.autograd.gradcheck(call, (x,), fast_mode=fast)
+    if case.orders == 1:
+        return
     grad = cotangents(sample)[0].requires_grad_()
     assert torch.autograd.gradgradcheck(call, (x,), (grad,), gen_non_contig_grad_outputs=True, fast_mode=fast)

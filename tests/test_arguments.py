@@ -8,7 +8,7 @@ import torch
 
 from cases import CASES, OPS, recorded_calls
 from robustkern import ops
-from robustkern.ops import row_norm, softmax_cross_entropy
+from robustkern.ops import random_cotangents, row_norm, softmax_cross_entropy
 
 # A sample with every optional argument given, by operator.
 COMPLETE = {op: [c for c in CASES if c.op == op and ("weight" in c.name or "probabilities" in c.name)] for op in OPS}
@@ -16,8 +16,10 @@ CALLS = [
     (case, name)
     for op in OPS
     for case in [next(c for c in CASES if c.op == op), *COMPLETE[op][:2]]
-    for name in ("", "_backward", "_double_backward")
+    for name in ("", "_backward", "_double_backward")[: 1 + case.orders]
 ]
+# Arguments with a shape and dtype of their own, to which the others must conform.
+FREE = ("x", "logits", "outputs")
 over_calls = pytest.mark.parametrize(("case", "order"), CALLS, ids=lambda v: str(v) or "forward")
 
 
@@ -45,10 +47,11 @@ def test_shapes(case, order, device):
     first = next(iter(call.tensors))
     for name, tensor in call.tensors.items():
         wrong = [tensor[None], tensor[None, None], tensor.flatten()[0]]  # a dimension more, two more, none
-        if name not in (first if order == "" else "", "weight"):
+        any_rows = (order == "" and name == first) or (call.name, name) == ("random_cotangents_backward", "grad")
+        if not any_rows and name != "weight":
             wrong.append(torch.cat([tensor, tensor[:1]]))  # a row too many
             wrong.append(tensor[:-1])
-            if tensor.dim() == 2 and tensor.shape[1] > 1 and name not in ("x", "logits"):
+            if tensor.dim() == 2 and tensor.shape[1] > 1 and name not in FREE:
                 wrong += [tensor[:, :-1], torch.cat([tensor, tensor[:, :1]], 1)]
         for value in wrong:
             if order == "" and name == first and value.dim() == 2:
@@ -56,9 +59,9 @@ def test_shapes(case, order, device):
             with pytest.raises(RuntimeError, match=rf"{call.name}: ") as error:
                 call(**{name: value})
             message = str(error.value).split("\n")[0]
-            assert f" {name} " in message or name in ("x", "logits"), message
+            assert f" {name} " in message or name in FREE, message
             assert " must " in message, message
-            assert f"got {shape_of(value)}" in message or name in ("x", "logits"), message
+            assert f"got {shape_of(value)}" in message or name in FREE, message
 
 
 @over_calls
@@ -66,7 +69,7 @@ def test_dtypes(case, order, device):
     call = call_of(case, order, device)
     for name, tensor in call.tensors.items():
         for dtype in (torch.float64, torch.float16, torch.int32, torch.complex64, torch.bool):
-            if name in ("x", "logits") and dtype.is_floating_point:
+            if name in FREE and dtype.is_floating_point:
                 continue  # fine by itself; then the others are wrong
             message = refused(call, name, tensor.to(dtype))
             names = {torch.float16: "float16", torch.bool: "bool", torch.complex64: "complex64", torch.int32: "int32"}
@@ -91,6 +94,9 @@ def test_numbers(case, order, device):
         "label_smoothing": [-0.1, 1.1, math.nan],
         "temperature": [0.0, -1.0, math.nan, math.inf],
         "inner": [0, -1, 7] if "weight" in call.tensors else [],
+        "projections": [0, -1],
+        "law": [-1, 4],
+        "kind": [-1, 3],
     }
     for name, values in wrong.items():
         if any(a.name == name for a in call.operator._schema.arguments):
@@ -136,7 +142,21 @@ CROSS_ENTROPY_MISUSE = [
     ((LOGITS, CLASSES), {"temperature": math.nan}, ValueError, "temperature must be positive, got nan"),
     ((LOGITS, CLASSES), {"impl": None}, ValueError, "impl must be 'auto', 'kernel' or 'reference', got None"),
 ]
+SEED = torch.tensor([1])
+COTANGENTS_MISUSE = [
+    ((LOGITS.long(), 2), {}, TypeError, "random_cotangents: outputs must be float32.* got torch.int64"),
+    ((LOGITS[0], 2), {}, ValueError, r"outputs must be \[B, C\] or \[B, C, ...\], got shape \[3\]"),
+    ((LOGITS, 0), {}, ValueError, "random_cotangents: projections must be at least 1, got 0"),
+    ((LOGITS, 4), {"law": "orthonormal"}, ValueError, "projections must be at most 3 for orthonormal .* got 4; 3 are"),
+    ((LOGITS, 2), {"law": "normal"}, ValueError, "law must be one of 'sphere', 'gaussian', .*, got 'normal'"),
+    ((LOGITS, 2), {"kind": "centered"}, ValueError, "kind must be one of 'plain', 'centred', .*, got 'centered'"),
+    ((LOGITS, 2), {"seed": SEED.float()}, ValueError, r"seed must be one int64 on cpu .*, got \[1\] float32 on cpu"),
+    ((LOGITS, 2), {"seed": SEED.repeat(2)}, ValueError, r"seed must be one int64 .*, got \[2\] int64 on cpu"),
+    ((LOGITS, 2), {"seed": SEED.to("meta")}, ValueError, r"seed must be one int64 on cpu .*, got \[1\] int64 on meta"),
+    ((LOGITS, 2), {"impl": "best"}, ValueError, "impl must be 'auto', 'kernel' or 'reference', got 'best'"),
+]
 MISUSE = [(row_norm, *m) for m in ROW_NORM_MISUSE] + [(softmax_cross_entropy, *m) for m in CROSS_ENTROPY_MISUSE]
+MISUSE += [(random_cotangents, *m) for m in COTANGENTS_MISUSE]
 
 
 @pytest.mark.parametrize(("function", "inputs", "options", "error", "message"), MISUSE, ids=lambda v: str(v)[:30])

@@ -10,6 +10,7 @@ from cases import (
     over_dtypes,
     over_filled,
     over_small,
+    over_small_chains,
     recorded_calls,
     run,
 )
@@ -80,7 +81,7 @@ def test_operators_write_to_no_input(case, dtype, device):
                 assert not shared or not result.numel(), f"{call.name} returns memory of {name}"
 
 
-@over_small
+@over_small_chains
 def test_one_graph_serves_several_backwards(case, device):
     sample = case.sample(device, torch.float32)
     x = sample.inputs[0].detach().requires_grad_()
@@ -102,7 +103,7 @@ def test_one_graph_serves_several_backwards(case, device):
     assert_same_bits(twice, 2 * hvp)
 
 
-@over_small
+@over_small_chains
 def test_what_requires_grad_gets_one_and_the_rest_does_not(case, device):
     sample = case.sample(device, torch.float32)
     grad, gg_x = cotangents(sample)
@@ -127,7 +128,7 @@ def test_what_requires_grad_gets_one_and_the_rest_does_not(case, device):
     assert not backward()[0].requires_grad
 
 
-@over_small
+@over_small_chains
 def test_third_order_is_refused(case, device):
     sample = case.sample(device, torch.float64)
     x = sample.inputs[0].detach().requires_grad_()
@@ -140,7 +141,7 @@ def test_third_order_is_refused(case, device):
                 derivative.sum().backward(retain_graph=True)
 
 
-@over_small
+@over_small_chains
 def test_the_reference_has_a_third_order(case, device):
     sample = case.sample(device, torch.float64)
     x = sample.inputs[0].detach().requires_grad_()
@@ -152,7 +153,7 @@ def test_the_reference_has_a_third_order(case, device):
             torch.autograd.grad(second.sum(), x, allow_unused=True)
 
 
-@over_small
+@over_small_chains
 def test_leaf_gradients_accumulate(case, device):
     sample = case.sample(device, torch.float32)
     x = sample.inputs[0].detach().clone().requires_grad_()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from cases import assert_same_bits, cotangents, over_dtypes, over_filled, recorded_calls, run
+from cases import assert_same_bits, cotangents, over_chains, over_dtypes, over_filled, recorded_calls, run
 
 
 def assert_same_derivatives(actual, expected):
@@ -24,7 +24,7 @@ def test_repeats(case, dtype, device):
 
 
 @over_dtypes
-@over_filled
+@over_chains
 def test_a_row_alone_is_the_row_in_its_batch(case, dtype, device):
     sample = case.sample(device, dtype)
     grad, gg_x = cotangents(sample)

@@ -11,9 +11,10 @@ from cases import (
     assert_accurate,
     assert_same_bits,
     cotangents,
+    over_chains,
     over_dtypes,
     over_filled,
-    over_small,
+    over_small_chains,
     random_like,
     run,
 )
@@ -37,7 +38,7 @@ def norm_sample(x, options):
 # ------------------------------------------------------------------ every operator
 
 
-@over_filled
+@over_chains
 def test_a_bad_row_stays_visible_and_alone(case, device):
     sample = case.sample(device, torch.float32)
     x = sample.inputs[0]
@@ -77,7 +78,7 @@ def test_empty_batches_and_rows(case, dtype, device):
         assert not actual.any()
 
 
-@over_small
+@over_small_chains
 def test_hessians_are_symmetric(case, device):
     """u . (H v) = v . (H u), through a linear map before the operator."""
     sample = case.sample(device, torch.float64)
@@ -98,7 +99,7 @@ def test_hessians_are_symmetric(case, device):
     torch.testing.assert_close(uhv, vhu)
 
 
-@over_small
+@over_small_chains
 def test_directional_derivatives_of_a_path(case, device):
     """The change of the value along a path is the integral of the gradient, whatever the formulas say."""
     sample = case.sample(device, torch.float64)

@@ -11,6 +11,7 @@ from cases import (
     cotangents,
     over_dtypes,
     over_small,
+    over_small_chains,
     random_like,
     recorded_calls,
     run,
@@ -48,7 +49,7 @@ def test_vmap_of_the_operator(case, dtype, device):
 def test_derivatives_of_vmap(case, device):
     sample = case.sample(device, torch.float32)
     x, grad, gg_x = stacked(sample)
-    batched = derivatives(torch.func.vmap(lambda v: sample(v, impl="kernel")), x, grad, gg_x)
+    batched = derivatives(torch.func.vmap(lambda v: sample(v, impl="kernel")), x, grad, gg_x, sample.orders)
     expected = one_by_one(lambda *level: run(sample, *level[1:], x=level[0]), x, grad, gg_x)
     for actual, e in zip(batched, expected, strict=True):
         assert_same_bits(actual, e)
@@ -75,7 +76,7 @@ def test_vmap_of_each_registered_operator(case, mapped, device):
             assert_same_bits(a, e)
 
 
-@over_small
+@over_small_chains
 def test_vmap_over_cotangents_alone(case, device):
     sample = case.sample(device, torch.float32)
     x = sample.inputs[0].detach().requires_grad_()
@@ -119,7 +120,7 @@ def scalar(sample, grad):
     return lambda v: (grad * sample(v)).sum()
 
 
-@over_small
+@over_small_chains
 def test_func_grad_and_grad_of_grad(case, device):
     sample = case.sample(device, torch.float32)
     grad, gg_x = cotangents(sample)
@@ -131,7 +132,7 @@ def test_func_grad_and_grad_of_grad(case, device):
     assert_accurate(sample, grad, gg_x, Derivatives(value, grad_x, gg_grad, second))
 
 
-@over_small
+@over_small_chains
 def test_forward_mode(case, device):
     sample = case.sample(device, torch.float32)
     grad, gg_x = cotangents(sample)
@@ -143,7 +144,7 @@ def test_forward_mode(case, device):
         assert_same_bits(torch.autograd.forward_ad.unpack_dual(sample(dual)).tangent, tangent)
 
 
-@over_small
+@over_small_chains
 def test_hessian_applied_to_a_vector(case, device):
     sample = case.sample(device, torch.float64)
     if sample.inputs[0].numel() > 100:

@@ -74,20 +74,18 @@ void find_roots(const Call& c, int64_t sample, Workspace<A>& s) {
   s.sample = sample;
   const int64_t S = c.positions;
   read_piece(c.dtype, c.outputs + c.row(0, sample), s.w.data(), c.size());
+  const A* const z = s.w.data();
+  A *const a = s.a.data(), *const max = s.m.data(), *const log_sum = s.d.data();
   if (S == 1) {
-    half_exponentials(s.w.data(), largest(s.w.data(), c.classes), s.a.data(), c.classes);
-    divide(s.a.data(), std::sqrt(dot(s.a.data(), s.a.data(), c.classes)), c.classes);
-    return;
+    const A most = largest(z, c.classes);
+    return roots(z, most, log_fixed(sum_of_exponentials(z, most, c.classes)), a, c.classes);
   }
-  std::copy_n(s.w.data(), S, s.m.data());
-  std::fill_n(s.d.data(), S, A(0));
-  for (int64_t j = 1; j < c.classes; ++j) raise(s.w.data() + j * S, s.m.data(), S);
-  for (int64_t j = 0; j < c.classes; ++j) {
-    A* const a = s.a.data() + j * S;
-    half_exponentials(s.w.data() + j * S, s.m.data(), a, S);
-    add_dot(a, a, s.d.data(), S);
-  }
-  for (int64_t j = 0; j < c.classes; ++j) divide_by_root(s.a.data() + j * S, s.d.data(), S);
+  std::copy_n(z, S, max);
+  std::fill_n(log_sum, S, A(0));
+  for (int64_t e = S; e < c.size(); e += S) raise(z + e, max, S);
+  for (int64_t e = 0; e < c.size(); e += S) add_exponentials(z + e, max, log_sum, S);
+  logarithms(log_sum, S);
+  for (int64_t e = 0; e < c.size(); e += S) roots(z + e, max, log_sum, a + e, S);
 }
 
 // The reflections of one sample.
@@ -170,6 +168,16 @@ void transform(const Call& c, const A* v, A scale, A* w, Workspace<A>& s) {
     c.kind == Kind::kCentred ? centre(v + e, d, scale, w + e, S) : fisher(a + e, v + e, d, scale, w + e, S);
 }
 
+// g - g_0 of one row.
+template <class A>
+void read_grad(const Call& c, int64_t k, int64_t sample, Workspace<A>& s) {
+  const int64_t S = c.positions;
+  read_piece(c.dtype, c.grad + c.row(k, sample), s.g.data(), c.size());
+  if (S == 1) return subtract(s.g.data(), s.g[0], c.size());
+  std::copy_n(s.g.data(), S, s.b.data());
+  for (int64_t e = 0; e < c.size(); e += S) subtract(s.g.data() + e, s.b.data(), S);
+}
+
 // Adds a projection's share of grad_z to w.
 template <class A>
 void add_gradient(const Call& c, const A* v, A scale, const A* g, Workspace<A>& s) {
@@ -216,10 +224,11 @@ void run_backward(const Call& c) {
   torch::stable::parallel_for(0, c.batch, units_per_thread(c), [&](int64_t begin, int64_t end) {
     Workspace<A> s(c);
     for (int64_t sample = begin; sample < end; ++sample) {
+      if (c.size() == 0) continue;
       find_roots(c, sample, s);
       std::fill(s.w.begin(), s.w.end(), A(0));
       for_rows(c, sample, 0, c.projections, s, [&](int64_t k, const A* v, A scale) {
-        read_piece(c.dtype, c.grad + c.row(k, sample), s.g.data(), c.size());
+        read_grad(c, k, sample, s);
         add_gradient(c, v, scale, s.g.data(), s);
       });
       write_piece(c.dtype, s.w.data(), c.result + c.row(0, sample), c.size());

@@ -175,14 +175,26 @@ RK_HOST_DEVICE void slope_entries(const A* a, const A* v, const A* g, Each d, Ea
     for (std::int64_t e = 1; e < n; ++e) most = z[e] > most ? z[e] : most;                                            \
     return most;                                                                                                      \
   }                                                                                                                   \
-  RK_MULTIVERSION static void half_exponentials(const A* z, const A* max, A* __restrict__ a, std::int64_t n) {        \
-    for (std::int64_t e = 0; e < n; ++e) a[e] = half_exponential(z[e], max[e]);                                       \
+  RK_MULTIVERSION static A sum_of_exponentials(const A* z, A max, std::int64_t n) {                                   \
+    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + exp_fixed(z[e] - max); });       \
   }                                                                                                                   \
-  RK_MULTIVERSION static void half_exponentials(const A* z, A max, A* __restrict__ a, std::int64_t n) {               \
-    for (std::int64_t e = 0; e < n; ++e) a[e] = half_exponential(z[e], max);                                          \
+  RK_MULTIVERSION static void add_exponentials(const A* z, const A* max, A* __restrict__ sum, std::int64_t n) {       \
+    for (std::int64_t e = 0; e < n; ++e) sum[e] += exp_fixed(z[e] - max[e]);                                          \
   }                                                                                                                   \
-  RK_MULTIVERSION static void divide_by_root(A* __restrict__ a, const A* total, std::int64_t n) {                     \
-    for (std::int64_t e = 0; e < n; ++e) a[e] /= std::sqrt(total[e]);                                                 \
+  RK_MULTIVERSION static void logarithms(A* v, std::int64_t n) {                                                      \
+    for (std::int64_t e = 0; e < n; ++e) v[e] = log_fixed(v[e]);                                                      \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void roots(const A* z, A max, A log_sum, A* __restrict__ a, std::int64_t n) {                \
+    for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], max, log_sum);                                 \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void roots(const A* z, const A* max, const A* log_sum, A* __restrict__ a, std::int64_t n) {  \
+    for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], max[e], log_sum[e]);                           \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void subtract(A* g, A v, std::int64_t n) {                                                   \
+    for (std::int64_t e = 0; e < n; ++e) g[e] -= v;                                                                   \
+  }                                                                                                                   \
+  RK_MULTIVERSION static void subtract(A* g, const A* v, std::int64_t n) {                                            \
+    for (std::int64_t e = 0; e < n; ++e) g[e] -= v[e];                                                                \
   }                                                                                                                   \
   RK_MULTIVERSION static void divide(A* a, A by, std::int64_t n) {                                                    \
     for (std::int64_t e = 0; e < n; ++e) a[e] /= by;                                                                  \

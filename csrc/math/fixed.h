@@ -70,6 +70,27 @@ RK_HOST_DEVICE double artanh_series(double s2) {
   return polynomial(s2, 1.0, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9, 1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19);
 }
 
+// log v for a normal v > 0: v = 2^k m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh((m - 1) / (m + 1)).
+RK_HOST_DEVICE float log_fixed(float v) {
+  std::int32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const std::int32_t k = (bits - 0x3f3504f3) >> 23, m_bits = bits - k * (1 << 23);
+  float m;
+  std::memcpy(&m, &m_bits, sizeof m);
+  const float s = (m - 1.0f) / (m + 1.0f);
+  return fused(float(k), 0.693147180559945309417f, 2.0f * s * artanh_series(s * s));
+}
+
+RK_HOST_DEVICE double log_fixed(double v) {
+  std::int64_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const std::int64_t k = (bits - 0x3fe6a09e667f3bcd) >> 52, m_bits = bits - k * (std::int64_t{1} << 52);
+  double m;
+  std::memcpy(&m, &m_bits, sizeof m);
+  const double s = (m - 1.0) / (m + 1.0);
+  return fused(double(k), 0.693147180559945309417, 2.0 * s * artanh_series(s * s));
+}
+
 // sin(x) / x and cos(x) from x^2, |x| <= pi/4: Taylor series, cut likewise.
 RK_HOST_DEVICE float sine_series(float x2) {
   return polynomial(x2, 1.0, -1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880);
@@ -95,16 +116,8 @@ struct NormalPair {
 // in float and double alike, and is neither 0 nor 1; the angle, 31 bits.  Neither number is ever zero.
 template <class A>
 RK_HOST_DEVICE NormalPair<A> box_muller(std::uint32_t radius, std::uint32_t angle) {
-  // u 2^24 = 2^k m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh((m - 1) / (m + 1)).
-  const float numerator = float(std::int32_t((radius >> 8) | 1u));
-  std::int32_t bits;
-  std::memcpy(&bits, &numerator, sizeof bits);
-  const std::int32_t sqrt_half = 0x3f3504f3, k = (bits - sqrt_half) >> 23;
-  const std::int32_t m_bits = bits - k * (1 << 23);
-  float m_float;
-  std::memcpy(&m_float, &m_bits, sizeof m_float);
-  const A m = m_float, s = (m - A(1)) / (m + A(1));
-  const A r = std::sqrt(fused(A(2 * (24 - k)), A(0.693147180559945309417), A(-4) * s * artanh_series(s * s)));
+  const A u = A(float(std::int32_t((radius >> 8) | 1u)) * 0x1p-24f);
+  const A r = std::sqrt(A(-2) * log_fixed(u));
 
   // Which quarter of a turn, and at most 1/8 turn from its middle: an odd number of 2^-32 turns.
   const std::uint32_t quarter = angle >> 30;

@@ -4,7 +4,10 @@
 //   centred    w_c = v_c - mean_c v                      at each position
 //   fisher     w_c = a_c v_c - p_c d                     a = sqrt(p),  p = softmax z,  d = <a, v>
 //   backward   grad_z_c = a_c v_c h_c / 2 - p_c (d h_c + (m - d b) / 2)
-//              h = g - b,  b = <p, g>,  m = <g, a v>     g = cotangent of w; nothing is divided by a or p
+//              h = g - b,  b = <p, g>,  m = <g, a v>     g = cotangent of w
+//
+// Nothing is divided by a or p.  Since <a, w> = 0, a constant in g has no effect; g_0 is subtracted, so that it leaves no
+// rounding errors either.
 //
 // All numbers of a sample are one sequence of Philox blocks, of 4 normals or 128 bits; the counter is (block, sample,
 // stream).  A row of v begins with a new block, or with a new word of bits.  Sums over a row of adjacent entries run in 32
@@ -77,10 +80,10 @@ struct FourSteps {
   }
 };
 
-// exp((z - max) / 2), of which a_c is the share: a = half / sqrt(sum of half^2).
+// a = sqrt(p), not divided by a sum: where p is nearly one, 1 - p keeps its digits.
 template <class A>
-RK_HOST_DEVICE A half_exponential(A z, A max) {
-  return exp_fixed(A(0.5) * (z - max));
+RK_HOST_DEVICE A root_probability(A z, A max, A log_sum) {
+  return exp_fixed(A(0.5) * ((z - max) - log_sum));
 }
 
 template <class A>

@@ -77,8 +77,8 @@ def random_cotangents(
     size = outputs.shape[1:].numel()
     if law == "orthonormal" and projections > size:
         raise ValueError(
-            f"{op}: projections must be at most {size} for orthonormal vectors in {size} dimensions, got {projections}; "
-            f"{size} are exact already, and the other laws take any number"
+            f"{op}: projections must be at most {size} for orthonormal vectors in {size} dimensions, got {projections};"
+            f" {size} are exact already, and the other laws take any number"
         )
     if seed is None:
         if generator is not None and generator.device.type != outputs.device.type:
@@ -141,7 +141,8 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     def sample(name: str, outputs: Tensor, projections: int = 3, **options: Any) -> Sample:
         fisher = options.get("kind") == "fisher"
         given = {"projections": projections, "seed": seed, **options}
-        return Sample(op, (outputs,), given, name, empty=not outputs.numel(), orders=1 if fisher else 0)
+        zero = ("gg_grad", "second") if fisher else ("grad_x", "gg_grad", "second")
+        return Sample(op, (outputs,), given, name, not outputs.numel(), zero, orders=1 if fisher else 0)
 
     for law in LAWS:
         yield sample(f"{law}, fisher", 2 * make(5, 10), law=law, kind="fisher")
@@ -150,7 +151,7 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
             yield sample(f"{law}, {kind}", make(5, 10), law=law, kind=kind)
             yield sample(f"{law}, {kind}, positions", make(2, 3, 4, 5), law=law, kind=kind)
         yield sample(f"{law}, 300 classes", make(3, 300), law=law, kind="fisher")
-        yield sample(f"{law}, two classes", make(4, 2), 2, law=law, kind="fisher")
+        yield sample(f"{law}, two classes", make(40, 2), 2, law=law, kind="fisher")
     yield sample("orthonormal, all directions", make(3, 37), 37, law="orthonormal", kind="fisher")
     yield sample("orthonormal, all directions, plain", make(3, 37), 37, law="orthonormal")
     yield sample("another seed", make(5, 10), kind="fisher", seed=torch.tensor([-3], device=device))

@@ -56,7 +56,8 @@ def _box_muller(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _normals(seed: Tensor, batch: int, count: int, dtype: torch.dtype) -> Tensor:  # [B, count]
-    words = _words(seed, batch, (count + 3) // 4, 0).view(batch, -1, 2)
+    blocks = (count + 3) // 4
+    words = _words(seed, batch, blocks, 0).view(batch, 2 * blocks, 2)
     return _box_muller(words, dtype).flatten(1)[:, :count]
 
 

@@ -49,7 +49,11 @@ class TrainingProgress(training.Observer):
         self._bar.stop()
 
     def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: training.Progress) -> None:
-        options = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in config.options.items() if value)
+        options = "".join(
+            f", {name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
+            for name, value in config.options.items()
+            if value
+        )
         self._console.print(
             f"[bold]{config.method}[/bold] on {config.data}: {config.model}, {config.epochs} epochs of "
             f"{steps_per_epoch} steps, eps {eps_text(config.eps)}{options}",

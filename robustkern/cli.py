@@ -18,6 +18,7 @@ from rich.console import Console
 
 from robustkern import data as datasets
 from robustkern import models
+from robustkern.ops.random_cotangents import LAWS
 from robustkern.training import (
     METHODS,
     Interrupted,
@@ -68,6 +69,12 @@ def train_command(
         float | None,
         typer.Option("--norm", "-p", help="Norm of the input gradient: 1 for Linf attacks, 2, inf, or any p >= 1."),
     ] = None,
+    projections: Annotated[
+        int | None, typer.Option(help="Random projections of the Jacobian for each sample; 0: its exact norm.")
+    ] = None,
+    law: Annotated[str | None, typer.Option(help=f"Of the projections: {', '.join(LAWS)}.")] = None,
+    every: Annotated[int | None, typer.Option(help="Penalise the Jacobian in one step of so many.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Penalise the Jacobian of that share of a batch.")] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="Label smoothing, 0 to 1.")] = None,
     model: Annotated[str | None, typer.Option(help=f"{', '.join(models.MODELS)}.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
@@ -101,7 +108,10 @@ def train_command(
         "device": device, "threads": threads, "train_samples": train_samples, "eval_samples": eval_samples,
         "eval_every": eval_every, "checkpoint_every": checkpoint_every, "eps": None if eps is None else parse_eps(eps),
     }  # fmt: skip
-    options = {"weight": weight, "norm": norm, "label_smoothing": label_smoothing}
+    options: dict[str, Any] = {
+        "weight": weight, "norm": norm, "projections": projections, "law": law, "every": every, "fraction": fraction,
+        "label_smoothing": label_smoothing,
+    }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     options = {name: value for name, value in options.items() if value is not None}
     console = Console()

@@ -54,6 +54,16 @@ def test_train_prints_a_row_per_epoch_and_writes_its_configuration(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_train_with_random_projections(tmp_path):
+    options = ["--projections", "3", "--law", "sphere", "--every", "2", "--fraction", "0.5"]
+    result = run("train", "--method", "jacobian", *options, *FAST, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "projections 3, law sphere, every 2, fraction 0.5" in result.stdout
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    assert {"projections": 3, "law": "sphere", "every": 2, "fraction": 0.5}.items() <= written.items()
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
     out = tmp_path / "run"
     assert run("train", "--method", "standard", *FAST, "--out", out).exit_code == 0
@@ -78,6 +88,11 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
         (["--method", "standard", "--weight", "1"], 2, "no option weight"),
         (["--norm", "0.5"], 2, "norm must be"),
         (["--weight", "-1"], 2, "weight must not be negative"),
+        (["--method", "jacobian", "--projections", "-1"], 2, "projections must be 1 or more, or 0 for the exact norm"),
+        (["--method", "fisher", "--law", "uniform"], 2, "no law 'uniform': choose one of sphere, gaussian"),
+        (["--method", "jacobian", "--every", "0"], 2, "every must be at least 1"),
+        (["--method", "cross-lipschitz", "--fraction", "0"], 2, "fraction must be in (0, 1], got 0"),
+        (["--method", "jacobian", "--norm", "2"], 2, "method jacobian has no option norm"),
         (["--epochs", "0"], 2, "epochs must be at least 1"),
         (["--optimizer", "lion"], 2, "no optimizer"),
         (["--impl", "fast"], 2, "impl"),

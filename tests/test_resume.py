@@ -82,6 +82,19 @@ def test_crash_with_other_optimizers_and_schedules(tmp_path, given):
     assert outcome(tmp_path / "crashed") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["jacobian", "fisher", "cross-lipschitz"])
+@pytest.mark.parametrize("options", [{"projections": 2}, {"every": 5}, {"fraction": 0.3, "law": "rademacher"}], ids=str)
+def test_crash_with_random_projections(tmp_path, method, options):
+    """Which steps and samples are penalised, and along which directions, is the same after the crash."""
+    settings = recipe("digits", method, **CONFIG, options=options)
+    train(settings, tmp_path / "whole")
+    with pytest.raises(_Crash):
+        train(settings, tmp_path / "crashed", observer=_CrashAt(9))
+    torch.rand(3)
+    train(settings, tmp_path / "crashed", resume=True)
+    assert outcome(tmp_path / "crashed") == outcome(tmp_path / "whole")
+
+
 def test_crash_at_any_file_operation(tmp_path, uninterrupted, monkeypatch):
     """Every rename, sync and removal in turn is the last thing that the process does."""
     operations = {"count": 0, "crash_at": None}

@@ -71,6 +71,15 @@ def test_penalty_makes_the_loss_smoother(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_smoothness_is_the_mean_over_the_steps_that_measured_it(tmp_path):
+    rows = {}
+    for every in (1, 6):
+        config = small("jacobian", epochs=1, ramp=0.0, options={"weight": 1e-6, "projections": 0, "every": every})
+        rows[every] = train(config, tmp_path / str(every)).rows[0]
+    assert rows[6]["smoothness"] == pytest.approx(rows[1]["smoothness"], rel=0.3)
+
+
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("given", [{"optimizer": "adamw", "lr": 3e-3}, {"schedule": "cosine"}, {"clip": 0.0}])
 def test_optimizers_and_schedules(tmp_path, given):
     result = train(small(**given), tmp_path)

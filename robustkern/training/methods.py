@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from robustkern import Terms, losses
+from robustkern.ops.random_cotangents import LAWS
 
 from .errors import UsageError
 
@@ -63,6 +65,37 @@ def _gradient_penalty(*, eps: float, impl: str, weight: float, norm: float, labe
     return losses.GradientPenalty(weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl)
 
 
+def _projected(
+    penalty: type[losses.ProjectedPenalty],
+    *,
+    eps: float,
+    impl: str,
+    weight: float,
+    projections: int,
+    law: str,
+    every: int,
+    fraction: float,
+    label_smoothing: float,
+) -> Loss:
+    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
+    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
+    _require(projections >= 0, f"projections must be 1 or more, or 0 for the exact norm, got {projections}")
+    _require(law in LAWS, f"no law {law!r}: choose one of {', '.join(LAWS)}")
+    _require(every >= 1, f"every must be at least 1, got {every}")
+    _require(0 < fraction <= 1, f"fraction must be in (0, 1], got {fraction:g}")
+    return penalty(
+        weight=weight, projections=projections or "exact", eps=eps, law=law, every=every, fraction=fraction,
+        label_smoothing=label_smoothing, impl=impl,
+    )  # fmt: skip
+
+
+def _projected_method(summary: str, penalty: type[losses.ProjectedPenalty], weight: float, smoothness: str) -> Method:
+    options = {
+        "weight": weight, "projections": 1, "law": "orthonormal", "every": 1, "fraction": 1.0, "label_smoothing": 0.0
+    }  # fmt: skip
+    return Method(summary, options, partial(_projected, penalty), smoothness)
+
+
 METHODS: dict[str, Method] = {
     "standard": Method("cross-entropy alone", {"label_smoothing": 0.0}, _standard),
     "gradient-penalty": Method(
@@ -70,6 +103,21 @@ METHODS: dict[str, Method] = {
         {"weight": 1.0, "norm": 1.0, "label_smoothing": 0.0},
         _gradient_penalty,
         smoothness="mean of ‖eps · ∂ℓ/∂x‖",
+    ),
+    "jacobian": _projected_method(
+        "cross-entropy and the norm of the logits' Jacobian", losses.JacobianPenalty, 3.0, "mean of ‖eps · J‖²"
+    ),
+    "fisher": _projected_method(
+        "cross-entropy and the trace of the Fisher information in the input",
+        losses.FisherPenalty,
+        30.0,
+        "mean of eps² · tr FIM",
+    ),
+    "cross-lipschitz": _projected_method(
+        "cross-entropy and the Jacobian norm of the logits' differences",
+        losses.CrossLipschitz,
+        10.0,
+        "mean of ‖eps · (∂z_l − ∂z_m)/∂x‖²",
     ),
 }
 

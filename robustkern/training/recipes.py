@@ -25,10 +25,14 @@ _RECIPES: dict[str, dict[str, Any]] = {
 # does, so does its gradient, and a penalty on that gradient has nothing left to act on. The few digits, which are soon
 # learnt by heart, need more of both than the larger sets.
 _OPTIONS: dict[str, dict[str, float]] = {
-    "digits": {"weight": 4.0, "label_smoothing": 0.2},
-    "digits-28": {"weight": 4.0, "label_smoothing": 0.1},
+    "digits": {"label_smoothing": 0.2},
+    "digits-28": {"label_smoothing": 0.1},
     "mnist": {"label_smoothing": 0.1},
     "fashion-mnist": {"label_smoothing": 0.1},
+}
+_WEIGHTS: dict[str, dict[str, float]] = {
+    "digits": {"gradient-penalty": 4.0, "jacobian": 10.0, "fisher": 100.0, "cross-lipschitz": 30.0},
+    "digits-28": {"gradient-penalty": 4.0, "jacobian": 10.0, "fisher": 100.0, "cross-lipschitz": 30.0},
 }
 
 
@@ -47,5 +51,7 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     if method in METHODS:
         known = METHODS[method].options
         usual = {name: value for name, value in _OPTIONS.get(data, {}).items() if name in known}
+        if method in _WEIGHTS.get(data, {}):
+            usual["weight"] = _WEIGHTS[data][method]
         options = METHODS[method].complete(method, {**usual, **options})
     return TrainingConfig(data=data, method=method, options=options, **values)

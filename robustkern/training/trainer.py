@@ -1,9 +1,10 @@
 """The training loop: a run directory in, a trained model and its record out.
 
 The run keeps no random state. Initial weights are a function of the seed, the order of the samples and their
-augmentation of (seed, epoch), the attack's starts of (seed, batch), the learning rate and the smoothness weight of the
-step. What a checkpoint holds, weights, optimizer buffers and counters, is therefore everything: on one CPU, with one
-thread count, a run that was killed and resumed ends with the same bits as one that was not.
+augmentation of (seed, epoch), the attack's starts of (seed, batch), random projections of (seed, step), the learning
+rate and the smoothness weight of the step. What a checkpoint holds, weights, optimizer buffers and counters, is
+therefore everything: on one CPU, with one thread count, a run that was killed and resumed ends with the same bits as
+one that was not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import data as datasets
-from robustkern import models
+from robustkern import losses, models
 from robustkern.attacks import PGD
 
 from .checkpoint import Progress, Row, fingerprint, load_latest, save_checkpoint
@@ -35,7 +36,7 @@ from .methods import build_loss
 from .schedule import learning_rate, weight_factor
 from .weights import save_weights
 
-_SUMS = ("samples", "steps", "orientation", "smoothness", "seconds", "skipped")
+_SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
 
 
 class Observer:
@@ -219,7 +220,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.lr, progress.step, self.steps)
         self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.loss, losses.ProjectedPenalty):
+            self.loss.step, self.loss.generator = progress.step, self._draws()
         terms = self.loss(self.model, x, y)
+        penalised = terms.weight != 0 or not isinstance(self.loss, losses.ProjectedPenalty)
         terms = terms._replace(weight=terms.weight * weight_factor(config.ramp, progress.step, self.steps))
         terms.backward(inputs=self.parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -233,7 +237,16 @@ class _Run:
         progress.skipped = 0
         progress.sums["samples"] += len(y)
         progress.sums["orientation"] += len(y) * terms.orientation.item()
-        progress.sums["smoothness"] += len(y) * terms.smoothness.item()
+        if penalised:
+            progress.sums["penalised"] += len(y)
+            progress.sums["smoothness"] += len(y) * terms.smoothness.item()
+
+    def _draws(self) -> torch.Generator:
+        """The random numbers of this step, on the device of the batch."""
+        draws = datasets.generator(self.config.seed, "projections", self.progress.step)
+        if self.config.device == "cpu":
+            return draws
+        return torch.Generator(self.config.device).manual_seed(draws.initial_seed())
 
     def _skip(self) -> None:
         progress = self.progress
@@ -264,7 +277,7 @@ class _Run:
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "orientation": sums["orientation"] / samples,
-            "smoothness": sums["smoothness"] / samples,
+            "smoothness": sums["smoothness"] / max(1.0, sums["penalised"]),
             "clean_accuracy": clean,
             "robust_accuracy": robust,
             "ms_per_step": 1e3 * sums["seconds"] / max(1.0, sums["steps"]),

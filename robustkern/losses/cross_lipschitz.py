@@ -1,0 +1,35 @@
+"""Cross-Lipschitz regularisation: differences of logits that change little in any direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from robustkern.losses.projected_penalty import ProjectedPenalty
+
+
+@dataclass(eq=False)
+class CrossLipschitz(ProjectedPenalty):
+    r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i 1/C^2 sum_lm ||eps * (d f_l - d f_m) / d x_i||_2^2.
+
+    orientation: the mean cross-entropy.  smoothness: the mean over all pairs of classes, which bounds how fast one can
+    overtake another; it is 2/C ||(I - 11^T/C) J diag(eps)||_F^2, blind to what moves all logits alike, as the softmax
+    is.
+
+    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
+    number of processes.  With eps = 1 it is the lambda of Hein and Andriushchenko, whose penalty is lambda / (n C^2)
+    times the sum over the n samples of a batch and all pairs; 1e-4 is their example.
+
+    Arguments and call: see `ProjectedPenalty`.  BatchNorm in training mode adds the other samples' part; see
+    `robustkern.batch_coupling`.  Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
+    `robustkern.ops.softmax_cross_entropy`.  Source: Hein and Andriushchenko 2017.
+    """
+
+    weight: float = 1e-4
+
+    kind: ClassVar[str] = "centred"
+
+    def _scale(self, logits: Tensor) -> float:
+        return 2.0 / logits.shape[1]

@@ -1,0 +1,41 @@
+"""Jacobian regularisation: logits that change little in any direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from robustkern.losses.projected_penalty import ProjectedPenalty
+
+
+@dataclass(eq=False)
+class JacobianPenalty(ProjectedPenalty):
+    r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i ||d f(x_i) / d x_i diag(eps)||_F^2.
+
+    orientation: the mean cross-entropy.  smoothness: to first order, the mean squared change of the logits under a
+    perturbation of independent entries +-eps; it needs no label.
+
+    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
+    number of processes.  Other conventions, with eps = 1 unless their inputs are divided by a standard deviation, which
+    makes it eps = std:
+
+        Hoffman et al. 2019         lambda / 2 ||J||_F^2                        weight = lambda / 2 (0.01 / 2: default)
+        Jakubovitz and Giryes 2018  lambda ||J||_F, over all classes            weight = lambda, squared=False
+
+    Args:
+        squared: False for the norm itself, estimated by the root of the estimate: too small on average, unless exact.
+
+    Other arguments and call: see `ProjectedPenalty`.  BatchNorm in training mode adds the other samples' part; see
+    `robustkern.batch_coupling`.  Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
+    `robustkern.ops.softmax_cross_entropy`.  Source: Hoffman, Roberts and Yaida 2019.
+    """
+
+    weight: float = 0.005
+    squared: bool = True
+
+    kind: ClassVar[str] = "plain"
+
+    def _norm(self, outputs: Tensor, x: Tensor, squared: bool = True) -> Tensor:
+        return super()._norm(outputs, x, self.squared)

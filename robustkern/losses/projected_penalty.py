@@ -1,0 +1,121 @@
+"""What the penalties on a Jacobian share: random projections, on some of the steps and some of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustkern.double_backward import fused_where_possible
+from robustkern.jacobian import jacobian_norm
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(eq=False)
+class ProjectedPenalty:
+    r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i scale * ||M_i d f(x_i) / d x_i diag(eps)||_F^2, estimated.
+
+    See the subclasses for M and scale.  Estimates are unbiased, by `robustkern.jacobian_norm`.
+
+    Args:
+        weight: of the smoothness term.
+        projections: K; a step takes 1 + K plain ones.  "exact" for none of the randomness, and as many as classes.
+        eps: multiplies the columns of the Jacobian: a number or one value per channel of x.
+        law: of the projections: "orthonormal" (K at most the number of classes), "sphere", "gaussian", "rademacher".
+        every: penalise one step of so many, with `every` times the weight, so that the mean over the steps stays.
+        fraction: penalise that share of each batch, drawn anew each time; the mean over draws stays.  The forward pass
+            then runs in two parts, and only the first is differentiated twice.  A model with BatchNorm in training
+            mode needs its batch whole: there, nothing is saved by it.
+        label_smoothing: in the cross-entropy.
+        generator: where projections and samples are drawn from, on the device of x; None: the default one.
+        impl: "auto", "kernel" or "reference".
+        step: calls so far, which `every` goes by.
+
+    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and
+    targets y.  Its Terms have smoothness 0 and weight 0 where a step is not penalised.  An x that requires grad is
+    used as it is (which is what torch.compile of a whole step needs), any other as a new leaf; call
+    `terms.backward(inputs=model.parameters())` to spare its own gradient.
+
+    What it remembers are `step` and the state of `generator`: restored, or set for each step as `robustkern train`
+    does, they make a resumed training end in the same bits.
+    """
+
+    weight: float
+    projections: int | Literal["exact"] = 1
+    eps: float | Tensor = 1.0
+    law: str = "orthonormal"
+    every: int = 1
+    fraction: float = 1.0
+    label_smoothing: float = 0.0
+    generator: torch.Generator | None = None
+    impl: str = "auto"
+    step: int = 0
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.every < 1:
+            raise ValueError(f"{name}: every must be at least 1, got {self.every}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"{name}: fraction must be in (0, 1], got {self.fraction}")
+
+    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
+        if not x.is_floating_point():
+            raise TypeError(f"{type(self).__name__}: x must be a floating-point tensor, got {x.dtype}")
+        if not self._is_due():
+            orientation = self._cross_entropy(model(x), y)
+            return Terms(orientation, orientation.new_zeros(()), 0.0)
+        count = min(len(x), max(1, round(self.fraction * len(x))))
+        order = None
+        if count < len(x):
+            order = torch.randperm(len(x), generator=self.generator, device=x.device)
+        with fused_where_possible(self.impl):
+            if order is None:
+                x = _leaf(x)
+                logits = model(x)
+                norm = self._norm(logits, x)
+            elif _normalises_over_the_batch(model):
+                x = _leaf(x)
+                logits = model(x)
+                norm = self._norm(logits, x)[order[:count]]
+            else:
+                chosen, others = _leaf(x[order[:count]]), x[order[count:]]
+                outputs = model(chosen)
+                norm = self._norm(outputs, chosen)
+                logits, y = torch.cat([outputs, model(others)]), y[order]
+            orientation = self._cross_entropy(logits, y)
+        return Terms(orientation, self._scale(logits) * norm.mean(), self.weight * self.every)
+
+    def _is_due(self) -> bool:
+        if self.every == 1:  # and no counter, which torch.compile would compile anew for
+            return True
+        self.step += 1
+        return (self.step - 1) % self.every == 0
+
+    def _norm(self, outputs: Tensor, x: Tensor, squared: bool = True) -> Tensor:
+        return jacobian_norm(
+            outputs, x, self.projections, law=self.law, kind=self.kind, weight=self.eps, squared=squared,
+            generator=self.generator, impl=self.impl,
+        )  # fmt: skip
+
+    def _scale(self, logits: Tensor) -> float:
+        return 1.0
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _normalises_over_the_batch(model: Callable[[Tensor], Tensor]) -> bool:
+    return isinstance(model, nn.Module) and any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )

@@ -13,20 +13,25 @@ from robustkern.ops.row_norm import row_norm
 
 
 def batch_coupling(model: torch.nn.Module, x: Tensor) -> float:
-    r"""||d f_S / d x_not S|| / ||d f_S / d x||: how much the outputs of half of a batch, S, depend on the other half.
+    r"""||w^T d f_S / d x_not S|| / ||w^T d f_S / d x||: how much the outputs of half a batch, S, depend on the other.
 
-    Zero for a model that treats each sample by itself; then gradient and Jacobian norms are each sample's own.
-    BatchNorm in training mode is the usual reason for more.  Penalties remain what their formula says, but of a
-    sample's gradient together with the others' part: put BatchNorm into eval mode, or use GroupNorm, where that
-    matters.
+    w holds random signs.  Zero for a model that treats each sample by itself; then gradient and Jacobian norms are
+    each sample's own.  BatchNorm in training mode is the usual reason for more.  Penalties remain what their formula
+    says, but of a sample's gradient together with the others' part: put BatchNorm into eval mode, or use GroupNorm,
+    where that matters.
 
     Args:
         model: maps x [B, ...] to outputs [B, ...]; its mode is respected, its buffers and the random state of PyTorch
             end as they were.
         x: a batch of at least two samples.
 
+    Returns:
+        A number from 0 to 1.
+
     Raises:
         ValueError: fewer than two samples, or outputs that do not depend on x.
+
+    Differentiability: none. Determinism: the same on every run.
     """
     if len(x) < 2:
         raise ValueError(f"batch_coupling: at least two samples are needed, got {len(x)}")

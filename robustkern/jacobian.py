@@ -172,16 +172,20 @@ def suggest_projections(
     is not too small.
 
     Args:
-        estimate, variance: as from `jacobian_norm(..., return_variance=True)`, of any reduction.
+        estimate: as from `jacobian_norm(..., return_variance=True)`, of any reduction.
+        variance: likewise.
         relative_error: the one that is wanted, > 0.
         projections: the K that they were taken with.
         dimensions: D, the number of outputs of a sample; no answer is larger for law="orthonormal".
         law: of the projections.
 
+    Returns:
+        K, as a number: it waits for the device.
+
     Raises:
         ValueError: projections that show no variance, since they were exact, or a relative_error that is not positive.
 
-    It returns a number, and so waits for the device.
+    Differentiability: none. Determinism: complete.
     """
     orthonormal = law == "orthonormal"
     if not relative_error > 0:
@@ -223,6 +227,9 @@ def input_jacobian(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `jacobian_norm`.
+
+    Differentiability: once more in the parameters and x if `create_graph`. Determinism: as deterministic as the
+    model's own backward.
     """
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     check_outputs("input_jacobian", outputs, x)

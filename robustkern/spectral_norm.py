@@ -63,7 +63,8 @@ def jacobian_spectral_norm(
         TypeError, ValueError, RuntimeError: as `jacobian_norm`.
 
     Differentiability: once more in the parameters and x if `create_graph`, with v held fixed: the derivative of the
-    largest singular value once v has converged; zero where the Jacobian is zero. Source: Yoshida and Miyato,
+    largest singular value once v has converged; zero where the Jacobian is zero. Determinism: a function of the start
+    or the generator's state, and else as deterministic as the model's own backward. Source: Yoshida and Miyato,
     "Spectral norm regularization", 2017.
     """
     function = "jacobian_spectral_norm"

@@ -43,7 +43,10 @@ def test_wrong_use_is_told_in_one_sentence(name, function, device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"projections": 5}, "at most 4 orthonormal vectors in 4 dimensions.*the other laws take any number"),
+        (
+            {"projections": 5},
+            "at most 4 for orthonormal vectors in 4 dimensions, got 5; .* other laws take any",
+        ),
         ({"projections": 0}, "projections must be at least 1"),
         ({"projections": 1.5}, "jacobian_norm: projections must be a number or 'exact', got 1.5"),
         ({"projections": "all"}, "jacobian_norm: projections must be a number or 'exact', got 'all'"),

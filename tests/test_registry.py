@@ -13,7 +13,7 @@ import torch
 
 import robustkern
 from cases import CASES, OPS, cotangents, recorded_calls
-from robustkern import _library, losses, ops, penalties, reference
+from robustkern import _library, coupling, jacobian, losses, ops, penalties, reference, spectral_norm
 from robustkern.ops._double_backward import DOUBLE_BACKWARDS
 
 ROOT = Path(__file__).parents[1]
@@ -216,9 +216,10 @@ def test_losses_in_the_readme(name):
 def public_functions():
     for name in ops.__all__:
         yield f"ops.{name}", getattr(ops, name)
-    for name, value in vars(penalties).items():
-        if inspect.isfunction(value) and value.__module__ == penalties.__name__ and not name.startswith("_"):
-            yield name, value
+    for module in (coupling, jacobian, penalties, spectral_norm):
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                yield name, value
     for name in losses.__all__:
         yield f"losses.{name}", getattr(losses, name)
 

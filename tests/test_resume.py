@@ -73,20 +73,14 @@ def test_crash_after_any_step(tmp_path, uninterrupted, step):
     assert outcome(tmp_path) == uninterrupted
 
 
-@pytest.mark.parametrize("given", [{"optimizer": "adamw", "lr": 3e-3}, {"checkpoint_every": 0, "schedule": "cosine"}])
-def test_crash_with_other_optimizers_and_schedules(tmp_path, given):
-    train(config(**given), tmp_path / "whole")
-    with pytest.raises(_Crash):
-        train(config(**given), tmp_path / "crashed", observer=_CrashAt(9))
-    train(config(**given), tmp_path / "crashed", resume=True)
-    assert outcome(tmp_path / "crashed") == outcome(tmp_path / "whole")
+RANDOM = {"jacobian": {"projections": 2}, "fisher": {"every": 5}, "cross-lipschitz": {"fraction": 0.3}}
+OTHERS = [*(("gradient-penalty", given) for given in ({"optimizer": "adamw", "lr": 3e-3}, {"checkpoint_every": 0})),
+          *((method, {"options": options, "schedule": "cosine"}) for method, options in RANDOM.items())]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["jacobian", "fisher", "cross-lipschitz"])
-@pytest.mark.parametrize("options", [{"projections": 2}, {"every": 5}, {"fraction": 0.3, "law": "rademacher"}], ids=str)
-def test_crash_with_random_projections(tmp_path, method, options):
-    """Which steps and samples are penalised, and along which directions, is the same after the crash."""
-    settings = recipe("digits", method, **CONFIG, options=options)
+@pytest.mark.parametrize("method, given", OTHERS, ids=str)
+def test_crash_with_other_methods_and_settings(tmp_path, method, given):
+    settings = recipe("digits", method, **{**CONFIG, **given})
     train(settings, tmp_path / "whole")
     with pytest.raises(_Crash):
         train(settings, tmp_path / "crashed", observer=_CrashAt(9))

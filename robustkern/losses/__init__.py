@@ -5,7 +5,6 @@ from robustkern.losses.cross_lipschitz import CrossLipschitz
 from robustkern.losses.fisher_penalty import FisherPenalty
 from robustkern.losses.gradient_penalty import GradientPenalty
 from robustkern.losses.jacobian_penalty import JacobianPenalty
-from robustkern.losses.projected_penalty import ProjectedPenalty
 
 __all__ = [
     "CrossEntropy",
@@ -13,5 +12,4 @@ __all__ = [
     "FisherPenalty",
     "GradientPenalty",
     "JacobianPenalty",
-    "ProjectedPenalty",
 ]

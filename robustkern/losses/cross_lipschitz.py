@@ -22,9 +22,15 @@ class CrossLipschitz(ProjectedPenalty):
     number of processes.  With eps = 1 it is the lambda of Hein and Andriushchenko, whose penalty is lambda / (n C^2)
     times the sum over the n samples of a batch and all pairs; 1e-4 is their example.
 
-    Arguments and call: see `ProjectedPenalty`.  BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`.  Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`.  Source: Hein and Andriushchenko 2017.
+    Args:
+        weight: of the smoothness term.
+        projections: K, or "exact".
+        eps: size of the perturbation in the units of x, a number or one value per channel.
+        law, every, fraction, label_smoothing, generator, impl, step: see `robustkern.losses.projected_penalty`.
+
+    The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
+    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
+    `robustkern.ops.softmax_cross_entropy`. Source: Hein and Andriushchenko 2017.
     """
 
     weight: float = 1e-4

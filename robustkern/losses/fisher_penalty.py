@@ -28,8 +28,14 @@ class FisherPenalty(ProjectedPenalty):
     The published code of the latter multiplies the gradient of a *logit* by 1 / p, which belongs to that of p, and
     takes the first class only: its values are not comparable.
 
-    Arguments and call: see `ProjectedPenalty`.  BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`.  Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
+    Args:
+        weight: of the smoothness term.
+        projections: K, or "exact".
+        eps: size of the perturbation in the units of x, a number or one value per channel.
+        law, every, fraction, label_smoothing, generator, impl, step: see `robustkern.losses.projected_penalty`.
+
+    The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
+    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
     `robustkern.ops.softmax_cross_entropy`.
     """
 

@@ -25,11 +25,15 @@ class JacobianPenalty(ProjectedPenalty):
         Jakubovitz and Giryes 2018  lambda ||J||_F, over all classes            weight = lambda, squared=False
 
     Args:
+        weight: of the smoothness term.
+        projections: K, or "exact".
+        eps: size of the perturbation in the units of x, a number or one value per channel.
+        law, every, fraction, label_smoothing, generator, impl, step: see `robustkern.losses.projected_penalty`.
         squared: False for the norm itself, estimated by the root of the estimate: too small on average, unless exact.
 
-    Other arguments and call: see `ProjectedPenalty`.  BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`.  Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`.  Source: Hoffman, Roberts and Yaida 2019.
+    The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
+    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
+    `robustkern.ops.softmax_cross_entropy`. Source: Hoffman, Roberts and Yaida 2019.
     """
 
     weight: float = 0.005

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustkern import Terms, losses
+from robustkern.losses.projected_penalty import ProjectedPenalty
 from robustkern.ops.random_cotangents import LAWS
 
 from .errors import UsageError
@@ -66,7 +67,7 @@ def _gradient_penalty(*, eps: float, impl: str, weight: float, norm: float, labe
 
 
 def _projected(
-    penalty: type[losses.ProjectedPenalty],
+    penalty: type[ProjectedPenalty],
     *,
     eps: float,
     impl: str,
@@ -89,7 +90,7 @@ def _projected(
     )  # fmt: skip
 
 
-def _projected_method(summary: str, penalty: type[losses.ProjectedPenalty], weight: float, smoothness: str) -> Method:
+def _projected_method(summary: str, penalty: type[ProjectedPenalty], weight: float, smoothness: str) -> Method:
     options = {
         "weight": weight, "projections": 1, "law": "orthonormal", "every": 1, "fraction": 1.0, "label_smoothing": 0.0
     }  # fmt: skip

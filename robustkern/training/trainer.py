@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import data as datasets
-from robustkern import losses, models
+from robustkern import models
 from robustkern.attacks import PGD
+from robustkern.losses.projected_penalty import ProjectedPenalty
 
 from .checkpoint import Progress, Row, fingerprint, load_latest, save_checkpoint
 from .config import TrainingConfig
@@ -220,10 +221,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.lr, progress.step, self.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        if isinstance(self.loss, losses.ProjectedPenalty):
+        if isinstance(self.loss, ProjectedPenalty):
             self.loss.step, self.loss.generator = progress.step, self._draws()
         terms = self.loss(self.model, x, y)
-        penalised = terms.weight != 0 or not isinstance(self.loss, losses.ProjectedPenalty)
+        penalised = terms.weight != 0 or not isinstance(self.loss, ProjectedPenalty)
         terms = terms._replace(weight=terms.weight * weight_factor(config.ramp, progress.step, self.steps))
         terms.backward(inputs=self.parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])

@@ -76,36 +76,55 @@ RK_HOST_DEVICE void add_fused(Lanes<A>& r, A a, const Lanes<A>& b) {
   for (int l = 0; l < LanesOf<A>::kCount; ++l) r[l] = fused(a, b[l], r[l]);
 }
 
-// q [n, kColumns] turned by four reflections u [n, 4].
+// q [n, kColumns] turned by four reflections u [n, 4].  Written out for each of them: gcc keeps an array of registers that
+// a loop walks through in memory.
 template <class A>
 RK_HOST_DEVICE void reflect_columns(const A* u, const FourReflections<A>& h, std::int64_t n, A* __restrict__ q) {
   constexpr int L = LanesOf<A>::kCount, W = kColumns<A>;
-  Lanes<A> d[4][2] = {}, x, y;
-  for (std::int64_t i = 0; i < n; ++i) {
+  Lanes<A> x0 = {}, x1 = {}, x2 = {}, x3 = {}, y0 = {}, y1 = {}, y2 = {}, y3 = {}, x, y;
+  const A* at = u;
+  for (std::int64_t i = 0; i < n; ++i, at += 4) {
     load_lanes(x, q + i * W);
     load_lanes(y, q + i * W + L);
-    for (int k = 0; k < 4; ++k) {
-      add_fused(d[k][0], u[4 * i + k], x);
-      add_fused(d[k][1], u[4 * i + k], y);
-    }
+    add_fused(x0, at[0], x);
+    add_fused(x1, at[1], x);
+    add_fused(x2, at[2], x);
+    add_fused(x3, at[3], x);
+    add_fused(y0, at[0], y);
+    add_fused(y1, at[1], y);
+    add_fused(y2, at[2], y);
+    add_fused(y3, at[3], y);
   }
-  A steps[4][W];
+  A d[4][W];
+  const Lanes<A> sums[8] = {x0, y0, x1, y1, x2, y2, x3, y3};
+  std::memcpy(d, sums, sizeof d);
   for (int l = 0; l < W; ++l) {
-    const int r = l / L, c = l % L;
-    const FourSteps<A> s(h, d[0][r][c], d[1][r][c], d[2][r][c], d[3][r][c]);
-    steps[0][l] = s.s0, steps[1][l] = s.s1, steps[2][l] = s.s2, steps[3][l] = s.s3;
+    const FourSteps<A> steps(h, d[0][l], d[1][l], d[2][l], d[3][l]);
+    d[0][l] = steps.s0;
+    d[1][l] = steps.s1;
+    d[2][l] = steps.s2;
+    d[3][l] = steps.s3;
   }
-  for (int k = 0; k < 4; ++k) {
-    load_lanes(d[k][0], steps[k]);
-    load_lanes(d[k][1], steps[k] + L);
-  }
-  for (std::int64_t i = 0; i < n; ++i) {
+  load_lanes(x0, d[0]);
+  load_lanes(y0, d[0] + L);
+  load_lanes(x1, d[1]);
+  load_lanes(y1, d[1] + L);
+  load_lanes(x2, d[2]);
+  load_lanes(y2, d[2] + L);
+  load_lanes(x3, d[3]);
+  load_lanes(y3, d[3] + L);
+  at = u;
+  for (std::int64_t i = 0; i < n; ++i, at += 4) {
     load_lanes(x, q + i * W);
     load_lanes(y, q + i * W + L);
-    for (int k = 3; k >= 0; --k) {
-      add_fused(x, u[4 * i + k], d[k][0]);
-      add_fused(y, u[4 * i + k], d[k][1]);
-    }
+    add_fused(x, at[3], x3);
+    add_fused(y, at[3], y3);
+    add_fused(x, at[2], x2);
+    add_fused(y, at[2], y2);
+    add_fused(x, at[1], x1);
+    add_fused(y, at[1], y1);
+    add_fused(x, at[0], x0);
+    add_fused(y, at[0], y0);
     std::memcpy(q + i * W, &x, sizeof x);
     std::memcpy(q + i * W + L, &y, sizeof y);
   }

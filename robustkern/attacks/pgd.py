@@ -1,52 +1,42 @@
-"""Projected gradient descent in the Linf ball."""
+"""Projected gradient descent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@contextmanager
-def attacked(model: nn.Module) -> Iterator[None]:
-    """The model as an attack must see it: in eval mode, so that BatchNorm is fixed, and with no parameter gradients.
-
-    Every module's mode and every parameter's requires_grad are put back on the way out, whatever happened inside.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        # Module by module: train() would recurse and turn on what its owner had frozen.
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+from robustkern import ops
+from robustkern.attacks._common import Best, attacked, bare, check_batch, check_options, evaluate, keep_rows
+from robustkern.reference.random_cotangents import draw_seed
 
 
 @dataclass(frozen=True)
 class PGD:
-    """x' = argmax of the cross-entropy over ||x' - x||_inf <= eps, x' in [0, 1], by signed gradient ascent.
+    """x' = argmax of a loss over ||x' - x|| <= eps, x' in [0, 1], by steepest ascent in the norm.
 
-    x_{t+1} = clamp(project(x_t + step_size * sign(d loss / d x_t))), from a uniformly random start. Of all iterates of
-    all restarts, each sample keeps the one with the highest loss, so more steps and more restarts never weaken it.
+    x_{t+1} = P(x_t + step_size * d(gradient)), from a random start, with P and d of `robustkern.ops.attack_step`.  Of
+    all iterates of all restarts, each sample keeps one that fools the model, if there is one, and among those the one
+    with the highest loss: more restarts never weaken it.  Passes: steps times forward and input gradient, and one forward,
+    for each restart.
     Source: Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
 
+    Threat model: white box; x and x' in [0, 1], eps in the same units (8/255), normalisation inside the model.
+
     Attributes:
-        eps: Radius of the ball, in units of the images (8/255), or a tensor that broadcasts over a sample.
-        step_size: Length of a step; by default 2.5 eps / steps, which lets a sample cross the ball.
+        eps: Radius of the ball; for norm "linf" also a tensor that broadcasts over a sample, such as [C, 1, 1].
+        step_size: Length of a step in the norm; by default 2.5 eps / steps, which lets a sample cross the ball.
         steps: Number of steps.
         restarts: Number of random starts.
-        norm: "linf".
-        random_start: Start inside the ball at random (True) or at x (False).
+        norm: "linf", "l2" or "l1".
+        random_start: Start at a uniformly random point of the ball (True) or at x (False).
+        loss: "ce" (cross-entropy), "cw" or "dlr" (see `robustkern.ops.margin_loss`).
+        targeted: y is what the model shall say, rather than what it shall not.
+        early_exit: Leave a sample as soon as it fools the model.  Which samples do does not change; their loss may be
+            lower, and the device is waited for at each step.
+        coordinates: For norm "l1": how many coordinates share a step.
+        impl: "auto", "kernel" or "reference" for the operators.
     """
 
     eps: float | Tensor
@@ -55,55 +45,91 @@ class PGD:
     restarts: int = 1
     norm: str = "linf"
     random_start: bool = True
+    loss: str = "ce"
+    targeted: bool = False
+    early_exit: bool = False
+    coordinates: int = 1
+    impl: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.norm != "linf":
-            raise ValueError(f"PGD: norm must be 'linf', got {self.norm!r}")
-        if self.steps < 1 or self.restarts < 1:
-            raise ValueError(f"PGD: steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
-        if bool((torch.as_tensor(self.eps) < 0).any()):
-            raise ValueError(f"PGD: eps must not be negative, got {self.eps}")
+        check_options("PGD", self.eps, self.norm, self.loss, steps=self.steps, restarts=self.restarts)
+        check_options("PGD", self.eps, self.norm, self.loss, coordinates=self.coordinates)
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        indices: Tensor | None = None,
+    ) -> Tensor:
         """Adversarial examples for a batch.
 
         Args:
-            model: Maps images to logits. It leaves as it came, and its parameters get no gradients.
+            model: Maps images to logits.  It leaves as it came, and its parameters get no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels.  [B]
+            y: Their labels, or the targets.  [B]
             generator: Where the random starts come from, on the device of x; by default PyTorch's own.
+            indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
+                the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
 
         Returns:
-            Images in the eps ball around x and in [0, 1], without gradient history.  [B, C, H, W]
+            Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
         """
-        x = x.detach()
-        eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device)
-        step = 2.5 * eps / self.steps if self.step_size is None else torch.as_tensor(self.step_size).to(x)
-        # The ball and the box meet in a box: one clamp projects on both.
-        lowest, highest = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
-        best = x.clone()
-        best_loss = x.new_full((len(x),), -torch.inf)
-        with attacked(model), torch.enable_grad():
-            for _ in range(self.restarts):
-                adversary = x.clone()
-                if self.random_start:
-                    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-                    adversary = torch.clamp(x + (2 * noise - 1) * eps, lowest, highest)
-                for _ in range(self.steps):
-                    adversary.requires_grad_(True)
-                    loss = F.cross_entropy(model(adversary), y, reduction="none")
-                    (grad,) = torch.autograd.grad(loss.sum(), adversary)
-                    adversary = adversary.detach()
-                    self._keep_worst(best, best_loss, adversary, loss.detach())
-                    adversary = torch.clamp(adversary + step * grad.sign(), lowest, highest)
-                with torch.no_grad():
-                    loss = F.cross_entropy(model(adversary), y, reduction="none")
-                self._keep_worst(best, best_loss, adversary, loss)
-        return best
+        clean, y = check_batch("PGD", x, y, indices)
+        seed = draw_seed(clean, generator) if self.random_start else None
+        step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        with torch.inference_mode(False), attacked(model):
+            best = Best(clean)
+            for restart in range(self.restarts):
+                rows = (~best.fooled).nonzero().squeeze(1) if self.early_exit else None
+                if rows is not None and not len(rows):
+                    break
+                self._ascend(bare(model), clean, y, best, step, seed, indices, restart, rows)
+        return best.adversary
 
-    @staticmethod
-    def _keep_worst(best: Tensor, best_loss: Tensor, adversary: Tensor, loss: Tensor) -> None:
-        # Not `loss > best_loss` alone: a non-finite loss is the attacker's success, and NaN compares false.
-        worse = (loss > best_loss) | loss.isnan()
-        best_loss.copy_(torch.where(worse, loss, best_loss))
-        best.copy_(torch.where(worse.view(-1, *[1] * (best.dim() - 1)), adversary, best))
+    def _ascend(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        best: Best,
+        step: float | Tensor,
+        seed: Tensor | None,
+        indices: Tensor | None,
+        restart: int,
+        rows: Tensor | None,
+    ) -> None:
+        """One restart, on all samples or on `rows`; `best` takes in every iterate."""
+        samples = indices
+        if rows is not None:
+            x, y, samples = keep_rows(rows, x, y, rows if indices is None else indices)
+        adversary = x.clone()
+        if seed is not None:
+            adversary = ops.attack_start(
+                x, eps=self.eps, norm=self.norm, seed=seed, samples=samples, restart=restart, impl=self.impl
+            )
+        for t in range(self.steps + 1):
+            loss, fooled, grad = evaluate(
+                model, adversary, y, self.loss, need_grad=t < self.steps, targeted=self.targeted, impl=self.impl
+            )
+            best.update(adversary, loss, fooled, rows)
+            if grad is None:
+                return
+            if rows is not None:
+                left = (~fooled).nonzero().squeeze(1)
+                if not len(left):
+                    return
+                if len(left) < len(rows):
+                    rows, x, y, adversary, grad = keep_rows(left, rows, x, y, adversary, grad)
+            ops.attack_step(
+                adversary,
+                x,
+                grad,
+                eps=self.eps,
+                step_size=step,
+                norm=self.norm,
+                coordinates=self.coordinates,
+                impl=self.impl,
+            )

@@ -1,0 +1,151 @@
+"""One-step attacks, as fast adversarial training uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustkern import ops
+from robustkern.attacks._common import attacked, bare, check_batch, check_options, evaluate
+
+
+@dataclass(frozen=True)
+class FGSM:
+    """x' = P(x_0 + step_size * d(gradient of the loss at x_0)), x_0 random in the ball or x.
+
+    P projects on the eps ball and on [0, 1], d is sign() for norm "linf": see `robustkern.ops.attack_step`.  One forward
+    and one input gradient.
+    Sources: Goodfellow et al., Explaining and harnessing adversarial examples, ICLR 2015 (without random start); Wong et
+    al., Fast is better than free, ICLR 2020 (with it, and step 1.25 eps).
+
+    Threat model: white box; x and x' in [0, 1], eps in the same units (8/255), normalisation inside the model.
+
+    Attributes:
+        eps: Radius of the ball; for norm "linf" also a tensor that broadcasts over a sample, such as [C, 1, 1].
+        step_size: Length of the step in the norm; by default 1.25 eps with a random start, eps without.
+        norm: "linf", "l2" or "l1".
+        random_start: Start at a uniformly random point of the ball (True) or at x (False).
+        loss: "ce", "cw" or "dlr".
+        targeted: y is what the model shall say, rather than what it shall not.
+        coordinates: For norm "l1": how many coordinates share the step.
+        impl: "auto", "kernel" or "reference" for the operators.
+    """
+
+    eps: float | Tensor
+    step_size: float | Tensor | None = None
+    norm: str = "linf"
+    random_start: bool = True
+    loss: str = "ce"
+    targeted: bool = False
+    coordinates: int = 1
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_options("FGSM", self.eps, self.norm, self.loss, coordinates=self.coordinates)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial examples for a batch.
+
+        Args:
+            model: Maps images to logits.  It leaves as it came, and its parameters get no gradients.
+            x: Clean images in [0, 1].  [B, C, H, W]
+            y: Their labels, or the targets.  [B]
+            generator: Where the random start comes from, on the device of x; by default PyTorch's own.
+            indices: Numbers of the samples, [B] int64, on which their starts depend; by default 0, 1, 2, ...
+
+        Returns:
+            Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
+        """
+        clean, y = check_batch("FGSM", x, y, indices)
+        step = (1.25 if self.random_start else 1.0) * self.eps if self.step_size is None else self.step_size
+        start = self.eps if self.random_start else None
+        return _one_step(self, model, clean, y, generator, indices, start, self.eps, step)
+
+
+@dataclass(frozen=True)
+class NFGSM:
+    """x' = clamp(x_0 + step_size * sign(gradient of the loss at x_0), 0, 1), x_0 = clamp(x + U(-noise eps, noise eps)).
+
+    Stronger noise than the ball, and no projection on it afterwards: x' - x may reach noise * eps + step_size.  Meant
+    for training, where it prevents catastrophic overfitting; not an attack to evaluate with.
+    Source: de Jorge et al., Make some noise: reliable and efficient single-step adversarial training, NeurIPS 2022.
+
+    Attributes:
+        eps: The radius that training aims at; a number or a tensor that broadcasts over a sample.
+        step_size: Length of the step; by default eps.
+        noise: Size of the noise, in units of eps.
+        loss: "ce", "cw" or "dlr".
+        impl: "auto", "kernel" or "reference" for the operators.
+    """
+
+    eps: float | Tensor
+    step_size: float | Tensor | None = None
+    noise: float = 2.0
+    loss: str = "ce"
+    impl: str = "auto"
+
+    norm = "linf"
+    targeted = False
+    coordinates = 1
+
+    def __post_init__(self) -> None:
+        check_options("NFGSM", self.eps, self.norm, self.loss)
+        if not self.noise >= 0.0:
+            raise ValueError(f"NFGSM: noise must not be negative, got {self.noise}")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial examples for a batch; arguments and result are those of `FGSM`."""
+        clean, y = check_batch("NFGSM", x, y, indices)
+        step = self.eps if self.step_size is None else self.step_size
+        # The box alone holds x': a ball of radius 1 around x contains it.
+        return _one_step(self, model, clean, y, generator, indices, self.noise * self.eps, 1.0, step)
+
+
+def _one_step(
+    attack: FGSM | NFGSM,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator | None,
+    indices: Tensor | None,
+    start: float | Tensor | None,
+    radius: float | Tensor,
+    step: float | Tensor,
+) -> Tensor:
+    with torch.inference_mode(False), attacked(model):
+        adversary = x.clone()
+        if start is not None:
+            adversary = ops.attack_start(
+                x, eps=start, norm=attack.norm, generator=generator, samples=indices, impl=attack.impl
+            )
+        _, _, grad = evaluate(
+            bare(model), adversary, y, attack.loss, need_grad=True, targeted=attack.targeted, impl=attack.impl
+        )
+        return ops.attack_step(
+            adversary,
+            x,
+            grad,
+            eps=radius,
+            step_size=step,
+            norm=attack.norm,
+            coordinates=attack.coordinates,
+            impl=attack.impl,
+        )

@@ -1,0 +1,127 @@
+"""margin_loss: how far the best wrong class is ahead of the right one, as attacks ascend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustkern import _library, reference
+from robustkern.ops._register import refuse_derivatives, register_fake, register_row_vmap
+from robustkern.ops._samples import Sample, make_tensor
+from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+
+KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
+
+
+def margin_loss(
+    logits: Tensor,  # [B, C]
+    target: Tensor,  # [B]
+    *,
+    kind: str = "cw",
+    towards: Tensor | None = None,  # [B]
+    impl: str = "auto",
+) -> Tensor:  # [B]
+    r"""loss_i = z_o - z_y (cw), or (z_o - z_y) / (z_(1) - z_(3)) (dlr); o = towards, or the best class but y.
+
+    z_(1) >= z_(2) >= ... are the sorted logits.  Positive where sample i is misclassified.  With `towards`, dlr divides
+    by z_(1) - (z_(3) + z_(4)) / 2.  dlr does not change if the logits are shifted or multiplied by a positive number;
+    where its divisor is zero, it is zero.  One pass over the logits gives value and gradient.  Sources: Carlini and
+    Wagner, IEEE S&P 2017 (cw); Croce and Hein, ICML 2020 (dlr, which is called -DLR there when it is minimised).
+
+    Args:
+        logits: [B, C] float32, float64, float16 or bfloat16; B may be 0.  C >= 2 for cw, 3 for dlr, 4 for dlr towards
+            a class.
+        target: y, classes.
+        kind: "cw" or "dlr".
+        towards: o, classes.
+        impl: "auto" (the kernel if there is one), "kernel" or "reference".
+
+    Returns:
+        [B], float32 for 16- and 32-bit logits, float64 for float64.
+
+    Raises:
+        TypeError: logits are not floating-point or target is not integer.
+        ValueError: an unknown kind, shapes that do not match, or too few classes.
+        RuntimeError: on the CPU, a class that does not exist.  On CUDA such a sample's loss and gradient are NaN.
+
+    Differentiability: once in the logits; a second derivative raises.  Ties are broken by the lower class.
+    Determinism: the same bits on every run and for every batch size.  Saved for backward: the gradient of each loss.
+    """
+    op = "margin_loss"
+    check_floating(op, "logits", logits)
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be 'cw' or 'dlr', got {kind!r}")
+    if logits.dim() != 2:
+        raise ValueError(f"{op}: logits must be [B, C], got shape {list(logits.shape)}")
+    least = 2 if kind == "cw" else 3 if towards is None else 4
+    if logits.shape[1] < least:
+        raise ValueError(f"{op}: kind={kind!r} needs at least {least} classes, got {logits.shape[1]}")
+    for name, classes in (("target", target), ("towards", towards)):
+        if classes is None:
+            continue
+        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+            raise TypeError(f"{op}: {name} must be integer classes, got {classes.dtype}")
+        if list(classes.shape) != [logits.shape[0]]:
+            raise ValueError(f"{op}: {name} must have shape {[logits.shape[0]]}, got {list(classes.shape)}")
+    target, towards = target.long(), None if towards is None else towards.long()
+    if not use_kernel(op, impl, logits):
+        return reference.margin_loss(logits, target, kind=kind, towards=towards)
+    loss, _ = torch.ops.robustkern.margin_loss(logits, target, towards, KINDS.index(kind))
+    return loss
+
+
+def _register() -> None:
+    ops = torch.ops.robustkern
+
+    @register_fake("margin_loss")
+    def _(logits, target, towards, kind):  # type: ignore[no-untyped-def]
+        loss = logits.new_empty([logits.shape[0]], dtype=accumulation_dtype(logits.dtype))
+        return loss, logits.new_empty(logits.shape)
+
+    @register_fake("margin_loss_backward")
+    def _(grad, slopes):  # type: ignore[no-untyped-def]
+        return slopes.new_empty(slopes.shape)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 4
+        return ops.margin_loss_backward(grad, *ctx.saved_tensors), None, None, None
+
+    torch.library.register_autograd("robustkern::margin_loss", backward, setup_context=setup)
+    # Its second derivative in the logits is zero for cw, but not for dlr, and the slopes do not tell.
+    refuse_derivatives(ops.margin_loss_backward, "second-order")
+    register_row_vmap(ops.margin_loss, (True, True, True, False))
+    register_row_vmap(ops.margin_loss_backward, (True, True))
+
+
+if _library.extension() is not None and hasattr(torch.ops.robustkern, "margin_loss"):
+    _register()
+
+
+def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
+    """Calls that exercise every option, shape class and layout of margin_loss."""
+    make, op = make_tensor(device, dtype), margin_loss
+    target = torch.tensor([3, 0, 9, 3, 5], device=device)
+    other = torch.tensor([1, 2, 3, 4, 6], device=device)
+
+    def sample(name: str, logits: Tensor, classes: Tensor = target, **options: Any) -> Sample:
+        return Sample(op, (logits, classes), options, name, not logits.numel())
+
+    for kind in KINDS:
+        yield sample(kind, 3 * make(5, 10), kind=kind)
+        yield sample(f"{kind}, towards", 3 * make(5, 10), kind=kind, towards=other)
+        yield sample(f"{kind}, 3000 classes", 3 * make(5, 3000), target * 300, kind=kind)
+        yield sample(f"{kind}, huge logits", 3 * make(5, 10) + 1000, kind=kind)
+        yield sample(f"{kind}, strided columns", make(5, 20)[:, ::2], kind=kind)
+        yield sample(f"{kind}, transposed", make(10, 5).t(), kind=kind, towards=other)
+        yield sample(f"{kind}, few classes", make(5, 4), target % 4, kind=kind, towards=other % 4)
+    yield sample("two classes", make(5, 2), target % 2)
+    yield sample("empty batch", make(0, 10), target[:0])

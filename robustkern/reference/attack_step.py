@@ -1,0 +1,102 @@
+"""attack_step in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NORMS = ("linf", "l2", "l1")  # in the order of csrc/math/attack_step.h
+
+
+def attack_step(
+    adversary: Tensor,  # [B, ...], changed in place
+    x: Tensor,  # like adversary
+    grad: Tensor | None = None,  # like adversary
+    *,
+    eps: Tensor | float,
+    step_size: Tensor | float = 0.0,
+    norm: str = "linf",
+    scale: Tensor | None = None,  # [B]
+    coordinates: int = 1,
+) -> Tensor:  # adversary
+    """x' = P(x' + step_size * direction(grad)); see `robustkern.ops.attack_step`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = (-1,) + (1,) * (x.dim() - 1)
+    with torch.no_grad():
+        moved, clean = adversary.to(dtype), x.to(dtype)
+        eps, step = torch.as_tensor(eps).to(clean), torch.as_tensor(step_size).to(clean)
+        if scale is not None:
+            step = step * scale.to(dtype).view(rows)
+        if grad is not None:
+            move = {"linf": torch.sign, "l2": _unit, "l1": lambda g: _largest(g, moved, coordinates)}[norm]
+            moved = moved + step * move(_finite(grad.to(dtype)))
+        if norm == "linf":
+            low, high = (clean - eps).clamp(min=0.0), (clean + eps).clamp(max=1.0)
+            moved = moved.clamp(low, high)
+        elif norm == "l2":
+            difference = moved - clean
+            length = torch.linalg.vector_norm(difference.flatten(1), dim=1).view(rows)
+            moved = torch.where(length > eps, clean + eps / length * difference, moved).clamp(0.0, 1.0)
+            low, high = torch.minimum(moved, clean), torch.maximum(moved, clean)
+        else:
+            moved = _project_l1(moved, clean, eps)
+            low, high = torch.minimum(moved, clean), torch.maximum(moved, clean)
+        return adversary.copy_(round_between(moved, low, high, x.dtype))
+
+
+def round_between(value: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number of `dtype` nearest to `value` within [low, high], 0 <= low: 16 bits would round out of the ball."""
+    rounded = value.to(dtype)
+    if rounded.dtype == value.dtype:
+        return rounded
+    # Between two numbers that are not negative, the bits count steps; a number of `dtype` lies in [low, high]: x.
+    steps = (rounded.to(low.dtype) < low).to(torch.int16) - (rounded.to(low.dtype) > high).to(torch.int16)
+    return (rounded.view(torch.int16) + steps).view(dtype)
+
+
+def _finite(grad: Tensor) -> Tensor:
+    """Without NaN, which says nothing of where to go."""
+    return torch.where(grad.isnan(), 0.0, grad)
+
+
+def _unit(grad: Tensor) -> Tensor:
+    """grad / ||grad||_2 for each sample; 0 where that is 0 or infinite."""
+    flat = grad.flatten(1)
+    largest = flat.abs().amax(1, keepdim=True) if flat.shape[1] else flat.sum(1, keepdim=True)
+    scaled = flat / largest
+    unit = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return torch.where((largest > 0) & largest.isfinite(), unit, 0.0).view(grad.shape)
+
+
+def _largest(grad: Tensor, adversary: Tensor, coordinates: int) -> Tensor:
+    """sign(grad) / k at the k coordinates with the largest |grad| among those that the box does not stop."""
+    if grad[0:1].numel() == 0:
+        return grad
+    free = torch.where(grad > 0, adversary < 1.0, adversary > 0.0)
+    size = torch.where(free, grad.abs(), 0.0).flatten(1)
+    least = size.topk(min(coordinates, size.shape[1]), dim=1).values[:, -1:]
+    chosen = ((size >= least) & (size > 0.0)).view(grad.shape)
+    count = chosen.flatten(1).sum(1).clamp(min=1).view((-1,) + (1,) * (grad.dim() - 1))
+    return torch.where(chosen, grad.sign(), 0.0) / count
+
+
+def _project_l1(moved: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
+    """The nearest point with ||. - clean||_1 <= eps in the box: |d_i| = min(max(|v_i| - t, 0), room_i), t by halving."""
+    v = (moved - clean).flatten(1)
+    size, flat = v.abs(), clean.flatten(1)
+    room = torch.where(v > 0, 1.0 - flat, flat)
+    radius = eps.reshape(1, 1)
+
+    def shrunk(t: Tensor) -> Tensor:
+        return torch.minimum((size - t).clamp(min=0.0), room)
+
+    low = torch.zeros_like(size[:, :1])
+    high = size.amax(1, keepdim=True) if size.shape[1] else low
+    outside = shrunk(low).sum(1, keepdim=True) > radius
+    for _ in range(64 if size.dtype == torch.float64 else 32):
+        middle = (low + high) / 2
+        above = shrunk(middle).sum(1, keepdim=True) > radius
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    result = flat + v.sign() * shrunk(torch.where(outside, high, 0.0))
+    unchanged = ~outside & (size <= room)  # x + (x' - x) would round
+    return torch.where(unchanged, moved.flatten(1), result).view(moved.shape).clamp(0.0, 1.0)

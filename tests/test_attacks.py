@@ -140,7 +140,7 @@ def test_a_non_finite_loss_is_the_attackers_success():
     assert Fragile()(adversary).isnan().all()
 
 
-@pytest.mark.parametrize("arguments", [{"norm": "l2"}, {"steps": 0}, {"restarts": 0}, {"eps": -0.1}])
+@pytest.mark.parametrize("arguments", [{"norm": "l3"}, {"loss": "mse"}, {"steps": 0}, {"restarts": 0}, {"eps": -0.1}])
 def test_wrong_use(arguments):
     with pytest.raises(ValueError, match="PGD"):
         PGD(**{"eps": 0.1, **arguments})

@@ -85,9 +85,7 @@ class APGD:
                     break
                 towards = None if classes is None else classes[rows, restart]
                 samples = rows if indices is None else indices[rows]
-                adversary, loss, fooled = self._ascend(
-                    bare(model), x[rows], y[rows], towards, seed, samples, restart
-                )
+                adversary, loss, fooled = self._ascend(bare(model), x[rows], y[rows], towards, seed, samples, restart)
                 best.update(adversary, loss, fooled, rows)
         return best.adversary
 

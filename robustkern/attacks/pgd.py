@@ -18,8 +18,8 @@ class PGD:
 
     x_{t+1} = P(x_t + step_size * d(gradient)), from a random start, with P and d of `robustkern.ops.attack_step`.  Of
     all iterates of all restarts, each sample keeps one that fools the model, if there is one, and among those the one
-    with the highest loss: more restarts never weaken it.  Passes: steps times forward and input gradient, and one forward,
-    for each restart.
+    with the highest loss: more restarts never weaken it.  Passes: for each restart, `steps` times forward and input
+    gradient, and one forward.
     Source: Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018.
 
     Threat model: white box; x and x' in [0, 1], eps in the same units (8/255), normalisation inside the model.
@@ -104,7 +104,8 @@ class PGD:
         """One restart, on all samples or on `rows`; `best` takes in every iterate."""
         samples = indices
         if rows is not None:
-            x, y, samples = keep_rows(rows, x, y, rows if indices is None else indices)
+            x, y = keep_rows(rows, x, y)
+            samples = rows if indices is None else indices[rows]
         adversary = x.clone()
         if seed is not None:
             adversary = ops.attack_start(

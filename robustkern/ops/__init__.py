@@ -1,6 +1,9 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
 from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
+from robustkern.ops.attack_start import attack_start as attack_start
+from robustkern.ops.attack_step import attack_step as attack_step
+from robustkern.ops.margin_loss import margin_loss as margin_loss
 from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy

@@ -15,6 +15,8 @@ from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 from robustkern.reference.attack_step import NORMS
 
+_MISSING = None if hasattr(torch.ops.robustkern, "attack_step") else "it has no kernel"
+
 
 def attack_step(
     adversary: Tensor,  # [B, ...]
@@ -74,15 +76,13 @@ def attack_step(
     if grad is not None:
         check_like(op, "grad", grad, x)
     if scale is not None and (scale.shape != x.shape[:1] or scale.device != x.device):
-        raise ValueError(
-            f"{op}: scale must be {[len(x)]} on {x.device}, got {list(scale.shape)} on {scale.device}"
-        )
+        raise ValueError(f"{op}: scale must be {[len(x)]} on {x.device}, got {list(scale.shape)} on {scale.device}")
     if coordinates < 1:
         raise ValueError(f"{op}: coordinates must be at least 1, got {coordinates}")
     for name, value in (("eps", eps), ("step_size", step_size)):
         if isinstance(value, Tensor) and value.numel() != 1:
             check_broadcast(op, name, value, x.shape[1:])
-    if not use_kernel(op, impl, x):
+    if not use_kernel(op, impl, x, _MISSING):
         return reference.attack_step(
             adversary, x, grad, eps=eps, step_size=step_size, norm=norm, scale=scale, coordinates=coordinates
         )

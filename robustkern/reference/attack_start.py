@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustkern.reference.attack_step import round_between
+from robustkern.reference.attack_step import as_number, round_between
 from robustkern.reference.random_cotangents import _box_muller, draw_seed, philox
 
 _MASK = 0xFFFFFFFF
@@ -53,7 +53,8 @@ def attack_start(
     samples = torch.arange(len(x), device=x.device) if samples is None else samples
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        clean, eps, size = x.to(dtype), torch.as_tensor(eps).to(device=x.device, dtype=dtype), x.shape[1:].numel()
+        clean, size = x.to(dtype), x.shape[1:].numel()
+        eps = as_number(eps, clean)
         words = _words(seed, samples, (size + 3) // 4, 2 * restart)
         if norm == "linf":
             offset = _symmetric(words.flatten(1)[:, :size], dtype)

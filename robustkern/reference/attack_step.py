@@ -24,7 +24,7 @@ def attack_step(
     rows = (-1,) + (1,) * (x.dim() - 1)
     with torch.no_grad():
         moved, clean = adversary.to(dtype), x.to(dtype)
-        eps, step = torch.as_tensor(eps).to(clean), torch.as_tensor(step_size).to(clean)
+        eps, step = as_number(eps, clean), as_number(step_size, clean)
         if scale is not None:
             step = step * scale.to(dtype).view(rows)
         if grad is not None:
@@ -42,6 +42,11 @@ def attack_step(
             moved = _project_l1(moved, clean, eps)
             low, high = torch.minimum(moved, clean), torch.maximum(moved, clean)
         return adversary.copy_(round_between(moved, low, high, x.dtype))
+
+
+def as_number(value: Tensor | float, like: Tensor) -> Tensor:
+    """The value as a tensor of the dtype and on the device of `like`."""
+    return value.to(like) if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def round_between(value: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,7 +86,7 @@ def _largest(grad: Tensor, adversary: Tensor, coordinates: int) -> Tensor:
 
 
 def _project_l1(moved: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
-    """The nearest point with ||. - clean||_1 <= eps in the box: |d_i| = min(max(|v_i| - t, 0), room_i), t by halving."""
+    """The nearest point with ||. - clean||_1 <= eps in the box: |d_i| = min(max(|v_i| - t, 0), room_i)."""
     v = (moved - clean).flatten(1)
     size, flat = v.abs(), clean.flatten(1)
     room = torch.where(v > 0, 1.0 - flat, flat)
@@ -97,6 +102,7 @@ def _project_l1(moved: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
         middle = (low + high) / 2
         above = shrunk(middle).sum(1, keepdim=True) > radius
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    result = flat + v.sign() * shrunk(torch.where(outside, high, 0.0))
-    unchanged = ~outside & (size <= room)  # x + (x' - x) would round
-    return torch.where(unchanged, moved.flatten(1), result).view(moved.shape).clamp(0.0, 1.0)
+    t = torch.where(outside, high, 0.0)
+    result = torch.where(t > 0, flat + v.sign() * (size - t).clamp(min=0.0), moved.flatten(1))  # x + (x' - x) rounds
+    wall = (v > 0).to(v.dtype)  # exactly there, where the next step knows it
+    return torch.where(size - t >= room, wall, result).view(moved.shape).clamp(0.0, 1.0)

@@ -62,11 +62,9 @@ def check_options(
         raise ValueError(f"{name}: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     if loss not in losses:
         raise ValueError(f"{name}: loss must be one of {', '.join(map(repr, losses))}, got {loss!r}")
-    for option, count in counts.items():
-        if count < 1:
-            listed = " and ".join(counts)
-            values = " and ".join(str(v) for v in counts.values())
-            raise ValueError(f"{name}: {listed} must be at least 1, got {values}")
+    if min(counts.values(), default=1) < 1:
+        values = " and ".join(str(v) for v in counts.values())
+        raise ValueError(f"{name}: {' and '.join(counts)} must be at least 1, got {values}")
     radius = torch.as_tensor(eps)
     if not bool((radius >= 0).all()):
         raise ValueError(f"{name}: eps must not be negative or NaN, got {eps}")

@@ -15,8 +15,8 @@ from robustkern.attacks._common import attacked, bare, check_batch, check_option
 class FGSM:
     """x' = P(x_0 + step_size * d(gradient of the loss at x_0)), x_0 random in the ball or x.
 
-    P projects on the eps ball and on [0, 1], d is sign() for norm "linf": see `robustkern.ops.attack_step`.  Passes: one
-    forward and one input gradient.
+    P projects on the eps ball and on [0, 1], d is sign() for norm "linf": see `robustkern.ops.attack_step`.  Passes:
+    one forward and one input gradient.
     Sources: Goodfellow et al., Explaining and harnessing adversarial examples, ICLR 2015 (without random start); Wong
     et al., Fast is better than free, ICLR 2020 (with it, and step 1.25 eps).
 

@@ -38,9 +38,6 @@ struct Call : CotangentShape {
   }
 };
 
-// Rows of u in the groups of four reflections before this one.
-int64_t group_begin(int64_t group, int64_t n) { return group * n - 2 * group * (group - 1); }
-
 template <class A>
 struct Workspace {
   std::vector<A> v, a, w, g, d, m, b;            // v: whole blocks; a, w, g: [D]; d, m, b: [S]

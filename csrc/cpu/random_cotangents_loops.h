@@ -55,15 +55,17 @@ RK_HOST_DEVICE void draw_signs(PhiloxKey key, std::uint32_t sample, std::uint64_
 // The dot products of four vectors u [n, 4] with each other.
 template <class A>
 RK_HOST_DEVICE void find_products(const A* u, std::int64_t n, FourReflections<A>& h) {
-  h.u01 = h.u02 = h.u03 = h.u12 = h.u13 = h.u23 = A(0);
+  A p01 = 0, p02 = 0, p03 = 0, p12 = 0, p13 = 0, p23 = 0;
   for (std::int64_t i = 0; i < n; ++i, u += 4) {
-    h.u01 = fused(u[0], u[1], h.u01);
-    h.u02 = fused(u[0], u[2], h.u02);
-    h.u03 = fused(u[0], u[3], h.u03);
-    h.u12 = fused(u[1], u[2], h.u12);
-    h.u13 = fused(u[1], u[3], h.u13);
-    h.u23 = fused(u[2], u[3], h.u23);
+    p01 = fused(u[0], u[1], p01);
+    p02 = fused(u[0], u[2], p02);
+    p03 = fused(u[0], u[3], p03);
+    p12 = fused(u[1], u[2], p12);
+    p13 = fused(u[1], u[3], p13);
+    p23 = fused(u[2], u[3], p23);
   }
+  const A products[6] = {p01, p02, p03, p12, p13, p23};
+  for (int j = 0; j < 6; ++j) h.product[j] = products[j];
 }
 
 // Columns that are reflected together, side by side in two registers.
@@ -156,89 +158,97 @@ RK_HOST_DEVICE void slope_entries(const A* a, const A* v, const A* g, Each d, Ea
 }
 
 #define RK_COTANGENT_LOOPS(A)                                                                                         \
-  RK_MULTIVERSION static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first,                   \
-                                          std::int64_t blocks, A* v) {                                                \
+  RK_MULTIVERSION [[maybe_unused]] static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first,  \
+                                                           std::int64_t blocks, A* v) {                               \
     draw_normals(key, sample, first, blocks, v);                                                                      \
   }                                                                                                                   \
-  RK_MULTIVERSION static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words, \
-                                        A* v) {                                                                       \
+  RK_MULTIVERSION [[maybe_unused]] static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first,    \
+                                                         std::int64_t words, A* v) {                                  \
     draw_signs(key, sample, first, words, v);                                                                         \
   }                                                                                                                   \
-  RK_MULTIVERSION static void products(const A* u, std::int64_t n, FourReflections<A>& h) { find_products(u, n, h); } \
-  RK_MULTIVERSION static void reflect(const A* u, const FourReflections<A>& h, std::int64_t n, A* q) {                \
+  RK_MULTIVERSION [[maybe_unused]] static void products(const A* u, std::int64_t n, FourReflections<A>& h) {          \
+    find_products(u, n, h);                                                                                           \
+  }                                                                                                                   \
+  RK_MULTIVERSION [[maybe_unused]] static void reflect(const A* u, const FourReflections<A>& h, std::int64_t n,       \
+                                                       A* q) {                                                        \
     reflect_columns(u, h, n, q);                                                                                      \
   }                                                                                                                   \
-  RK_MULTIVERSION static A sum(const A* v, std::int64_t n) {                                                          \
+  RK_MULTIVERSION [[maybe_unused]] static A sum(const A* v, std::int64_t n) {                                         \
     return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + v[e]; });                        \
   }                                                                                                                   \
-  RK_MULTIVERSION static A dot(const A* x, const A* y, std::int64_t n) {                                              \
+  RK_MULTIVERSION [[maybe_unused]] static A dot(const A* x, const A* y, std::int64_t n) {                             \
     return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(x[e], y[e], s); });            \
   }                                                                                                                   \
-  RK_MULTIVERSION static A dot(const A* g, const A* a, const A* v, std::int64_t n) {                                  \
+  RK_MULTIVERSION [[maybe_unused]] static A dot(const A* g, const A* a, const A* v, std::int64_t n) {                 \
     return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(g[e], a[e] * v[e], s); });     \
   }                                                                                                                   \
-  RK_MULTIVERSION static void add_sum(const A* v, A* __restrict__ sum, std::int64_t n) {                              \
+  RK_MULTIVERSION [[maybe_unused]] static void add_sum(const A* v, A* __restrict__ sum, std::int64_t n) {             \
     for (std::int64_t e = 0; e < n; ++e) sum[e] += v[e];                                                              \
   }                                                                                                                   \
-  RK_MULTIVERSION static void add_dot(const A* x, const A* y, A* __restrict__ sum, std::int64_t n) {                  \
+  RK_MULTIVERSION [[maybe_unused]] static void add_dot(const A* x, const A* y, A* __restrict__ sum, std::int64_t n) { \
     for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(x[e], y[e], sum[e]);                                          \
   }                                                                                                                   \
-  RK_MULTIVERSION static void add_dot(const A* g, const A* a, const A* v, A* __restrict__ sum, std::int64_t n) {      \
+  RK_MULTIVERSION [[maybe_unused]] static void add_dot(const A* g, const A* a, const A* v, A* __restrict__ sum,       \
+                                                       std::int64_t n) {                                              \
     for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(g[e], a[e] * v[e], sum[e]);                                   \
   }                                                                                                                   \
-  RK_MULTIVERSION static void raise(const A* z, A* __restrict__ max, std::int64_t n) {                                \
+  RK_MULTIVERSION [[maybe_unused]] static void raise(const A* z, A* __restrict__ max, std::int64_t n) {               \
     for (std::int64_t e = 0; e < n; ++e) max[e] = z[e] > max[e] ? z[e] : max[e];                                      \
   }                                                                                                                   \
-  RK_MULTIVERSION static A largest(const A* z, std::int64_t n) {                                                      \
+  RK_MULTIVERSION [[maybe_unused]] static A largest(const A* z, std::int64_t n) {                                     \
     A most = z[0];                                                                                                    \
     for (std::int64_t e = 1; e < n; ++e) most = z[e] > most ? z[e] : most;                                            \
     return most;                                                                                                      \
   }                                                                                                                   \
-  RK_MULTIVERSION static A sum_of_exponentials(const A* z, A max, std::int64_t n) {                                   \
+  RK_MULTIVERSION [[maybe_unused]] static A sum_of_exponentials(const A* z, A max, std::int64_t n) {                  \
     return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + exp_fixed(z[e] - max); });       \
   }                                                                                                                   \
-  RK_MULTIVERSION static void add_exponentials(const A* z, const A* max, A* __restrict__ sum, std::int64_t n) {       \
+  RK_MULTIVERSION [[maybe_unused]] static void add_exponentials(const A* z, const A* max, A* __restrict__ sum,        \
+                                                                std::int64_t n) {                                     \
     for (std::int64_t e = 0; e < n; ++e) sum[e] += exp_fixed(z[e] - max[e]);                                          \
   }                                                                                                                   \
-  RK_MULTIVERSION static void logarithms(A* v, std::int64_t n) {                                                      \
+  RK_MULTIVERSION [[maybe_unused]] static void logarithms(A* v, std::int64_t n) {                                     \
     for (std::int64_t e = 0; e < n; ++e) v[e] = log_fixed(v[e]);                                                      \
   }                                                                                                                   \
-  RK_MULTIVERSION static void roots(const A* z, A max, A log_sum, A* __restrict__ a, std::int64_t n) {                \
+  RK_MULTIVERSION [[maybe_unused]] static void roots(const A* z, A max, A log_sum, A* __restrict__ a,                 \
+                                                     std::int64_t n) {                                                \
     for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], max, log_sum);                                 \
   }                                                                                                                   \
-  RK_MULTIVERSION static void roots(const A* z, const A* max, const A* log_sum, A* __restrict__ a, std::int64_t n) {  \
+  RK_MULTIVERSION [[maybe_unused]] static void roots(const A* z, const A* max, const A* log_sum, A* __restrict__ a,   \
+                                                     std::int64_t n) {                                                \
     for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], max[e], log_sum[e]);                           \
   }                                                                                                                   \
-  RK_MULTIVERSION static void subtract(A* g, A v, std::int64_t n) {                                                   \
+  RK_MULTIVERSION [[maybe_unused]] static void subtract(A* g, A v, std::int64_t n) {                                  \
     for (std::int64_t e = 0; e < n; ++e) g[e] -= v;                                                                   \
   }                                                                                                                   \
-  RK_MULTIVERSION static void subtract(A* g, const A* v, std::int64_t n) {                                            \
+  RK_MULTIVERSION [[maybe_unused]] static void subtract(A* g, const A* v, std::int64_t n) {                           \
     for (std::int64_t e = 0; e < n; ++e) g[e] -= v[e];                                                                \
   }                                                                                                                   \
-  RK_MULTIVERSION static void divide(A* a, A by, std::int64_t n) {                                                    \
+  RK_MULTIVERSION [[maybe_unused]] static void divide(A* a, A by, std::int64_t n) {                                   \
     for (std::int64_t e = 0; e < n; ++e) a[e] /= by;                                                                  \
   }                                                                                                                   \
-  RK_MULTIVERSION static void scale_row(const A* v, A scale, A* w, std::int64_t n) {                                  \
+  RK_MULTIVERSION [[maybe_unused]] static void scale_row(const A* v, A scale, A* w, std::int64_t n) {                 \
     for (std::int64_t e = 0; e < n; ++e) w[e] = v[e] * scale;                                                         \
   }                                                                                                                   \
-  RK_MULTIVERSION static void centre(const A* v, A mean, A scale, A* w, std::int64_t n) {                             \
+  RK_MULTIVERSION [[maybe_unused]] static void centre(const A* v, A mean, A scale, A* w, std::int64_t n) {            \
     centre_entries(v, Shared<A>{mean}, scale, w, n);                                                                  \
   }                                                                                                                   \
-  RK_MULTIVERSION static void centre(const A* v, const A* mean, A scale, A* w, std::int64_t n) {                      \
+  RK_MULTIVERSION [[maybe_unused]] static void centre(const A* v, const A* mean, A scale, A* w, std::int64_t n) {     \
     centre_entries(v, mean, scale, w, n);                                                                             \
   }                                                                                                                   \
-  RK_MULTIVERSION static void fisher(const A* a, const A* v, A d, A scale, A* w, std::int64_t n) {                    \
+  RK_MULTIVERSION [[maybe_unused]] static void fisher(const A* a, const A* v, A d, A scale, A* w, std::int64_t n) {   \
     fisher_entries(a, v, Shared<A>{d}, scale, w, n);                                                                  \
   }                                                                                                                   \
-  RK_MULTIVERSION static void fisher(const A* a, const A* v, const A* d, A scale, A* w, std::int64_t n) {             \
+  RK_MULTIVERSION [[maybe_unused]] static void fisher(const A* a, const A* v, const A* d, A scale, A* w,              \
+                                                      std::int64_t n) {                                               \
     fisher_entries(a, v, d, scale, w, n);                                                                             \
   }                                                                                                                   \
-  RK_MULTIVERSION static void add_slopes(const A* a, const A* v, const A* g, A d, A m, A b, A scale, A* total,        \
-                                         std::int64_t n) {                                                            \
+  RK_MULTIVERSION [[maybe_unused]] static void add_slopes(const A* a, const A* v, const A* g, A d, A m, A b, A scale, \
+                                                          A* total, std::int64_t n) {                                 \
     slope_entries(a, v, g, Shared<A>{d}, Shared<A>{m}, Shared<A>{b}, scale, total, n);                                \
   }                                                                                                                   \
-  RK_MULTIVERSION static void add_slopes(const A* a, const A* v, const A* g, const A* d, const A* m, const A* b,      \
-                                         A scale, A* total, std::int64_t n) {                                         \
+  RK_MULTIVERSION [[maybe_unused]] static void add_slopes(const A* a, const A* v, const A* g, const A* d, const A* m, \
+                                                          const A* b, A scale, A* total, std::int64_t n) {            \
     slope_entries(a, v, g, d, m, b, scale, total, n);                                                                 \
   }
 

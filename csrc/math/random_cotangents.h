@@ -6,8 +6,8 @@
 //   backward   grad_z_c = a_c v_c h_c / 2 - p_c (d h_c + (m - d b) / 2)
 //              h = g - b,  b = <p, g>,  m = <g, a v>     g = cotangent of w
 //
-// Nothing is divided by a or p.  Since <a, w> = 0, a constant in g has no effect; g_0 is subtracted, so that it leaves no
-// rounding errors either.
+// Nothing is divided by a or p.  The entries of w sum to zero, so that a constant in g has no effect; g_0 is subtracted,
+// which keeps it from leaving rounding errors.
 //
 // All numbers of a sample are one sequence of Philox blocks, of 4 normals or 128 bits; the counter is (block, sample,
 // stream).  A row of v begins with a new block, or with a new word of bits.  Sums over a row of adjacent entries run in 32
@@ -60,13 +60,16 @@ struct Reflection {
 
 RK_HOST_DEVICE std::int64_t reflection_begin(std::int64_t k, std::int64_t size) { return k * size - k * (k - 1) / 2; }
 
-// Reflections are applied four at a time, the last one first: q += sum_k s_k u_k, from the dot products d_k = <u_k, q>.
-constexpr int kTogether = 4;
+// Rows of u in the groups of four reflections before this one: a group begins at its first reflection's head.
+RK_HOST_DEVICE std::int64_t group_begin(std::int64_t group, std::int64_t size) {
+  return group * size - 2 * group * (group - 1);
+}
 
+// Reflections are applied four at a time, the last one first: q += sum_k s_k u_k, from the dot products d_k = <u_k, q>.
 template <class A>
 struct FourReflections {
   A factor[4];
-  A u01, u02, u03, u12, u13, u23;  // <u_0, u_1>, ...
+  A product[6];  // <u_0, u_1>, <u_0, u_2>, <u_0, u_3>, <u_1, u_2>, <u_1, u_3>, <u_2, u_3>
 };
 
 template <class A>
@@ -74,9 +77,9 @@ struct FourSteps {
   A s0, s1, s2, s3;
   RK_HOST_DEVICE FourSteps(const FourReflections<A>& h, A d0, A d1, A d2, A d3) {
     s3 = h.factor[3] * d3;
-    s2 = h.factor[2] * fused(h.u23, s3, d2);
-    s1 = h.factor[1] * fused(h.u12, s2, fused(h.u13, s3, d1));
-    s0 = h.factor[0] * fused(h.u01, s1, fused(h.u02, s2, fused(h.u03, s3, d0)));
+    s2 = h.factor[2] * fused(h.product[5], s3, d2);
+    s1 = h.factor[1] * fused(h.product[3], s2, fused(h.product[4], s3, d1));
+    s0 = h.factor[0] * fused(h.product[0], s1, fused(h.product[1], s2, fused(h.product[2], s3, d0)));
   }
 };
 

@@ -69,7 +69,8 @@ class Truth:
         if provider == FINITE_DIFFERENCES or self.spec.autocast:
             return error
         digits = 0.1 if provider == stock else torch.finfo(torch.float32).eps ** 0.5
-        allowed = max(digits, 4 * self._stock_error.get(stock, 0))
+        # Inductor adds in other orders, and more activations fall on the other side of their kink.
+        allowed = max(digits, (16 if provider in COMPILED else 4) * self._stock_error.get(stock, 0))
         assert error <= allowed, f"{self.spec} {provider}: relative error {error:.2g} of the gradient"
         return error
 

@@ -27,7 +27,7 @@ def digest(groups: dict[Any, Columns]) -> str:
         [list(key), [[provider, columns[provider].get("ratio")] for provider in _BARS if provider in columns]]
         for key, columns in groups.items()
     ]
-    return hashlib.sha256(json.dumps([shown, _BARS, _LONGEST]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([shown, _BARS, _LONGEST, _PLATE]).encode()).hexdigest()[:16]
 
 
 def is_current(path: Path, groups: dict[Any, Columns]) -> bool:
@@ -38,6 +38,9 @@ def is_current(path: Path, groups: dict[Any, Columns]) -> bool:
 
     with Image.open(path) as image:
         return image.info.get("Comment") == digest(groups)
+
+
+_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}  # keeps a number off the floor's line
 
 
 def draw(groups: dict[Any, Columns], title: str) -> bytes:
@@ -67,13 +70,16 @@ def draw(groups: dict[Any, Columns], title: str) -> bytes:
         labelled.add(provider)
         cut = " →" if ratio > _LONGEST else ""
         weight = "bold" if provider == "installed" else "normal"
-        axes.text(min(ratio, _LONGEST) + 0.05, at, f"{ratio:.2f}{cut}", va="center", fontsize=7, weight=weight)
+        axes.text(
+            min(ratio, _LONGEST) + 0.05, at, f"{ratio:.2f}{cut}", va="center", fontsize=7, weight=weight, bbox=_PLATE
+        )
     axes.axvline(FLOOR, color="#b03a2e", linewidth=1.2, linestyle="--")
     axes.text(FLOOR, -1.05, "floor 2.0", color="#b03a2e", fontsize=8, ha="center", va="bottom")
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(max(position - 0.9, 1), -1.1)
-    axes.set_xlim(0, _LONGEST + 0.7)
+    longest = max((ratio for _, _, ratio in rows), default=FLOOR)
+    axes.set_xlim(0, min(longest, _LONGEST) + 0.4)
     axes.set_xlabel("time of a step with a gradient penalty, as a multiple of the plain step")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)

@@ -32,12 +32,17 @@ def digest(groups: dict[Any, Columns]) -> str:
 
 def is_current(path: Path, groups: dict[Any, Columns]) -> bool:
     """Whether the picture was drawn from these figures."""
+    return stored_digest(path) == digest(groups)
+
+
+def stored_digest(path: Path) -> str | None:
+    """The digest of the figures that a picture was drawn from."""
     if not path.exists():
-        return False
+        return None
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.info.get("Comment") == digest(groups)
+        return image.info.get("Comment")
 
 
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}  # keeps a number off the floor's line

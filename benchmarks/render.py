@@ -14,10 +14,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import chart, harness
+from . import chart, harness, projections
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
 from .step_cases import PROVIDERS as STEP_PROVIDERS
@@ -264,6 +265,15 @@ def readme_double_backward(results: Row) -> str:
     return f"{sentence(section)}\n\n{table(header, lines)}"
 
 
+def readme_jacobian(results: Row) -> str:
+    """Steps with a Jacobian penalty: time, memory and variance of ours and of its rivals."""
+    section = results["jacobian"]
+    lines = list(projections.table_lines(section))
+    return "\n\n".join(
+        filter(None, (sentence(section), table(projections.HEADER, lines), "\n".join(projections.reasons(section))))
+    )
+
+
 def _reasons(groups: dict[Any, Columns], orders: tuple[str, ...]) -> list[str]:
     """Why some figures are missing, once each."""
     reasons = {
@@ -282,7 +292,12 @@ def replace(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
-BLOCKS = (("ops", readme_ops), ("double_backward", readme_double_backward), ("steps", readme_steps))
+BLOCKS = (
+    ("ops", readme_ops),
+    ("double_backward", readme_double_backward),
+    ("steps", readme_steps),
+    ("jacobian", readme_jacobian),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -303,22 +318,36 @@ def main(arguments: list[str] | None = None) -> int:
         text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
     wanted[options.readme] = text
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
-    charts = {chart_path(options.images, p): results for p, results in everything.items() if step_groups(results)}
-    charts = {path: r for path, r in charts.items() if not chart.is_current(path, step_groups(r))}
+    charts = {path: draw for path, draw in _charts(options.images, everything).items() if draw is not None}
     for path in [*stale, *charts]:
         if options.check:
             print(f"{path} is not up to date with benchmarks/results: run python -m benchmarks.render", file=sys.stderr)
         else:
-            results = charts.get(path)
-            picture = results and chart.draw(step_groups(results), sentence(results["steps"]))
-            harness.write_atomically(path, picture or wanted[path])
+            harness.write_atomically(path, charts[path]() if path in charts else wanted[path])
             print(f"written {path}")
     return 1 if options.check and (stale or charts) else 0
 
 
-def chart_path(images: Path, results: Path) -> Path:
+def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[], bytes] | None]:
+    """How to draw each picture; None if it is up to date."""
+    found: dict[Path, Callable[[], bytes] | None] = {}
+    for path, results in everything.items():
+        if step_groups(results):
+            groups, picture = step_groups(results), chart_path(images, path, "penalised_step")
+            title = sentence(results["steps"])
+            found[picture] = None if chart.is_current(picture, groups) else partial(chart.draw, groups, title)
+        if "jacobian" in results:
+            section, picture = results["jacobian"], chart_path(images, path, "projections")
+            title = sentence(section)
+            found[picture] = (
+                None if projections.is_current(picture, section) else partial(projections.draw, section, title)
+            )
+    return found
+
+
+def chart_path(images: Path, results: Path, name: str) -> Path:
     """The CPU's chart has the plain name: there is one in the repository."""
-    return images / ("penalised_step.png" if results.stem.startswith("cpu-") else f"penalised_step-{results.stem}.png")
+    return images / (f"{name}.png" if results.stem.startswith("cpu-") else f"{name}-{results.stem}.png")
 
 
 if __name__ == "__main__":

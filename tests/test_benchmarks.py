@@ -38,6 +38,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     # In processes of their own: the programs tell the C library to keep freed memory.
     python("-m", "benchmarks.bench_ops", "--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared)
     python("-m", "benchmarks.bench_double_backward", "--size", "tiny", *shared[:4], "--out", str(out))
+    python("-m", "benchmarks.bench_jacobian", "--size", "tiny", *shared[:4], "--out", str(out))
     steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
     python(*steps, "plain", "plain_installed", "eager", "installed")
     python(*steps, "installed_compile")  # joins the others
@@ -54,8 +55,22 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert rows["plain"]["ratio"] == 1.0
     assert all(row["ms"] > 0 and row["gradient_error"] < 1e-4 for row in rows.values())
 
+    jacobian = results["jacobian"]
+    assert jacobian["complete"]
+    assert {row["provider"] for row in jacobian["rows"] if row["ms"]} == {
+        "plain",
+        "robustkern",
+        "recipe",
+        "rows",
+        "vmap",
+    }
+    for row in jacobian["variances"]:
+        assert row["measured"] == pytest.approx(row["predicted"], rel=0.2, abs=1e-3)
+
     markers = "\n".join(
-        f"<!-- benchmarks:{end} {name} -->" for name in ("ops", "double_backward", "steps") for end in ("begin", "end")
+        f"<!-- benchmarks:{end} {name} -->"
+        for name in ("ops", "double_backward", "steps", "jacobian")
+        for end in ("begin", "end")
     )
     readme.write_text(f"before\n{markers}\nafter\n")
     monkeypatch.syspath_prepend(str(ROOT))
@@ -68,8 +83,12 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert "ResNet" in readme.read_text()
     assert "BatchNorm2d" in readme.read_text()
     assert "double backward" in out.with_suffix(".md").read_text()
-    (tmp_path / "penalised_step.png").unlink()
-    assert render.main([*options, "--check"]) == 1
+    assert "as precise" in readme.read_text()
+    for name in ("penalised_step.png", "projections.png"):
+        (tmp_path / name).unlink()
+        assert render.main([*options, "--check"]) == 1
+        assert render.main(options) == 0
+        assert render.main([*options, "--check"]) == 0
 
 
 def test_a_crash_costs_one_column(tmp_path, monkeypatch):

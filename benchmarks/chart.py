@@ -32,17 +32,15 @@ def digest(groups: dict[Any, Columns]) -> str:
 
 def is_current(path: Path, groups: dict[Any, Columns]) -> bool:
     """Whether the picture was drawn from these figures."""
-    return stored_digest(path) == digest(groups)
-
-
-def stored_digest(path: Path) -> str | None:
-    """The digest of the figures that a picture was drawn from."""
     if not path.exists():
-        return None
+        return False
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.info.get("Comment")
+        return image.info.get("Comment") == digest(groups)
+
+
+_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}  # keeps a number off the floor's line
 
 
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}  # keeps a number off the floor's line

@@ -53,7 +53,8 @@ def specs(size: str, device: str) -> list[Spec]:
     if size == "tiny":
         return [Spec("tiny PreAct-ResNet, BatchNorm", 4, (3, 8, 8)), Spec("tiny ConvNeXt", 4, (3, 8, 8), True)]
     batch = 128 if device == "cuda" else 16
-    return [Spec("PreAct-ResNet-18 of width 32, BatchNorm", batch), Spec("ConvNeXt blocks", batch, channels_last=True)]
+    resnet, convnext = "PreAct-ResNet-18 of width 32, BatchNorm", "ConvNeXt blocks"
+    return [Spec(resnet, batch), Spec(convnext, batch), Spec(convnext, batch, channels_last=True)]
 
 
 def groups() -> list[tuple[Projections, tuple[str, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class APGD:
         restart: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One restart: the best adversary of each sample, its loss, whether it fools the model."""
-        options = {"eps": self.eps, "norm": self.norm, "impl": self.impl}
+        options: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "impl": self.impl}
         kind = "dlr" if self.loss == "dlr-targeted" else self.loss
         current = x.clone()
         if seed is not None:

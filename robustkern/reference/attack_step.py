@@ -28,8 +28,12 @@ def attack_step(
         if scale is not None:
             step = step * scale.to(dtype).view(rows)
         if grad is not None:
-            move = {"linf": torch.sign, "l2": _unit, "l1": lambda g: _largest(g, moved, coordinates)}[norm]
-            moved = moved + step * move(_finite(grad.to(dtype)))
+            finite = _finite(grad.to(dtype))
+            if norm == "linf":
+                direction = finite.sign()
+            else:
+                direction = _unit(finite) if norm == "l2" else _largest(finite, moved, coordinates)
+            moved = moved + step * direction
         if norm == "linf":
             low, high = (clean - eps).clamp(min=0.0), (clean + eps).clamp(max=1.0)
             moved = moved.clamp(low, high)

@@ -1,11 +1,14 @@
 """The same bits: on every run, for every batch and number of threads, and whatever uninitialised memory held."""
 
 import dataclasses
+import hashlib
+import math
 
 import pytest
 import torch
 
 from cases import assert_same_bits, cotangents, over_chains, over_dtypes, over_filled, recorded_calls, run
+from robustkern.ops import random_cotangents
 
 
 def assert_same_derivatives(actual, expected):
@@ -80,3 +83,76 @@ def test_every_output_is_written(case, dtype, device):
         torch.use_deterministic_algorithms(True)
         assert_same_bits(poisoned, plain)
         assert not any(t.isnan().any() for t in poisoned)
+
+
+# ------------------------------------------------------------------ random_cotangents
+
+# The same on the CPU with any instruction set, on CUDA and in the emulator, in this version and in the next.
+DIGESTS = {
+    ("sphere", torch.float32): "279e3fd610b0924c",
+    ("sphere", torch.float64): "6a950b100cc97a30",
+    ("sphere", torch.float16): "eb7718ea088e5a9d",
+    ("sphere", torch.bfloat16): "4d802933b0da7264",
+    ("gaussian", torch.float32): "d29b4e8baacce7c5",
+    ("gaussian", torch.float64): "6eaddd4faa03604a",
+    ("gaussian", torch.float16): "b18c3fb8504bdeeb",
+    ("gaussian", torch.bfloat16): "6d2faa6704a5d12e",
+    ("rademacher", torch.float32): "97762eca0db15375",
+    ("rademacher", torch.float64): "6ae2fbba3e8fd5b1",
+    ("rademacher", torch.float16): "c2bfa7bfdba5b29b",
+    ("rademacher", torch.bfloat16): "5e902600a38f0564",
+    ("orthonormal", torch.float32): "928bbf07207e1818",
+    ("orthonormal", torch.float64): "3d41fa05c36734db",
+    ("orthonormal", torch.float16): "7d2a2eb29ffa566a",
+    ("orthonormal", torch.bfloat16): "ede5fc7efe88619e",
+}
+
+
+def bits_of_cotangents(law, dtype, device):
+    """A digest of w and of the gradient, over kinds and shapes."""
+    digest = hashlib.sha256()
+    for shape, projections in (((3, 10), 7), ((2, 37), 37), ((2, 3, 4, 5), 6), ((1, 1), 1), ((1, 300), 4)):
+        outputs = (torch.arange(math.prod(shape)) * 37 % 64 / 8 - 4).reshape(shape).to(device, dtype).requires_grad_()
+        for kind in ("plain", "centred", "fisher"):
+            seed = torch.tensor([0x0123456789ABCDEF], device=device)
+            w = random_cotangents(outputs, projections, law=law, kind=kind, seed=seed, impl="kernel")
+            results = [w.detach()]
+            if kind == "fisher":
+                grad = (torch.arange(w.numel()) * 29 % 32 / 8 - 2).reshape(w.shape).to(device, dtype)
+                results += torch.autograd.grad(w, outputs, grad)
+            for result in results:
+                digest.update(result.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@over_dtypes
+@pytest.mark.parametrize("law", ["sphere", "gaussian", "rademacher", "orthonormal"])
+def test_cotangents_have_the_same_bits_everywhere(law, dtype, device):
+    assert bits_of_cotangents(law, dtype, device) == DIGESTS[law, dtype]
+
+
+def test_a_sample_of_cotangents_depends_on_its_place_alone(device):
+    """More samples or more projections change nothing of those before them."""
+    outputs, seed = torch.randn(6, 10, device=device), torch.tensor([5], device=device)
+    for law in ("sphere", "gaussian", "rademacher", "orthonormal"):
+        options = {"law": law, "kind": "fisher", "seed": seed, "impl": "kernel"}
+        whole = random_cotangents(outputs, 8, **options)
+        assert_same_bits(random_cotangents(outputs[:2], 3, **options), whole[:3, :2].contiguous())
+
+
+def test_cotangents_follow_their_generator(device):
+    outputs = torch.randn(3, 5, device=device)
+
+    def draw(seed=None):
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        return random_cotangents(outputs, 2, generator=generator, impl="kernel")
+
+    assert_same_bits(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    torch.manual_seed(1)
+    first, second = draw(), draw()
+    torch.manual_seed(1)
+    assert_same_bits(draw(), first)
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="generator must be on"):
+        random_cotangents(outputs.to("meta"), 2, generator=torch.Generator())

@@ -38,22 +38,19 @@ struct Call : CotangentShape {
   }
 };
 
+// What draws v in the accumulation type.
 template <class A>
-struct Workspace {
-  std::vector<A> v, a, w, g, d, m, b;            // v: whole blocks; a, w, g: [D]; d, m, b: [S]
+struct Draws {
+  std::vector<A> v;                              // whole blocks
   std::vector<A> reflections, columns, q, sign;  // [K / 4, <= D, 4]; [D, kColumns]; [D]; [K]
   std::vector<FourReflections<A>> four;          // [K / 4]
-  int64_t sample = -1;                           // whose a is there
 
-  explicit Workspace(const Call& c) {
+  explicit Draws(const Call& c) {
     const int64_t n = c.size();
-    v.resize(c.row_numbers() * c.rows_together());
-    w.resize(n);
-    if (c.kind == Kind::kFisher) a.resize(n);
-    if (c.grad) g.resize(n);
-    if (c.positions != 1)
-      for (std::vector<A>* each : {&d, &m, &b}) each->resize(c.positions);
-    if (c.law != Law::kOrthonormal) return;
+    if (c.law != Law::kOrthonormal) {
+      v.resize(c.row_numbers() * c.rows_together());
+      return;
+    }
     const int64_t fours = (c.projections + 3) / 4;
     v.resize(reflection_begin(c.projections, n) + 3);
     reflections.resize(4 * group_begin(fours, n));
@@ -64,21 +61,50 @@ struct Workspace {
   }
 };
 
+// What makes w of v, in type R: for fisher double, since h = g - <p, g> loses digits where p is nearly one.
+template <class R>
+struct Rows {
+  std::vector<R> v, a, w, g;  // [D]
+  std::vector<R> d, m, b;     // [S]
+  std::vector<float> narrow;  // [D], on the way between R and storage
+  int64_t sample = -1;        // whose a is there
+
+  explicit Rows(const Call& c) {
+    const bool fisher = c.kind == Kind::kFisher;
+    for (std::vector<R>* each : {&v, &a}) each->resize(fisher ? c.size() : 0);
+    w.resize(c.size());
+    g.resize(c.grad ? c.size() : 0);
+    for (std::vector<R>* each : {&d, &m, &b}) each->resize(c.positions);
+    narrow.resize(c.dtype == ScalarType::Double ? 0 : c.size());
+  }
+
+  void read(const Call& c, const char* from, R* to) {
+    if (sizeof(R) == 4 || c.dtype == ScalarType::Double) return read_piece(c.dtype, from, to, c.size());
+    read_piece(c.dtype, from, narrow.data(), c.size());
+    std::copy_n(narrow.data(), c.size(), to);
+  }
+  void write(const Call& c, const R* from, char* to) {
+    if (sizeof(R) == 4 || c.dtype == ScalarType::Double) return write_piece(c.dtype, from, to, c.size());
+    std::transform(from, from + c.size(), narrow.data(), [](R x) { return static_cast<float>(x); });
+    write_piece(c.dtype, narrow.data(), to, c.size());
+  }
+};
+
 // a = sqrt(softmax z) of one sample.
-template <class A>
-void find_roots(const Call& c, int64_t sample, Workspace<A>& s) {
+template <class R>
+void find_roots(const Call& c, int64_t sample, Rows<R>& s) {
   if (s.sample == sample || c.size() == 0) return;
   s.sample = sample;
   const int64_t S = c.positions;
-  read_piece(c.dtype, c.outputs + c.row(0, sample), s.w.data(), c.size());
-  const A* const z = s.w.data();
-  A *const a = s.a.data(), *const max = s.m.data(), *const log_sum = s.d.data();
+  s.read(c, c.outputs + c.row(0, sample), s.w.data());
+  const R* const z = s.w.data();
+  R *const a = s.a.data(), *const max = s.m.data(), *const log_sum = s.d.data();
   if (S == 1) {
-    const A most = largest(z, c.classes);
+    const R most = largest(z, c.classes);
     return roots(z, most, log_fixed(sum_of_exponentials(z, most, c.classes)), a, c.classes);
   }
   std::copy_n(z, S, max);
-  std::fill_n(log_sum, S, A(0));
+  std::fill_n(log_sum, S, R(0));
   for (int64_t e = S; e < c.size(); e += S) raise(z + e, max, S);
   for (int64_t e = 0; e < c.size(); e += S) add_exponentials(z + e, max, log_sum, S);
   logarithms(log_sum, S);
@@ -87,7 +113,7 @@ void find_roots(const Call& c, int64_t sample, Workspace<A>& s) {
 
 // The reflections of one sample.
 template <class A>
-void draw_reflections(const Call& c, int64_t sample, int64_t count, Workspace<A>& s) {
+void draw_reflections(const Call& c, int64_t sample, int64_t count, Draws<A>& s) {
   const int64_t n = c.size();
   draw_normal(c.key, static_cast<uint32_t>(sample), 0, (reflection_begin(count, n) + 3) / 4, s.v.data());
   for (int64_t group = 0; 4 * group < count; ++group) {
@@ -112,7 +138,7 @@ void draw_reflections(const Call& c, int64_t sample, int64_t count, Workspace<A>
 
 // f(k, v, scale) for projections [first, last) of one sample: v scaled are orthogonal, of length sqrt(D).
 template <class A, class F>
-void for_frames(const Call& c, int64_t sample, int64_t first, int64_t last, Workspace<A>& s, const F& f) {
+void for_frames(const Call& c, int64_t sample, int64_t first, int64_t last, Draws<A>& s, const F& f) {
   constexpr int64_t W = kColumns<A>;
   const int64_t n = c.size();
   draw_reflections(c, sample, last, s);
@@ -132,7 +158,7 @@ void for_frames(const Call& c, int64_t sample, int64_t first, int64_t last, Work
 
 // f(k, v, scale) for projections [first, last) of one sample.
 template <class A, class F>
-void for_rows(const Call& c, int64_t sample, int64_t first, int64_t last, Workspace<A>& s, const F& f) {
+void for_rows(const Call& c, int64_t sample, int64_t first, int64_t last, Draws<A>& s, const F& f) {
   if (c.law == Law::kOrthonormal) return for_frames(c, sample, first, last, s, f);
   const int64_t n = c.size(), numbers = c.row_numbers(), together = c.rows_together();
   const auto number = static_cast<uint32_t>(sample);
@@ -150,39 +176,39 @@ void for_rows(const Call& c, int64_t sample, int64_t first, int64_t last, Worksp
 }
 
 // w of one row.
-template <class A>
-void transform(const Call& c, const A* v, A scale, A* w, Workspace<A>& s) {
+template <class R>
+void transform(const Call& c, const R* v, R scale, R* w, Rows<R>& s) {
   const int64_t n = c.size(), S = c.positions;
   if (c.kind == Kind::kPlain) return scale_row(v, scale, w, n);
-  const A* const a = s.a.data();
-  A* const d = s.d.data();
-  if (S == 1 && c.kind == Kind::kCentred) return centre(v, sum(v, n) / A(n), scale, w, n);
+  const R* const a = s.a.data();
+  R* const d = s.d.data();
+  if (S == 1 && c.kind == Kind::kCentred) return centre(v, sum(v, n) / R(n), scale, w, n);
   if (S == 1) return fisher(a, v, dot(a, v, n), scale, w, n);
-  std::fill_n(d, S, A(0));
+  std::fill_n(d, S, R(0));
   for (int64_t e = 0; e < n; e += S) c.kind == Kind::kCentred ? add_sum(v + e, d, S) : add_dot(a + e, v + e, d, S);
-  if (c.kind == Kind::kCentred) divide(d, A(c.classes), S);
+  if (c.kind == Kind::kCentred) divide(d, R(c.classes), S);
   for (int64_t e = 0; e < n; e += S)
     c.kind == Kind::kCentred ? centre(v + e, d, scale, w + e, S) : fisher(a + e, v + e, d, scale, w + e, S);
 }
 
 // g - g_0 of one row.
-template <class A>
-void read_grad(const Call& c, int64_t k, int64_t sample, Workspace<A>& s) {
+template <class R>
+void read_grad(const Call& c, int64_t k, int64_t sample, Rows<R>& s) {
   const int64_t S = c.positions;
-  read_piece(c.dtype, c.grad + c.row(k, sample), s.g.data(), c.size());
+  s.read(c, c.grad + c.row(k, sample), s.g.data());
   if (S == 1) return subtract(s.g.data(), s.g[0], c.size());
   std::copy_n(s.g.data(), S, s.b.data());
   for (int64_t e = 0; e < c.size(); e += S) subtract(s.g.data() + e, s.b.data(), S);
 }
 
 // Adds a projection's share of grad_z to w.
-template <class A>
-void add_gradient(const Call& c, const A* v, A scale, const A* g, Workspace<A>& s) {
+template <class R>
+void add_gradient(const Call& c, const R* v, R scale, const R* g, Rows<R>& s) {
   const int64_t n = c.size(), S = c.positions;
-  const A* const a = s.a.data();
-  A *const w = s.w.data(), *const d = s.d.data(), *const m = s.m.data(), *const b = s.b.data();
+  const R* const a = s.a.data();
+  R *const w = s.w.data(), *const d = s.d.data(), *const m = s.m.data(), *const b = s.b.data();
   if (S == 1) return add_slopes(a, v, g, dot(a, v, n), dot(g, a, v, n), dot(g, a, a, n), scale, w, n);
-  for (A* each : {d, m, b}) std::fill_n(each, S, A(0));
+  for (R* each : {d, m, b}) std::fill_n(each, S, R(0));
   for (int64_t e = 0; e < n; e += S) {
     add_dot(a + e, v + e, d, S);
     add_dot(g + e, a + e, v + e, m, S);
@@ -197,20 +223,32 @@ int64_t units_per_thread(const Call& c) {
   return rows_per_thread(8 * c.size() * std::min(c.projections, kFrameColumns) * together);
 }
 
+// v in the type of the rows.
 template <class A>
+const A* widened(const Call&, const A* v, Rows<A>&) {
+  return v;
+}
+inline const double* widened(const Call& c, const float* v, Rows<double>& s) {
+  std::copy_n(v, c.size(), s.v.data());
+  return s.v.data();
+}
+
+template <class A, class R>
 void run(const Call& c) {
   const int64_t together = c.law == Law::kOrthonormal ? kFrameColumns : c.rows_together();
   const int64_t units = (c.projections + together - 1) / together;
   torch::stable::parallel_for(0, c.batch * units, units_per_thread(c), [&](int64_t begin, int64_t end) {
-    Workspace<A> s(c);
+    Draws<A> draws(c);
+    Rows<R> s(c);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / units, first = unit % units * together;
       if (c.kind == Kind::kFisher) find_roots(c, sample, s);
-      for_rows(c, sample, first, std::min(first + together, c.projections), s, [&](int64_t k, const A* v, A scale) {
+      for_rows(c, sample, first, std::min(first + together, c.projections), draws, [&](int64_t k, const A* v, A scale) {
         char* const to = c.result + c.row(k, sample);
-        if (c.item() == sizeof(A)) return transform(c, v, scale, reinterpret_cast<A*>(to), s);
-        transform(c, v, scale, s.w.data(), s);
-        write_piece(c.dtype, s.w.data(), to, c.size());
+        const bool direct = c.item() == sizeof(R);
+        R* const w = direct ? reinterpret_cast<R*>(to) : s.w.data();
+        transform(c, widened(c, v, s), R(scale), w, s);
+        if (!direct) s.write(c, w, to);
       });
     }
   });
@@ -219,16 +257,17 @@ void run(const Call& c) {
 template <class A>
 void run_backward(const Call& c) {
   torch::stable::parallel_for(0, c.batch, units_per_thread(c), [&](int64_t begin, int64_t end) {
-    Workspace<A> s(c);
+    Draws<A> draws(c);
+    Rows<double> s(c);
     for (int64_t sample = begin; sample < end; ++sample) {
       if (c.size() == 0) continue;
       find_roots(c, sample, s);
-      std::fill(s.w.begin(), s.w.end(), A(0));
-      for_rows(c, sample, 0, c.projections, s, [&](int64_t k, const A* v, A scale) {
+      std::fill(s.w.begin(), s.w.end(), 0.0);
+      for_rows(c, sample, 0, c.projections, draws, [&](int64_t k, const A* v, A scale) {
         read_grad(c, k, sample, s);
-        add_gradient(c, v, scale, s.g.data(), s);
+        add_gradient(c, widened(c, v, s), double(scale), s.g.data(), s);
       });
-      write_piece(c.dtype, s.w.data(), c.result + c.row(0, sample), c.size());
+      s.write(c, s.w.data(), c.result + c.row(0, sample));
     }
   });
 }
@@ -238,7 +277,10 @@ Tensor random_cotangents(Tensor outputs, Tensor seed, int64_t projections, int64
   Tensor w = torch::stable::new_empty(outputs, {projections, shape.batch, shape.classes, shape.positions});
   const Tensor z = shape.kind == Kind::kFisher ? torch::stable::contiguous(outputs) : outputs;
   const Call call(shape, seed, z, nullptr, w);
-  outputs.scalar_type() == ScalarType::Double ? run<double>(call) : run<float>(call);
+  if (outputs.scalar_type() == ScalarType::Double)
+    run<double, double>(call);
+  else
+    shape.kind == Kind::kFisher ? run<float, double>(call) : run<float, float>(call);
   return w;
 }
 

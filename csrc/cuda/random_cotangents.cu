@@ -33,37 +33,38 @@ class Call {
     sums.kind = shape.kind;
     if (grad) sums.grad = static_cast<const S*>(grad->data_ptr());
     if (shape.law == Law::kSphere) {
-      A* const scale = workspace(shape.projections * shape.batch);
+      A* const scale = workspace<A>(shape.projections * shape.batch);
       check_launch(launch_sphere_scale(draws, scale, stream), op);
       draws.scale = scale;
     }
     if (shape.law == Law::kOrthonormal) make_frames();
+    if (shape.kind == Kind::kPlain) return;
+    const int64_t units = shape.projections * shape.batch * shape.positions;
+    if (shape.kind == Kind::kCentred) sums.mean = workspace<A>(units);
     if (shape.kind == Kind::kFisher) {
-      A* const root = workspace(shape.batch * shape.size());
+      double* const root = workspace<double>(shape.batch * shape.size());
       const S* const z = static_cast<const S*>(outputs.data_ptr());
       check_launch(launch_roots(shape.batch, shape.classes, shape.positions, z, root, stream), op);
       sums.root = root;
-    }
-    if (shape.kind == Kind::kPlain) return;
-    const int64_t units = shape.projections * shape.batch * shape.positions;
-    sums.first = workspace(units);
-    if (grad) {
-      sums.m = workspace(units);
-      sums.b = workspace(units);
+      sums.d = workspace<double>(units);
+      if (grad) sums.m = workspace<double>(units);
+      if (grad) sums.b = workspace<double>(units);
     }
     check_launch(launch_cotangent_sums(sums, stream), op);
   }
 
  private:
-  A* workspace(int64_t numbers) {
-    kept_.push_back(torch::stable::new_empty(like_, {numbers}, accumulation_type(like_.scalar_type())));
-    return static_cast<A*>(kept_.back().data_ptr());
+  template <class T>
+  T* workspace(int64_t numbers) {
+    kept_.push_back(
+        torch::stable::new_empty(like_, {numbers}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float));
+    return static_cast<T*>(kept_.back().data_ptr());
   }
 
   void make_frames() {
     const int64_t K = shape_.projections, B = shape_.batch, D = shape_.size();
-    FrameCall<A> c{K, B, D, sums.draws.seed, nullptr, workspace(K * B * D), workspace(K * B)};
-    if (frame_shared<A>(K, D) == 0) c.workspace = workspace(std::min(B, kFrameBlocks) * FrameLayout(K, D).size);
+    FrameCall<A> c{K, B, D, sums.draws.seed, nullptr, workspace<A>(K * B * D), workspace<A>(K * B)};
+    if (frame_shared<A>(K, D) == 0) c.workspace = workspace<A>(std::min(B, kFrameBlocks) * FrameLayout(K, D).size);
     check_launch(launch_random_frames(c, stream_), op_);
     sums.draws.frames = c.frames;
     sums.draws.scale = c.scale;

@@ -103,61 +103,56 @@ __global__ void __launch_bounds__(kCotangentThreads) sphere_scale_kernel(const C
 // sqrt(p) [B, C, S]: a warp for a row of classes, or a thread for a position.
 template <class S>
 __global__ void __launch_bounds__(kCotangentThreads)
-    root_rows_kernel(std::int64_t batch, std::int64_t classes, const S* outputs, accumulation_t<S>* root) {
-  using A = accumulation_t<S>;
+    root_rows_kernel(std::int64_t batch, std::int64_t classes, const S* outputs, double* root) {
   for_warps(batch, [&](std::int64_t row) {
     const S* const z = outputs + row * classes;
-    A max = load(z[0]);
+    double max = load(z[0]);
     for (std::int64_t e = threadIdx.x % 32; e < classes; e += 32) max = load(z[e]) > max ? load(z[e]) : max;
 #pragma unroll
     for (int d = 16; d; d /= 2) {
-      const A other = __shfl_xor_sync(0xffffffffu, max, d);
+      const double other = __shfl_xor_sync(0xffffffffu, max, d);
       max = other > max ? other : max;
     }
-    const A log_sum = log_fixed(warp_sum<A>(classes, [&](std::int64_t block, A sum) {
-      for_four(block, classes, [&](int j) { sum += exp_fixed(load(z[4 * block + j]) - max); });
+    const double log_sum = log_fixed(warp_sum<double>(classes, [&](std::int64_t block, double sum) {
+      for_four(block, classes, [&](int j) { sum += exp_fixed(double(load(z[4 * block + j])) - max); });
       return sum;
     }));
     for (std::int64_t e = threadIdx.x % 32; e < classes; e += 32)
-      root[row * classes + e] = root_probability(load(z[e]), max, log_sum);
+      root[row * classes + e] = root_probability(double(load(z[e])), max, log_sum);
   });
 }
 
 template <class S>
 __global__ void __launch_bounds__(kCotangentThreads)
     root_positions_kernel(std::int64_t batch, std::int64_t classes, std::int64_t positions, const S* outputs,
-                          accumulation_t<S>* root) {
-  using A = accumulation_t<S>;
+                          double* root) {
   for_threads(batch * positions, [&](std::int64_t unit) {
     const std::int64_t first = unit / positions * classes * positions + unit % positions,
                        end = first + classes * positions;
-    A max = load(outputs[first]), sum = 0;
+    double max = load(outputs[first]), sum = 0;
     for (std::int64_t e = first; e < end; e += positions) max = load(outputs[e]) > max ? load(outputs[e]) : max;
-    for (std::int64_t e = first; e < end; e += positions) sum += exp_fixed(load(outputs[e]) - max);
-    const A log_sum = log_fixed(sum);
-    for (std::int64_t e = first; e < end; e += positions) root[e] = root_probability(load(outputs[e]), max, log_sum);
+    for (std::int64_t e = first; e < end; e += positions) sum += exp_fixed(double(load(outputs[e])) - max);
+    const double log_sum = log_fixed(sum);
+    for (std::int64_t e = first; e < end; e += positions)
+      root[e] = root_probability(double(load(outputs[e])), max, log_sum);
   });
 }
 
 // What the entries of a row, or of a position, share: the mean of v, or d = <a, v>; for the backward also m = <g, a v>
-// and b = <p, g>.
+// and b = <p, g>, of g less its first entry.
 template <class S>
 struct CotangentSums {
   using A = accumulation_t<S>;
   CotangentDraws<A> draws;
   Kind kind;
-  const A* root;     // [B, C, S] or null
-  const S* grad;     // [K, B, C, S] or null
-  A *first, *m, *b;  // [K, B, S]
+  const double* root;  // [B, C, S] or null
+  const S* grad;       // [K, B, C, S] or null
+  A* mean;             // [K, B, S] or null
+  double *d, *m, *b;   // [K, B, S] or null
 
-  __device__ __forceinline__ A first_term(A v, A a, A sum) const {
-    return kind == Kind::kCentred ? sum + v : fused(a, v, sum);
-  }
-  __device__ __forceinline__ void write(std::int64_t unit, A sum, A sum_m, A sum_b) const {
-    first[unit] = kind == Kind::kCentred ? sum / A(draws.classes) : sum;
-    if (!grad) return;
-    m[unit] = sum_m;
-    b[unit] = sum_b;
+  __device__ __forceinline__ double slope(std::int64_t row, std::int64_t e) const {
+    const S* const g = grad + row * draws.size;
+    return double(load(g[e])) - double(load(g[e % draws.positions]));
   }
 };
 
@@ -166,31 +161,39 @@ __global__ void __launch_bounds__(kCotangentThreads) cotangent_row_sums_kernel(c
   using A = accumulation_t<S>;
   const CotangentDraws<A>& draws = c.draws;
   const PhiloxKey key = draws.key();
+  const std::int64_t n = draws.classes;
   for_warps(draws.projections * draws.batch, [&](std::int64_t row) {
-    const A* const a = c.root ? c.root + row % draws.batch * draws.classes : nullptr;
-    const S* const g = c.grad ? c.grad + row * draws.classes : nullptr;
-    const auto sum_of = [&](const auto& term) {
-      return warp_sum<A>(draws.classes, [&](std::int64_t block, A sum) {
+    // f(e, v, sum) over the row, in the type of the sum.
+    const auto sum_of = [&](auto zero, const auto& f) {
+      return warp_sum<decltype(zero)>(n, [&](std::int64_t block, decltype(zero) sum) {
         A v[4];
         draws.four(key, row, block, v);
-        for_four(block, draws.classes, [&](int j) { sum = term(4 * block + j, v[j], sum); });
+        for_four(block, n, [&](int j) { sum = f(4 * block + j, v[j], sum); });
         return sum;
       });
     };
-    const A sum = sum_of([&](std::int64_t e, A v, A s) { return c.first_term(v, a ? a[e] : A(0), s); });
-    A m = 0, b = 0;
-    if (g) {
-      const A g0 = load(g[0]);
-      m = sum_of([&](std::int64_t e, A v, A s) { return fused(load(g[e]) - g0, a[e] * v, s); });
-      b = warp_sum<A>(draws.classes, [&](std::int64_t block, A s) {
-        for_four(block, draws.classes, [&](int j) {
-          const std::int64_t e = 4 * block + j;
-          s = fused(load(g[e]) - g0, a[e] * a[e], s);
-        });
-        return s;
-      });
+    const bool first = threadIdx.x % 32 == 0;
+    if (c.kind == Kind::kCentred) {
+      const A sum = sum_of(A(0), [](std::int64_t, A v, A s) { return s + v; });
+      if (first) c.mean[row] = sum / A(n);
+      return;
     }
-    if (threadIdx.x % 32 == 0) c.write(row, sum, m, b);
+    const double* const a = c.root + row % draws.batch * n;
+    const double d = sum_of(0.0, [&](std::int64_t e, A v, double s) { return fused(a[e], double(v), s); });
+    if (first) c.d[row] = d;
+    if (!c.grad) return;
+    const double m =
+        sum_of(0.0, [&](std::int64_t e, A v, double s) { return fused(c.slope(row, e), a[e] * double(v), s); });
+    const double b = warp_sum<double>(n, [&](std::int64_t block, double sum) {
+      for_four(block, n, [&](int j) {
+        const std::int64_t e = 4 * block + j;
+        sum = fused(c.slope(row, e), a[e] * a[e], sum);
+      });
+      return sum;
+    });
+    if (!first) return;
+    c.m[row] = m;
+    c.b[row] = b;
   });
 }
 
@@ -201,41 +204,47 @@ __global__ void __launch_bounds__(kCotangentThreads) cotangent_position_sums_ker
   const PhiloxKey key = draws.key();
   const std::int64_t positions = draws.positions;
   for_threads(draws.projections * draws.batch * positions, [&](std::int64_t unit) {
-    const std::int64_t row = unit / positions, s = unit % positions;
-    const A* const a = c.root ? c.root + row % draws.batch * draws.size : nullptr;
-    const S* const g = c.grad ? c.grad + row * draws.size : nullptr;
-    const A g0 = g ? load(g[s]) : A(0);
-    A sum = 0, m = 0, b = 0;
-    for (std::int64_t e = s; e < draws.size; e += positions) {
-      const A v = draws.one(key, row, e);
-      sum = c.first_term(v, a ? a[e] : A(0), sum);
-      if (!g) continue;
-      m = fused(load(g[e]) - g0, a[e] * v, m);
-      b = fused(load(g[e]) - g0, a[e] * a[e], b);
+    const std::int64_t row = unit / positions, position = unit % positions;
+    if (c.kind == Kind::kCentred) {
+      A sum = 0;
+      for (std::int64_t e = position; e < draws.size; e += positions) sum += draws.one(key, row, e);
+      c.mean[unit] = sum / A(draws.classes);
+      return;
     }
-    c.write(unit, sum, m, b);
+    const double* const a = c.root + row % draws.batch * draws.size;
+    double d = 0, m = 0, b = 0;
+    for (std::int64_t e = position; e < draws.size; e += positions) {
+      const double v = draws.one(key, row, e);
+      d = fused(a[e], v, d);
+      if (!c.grad) continue;
+      m = fused(c.slope(row, e), a[e] * v, m);
+      b = fused(c.slope(row, e), a[e] * a[e], b);
+    }
+    c.d[unit] = d;
+    if (!c.grad) return;
+    c.m[unit] = m;
+    c.b[unit] = b;
   });
 }
 
 // w, four entries a thread.
 template <class S>
-__global__ void __launch_bounds__(kCotangentThreads)
-    cotangent_value_kernel(const CotangentDraws<accumulation_t<S>> c, Kind kind, const accumulation_t<S>* root,
-                           const accumulation_t<S>* first, S* w) {
+__global__ void __launch_bounds__(kCotangentThreads) cotangent_value_kernel(const CotangentSums<S> c, S* w) {
   using A = accumulation_t<S>;
-  const PhiloxKey key = c.key();
-  const std::int64_t blocks = (c.size + 3) / 4;
-  for_threads(c.projections * c.batch * blocks, [&](std::int64_t unit) {
+  const CotangentDraws<A>& draws = c.draws;
+  const PhiloxKey key = draws.key();
+  const std::int64_t size = draws.size, blocks = (size + 3) / 4;
+  for_threads(draws.projections * draws.batch * blocks, [&](std::int64_t unit) {
     const std::int64_t row = unit / blocks, block = unit % blocks;
-    const A scale = c.scale_of(row);
+    const A scale = draws.scale_of(row);
     A v[4];
-    c.four(key, row, block, v);
-    for_four(block, c.size, [&](int j) {
-      const std::int64_t e = 4 * block + j, at = row * c.positions + e % c.positions;
-      const A value = kind == Kind::kPlain     ? v[j]
-                      : kind == Kind::kCentred ? v[j] - first[at]
-                                               : fisher_value(root[row % c.batch * c.size + e], v[j], first[at]);
-      w[row * c.size + e] = store<S>(value * scale);
+    draws.four(key, row, block, v);
+    for_four(block, size, [&](int j) {
+      const std::int64_t e = 4 * block + j, at = row * draws.positions + e % draws.positions;
+      A value = c.kind == Kind::kCentred ? (v[j] - c.mean[at]) * scale : v[j] * scale;
+      if (c.kind == Kind::kFisher)
+        value = A(fisher_value(c.root[row % draws.batch * size + e], double(v[j]), c.d[at]) * double(scale));
+      w[row * size + e] = store<S>(value);
     });
   });
 }
@@ -247,22 +256,22 @@ __global__ void __launch_bounds__(kCotangentThreads)
   using A = accumulation_t<S>;
   const CotangentDraws<A>& draws = c.draws;
   const PhiloxKey key = draws.key();
-  const std::int64_t blocks = (draws.size + 3) / 4, size = draws.size, positions = draws.positions;
+  const std::int64_t size = draws.size, blocks = (size + 3) / 4;
   for_threads(draws.batch * blocks, [&](std::int64_t unit) {
     const std::int64_t sample = unit / blocks, block = unit % blocks;
-    A total[4] = {}, v[4];
+    double total[4] = {};
+    A v[4];
     for (std::int64_t k = 0; k < draws.projections; ++k) {
       const std::int64_t row = k * draws.batch + sample;
-      const A scale = draws.scale_of(row);
+      const double scale = draws.scale_of(row);
       draws.four(key, row, block, v);
       for_four(block, size, [&](int j) {
-        const std::int64_t e = 4 * block + j, at = row * positions + e % positions;
-        const A g = load(c.grad[row * size + e]) - load(c.grad[row * size + e % positions]);
-        total[j] = fisher_slope(c.root[sample * size + e], v[j] * scale, g, c.first[at] * scale, c.m[at] * scale,
-                                c.b[at], total[j]);
+        const std::int64_t e = 4 * block + j, at = row * draws.positions + e % draws.positions;
+        total[j] = fisher_slope(c.root[sample * size + e], double(v[j]) * scale, c.slope(row, e), c.d[at] * scale,
+                                c.m[at] * scale, c.b[at], total[j]);
       });
     }
-    for_four(block, size, [&](int j) { grad_outputs[sample * size + 4 * block + j] = store<S>(total[j]); });
+    for_four(block, size, [&](int j) { grad_outputs[sample * size + 4 * block + j] = store<S>(A(total[j])); });
   });
 }
 
@@ -278,7 +287,7 @@ cudaError_t launch_sphere_scale(const CotangentDraws<A>& c, A* scale, cudaStream
 
 template <class S>
 cudaError_t launch_roots(std::int64_t batch, std::int64_t classes, std::int64_t positions, const S* outputs,
-                         accumulation_t<S>* root, cudaStream_t stream) {
+                         double* root, cudaStream_t stream) {
   if (classes == 0) return cudaSuccess;
   if (positions == 1)
     return launch(root_rows_kernel<S>, grid_for_threads(32 * batch), dim3(kCotangentThreads), 0, stream, batch, classes,
@@ -300,8 +309,7 @@ cudaError_t launch_cotangent_sums(const CotangentSums<S>& c, cudaStream_t stream
 template <class S>
 cudaError_t launch_cotangent_value(const CotangentSums<S>& c, S* w, cudaStream_t stream) {
   const std::int64_t units = c.draws.projections * c.draws.batch * ((c.draws.size + 3) / 4);
-  return launch(cotangent_value_kernel<S>, grid_for_threads(units), dim3(kCotangentThreads), 0, stream, c.draws, c.kind,
-                c.root, c.first, w);
+  return launch(cotangent_value_kernel<S>, grid_for_threads(units), dim3(kCotangentThreads), 0, stream, c, w);
 }
 
 template <class S>

@@ -6,7 +6,8 @@
 //   backward   grad_z_c = a_c v_c h_c / 2 - p_c (d h_c + (m - d b) / 2)
 //              h = g - b,  b = <p, g>,  m = <g, a v>     g = cotangent of w
 //
-// Nothing is divided by a or p.  The entries of w sum to zero, so that a constant in g has no effect; g_0 is subtracted,
+// Nothing is divided by a or p.  All of fisher is computed in double, from v in the accumulation type: where p is nearly
+// one, h loses digits.  The entries of w sum to zero, so that a constant in g has no effect; g_0 is subtracted,
 // which keeps it from leaving rounding errors.
 //
 // All numbers of a sample are one sequence of Philox blocks, of 4 normals or 128 bits; the counter is (block, sample,

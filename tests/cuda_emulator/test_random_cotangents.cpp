@@ -53,7 +53,8 @@ struct Problem {
   Kind kind;
   std::int64_t K, B, C, P, D, seed = kSeed;
   Buffer<S> outputs, grad, w, grad_outputs;
-  Buffer<A> frames, scale, root, first, m, b, workspace;
+  Buffer<A> frames, scale, mean, workspace;
+  Buffer<double> root, d, m, b;
 
   Problem(Draw& draw, Law of, Kind what, std::int64_t k, std::int64_t batch, std::int64_t classes,
           std::int64_t positions)
@@ -70,11 +71,12 @@ struct Problem {
         grad_outputs(B * D, draw(0, 8)),
         frames(K * B * D),
         scale(K * B),
+        mean(K * B * P),
+        workspace(draw(0, 1) ? B * rk::cuda::FrameLayout(K, D).size : 0),
         root(B * D),
-        first(K * B * P),
+        d(K * B * P),
         m(K * B * P),
-        b(K * B * P),
-        workspace(draw(0, 1) ? B * rk::cuda::FrameLayout(K, D).size : 0) {
+        b(K * B * P) {
     outputs.fill_normal(draw.random, 2.0);
     grad.fill_normal(draw.random);
   }
@@ -106,7 +108,8 @@ struct Problem {
       expect_success(rk::cuda::launch_roots(B, C, P, outputs.data(), root.data(), nullptr));
       c.root = root.data();
     }
-    c.first = first.data();
+    c.mean = mean.data();
+    c.d = d.data();
     c.m = m.data();
     c.b = b.data();
     if (kind != Kind::kPlain) expect_success(rk::cuda::launch_cotangent_sums(c, nullptr));

@@ -1,16 +1,17 @@
-"""All benchmarks of this machine: operators, second backwards, Jacobian penalties, training steps.
+"""All benchmarks of this machine: operators, second backwards, random cotangents, Jacobian penalties, training steps.
 
 python -m benchmarks [options]
 """
 
 import sys
 
-from . import bench_double_backward, bench_jacobian, bench_ops, penalised_step
+from . import bench_cotangents, bench_double_backward, bench_jacobian, bench_ops, penalised_step
 
 if __name__ == "__main__":
     raise SystemExit(
         bench_ops.main(sys.argv[1:])
         or bench_double_backward.main([])
+        or bench_cotangents.main([])
         or bench_jacobian.main([])
         or penalised_step.main(sys.argv[1:])
     )

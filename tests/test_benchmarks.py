@@ -39,6 +39,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     python("-m", "benchmarks.bench_ops", "--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared)
     python("-m", "benchmarks.bench_double_backward", "--size", "tiny", *shared[:4], "--out", str(out))
     python("-m", "benchmarks.bench_jacobian", "--size", "tiny", *shared[:4], "--out", str(out))
+    python("-m", "benchmarks.bench_cotangents", "--size", "tiny", *shared[:4], "--out", str(out))
     steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
     python(*steps, "plain", "plain_installed", "eager", "installed")
     python(*steps, "installed_compile")  # joins the others
@@ -54,6 +55,12 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert list(rows) == ["plain", "plain_installed", "eager", "installed", "installed_compile"]
     assert rows["plain"]["ratio"] == 1.0
     assert all(row["ms"] > 0 and row["gradient_error"] < 1e-4 for row in rows.values())
+
+    cotangents = results["cotangents"]["rows"]
+    assert {(row["law"], row["provider"]) for row in cotangents} == {
+        (law, provider) for law in ("sphere", "orthonormal") for provider in ("pytorch", "robustkern")
+    }
+    assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in cotangents)
 
     jacobian = results["jacobian"]
     assert jacobian["complete"]

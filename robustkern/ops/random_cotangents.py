@@ -89,14 +89,16 @@ def random_cotangents(
             f"{op}: seed must be one int64 on {outputs.device} like outputs, "
             f"got {list(seed.shape)} {str(seed.dtype).removeprefix('torch.')} on {seed.device}"
         )
-    seed = seed.reshape(1)
+    seed = seed if seed.dim() == 1 else seed.reshape(1)
     if kind != "fisher":
         outputs = outputs.detach()
     if not use_kernel(op, impl, outputs):
         return reference.random_cotangents(outputs, projections, law=law, kind=kind, seed=seed)
+    numbers = projections, LAWS.index(law), KINDS.index(kind)
+    if outputs.dim() == 2:
+        return torch.ops.robustkern.random_cotangents(outputs.unsqueeze(2), seed, *numbers).squeeze(3)
     flat = outputs.reshape(outputs.shape[0], outputs.shape[1], outputs.shape[2:].numel())
-    w = torch.ops.robustkern.random_cotangents(flat, seed, projections, LAWS.index(law), KINDS.index(kind))
-    return w.reshape(projections, *outputs.shape)
+    return torch.ops.robustkern.random_cotangents(flat, seed, *numbers).reshape(projections, *outputs.shape)
 
 
 def _register() -> None:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustkern import gradient_norm
 from robustkern.losses import GradientPenalty
-from robustkern.ops import row_norm, softmax_cross_entropy
+from robustkern.ops import random_cotangents, row_norm, softmax_cross_entropy
 from robustkern.testing import assert_as_accurate_as_reference
 
 LOW = [torch.bfloat16, torch.float16]
@@ -60,6 +60,11 @@ def test_operators_take_what_autocast_gives_them(low, device):
     for a, e in zip(cast, plain, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, e)
+    options = {"kind": "fisher", "seed": torch.tensor([3], device=device), "impl": "kernel"}
+    w = random_cotangents(x, 2, **options)
+    with torch.autocast(device, low):
+        assert torch.equal(random_cotangents(x, 2, **options), w)
+    assert w.dtype == low  # that of the outputs, of which it is a cotangent
     probabilities = x.float().softmax(1)  # float32 beside 16-bit logits, as autocast leaves them
     assert softmax_cross_entropy(x, probabilities, impl="kernel").dtype == torch.float32
 

@@ -7,7 +7,7 @@
 
 #include "../random_cotangents_arguments.h"
 #include "pieces.h"
-#include "random_cotangents_loops.h"
+#include "random_frames_loops.h"
 
 namespace rk::cpu {
 namespace {
@@ -234,7 +234,45 @@ inline const double* widened(const Call& c, const float* v, Rows<double>& s) {
 }
 
 template <class A, class R>
+void write_row(const Call& c, int64_t k, int64_t sample, const A* v, A scale, Rows<R>& s) {
+  if (c.kind == Kind::kFisher) find_roots(c, sample, s);
+  char* const to = c.result + c.row(k, sample);
+  const bool direct = c.item() == sizeof(R);
+  R* const w = direct ? reinterpret_cast<R*>(to) : s.w.data();
+  transform(c, widened(c, v, s), R(scale), w, s);
+  if (!direct) s.write(c, w, to);
+}
+
+// Frames of few dimensions, several samples at a time.
+template <class A, class R>
+void run_small_frames(const Call& c) {
+  constexpr int64_t L = SmallFrames<A>::L;
+  const int64_t n = c.size(), K = c.projections;
+  torch::stable::parallel_for(0, (c.batch + L - 1) / L, units_per_thread(c) / L + 1, [&](int64_t begin, int64_t end) {
+    SmallFrames<A> frames;
+    Rows<R> s(c);
+    A several[kFewDimensions * L * kFewDimensions];
+    for (int64_t first = begin * L; first < std::min(end * L, c.batch); first += L) {
+      const int64_t count = std::min(L, c.batch - first);
+      draw(c.key, static_cast<uint32_t>(first), reflection_begin(K, n), frames);
+      reflections(K, n, frames);
+      columns(K, n, frames);
+      if (c.kind == Kind::kPlain && c.item() == sizeof(A)) {
+        for (int64_t k = 0; k < K; ++k)
+          rows(frames, frames.sign[k], k, K, n, count, reinterpret_cast<A*>(c.result + c.row(k, first)));
+        continue;
+      }
+      for (int64_t k = 0; k < K; ++k) rows(frames, nullptr, k, K, n, count, several + k * L * n);
+      for (int64_t l = 0; l < count; ++l)
+        for (int64_t k = 0; k < K; ++k)
+          write_row<A, R>(c, k, first + l, several + (k * L + l) * n, frames.sign[k][l], s);
+    }
+  });
+}
+
+template <class A, class R>
 void run(const Call& c) {
+  if (c.law == Law::kOrthonormal && c.size() <= kFewDimensions && c.batch > 1) return run_small_frames<A, R>(c);
   const int64_t together = c.law == Law::kOrthonormal ? kFrameColumns : c.rows_together();
   const int64_t units = (c.projections + together - 1) / together;
   torch::stable::parallel_for(0, c.batch * units, units_per_thread(c), [&](int64_t begin, int64_t end) {
@@ -242,14 +280,8 @@ void run(const Call& c) {
     Rows<R> s(c);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t sample = unit / units, first = unit % units * together;
-      if (c.kind == Kind::kFisher) find_roots(c, sample, s);
-      for_rows(c, sample, first, std::min(first + together, c.projections), draws, [&](int64_t k, const A* v, A scale) {
-        char* const to = c.result + c.row(k, sample);
-        const bool direct = c.item() == sizeof(R);
-        R* const w = direct ? reinterpret_cast<R*>(to) : s.w.data();
-        transform(c, widened(c, v, s), R(scale), w, s);
-        if (!direct) s.write(c, w, to);
-      });
+      for_rows(c, sample, first, std::min(first + together, c.projections), draws,
+               [&](int64_t k, const A* v, A scale) { write_row<A, R>(c, k, sample, v, scale, s); });
     }
   });
 }

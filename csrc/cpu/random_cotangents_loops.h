@@ -5,13 +5,17 @@
 
 #include "../math/random_cotangents.h"
 #include "lane_sums.h"
+#include "philox_lanes.h"
 
 namespace rk::cpu {
 
 // f(e, sum) adds entry e to the sum of its lane; see math/random_cotangents.h for the order.
 template <class A, class F>
 RK_HOST_DEVICE A sum_in_lanes(std::int64_t n, const F& f) {
-  A lane[kSumLanes] = {};
+  int used = kSumLanes;  // lanes beyond the row's end would hold zeros, whose addition changes nothing
+  while (used > 1 && n <= 2 * used) used /= 2;
+  A lane[kSumLanes];
+  for (int l = 0; l < used; ++l) lane[l] = A(0);
   std::int64_t e = 0;
   for (; e + 4 * kSumLanes <= n; e += 4 * kSumLanes)
     for (int j = 0; j < 4; ++j)
@@ -19,8 +23,6 @@ RK_HOST_DEVICE A sum_in_lanes(std::int64_t n, const F& f) {
   const std::int64_t rest = n - e;
   for (int l = 0; 4 * l < rest; ++l)
     for (int j = 0; j < 4 && 4 * l + j < rest; ++j) lane[l] = f(e + 4 * l + j, lane[l]);
-  int used = kSumLanes;  // lanes beyond the row's end hold zeros, whose addition changes nothing
-  while (used > 1 && n <= 2 * used) used /= 2;
   for (int half = used / 2; half; half /= 2)
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
   return lane[0];
@@ -30,7 +32,16 @@ RK_HOST_DEVICE A sum_in_lanes(std::int64_t n, const F& f) {
 template <class A>
 RK_HOST_DEVICE void draw_normals(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
                                  A* __restrict__ v) {
-  for (std::int64_t b = 0; b < blocks; ++b) {
+  std::int64_t b = 0;
+  for (; b + kPhiloxLanes <= blocks; b += kPhiloxLanes) {
+    WordLanes w;
+    philox_lanes(key, first + std::uint64_t(b), 1, sample, 0, kNormalStream, w);
+    for (int l = 0; l < kPhiloxLanes; ++l) {
+      const FourNormals<A> x(RandomWords{w.w[0][l], w.w[1][l], w.w[2][l], w.w[3][l]});
+      for (int j = 0; j < 4; ++j) v[4 * (b + l) + j] = x.at[j];
+    }
+  }
+  for (; b < blocks; ++b) {
     const FourNormals<A> x(key, first + std::uint64_t(b), sample);
     for (int j = 0; j < 4; ++j) v[4 * b + j] = x.at[j];
   }

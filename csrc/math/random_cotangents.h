@@ -34,11 +34,12 @@ RK_HOST_DEVICE RandomWords cotangent_words(PhiloxKey key, std::uint64_t block, s
 template <class A>
 struct FourNormals {
   A at[4];
-  RK_HOST_DEVICE FourNormals(PhiloxKey key, std::uint64_t block, std::uint32_t sample) {
-    const RandomWords w = cotangent_words(key, block, sample, kNormalStream);
+  RK_HOST_DEVICE explicit FourNormals(RandomWords w) {
     const NormalPair<A> p = box_muller<A>(w.w0, w.w1), q = box_muller<A>(w.w2, w.w3);
     at[0] = p.first, at[1] = p.second, at[2] = q.first, at[3] = q.second;
   }
+  RK_HOST_DEVICE FourNormals(PhiloxKey key, std::uint64_t block, std::uint32_t sample)
+      : FourNormals(cotangent_words(key, block, sample, kNormalStream)) {}
 };
 
 template <class A>

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kCotangentThreads) sphere_scale_kernel(const C
 
 // sqrt(p) [B, C, S]: a warp for a row of classes, or a thread for a position.
 template <class S>
-__global__ void __launch_bounds__(kCotangentThreads)
+__global__ void __launch_bounds__(kCotangentThreads, 1)  // one block at least: without it sm_120 spills
     root_rows_kernel(std::int64_t batch, std::int64_t classes, const S* outputs, double* root) {
   for_warps(batch, [&](std::int64_t row) {
     const S* const z = outputs + row * classes;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void make_column(std::int64_t k, std::int64_t size, c
 }
 
 template <class A>
-__global__ void __launch_bounds__(kFrameThreads) random_frames_kernel(const FrameCall<A> c) {
+__global__ void __launch_bounds__(kFrameThreads, 1) random_frames_kernel(const FrameCall<A> c) {
   RK_DYNAMIC_SHARED(A, shared);
   const FrameLayout layout(c.projections, c.size);
   A* const memory = c.workspace ? c.workspace + blockIdx.x * layout.size : shared;

@@ -20,7 +20,7 @@ RK_HOST_DEVICE std::uint32_t multiply_high(std::uint32_t a, std::uint32_t b) {
 }
 
 RK_HOST_DEVICE RandomWords philox(RandomWords c, PhiloxKey key) {
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -36,6 +36,21 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
   // Of kind fisher; grad: [K, B, C, S] -> grad_outputs [B, C, S]
   m.def("random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int law) -> Tensor");
 
+  // logits: [B, C]; target, towards: [B] int64; kind: see math/margin_loss.h -> loss [B], slopes [B, C] = d loss / d logits
+  m.def("margin_loss(Tensor logits, Tensor target, Tensor? towards, int kind) -> (Tensor, Tensor)");
+  m.def("margin_loss_backward(Tensor grad, Tensor slopes) -> Tensor");
+
+  // One step of an attack and one random start, in place; see math/attack_step.h.  adversary, x, grad: [B, N] rows; eps,
+  // step_size: [1], [C] or [N] in the accumulation type, entry (j / inner) % C belongs to column j; scale: [B].
+  m.def(
+      "attack_step(Tensor(a!) adversary, Tensor x, Tensor? grad, Tensor eps, Tensor step_size, Tensor? scale, int "
+      "inner, "
+      "int norm, int coordinates) -> ()");
+  // seed: [1] int64; samples: [B] int64
+  m.def(
+      "attack_start(Tensor(a!) adversary, Tensor x, Tensor eps, Tensor seed, Tensor? samples, int inner, int norm, int "
+      "restart) -> ()");
+
   // Second derivatives of PyTorch's own operators.  The inputs of a first backward (grad, x, ...) and the cotangents of
   // its outputs (gg_x of grad_x, gg_weight of grad_weight, gg_bias of grad_bias) give the gradients of those inputs.
   // An absent cotangent is zero, and costs nothing; a gradient that is not needed comes back as an empty tensor [0].

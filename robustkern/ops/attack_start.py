@@ -16,9 +16,6 @@ from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.attack_step import NORMS
 from robustkern.reference.random_cotangents import draw_seed
 
-_MISSING = None if hasattr(torch.ops.robustkern, "attack_start") else "it has no kernel"
-
-
 def attack_start(
     x: Tensor,  # [B, ...]
     *,
@@ -77,7 +74,7 @@ def attack_start(
                 f"{op}: {name} must be {shape} int64 on {x.device} like x, got {list(value.shape)} "
                 f"{str(value.dtype).removeprefix('torch.')} on {value.device}"
             )
-    if not use_kernel(op, impl, x, _MISSING):
+    if not use_kernel(op, impl, x):
         return reference.attack_start(x, eps=eps, norm=norm, seed=seed, samples=samples, restart=restart)
     start = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = Rows(start)
@@ -101,7 +98,7 @@ def _register() -> None:
         return None
 
 
-if _library.extension() is not None and hasattr(torch.ops.robustkern, "attack_start"):
+if _library.extension() is not None:
     _register()
 
 

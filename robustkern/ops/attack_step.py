@@ -15,9 +15,6 @@ from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 from robustkern.reference.attack_step import NORMS
 
-_MISSING = None if hasattr(torch.ops.robustkern, "attack_step") else "it has no kernel"
-
-
 def attack_step(
     adversary: Tensor,  # [B, ...]
     x: Tensor,  # like adversary
@@ -82,7 +79,7 @@ def attack_step(
     for name, value in (("eps", eps), ("step_size", step_size)):
         if isinstance(value, Tensor) and value.numel() != 1:
             check_broadcast(op, name, value, x.shape[1:])
-    if not use_kernel(op, impl, x, _MISSING):
+    if not use_kernel(op, impl, x):
         return reference.attack_step(
             adversary, x, grad, eps=eps, step_size=step_size, norm=norm, scale=scale, coordinates=coordinates
         )
@@ -117,7 +114,7 @@ def _register() -> None:
         return None
 
 
-if _library.extension() is not None and hasattr(torch.ops.robustkern, "attack_step"):
+if _library.extension() is not None:
     _register()
 
 

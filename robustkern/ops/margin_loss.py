@@ -15,9 +15,6 @@ from robustkern.ops._select import accumulation_dtype, check_floating, use_kerne
 
 KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
 
-_MISSING = None if hasattr(torch.ops.robustkern, "margin_loss") else "it has no kernel"
-
-
 def margin_loss(
     logits: Tensor,  # [B, C]
     target: Tensor,  # [B]
@@ -69,7 +66,7 @@ def margin_loss(
         if list(classes.shape) != [logits.shape[0]]:
             raise ValueError(f"{op}: {name} must have shape {[logits.shape[0]]}, got {list(classes.shape)}")
     target, towards = target.long(), None if towards is None else towards.long()
-    if not use_kernel(op, impl, logits, _MISSING):
+    if not use_kernel(op, impl, logits):
         return reference.margin_loss(logits, target, kind=kind, towards=towards)
     loss, _ = torch.ops.robustkern.margin_loss(logits, target, towards, KINDS.index(kind))
     return loss
@@ -104,7 +101,7 @@ def _register() -> None:
     register_row_vmap(ops.margin_loss_backward, (True, True))
 
 
-if _library.extension() is not None and hasattr(torch.ops.robustkern, "margin_loss"):
+if _library.extension() is not None:
     _register()
 
 

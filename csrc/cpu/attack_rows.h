@@ -1,0 +1,72 @@
+// What attack_step and attack_start share: rows in pieces, tables of numbers for the columns, 16-bit results.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "attack_loops.h"
+#include "elements.h"
+
+namespace rk::cpu {
+
+// A table of [1], [C] or [N] numbers, written out so that a piece that begins anywhere reads adjacent numbers.
+template <class A>
+class Columns {
+ public:
+  Columns(const Tensor& table, int64_t inner, int64_t columns) {
+    const Tensor dense = torch::stable::contiguous(table);
+    const A* const from = static_cast<const A*>(dense.data_ptr());
+    const int64_t count = table.size(0);
+    if (count == columns) inner = 1;
+    period_ = count == 1 ? 1 : count * inner;
+    number_.resize(period_ + kPiece);
+    for (int64_t j = 0; j < static_cast<int64_t>(number_.size()); ++j)
+      number_[j] = from[count == 1 ? 0 : j / inner % count];
+  }
+  const A* at(int64_t column) const { return number_.data() + column % period_; }
+
+ private:
+  std::vector<A> number_;
+  int64_t period_;
+};
+
+template <class A>
+struct AttackBuffers {
+  Buffer<A> adversary, grad, x, out, low, high;
+};
+
+// f(begin, n) for the pieces of a row.
+template <class F>
+void for_pieces_of(int64_t columns, const F& f) {
+  for (int64_t begin = 0; begin < columns; begin += kPiece) f(begin, std::min(kPiece, columns - begin));
+}
+
+// Where a piece's results go: into the tensor itself, or into a buffer to be rounded.
+template <class A>
+class AttackOutput {
+ public:
+  explicit AttackOutput(const Tensor& t)
+      : base_(static_cast<char*>(t.data_ptr())),
+        dtype_(t.scalar_type()),
+        item_(static_cast<int64_t>(t.element_size())) {}
+  bool narrow() const { return item_ == 2; }
+  A* open(int64_t begin, AttackBuffers<A>& b) const {
+    return narrow() ? b.out.element : reinterpret_cast<A*>(base_ + begin * item_);
+  }
+  // After `out`, and for 16 bits `low` and `high`, are there.
+  void close(int64_t begin, int64_t n, const AttackBuffers<A>& b) const {
+    if constexpr (sizeof(A) == 4) {
+      if (dtype_ == ScalarType::Half)
+        write_between(b.out.element, b.low.element, b.high.element, reinterpret_cast<Half*>(base_) + begin, n);
+      else if (dtype_ == ScalarType::BFloat16)
+        write_between(b.out.element, b.low.element, b.high.element, reinterpret_cast<BFloat16*>(base_) + begin, n);
+    }
+  }
+
+ private:
+  char* base_;
+  ScalarType dtype_;
+  int64_t item_;
+};
+
+}  // namespace rk::cpu

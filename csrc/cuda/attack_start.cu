@@ -1,0 +1,41 @@
+// attack_start for CUDA tensors: arguments checked, a kernel of attack.cuh launched on the current stream.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "../attack_arguments.h"
+#include "attack_calls.cuh"
+
+namespace rk::cuda {
+namespace {
+
+void attack_start(Tensor adversary, Tensor x, Tensor eps, Tensor seed, std::optional<Tensor> samples, int64_t inner,
+                  int64_t norm, int64_t restart) {
+  constexpr const char* op = "attack_start";
+  const DeviceScope scope(adversary);
+  const Ball ball = check_attack_start(op, adversary, x, eps, seed, samples, inner, norm, restart);
+  if (adversary.numel() == 0) return;
+  x = torch::stable::contiguous(x);
+  if (samples) samples = torch::stable::contiguous(*samples);
+  eps = torch::stable::contiguous(eps);
+  visit_storage(adversary.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    AttackStartCall<S> c{};
+    c.rows = adversary.size(0);
+    c.columns = static_cast<std::uint32_t>(adversary.size(1));
+    c.adversary = static_cast<S*>(adversary.data_ptr());
+    c.x = static_cast<const S*>(x.data_ptr());
+    c.eps = table_of<accumulation_t<S>>(eps, inner, c.columns);
+    c.seed = static_cast<const int64_t*>(seed.data_ptr());
+    c.samples = samples ? static_cast<const int64_t*>(samples->data_ptr()) : nullptr;
+    c.stream = static_cast<std::uint32_t>(2 * restart);
+    check_launch(launch_attack_start(ball, c, scope.stream()), op);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, RK_CUDA_KEY, m) { m.impl("attack_start", TORCH_BOX(&attack_start)); }
+
+}  // namespace rk::cuda

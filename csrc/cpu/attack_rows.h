@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "attack_loops.h"
+#include "attack_rounding.h"
 #include "elements.h"
 
 namespace rk::cpu {

@@ -7,6 +7,7 @@
 
 #include "../attack_arguments.h"
 #include "attack_rows.h"
+#include "attack_start_loops.h"
 
 namespace rk::cpu {
 namespace {

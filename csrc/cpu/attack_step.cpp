@@ -8,6 +8,7 @@
 
 #include "../attack_arguments.h"
 #include "attack_rows.h"
+#include "attack_step_loops.h"
 
 namespace rk::cpu {
 namespace {

@@ -60,9 +60,9 @@ __device__ __forceinline__ S store_between(accumulation_t<S> v, Interval<accumul
   if constexpr (sizeof(S) == 2) {
     const float back = load(s);
     std::uint16_t bits;
-    memcpy(&bits, &s, sizeof bits);
+    std::memcpy(&bits, &s, sizeof bits);
     bits = static_cast<std::uint16_t>(bits + (back < to.low ? 1 : 0) - (back > to.high ? 1 : 0));
-    memcpy(&s, &bits, sizeof bits);
+    std::memcpy(static_cast<void*>(&s), &bits, sizeof bits);
   }
   return s;
 }
@@ -188,13 +188,13 @@ __device__ __forceinline__ accumulation_t<S> l1_least(const AttackStepCall<S>& c
       const auto e = element_at(c, begin + j);
       const A size = l1_size(e.adversary, e.grad);
       Bits bits;
-      memcpy(&bits, &size, sizeof bits);
+      std::memcpy(&bits, &size, sizeof bits);
       reached += bits >= trial ? 1.0 : 0.0;
     });
     if (block_sum(reached) >= count) least = trial;
   }
   A size;
-  memcpy(&size, &least, sizeof size);
+  std::memcpy(&size, &least, sizeof size);
   return size;
 }
 

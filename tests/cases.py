@@ -16,7 +16,8 @@ from robustkern.ops._samples import Sample
 from robustkern.ops._select import DTYPES
 from robustkern.testing import Derivatives, assert_as_accurate_as_reference, cast, derivatives
 
-OPS = {name: importlib.import_module(f"robustkern.ops.{name}") for name in robustkern.ops.__all__}
+DIFFERENTIABLE = [name for name in robustkern.ops.__all__ if name not in robustkern.ops.IN_PLACE]
+OPS = {name: importlib.import_module(f"robustkern.ops.{name}") for name in DIFFERENTIABLE}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustkern import models
-from robustkern.attacks import PGD, attacked
+from robustkern.attacks import APGD, FGSM, NFGSM, PGD, attacked
 
 
 @pytest.fixture
@@ -144,3 +144,116 @@ def test_a_non_finite_loss_is_the_attackers_success():
 def test_wrong_use(arguments):
     with pytest.raises(ValueError, match="PGD"):
         PGD(**{"eps": 0.1, **arguments})
+
+
+# ------------------------------------------------------------------ the model leaves as it came
+
+
+class Watched(nn.Module):
+    """A network with every kind of state; it can fail in a given pass."""
+
+    def __init__(self, fail_at=None, error=RuntimeError):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4 * 64, 10)
+        self.head.bias.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+        self.fail_at, self.error, self.passes = fail_at, error, 0
+
+    def forward(self, x):
+        assert not self.training
+        assert not any(parameter.requires_grad for parameter in self.parameters())
+        self.calls += 1  # state that even eval mode changes
+        self.passes += 1
+        if self.passes == self.fail_at:
+            raise self.error("stop")
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+ATTACKS = [PGD(0.1, steps=3, early_exit=True), FGSM(0.1), NFGSM(0.1), APGD(0.1, steps=4), PGD(0.5, norm="l2", steps=3)]
+
+
+def state_of(model):
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    return values, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+def assert_state(model, state):
+    values, modes, flags = state
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert modes == [m.training for m in model.modules()]
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_state_is_restored_whatever_happens(problem, attack, error):
+    _, x, y = problem
+    model = Watched(fail_at=1 if isinstance(attack, (FGSM, NFGSM)) else 2, error=error) if error else Watched()
+    model.train()
+    model.norm.eval()  # frozen by its owner
+    state = state_of(model)
+    if error is None:
+        attack(model, x, y)
+    else:
+        with pytest.raises(error, match="stop"):
+            attack(model, x, y)
+    assert_state(model, state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+def test_no_parameter_gradient_is_computed(problem, attack):
+    model, x, y = problem
+    computed = []
+    for parameter in model.parameters():
+        parameter.register_hook(computed.append)
+    attack(model, x, y)
+    assert not computed
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inside_no_grad_and_inference_mode(problem, attack, mode):
+    model, x, y = problem
+    expected = attack(model, x, y, torch.Generator().manual_seed(0))
+    with mode():
+        adversary = attack(model, x.clone(), y.clone(), torch.Generator().manual_seed(0))
+    assert torch.equal(adversary, expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (torch.rand(2, 1, 8, 8) * 255, torch.tensor([0, 1]), ValueError, r"x must be in \[0, 1\], got values from"),
+        (torch.full((2, 1, 8, 8), torch.nan), torch.tensor([0, 1]), ValueError, r"x must be in \[0, 1\]"),
+        (torch.ones(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), TypeError, "divide bytes by 255"),
+        (torch.rand(2, 1, 8, 8), torch.tensor([0.0, 1.0]), TypeError, "y must be integer classes"),
+        (torch.rand(2, 1, 8, 8), torch.tensor([0]), ValueError, r"y must have shape \[2\], got \[1\]"),
+    ],
+)
+@pytest.mark.parametrize("attack", [PGD(0.1), FGSM(0.1), NFGSM(0.1), APGD(0.1)], ids=lambda a: type(a).__name__)
+def test_wrong_batches(problem, attack, x, y, error, message):
+    with pytest.raises(error, match=f"{type(attack).__name__}: .*{message}"):
+        attack(problem[0], x, y)
+
+
+def test_a_model_that_gives_no_logits(problem):
+    _, x, y = problem
+    with pytest.raises(ValueError, match=r"the model must give logits \[20, classes\], got \[20, 1, 8, 8\]"):
+        PGD(0.1)(nn.Identity(), x, y)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: APGD(0.1, norm="l1"), "APGD: norm must be 'linf' or 'l2', got 'l1'"),
+        (lambda: APGD(0.1, loss="kl"), "APGD: loss must be one of 'ce', 'cw', 'dlr', 'dlr-targeted', got 'kl'"),
+        (lambda: PGD(torch.ones(3), norm="l2"), r"PGD: eps must be one number for norm 'l2', got shape \[3\]"),
+        (lambda: FGSM(float("nan")), "FGSM: eps must not be negative or NaN"),
+        (lambda: NFGSM(0.1, noise=-1.0), "NFGSM: noise must not be negative, got -1.0"),
+    ],
+)
+def test_wrong_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -40,6 +40,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     python("-m", "benchmarks.bench_double_backward", "--size", "tiny", *shared[:4], "--out", str(out))
     python("-m", "benchmarks.bench_jacobian", "--size", "tiny", *shared[:4], "--out", str(out))
     python("-m", "benchmarks.bench_cotangents", "--size", "tiny", *shared[:4], "--out", str(out))
+    python("-m", "benchmarks.bench_attacks", "--size", "tiny", *shared[:4], "--out", str(out))
     steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
     python(*steps, "plain", "plain_installed", "eager", "installed")
     python(*steps, "installed_compile")  # joins the others
@@ -61,6 +62,11 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
         (law, provider) for law in ("sphere", "orthonormal") for provider in ("pytorch", "robustkern")
     }
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in cotangents)
+
+    attacks = results["attacks"]
+    assert attacks["complete"]
+    assert {row["attack"] for row in attacks["attacks"]} >= {"stock PGD", "PGD", "APGD", "FGSM", "N-FGSM"}
+    assert all(row["ms"] > 0 for row in (*attacks["attacks"], *attacks["operators"]))
 
     jacobian = results["jacobian"]
     assert jacobian["complete"]

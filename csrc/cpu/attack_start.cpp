@@ -1,4 +1,4 @@
-// attack_start on the CPU.  Formulas: math/attack_step.h.
+// attack_start on the CPU.  Formulas: math/attack_start.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,7 +1,7 @@
 // The inner loops of attack_start: one piece of a row in the accumulation type.
 #pragma once
 
-#include "../math/attack_step.h"
+#include "../math/attack_start.h"
 #include "simd.h"
 
 namespace rk::cpu {

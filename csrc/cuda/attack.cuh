@@ -1,4 +1,4 @@
-// The kernels of attack_step and attack_start.  Formulas: math/attack_step.h.
+// The kernels of attack_step and attack_start.  Formulas: math/attack_step.h, math/attack_start.h.
 //
 // linf: a thread works on one 16-byte vector at a time; adversary, x and grad are read once, adversary written once.  l2
 // and l1: a block to a row, which it finds in the L2 cache when it comes back; sums are kept in double, whose range holds
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../math/attack_step.h"
+#include "../math/attack_start.h"
 #include "reduce.cuh"
 #include "vector.cuh"
 

@@ -1,4 +1,4 @@
-// One step of a gradient attack, x' <- P(x' + s d(g)) in the ball ||x' - x|| <= eps and the box [0, 1], and random starts.
+// One step of a gradient attack, x' <- P(x' + s d(g)) in the ball ||x' - x|| <= eps and the box [0, 1].
 //
 //   linf  d = sign g                      P: clamp to [max(x - eps, 0), min(x + eps, 1)]
 //   l2    d = g / ||g||                   P: x + v min(1, eps / ||v||), v = x' + s d - x, then clamped to [0, 1]
@@ -9,8 +9,7 @@
 //   ||v||^2 = ||x' - x||^2 + 2 a <g, x' - x> + a^2 ||g||^2,  a = s / ||g||.
 #pragma once
 
-#include "fixed.h"
-#include "philox.h"
+#include "scalar.h"
 
 namespace rk {
 
@@ -105,38 +104,6 @@ RK_HOST_DEVICE A l1_point(A moved, A x, A t) {
   if (size >= l1_room(v, x)) return v > A(0) ? A(1) : A(0);  // exactly there, where the next step knows it
   const A point = t > A(0) ? x + (size > A(0) ? sign(v) * size : A(0)) : moved;
   return clamp(point, A(0), A(1));
-}
-
-// Random starts: entry e of sample i comes from word e % 4 of block e / 4 of the stream 2 * restart, its radius from
-// the first word of the stream 2 * restart + 1.
-RK_HOST_DEVICE RandomWords start_words(PhiloxKey key, std::uint32_t block, std::int64_t sample, std::uint32_t stream) {
-  return philox({block, std::uint32_t(sample), std::uint32_t(std::uint64_t(sample) >> 32), stream}, key);
-}
-
-// Uniform in (-1, 1): an odd number of 2^-24, so that float and double have the same.
-template <class A>
-RK_HOST_DEVICE A symmetric(std::uint32_t word) {
-  return A(float(2 * (std::int32_t(word) >> 8) + 1) * 0x1p-24f);
-}
-
-// Uniform in (0, 1), likewise.
-template <class A>
-RK_HOST_DEVICE A unit_interval(std::uint32_t word) {
-  return A(float(std::int32_t((word >> 8) | 1u)) * 0x1p-24f);
-}
-
-// Laplace-distributed: a random sign times -log u.
-template <class A>
-RK_HOST_DEVICE A laplace(std::uint32_t word) {
-  const A size = -log_fixed(unit_interval<A>(word));
-  return word & 1u ? -size : size;
-}
-
-// (eps / length of a direction) v^(1/N), v uniform in (0, 1): the radius of a uniformly distributed point.
-template <class A>
-RK_HOST_DEVICE A start_scale(std::uint32_t word, A eps, double length, std::int64_t columns) {
-  const double radius = exp_fixed(log_fixed(unit_interval<double>(word)) / double(columns));
-  return length > 0.0 ? A(double(eps) * radius / length) : A(0);
 }
 
 }  // namespace rk

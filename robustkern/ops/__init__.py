@@ -1,9 +1,9 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
 from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
-from robustkern.ops.attack_start import attack_start as attack_start
-from robustkern.ops.attack_step import attack_step as attack_step
-from robustkern.ops.margin_loss import margin_loss as margin_loss
+from robustkern.ops.attack_start import attack_start
+from robustkern.ops.attack_step import attack_step
+from robustkern.ops.margin_loss import margin_loss
 from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -11,4 +11,7 @@ from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 # Imported for what they register: the second derivatives of PyTorch's own operators.
 DOUBLE_BACKWARD_MODULES = (activation, attention, batch_norm, group_norm, layer_norm, softmax)
 
-__all__ = ["random_cotangents", "row_norm", "softmax_cross_entropy"]
+# Nothing can be differentiated in these: they write into a tensor, on the way of an attack.
+IN_PLACE = ("attack_start", "attack_step")
+
+__all__ = ["attack_start", "attack_step", "margin_loss", "random_cotangents", "row_norm", "softmax_cross_entropy"]

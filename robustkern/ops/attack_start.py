@@ -16,6 +16,7 @@ from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.attack_step import NORMS
 from robustkern.reference.random_cotangents import draw_seed
 
+
 def attack_start(
     x: Tensor,  # [B, ...]
     *,

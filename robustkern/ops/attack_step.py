@@ -15,6 +15,7 @@ from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 from robustkern.reference.attack_step import NORMS
 
+
 def attack_step(
     adversary: Tensor,  # [B, ...]
     x: Tensor,  # like adversary

@@ -15,6 +15,7 @@ from robustkern.ops._select import accumulation_dtype, check_floating, use_kerne
 
 KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
 
+
 def margin_loss(
     logits: Tensor,  # [B, C]
     target: Tensor,  # [B]
@@ -112,7 +113,7 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     other = torch.tensor([1, 2, 3, 4, 6], device=device)
 
     def sample(name: str, logits: Tensor, classes: Tensor = target, **options: Any) -> Sample:
-        return Sample(op, (logits, classes), options, name, not logits.numel())
+        return Sample(op, (logits, classes), options, name, not logits.numel(), ("gg_grad", "second"), orders=1)
 
     for kind in KINDS:
         yield sample(kind, 3 * make(5, 10), kind=kind)

@@ -1,13 +1,13 @@
 """Every operator in plain PyTorch, for any device, dtype and order: the truth that kernels are tested against."""
 
 from robustkern.reference.activation import activation_double_backward
-from robustkern.reference.attack_start import attack_start as attack_start
-from robustkern.reference.attack_step import attack_step as attack_step
+from robustkern.reference.attack_start import attack_start
+from robustkern.reference.attack_step import attack_step
 from robustkern.reference.attention import attention_double_backward
 from robustkern.reference.batch_norm import batch_norm_double_backward
 from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
 from robustkern.reference.layer_norm import layer_norm_backward, layer_norm_double_backward
-from robustkern.reference.margin_loss import margin_loss as margin_loss
+from robustkern.reference.margin_loss import margin_loss
 from robustkern.reference.random_cotangents import random_cotangents
 from robustkern.reference.row_norm import row_norm
 from robustkern.reference.softmax import softmax_double_backward
@@ -15,12 +15,15 @@ from robustkern.reference.softmax_cross_entropy import softmax_cross_entropy
 
 __all__ = [
     "activation_double_backward",
+    "attack_start",
+    "attack_step",
     "attention_double_backward",
     "batch_norm_double_backward",
     "group_norm_backward",
     "group_norm_double_backward",
     "layer_norm_backward",
     "layer_norm_double_backward",
+    "margin_loss",
     "random_cotangents",
     "row_norm",
     "softmax_cross_entropy",

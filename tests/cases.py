@@ -123,7 +123,7 @@ class Call:
     @property
     def ends_chain(self) -> bool:
         """Whether differentiating it is refused."""
-        return self.name.endswith("_double_backward") or self.name == "random_cotangents_backward"
+        return self.name.endswith("_double_backward") or self.name in ("margin_loss_backward", "random_cotangents_backward")
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ CALLS = [
     for name in ("", "_backward", "_double_backward")[: 1 + case.orders]
 ]
 # Arguments with a shape and dtype of their own, to which the others must conform.
-FREE = ("x", "logits", "outputs")
+FREE = ("x", "logits", "outputs", "slopes")
 over_calls = pytest.mark.parametrize(("case", "order"), CALLS, ids=lambda v: str(v) or "forward")
 
 
@@ -90,7 +90,7 @@ def test_numbers(case, order, device):
     call = call_of(case, order, device)
     wrong = {
         "p": [0.5, 0.0, -1.0, math.nan],
-        "squared": [True] if call.arguments[-2] != 2.0 and case.op == "row_norm" else [],
+        "squared": [True] if case.op == "row_norm" and call.arguments[-2] != 2.0 else [],
         "label_smoothing": [-0.1, 1.1, math.nan],
         "temperature": [0.0, -1.0, math.nan, math.inf],
         "inner": [0, -1, 7] if "weight" in call.tensors else [],

@@ -42,7 +42,10 @@ def many_rows(sample, elements=300_000):
     """A batch large enough to be worth a second thread."""
     copies = max(2, elements // sample.inputs[0].numel())
     repeated = tuple(t.repeat(copies, *(1,) * (t.dim() - 1)) for t in sample.inputs)
-    return dataclasses.replace(sample, inputs=repeated)
+    options = {**sample.options}
+    if options.get("towards") is not None:  # one for each row
+        options["towards"] = options["towards"].repeat(copies)
+    return dataclasses.replace(sample, inputs=repeated, options=options)
 
 
 @pytest.mark.usefixtures("not_emulated")

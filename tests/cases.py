@@ -123,7 +123,8 @@ class Call:
     @property
     def ends_chain(self) -> bool:
         """Whether differentiating it is refused."""
-        return self.name.endswith("_double_backward") or self.name in ("margin_loss_backward", "random_cotangents_backward")
+        once = ("margin_loss_backward", "random_cotangents_backward")
+        return self.name.endswith("_double_backward") or self.name in once
 
     @property
     def tensors(self) -> dict[str, Tensor]:

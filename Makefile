@@ -41,6 +41,8 @@ $(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format
 	$(PIP) install -c constraints.txt pytorchcv==0.0.67 x-transformers
+	$(PIP) install -c constraints.txt pyautoattack foolbox tqdm
+	$(PIP) install -c constraints.txt --no-deps torchattacks # works without torchvision, of which there is no CPU build
 	@touch $@
 
 build: $(VENV)/.built

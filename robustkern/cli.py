@@ -1,4 +1,4 @@
-"""The command line: `robustkern train`, `robustkern demo`, `robustkern info`.
+"""The command line: `robustkern train`, `robustkern evaluate`, `robustkern demo`, `robustkern info`.
 
 Exit status: 0 done, 1 failed, 2 wrong use, 75 stopped by SIGINT or SIGTERM with everything saved, so that a batch
 system can start the same command again with `--resume`.
@@ -158,6 +158,44 @@ def demo(
     given = {"epochs": epochs, "seed": seed, "threads": threads}
     with _one_line_errors():
         run_demo(out, data, console, root=root, **{name: value for name, value in given.items() if value is not None})
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN")],
+    eps: Annotated[str | None, typer.Option(help="Radius: 8/255 or 0.1. Default: the one it was trained with.")] = None,
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    attacks: Annotated[str, typer.Option(help="Of pgd, apgd, autoattack; with commas.")] = "pgd,apgd,autoattack",
+    samples: Annotated[int, typer.Option(help="The first N test images; 0: all.")] = 1000,
+    pgd_steps: Annotated[int, typer.Option(help="Steps of PGD.")] = 50,
+    restarts: Annotated[int, typer.Option(help="Random starts of PGD.")] = 10,
+    apgd_steps: Annotated[int, typer.Option(help="Steps of APGD.")] = 100,
+    check_samples: Annotated[int, typer.Option(help="Images that the checks attack.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 250,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    data: Annotated[str | None, typer.Option(help="Another data set than it was trained on.")] = None,
+    root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the files go. Default: RUN/evaluation.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help='Also write the weights as {"state_dict": ...}, as RobustBench reads them.')
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 if a check fails.")] = False,
+) -> None:
+    """Attack a trained classifier, and check whether the result can be believed."""
+    from robustkern.evaluation.command import evaluate_run
+
+    console = Console()
+    with _one_line_errors():
+        report = evaluate_run(
+            run, console, data=data, root=root, out=out, export=export, device=device, threads=threads,
+            eps=None if eps is None else parse_eps(eps), norm=norm, samples=samples, pgd_steps=pgd_steps,
+            restarts=restarts, apgd_steps=apgd_steps, check_samples=check_samples, batch_size=batch_size, seed=seed,
+            attacks=tuple(name.strip() for name in attacks.split(",") if name.strip()),
+        )  # fmt: skip
+    if strict and not report.sound:
+        raise typer.Exit(FAILED)
 
 
 @app.command()

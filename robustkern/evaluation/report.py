@@ -1,0 +1,178 @@
+"""What an evaluation leaves: a JSON file, the adversarial images, a figure, and the table on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from robustkern._version import __version__
+from robustkern.training.figures import eps_text
+from robustkern.training.files import write_atomically
+
+from .suite import Accuracy, Report, recheck
+
+
+def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, Any]) -> None:
+    """Write `adversaries.safetensors`, `evaluation.json` and `evaluation.png` into a folder, each atomically.
+
+    The images are read back and evaluated once more before the accuracies are written down; the outcome is one of the
+    report's checks.
+
+    Args:
+        report: What was found.
+        model: The model it was found on.
+        out: The folder; made if it is not there.
+        source: What was evaluated, for the JSON file: path, data set and so on.
+    """
+    from safetensors.torch import load_file, save
+
+    out.mkdir(parents=True, exist_ok=True)
+    images = {name: adversary.cpu().contiguous() for name, adversary in report.adversaries.items()}
+    stored = {"clean": report.x.cpu().contiguous(), "labels": report.y.cpu().contiguous(), **images}
+    write_atomically(out / "adversaries.safetensors", save(stored))
+    report.checks.append(recheck(report, model, load_file(out / "adversaries.safetensors")))
+    figure(out / "evaluation.png", report)
+    write_atomically(out / "evaluation.json", json.dumps(to_dict(report, source), indent=2) + "\n")
+
+
+def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
+    """All figures of a report, and where they come from, in JSON's types."""
+    return {
+        "source": source,
+        "robustkern": __version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": dataclasses.asdict(report.settings),
+        "samples": {"first": 0, "count": len(report.y)},
+        "confidence": 0.95,
+        "clean": report.clean.to_dict(),
+        "attacks": [accuracy.to_dict() for accuracy in report.attacks],
+        "worst": None if report.worst is None else report.worst.to_dict(),
+        "per_class": report.per_class,
+        "curve": report.curve,
+        "steepness": report.steepness,
+        "checks": [dataclasses.asdict(check) for check in report.checks],
+        "sound": report.sound,
+    }
+
+
+def print_report(report: Report, console: Console, name: str) -> None:
+    """The table: accuracies with their intervals, then what the checks found."""
+    settings = report.settings
+    ball = {"linf": "Linf", "l2": "L2"}[settings.norm]
+    title = f"{name}: {ball}, eps {eps_text(settings.eps)}, the first {len(report.y)} test images"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", "accuracy", "95 % interval", "right", "time"):
+        table.add_column(column, justify="left" if not column else "right")
+    for accuracy in (report.clean, *report.attacks):
+        table.add_row(*_cells(accuracy), f"{accuracy.seconds:.1f} s")
+    if report.worst is not None:
+        table.add_row(*_cells(report.worst), "", style="bold")
+    console.print(table)
+    if report.worst is not None:
+        weakest = min(report.per_class, key=lambda row: row["worst"]["accuracy"])
+        console.print(
+            f"weakest class: {weakest['class']}, {100 * weakest['worst']['accuracy']:.1f} % of "
+            f"{weakest['worst']['samples']}",
+            highlight=False,
+        )
+    steepness = Table(title="\nslopes and margins (not accuracies)", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "median", "quartiles"):
+        steepness.add_column(column, justify="left" if not column else "right")
+    for measure, values in report.steepness.items():
+        steepness.add_row(measure, f"{values['median']:.3g}", f"{values['q1']:.3g} to {values['q3']:.3g}")
+    console.print(steepness)
+    checks = Table(title="\nchecks", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for check in report.checks:
+        mark = "[green]✓[/green]" if check.passed else "[bold red]✗[/bold red]"
+        checks.add_row(mark, check.name, check.finding)
+    console.print(checks)
+    flags = [check.name for check in report.checks if not check.passed]
+    if flags:
+        console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)
+
+
+def figure(path: Path, report: Report) -> None:
+    """Accuracy against the radius, and of each class, with Wilson intervals.
+
+    Args:
+        path: Where the PNG goes.
+        report: What was found.
+    """
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(10.5, 3.6), layout="constrained")
+    curve, classes = picture.subplots(1, 2)
+    radii = [point["eps"] for point in report.curve]
+    curve.plot(radii, [100 * p["accuracy"] for p in report.curve], color="#1f6f8b", marker="o", markersize=4)
+    low, high = ([100 * p[end] for p in report.curve] for end in ("low", "high"))
+    curve.fill_between(radii, low, high, color="#1f6f8b", alpha=0.18, linewidth=0)
+    worst = report.worst
+    if worst is not None:
+        ends = ([100 * (worst.value - worst.interval[0])], [100 * (worst.interval[1] - worst.value)])
+        at = report.settings.eps
+        curve.errorbar([at], [100 * worst.value], yerr=ends, color="#c8553d", fmt="s", capsize=3)
+        curve.annotate(
+            "worst case over all attacks", (at, 100 * worst.value), xytext=(-8, -12), ha="right",
+            textcoords="offset points", fontsize=8, color="#c8553d",
+        )  # fmt: skip
+    curve.set_xlabel(f"radius of the {'ℓ∞' if report.settings.norm == 'linf' else 'ℓ2'} ball")
+    curve.set_ylabel("accuracy (%)")
+    curve.set_title("under PGD-20", fontsize=10)
+    rows = report.per_class[:20]
+    places = list(range(len(rows)))
+    classes.bar([p - 0.2 for p in places], [100 * r["clean"]["accuracy"] for r in rows], 0.4, color="#b9c4cc",
+                label="clean")  # fmt: skip
+    if worst is not None:
+        heights = [100 * r["worst"]["accuracy"] for r in rows]
+        errors = [[h - 100 * r["worst"]["low"] for h, r in zip(heights, rows)],
+                  [100 * r["worst"]["high"] - h for h, r in zip(heights, rows)]]  # fmt: skip
+        classes.bar([p + 0.2 for p in places], heights, 0.4, color="#c8553d", label="worst case", yerr=errors,
+                    error_kw={"linewidth": 0.8, "ecolor": "#5f2417"})  # fmt: skip
+    names = [row["class"] for row in rows]
+    long = max(map(len, names)) > 2
+    classes.set_xticks(places, names, rotation=40 if long else 0, ha="right" if long else "center", fontsize=8)
+    classes.set_title(f"by class, ε = {eps_text(report.settings.eps)}", fontsize=10)
+    classes.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.3 if long else -0.12), ncols=2
+    )
+    for axes in (curve, classes):
+        axes.set_ylim(0, 102)
+        axes.grid(color="#e6e6e6", linewidth=0.7, axis="both" if axes is curve else "y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png", dpi=160, facecolor="white")
+    write_atomically(path, buffer.getvalue())
+
+
+def export_state_dict(model: nn.Module, path: Path) -> None:
+    """Weights as loaders in the manner of RobustBench read them: `torch.load(path)["state_dict"]`, nothing but tensors.
+
+    The names are those of the model's own `state_dict`, its normalisation included, so that inputs stay in [0, 1].
+
+    Args:
+        model: The model.
+        path: The file, written atomically.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
+    low, high = accuracy.interval
+    interval = f"{100 * low:.1f} to {100 * high:.1f} %"
+    return accuracy.name, f"{100 * accuracy.value:.1f} %", interval, f"{accuracy.right}/{accuracy.samples}"

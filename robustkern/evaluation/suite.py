@@ -1,0 +1,409 @@
+"""The evaluation: clean and attacked accuracies, the curve over the radius, steepness, and the checks behind them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkern.attacks import APGD, PGD, attacked
+from robustkern.data import Dataset
+
+from .checks import Check, Subject, correct, run_checks
+from .intervals import wilson_interval
+from .measures import linearised_robustness, local_lipschitz, logit_margin
+
+ATTACKS = ("pgd", "apgd", "autoattack")
+NORMS = ("linf", "l2")
+Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (model, x, y, indices) -> adversary
+_CURVE_SAMPLES = 500
+_CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+
+
+class MissingPackage(RuntimeError):
+    """A package that an attack comes from is not installed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        eps: Radius of the ball, in units of the images.
+        norm: "linf" or "l2".
+        samples: The first so many samples; 0: all.
+        attacks: Of `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and, targeted, on the
+            difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack has it).
+        pgd_steps: Steps of PGD, of eps / 4 each.
+        restarts: Its random starts.
+        apgd_steps: Steps of APGD.
+        check_samples: The checks attack the first so many samples, some dozen times.
+        batch_size: Samples at a time.
+        seed: Of everything random.
+    """
+
+    eps: float
+    norm: str = "linf"
+    samples: int = 1000
+    attacks: tuple[str, ...] = ATTACKS
+    pgd_steps: int = 50
+    restarts: int = 10
+    apgd_steps: int = 100
+    check_samples: int = 200
+    batch_size: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("pgd_steps", "restarts", "apgd_steps", "check_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.samples < 0:
+            raise ValueError(f"samples must not be negative, got {self.samples}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        for attack in self.attacks:
+            if attack not in ATTACKS:
+                raise ValueError(f"no attack {attack!r}: choose among {', '.join(ATTACKS)}")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy with its 95 % Wilson interval.
+
+    Attributes:
+        name: Of what.
+        right: Samples classified right.
+        samples: Samples in all.
+        seconds: How long it took to measure.
+    """
+
+    name: str
+    right: int
+    samples: int
+    seconds: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return self.right / max(1, self.samples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.right, self.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        low, high = self.interval
+        return {
+            "name": self.name, "accuracy": self.value, "low": low, "high": high, "right": self.right,
+            "samples": self.samples, "seconds": round(self.seconds, 2),
+        }  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        settings: What was measured.
+        clean: Accuracy on the images as they are.
+        attacks: Accuracy under each attack.
+        worst: Accuracy where a sample counts as right only if no attack fools the model on it.
+        classes: Names of the classes.
+        per_class: Clean and worst accuracy of each class.
+        curve: Accuracy under PGD-20 against the radius, on the first 500 samples.
+        steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
+            constant is what an attack found: a lower bound.
+        checks: Reasons to doubt the accuracies, sought.
+        warnings: What the attacks' packages warned of.
+        adversaries: For each attack, its adversarial images.  [N, C, H, W]
+        x: The clean images.
+        y: Their labels.
+    """
+
+    settings: Settings
+    clean: Accuracy
+    classes: tuple[str, ...]
+    x: Tensor
+    y: Tensor
+    attacks: list[Accuracy] = field(default_factory=list)
+    worst: Accuracy | None = None
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    steepness: dict[str, dict[str, float]] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    adversaries: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether no check found a reason to doubt the accuracies."""
+        return all(check.passed for check in self.checks)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    on_stage: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Measure a classifier's robustness, and whether the measurement can be believed.
+
+    Every attack is run on every sample that is classified right; one that is not counts as wrong under any attack.
+
+    Args:
+        model: Maps images in [0, 1] to logits, normalisation inside.  It leaves as it came.
+        data: The images; none of them may have been used to train or choose the model.
+        settings: What is measured.
+        device: Where the model is.
+        on_stage: Called with the name of what is being measured, and how many of how many samples are done.
+
+    Raises:
+        MissingPackage: AutoAttack is asked for and pyautoattack is not installed.
+        ValueError: The model does not give logits for the classes of the data.
+    """
+    if "autoattack" in settings.attacks:
+        autoattack_package()
+    report_stage = on_stage or (lambda stage, done, total: None)
+    training = any(module.training for module in model.modules())
+    data = data.first(settings.samples or None)
+    x, y = data.images.to(device), data.labels.to(device)
+    started = time.perf_counter()
+    right = _correct(model, x, y, settings.batch_size)
+    with attacked(model), torch.no_grad():
+        width = model(x[:1]).shape[1]
+    if width != data.num_classes:
+        raise ValueError(f"the model gives {width} logits, {data.name} has {data.num_classes} classes")
+    clean = Accuracy("clean", int(right.sum()), len(x), time.perf_counter() - started)
+    report = Report(settings, clean, data.classes, x, y)
+
+    survivors = right.clone()
+    with _warnings_of("auto-attack") as report.warnings:
+        for name, attack in _attacks(settings, width):
+            started = time.perf_counter()
+            adversary, fooled = _attack_all(model, x, y, right, attack, settings.batch_size, name, report_stage)
+            report.adversaries[name] = adversary
+            standing = right & ~fooled
+            survivors &= standing
+            report.attacks.append(Accuracy(name, int(standing.sum()), len(x), time.perf_counter() - started))
+    report.worst = Accuracy("worst case", int(survivors.sum()), len(x)) if report.attacks else None
+    for label, name in enumerate(data.classes):
+        members = y == label
+        count = int(members.sum())
+        report.per_class.append(
+            {
+                "class": name,
+                "clean": Accuracy(name, int(right[members].sum()), count).to_dict(),
+                "worst": Accuracy(name, int(survivors[members].sum()), count).to_dict() if report.attacks else None,
+            }
+        )
+    _measure_curve(report, model, report_stage)
+    _measure_steepness(report, model, report_stage)
+    report_stage("checks", 0, 1)
+    few = settings.check_samples
+    reported = float(survivors[:few].float().mean()) if report.attacks else None
+    subject = Subject(model, x[:few], y[:few], settings.eps, settings.norm, seed=settings.seed, reported=reported)
+    report.checks = run_checks(subject, training)
+    report.checks.append(_in_ball(report))
+    if "autoattack" in settings.attacks:
+        report.checks.append(_autoattack_flags(report))
+    return report
+
+
+def recheck(report: Report, model: nn.Module, adversaries: dict[str, Tensor]) -> Check:
+    """The stored adversarial images, evaluated again, must give the accuracies that were reported."""
+    right = _correct(model, report.x, report.y, report.settings.batch_size)
+    values, wrong = {}, []
+    for attack in report.attacks:
+        again = _correct(model, adversaries[attack.name].to(report.x.device), report.y, report.settings.batch_size)
+        values[attack.name] = int((right & again).sum())
+        if values[attack.name] != attack.right:
+            wrong.append(f"{attack.name}: {values[attack.name]} right instead of {attack.right}")
+    found = "; ".join(wrong) or "the stored adversarial images give the same accuracies"
+    return Check("reproduced from file", not wrong, found, values)
+
+
+def autoattack_package() -> Any:
+    """The package pyautoattack.
+
+    Raises:
+        MissingPackage: It is not installed.
+    """
+    try:
+        import pyautoattack
+    except ImportError as error:
+        raise MissingPackage(
+            "AutoAttack needs the package pyautoattack: pip install 'robustkern[eval]', or leave it out with "
+            "--attacks pgd,apgd"
+        ) from error
+    return pyautoattack
+
+
+def _attacks(settings: Settings, classes: int) -> Iterator[tuple[str, Attack]]:
+    eps, norm, seed = settings.eps, settings.norm, settings.seed
+
+    def starts(x: Tensor, stream: int) -> torch.Generator:
+        return torch.Generator(x.device).manual_seed(seed * 1000 + stream)
+
+    if "pgd" in settings.attacks:
+        pgd = PGD(
+            eps, step_size=eps / 4, steps=settings.pgd_steps, restarts=settings.restarts, norm=norm, early_exit=True
+        )
+        name = f"PGD-{settings.pgd_steps}x{settings.restarts}"
+        yield name, lambda model, x, y, indices: pgd(model, x, y, starts(x, 0), indices=indices)
+    if "apgd" in settings.attacks:
+        cross_entropy = APGD(eps, steps=settings.apgd_steps, norm=norm)
+        yield "APGD-CE", lambda model, x, y, indices: cross_entropy(model, x, y, starts(x, 1), indices=indices)
+        targeted = APGD(
+            eps,
+            steps=settings.apgd_steps,
+            norm=norm,
+            loss="dlr-targeted" if classes > 3 else "cw",
+            restarts=min(classes - 1, 9) if classes > 3 else 1,
+        )
+        name = "APGD-T" if classes > 3 else "APGD-CW"
+        yield name, lambda model, x, y, indices: targeted(model, x, y, starts(x, 2), indices=indices)
+    if "autoattack" in settings.attacks:
+        yield "AutoAttack", lambda model, x, y, indices: _autoattack(model, x, y, settings, classes)
+
+
+def _autoattack(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, classes: int) -> Tensor:
+    """AutoAttack standard; where there are too few classes for its targeted attacks, their untargeted forms."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        attack = autoattack_package().AutoAttack(
+            model, device=x.device, eps=settings.eps, norm={"linf": "Linf", "l2": "L2"}[settings.norm],
+            seed=settings.seed, version="standard",
+        )  # fmt: skip
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
+        if classes < 4:
+            attack.attacks_to_run = ["apgd-ce", *(["apgd-dlr"] if classes > 2 else []), "fab", "square"]
+        with attacked(model):
+            adversary, _ = attack.run_standard_evaluation(x, y, batch_size=settings.batch_size)
+    return adversary.detach()
+
+
+def _attack_all(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    right: Tensor,
+    attack: Attack,
+    batch_size: int,
+    name: str,
+    report_stage: Callable[[str, int, int], None],
+) -> tuple[Tensor, Tensor]:
+    """Adversaries of the samples classified right, the others as they are; and which of them fool the model."""
+    adversary, fooled = x.clone(), torch.zeros_like(right)
+    chosen = right.nonzero().squeeze(1)
+    done = 0
+    report_stage(name, done, len(chosen))
+    for indices in chosen.split(batch_size):
+        adversary[indices] = attack(model, x[indices], y[indices], indices).to(x.dtype)
+        done += len(indices)
+        report_stage(name, done, len(chosen))
+    # In the same batches as the clean accuracy: a sum in another order may tip a sample that stands on the edge.
+    fooled = right & ~_correct(model, adversary, y, batch_size)
+    return adversary, fooled
+
+
+def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    rights = [correct(model, xs, ys) for xs, ys in parts]
+    return torch.cat(rights) if rights else torch.zeros(0, dtype=torch.bool, device=x.device)
+
+
+def _measure_curve(report: Report, model: nn.Module, report_stage: Callable[[str, int, int], None]) -> None:
+    settings = report.settings
+    x, y = report.x[:_CURVE_SAMPLES], report.y[:_CURVE_SAMPLES]
+    right = _correct(model, x, y, settings.batch_size)
+    for place, multiple in enumerate(_CURVE):
+        report_stage("accuracy against eps", place, len(_CURVE))
+        eps = multiple * settings.eps
+        pgd = PGD(eps, steps=20, norm=settings.norm, early_exit=True)
+        standing = right
+        if eps:
+            seed = settings.seed
+
+            def attack(
+                model: nn.Module, x: Tensor, y: Tensor, indices: Tensor, pgd: PGD = pgd, seed: int = seed
+            ) -> Tensor:
+                return pgd(model, x, y, torch.Generator(x.device).manual_seed(seed), indices=indices)
+
+            _, fooled = _attack_all(model, x, y, right, attack, settings.batch_size, "", lambda *_: None)
+            standing = right & ~fooled
+        report.curve.append({"eps": eps, **Accuracy("PGD-20", int(standing.sum()), len(x)).to_dict()})
+
+
+def _measure_steepness(report: Report, model: nn.Module, report_stage: Callable[[str, int, int], None]) -> None:
+    settings = report.settings
+    few = settings.check_samples
+    x, y = report.x[:few], report.y[:few]
+    report_stage("steepness", 0, 1)
+    generator = torch.Generator(x.device).manual_seed(settings.seed)
+    report.steepness["local Lipschitz constant (lower bound)"] = _summary(
+        local_lipschitz(model, x, settings.eps if settings.norm == "linf" else 8 / 255, generator=generator)
+    )
+    report.steepness["logit margin"] = _summary(logit_margin(model, x, y))
+    report.steepness[f"linearised robustness, {settings.norm}"] = _summary(
+        linearised_robustness(model, x, y, settings.norm)
+    )
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    finite = values[values.isfinite()].double()
+    if not len(finite):
+        return {"mean": float("nan"), "q1": float("nan"), "median": float("nan"), "q3": float("nan"), "samples": 0}
+    q1, median, q3 = (float(q) for q in torch.quantile(finite, finite.new_tensor([0.25, 0.5, 0.75])))
+    return {"mean": float(finite.mean()), "q1": q1, "median": median, "q3": q3, "samples": len(finite)}
+
+
+def _in_ball(report: Report) -> Check:
+    """Every adversarial image must be an image, and within eps of the clean one: recomputed from both."""
+    farthest, outside = 0.0, 0.0
+    for adversary in report.adversaries.values():
+        change = (adversary.double() - report.x.double()).flatten(1)
+        distance = change.abs().amax(1) if report.settings.norm == "linf" else change.norm(dim=1)
+        farthest = max(farthest, float(distance.max()) if len(distance) else 0.0)
+        outside = max(outside, float((adversary - adversary.clamp(0, 1)).abs().max()) if len(distance) else 0.0)
+    finite = all(bool(adversary.isfinite().all()) for adversary in report.adversaries.values())
+    passed = finite and farthest <= report.settings.eps * (1 + 1e-5) + 1e-6 and outside == 0
+    found = f"no change larger than {farthest:.6g}, all values in [0, 1]"
+    if not passed:
+        found = f"a change of {farthest:.6g} where {report.settings.eps:.6g} is allowed, {outside:.2g} outside [0, 1]"
+    return Check("in the ball", passed, found, {"farthest": farthest, "outside": outside})
+
+
+def _autoattack_flags(report: Report) -> Check:
+    """AutoAttack's own finding that its black-box attack got where its white-box ones did not, and its other flags."""
+    found = "; ".join(report.warnings) or "AutoAttack raised no flag"
+    return Check("AutoAttack's flags", not report.warnings, found)
+
+
+@contextmanager
+def _warnings_of(logger_name: str) -> Iterator[list[str]]:
+    """The warnings that a logger gets meanwhile, each once."""
+    seen: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in seen:
+                seen.append(message)
+
+    logger, handler = logging.getLogger(logger_name), Keep(logging.WARNING)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield seen
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import chart, harness, projections
+from . import attack_tables, chart, harness, projections
+from .markdown import sentence, table, times
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
 from .step_cases import PROVIDERS as STEP_PROVIDERS
@@ -64,11 +65,6 @@ def step_groups(results: Row) -> dict[Any, Columns]:
     return group(results.get("steps", {}).get("rows", []), lambda r: (r["model"], r["penalty"]))
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    numbers = ["---" if i == 0 else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, numbers, *lines))
-
-
 def ms(row: Row | None) -> str:
     if row is None or row.get("reason") == harness.TOO_LATE_TO_COMPILE:
         return "-"
@@ -80,22 +76,8 @@ def speed_up(columns: Columns, over: str, of: str = "robustkern") -> float | Non
     return theirs["ms"] / mine["ms"] if mine and theirs and mine["ms"] and theirs["ms"] else None
 
 
-def times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x" if value < 9.95 else f"{value:.0f}x"
-
-
 def megabytes(row: Row | None) -> str:
     return "-" if row is None or not row.get("peak_bytes") else f"{row['peak_bytes'] / 1e6:.3g}"
-
-
-def sentence(section: Row) -> str:
-    """Where and when a section was measured."""
-    s = section["stamp"]
-    commits = dict.fromkeys(row.get("commit", s["commit"]) for row in section["rows"]) or [s["commit"]]
-    cuda = f", CUDA {s['cuda']}, driver {s['driver']}" if "cuda" in s else ""
-    incomplete = "" if section["complete"] else " The run was stopped before all cases were measured."
-    commit = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
-    return f"{s['device']}, PyTorch {s['torch']}{cuda}, {commit}, {s['date'][:10]}.{incomplete}"
 
 
 def readme_ops(results: Row) -> str:
@@ -297,6 +279,8 @@ BLOCKS = (
     ("double_backward", readme_double_backward),
     ("steps", readme_steps),
     ("jacobian", readme_jacobian),
+    ("cotangents", attack_tables.cotangents),
+    ("attacks", attack_tables.attacks),
 )
 
 

@@ -80,15 +80,11 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     for row in jacobian["variances"]:
         assert row["measured"] == pytest.approx(row["predicted"], rel=0.2, abs=1e-3)
 
-    markers = "\n".join(
-        f"<!-- benchmarks:{end} {name} -->"
-        for name in ("ops", "double_backward", "steps", "jacobian")
-        for end in ("begin", "end")
-    )
-    readme.write_text(f"before\n{markers}\nafter\n")
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import render
 
+    markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name, _ in render.BLOCKS for end in ("begin", "end"))
+    readme.write_text(f"before\n{markers}\nafter\n")
     options = ["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]
     assert render.main([*options, "--check"]) == 1
     assert render.main(options) == 0
@@ -97,6 +93,8 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert "BatchNorm2d" in readme.read_text()
     assert "double backward" in out.with_suffix(".md").read_text()
     assert "as precise" in readme.read_text()
+    assert "torch.linalg.qr" in readme.read_text()
+    assert "N-FGSM, tiny PreAct-ResNet" in readme.read_text() and "attack_step, l1" in readme.read_text()
     for name in ("penalised_step.png", "projections.png"):
         (tmp_path / name).unlink()
         assert render.main([*options, "--check"]) == 1

@@ -22,15 +22,15 @@ Projections = int | Literal["exact"]
 def jacobian_norm(
     outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: str = ..., kind: str = ...,
     weight: Tensor | float | None = ..., squared: bool = ..., reduction: str = ...,
-    generator: torch.Generator | None = ..., return_variance: Literal[False] = ..., create_graph: bool | None = ...,
-    impl: str = ...,
+    generator: torch.Generator | None = ..., first: int = ..., return_variance: Literal[False] = ...,
+    create_graph: bool | None = ..., impl: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian_norm(
     outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: str = ..., kind: str = ...,
     weight: Tensor | float | None = ..., squared: bool = ..., reduction: str = ...,
-    generator: torch.Generator | None = ..., return_variance: Literal[True], create_graph: bool | None = ...,
-    impl: str = ...,
+    generator: torch.Generator | None = ..., first: int = ..., return_variance: Literal[True],
+    create_graph: bool | None = ..., impl: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def jacobian_norm(
     squared: bool = True,
     reduction: str = "none",
     generator: torch.Generator | None = None,
+    first: int = 0,
     return_variance: bool = False,
     create_graph: bool | None = None,
     impl: str = "auto",
@@ -85,6 +86,7 @@ def jacobian_norm(
         squared: False for the square root of the estimate, which is biased (downwards) unless it is exact.
         reduction: "none" [B], "mean" or "sum" over the batch.
         generator: where the projections come from, on the device of outputs; None: the default one.
+        first: row of a larger batch that the first of these is: its projections are those that it has there.
         return_variance: also give an unbiased estimate of the estimate's variance, from the spread of the K values:
             s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It takes K >= 2 and
             `squared`, and assumes nothing but that the samples' projections are independent, which they are.
@@ -109,13 +111,18 @@ def jacobian_norm(
     exact = projections == "exact"
     check_outputs("jacobian_norm", outputs, x)
     _check_options(outputs, projections, law, kind, squared, reduction, return_variance)
+    if first < 0:
+        raise ValueError(f"jacobian_norm: first must not be negative, got {first}")
     with torch.enable_grad(), fused_where_possible(impl):
         source = outputs if differentiable else outputs.detach()
         if exact:
             cotangents: Iterable[Tensor] = basis_cotangents(source, kind)
         else:
             count = int(projections)
-            cotangents = random_cotangents(source, count, law=law, kind=kind, generator=generator, impl=impl)
+            # A row's directions are those of its place: rows before these, which somebody else has, are put there.
+            padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
+            cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
+            cotangents = cotangents[:, first:] if first else cotangents
         values: list[Tensor] = []
         for cotangent in cotangents:
             grad = input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)

@@ -26,7 +26,7 @@ class CrossLipschitz(ProjectedPenalty):
         weight: of the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
-        law, every, fraction, label_smoothing, generator, impl, step: see `robustkern.losses.projected_penalty`.
+        law, every, fraction, label_smoothing, generator, impl, step, shard: see `robustkern.losses.projected_penalty`.
 
     The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
     `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and

@@ -28,7 +28,7 @@ class JacobianPenalty(ProjectedPenalty):
         weight: of the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
-        law, every, fraction, label_smoothing, generator, impl, step: see `robustkern.losses.projected_penalty`.
+        law, every, fraction, label_smoothing, generator, impl, step, shard: see `robustkern.losses.projected_penalty`.
         squared: False for the norm itself, estimated by the root of the estimate: too small on average, unless exact.
 
     The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
@@ -41,5 +41,5 @@ class JacobianPenalty(ProjectedPenalty):
 
     kind: ClassVar[str] = "plain"
 
-    def _norm(self, outputs: Tensor, x: Tensor, squared: bool = True) -> Tensor:
-        return super()._norm(outputs, x, self.squared)
+    def _norm(self, outputs: Tensor, x: Tensor, first: int, squared: bool = True) -> Tensor:
+        return super()._norm(outputs, x, first, self.squared)

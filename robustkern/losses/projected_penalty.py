@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustkern.double_backward import fused_where_possible
 from robustkern.jacobian import jacobian_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.sharding import Shard
 from robustkern.terms import Terms
 
 
@@ -34,6 +35,7 @@ class ProjectedPenalty:
         generator: where projections and samples are drawn from, on the device of x; None: the default one.
         impl: "auto", "kernel" or "reference".
         step: calls so far, which `every` goes by.
+        shard: which rows of a batch that several processes share x and y are; None: all of them.
 
     The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and
     targets y.  Its Terms have smoothness 0 and weight 0 where a step is not penalised.  An x that requires grad is
@@ -54,6 +56,7 @@ class ProjectedPenalty:
     generator: torch.Generator | None = None
     impl: str = "auto"
     step: int = 0
+    shard: Shard | None = None
 
     kind: ClassVar[str]
 
@@ -70,26 +73,39 @@ class ProjectedPenalty:
         if not self._is_due():
             orientation = self._cross_entropy(model(x), y)
             return Terms(orientation, orientation.new_zeros(()), 0.0)
-        count = min(len(x), max(1, round(self.fraction * len(x))))
-        order = None
-        if count < len(x):
-            order = torch.randperm(len(x), generator=self.generator, device=x.device)
+        shard = self.shard or Shard(0, len(x), len(x))
+        if shard.size != len(x):
+            raise ValueError(f"{type(self).__name__}: shard has {shard.size} rows, x has {len(x)}")
+        count = min(shard.total, max(1, round(self.fraction * shard.total)))
         with fused_where_possible(self.impl):
-            if order is None:
+            if count == shard.total:
                 x = _leaf(x)
                 logits = model(x)
-                norm = self._norm(logits, x)
+                norm = self._norm(logits, x, shard.offset)
             elif _normalises_over_the_batch(model):
                 x = _leaf(x)
                 logits = model(x)
-                norm = self._norm(logits, x)[order[:count]]
+                norm = self._norm(logits, x, shard.offset)[self._draw(shard, count, x.device)[0]]
             else:
-                chosen, others = _leaf(x[order[:count]]), x[order[count:]]
+                mine, others, first = self._draw(shard, count, x.device)
+                chosen = _leaf(x[mine])
                 outputs = model(chosen)
-                norm = self._norm(outputs, chosen)
-                logits, y = torch.cat([outputs, model(others)]), y[order]
+                norm = self._norm(outputs, chosen, first)
+                logits, y = torch.cat([outputs, model(x[others])]), torch.cat([y[mine], y[others]])
             orientation = self._cross_entropy(logits, y)
-        return Terms(orientation, self._scale(logits) * norm.mean(), self.weight * self.every)
+        # The mean over those chosen, be they here or elsewhere, as a mean over the rows here.
+        mean = norm.mean() if shard.size == shard.total else norm.sum() * (shard.total / (count * shard.size))
+        return Terms(orientation, self._scale(logits) * mean, self.weight * self.every)
+
+    def _draw(self, shard: Shard, count: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """The rows here that are penalised, those that are not, and how many are penalised in the rows before."""
+        order = torch.randperm(shard.total, generator=self.generator, device=device)
+        chosen, others = (rows.sort().values for rows in (order[:count], order[count:]))
+        if shard.size == shard.total:  # nothing to be waited for
+            return chosen, others, 0
+        here = [(rows >= shard.offset) & (rows < shard.offset + shard.size) for rows in (chosen, others)]
+        first = int((chosen < shard.offset).sum())
+        return chosen[here[0]] - shard.offset, others[here[1]] - shard.offset, first
 
     def _is_due(self) -> bool:
         if self.every == 1:  # and no counter, which torch.compile would compile anew for
@@ -97,10 +113,10 @@ class ProjectedPenalty:
         self.step += 1
         return (self.step - 1) % self.every == 0
 
-    def _norm(self, outputs: Tensor, x: Tensor, squared: bool = True) -> Tensor:
+    def _norm(self, outputs: Tensor, x: Tensor, first: int, squared: bool = True) -> Tensor:
         return jacobian_norm(
             outputs, x, self.projections, law=self.law, kind=self.kind, weight=self.eps, squared=squared,
-            generator=self.generator, impl=self.impl,
+            generator=self.generator, first=first, impl=self.impl,
         )  # fmt: skip
 
     def _scale(self, logits: Tensor) -> float:

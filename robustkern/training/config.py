@@ -1,16 +1,18 @@
-"""The configuration of a run: everything that decides its result, as it is written to `config.json`."""
+"""The configuration of a run: everything that decides its result, as it is written to `config.yaml`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .yaml_files import dump_yaml, load_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("one-cycle", "cosine", "constant")
+SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
+WATCHES = ("warn", "stop", "off")
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,35 @@ class TrainingConfig:
         model: A name of `robustkern.models.MODELS`.
         eps: Radius of the attack that measures robustness, and of methods that need one, in units of the images.
         epochs: Passes over the training set.
-        batch_size: Samples per step; the last, smaller batch of an epoch is trained on as well.
+        batch_size: Samples per step, those of all processes together; the last, smaller batch of an epoch is trained
+            on as well.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Decoupled for AdamW, L2 for SGD.
-        schedule: "one-cycle" (linear rise over the first quarter, then cosine to zero), "cosine" or "constant".
+        schedule: "one-cycle" (linear rise over the first quarter, then cosine to zero), "cosine", "triangular" (linear
+            rise over the first half, linear fall over the second), "step" (times `gamma` at each of the `milestones`)
+            or "constant".
+        milestones: Epochs after which schedule "step" lowers the learning rate; none: after half and three quarters.
+        gamma: What it is multiplied with there.
         ramp: The smoothness weight grows linearly from 0 to full over this share of the steps.
         clip: Largest gradient norm; a longer gradient is scaled down to it. 0: never.
-        seed: Decides initial weights, order of the samples, augmentation and random starts of attacks.
+        ema: Decay of an exponential moving average of the weights; 0: none. See `WeightAverage`.
+        amp: Forward passes of the loss in bfloat16 where PyTorch's autocast does that; weights, reductions of the
+            loss, optimizer and evaluation stay float32.
+        sync_batch_norm: With several processes on GPUs, BatchNorm normalises by the whole batch rather than by each
+            process's part.
+        seed: Decides initial weights, validation split, order of the samples, augmentation and everything random in
+            losses and attacks.
         impl: "auto", "kernel" or "reference": which implementation of the fused ops.
         device: "cpu" or "cuda".
         threads: CPU threads. Part of the result, because it decides the order in which sums are taken.
         train_samples: Train on the first so many samples only; 0: all.
-        eval_samples: Robust accuracy is measured on the first so many test samples; 0: all.
+        validation: Training samples held out to choose the best weights by: a share below 1, or a number. 0: none.
+        eval_samples: Robust accuracy is measured on the first so many images of the test or validation set; 0: all.
         eval_every: It is measured every so many epochs, and after the last; null in the rows between.
         pgd_steps: Steps of that attack.
+        watch: What to do about catastrophic overfitting, see `overfitting`: "warn", "stop" the training (which takes a
+            validation set) or "off".
         checkpoint_every: Steps between checkpoints inside an epoch; 0: only at the end of each epoch.
         max_skipped: Steps in a row that may be skipped for a non-finite loss or gradient before the run fails.
     """
@@ -54,16 +70,23 @@ class TrainingConfig:
     lr: float = 0.05
     weight_decay: float = 5e-4
     schedule: str = "one-cycle"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
     ramp: float = 0.3
     clip: float = 1.0
+    ema: float = 0.0
+    amp: bool = False
+    sync_batch_norm: bool = False
     seed: int = 0
     impl: str = "auto"
     device: str = "cpu"
     threads: int = 1
     train_samples: int = 0
+    validation: float = 0.0
     eval_samples: int = 1000
     eval_every: int = 1
     pgd_steps: int = 20
+    watch: str = "warn"
     checkpoint_every: int = 0
     max_skipped: int = 10
 
@@ -72,35 +95,42 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("train_samples", "eval_samples", "checkpoint_every", "max_skipped", "weight_decay", "clip"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        _require(0 < self.lr < float("inf"), f"lr must be positive, got {self.lr}")
         _require(0 < self.eps <= 1, f"eps must be in (0, 1], got {self.eps}: images are in [0, 1], write 8/255")
         _require(0 <= self.ramp <= 1, f"ramp is a share of the training, 0 to 1, got {self.ramp}")
+        _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
+        _require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
+        valid = 0 <= self.validation and (self.validation < 1 or self.validation == int(self.validation))
+        _require(valid, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
+        ascending = all(0 < a < b for a, b in zip(self.milestones, (*self.milestones[1:], self.epochs), strict=True))
+        _require(
+            not self.milestones or ascending,
+            f"milestones must be ascending epochs from 1 to {self.epochs - 1}, got {list(self.milestones)}",
+        )
+        only_step = self.schedule == "step" or not self.milestones
+        _require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
         _require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
         _require(self.device in ("cpu", "cuda"), f"device must be cpu or cuda, got {self.device!r}")
+        _require(self.watch in WATCHES, f"watch must be one of {', '.join(WATCHES)}, got {self.watch!r}")
+        _require(
+            self.watch != "stop" or self.validation > 0,
+            "watch stop takes a validation set: no run may end early by what it sees of the test images",
+        )
+        _require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    def to_yaml(self) -> str:
+        """What `from_yaml` reads; numbers to their last bit."""
+        values = dataclasses.asdict(self)
+        return dump_yaml({**values, "milestones": list(self.milestones)})
 
     @classmethod
-    def from_json(cls, text: str) -> TrainingConfig:
-        """The configuration that `to_json` wrote; unknown and missing names, and wrong types, are refused."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"not JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise UsageError("not a JSON object")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
+    def from_yaml(cls, text: str) -> TrainingConfig:
+        """The configuration that `to_yaml` wrote; unknown and missing names, and wrong types, are refused."""
+        values = parse_settings(text)
         missing = sorted(name for name in ("data", "method") if name not in values)
-        _require(not unknown, f"unknown setting {', '.join(unknown)}")
         _require(not missing, f"missing setting {', '.join(missing)}")
-        for name, value in values.items():
-            accepted = _TYPES[str(fields[name].type).split("[")[0]]
-            fits = isinstance(value, accepted) and not isinstance(value, bool)
-            _require(fits, f"{name} must be {fields[name].type}, got {value!r}")
         return cls(**values)
 
     def differences(self, other: TrainingConfig) -> list[str]:
@@ -118,7 +148,47 @@ class TrainingConfig:
         return changed
 
 
-_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict}
+# By the name of the type, up to its first bracket.
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "tuple": list}
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Fields of a `TrainingConfig`, or some of them, from YAML; unknown names and wrong types are refused."""
+    values = load_yaml(text)
+    _require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
+    unknown = sorted(str(name) for name in set(values) - set(fields))
+    _require(not unknown, f"unknown setting {', '.join(unknown)}")
+    for name, value in values.items():
+        kind = str(fields[name].type)
+        if kind == "float" and isinstance(value, str):
+            values[name] = value = parse_fraction(value)
+        fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
+        _require(fits, f"{name} must be {kind}, got {value!r}")
+    if "milestones" in values:
+        numbers = all(isinstance(epoch, int) and not isinstance(epoch, bool) for epoch in values["milestones"])
+        _require(numbers, f"milestones must be a list of epochs, got {values['milestones']!r}")
+        values["milestones"] = tuple(values["milestones"])
+    return values
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """`parse_settings` of a file; errors name it."""
+    try:
+        return parse_settings(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, UsageError) as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def parse_fraction(text: str) -> float:
+    """A number written as such (0.1) or as a fraction (8/255)."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
 
 
 def _require(condition: bool, message: str) -> None:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _WARM_UP = 0.25  # share of the steps in which the one-cycle schedule rises
+_MILESTONES = (0.5, 0.75)  # shares of the steps after which the step schedule falls, unless it is told
 
 
-def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
+def learning_rate(
+    schedule: str, peak: float, step: int, steps: int, *, milestones: Sequence[float] = (), gamma: float = 0.1
+) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
     Args:
-        schedule: "one-cycle", "cosine" or "constant".
+        schedule: "one-cycle", "cosine", "triangular", "step" or "constant".
         peak: The highest learning rate.
         step: Steps already taken.
         steps: Steps of the whole run.
+        milestones: For "step", the shares of the steps after which it falls; by default half and three quarters.
+        gamma: What it is multiplied with at each of them.
     """
     if schedule == "constant":
         return peak
+    if schedule == "step":
+        # In whole steps: k / n * n is not always k in floating point.
+        return peak * gamma ** sum(step >= round(share * steps) for share in milestones or _MILESTONES)
+    if schedule == "triangular":
+        # The corners lie at -1, the middle and `steps`: no step of a run has a rate of zero.
+        half = (steps + 1) / 2
+        return peak * (1 - abs(step + 1 - half) / half)
     rise = _WARM_UP * steps if schedule == "one-cycle" else 0.0
     if step + 1 <= rise:
         return peak * (step + 1) / rise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-_EXTRAS = ("typer", "rich", "matplotlib", "sklearn", "safetensors")
+_EXTRAS = ("typer", "rich", "matplotlib", "sklearn", "safetensors", "yaml")
 
 
 def main() -> None:

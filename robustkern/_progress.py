@@ -38,6 +38,7 @@ class TrainingProgress(training.Observer):
         )
         self._task: TaskID | None = None
         self._epochs = 0
+        self._prefix = ""
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -62,6 +63,9 @@ class TrainingProgress(training.Observer):
         )
         if progress.step:
             self._console.print(f"going on after step {progress.step}", highlight=False)
+        self._prefix = "validation_" if config.validation else ""
+        if config.validation:
+            self._console.print("accuracies are those on the images held out for validation", style="dim")
         heads = ("epoch", "orientation", "smoothness", "clean", f"PGD-{config.pgd_steps}", "ms/step")
         self._console.print(_COLUMNS.format(*heads), style="dim", highlight=False)
         if self._task is not None:
@@ -81,7 +85,7 @@ class TrainingProgress(training.Observer):
         if epoch % self._every and epoch != self._epochs:
             return
         skipped = f"  ({row['skipped']:.0f} steps skipped: not finite)" if row["skipped"] else ""
-        clean, robust = row["clean_accuracy"], row["robust_accuracy"]
+        clean, robust = row[f"{self._prefix}clean_accuracy"], row[f"{self._prefix}robust_accuracy"]
         line = _COLUMNS.format(
             f"{epoch}/{self._epochs}",
             f"{row['orientation']:.4f}",

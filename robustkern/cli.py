@@ -7,6 +7,7 @@ system can start the same command again with `--resume`.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +23,17 @@ from robustkern.ops.random_cotangents import LAWS
 from robustkern.training import (
     METHODS,
     Interrupted,
+    Observers,
     TrainingConfig,
     TrainingError,
     UsageError,
     read_config,
+    read_settings,
     recipe,
     train,
 )
+from robustkern.training.config import SCHEDULES, parse_fraction
+from robustkern.training.tensorboard import TensorBoard
 
 from ._progress import TrainingProgress
 
@@ -46,85 +51,179 @@ app = typer.Typer(
 
 def parse_eps(text: str) -> float:
     """A radius written as a number (0.1) or as a fraction (8/255)."""
-    numerator, slash, denominator = text.partition("/")
     try:
-        return float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(f"{text!r} is neither a number nor a fraction such as 8/255") from None
+        return parse_fraction(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def parse_milestones(text: str) -> tuple[int, ...]:
+    """Epochs separated by commas: 100,150."""
+    try:
+        return tuple(int(epoch) for epoch in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of epochs such as 100,150") from None
 
 
 _DATA_HELP = f"{', '.join(datasets.NAMES)}, or a folder with train/CLASS/*.png and test/CLASS/*.png."
 _ROOT_HELP = "Folder with the data set's files."
+_WHAT, _METHOD, _OPTIMIZATION = "What is trained", "Options of the method", "Optimization"
+_MEASURING, _RUN = "Validation and measuring", "The run"
+
+
+def _option(help: str, *names: str, panel: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
 
 
 @app.command("train")
 def train_command(
-    data: Annotated[str | None, typer.Option(help=_DATA_HELP + " Default: digits.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)}. Default: gradient-penalty.")] = None,
+    data: Annotated[str | None, _option(_DATA_HELP + " Default: digits.", panel=_WHAT)] = None,
+    method: Annotated[str | None, _option(f"{', '.join(METHODS)}. Default: gradient-penalty.", panel=_WHAT)] = None,
+    model: Annotated[str | None, _option(f"{', '.join(models.MODELS)}.", panel=_WHAT)] = None,
     eps: Annotated[
-        str | None, typer.Option(help="Radius in units of the images: 8/255 or 0.1. Default: per data set.")
+        str | None, _option("Radius in units of the images: 8/255 or 0.1. Default: per data set.", panel=_WHAT)
     ] = None,
-    weight: Annotated[float | None, typer.Option(help="Weight of the smoothness term.")] = None,
+    config: Annotated[
+        Path | None,
+        _option("YAML file with any of these settings, such as a run's config.yaml; options override it.", panel=_WHAT),
+    ] = None,
+    weight: Annotated[float | None, _option("Weight of the smoothness term.", panel=_METHOD)] = None,
     norm: Annotated[
         float | None,
-        typer.Option("--norm", "-p", help="Norm of the input gradient: 1 for Linf attacks, 2, inf, or any p >= 1."),
+        _option(
+            "Norm of the input gradient: 1 for Linf attacks, 2, inf, or any p >= 1.", "--norm", "-p", panel=_METHOD
+        ),
     ] = None,
     projections: Annotated[
-        int | None, typer.Option(help="Random projections of the Jacobian for each sample; 0: its exact norm.")
+        int | None, _option("Random projections of the Jacobian for each sample; 0: its exact norm.", panel=_METHOD)
     ] = None,
-    law: Annotated[str | None, typer.Option(help=f"Of the projections: {', '.join(LAWS)}.")] = None,
-    every: Annotated[int | None, typer.Option(help="Penalise the Jacobian in one step of so many.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Penalise the Jacobian of that share of a batch.")] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="Label smoothing, 0 to 1.")] = None,
-    model: Annotated[str | None, typer.Option(help=f"{', '.join(models.MODELS)}.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="one-cycle, cosine or constant.")] = None,
+    law: Annotated[str | None, _option(f"Of the projections: {', '.join(LAWS)}.", panel=_METHOD)] = None,
+    every: Annotated[int | None, _option("Penalise the Jacobian in one step of so many.", panel=_METHOD)] = None,
+    fraction: Annotated[float | None, _option("Penalise the Jacobian of that share of a batch.", panel=_METHOD)] = None,
+    label_smoothing: Annotated[float | None, _option("Label smoothing, 0 to 1.", panel=_METHOD)] = None,
+    set_: Annotated[
+        list[str] | None,
+        _option("Any other option of the method, as NAME=VALUE; may be repeated.", "--set", panel=_METHOD),
+    ] = None,
+    epochs: Annotated[int | None, _option("Passes over the training set.", panel=_OPTIMIZATION)] = None,
+    batch_size: Annotated[
+        int | None, _option("Samples per step, those of all processes together.", panel=_OPTIMIZATION)
+    ] = None,
+    optimizer: Annotated[str | None, _option("sgd (Nesterov momentum 0.9) or adamw.", panel=_OPTIMIZATION)] = None,
+    lr: Annotated[float | None, _option("Peak learning rate.", panel=_OPTIMIZATION)] = None,
+    weight_decay: Annotated[float | None, _option("Weight decay.", panel=_OPTIMIZATION)] = None,
+    schedule: Annotated[str | None, _option(f"{', '.join(SCHEDULES)}.", panel=_OPTIMIZATION)] = None,
+    milestones: Annotated[
+        str | None,
+        _option("For schedule step: epochs after which the rate falls, 100,150.", panel=_OPTIMIZATION),
+    ] = None,
+    gamma: Annotated[float | None, _option("What it is multiplied with there.", panel=_OPTIMIZATION)] = None,
     ramp: Annotated[
-        float | None, typer.Option(help="Share of the training over which the weight grows from 0 to full.")
+        float | None,
+        _option("Share of the training over which the weight grows from 0 to full.", panel=_OPTIMIZATION),
     ] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0: no clipping.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    impl: Annotated[str | None, typer.Option(help="auto, kernel or reference: which ops to use.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    train_samples: Annotated[int | None, typer.Option(help="Train on the first N samples; 0: all.")] = None,
-    eval_samples: Annotated[int | None, typer.Option(help="Attack the first N test samples; 0: all.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Epochs between attacks; the last is always measured.")] = None,
+    clip: Annotated[float | None, _option("Largest gradient norm; 0: no clipping.", panel=_OPTIMIZATION)] = None,
+    ema: Annotated[
+        float | None, _option("Decay of a moving average of the weights, such as 0.995; 0: none.", panel=_OPTIMIZATION)
+    ] = None,
+    amp: Annotated[bool | None, _option("Forward passes in bfloat16.", "--amp/--no-amp", panel=_OPTIMIZATION)] = None,
+    sync_batch_norm: Annotated[
+        bool | None,
+        _option(
+            "With several GPUs: BatchNorm over the whole batch.",
+            "--sync-batch-norm/--no-sync-batch-norm",
+            panel=_OPTIMIZATION,
+        ),
+    ] = None,
+    validation: Annotated[
+        float | None,
+        _option("Hold out that share, or number, of the training samples; keep the best weights.", panel=_MEASURING),
+    ] = None,
+    eval_samples: Annotated[
+        int | None, _option("Attack the first N test or validation samples; 0: all.", panel=_MEASURING)
+    ] = None,
+    eval_every: Annotated[
+        int | None, _option("Epochs between attacks; the last is always measured.", panel=_MEASURING)
+    ] = None,
+    pgd_steps: Annotated[int | None, _option("Steps of the attack.", panel=_MEASURING)] = None,
+    watch: Annotated[
+        str | None,
+        _option("What to do about catastrophic overfitting: warn, stop or off.", panel=_MEASURING),
+    ] = None,
+    tensorboard: Annotated[
+        bool, _option("Write scalars for TensorBoard into the run directory.", "--tensorboard", panel=_MEASURING)
+    ] = False,
+    seed: Annotated[int | None, _option("Seed of everything random.", panel=_RUN)] = None,
+    impl: Annotated[str | None, _option("auto, kernel or reference: which ops to use.", panel=_RUN)] = None,
+    device: Annotated[str | None, _option("cpu or cuda.", panel=_RUN)] = None,
+    threads: Annotated[int | None, _option("CPU threads of each process.", panel=_RUN)] = None,
+    train_samples: Annotated[int | None, _option("Train on the first N samples; 0: all.", panel=_RUN)] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints inside an epoch; 0: only at its end.")
+        int | None, _option("Steps between checkpoints inside an epoch; 0: only at its end.", panel=_RUN)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/DATA-METHOD.")] = None,
-    root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    max_skipped: Annotated[
+        int | None, _option("Steps in a row that may be skipped for a loss that is not finite.", panel=_RUN)
+    ] = None,
+    out: Annotated[Path | None, _option("Run directory. Default: runs/DATA-METHOD.", panel=_RUN)] = None,
+    root: Annotated[Path | None, _option(_ROOT_HELP, panel=_RUN)] = None,
+    resume: Annotated[bool, _option("Go on with the run in --out.", "--resume", panel=_RUN)] = False,
+    timeout: Annotated[
+        float, _option("Seconds after which a process that does not answer is given up. Default: 600.", panel=_RUN)
+    ] = 600.0,
 ) -> None:
-    """Train a classifier; interrupted at any moment, go on with --resume."""
+    """Train a classifier; interrupted at any moment, go on with --resume.
+
+    Several processes, on one machine or more: torchrun --nproc-per-node 4 -m robustkern train ...
+    """
     given: dict[str, Any] = {
         "model": model, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
-        "weight_decay": weight_decay, "schedule": schedule, "ramp": ramp, "clip": clip, "seed": seed, "impl": impl,
-        "device": device, "threads": threads, "train_samples": train_samples, "eval_samples": eval_samples,
-        "eval_every": eval_every, "checkpoint_every": checkpoint_every, "eps": None if eps is None else parse_eps(eps),
+        "weight_decay": weight_decay, "schedule": schedule, "gamma": gamma, "ramp": ramp, "clip": clip, "ema": ema,
+        "amp": amp, "sync_batch_norm": sync_batch_norm, "seed": seed, "impl": impl, "device": device,
+        "threads": threads, "train_samples": train_samples, "validation": validation, "eval_samples": eval_samples,
+        "eval_every": eval_every, "pgd_steps": pgd_steps, "watch": watch, "checkpoint_every": checkpoint_every,
+        "max_skipped": max_skipped, "eps": None if eps is None else parse_eps(eps),
+        "milestones": None if milestones is None else parse_milestones(milestones),
     }  # fmt: skip
     options: dict[str, Any] = {
         "weight": weight, "norm": norm, "projections": projections, "law": law, "every": every, "fraction": fraction,
-        "label_smoothing": label_smoothing,
+        "label_smoothing": label_smoothing, **_assignments(set_ or []),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     options = {name: value for name, value in options.items() if value is not None}
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     with _one_line_errors():
+        if config is not None:
+            settings = read_settings(config)
+            data, method = data or settings.pop("data", None), method or settings.pop("method", None)
+            options = {**settings.pop("options", {}), **options}
+            given = {**{name: value for name, value in settings.items() if name not in ("data", "method")}, **given}
         if out is None:
             out = Path("runs") / f"{Path(data or 'digits').name}-{method or 'gradient-penalty'}"
-        if resume and (out / "config.json").exists():
-            config = _resumed(read_config(out), data, method, options, given)
+        if resume and (out / "config.yaml").exists():
+            settings_of_run = _resumed(read_config(out), data, method, options, given)
         else:
-            config = recipe(data or "digits", method or "gradient-penalty", options=options, **given)
+            settings_of_run = recipe(data or "digits", method or "gradient-penalty", options=options, **given)
         with TrainingProgress(console) as progress:
-            result = train(config, out, root=root, resume=resume, observer=progress)
+            observer = Observers(progress, TensorBoard(out)) if tensorboard else progress
+            result = train(settings_of_run, out, root=root, resume=resume, observer=observer, timeout=timeout)
+        for name, row in result.accuracies.items():
+            robust = f"{100 * row['robust_accuracy']:.1f} %"
+            console.print(
+                f"{name:>4} weights (epoch {row['epoch']}): test accuracy {100 * row['clean_accuracy']:.1f} %, "
+                f"under PGD-{settings_of_run.pgd_steps} {robust}",
+                highlight=False,
+                soft_wrap=True,
+            )
         console.print(f"[green]done[/green]: {result.out}/ holds model.safetensors, metrics.jsonl and the figures")
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    """NAME=VALUE each; the method knows the types."""
+    pairs = [text.partition("=") for text in texts]
+    for (_, sign, _), text in zip(pairs, texts, strict=True):
+        if not sign:
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE")
+    return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}
 
 
 def _resumed(
@@ -221,5 +320,7 @@ def _one_line_errors() -> Iterator[None]:
         status, message = FAILED, f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
     else:
         return
-    print(f"robustkern: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or status == FAILED:  # of what is the same for all processes, the first one tells
+        print(f"robustkern: {message}", file=sys.stderr)
     raise typer.Exit(status)

@@ -31,7 +31,7 @@ class Shard:
     idle: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.offset and 1 <= self.size and self.offset + self.size <= self.total):
+        if not (self.offset >= 0 and self.size >= 1 and self.offset + self.size <= self.total):
             raise ValueError(
                 f"Shard: rows must lie in the batch, got {self.size} from {self.offset} on, of {self.total} in all"
             )

@@ -13,7 +13,9 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
+pytest.importorskip("yaml")
 
+import yaml
 from typer.testing import CliRunner
 
 from robustkern import _info, cli
@@ -48,7 +50,7 @@ def test_train_prints_a_row_per_epoch_and_writes_its_configuration(tmp_path):
     assert result.exit_code == 0, result.output
     assert "orientation" in result.stdout and "PGD-20" in result.stdout and "ms/step" in result.stdout
     assert "1/2" in result.stdout and "2/2" in result.stdout and "eps 32/255" in result.stdout
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["eps"] == pytest.approx(32 / 255) and written["seed"] == 3 and written["lr"] == 0.02
     assert written["options"]["weight"] == 0.5 and written["options"]["norm"] == 2.0
 
@@ -59,7 +61,7 @@ def test_train_with_random_projections(tmp_path):
     result = run("train", "--method", "jacobian", *options, *FAST, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "projections 3, law sphere, every 2, fraction 0.5" in result.stdout
-    written = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["options"]
     assert {"projections": 3, "law": "sphere", "every": 2, "fraction": 0.5}.items() <= written.items()
 
 
@@ -103,7 +105,7 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
 def test_wrong_use_is_one_line_and_a_status(tmp_path, arguments, status, message):
     result = run("train", *arguments, "--out", tmp_path / "run")
     assert result.exit_code == status and message in one_line(result)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--eps", "8/x"], ["--eps", "1/0"], ["--epochs", "many"], ["--colour"]])
@@ -183,7 +185,7 @@ def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
 # Blocks the extras, as if they were not installed, then runs the command line.
 WITHOUT_EXTRAS = """
 import runpy, sys
-for name in ("typer", "rich", "matplotlib", "sklearn", "safetensors", "PIL"):
+for name in ("typer", "rich", "matplotlib", "sklearn", "safetensors", "yaml", "PIL"):
     sys.modules[name] = None
 sys.argv = ["robustkern", *sys.argv[1:]]
 runpy.run_module("robustkern", run_name="__main__")
@@ -210,7 +212,7 @@ def test_everything_else_names_the_extra_in_one_sentence(command):
 def test_importing_robustkern_imports_no_extra():
     code = "import sys, robustkern; print(*sorted(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"typer", "rich", "matplotlib", "sklearn", "safetensors"} & set(result.stdout.split())
+    assert not {"typer", "rich", "matplotlib", "sklearn", "safetensors", "yaml"} & set(result.stdout.split())
 
 
 def test_info_through_typer_and_its_errors(capsys):

@@ -298,7 +298,7 @@ def test_forged_states_are_refused(crashed, state):
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(models.MODELS, "other", partial(models.SmallCNN, width=8))
     train(config(model="other", epochs=1), tmp_path)
-    (tmp_path / "config.json").write_text(config().to_json())
+    (tmp_path / "config.yaml").write_text(config().to_yaml())
     with pytest.raises(CheckpointError, match="belongs to another architecture"):
         train(config(), tmp_path, resume=True)
 
@@ -340,8 +340,8 @@ def test_a_run_is_not_overwritten(crashed):
 
 
 def test_damaged_config_is_one_sentence(crashed):
-    (crashed / "config.json").write_text('{"data": ')
-    with pytest.raises(UsageError, match="not JSON"):
+    (crashed / "config.yaml").write_text('data: "digits')
+    with pytest.raises(UsageError, match="not YAML"):
         train(config(), crashed, resume=True)
 
 

@@ -39,7 +39,7 @@ def test_two_epochs_learn_and_leave_a_complete_run(tmp_path, method):
     assert (last["smoothness"] > 0) == (METHODS[method].smoothness is not None)
     assert 0 <= last["robust_accuracy"] <= last["clean_accuracy"] + 0.1 and last["ms_per_step"] > 0
     written = {path.name for path in result.out.iterdir()}
-    assert {"config.json", "metrics.jsonl", "model.safetensors", "curves.png", "gradients.png"} <= written
+    assert {"config.yaml", "metrics.jsonl", "model.safetensors", "curves.png", "gradients.png"} <= written
     assert not [name for name in written if name.startswith(".tmp-")]
     assert [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()] == result.rows
     model, description = training.load_model(result.out)
@@ -169,26 +169,40 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_configuration_survives_json():
-    config = recipe("digits", "gradient-penalty", options={"norm": math.inf}, lr=1)
-    assert TrainingConfig.from_json(config.to_json()) == config
+def test_configuration_survives_yaml():
+    given = {"lr": 1, "eps": 1 / 3, "weight_decay": 5e-324, "schedule": "step", "milestones": (3, 5), "amp": True}
+    config = recipe("digits", "gradient-penalty", options={"norm": math.inf}, **given)
+    assert TrainingConfig.from_yaml(config.to_yaml()) == config
+    assert TrainingConfig.from_yaml(recipe("digits").to_yaml()) == recipe("digits")
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not JSON"),
-        ("[]", "not a JSON object"),
-        ('{"data": "digits"}', "missing setting method"),
-        ('{"data": "digits", "method": "standard", "learning_rate": 1}', "unknown setting learning_rate"),
-        ('{"data": "digits", "method": "standard", "epochs": "3"}', "epochs must be int"),
-        ('{"data": "digits", "method": "standard", "epochs": true}', "epochs must be int"),
-        ('{"data": "digits", "method": "standard", "epochs": 0}', "epochs must be at least 1"),
+        ("{", "not YAML in line 1"),
+        ("- a", "expected a mapping of settings, got list"),
+        ("", "expected a mapping of settings, got NoneType"),
+        ("data: digits", "missing setting method"),
+        ("data: digits\nmethod: standard\nlearning_rate: 1", "unknown setting learning_rate"),
+        ("data: digits\nmethod: standard\nepochs: '3'", "epochs must be int"),
+        ("data: digits\nmethod: standard\nepochs: true", "epochs must be int"),
+        ("data: digits\nmethod: standard\namp: 1", "amp must be bool"),
+        ("data: digits\nmethod: standard\nepochs: 0", "epochs must be at least 1"),
+        ("data: digits\nmethod: standard\neps: 8/x", "'8/x' is neither a number nor a fraction"),
+        ("data: digits\nmethod: standard\nmilestones: 3", "milestones must be tuple"),
+        ("data: digits\nmethod: standard\nmilestones: [a]", "milestones must be a list of epochs"),
+        ("data: digits\ndata: digits\nmethod: standard", "not YAML in line 1 .data stands twice"),
+        ("data: !!python/object/apply:os.getcwd []\nmethod: standard", "could not determine a constructor"),
     ],
 )
 def test_configurations_that_are_refused(text, message):
     with pytest.raises(UsageError, match=message):
-        TrainingConfig.from_json(text)
+        TrainingConfig.from_yaml(text)
+
+
+def test_numbers_in_yaml_are_numbers():
+    config = TrainingConfig.from_yaml("data: digits\nmethod: standard\neps: 8/255\nweight_decay: 5e-4\nlr: 1.e1")
+    assert (config.eps, config.weight_decay, config.lr) == (8 / 255, 5e-4, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +211,17 @@ def test_configurations_that_are_refused(text, message):
         ({"eps": 8}, "write 8/255"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"optimizer": "lion"}, "no optimizer"),
-        ({"schedule": "step"}, "no schedule"),
+        ({"schedule": "linear"}, "no schedule"),
+        ({"schedule": "step", "milestones": (5, 3)}, "milestones must be ascending epochs from 1 to 39"),
+        ({"schedule": "step", "milestones": (40,)}, "milestones must be ascending epochs"),
+        ({"milestones": (3,)}, "milestones belong to schedule step"),
+        ({"gamma": 0.0}, "gamma must be in"),
+        ({"ema": 1.0}, "ema must be in"),
+        ({"validation": 2.5}, "validation must be a share below 1 or a number"),
+        ({"watch": "loudly"}, "watch must be one of"),
+        ({"watch": "stop"}, "watch stop takes a validation set"),
+        ({"sync_batch_norm": True}, "sync_batch_norm takes device cuda"),
+        ({"lr": math.inf}, "lr must be positive"),
         ({"ramp": 2.0}, "ramp"),
         ({"impl": "cuda"}, "impl"),
         ({"clip": -1.0}, "clip"),
@@ -225,7 +249,7 @@ def test_names_that_are_refused(tmp_path, changed, message):
 def test_a_missing_data_set_leaves_no_run_behind(tmp_path):
     with pytest.raises(datasets.DataError, match="not found"):
         train(recipe("cifar10"), tmp_path / "run", root=tmp_path)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_every_recipe_is_valid():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,13 @@ class TrainingConfig:
         _require(0 <= self.ramp <= 1, f"ramp is a share of the training, 0 to 1, got {self.ramp}")
         _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         _require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
-        valid = 0 <= self.validation and (self.validation < 1 or self.validation == int(self.validation))
+        valid = self.validation >= 0 and (self.validation < 1 or self.validation == int(self.validation))
         _require(valid, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
-        ascending = all(0 < a < b for a, b in zip(self.milestones, (*self.milestones[1:], self.epochs), strict=True))
+        bounds = (0, *self.milestones, self.epochs)
         _require(
-            not self.milestones or ascending,
+            not self.milestones or all(a < b for a, b in pairwise(bounds)),
             f"milestones must be ascending epochs from 1 to {self.epochs - 1}, got {list(self.milestones)}",
         )
         only_step = self.schedule == "step" or not self.milestones

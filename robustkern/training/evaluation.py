@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from robustkern.attacks import PGD, attacked
+from robustkern.attacks import attacked
 from robustkern.data import Dataset, generator
+
+from .distributed import Group
 
 _BATCH = 250
 
 
+class Attack(Protocol):
+    """What `robustkern.attacks` are."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
 def clean_accuracy(
-    model: nn.Module, data: Dataset, *, device: str = "cpu", on_batch: Callable[[], None] | None = None
+    model: nn.Module,
+    data: Dataset,
+    *,
+    device: str = "cpu",
+    on_batch: Callable[[], None] | None = None,
+    group: Group | None = None,
 ) -> float:
     """Share of the images that the model classifies correctly in eval mode.
 
@@ -23,24 +37,25 @@ def clean_accuracy(
         data: The images.
         device: Where the model is.
         on_batch: Called after each batch; what it raises ends the evaluation.
+        group: Processes that share the work; the result does not depend on how many they are.
     """
-    correct = 0
-    with attacked(model), torch.no_grad():
-        for x, y in _batches(data, device):
-            correct += int((model(x).argmax(dim=1) == y).sum())
-            if on_batch is not None:
-                on_batch()
-    return correct / max(1, len(data))
+
+    def right(batch: int, x: Tensor, y: Tensor) -> Tensor:
+        with attacked(model), torch.no_grad():
+            return model(x).argmax(dim=1) == y
+
+    return _share(right, data, device, on_batch, group)
 
 
 def robust_accuracy(
     model: nn.Module,
     data: Dataset,
-    attack: PGD,
+    attack: Attack,
     *,
     seed: int = 0,
     device: str = "cpu",
     on_batch: Callable[[], None] | None = None,
+    group: Group | None = None,
 ) -> float:
     """Share of the images that the model still classifies correctly when attacked.
 
@@ -53,18 +68,40 @@ def robust_accuracy(
         seed: Decides the random starts.
         device: Where the model is.
         on_batch: Called after each batch; what it raises ends the evaluation.
+        group: Processes that share the work; the result does not depend on how many they are.
     """
-    correct = 0
-    for batch, (x, y) in enumerate(_batches(data, device)):
+
+    def right(batch: int, x: Tensor, y: Tensor) -> Tensor:
         starts = generator(seed, "attack", batch)
         if device != "cpu":
             starts = torch.Generator(device).manual_seed(starts.initial_seed())
         adversary = attack(model, x, y, generator=starts)
         with attacked(model), torch.no_grad():
-            right = (model(x).argmax(dim=1) == y) & (model(adversary).argmax(dim=1) == y)
-        correct += int(right.sum())
+            return (model(x).argmax(dim=1) == y) & (model(adversary).argmax(dim=1) == y)
+
+    return _share(right, data, device, on_batch, group)
+
+
+def _share(
+    right: Callable[[int, Tensor, Tensor], Tensor],
+    data: Dataset,
+    device: str,
+    on_batch: Callable[[], None] | None,
+    group: Group | None,
+) -> float:
+    """Share of the images for which `right` (number of the batch, x, y) is true."""
+    rank, size = (group.rank, group.size) if group is not None else (0, 1)
+    x, y = data.images.split(_BATCH), data.labels.split(_BATCH)
+    correct = 0
+    for begin in range(0, len(x), size):
+        batch = begin + rank
+        if batch < len(x):
+            correct += int(right(batch, x[batch].to(device), y[batch].to(device)).sum())
+        # Also without a batch: what it does, all processes may have to do together.
         if on_batch is not None:
             on_batch()
+    if group is not None:
+        correct = int(group.sum(float(correct)))
     return correct / max(1, len(data))
 
 
@@ -77,8 +114,3 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with attacked(model), torch.enable_grad():
         (grad,) = torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)
     return grad
-
-
-def _batches(data: Dataset, device: str) -> list[tuple[Tensor, Tensor]]:
-    pairs = zip(data.images.split(_BATCH), data.labels.split(_BATCH), strict=True)
-    return [(x.to(device), y.to(device)) for x, y in pairs]

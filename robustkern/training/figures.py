@@ -32,6 +32,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
 
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     terms, accuracy = figure.subplots(1, 2)
+    images = "test"
     for color, (name, rows) in zip(_COLORS[1 if len(runs) == 1 else 0 :], runs.items(), strict=False):
         epochs = [row["epoch"] for row in rows]
         prefix = f"{name}: " if len(runs) > 1 else ""
@@ -42,9 +43,11 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
         if any(row["smoothness"] for row in rows):
             smoothness = [row["smoothness"] for row in rows]
             terms.plot(epochs, smoothness, color=color, marker=marker, linestyle="--", label=f"{prefix}smoothness")
-        clean = [100 * (row["clean_accuracy"] or 0) for row in rows]
-        measured = [row for row in rows if row["robust_accuracy"] is not None]
-        robust = [100 * (row["robust_accuracy"] or 0) for row in measured]
+        held_out = "validation_" if "validation_clean_accuracy" in rows[0] else ""
+        clean = [100 * (row[f"{held_out}clean_accuracy"] or 0) for row in rows]
+        measured = [row for row in rows if row[f"{held_out}robust_accuracy"] is not None]
+        robust = [100 * (row[f"{held_out}robust_accuracy"] or 0) for row in measured]
+        images = "validation" if held_out else "test"
         accuracy.plot(epochs, clean, color=color, marker=marker, label=f"{prefix}clean")
         accuracy.plot(
             [row["epoch"] for row in measured],
@@ -56,7 +59,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
         )
     terms.set_ylabel("mean over the training set")
     terms.set_ylim(bottom=0)
-    accuracy.set_ylabel("test accuracy (%)")
+    accuracy.set_ylabel(f"{images} accuracy (%)")
     accuracy.set_ylim(-2, 102)
     accuracy.set_title(f"attack: PGD, $\\ell_\\infty$, ε = {eps_text(eps)}", fontsize=10)
     terms.set_title("the two terms of the loss", fontsize=10)

@@ -30,12 +30,14 @@ class Method:
         options: Its options and their defaults. The types of the defaults are the types of the options.
         build: Makes the loss: `build(eps=..., impl=..., **options)`.
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
+        single_step: Whether it trains on single-step attacks, which can overfit to them catastrophically.
     """
 
     summary: str
     options: dict[str, Any]
     build: Callable[..., Loss]
     smoothness: str | None = None
+    single_step: bool = False
 
     def complete(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """All options, the missing ones from the defaults; unknown names and wrong types are refused."""

@@ -1,23 +1,22 @@
 """The training loop: a run directory in, a trained model and its record out.
 
 The run keeps no random state. Initial weights are a function of the seed, the order of the samples and their
-augmentation of (seed, epoch), the attack's starts of (seed, batch), random projections of (seed, step), the learning
-rate and the smoothness weight of the step. What a checkpoint holds, weights, optimizer buffers and counters, is
-therefore everything: on one CPU, with one thread count, a run that was killed and resumed ends with the same bits as
-one that was not.
+augmentation of (seed, epoch), the attack's starts of (seed, batch), what losses draw of (seed, step, place in the
+batch), the learning rate and the smoothness weight of the step. What a checkpoint holds, weights, their average,
+optimizer buffers and counters, is therefore everything: on one CPU, with one thread count, a run that was killed and
+resumed ends with the same bits as one that was not. Nor does any of it depend on the number of processes, which share
+each batch: their results differ by rounding.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,38 +24,22 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern import models
-from robustkern.attacks import PGD
-from robustkern.losses.projected_penalty import ProjectedPenalty
+from robustkern.sharding import Shard
 
-from .checkpoint import Progress, Row, fingerprint, load_latest, save_checkpoint
+from .averaging import WeightAverage
+from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
 from .config import TrainingConfig
+from .distributed import Group, process_group
 from .errors import Interrupted, TrainingError, UsageError
-from .evaluation import clean_accuracy, robust_accuracy
 from .files import RunLock, remove_stale, write_atomically
+from .judge import Judge, split
 from .methods import build_loss
-from .schedule import learning_rate, weight_factor
+from .observer import Observer
+from .signals import StopOnSignal
+from .step import Stepper
 from .weights import save_weights
 
 _SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
-
-
-class Observer:
-    """What a run tells whoever watches it; override what is of interest."""
-
-    def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
-        """Training begins, or goes on, at `progress`."""
-
-    def on_step(self, progress: Progress) -> None:
-        """A step was taken."""
-
-    def on_evaluation(self) -> None:
-        """A batch of the evaluation was done."""
-
-    def on_epoch(self, row: Row) -> None:
-        """An epoch has ended with these metrics."""
-
-    def on_message(self, message: str) -> None:
-        """Something the user should know."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +50,14 @@ class Result:
         out: The run directory.
         model: The trained model, in eval mode.
         rows: One row of metrics per epoch.
+        accuracies: Of "last", and of "ema" and "best" where the run has them: clean and robust accuracy on test images,
+            and where they come from.  As in `results.json`.
     """
 
     out: Path
     model: nn.Module
     rows: list[Row]
+    accuracies: dict[str, dict[str, Any]]
 
 
 def train(
@@ -81,27 +67,32 @@ def train(
     root: str | Path | None = None,
     resume: bool = False,
     observer: Observer | None = None,
+    timeout: float = 600.0,
 ) -> Result:
     """Train a model, or finish training it.
 
-    Writes into `out`, each file atomically: `config.json`, `metrics.jsonl`, `model.safetensors`, the last two
-    checkpoints, `curves.png` and `gradients.png`.
+    Writes into `out`, each file atomically: `config.yaml`, `metrics.jsonl`, `results.json`, `model.safetensors` (and
+    `ema.safetensors`, `best.safetensors`), the last two checkpoints, `curves.png` and `gradients.png`.
+
+    Started by torchrun, or with torch.distributed initialised, the processes share every batch and the evaluation;
+    all of them get the result, the first one writes.
 
     Args:
         config: What to train.
-        out: The run directory; made if missing.
-        root: Where the files of the data set are.
-        resume: Go on with the run in `out`, which must have the same configuration. Without one there, start.
+        out: The run directory; made if missing. Only the first process's counts.
+        root: Where the files of the data set are, on each machine.
+        resume: Go on with the run in `out`, which must have the same configuration. Without one there, start. The
+            number of processes may be another one.
         observer: Is told how the run goes.
+        timeout: Seconds after which a process that does not answer is given up by the others.
 
     Raises:
         UsageError: The configuration makes no sense, differs from the run's, or another process works in `out`.
         DataError: The data set is missing or damaged.
-        TrainingError: Losses stay non-finite, or nothing can be saved.
-        Interrupted: SIGINT or SIGTERM; the state was saved.
+        TrainingError: Losses stay non-finite, nothing can be saved, or another process of the run ended.
+        Interrupted: SIGINT or SIGTERM, sent to any of the processes; the state was saved.
     """
     out = Path(out)
-    observer = observer or Observer()
     loss = build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
     if config.data not in datasets.NAMES and not Path(config.data).is_dir():
         known = ", ".join(datasets.NAMES)
@@ -110,23 +101,37 @@ def train(
         raise UsageError(f"no model {config.model!r}: choose one of {', '.join(models.MODELS)}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda: PyTorch sees no CUDA device here")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    with RunLock(out), _threads(config.threads), _StopOnSignal() as stop:
-        remove_stale(out)
-        _check_claim(config, out, resume)
-        train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
-        test_set = datasets.load(config.data, root, "test")
-        # Only now: a data set that was missing must not leave a run behind.
-        write_atomically(out / "config.json", config.to_json())
-        run = _Run(config, out, train_set, test_set, loss, observer, stop)
-        return run.finish()
+    with StopOnSignal() as stop, process_group(config.device, timeout) as group, ExitStack() as lock:
+        observer = observer if observer is not None and group.main else Observer()
+
+        def claim() -> None:
+            if out.exists() and not out.is_dir():
+                raise UsageError(f"{out} is a file, not a folder")
+            out.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(RunLock(out))
+            remove_stale(out)
+            _check_claim(config, out, resume)
+
+        def load() -> tuple[datasets.Dataset, datasets.Dataset]:
+            train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
+            test_set = datasets.load(config.data, root, "test")
+            if not len(train_set) or not len(test_set):
+                raise datasets.DataError(f"{config.data}: no images to train or test on")
+            return train_set, test_set
+
+        group.on_main(claim)
+        with _threads(config.threads):
+            train_set, test_set = group.on_all(load)
+            # Only now: a data set that was missing must not leave a run behind.
+            run = _Run(config, out, train_set, test_set, loss, observer, stop, group)
+            return run.finish()
 
 
 def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
     """Refuse a folder whose run is not the one to be started or resumed."""
-    path = out / "config.json"
+    path = out / "config.yaml"
+    if (out / "config.json").exists() and not path.exists():
+        raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
     if not path.exists():
         return
     if not resume:
@@ -138,9 +143,9 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
 
 def read_config(out: str | Path) -> TrainingConfig:
     """The configuration of a run directory."""
-    path = Path(out) / "config.json"
+    path = Path(out) / "config.yaml"
     try:
-        return TrainingConfig.from_json(path.read_text())
+        return TrainingConfig.from_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, UsageError) as error:
         raise UsageError(f"{path}: {error}") from error
 
@@ -156,42 +161,62 @@ class _Run:
         test_set: datasets.Dataset,
         loss: Any,
         observer: Observer,
-        stop: _StopOnSignal,
+        stop: StopOnSignal,
+        group: Group,
     ) -> None:
-        if not len(train_set) or not len(test_set):
-            raise datasets.DataError(f"{config.data}: no images to train or test on")
-        self.config, self.out, self.observer, self.stop = config, out, observer, stop
-        self.train_set, self.test_set, self.loss = train_set, test_set, loss
-        self.steps_per_epoch = -(-len(train_set) // config.batch_size)
+        self.config, self.out, self.observer, self.stop, self.group = config, out, observer, stop, group
+        self.train_set, validation_set = split(train_set, config.validation, config.seed)
+        self.test_set = test_set
+        self.steps_per_epoch = -(-len(self.train_set) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
+        self.stopping = False  # agreed upon by all processes, unlike `stop`
         self.augmentation = datasets.augmentation(config.data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = models.create(config.model, train_set.num_classes, train_set.in_shape, *train_set.statistics())
-        self.model.to(config.device)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = _optimizer(config, self.parameters)
-        self.fingerprint = fingerprint(self.model, train_set.classes)
-        loaded, problems = load_latest(out, self.model, self.optimizer, self.fingerprint)
-        for problem in problems:
+            model = models.create(
+                config.model, self.train_set.num_classes, self.train_set.in_shape, *self.train_set.statistics()
+            )
+        self.fingerprint = fingerprint(model, self.train_set.classes)
+        if config.sync_batch_norm and group.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.to(config.device)
+        optimizer = _optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.stepper = Stepper(config, self.model, optimizer, loss, group)
+        progress = Progress(step=0, epoch=0, skipped=0, sums=dict.fromkeys(_SUMS, 0.0), rows=[])
+        average = WeightAverage(self.model, config.ema) if config.ema else None
+        self.state = TrainState(progress, self.model, optimizer, average)
+        self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
+        for problem in group.on_main(lambda: load_latest(out, self.state, self.fingerprint)):
             observer.on_message(f"{problem}; going back to the one before it")
-        self.progress = loaded or Progress(step=0, epoch=0, skipped=0, sums=dict.fromkeys(_SUMS, 0.0), rows=[])
+        if group.size > 1:
+            content = group.broadcast(self.state.to_bytes() if group.main else b"")
+            if not group.main:
+                self.state.load_bytes(content, "what process 0 sent")
+        group.on_main(lambda: write_atomically(out / "config.yaml", config.to_yaml()))
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
 
     def finish(self) -> Result:
         self._write_metrics()  # rows that a killed process wrote after its last checkpoint are not part of the run
         self.observer.on_start(self.config, self.steps_per_epoch, self.progress)
         try:
-            while self.progress.epoch < self.config.epochs:
+            while self.progress.epoch < self.config.epochs and not self.progress.ended:
                 self._train_epoch()
                 self._end_epoch()
+            self._agree_on_stopping()
             self._check_stop()
+            accuracies = self.judge.final()
         except Interrupted:
             self._save()
             raise
+        finally:
+            self.observer.on_end()
         self._save_weights()
         self.model.eval()
-        self._draw()
-        return Result(self.out, self.model, self.progress.rows)
+        self.group.on_main(lambda: self._report(accuracies))
+        return Result(self.out, self.model, self.progress.rows, accuracies)
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
@@ -201,7 +226,7 @@ class _Run:
             self._check_stop()
             indices = order[step * config.batch_size : (step + 1) * config.batch_size]
             started = time.perf_counter()
-            self._step(*self._batch(indices))
+            self._step(indices)
             progress.sums["seconds"] += time.perf_counter() - started
             progress.sums["steps"] += 1
             progress.step += 1
@@ -216,38 +241,24 @@ class _Run:
             x = self.augmentation(x, indices, seed=seed, epoch=epoch, count=len(self.train_set))
         return x.to(self.config.device), y.to(self.config.device)
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
-        config, progress = self.config, self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.schedule, config.lr, progress.step, self.steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        if isinstance(self.loss, ProjectedPenalty):
-            self.loss.step, self.loss.generator = progress.step, self._draws()
-        terms = self.loss(self.model, x, y)
-        penalised = terms.weight != 0 or not isinstance(self.loss, ProjectedPenalty)
-        terms = terms._replace(weight=terms.weight * weight_factor(config.ramp, progress.step, self.steps))
-        terms.backward(inputs=self.parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        # Both: a finite loss can have a NaN gradient, and clipping by a NaN norm makes every weight NaN.
-        if not bool((terms.total.isfinite() & norm.isfinite()).item()):
+    def _step(self, indices: Tensor) -> None:
+        progress, samples = self.progress, len(indices)
+        shard = Shard.of(self.group.rank, self.group.size, samples)
+        x, y = self._batch(shard.rows(indices))
+        asked = self.stop.signal is not None
+        outcome = self.stepper.take(x, y, shard, progress.step, self.steps, stop=asked)
+        self.stopping = outcome.stop
+        if not outcome.finite:
             self._skip()
             return
-        if config.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.clip, norm)
-        self.optimizer.step()
+        if self.state.average is not None:
+            self.state.average.update(self.model)
         progress.skipped = 0
-        progress.sums["samples"] += len(y)
-        progress.sums["orientation"] += len(y) * terms.orientation.item()
-        if penalised:
-            progress.sums["penalised"] += len(y)
-            progress.sums["smoothness"] += len(y) * terms.smoothness.item()
-
-    def _draws(self) -> torch.Generator:
-        """The random numbers of this step, on the device of the batch."""
-        draws = datasets.generator(self.config.seed, "projections", self.progress.step)
-        if self.config.device == "cpu":
-            return draws
-        return torch.Generator(self.config.device).manual_seed(draws.initial_seed())
+        progress.sums["samples"] += samples
+        progress.sums["orientation"] += samples * outcome.orientation
+        if outcome.smoothness is not None:
+            progress.sums["penalised"] += samples
+            progress.sums["smoothness"] += samples * outcome.smoothness
 
     def _skip(self) -> None:
         progress = self.progress
@@ -260,30 +271,20 @@ class _Run:
             )
 
     def _end_epoch(self) -> None:
-        config, progress, sums = self.config, self.progress, self.progress.sums
+        progress, sums = self.progress, self.progress.sums
         samples = max(1.0, sums["samples"])
-        attack = PGD(config.eps, steps=config.pgd_steps)
-        clean = clean_accuracy(self.model, self.test_set, device=config.device, on_batch=self._on_evaluation)
-        robust = None
-        if (progress.epoch + 1) % config.eval_every == 0 or progress.epoch + 1 == config.epochs:
-            robust = robust_accuracy(
-                self.model,
-                self.test_set.first(config.eval_samples or None),
-                attack,
-                seed=config.seed,
-                device=config.device,
-                on_batch=self._on_evaluation,
-            )
         row: Row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
+            "learning_rate": self.stepper.learning_rate(progress.step - 1, self.steps),
             "orientation": sums["orientation"] / samples,
             "smoothness": sums["smoothness"] / max(1.0, sums["penalised"]),
-            "clean_accuracy": clean,
-            "robust_accuracy": robust,
+            "clean_accuracy": None,
+            "robust_accuracy": None,
             "ms_per_step": 1e3 * sums["seconds"] / max(1.0, sums["steps"]),
             "skipped": sums["skipped"],
         }
+        warning = self.judge.epoch(row)
         progress.rows.append(row)
         progress.epoch += 1
         progress.sums = dict.fromkeys(_SUMS, 0.0)
@@ -291,18 +292,24 @@ class _Run:
         self._write_metrics()
         self._save_weights()
         self.observer.on_epoch(row)
+        if warning is not None:
+            self.observer.on_message(warning)
 
     def _on_evaluation(self) -> None:
+        self._agree_on_stopping()
         self._check_stop()
         self.observer.on_evaluation()
 
+    def _agree_on_stopping(self) -> None:
+        self.stopping = self.group.sum(float(self.stop.signal is not None)) > 0
+
     def _check_stop(self) -> None:
-        if self.stop.signal is not None:
-            name = signal.Signals(self.stop.signal).name
+        if self.stopping or (self.group.size == 1 and self.stop.signal is not None):
+            name = "a signal to another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
             raise Interrupted(f"stopped by {name} after step {self.progress.step}; --resume goes on from there")
 
     def _save(self) -> None:
-        save_checkpoint(self.out, self.progress, self.model, self.optimizer, self.fingerprint)
+        self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint) and None)
 
     def _save_weights(self) -> None:
         description = {
@@ -314,11 +321,27 @@ class _Run:
             "eps": self.config.eps,
             "epoch": self.progress.epoch,
         }
-        save_weights(self.out / "model.safetensors", self.model, description)
+
+        def save() -> None:
+            save_weights(self.out / "model.safetensors", self.model, description)
+            if self.state.average is not None:
+                save_weights(self.out / "ema.safetensors", self.state.average.model, description)
+            if self.progress.best is not None and self.state.best is not None:
+                save_weights(self.out / "best.safetensors", self.state.best, {**description, **self.progress.best})
+
+        self.group.on_main(save)
 
     def _write_metrics(self) -> None:
         lines = (json.dumps(row) + "\n" for row in self.progress.rows)
-        write_atomically(self.out / "metrics.jsonl", "".join(lines))
+        self.group.on_main(lambda: write_atomically(self.out / "metrics.jsonl", "".join(lines)))
+
+    def _report(self, accuracies: dict[str, dict[str, Any]]) -> None:
+        config = self.config
+        samples = min(config.eval_samples or len(self.test_set), len(self.test_set))
+        attack = {"name": f"PGD-{config.pgd_steps}", "norm": "linf", "eps": config.eps, "samples": samples}
+        record = {"attack": attack, "overfitting_stopped": self.progress.ended, "weights": accuracies}
+        write_atomically(self.out / "results.json", json.dumps(record, indent=2) + "\n")
+        self._draw()
 
     def _draw(self) -> None:
         from . import figures
@@ -341,30 +364,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _StopOnSignal:
-    """Remembers that SIGINT or SIGTERM came; the loop looks between two steps. A second one acts as it always does."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        # Only the main thread may set handlers; elsewhere the program that runs us deals with signals.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()

@@ -19,18 +19,19 @@ from .files import write_atomically
 _KEY = "robustkern"
 
 
-def save_weights(path: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
+def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Write `model.safetensors`, atomically.
 
     Args:
         path: The file.
-        model: The model; all of its state is saved, normalisation included.
+        model: The model or its state; all of it is saved, normalisation included.
         description: What `load_model` needs to build it again: model, classes, in_shape, and anything else.
     """
     from safetensors.torch import save
 
     check_finite(model)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    values = model.state_dict() if isinstance(model, nn.Module) else model
+    state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     header = {**description, "sha256": _digest(state)}
     write_atomically(path, save(state, metadata={_KEY: json.dumps(header, sort_keys=True)}))
 
@@ -39,7 +40,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run in eval mode, and its description.
 
     Args:
-        path: A run directory or its `model.safetensors`.
+        path: A run directory, whose `model.safetensors` is taken, or one of its weight files.
 
     Raises:
         CheckpointError: The file is missing, truncated, corrupt or not one of ours.

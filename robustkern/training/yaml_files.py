@@ -45,7 +45,9 @@ def _loader() -> Any:
             return super().construct_mapping(node, deep)
 
     # YAML 1.1, which PyYAML reads, takes 5e-4 for a string: it wants a point, and a sign after the e.
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)[eE][0-9]+$"), list("-+.0123456789")
     )

@@ -1,0 +1,154 @@
+"""The processes that train one model together, as torchrun starts them; one process alone is a group too.
+
+Gradients are averaged here, after the backward pass, in one message, rather than by DistributedDataParallel. Its hooks
+count on one forward pass through the wrapper for each backward pass and on every parameter's gradient coming once.
+Robust losses run several forward passes, differentiate with respect to the input in between, and twice; averaging the
+sums of all that is right whatever a loss does. What is given up is the overlap of communication and backward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from robustkern.sharding import sum_
+
+from .errors import TrainingError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that train together.
+
+    What one does, all must do, in the same order: every method here is a meeting of all, but for the attributes.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        device: Where tensors that are exchanged lie: "cpu" for gloo, "cuda" for NCCL.
+        timeout: Seconds after which the others are given up.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    timeout: float = 600.0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and messages."""
+        return self.rank == 0
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """tensor = its sum over all processes, in place, to the same bits on all of them."""
+        if self.size > 1:
+            with self._contact():
+                sum_(tensors)
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all processes; exact for integers below 2^53."""
+        if self.size == 1:
+            return value
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.sum_([total])
+        return float(total.item())
+
+    def broadcast(self, value: T) -> T:
+        """The value that process 0 has."""
+        if self.size == 1:
+            return value
+        box = [value if self.main else None]
+        with self._contact():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises on process 0, on all of them."""
+        if self.size == 1:
+            return function()
+        result: T | None = None
+        failure: Exception | None = None
+        if self.main:
+            try:
+                result = function()
+            except Exception as error:
+                failure = error
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """What `function` returns here; if it fails on any process, its error on all of them."""
+        if self.size == 1:
+            return function()
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        failures: list[Exception | None] = [None] * self.size
+        with self._contact():
+            dist.all_gather_object(failures, failure)
+        first = next((error for error in (failure, *failures) if error is not None), None)
+        if first is not None:
+            raise first
+        return result  # type: ignore[return-value]
+
+    @contextmanager
+    def _contact(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TrainingError(
+                f"process {self.rank} of {self.size} lost the others: one of them ended, or gave no answer for "
+                f"{self.timeout:g} s; --resume goes on from the last checkpoint ({reason})"
+            ) from error
+
+
+@contextmanager
+def process_group(device: str, timeout: float = 600.0) -> Iterator[Group]:
+    """The group of this process: torchrun's, one that the program has initialised already, or itself alone.
+
+    Args:
+        device: "cpu": gloo; "cuda": NCCL, each process on the GPU of its LOCAL_RANK.
+        timeout: Seconds that a process may keep the others waiting.
+
+    Raises:
+        UsageError: The environment is not one that torchrun makes, or there are fewer GPUs than processes.
+        TrainingError: The processes do not find each other.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Group(dist.get_rank(), dist.get_world_size(), device, timeout)
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Group(device=device)
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or not dist.is_available():
+        why = f"{', '.join(missing)} not set" if missing else "this PyTorch has no torch.distributed"
+        raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {why}: start the processes with torchrun")
+    if device == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UsageError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    group = Group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, timeout)
+    with group._contact():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group()

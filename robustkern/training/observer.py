@@ -1,0 +1,59 @@
+"""What a run tells whoever watches it."""
+
+from __future__ import annotations
+
+from .checkpoint import Progress, Row
+from .config import TrainingConfig
+
+
+class Observer:
+    """What a run tells whoever watches it; override what is of interest.  Of several processes, the first one tells."""
+
+    def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
+        """Training begins, or goes on, at `progress`."""
+
+    def on_step(self, progress: Progress) -> None:
+        """A step was taken."""
+
+    def on_evaluation(self) -> None:
+        """A batch of the evaluation was done."""
+
+    def on_epoch(self, row: Row) -> None:
+        """An epoch has ended with these metrics."""
+
+    def on_message(self, message: str) -> None:
+        """Something the user should know."""
+
+    def on_end(self) -> None:
+        """The run is over, finished or not."""
+
+
+class Observers(Observer):
+    """Several observers, told one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
+        for observer in self.observers:
+            observer.on_start(config, steps_per_epoch, progress)
+
+    def on_step(self, progress: Progress) -> None:
+        for observer in self.observers:
+            observer.on_step(progress)
+
+    def on_evaluation(self) -> None:
+        for observer in self.observers:
+            observer.on_evaluation()
+
+    def on_epoch(self, row: Row) -> None:
+        for observer in self.observers:
+            observer.on_epoch(row)
+
+    def on_message(self, message: str) -> None:
+        for observer in self.observers:
+            observer.on_message(message)
+
+    def on_end(self) -> None:
+        for observer in self.observers:
+            observer.on_end()

@@ -1,0 +1,148 @@
+"""One step of training: the loss on this process's part of the batch, gradients of all parts, the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkern import data as datasets
+from robustkern.sharding import Shard
+from robustkern.terms import Terms
+
+from .config import TrainingConfig
+from .distributed import Group
+from .schedule import learning_rate, weight_factor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did.
+
+    Attributes:
+        orientation: Mean over the whole batch.
+        smoothness: Likewise; None if it was not computed in this step.
+        finite: Whether loss and gradient were. If not, nothing has changed.
+        stop: Whether any process has been asked to stop.
+    """
+
+    orientation: float
+    smoothness: float | None
+    finite: bool
+    stop: bool
+
+
+class Stepper:
+    """Takes steps.
+
+    A loss that draws random numbers, or penalises some of the steps only, has some of these attributes, which are set
+    before each call: `generator`, a fresh one for each step, keyed by seed and step, the same on all processes; `step`,
+    the number of the step; `shard`, the rows of the whole batch that it is given.
+
+    With `amp`, the loss is called under autocast: convolutions, matrix products and what else PyTorch lists for it run
+    in bfloat16, forward and backward, also when an attack or a penalty calls the network. Weights, their gradients,
+    norms and cross-entropies are float32.
+
+    With several processes each calls the loss on its rows and the gradients of the terms, weighted by the shares of the
+    batch, are summed. BatchNorm in training mode normalises by the rows of its process, unless it is synchronised; what
+    the processes did to the running statistics, or to any buffer, is averaged with the same weights.
+    """
+
+    def __init__(
+        self, config: TrainingConfig, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Any, group: Group
+    ) -> None:
+        self.config, self.model, self.optimizer, self.loss, self.group = config, model, optimizer, loss, group
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        config = self.config
+        shares = [epoch / config.epochs for epoch in config.milestones]
+        return learning_rate(config.schedule, config.lr, step, steps, milestones=shares, gamma=config.gamma)
+
+    def take(self, x: Tensor, y: Tensor, shard: Shard, step: int, steps: int, *, stop: bool = False) -> Outcome:
+        """One step.
+
+        Args:
+            x: This process's rows of the batch.
+            y: Their labels.
+            shard: Which rows they are.
+            step: Number of the step, from 0.
+            steps: Steps of the whole run.
+            stop: Whether this process has been asked to stop.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step, steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        before = [buffer.clone() for buffer in self.buffers]
+        terms = self._terms(x, y, shard, step)
+        penalised = terms.weight != 0 or getattr(self.loss, "every", 1) == 1
+        terms = terms._replace(weight=terms.weight * weight_factor(config.ramp, step, steps))
+        if self.group.size == 1:
+            terms.backward(inputs=self.parameters)
+        else:
+            (terms.total * shard.share).backward(inputs=self.parameters)
+        # [orientation, smoothness, total, processes to be stopped]
+        values = torch.stack([terms.orientation, terms.smoothness, terms.total]).detach().float() * shard.share
+        values = torch.cat([values, values.new_tensor([float(stop)])])
+        self._sum(values, before, shard)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # Both: a finite loss can have a NaN gradient, and clipping by a NaN norm makes every weight NaN.
+        orientation, smoothness, total, stopped, length = torch.cat([values, norm.float()[None]]).tolist()
+        finite = _finite(total) and _finite(length)
+        if finite:
+            if config.clip:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, config.clip, norm)
+            self.optimizer.step()
+        else:  # BatchNorm has seen the batch too
+            with torch.no_grad():
+                for buffer, value in zip(self.buffers, before, strict=True):
+                    buffer.copy_(value)
+        return Outcome(orientation, smoothness if penalised else None, finite, stopped > 0)
+
+    def _terms(self, x: Tensor, y: Tensor, shard: Shard, step: int) -> Terms:
+        config = self.config
+        given = {
+            "step": step,
+            "generator": _draws(config.seed, step, config.device),
+            "shard": shard if self.group.size > 1 else None,
+        }
+        for name, value in given.items():
+            if hasattr(self.loss, name):
+                setattr(self.loss, name, value)
+        # No cache: a weight that was cast where no gradient is recorded would be taken from it where one is.
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.amp, cache_enabled=False):
+            return self.loss(self.model, x, y)
+
+    @torch.no_grad()
+    def _sum(self, values: Tensor, before: list[Tensor], shard: Shard) -> None:
+        """Sum gradients and values over the processes, and average what happened to the buffers; one message."""
+        if self.group.size == 1:
+            return
+        # A parameter without a gradient has none afterwards, so that weight decay leaves it alone everywhere.
+        present = values.new_tensor([float(parameter.grad is not None) for parameter in self.parameters])
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        # Changes rather than values: what does not change, such as a normalisation's constants, keeps its bits.
+        changes = [(buffer - value) * shard.share for buffer, value in zip(self.buffers, before, strict=True)]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.group.sum_([*gradients, *changes, present, values])
+        for parameter, count in zip(self.parameters, present.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+        for buffer, value, change in zip(self.buffers, before, changes, strict=True):
+            buffer.copy_(value + change)
+
+
+def _draws(seed: int, step: int, device: str) -> torch.Generator:
+    """The random numbers of a step, on the device of the batch."""
+    draws = datasets.generator(seed, "projections", step)
+    return draws if device == "cpu" else torch.Generator(device).manual_seed(draws.initial_seed())
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")

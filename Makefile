@@ -31,7 +31,7 @@ $(VENV)/.python:
 
 $(VENV)/.installed: $(VENV)/.python constraints.txt pyproject.toml
 	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja pybind11
-	$(PIP) install -c constraints.txt typer rich matplotlib scikit-learn safetensors
+	$(PIP) install -c constraints.txt typer rich matplotlib scikit-learn safetensors pyyaml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES)
@@ -39,7 +39,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt pytest pytest-benchmark hypothesis expecttest ruff mypy clang-format
+	$(PIP) install -c constraints.txt pytest pytest-benchmark hypothesis expecttest ruff mypy types-PyYAML clang-format tensorboard
 	$(PIP) install -c constraints.txt pytorchcv==0.0.67 x-transformers
 	$(PIP) install -c constraints.txt pyautoattack foolbox tqdm
 	$(PIP) install -c constraints.txt --no-deps torchattacks # works without torchvision, of which there is no CPU build

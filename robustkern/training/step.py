@@ -55,7 +55,7 @@ class Stepper:
     ) -> None:
         self.config, self.model, self.optimizer, self.loss, self.group = config, model, optimizer, loss, group
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.buffers = list(model.buffers())
 
     def learning_rate(self, step: int, steps: int) -> float:
         config = self.config
@@ -128,13 +128,14 @@ class Stepper:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         # Changes rather than values: what does not change, such as a normalisation's constants, keeps its bits.
-        changes = [(buffer - value) * shard.share for buffer, value in zip(self.buffers, before, strict=True)]
+        pairs = [pair for pair in zip(self.buffers, before, strict=True) if pair[0].is_floating_point()]
+        changes = [(buffer - value) * shard.share for buffer, value in pairs]
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.group.sum_([*gradients, *changes, present, values])
         for parameter, count in zip(self.parameters, present.tolist(), strict=True):
             if not count:
                 parameter.grad = None
-        for buffer, value, change in zip(self.buffers, before, changes, strict=True):
+        for (buffer, value), change in zip(pairs, changes, strict=True):
             buffer.copy_(value + change)
 
 

@@ -1,5 +1,6 @@
 """Runs that are killed, and checkpoints that are damaged: the same bits at the end, or one clear sentence."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -75,7 +77,8 @@ def test_crash_after_any_step(tmp_path, uninterrupted, step):
 
 RANDOM = {"jacobian": {"projections": 2}, "fisher": {"every": 5}, "cross-lipschitz": {"fraction": 0.3}}
 OTHERS = [*(("gradient-penalty", given) for given in ({"optimizer": "adamw", "lr": 3e-3}, {"checkpoint_every": 0})),
-          *((method, {"options": options, "schedule": "cosine"}) for method, options in RANDOM.items())]  # fmt: skip
+          *((method, {"options": options, "schedule": "cosine"}) for method, options in RANDOM.items()),
+          ("fisher", {"ema": 0.9, "validation": 0.2, "amp": True, "schedule": "step"})]  # fmt: skip
 
 
 @pytest.mark.parametrize("method, given", OTHERS, ids=str)
@@ -123,36 +126,55 @@ def test_crash_at_any_file_operation(tmp_path, uninterrupted, monkeypatch):
             assert len(list(out.glob("checkpoint-*"))) == 4
 
 
-def test_sigkill_at_random_moments(tmp_path):
-    """Killed again and again while it works, then let finish; compared with a run that nobody disturbed."""
-    # A forked child needs no new import of PyTorch, so that nearly all kills hit the training itself.
+def everything(out):
+    """All that a run leaves and that must be the same, to the bit."""
+    names = ("model.safetensors", "ema.safetensors", "best.safetensors", "results.json", "config.yaml")
+    return outcome(out)[1], {name: (out / name).read_bytes() for name in names}
+
+
+def test_sigkill_at_twenty_random_moments(tmp_path):
+    """Killed twenty times while it works, then let finish; compared with a run that nobody disturbed."""
+    # A forked child needs no new import of PyTorch, so that the kills hit the training itself.
     context = multiprocessing.get_context("fork")
-    settings = config(epochs=3, train_samples=512, checkpoint_every=3)
+    settings = config(epochs=12, train_samples=256, validation=64, ema=0.9, eval_every=3, checkpoint_every=1)
+
+    class Tell(training.Observer):
+        def __init__(self, pipe):
+            self.pipe = pipe
+
+        def on_step(self, progress):
+            self.pipe.send(progress.step)
+
+        def on_evaluation(self):
+            self.pipe.send(-1)
 
     def start(out):
-        process = context.Process(target=train, args=(settings, out), kwargs={"resume": True})
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=train, args=(settings, out), kwargs={"resume": True, "observer": Tell(writer)})
         process.start()
-        return process
+        writer.close()
+        return process, reader
 
-    whole = start(tmp_path / "whole")
-    whole.join(120)
-    assert whole.exitcode == 0
-    out = tmp_path / "killed"
-    clock = random.Random(1)
-    killed = 0
-    for _ in range(8):
-        process = start(out)
-        process.join(clock.uniform(0.02, 0.5))
-        killed += process.is_alive()
+    whole, reader = start(tmp_path / "whole")
+    out, clock, last = tmp_path / "killed", random.Random(1), 0
+    for _ in range(20):
+        process, pipe = start(out)
+        for _ in range(clock.choice((1, 2, 3, 4))):  # steps or batches of the evaluation
+            last = max(last, pipe.recv())
+        time.sleep(clock.uniform(0.0, 0.02))  # and in the midst of whatever comes then: step, evaluation, file
         process.kill()
         process.join()
-        if process.exitcode == 0:
-            break
-    assert killed >= 2
-    last = start(out)
-    last.join(120)
-    assert last.exitcode == 0
-    assert outcome(out) == outcome(tmp_path / "whole")
+        assert process.exitcode == -signal.SIGKILL
+    assert last >= 12  # not all at the beginning
+    finished, rest = start(out)
+    for pipe in (reader, rest):
+        with contextlib.suppress(EOFError):
+            while True:
+                pipe.recv()
+    for process in (whole, finished):
+        process.join(240)
+        assert process.exitcode == 0
+    assert everything(out) == everything(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,77 @@
+"""Runs that test_distributed.py compares with one process; torchrun starts this file."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from robustkern import data as datasets
+from robustkern import losses
+from robustkern.attacks import PGD
+from robustkern.sharding import Shard
+from robustkern.terms import Terms
+from robustkern.training import METHODS, TrainingConfig, build_loss, recipe, train
+from robustkern.training import trainer as trainer_module
+
+
+@dataclass(eq=False)
+class Adversarial:
+    """Cross-entropy at an adversary from a random start, and of a noisy copy: what a sample draws is its own."""
+
+    eps: float
+    generator: torch.Generator | None = None
+    shard: Shard | None = None
+
+    def __call__(self, model, x, y):
+        shard = self.shard or Shard(0, len(x), len(x))
+        adversary = PGD(self.eps, steps=2)(model, x, y, self.generator, indices=shard.samples(x.device))
+        noise = shard.rows(torch.randn(shard.total, *x.shape[1:], generator=self.generator))
+        terms = losses.CrossEntropy()(model, x + 0.1 * noise, y)
+        return Terms(terms.orientation, losses.CrossEntropy()(model, adversary, y).orientation - terms.orientation, 1.0)
+
+
+def build(name, options, *, eps, impl):
+    return (
+        Adversarial(eps) if options.get("label_smoothing") == 0.125 else build_loss(name, options, eps=eps, impl=impl)
+    )
+
+
+# An odd batch, so that the parts differ; a last one of a single sample, of which the second process has nothing.
+SETTINGS = {"epochs": 2, "batch_size": 33, "train_samples": 67, "eval_samples": 30, "pgd_steps": 2, "threads": 1,
+            "lr": 0.02, "ramp": 0.5}  # fmt: skip
+
+
+def small(method="standard", **given) -> TrainingConfig:
+    return recipe("digits", method, **{**SETTINGS, **given})
+
+
+CASES = {
+    **{method: small(method) for method in METHODS},
+    "attack and noise": small(options={"label_smoothing": 0.125}),
+    "few projections": small("jacobian", options={"projections": 3, "law": "sphere", "every": 2}),
+    "a fraction": small("fisher", options={"projections": 2, "fraction": 0.1}),
+    "exact": small("cross-lipschitz", options={"projections": 0, "fraction": 0.5}),
+    "everything else": small(
+        optimizer="adamw", lr=3e-3, weight_decay=0.1, ema=0.9, validation=9, clip=0.1, schedule="triangular", epochs=3
+    ),
+}
+
+
+def prepare() -> None:
+    """In every process that is compared: crops as for photographs, no figures."""
+    trainer_module.build_loss = build
+    datasets.augmentation = lambda name: datasets.CropFlip(1, flip=False)
+    trainer_module._Run._draw = lambda self: None
+
+
+if __name__ == "__main__":
+    prepare()
+    torch.distributed.init_process_group("gloo")
+    for name, config in CASES.items():
+        result = train(config, Path(sys.argv[1]) / name)
+        flat = torch.cat([value.double().flatten() for value in result.model.state_dict().values()])
+        both = [torch.empty_like(flat) for _ in range(2)]
+        torch.distributed.all_gather(both, flat)
+        assert torch.equal(*both), f"{name}: the processes ended with different weights"
+    torch.distributed.destroy_process_group()

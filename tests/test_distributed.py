@@ -1,0 +1,328 @@
+"""Several processes: the results of one, and no process waits for ever for one that is gone."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+pytest.importorskip("yaml")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this PyTorch has no gloo", allow_module_level=True)
+
+import distributed_runs
+from distributed_runs import CASES, small
+from robustkern import data as datasets
+from robustkern import models, training
+from robustkern.data import DataError
+from robustkern.jacobian import jacobian_norm
+from robustkern.losses import JacobianPenalty
+from robustkern.sharding import Shard
+from robustkern.training import train
+from robustkern.training import trainer as trainer_module
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    """What `distributed_runs.prepare` sets, put back afterwards."""
+    monkeypatch.setattr(trainer_module, "build_loss", trainer_module.build_loss)
+    monkeypatch.setattr(datasets, "augmentation", datasets.augmentation)
+    monkeypatch.setattr(trainer_module._Run, "_draw", trainer_module._Run._draw)
+    distributed_runs.prepare()
+
+
+def weights(path):
+    return training.load_model(path)[0].state_dict()
+
+
+def same(one, other, tolerance=2e-5):
+    """Equal up to rounding: relative to the largest weight of each tensor."""
+    for name, value in one.items():
+        scale = float(value.abs().max()) if value.numel() else 0.0
+        assert float((value - other[name]).abs().max()) <= tolerance * max(scale, 1e-3), name
+
+
+# --- the results of one process ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    command = [*TORCHRUN, distributed_runs.__file__, str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_what_one_gives(tmp_path, two_processes, case):
+    alone = train(CASES[case], tmp_path)
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        same(weights(file), weights(two_processes / case / file.name))
+    rows = [json.loads(line) for line in (two_processes / case / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(alone.rows)
+    for mine, theirs in zip(alone.rows, rows, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - {"ms_per_step"}:
+            # An accuracy may turn on one image that lies on the boundary.
+            tolerance = {"abs": 0.04} if name.endswith("accuracy") else {"rel": 1e-4, "abs": 1e-7}
+            assert mine[name] == pytest.approx(theirs[name], **tolerance), name
+
+
+def test_the_comparison_would_notice_a_lost_row(tmp_path):
+    one, other = (
+        train(small(train_samples=count, batch_size=67, epochs=1), tmp_path / str(count)) for count in (67, 66)
+    )
+    with pytest.raises(AssertionError):
+        same(one.model.state_dict(), other.model.state_dict())
+
+
+@pytest.mark.parametrize("total, size", [(1, 1), (7, 2), (7, 3), (8, 4), (3, 5)])
+def test_shards_are_a_partition(total, size):
+    shards = [Shard.of(rank, size, total) for rank in range(size)]
+    rows = torch.cat([shard.samples() for shard in shards if not shard.idle])
+    assert rows.tolist() == list(range(total)) and sum(shard.share for shard in shards) == pytest.approx(1.0)
+    whole = torch.randn(total, 3)
+    assert all(torch.equal(shard.rows(whole), whole[shard.samples()]) for shard in shards)
+    assert all(shard.size >= 1 for shard in shards)
+
+
+def test_shards_that_make_no_sense_are_refused():
+    for offset, size, total in ((0, 0, 3), (-1, 2, 3), (2, 2, 3)):
+        with pytest.raises(ValueError, match="rows must lie in the batch"):
+            Shard(offset, size, total)
+    with pytest.raises(ValueError, match="expected 3 rows"):
+        Shard(0, 1, 3).rows(torch.zeros(2))
+    with pytest.raises(ValueError, match="shard has 1 rows, x has 2"):
+        JacobianPenalty(shard=Shard(0, 1, 3))(torch.nn.Flatten(), torch.rand(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("kind", ["plain", "fisher"])
+def test_projections_of_a_part_are_those_of_the_whole(kind):
+    def norms(rows, first):
+        x = images[rows].requires_grad_()
+        return jacobian_norm(model(x), x, 2, kind=kind, first=first, generator=torch.Generator().manual_seed(3))
+
+    images, model = torch.rand(7, 5), torch.nn.Linear(5, 4)
+    whole = norms(slice(0, 7), 0)
+    torch.testing.assert_close(torch.cat([norms(slice(0, 3), 0), norms(slice(3, 7), 3)]), whole)
+    assert not torch.allclose(norms(slice(3, 7), 0), whole[3:])
+    with pytest.raises(ValueError, match="first must not be negative"):
+        norms(slice(0, 7), -1)
+
+
+# --- processes of our own, forked: no import of PyTorch ---------------------------------------------------------------
+
+
+def fork(out, function, *args, size=2):
+    """Starts `function(rank, *args)` in a group of processes; their answers go to files."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(rank):
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+        try:
+            answer = function(rank, *args)
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+        (out / f"answer-{rank}").write_text(str(answer))
+
+    out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def answers(out, processes, seconds=240):
+    for process in processes:
+        process.join(seconds)
+        assert not process.is_alive(), "a process still waits"
+    return [path.read_text() for path in sorted(out.glob("answer-*"))]
+
+
+class _At(training.Observer):
+    """Does something after a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step(self, progress):
+        if progress.step == self.step:
+            self.act()
+
+
+def crash():
+    raise KeyboardInterrupt  # not an Exception: nothing may handle it
+
+
+def test_a_run_is_resumed_by_another_number_of_processes(tmp_path):
+    settings = small("jacobian", ema=0.5, validation=7, checkpoint_every=1, epochs=3)
+    whole = train(settings, tmp_path / "whole")
+
+    def start(rank, out, observer=None):
+        train(settings, out, resume=True, observer=observer)
+
+    # By two that are killed after step 2, then by one that is killed after step 4, then by three.
+    out = tmp_path / "run"
+    first = fork(out, start, out, _At(2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert "lost the others" in answers(out, first)[0]
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, out, resume=True, observer=_At(4, crash))
+    (out / "answer-1").unlink()
+    assert answers(out, fork(out, start, out, size=3)) == ["None"] * 3
+    for name in ("model", "ema", "best"):
+        same(weights(out / f"{name}.safetensors"), weights(tmp_path / "whole" / f"{name}.safetensors"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [row["step"] for row in whole.rows]
+
+
+def test_two_processes_resume_to_the_same_bits(tmp_path):
+    settings = small("fisher", checkpoint_every=2, ema=0.5)
+
+    def start(rank, out, observer=None):
+        train(settings, out, resume=True, observer=observer)
+
+    assert answers(tmp_path / "a", fork(tmp_path / "a", start, tmp_path / "a")) == ["None"] * 2
+    out = tmp_path / "b"
+    answers(out, fork(out, start, out, _At(3, crash)))
+    assert answers(out, fork(out, start, out)) == ["None"] * 2
+    for name in ("model", "ema"):
+        assert (tmp_path / "a" / f"{name}.safetensors").read_bytes() == (out / f"{name}.safetensors").read_bytes()
+
+
+def test_a_signal_to_any_process_stops_all_and_saves(tmp_path):
+    settings = small(epochs=50)
+
+    def start(rank):
+        train(settings, tmp_path)
+
+    processes = fork(tmp_path, start)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    zero, one = answers(tmp_path, processes)
+    assert zero.startswith("Interrupted: stopped by a signal to another process after step")
+    assert one.startswith("Interrupted: stopped by SIGTERM after step")
+    step = int(re.search(r"after step (\d+)", zero)[1])
+    assert f"after step {step};" in one and (tmp_path / f"checkpoint-{step:09d}.json").exists()
+
+
+def test_a_process_that_is_stuck_is_given_up(tmp_path):
+    settings = small(epochs=200)
+
+    def start(rank):
+        train(settings, tmp_path, timeout=5.0)
+
+    processes = fork(tmp_path, start)
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].join(120)
+    assert not processes[0].is_alive()
+    processes[1].kill()
+    message = (tmp_path / "answer-0").read_text()
+    assert "TrainingError: process 0 of 2 lost the others" in message and "no answer for 5 s" in message
+    assert "\n" not in message
+
+
+def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
+    load = datasets.load
+
+    def missing(rank):
+        datasets.load = lambda *a: load(*a) if rank == 0 else (_ for _ in ()).throw(DataError("no files here"))
+        train(small(), tmp_path / "run")
+
+    assert answers(tmp_path, fork(tmp_path, missing)) == ["DataError: no files here"] * 2
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    train(small(epochs=1), tmp_path / "run")
+    refused = answers(tmp_path, fork(tmp_path, lambda rank: train(small(epochs=1), tmp_path / "run")))
+    assert len(set(refused)) == 1 and "already holds a run: pass --resume" in refused[0]
+
+
+def test_what_is_not_finite_for_one_is_skipped_by_all(tmp_path):
+    build = trainer_module.build_loss
+
+    def start(rank):
+        calls = []
+
+        def poisoned(*args, **kwargs):
+            loss = build(*args, **kwargs)
+
+            def call(model, x, y):
+                calls.append(len(x))
+                terms = loss(model, x, y)
+                bad = rank == 1 and len(calls) == 2
+                return terms._replace(orientation=terms.orientation * float("nan")) if bad else terms
+
+            return call
+
+        trainer_module.build_loss = poisoned
+        result = train(small(), tmp_path / "run")
+        flat = torch.cat([value.double().flatten() for value in result.model.state_dict().values()])
+        return int(result.rows[0]["skipped"]), bool(flat.isfinite().all()), flat.sum().item()
+
+    zero, one = answers(tmp_path, fork(tmp_path, start))
+    assert zero == one and zero.startswith("(1, True, ")
+
+
+def test_buffers_are_averaged_over_the_processes(tmp_path, monkeypatch):
+    def network(classes, shape):
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 16), torch.nn.ReLU(),
+            torch.nn.Linear(16, classes),
+        )  # fmt: skip
+
+    monkeypatch.setitem(models.MODELS, "normalised", network)
+    settings = small(model="normalised", epochs=1, train_samples=32, batch_size=32)
+    alone = train(settings, tmp_path / "alone").model.network[1]
+
+    def start(rank):
+        norm = train(settings, tmp_path / "run").model.network[1]
+        return norm.running_mean.tolist(), norm.running_var.tolist(), int(norm.num_batches_tracked)
+
+    zero, one = answers(tmp_path, fork(tmp_path, start))
+    assert zero == one
+    mean, var, count = json.loads("[" + zero[1:-1] + "]")
+    torch.testing.assert_close(torch.tensor(mean), alone.running_mean, rtol=1e-5, atol=1e-6)
+    # The variance within the parts lacks that between their means, and has another divisor.
+    torch.testing.assert_close(torch.tensor(var), alone.running_var, rtol=0.1, atol=0.02)
+    assert count == 1 and not torch.allclose(torch.tensor(var), alone.running_var)
+
+
+def test_an_environment_that_is_no_torchruns_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(training.UsageError, match="WORLD_SIZE is 2, but RANK, .* start the processes with torchrun"):
+        train(small(), tmp_path / "run")
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+def test_torchrun_trains_through_the_command_line(tmp_path):
+    arguments = ["--method", "gradient-penalty", "--epochs", "1", "--train-samples", "67", "--batch-size", "33",
+                 "--eval-samples", "20", "--pgd-steps", "2", "--threads", "1", "--out", tmp_path / "run"]  # fmt: skip
+    command = [*TORCHRUN, "-m", "robustkern", "train", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("orientation") == 1 and result.stdout.count("done") == 1
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert training.load_model(tmp_path / "run")[1]["epoch"] == 1

@@ -148,8 +148,12 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch, kind):
 def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path, monkeypatch, kind):
     config = small(epochs=2, max_skipped=3, checkpoint_every=5)
     poison(monkeypatch, range(12, 99), kind)
-    with pytest.raises(TrainingError, match="not finite 4 steps in a row .*step 16"):
+    with pytest.raises(
+        TrainingError, match=r"not finite 4 steps in a row .*step 16, .*not-finite.json has its samples"
+    ):
         train(config, tmp_path)
+    record = json.loads((tmp_path / "not-finite.json").read_text())
+    assert record["step"] == 16 and record["samples"] == datasets.epoch_order(0, 0, 1347)[480:512].tolist()
     monkeypatch.undo()
     monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
     # The last checkpoint is from step 15, three skipped steps after the last good one; training goes on from there.

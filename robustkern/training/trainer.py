@@ -11,6 +11,7 @@ each batch: their results differ by rounding.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def train(
             return train_set, test_set
 
         group.on_main(claim)
-        with _threads(config.threads):
+        with _threads(config.threads), _deterministic(config.device):
             train_set, test_set = group.on_all(load)
             # Only now: a data set that was missing must not leave a run behind.
             run = _Run(config, out, train_set, test_set, loss, observer, stop, group)
@@ -249,7 +250,7 @@ class _Run:
         outcome = self.stepper.take(x, y, shard, progress.step, self.steps, stop=asked)
         self.stopping = outcome.stop
         if not outcome.finite:
-            self._skip()
+            self._skip(indices)
             return
         if self.state.average is not None:
             self.state.average.update(self.model)
@@ -260,14 +261,18 @@ class _Run:
             progress.sums["penalised"] += samples
             progress.sums["smoothness"] += samples * outcome.smoothness
 
-    def _skip(self) -> None:
+    def _skip(self, indices: Tensor) -> None:
         progress = self.progress
         progress.skipped += 1
         progress.sums["skipped"] += 1
         if progress.skipped > self.config.max_skipped:
+            path = self.out / "not-finite.json"
+            record = {"step": progress.step + 1, "epoch": progress.epoch + 1, "samples": indices.tolist()}
+            self.group.on_main(lambda: write_atomically(path, json.dumps(record) + "\n"))
             raise TrainingError(
                 f"the loss or its gradient was not finite {progress.skipped} steps in a row (the last is step "
-                f"{progress.step + 1}): lower the learning rate or the weight; the weights before it are saved"
+                f"{progress.step + 1}, {path} has its samples): lower the learning rate or the weight; the last "
+                "checkpoint is from before"
             )
 
     def _end_epoch(self) -> None:
@@ -364,3 +369,24 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _deterministic(device: str) -> Iterator[None]:
+    """On a GPU, the algorithms that give the same bits each time, where there are such; on CPUs all of them do."""
+    if device == "cpu":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    benchmark, fill = torch.backends.cudnn.benchmark, settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+        settings.fill_uninitialized_memory = fill

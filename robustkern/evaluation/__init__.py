@@ -10,7 +10,8 @@
 from .checks import Check, Subject, run_checks
 from .intervals import wilson_interval
 from .measures import linearised_robustness, local_lipschitz, logit_margin
-from .suite import ATTACKS, Accuracy, MissingPackage, Report, Settings, evaluate, recheck
+from .results import ATTACKS, Accuracy, Report, Settings
+from .suite import MissingPackage, evaluate, recheck
 
 __all__ = [
     "ATTACKS",

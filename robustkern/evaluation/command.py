@@ -14,7 +14,8 @@ from robustkern import data as datasets
 from robustkern.training import TrainingError, UsageError, load_model
 
 from .report import export_state_dict, print_report, write_report
-from .suite import MissingPackage, Report, Settings, evaluate
+from .results import Report, Settings
+from .suite import MissingPackage, evaluate
 
 
 def evaluate_run(

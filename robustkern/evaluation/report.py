@@ -19,7 +19,8 @@ from robustkern._version import __version__
 from robustkern.training.figures import eps_text
 from robustkern.training.files import write_atomically
 
-from .suite import Accuracy, Report, recheck
+from .results import Accuracy, Report
+from .suite import recheck
 
 
 def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +15,9 @@ from robustkern.attacks import APGD, PGD, attacked
 from robustkern.data import Dataset
 
 from .checks import Check, Subject, correct, run_checks
-from .intervals import wilson_interval
 from .measures import linearised_robustness, local_lipschitz, logit_margin
+from .results import Accuracy, Report, Settings
 
-ATTACKS = ("pgd", "apgd", "autoattack")
-NORMS = ("linf", "l2")
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (model, x, y, indices) -> adversary
 _CURVE_SAMPLES = 500
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -28,123 +25,6 @@ _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 class MissingPackage(RuntimeError):
     """A package that an attack comes from is not installed."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        eps: Radius of the ball, in units of the images.
-        norm: "linf" or "l2".
-        samples: The first so many samples; 0: all.
-        attacks: Of `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and, targeted, on the
-            difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack has it).
-        pgd_steps: Steps of PGD, of eps / 4 each.
-        restarts: Its random starts.
-        apgd_steps: Steps of APGD.
-        check_samples: The checks attack the first so many samples, some dozen times.
-        batch_size: Samples at a time.
-        seed: Of everything random.
-    """
-
-    eps: float
-    norm: str = "linf"
-    samples: int = 1000
-    attacks: tuple[str, ...] = ATTACKS
-    pgd_steps: int = 50
-    restarts: int = 10
-    apgd_steps: int = 100
-    check_samples: int = 200
-    batch_size: int = 250
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("pgd_steps", "restarts", "apgd_steps", "check_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.samples < 0:
-            raise ValueError(f"samples must not be negative, got {self.samples}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, got {self.eps}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
-        for attack in self.attacks:
-            if attack not in ATTACKS:
-                raise ValueError(f"no attack {attack!r}: choose among {', '.join(ATTACKS)}")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """An accuracy with its 95 % Wilson interval.
-
-    Attributes:
-        name: Of what.
-        right: Samples classified right.
-        samples: Samples in all.
-        seconds: How long it took to measure.
-    """
-
-    name: str
-    right: int
-    samples: int
-    seconds: float = 0.0
-
-    @property
-    def value(self) -> float:
-        return self.right / max(1, self.samples)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.right, self.samples)
-
-    def to_dict(self) -> dict[str, Any]:
-        low, high = self.interval
-        return {
-            "name": self.name, "accuracy": self.value, "low": low, "high": high, "right": self.right,
-            "samples": self.samples, "seconds": round(self.seconds, 2),
-        }  # fmt: skip
-
-
-@dataclass
-class Report:
-    """What was found.
-
-    Attributes:
-        settings: What was measured.
-        clean: Accuracy on the images as they are.
-        attacks: Accuracy under each attack.
-        worst: Accuracy where a sample counts as right only if no attack fools the model on it.
-        classes: Names of the classes.
-        per_class: Clean and worst accuracy of each class.
-        curve: Accuracy under PGD-20 against the radius, on the first 500 samples.
-        steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
-            constant is what an attack found: a lower bound.
-        checks: Reasons to doubt the accuracies, sought.
-        warnings: What the attacks' packages warned of.
-        adversaries: For each attack, its adversarial images.  [N, C, H, W]
-        x: The clean images.
-        y: Their labels.
-    """
-
-    settings: Settings
-    clean: Accuracy
-    classes: tuple[str, ...]
-    x: Tensor
-    y: Tensor
-    attacks: list[Accuracy] = field(default_factory=list)
-    worst: Accuracy | None = None
-    per_class: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
-    steepness: dict[str, dict[str, float]] = field(default_factory=dict)
-    checks: list[Check] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    adversaries: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def sound(self) -> bool:
-        """Whether no check found a reason to doubt the accuracies."""
-        return all(check.passed for check in self.checks)
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import attack_tables, chart, harness, projections
+from . import attack_tables, chart, harness, projections, robustness
 from .markdown import sentence, table, times
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
@@ -301,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "<!-- benchmarks:begin training -->" in text:
         text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
     wanted[options.readme] = text
+    if options.readme == harness.ROOT / "README.md" and robustness.RESULTS.exists():
+        wanted[robustness.RESULTS.with_suffix(".md")] = robustness.document(robustness.rows(robustness.RESULTS))
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     charts = {path: draw for path, draw in _charts(options.images, everything).items() if draw is not None}
     for path in [*stale, *charts]:

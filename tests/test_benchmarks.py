@@ -182,3 +182,33 @@ def test_peak_memory_counts_what_is_held_at_once(monkeypatch):
         return second + 1
 
     assert harness.peak_memory(work, "cpu") == pytest.approx(2 * megabyte.nbytes, rel=1e-3)
+
+
+def test_a_row_of_the_results_table(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    out = tmp_path / "robustness.json"
+    options = [
+        "--data",
+        "digits",
+        "--samples",
+        "8",
+        "--attacks",
+        "pgd",
+        "--epochs",
+        "1",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    program = ["-m", "benchmarks.robustness", *options, "--out", str(out), "--method", "standard"]
+    python(*program, "--seeds", "2")
+    written = json.loads(out.read_text())["rows"]
+    assert [(row["data"], row["method"], row["seed"]) for row in written] == [("digits", "standard", s) for s in (0, 1)]
+    python(*program, "--seeds", "2")  # everything is there: nothing changes
+    assert json.loads(out.read_text())["rows"] == written
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import robustness
+
+    text = robustness.document(written)
+    mean = 50 * sum(row["accuracies"]["clean"]["accuracy"] for row in written)
+    assert f"| standard | 2 | {mean:.1f} ± " in text
+    assert "the first 8 test images" in text

@@ -256,6 +256,12 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     assert len(set(refused)) == 1 and "already holds a run: pass --resume" in refused[0]
 
 
+def test_processes_must_agree_on_their_settings(tmp_path):
+    refused = answers(tmp_path, fork(tmp_path, lambda rank: train(small(seed=rank), tmp_path / "run")))
+    assert refused == ["UsageError: process 1 was started with other settings than process 0: seed 0 -> 1"] * 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_not_finite_for_one_is_skipped_by_all(tmp_path):
     build = trainer_module.build_loss
 

@@ -11,11 +11,9 @@ each batch: their results differ by rounding.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from .averaging import WeightAverage
 from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
 from .config import TrainingConfig
 from .distributed import Group, process_group
+from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
 from .files import RunLock, remove_stale, write_atomically
 from .judge import Judge, split
@@ -120,8 +119,10 @@ def train(
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
             return train_set, test_set
 
+        theirs = group.broadcast(config)
+        group.on_all(lambda: _check_agreement(group, theirs, config))
         group.on_main(claim)
-        with _threads(config.threads), _deterministic(config.device):
+        with threads(config.threads), deterministic(config.device):
             train_set, test_set = group.on_all(load)
             # Only now: a data set that was missing must not leave a run behind.
             run = _Run(config, out, train_set, test_set, loss, observer, stop, group)
@@ -140,6 +141,12 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
     changed = read_config(out).differences(config)
     if changed:
         raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
+
+
+def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig) -> None:
+    changed = theirs.differences(mine)
+    if changed:
+        raise UsageError(f"process {group.rank} was started with other settings than process 0: {', '.join(changed)}")
 
 
 def read_config(out: str | Path) -> TrainingConfig:
@@ -359,34 +366,3 @@ def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """On a GPU, the algorithms that give the same bits each time, where there are such; on CPUs all of them do."""
-    if device == "cpu":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    benchmark, fill = torch.backends.cudnn.benchmark, settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    settings.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-        settings.fill_uninitialized_memory = fill

@@ -31,6 +31,17 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "target, "
       "float label_smoothing, float temperature, int ignore_index) -> (Tensor, Tensor)");
 
+  // p_logits, q_logits: [B, C] -> kl [B], statistics [B, 5], see KlRow in math/kl_divergence.h
+  m.def("kl_divergence(Tensor p_logits, Tensor q_logits, float temperature) -> (Tensor, Tensor)");
+  // -> (grad_p, grad_q) [B, C]
+  m.def(
+      "kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics, float temperature) -> "
+      "(Tensor, Tensor)");
+  // An absent cotangent is zero.  -> (gg_grad [B], grad_p, grad_q [B, C])
+  m.def(
+      "kl_divergence_double_backward(Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p_logits, Tensor q_logits, Tensor "
+      "statistics, float temperature) -> (Tensor, Tensor, Tensor)");
+
   // outputs: [B, C, S]; seed: [1] int64; law, kind: see math/random_cotangents.h -> w [K, B, C, S]
   m.def("random_cotangents(Tensor outputs, Tensor seed, int projections, int law, int kind) -> Tensor");
   // Of kind fisher; grad: [K, B, C, S] -> grad_outputs [B, C, S]

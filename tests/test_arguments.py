@@ -19,7 +19,7 @@ CALLS = [
     for name in ("", "_backward", "_double_backward")[: 1 + case.orders]
 ]
 # Arguments with a shape and dtype of their own, to which the others must conform.
-FREE = ("x", "logits", "outputs", "slopes")
+FREE = ("x", "logits", "p_logits", "outputs", "slopes")
 over_calls = pytest.mark.parametrize(("case", "order"), CALLS, ids=lambda v: str(v) or "forward")
 
 

@@ -3,6 +3,7 @@
 from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
 from robustkern.ops.attack_start import attack_start
 from robustkern.ops.attack_step import attack_step
+from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.margin_loss import margin_loss
 from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
@@ -14,4 +15,12 @@ DOUBLE_BACKWARD_MODULES = (activation, attention, batch_norm, group_norm, layer_
 # Nothing can be differentiated in these: they write into a tensor, on the way of an attack.
 IN_PLACE = ("attack_start", "attack_step")
 
-__all__ = ["attack_start", "attack_step", "margin_loss", "random_cotangents", "row_norm", "softmax_cross_entropy"]
+__all__ = [
+    "attack_start",
+    "attack_step",
+    "kl_divergence",
+    "margin_loss",
+    "random_cotangents",
+    "row_norm",
+    "softmax_cross_entropy",
+]

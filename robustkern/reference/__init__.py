@@ -6,6 +6,7 @@ from robustkern.reference.attack_step import attack_step
 from robustkern.reference.attention import attention_double_backward
 from robustkern.reference.batch_norm import batch_norm_double_backward
 from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
+from robustkern.reference.kl_divergence import kl_divergence
 from robustkern.reference.layer_norm import layer_norm_backward, layer_norm_double_backward
 from robustkern.reference.margin_loss import margin_loss
 from robustkern.reference.random_cotangents import random_cotangents
@@ -21,6 +22,7 @@ __all__ = [
     "batch_norm_double_backward",
     "group_norm_backward",
     "group_norm_double_backward",
+    "kl_divergence",
     "layer_norm_backward",
     "layer_norm_double_backward",
     "margin_loss",

@@ -1,0 +1,229 @@
+// kl_divergence on the CPU.  Formulas: math/kl_divergence.h.  One thread works a row in pieces that stay in its L1
+// cache, so a row is read from memory once, whatever the number of sweeps over it.  Sums across pieces run in double.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../kl_divergence_arguments.h"
+#include "elements.h"
+#include "kl_divergence_loops.h"
+
+namespace rk::cpu {
+namespace {
+
+template <class A>
+struct Buffers {
+  Buffer<A> a, b, p, q, d, u, v, grad_p, grad_q;
+};
+
+struct Call {
+  Input p_logits, q_logits;
+  std::optional<Input> gg_p, gg_q;
+  int64_t rows, classes;
+  double inverse_t;
+  const void* grad = nullptr;  // [rows]
+  void* statistics = nullptr;  // [rows, 5]
+  void* per_row = nullptr;     // [rows]
+  std::optional<Output> out_p, out_q;
+
+  Call(const KlTensors& t, double temperature)
+      : p_logits(t.p), q_logits(t.q), rows(t.p.size(0)), classes(t.p.size(1)), inverse_t(1.0 / temperature) {}
+};
+
+template <class A>
+struct Row {
+  const Call& c;
+  Buffers<A>& b;
+  int64_t first;  // element
+  KlRow<A> r{};
+  KlPiece<A> piece{};  // the last one read
+
+  Row(const Call& call, Buffers<A>& buffers, int64_t row) : c(call), b(buffers), first(row * call.classes) {
+    r.inverse_t = A(call.inverse_t);
+  }
+
+  // max and log sum exp of z / T
+  void measure(const Input& logits, A& max, A& log_sum) {
+    max = -std::numeric_limits<A>::infinity();
+    each([&](int64_t begin, int64_t n) {
+      const A m = kl_largest(logits.read(first + begin, n, b.a), n);
+      max = m > max || is_nan(m) ? m : max;
+    });
+    max *= r.inverse_t;
+    double sum = 0;
+    each([&](int64_t begin, int64_t n) { sum += kl_sum_exp(logits.read(first + begin, n, b.a), n, r.inverse_t, max); });
+    log_sum = A(std::log(sum));
+  }
+
+  // f(begin, piece) for the pieces of the row
+  template <class F>
+  void sweep(const F& f) {
+    each([&](int64_t begin, int64_t n) {
+      if (piece.n == 0 || c.classes > kPiece) read(begin, n);  // a short row is still there from the last sweep
+      f(begin, piece);
+    });
+  }
+
+ private:
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t begin = 0; begin < c.classes; begin += kPiece) f(begin, std::min(kPiece, c.classes - begin));
+  }
+
+  void read(int64_t begin, int64_t n) {
+    const A* const a = c.p_logits.read(first + begin, n, b.a);
+    kl_points(a, c.q_logits.read(first + begin, n, b.b), n, r, b.p.element, b.q.element, b.d.element);
+    piece = {
+        a, b.p.element, b.q.element, b.d.element, cotangent(c.gg_p, begin, n, b.u), cotangent(c.gg_q, begin, n, b.v),
+        n};
+  }
+
+  const A* cotangent(const std::optional<Input>& t, int64_t begin, int64_t n, Buffer<A>& buffer) const {
+    if (t) return t->read(first + begin, n, buffer);
+    std::fill_n(buffer.element, n, A(0));
+    return buffer.element;
+  }
+};
+
+template <class A>
+void value_row(const Call& c, int64_t row, Buffers<A>& b) {
+  Row<A> w(c, b, row);
+  w.measure(c.p_logits, w.r.p_max, w.r.p_log_sum);
+  w.measure(c.q_logits, w.r.q_max, w.r.q_log_sum);
+  double sum = 0;
+  A top = -std::numeric_limits<A>::infinity();
+  w.sweep([&](int64_t, const KlPiece<A>& piece) {
+    sum += kl_sum(piece);
+    const A d = kl_top(piece.a, piece.d, piece.n, w.r);
+    top = d > top || is_nan(d) ? d : top;
+  });
+  A* const statistics = static_cast<A*>(c.statistics) + kKlStatistics * row;
+  statistics[0] = w.r.p_max;
+  statistics[1] = w.r.p_log_sum;
+  statistics[2] = w.r.q_max;
+  statistics[3] = w.r.q_log_sum;
+  statistics[4] = top;
+  static_cast<A*>(c.per_row)[row] = A(sum);
+}
+
+template <class A>
+Row<A> measured_row(const Call& c, int64_t row, Buffers<A>& b) {
+  Row<A> w(c, b, row);
+  const A* const statistics = static_cast<const A*>(c.statistics) + kKlStatistics * row;
+  w.r = {statistics[0], statistics[1], statistics[2], statistics[3], statistics[4], w.r.inverse_t};
+  return w;
+}
+
+// f(piece, grad_p, grad_q) writes both gradients of a piece.
+template <class A, class F>
+void write(const Call& c, Row<A>& w, const F& f) {
+  w.sweep([&](int64_t begin, const KlPiece<A>& piece) {
+    f(piece, c.out_p->open(w.first + begin, w.b.grad_p), c.out_q->open(w.first + begin, w.b.grad_q));
+    c.out_p->close(w.first + begin, piece.n, w.b.grad_p);
+    c.out_q->close(w.first + begin, piece.n, w.b.grad_q);
+  });
+}
+
+template <class A>
+void backward_row(const Call& c, int64_t row, Buffers<A>& b) {
+  Row<A> w = measured_row(c, row, b);
+  double mean_e = 0;
+  w.sweep([&](int64_t, const KlPiece<A>& piece) { mean_e += kl_mean(piece, w.r.d_top); });
+  const A grad = static_cast<const A*>(c.grad)[row];
+  write(c, w, [&](const KlPiece<A>& piece, A* grad_p, A* grad_q) {
+    kl_slopes(piece, grad, w.r.d_top, A(mean_e), w.r.inverse_t, grad_p, grad_q);
+  });
+}
+
+template <class A>
+void double_backward_row(const Call& c, int64_t row, Buffers<A>& b) {
+  Row<A> w = measured_row(c, row, b);
+  double mean_e = 0, u_p = 0, v_q = 0, v_difference = 0, cross = 0;
+  w.sweep([&](int64_t, const KlPiece<A>& piece) {
+    mean_e += kl_mean(piece, w.r.d_top);
+    u_p += kl_dot(piece.p, piece.u, piece.n);
+    v_q += kl_dot(piece.q, piece.v, piece.n);
+    v_difference += kl_dot_difference(piece);
+  });
+  KlSums<A> sums{A(mean_e), A(u_p), A(v_q - v_difference), A(v_q), A(0)};
+  w.sweep([&](int64_t, const KlPiece<A>& piece) { cross += kl_cross(piece, w.r.d_top, sums); });
+  sums.cross = A(cross);
+  const A grad = static_cast<const A*>(c.grad)[row];
+  static_cast<A*>(c.per_row)[row] = A((cross + v_difference) * c.inverse_t);
+  write(c, w, [&](const KlPiece<A>& piece, A* grad_p, A* grad_q) {
+    kl_bends(piece, grad, w.r.d_top, sums, w.r.inverse_t, grad_p, grad_q);
+  });
+}
+
+enum class Order { kValue, kBackward, kDoubleBackward };
+
+template <class A>
+void run_rows(const Call& c, Order order) {
+  torch::stable::parallel_for(0, c.rows, rows_per_thread(4 * c.classes), [&](int64_t begin, int64_t end) {
+    Buffers<A> buffers;
+    for (int64_t row = begin; row < end; ++row) switch (order) {
+        case Order::kValue: value_row<A>(c, row, buffers); break;
+        case Order::kBackward: backward_row<A>(c, row, buffers); break;
+        case Order::kDoubleBackward: double_backward_row<A>(c, row, buffers); break;
+      }
+  });
+}
+
+void run(const KlTensors& t, const Call& c, Order order) {
+  t.accumulation() == ScalarType::Double ? run_rows<double>(c, order) : run_rows<float>(c, order);
+}
+
+std::tuple<Tensor, Tensor> kl_divergence(Tensor p_logits, Tensor q_logits, double temperature) {
+  const KlTensors t("kl_divergence", p_logits, q_logits, temperature);
+  Tensor value = t.new_rows(), statistics = t.new_statistics();
+  Call c(t, temperature);
+  c.per_row = value.data_ptr();
+  c.statistics = statistics.data_ptr();
+  run(t, c, Order::kValue);
+  return {value, statistics};
+}
+
+std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics,
+                                                  double temperature) {
+  const KlTensors t("kl_divergence_backward", p_logits, q_logits, temperature);
+  const Tensor g = t.per_row(grad), s = t.saved(statistics);
+  Tensor grad_p = t.new_logits(), grad_q = t.new_logits();
+  Call c(t, temperature);
+  c.grad = g.data_ptr();
+  c.statistics = s.data_ptr();
+  c.out_p.emplace(grad_p, true);
+  c.out_q.emplace(grad_q, true);
+  run(t, c, Order::kBackward);
+  return {grad_p, grad_q};
+}
+
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> gg_p, std::optional<Tensor> gg_q,
+                                                                 Tensor grad, Tensor p_logits, Tensor q_logits,
+                                                                 Tensor statistics, double temperature) {
+  const KlTensors t("kl_divergence_double_backward", p_logits, q_logits, temperature);
+  const Tensor g = t.per_row(grad), s = t.saved(statistics);
+  const std::optional<Tensor> u = t.cotangent("gg_p", gg_p), v = t.cotangent("gg_q", gg_q);
+  Tensor gg_grad = t.new_rows(), grad_p = t.new_logits(), grad_q = t.new_logits();
+  Call c(t, temperature);
+  if (u) c.gg_p.emplace(*u);
+  if (v) c.gg_q.emplace(*v);
+  c.grad = g.data_ptr();
+  c.statistics = s.data_ptr();
+  c.per_row = gg_grad.data_ptr();
+  c.out_p.emplace(grad_p, true);
+  c.out_q.emplace(grad_q, true);
+  run(t, c, Order::kDoubleBackward);
+  return {gg_grad, grad_p, grad_q};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("kl_divergence_backward", TORCH_BOX(&kl_divergence_backward));
+  m.impl("kl_divergence_double_backward", TORCH_BOX(&kl_divergence_double_backward));
+}
+
+}  // namespace rk::cpu

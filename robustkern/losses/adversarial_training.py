@@ -1,0 +1,63 @@
+"""Adversarial training: the loss at the worst image near by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from robustkern.attacks import FGSM, NFGSM, PGD
+from robustkern.losses._passes import check_weight, value_without_graph
+from robustkern.losses.attack_loss import AttackLoss
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+_PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
+
+
+@dataclass(eq=False)
+class AdversarialTraining(AttackLoss):
+    """total = mean_i CE(f(x_i), y_i) + weight * mean_i (CE(f(x'_i), y_i) - CE(f(x_i), y_i)), x' by an attack.
+
+    orientation: the mean cross-entropy at x.  smoothness: how much the attack raises it; to first order eps times the
+    dual norm of the input gradient.  With weight 1, the default, the total is the cross-entropy at the adversary, as
+    published; with 1/2, half of either (Goodfellow et al.).
+
+    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
+    number of processes.
+
+    Args:
+        attack: `robustkern.attacks.FGSM`, `NFGSM` or `PGD`, or anything with the same call.
+        weight: of the smoothness term.
+        label_smoothing: in the cross-entropy of both terms.
+        impl: "auto", "kernel" or "reference".
+        generator, shard: see `robustkern.losses.attack_loss`.
+
+    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
+    y.  Passes: the attack's, 3 at the adversary, and 1 at x for the value of the orientation, whose gradient cancels
+    at weight 1; at any other weight, and where `Terms.weight` was replaced, its backward pass costs 3 more.
+
+    BatchNorm is in eval mode during the attack, as in the published codes; then the adversaries go through the model
+    in its own mode, and in training mode theirs are the running statistics.  The pass at x leaves these alone.
+    Differentiable once.  Sources: Goodfellow et al. 2015; Madry et al. 2018; Wong et al. 2020 (FGSM with random start).
+    """
+
+    attack: FGSM | NFGSM | PGD = _PGD_10
+    weight: float = 1.0
+    label_smoothing: float = 0.0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_weight("AdversarialTraining", self.weight)
+        if not callable(self.attack):
+            raise TypeError(f"AdversarialTraining: attack must be callable, got {type(self.attack).__name__}")
+
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.attack(model, x, y, self.generator, indices=self._samples(x))
+
+    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
+        def cross_entropy(logits: Tensor) -> Tensor:
+            return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
+
+        orientation = value_without_graph(model, cross_entropy, x.detach())
+        return Terms(orientation, cross_entropy(model(adversary)) - orientation, self.weight)

@@ -1,0 +1,116 @@
+"""What losses with an attack inside share: the attack's random numbers, and the attack apart from the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkern import ops
+from robustkern.attacks import attacked
+from robustkern.attacks._common import check_batch, check_options
+from robustkern.sharding import Shard
+from robustkern.terms import Terms
+
+STARTS = ("gaussian", "uniform")
+_SMALL = 1e-3  # standard deviation of the Gaussian start, in units of the image
+
+
+@dataclass(eq=False)
+class AttackLoss:
+    """total = orientation + weight * smoothness, at x and at adversaries that an attack finds.
+
+    `adversaries` runs the attack, `terms` computes what is differentiated; a call is one after the other.
+
+    Args:
+        generator: where the attack's random numbers come from, on the device of x; None: the default one.
+        shard: the rows of a larger batch that x holds; None: x is the whole batch.
+    """
+
+    generator: torch.Generator | None = field(default=None, kw_only=True)
+    shard: Shard | None = field(default=None, kw_only=True)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Terms:
+        return self.terms(model, x, self.adversaries(model, x, y), y)
+
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Any:
+        """What the attack finds, without history: what `terms` is to be given."""
+        raise NotImplementedError
+
+    def terms(self, model: nn.Module, x: Tensor, adversary: Any, y: Tensor) -> Terms:
+        """Both terms, given what the attack found."""
+        raise NotImplementedError
+
+    def _samples(self, x: Tensor) -> Tensor | None:
+        return None if self.shard is None else self.shard.samples(x.device)
+
+    def _noise(self, x: Tensor) -> Tensor:
+        """Normally distributed, in float32; a sample's numbers do not depend on which process has it."""
+        rows = len(x) if self.shard is None else self.shard.total
+        noise = torch.randn(rows, *x.shape[1:], generator=self.generator, device=x.device)
+        return noise if self.shard is None else self.shard.rows(noise)
+
+
+@dataclass(eq=False)
+class AscentLoss(AttackLoss):
+    """total = orientation + weight * smoothness, with adversaries that maximise something in a ball, step by step.
+
+    The last iterate is the adversary, as in the published codes.  An attack is one forward pass or two, and `steps`
+    times forward and input gradient.
+
+    Args:
+        eps: radius of the ball, in units of x; for norm "linf" also a tensor that broadcasts over a sample.
+        step_size: length of a step; None: 2.5 eps / steps, which is 2/255 for ten steps in a ball of 8/255.
+        steps: number of steps.
+        norm: "linf", "l2" or "l1".
+        start: "gaussian" (x plus noise of standard deviation 0.001, in the ball) or "uniform" (anywhere in the ball).
+        impl: "auto", "kernel" or "reference".
+    """
+
+    eps: float | Tensor = field(default=8 / 255, kw_only=True)
+    step_size: float | Tensor | None = field(default=None, kw_only=True)
+    steps: int = field(default=10, kw_only=True)
+    norm: str = field(default="linf", kw_only=True)
+    start: str = field(default="gaussian", kw_only=True)
+    impl: str = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_options(name, self.eps, self.norm, "ce", steps=self.steps)
+        if self.start not in STARTS:
+            raise ValueError(f"{name}: start must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}")
+
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x, y = check_batch(type(self).__name__, x, y)
+        step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        with torch.inference_mode(False), attacked(model):
+            objective = self._objective(model, x, y)
+            adversary = self._start(x)
+            for _ in range(self.steps):
+                grad = gradient(objective, adversary)
+                ops.attack_step(adversary, x, grad, eps=self.eps, step_size=step, norm=self.norm, impl=self.impl)
+        return adversary
+
+    def _objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        """What is to be maximised, [B], as a function of the images; the model is in eval mode."""
+        raise NotImplementedError
+
+    def _start(self, x: Tensor) -> Tensor:
+        if self.start == "uniform":
+            return ops.attack_start(
+                x, eps=self.eps, norm=self.norm, generator=self.generator, samples=self._samples(x), impl=self.impl
+            )
+        start = x + (_SMALL * self._noise(x)).to(x.dtype)
+        # Without a step it projects on the ball and the box.
+        return ops.attack_step(start, x, eps=self.eps, norm=self.norm, impl=self.impl)
+
+
+def gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of each sample's objective, without history."""
+    with torch.enable_grad():
+        probe = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(objective(probe).sum(), probe)
+    return grad

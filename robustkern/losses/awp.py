@@ -1,0 +1,135 @@
+"""Adversarial weight perturbation (AWP)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.losses.attack_loss import AttackLoss
+from robustkern.sharding import Shard
+from robustkern.terms import Terms
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
+
+
+@dataclass(eq=False)
+class AWP:
+    """total = L(w + v), v_l = gamma ||w_l||_2 g_l / ||g_l||_2, g = dL / dw: a loss where the weights are worst.
+
+    orientation and smoothness: those of the loss, at the perturbed weights.  Every weight of two or more dimensions is
+    a layer l of its own; biases and the numbers of normalisation layers stay.  Adversaries are those of the weights as
+    they are, found once.
+
+    The weights themselves are never touched: the model is called with w + v in their place, through which the gradient
+    of the total reaches w.  Whatever happens inside, they keep their bits.  The published code takes a step of an
+    optimizer on a copy of the model instead; scaled to gamma ||w_l||, the first step of SGD points along g.
+
+    Args:
+        loss: any loss of `robustkern.losses`.
+        gamma: length of the perturbation, relative to the weight; 0.01 for adversarial training, 0.005 for TRADES as
+            published, which begins after ten epochs.  0: none, at no cost.
+
+    `generator`, `shard` and `step` are those of the loss.  A loss that draws random numbers draws the same ones at both
+    weights if it has a generator of its own.
+
+    The call takes an nn.Module, x and y as the loss does.  Passes: those of the loss but for its attack once more (3
+    for adversarial training), then those of the loss.  BatchNorm: the pass that gives v leaves the running statistics
+    alone; the other is the loss's own.  Differentiable once.  Source: Wu et al., Adversarial weight perturbation helps
+    robust generalization, NeurIPS 2020.
+    """
+
+    loss: Loss
+    gamma: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_weight("AWP", self.gamma, "gamma")
+        self._shard: Shard | None = getattr(self.loss, "shard", None)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Terms:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"AWP: model must be an nn.Module, whose weights it perturbs, got {type(model).__name__}")
+        if self.gamma == 0.0:
+            return self.loss(model, x, y)
+        loss: Callable[[nn.Module], Terms]
+        if isinstance(self.loss, AttackLoss):
+            found = self.loss.adversaries(model, x, y)
+            attack_loss = self.loss
+            loss = lambda perturbed: attack_loss.terms(perturbed, x, found, y)  # noqa: E731
+        else:
+            loss = lambda perturbed: self.loss(perturbed, x, y)  # noqa: E731
+        with torch.enable_grad(), self._rewound(), frozen_statistics(model):
+            offsets = self._offsets(model, loss(model).total)
+        return loss(_Perturbed(model, offsets))
+
+    def _offsets(self, model: nn.Module, total: Tensor) -> dict[str, Tensor]:
+        """v, by the name of the weight."""
+        weights = {name: w for name, w in model.named_parameters() if w.requires_grad and w.dim() > 1}
+        grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True, materialize_grads=True)
+        if self._shard is not None:
+            self._shard.average_(grads)
+        offsets = {}
+        for (name, weight), grad in zip(weights.items(), grads, strict=True):
+            length = torch.linalg.vector_norm(grad)
+            scale = torch.where(length > 0, self.gamma * torch.linalg.vector_norm(weight.detach()) / length, 0.0)
+            offsets[name] = scale * grad
+        return offsets
+
+    @contextmanager
+    def _rewound(self) -> Iterator[None]:
+        """What a loss remembers, its random numbers and its count of calls, is put back."""
+        generator, step = getattr(self.loss, "generator", None), getattr(self.loss, "step", None)
+        state = None if generator is None else generator.get_state()
+        try:
+            yield
+        finally:
+            if generator is not None:
+                generator.set_state(state)
+            if step is not None:
+                self.loss.step = step  # type: ignore[attr-defined]
+
+    @property
+    def generator(self) -> Any:
+        return self.loss.generator  # type: ignore[attr-defined]
+
+    @generator.setter
+    def generator(self, value: torch.Generator | None) -> None:
+        self.loss.generator = value  # type: ignore[attr-defined]
+
+    @property
+    def step(self) -> Any:
+        return self.loss.step  # type: ignore[attr-defined]
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.loss.step = value  # type: ignore[attr-defined]
+
+    @property
+    def shard(self) -> Shard | None:
+        return self._shard
+
+    @shard.setter
+    def shard(self, value: Shard | None) -> None:
+        self._shard = value
+        if hasattr(self.loss, "shard"):
+            self.loss.shard = value
+
+
+class _Perturbed(nn.Module):
+    """A model, called with some of its weights moved."""
+
+    def __init__(self, model: nn.Module, offsets: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.offsets = model, offsets
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = dict(self.model.named_parameters())
+        moved = {name: weights[name] + offset for name, offset in self.offsets.items()}
+        result: Tensor = torch.func.functional_call(self.model, moved, (x,))
+        return result

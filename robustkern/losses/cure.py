@@ -1,0 +1,73 @@
+"""Curvature regularisation (CURE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern.double_backward import fused_where_possible
+from robustkern.losses._passes import check_weight, frozen_statistics, leaf
+from robustkern.ops.row_norm import row_norm
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(frozen=True)
+class CURE:
+    """total = mean_i CE_i(x_i) + weight * mean_i ||g_i(x_i + z_i) - g_i(x_i)||_2^2, g = d CE / d x, z = eps sign(g(x)).
+
+    orientation: the mean cross-entropy at x.  smoothness: how much the input gradient changes along its own signs, a
+    finite difference of the curvature in that direction.  Both gradients are differentiated, z is not.
+
+    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
+    number of processes.  The paper's is lambda = 4 on this square; the published code's, 4 / B on the norm itself
+    (`squared=False`), since its gradient is that of the batch's mean loss.
+
+    Args:
+        weight: of the smoothness term.
+        eps: size of the entries of z, a number or a tensor that broadcasts over a sample.  The published h, the L2
+            length of z, is eps sqrt(N) for N entries: 3 for images divided by their standard deviation, of 3x32x32.
+        squared: False for the norm itself.
+        label_smoothing: in the cross-entropy.
+        impl: "auto", "kernel" or "reference".
+
+    The call takes a model that maps x [B, ...] to logits [B, C] and targets y.  x + z may leave [0, 1].  Passes: 12,
+    twice those of a gradient penalty.  An x that requires grad is used as it is, any other as a new leaf.
+
+    BatchNorm: as the model is; the published code fine-tunes in eval mode.  In training mode each pass is normalised by
+    its own batch, only that of x enters the running statistics, and the gradients also contain the other samples' part
+    (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.  Source:
+    Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
+    """
+
+    weight: float = 4.0
+    eps: float | Tensor = 8 / 255
+    squared: bool = True
+    label_smoothing: float = 0.0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_weight("CURE", self.weight)
+
+    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
+        x = leaf("CURE", x)
+        with fused_where_possible(self.impl):
+            loss, grad = self._gradient(model, x, y)
+            probe = (x + self.eps * grad.sign()).detach().to(x.dtype).requires_grad_()
+            with frozen_statistics(model):
+                _, moved = self._gradient(model, probe, y)
+            change = row_norm(moved - grad, 2, squared=self.squared, impl=self.impl)
+        return Terms(loss.mean(), change.mean(), self.weight)
+
+    def _gradient(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            loss = softmax_cross_entropy(model(x), y, label_smoothing=self.label_smoothing, impl=self.impl)
+            grad = input_gradient("CURE", "loss", loss.sum(), x, create_graph=differentiable)
+        if differentiable:
+            check_differentiable("CURE", "loss", grad)
+        return loss, grad

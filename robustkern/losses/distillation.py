@@ -1,0 +1,58 @@
+"""Defensive distillation: another network's predictions as targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustkern.attacks import attacked
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(eq=False)
+class Distillation:
+    """total = mean_i -sum_c t_ic log softmax(f(x_i) / T)_c, with t_i = softmax(teacher(x_i) / T).
+
+    orientation: the mean cross-entropy against the teacher, both at temperature T.  smoothness: none of its own (0,
+    with weight 0): the targets are smooth.
+
+    A control among the robust methods.  Trained at T and used at 1, the network's logits are T times too large, its
+    softmax saturates and gradients of the cross-entropy round to zero: attacks on that loss fail, others do not.
+    Gradients carry 1 / T, for which the learning rate has to make up.
+
+    Args:
+        teacher: maps x to logits [B, C]; used in eval mode, without gradients, and left as it came.
+        temperature: T > 0.
+        impl: "auto", "kernel" or "reference".
+
+    The call takes a model that maps x [B, ...] to logits [B, C]; y is not used.  Passes: 4, one of them the teacher's.
+    BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
+    Source: Papernot et al., Distillation as a defense to adversarial perturbations against deep neural networks, 2016;
+    refuted by Carlini and Wagner, 2017.
+    """
+
+    teacher: nn.Module
+    temperature: float = 100.0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.teacher, nn.Module):
+            raise TypeError(f"Distillation: teacher must be a module, got {type(self.teacher).__name__}")
+        if not self.temperature > 0.0:
+            raise ValueError(f"Distillation: temperature must be positive, got {self.temperature}")
+
+    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
+        with torch.no_grad(), attacked(self.teacher):
+            taught = (self.teacher(x).float() / self.temperature).softmax(1)
+        logits = model(x)
+        if logits.shape != taught.shape:
+            raise ValueError(
+                f"Distillation: teacher gives logits of shape {list(taught.shape)}, the model {list(logits.shape)}"
+            )
+        loss = softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl)
+        orientation = loss.mean()
+        return Terms(orientation, orientation.new_zeros(()), 0.0)

@@ -1,0 +1,94 @@
+"""GradAlign: fast adversarial training that stays aligned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustkern import ops
+from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern.attacks._common import check_batch, check_options
+from robustkern.double_backward import fused_where_possible
+from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.losses.attack_loss import AttackLoss, gradient
+from robustkern.ops._select import accumulation_dtype
+from robustkern.ops.row_norm import row_norm
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(eq=False)
+class GradAlign(AttackLoss):
+    """total = mean_i CE_i(x'_i) + weight * mean_i (1 - cos(g_i(x_i), g_i(x_i + u_i))), g = d CE / d x, x' by FGSM.
+
+    orientation: the mean cross-entropy at the adversary x' = x + step_size sign(g(x)).  smoothness: how much the input
+    gradient turns on the way to a uniformly random point of the ball; where it does, one step finds no adversary, and
+    fast adversarial training collapses.  g(x), which FGSM has computed, is not differentiated; g(x + u) is.  A sample
+    with a zero gradient at either point has no direction and adds nothing.
+
+    The weight multiplies the mean over the batch of a per-sample quantity, so it depends neither on the batch size nor
+    on the number of processes.  The published code divides by the number of samples that have a direction; its weight
+    is 0.2 for eps = 8/255.
+
+    Args:
+        weight: of the smoothness term.
+        eps: radius of the ball in the Linf norm, in units of x; a number or a tensor that broadcasts over a sample.
+        step_size: length of the step; None: eps.
+        impl: "auto", "kernel" or "reference".
+        generator, shard: see `robustkern.losses.attack_loss`.
+
+    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
+    y.  x' and x + u stay in [0, 1].  Passes: 2 for FGSM, 6 for the alignment, 3 at the adversary.
+
+    BatchNorm: all three passes see the model in its own mode, as in the published code; in training mode each is
+    normalised by its own batch, only the adversaries enter the running statistics, and gradients also contain the other
+    samples' part (see `robustkern.batch_coupling`).  Source: Andriushchenko and Flammarion, Understanding and improving
+    fast adversarial training, NeurIPS 2020.
+    """
+
+    weight: float = 0.2
+    eps: float | Tensor = 8 / 255
+    step_size: float | Tensor | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_weight("GradAlign", self.weight)
+        check_options("GradAlign", self.eps, "linf", "ce")
+
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of FGSM, and the gradient at x."""
+        x, y = check_batch("GradAlign", x, y)
+        step = self.eps if self.step_size is None else self.step_size
+        with frozen_statistics(model):
+            grad = gradient(lambda v: self._cross_entropy(model, v, y), x)
+        adversary = ops.attack_step(x.clone(), x, grad, eps=self.eps, step_size=step, impl=self.impl)
+        return adversary, grad
+
+    def terms(self, model: nn.Module, x: Tensor, adversary: tuple[Tensor, Tensor], y: Tensor) -> Terms:
+        image, first = adversary
+        probe = ops.attack_start(
+            x.detach(), eps=self.eps, generator=self.generator, samples=self._samples(x), impl=self.impl
+        ).requires_grad_()
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad(), fused_where_possible(self.impl), frozen_statistics(model):
+            loss = self._cross_entropy(model, probe, y)
+            second = input_gradient("GradAlign", "loss", loss.sum(), probe, create_graph=differentiable)
+        if differentiable:
+            check_differentiable("GradAlign", "loss", second)
+        orientation = self._cross_entropy(model, image, y).mean()
+        return Terms(orientation, self._misalignment(first, second).mean(), self.weight)
+
+    def _misalignment(self, first: Tensor, second: Tensor) -> Tensor:
+        """1 - cosine, [B]; 0 where it is not defined."""
+        dtype = accumulation_dtype(second.dtype)
+        lengths = row_norm(first, 2, impl=self.impl), row_norm(second, 2, impl=self.impl)
+        defined = (lengths[0] > 0) & (lengths[1] > 0)
+        # Not by their product, which underflows first.
+        unit = first.to(dtype) / torch.where(defined, lengths[0], 1.0).view(-1, *[1] * (first.dim() - 1))
+        cosine = (unit * second.to(dtype)).flatten(1).sum(1) / torch.where(defined, lengths[1], 1.0)
+        return torch.where(defined, 1.0 - cosine, 0.0)
+
+    def _cross_entropy(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return softmax_cross_entropy(model(x), y, impl=self.impl)

@@ -1,0 +1,43 @@
+"""Label smoothing: outputs that are smooth, whatever the inputs do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(frozen=True)
+class LabelSmoothing:
+    """total = (1 - weight) mean_i CE(f(x_i), y_i) + weight * mean_i 1/C sum_c -log p_ic.
+
+    orientation: the cross-entropy's share, (1 - weight) of its mean.  smoothness: the mean over the classes of -log p,
+    least where the prediction is uniform: of the outputs, not in the input.  The total is the cross-entropy against
+    targets (1 - s) e_y + s / C with s = weight.
+
+    A control among the robust methods: it flattens predictions, not the function.
+
+    Args:
+        weight: s, in [0, 1].
+        impl: "auto", "kernel" or "reference".
+
+    The call takes a model that maps x [B, ...] to logits [B, C], and classes y.  Passes: 3, a plain step.
+    BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
+    Source: Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016.
+    """
+
+    weight: float = 0.1
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"LabelSmoothing: weight must be in [0, 1], got {self.weight}")
+
+    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
+        logits = model(x)
+        certain, uniform = (softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
+        return Terms((1.0 - self.weight) * certain.mean(), uniform.mean(), self.weight)

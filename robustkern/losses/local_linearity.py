@@ -1,0 +1,86 @@
+"""Local linearity regularisation (LLR)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern.double_backward import fused_where_possible
+from robustkern.losses._passes import check_weight, frozen_statistics, leaf
+from robustkern.losses.attack_loss import AscentLoss
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(eq=False)
+class LocalLinearity(AscentLoss):
+    """total = mean_i CE_i(x_i) + weight * mean_i (gamma_i + ratio |delta_i . g_i|), g_i = d CE_i / d x_i.
+
+    gamma_i = |CE_i(x_i + delta_i) - CE_i(x_i) - delta_i . g_i|, at the delta_i of the ball where it is largest.
+
+    orientation: the mean cross-entropy at x.  smoothness: gamma, how far the loss is from linear around x, and how
+    steep it is in that direction.  Together they bound what an adversary can add.  g is differentiated, delta is not.
+
+    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
+    number of processes.  Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and
+    ratio = mu / lambda.
+
+    Args:
+        weight: of the smoothness term.
+        ratio: of the steepness to the distance from linear.
+        eps, step_size, steps, norm, start, impl, generator, shard: see `robustkern.losses.attack_loss`; two steps from
+            a uniform start.
+
+    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
+    y.  Passes: 2 + 2 steps for delta, 6 for the loss and its gradient, 3 at x + delta.  An x that requires grad is used
+    as it is, any other as a new leaf.
+
+    BatchNorm is in eval mode in the search for delta; then, in training mode, both passes are normalised by their own
+    batches, only that of x enters the running statistics, and g also contains the other samples' part (see
+    `robustkern.batch_coupling`).  Source: Qin et al., Adversarial robustness through local linearization, NeurIPS 2019.
+    """
+
+    weight: float = 4.0
+    ratio: float = 0.75
+
+    steps: int = field(default=2, kw_only=True)
+    start: str = field(default="uniform", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight("LocalLinearity", self.weight)
+        check_weight("LocalLinearity", self.ratio, "ratio")
+
+    def _objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+        with torch.enable_grad():
+            center = x.detach().requires_grad_()
+            loss = self._cross_entropy(model, center, y)
+            (grad,) = torch.autograd.grad(loss.sum(), center)
+        loss = loss.detach()
+        return lambda v: (self._cross_entropy(model, v, y) - loss - _dot(v - x, grad)).abs()
+
+    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
+        x = leaf("LocalLinearity", x)
+        with fused_where_possible(self.impl):
+            loss = self._cross_entropy(model, x, y)
+            grad = input_gradient("LocalLinearity", "loss", loss.sum(), x, create_graph=torch.is_grad_enabled())
+            if torch.is_grad_enabled():
+                check_differentiable("LocalLinearity", "loss", grad)
+            with frozen_statistics(model):
+                moved = self._cross_entropy(model, adversary, y)
+        linear = _dot(adversary - x.detach(), grad)
+        gap = (moved - loss - linear).abs()
+        return Terms(loss.mean(), (gap + self.ratio * linear.abs()).mean(), self.weight)
+
+    def _cross_entropy(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return softmax_cross_entropy(model(x), y, impl=self.impl)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Of each sample, in float32 for 16-bit data.  [B]"""
+    product = a * b if a.dtype.itemsize > 2 else a.float() * b.float()
+    return product.flatten(1).sum(1)

@@ -1,0 +1,83 @@
+"""Virtual adversarial training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustkern import ops
+from robustkern.attacks import attacked
+from robustkern.attacks._common import check_batch, check_options
+from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.losses.attack_loss import AttackLoss, gradient
+from robustkern.ops.kl_divergence import kl_divergence
+from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
+from robustkern.terms import Terms
+
+
+@dataclass(eq=False)
+class VAT(AttackLoss):
+    """total = mean_i CE(f(x_i), y_i) + weight * mean_i KL(p(x_i) || p(x_i + r_i)), r the direction of fastest change.
+
+    orientation: the mean cross-entropy at x.  smoothness: how far the prediction moves along r, found without a label
+    by power iteration on the Hessian of the divergence: d <- gradient of KL(p(x) || p(x + xi d)) from a random d, and r
+    of length eps along the last d.  p(x) in the divergence is a target and not differentiated.
+
+    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
+    number of processes; it is the published alpha, 1.
+
+    Args:
+        weight: of the smoothness term.
+        eps: length of r in units of x, in the L2 norm; for norm "linf", r = eps sign(d).
+        xi: length, in the L2 norm, of the probe.  Published codes take 1e-6 (in float32, where most of its digits are
+            lost) to 10; here 1, which leaves bfloat16 something to see.
+        steps: power iterations.
+        norm: "l2" or "linf".
+        impl: "auto", "kernel" or "reference".
+        generator, shard: see `robustkern.losses.attack_loss`.
+
+    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
+    y.  Probes and x + r stay in [0, 1].  Passes: 1 + 2 steps for the direction, 6 for both terms.
+
+    BatchNorm is in eval mode during the power iteration; the pass at x + r is normalised by its batch in training mode
+    and leaves the running statistics alone, as in the published codes.  Differentiable once.  Source: Miyato et al.,
+    Virtual adversarial training, 2018.
+    """
+
+    weight: float = 1.0
+    eps: float | Tensor = 1.0
+    xi: float = 1.0
+    steps: int = 1
+    norm: str = "l2"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_weight("VAT", self.weight)
+        check_options("VAT", self.eps, self.norm, "ce", steps=self.steps)
+        if self.norm == "l1":
+            raise ValueError("VAT: norm must be 'l2' or 'linf', got 'l1'")
+        if not self.xi > 0.0:
+            raise ValueError(f"VAT: xi must be positive, got {self.xi}")
+
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x, y = check_batch("VAT", x, y)
+        with torch.inference_mode(False), attacked(model):
+            with torch.no_grad():
+                clean = model(x)
+            direction = self._noise(x).to(x.dtype)
+            for _ in range(self.steps):
+                probe = self._moved(x, direction, self.xi, "l2")
+                direction = gradient(lambda v: kl_divergence(clean, model(v), impl=self.impl), probe)
+            return self._moved(x, direction, self.eps, self.norm)
+
+    def _moved(self, x: Tensor, direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
+        return ops.attack_step(x.clone(), x, direction, eps=length, step_size=length, norm=norm, impl=self.impl)
+
+    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
+        clean = model(x)
+        orientation = softmax_cross_entropy(clean, y, impl=self.impl).mean()
+        with frozen_statistics(model):
+            moved = model(adversary)
+        return Terms(orientation, kl_divergence(clean.detach(), moved, impl=self.impl).mean(), self.weight)

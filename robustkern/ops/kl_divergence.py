@@ -1,0 +1,145 @@
+"""kl_divergence: how far apart two predictions of each sample are, both gradients and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustkern import _library, reference
+from robustkern.ops._register import refuse_third_order, register_fake, register_row_vmap
+from robustkern.ops._samples import Sample, make_tensor
+from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+
+
+def kl_divergence(
+    p_logits: Tensor,  # [B, C] or [B, C, d1, ...]
+    q_logits: Tensor,  # like p_logits
+    *,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:  # [B] or [B, d1, ...]
+    r"""kl_i = sum_c p_ic (log p_ic - log q_ic), with p = softmax(p_logits / T) and q = softmax(q_logits / T).
+
+    Both logits are differentiated; detach the one that is a target.  A class with p = 0 (a logit of -inf, or too far
+    below the others) adds nothing to the value nor to any derivative, whatever q is; one with q = 0 and p > 0 makes
+    the divergence infinite.  The kernel sums terms that are never negative: two predictions that nearly agree keep the
+    digits in which they differ, and equal ones give exactly 0.  Sums run in float32 for 16- and 32-bit logits and in
+    float64 for float64.
+
+    Args:
+        p_logits: [B, C] or [B, C, d1, ...] float32, float64, float16 or bfloat16; B may be 0.
+        q_logits: of the same shape, dtype and device.
+        temperature: T > 0; gradients carry their 1 / T.
+        impl: "auto" (the kernel if there is one), "kernel" or "reference".
+
+    Returns:
+        [B] (or [B, d1, ...]), float32 for 16- and 32-bit logits, float64 for float64.
+
+    Raises:
+        TypeError: logits of another dtype, or of two.
+        ValueError: shapes or devices differ, or T is not positive.
+
+    Differentiability: twice in both logits; a third derivative raises.  Determinism: the same bits on every run and
+    for every batch size.  Saved for backward: both logits and five numbers a row (each one's maximum and the log of its
+    sum, and log p - log q of p's first choice).
+    """
+    op = "kl_divergence"
+    check_floating(op, "p_logits", p_logits)
+    check_floating(op, "q_logits", q_logits)
+    if p_logits.dim() < 2:
+        raise ValueError(f"{op}: p_logits must be [B, C] or [B, C, ...], got shape {list(p_logits.shape)}")
+    if q_logits.dtype != p_logits.dtype:
+        raise TypeError(f"{op}: q_logits must be {p_logits.dtype} like p_logits, got {q_logits.dtype}")
+    if q_logits.shape != p_logits.shape or q_logits.device != p_logits.device:
+        raise ValueError(
+            f"{op}: q_logits must be {list(p_logits.shape)} on {p_logits.device} like p_logits, got "
+            f"{list(q_logits.shape)} on {q_logits.device}"
+        )
+    if not temperature > 0.0:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    if not use_kernel(op, impl, p_logits):
+        return reference.kl_divergence(p_logits, q_logits, temperature=temperature)
+    shape = [p_logits.shape[0], *p_logits.shape[2:]]
+    if p_logits.dim() > 2:
+        p_logits, q_logits = (z.movedim(1, -1).reshape(-1, z.shape[1]) for z in (p_logits, q_logits))
+    value, _ = torch.ops.robustkern.kl_divergence(p_logits, q_logits, float(temperature))
+    return value.reshape(shape)
+
+
+def _register() -> None:
+    ops = torch.ops.robustkern
+
+    @register_fake("kl_divergence")
+    def _(p_logits, q_logits, temperature):  # type: ignore[no-untyped-def]
+        rows, dtype = p_logits.shape[0], accumulation_dtype(p_logits.dtype)
+        return p_logits.new_empty([rows], dtype=dtype), p_logits.new_empty([rows, 5], dtype=dtype)
+
+    @register_fake("kl_divergence_backward")
+    def _(grad, p_logits, q_logits, statistics, temperature):  # type: ignore[no-untyped-def]
+        return p_logits.new_empty(p_logits.shape), p_logits.new_empty(p_logits.shape)
+
+    @register_fake("kl_divergence_double_backward")
+    def _(gg_p, gg_q, grad, p_logits, q_logits, statistics, temperature):  # type: ignore[no-untyped-def]
+        per_row = p_logits.new_empty([p_logits.shape[0]], dtype=accumulation_dtype(p_logits.dtype))
+        return per_row, p_logits.new_empty(p_logits.shape), p_logits.new_empty(p_logits.shape)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        p_logits, q_logits, ctx.temperature = inputs
+        ctx.save_for_backward(p_logits, q_logits, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None
+        grad_p, grad_q = ops.kl_divergence_backward(grad, *ctx.saved_tensors, ctx.temperature)
+        return grad_p, grad_q, None
+
+    torch.library.register_autograd("robustkern::kl_divergence", backward, setup_context=setup)
+
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.temperature = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    # The statistics are functions of the logits, and their derivatives in those of the logits.
+    def double_backward(ctx: Any, gg_p: Tensor | None, gg_q: Tensor | None) -> tuple[Any, ...]:
+        if gg_p is None and gg_q is None:
+            return (None,) * 5
+        grad, p_logits, q_logits, statistics = ctx.saved_tensors
+        gg_grad, grad_p, grad_q = ops.kl_divergence_double_backward(
+            gg_p, gg_q, grad, p_logits, q_logits, statistics, ctx.temperature
+        )
+        return gg_grad, grad_p, grad_q, None, None
+
+    torch.library.register_autograd("robustkern::kl_divergence_backward", double_backward, setup_context=setup_backward)
+    refuse_third_order(ops.kl_divergence_double_backward)
+
+    register_row_vmap(ops.kl_divergence, (True, True, False))
+    register_row_vmap(ops.kl_divergence_backward, (True, True, True, True, False))
+    register_row_vmap(ops.kl_divergence_double_backward, (True, True, True, True, True, True, False))
+
+
+if _library.extension() is not None:
+    _register()
+
+
+def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
+    """Calls that exercise every option, shape class and layout of kl_divergence."""
+    make, op = make_tensor(device, dtype), kl_divergence
+    yield Sample(op, (make(5, 10), make(5, 10)), {}, "ten classes")
+    yield Sample(op, (make(5, 10), make(5, 10)), {"temperature": 2.5}, "temperature")
+    yield Sample(op, (4.0 * make(8, 1000), make(8, 1000)), {}, "1000 classes")
+    yield Sample(op, (make(8, 3000), 3.0 * make(8, 3000)), {"temperature": 2.0}, "3000 classes, temperature")
+    yield Sample(op, (make(40, 7), make(40, 7)), {}, "40 rows")
+    yield Sample(op, (make(5, 20)[:, ::2], make(5, 10)), {}, "strided columns")
+    yield Sample(op, (make(10, 5).t(), make(10, 5).t()), {}, "transposed")
+    yield Sample(op, (make(2, 3, 4, 5), make(2, 3, 4, 5)), {}, "a prediction a pixel")
+    yield Sample(op, (1000.0 + 3.0 * make(5, 10), 3.0 * make(5, 10)), {}, "huge logits")
+    yield Sample(op, (12.0 * make(5, 10), 12.0 * make(5, 10)), {}, "certain predictions")
+    nothing = ("value", "grad_x", "gg_grad", "second")
+    yield Sample(op, (make(3, 1), make(3, 1)), {}, "one class", zero=nothing)
+    yield Sample(op, (make(0, 10), make(0, 10)), {}, "empty batch", empty=True)

@@ -36,7 +36,8 @@ def difference_quotient(
         eps: a number or one value per channel.
         h: step.
     """
-    grad = input_gradient("GradientPenalty", "loss", loss.sum(), x, create_graph=False)
+    with torch.enable_grad():
+        grad = input_gradient("GradientPenalty", "loss", loss.sum(), x, create_graph=False)
     with torch.no_grad():
         scale = _per_channel(eps, x)
         probe = x + (h * scale * _dual(scale * grad, p)).to(x.dtype)

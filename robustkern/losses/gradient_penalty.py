@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustkern.double_backward import fused_where_possible
 from robustkern.losses._finite_difference import EstimatorError, difference_quotient, frozen_loss
-from robustkern.losses._passes import frozen_statistics
+from robustkern.losses._passes import check_weight, frozen_statistics
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
@@ -41,7 +41,9 @@ class GradientPenalty:
         estimator: "exact" (double backpropagation), or "finite-difference": the norm as (CE_i(x_i + h eps * u_i) -
             CE_i(x_i)) / h with u_i the direction of steepest ascent, which is not differentiated.
         h: step of the finite difference, in units of eps: its error shrinks with h until rounding takes over, and for
-            h = 1 it is what one step of an attack adds.  See `finite_difference_error`.
+            h = 1 it is what one step of an attack adds.  See `finite_difference_error`.  With BatchNorm in training
+            mode a sample's quotient holds other parts of the others than its gradient does; their mean, unless squared,
+            is the same.
 
     The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and
     targets y.  An x that requires grad is used as it is (which is what torch.compile of a whole step needs), any
@@ -64,6 +66,7 @@ class GradientPenalty:
     h: float = 0.1
 
     def __post_init__(self) -> None:
+        check_weight("GradientPenalty", self.weight)
         if self.estimator not in ESTIMATORS:
             known = ", ".join(map(repr, ESTIMATORS))
             raise ValueError(f"GradientPenalty: estimator must be one of {known}, got {self.estimator!r}")
@@ -75,7 +78,8 @@ class GradientPenalty:
             raise TypeError(f"GradientPenalty: x must be a floating-point tensor, got {x.dtype}")
         x = x if x.requires_grad else x.detach().requires_grad_()
         if self.estimator == "finite-difference":
-            loss = self._cross_entropy(model(x), y)
+            with torch.enable_grad():
+                loss = self._cross_entropy(model(x), y)
             loss_of = frozen_loss(model, lambda logits: self._cross_entropy(logits, y))
             norm = difference_quotient(loss_of, loss, x, self.p, self.eps, self.h)
             return Terms(loss.mean(), (norm.square() if self.squared else norm).mean(), self.weight)

@@ -64,11 +64,12 @@ class LocalLinearity(AscentLoss):
         return lambda v: (self._cross_entropy(model, v, y) - loss - _dot(v - x, grad)).abs()
 
     def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        x = leaf("LocalLinearity", x)
+        x, differentiable = leaf("LocalLinearity", x), torch.is_grad_enabled()
         with fused_where_possible(self.impl):
-            loss = self._cross_entropy(model, x, y)
-            grad = input_gradient("LocalLinearity", "loss", loss.sum(), x, create_graph=torch.is_grad_enabled())
-            if torch.is_grad_enabled():
+            with torch.enable_grad():
+                loss = self._cross_entropy(model, x, y)
+                grad = input_gradient("LocalLinearity", "loss", loss.sum(), x, create_graph=differentiable)
+            if differentiable:
                 check_differentiable("LocalLinearity", "loss", grad)
             with frozen_statistics(model):
                 moved = self._cross_entropy(model, adversary, y)

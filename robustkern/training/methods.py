@@ -13,12 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustkern import Terms, losses
+from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.losses.projected_penalty import ProjectedPenalty
 from robustkern.ops.random_cotangents import LAWS
 
 from .errors import UsageError
+from .weights import load_model
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
+Attack = FGSM | NFGSM | PGD
+
+_RISE = "mean of ℓ(x′) − ℓ(x)"
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,69 @@ class Method:
 
 
 def _standard(*, eps: float, impl: str, label_smoothing: float) -> Loss:
-    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
+    _check_smoothing(label_smoothing)
     return losses.CrossEntropy(label_smoothing=label_smoothing, impl=impl)
 
 
-def _gradient_penalty(*, eps: float, impl: str, weight: float, norm: float, label_smoothing: float) -> Loss:
-    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
+def _label_smoothing(*, eps: float, impl: str, weight: float) -> Loss:
+    return losses.LabelSmoothing(weight, impl=impl)
+
+
+def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) -> Loss:
+    _require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
+    return losses.Distillation(load_model(teacher)[0], temperature, impl=impl)
+
+
+def _gradient_penalty(
+    *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float
+) -> Loss:
+    _check_smoothing(label_smoothing)
+    _check_weight(weight)
     _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
-    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
-    return losses.GradientPenalty(weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl)
+    return losses.GradientPenalty(
+        weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl, estimator=estimator, h=h
+    )
+
+
+def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float) -> Loss:
+    _check_smoothing(label_smoothing)
+    return losses.CURE(weight, eps, label_smoothing=label_smoothing, impl=impl)
+
+
+# Methods with an attack.  A step_size of 0 is the attack's own.
+
+
+def _adversarial(attack: Attack, *, weight: float, label_smoothing: float, impl: str, awp: float) -> Loss:
+    _check_smoothing(label_smoothing)
+    return _perturbed(losses.AdversarialTraining(attack, weight, label_smoothing, impl), awp)
+
+
+def _fgsm(*, eps: float, impl: str, step_size: float, **options: Any) -> Loss:
+    return _adversarial(FGSM(eps, step_size or None, impl=impl), impl=impl, **options)
+
+
+def _n_fgsm(*, eps: float, impl: str, step_size: float, noise: float, **options: Any) -> Loss:
+    return _adversarial(NFGSM(eps, step_size or None, noise, impl=impl), impl=impl, **options)
+
+
+def _pgd(*, eps: float, impl: str, steps: int, step_size: float, **options: Any) -> Loss:
+    return _adversarial(PGD(eps, step_size or None, steps, impl=impl), impl=impl, **options)
+
+
+def _alp(*, eps: float, impl: str, weight: float, steps: int, step_size: float, awp: float) -> Loss:
+    return _perturbed(losses.ALP(PGD(eps, step_size or None, steps, impl=impl), weight, impl), awp)
+
+
+def _ascent(kind: Callable[..., Loss], *, step_size: float, awp: float, **options: Any) -> Loss:
+    return _perturbed(kind(step_size=step_size or None, **options), awp)
+
+
+def _vat(*, eps: float, impl: str, weight: float, xi: float, steps: int, awp: float) -> Loss:
+    return _perturbed(losses.VAT(weight, eps, xi, steps, norm="linf", impl=impl), awp)
+
+
+def _perturbed(loss: Loss, awp: float) -> Loss:
+    return losses.AWP(loss, awp) if awp else loss
 
 
 def _projected(
@@ -80,8 +139,8 @@ def _projected(
     fraction: float,
     label_smoothing: float,
 ) -> Loss:
-    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
-    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
+    _check_smoothing(label_smoothing)
+    _check_weight(weight)
     _require(projections >= 0, f"projections must be 1 or more, or 0 for the exact norm, got {projections}")
     _require(law in LAWS, f"no law {law!r}: choose one of {', '.join(LAWS)}")
     _require(every >= 1, f"every must be at least 1, got {every}")
@@ -99,13 +158,61 @@ def _projected_method(summary: str, penalty: type[ProjectedPenalty], weight: flo
     return Method(summary, options, partial(_projected, penalty), smoothness)
 
 
+_STEPS = {"steps": 10, "step_size": 0.0, "awp": 0.0}
+_MIXED = {"weight": 1.0, "label_smoothing": 0.0, "awp": 0.0}
+
 METHODS: dict[str, Method] = {
     "standard": Method("cross-entropy alone", {"label_smoothing": 0.0}, _standard),
+    "label-smoothing": Method(
+        "cross-entropy against smoothed labels", {"weight": 0.1}, _label_smoothing, "mean of −log p over the classes"
+    ),
+    "distillation": Method(
+        "cross-entropy against a teacher's predictions", {"teacher": "", "temperature": 100.0}, _distillation
+    ),
+    "fgsm": Method(
+        "cross-entropy at adversaries of one step from a random start",
+        {"step_size": 0.0, **_MIXED},
+        _fgsm,
+        _RISE,
+        single_step=True,
+    ),
+    "n-fgsm": Method(
+        "cross-entropy at adversaries of one step from stronger noise",
+        {"step_size": 0.0, "noise": 2.0, **_MIXED},
+        _n_fgsm,
+        _RISE,
+        single_step=True,
+    ),
+    "pgd": Method("cross-entropy at adversaries of several steps", {**_STEPS, **_MIXED}, _pgd, _RISE),
+    "trades": Method(
+        "cross-entropy and how far an adversary moves the prediction",
+        {"weight": 6.0, **_STEPS},
+        partial(_ascent, losses.TRADES),
+        "mean of KL(p(x) ‖ p(x′))",
+    ),
+    "mart": Method(
+        "boosted cross-entropy at adversaries and TRADES's term where the network errs",
+        {"weight": 5.0, **_STEPS},
+        partial(_ascent, losses.MART),
+        "mean of (1 − p_y) KL(p(x) ‖ p(x′))",
+    ),
+    "alp": Method(
+        "cross-entropy at adversaries and the distance of their logits",
+        {"weight": 0.5, **_STEPS},
+        _alp,
+        "mean of ‖z(x) − z(x′)‖²",
+    ),
+    "vat": Method(
+        "cross-entropy and the divergence along the direction of fastest change",
+        {"weight": 1.0, "xi": 1.0, "steps": 1, "awp": 0.0},
+        _vat,
+        "mean of KL(p(x) ‖ p(x + r))",
+    ),
     "gradient-penalty": Method(
         "cross-entropy and the norm of its input gradient",
-        {"weight": 1.0, "norm": 1.0, "label_smoothing": 0.0},
+        {"weight": 1.0, "norm": 1.0, "label_smoothing": 0.0, "estimator": "exact", "h": 0.1},
         _gradient_penalty,
-        smoothness="mean of ‖eps · ∂ℓ/∂x‖",
+        "mean of ‖eps · ∂ℓ/∂x‖",
     ),
     "jacobian": _projected_method(
         "cross-entropy and the norm of the logits' Jacobian", losses.JacobianPenalty, 3.0, "mean of ‖eps · J‖²"
@@ -122,12 +229,39 @@ METHODS: dict[str, Method] = {
         10.0,
         "mean of ‖eps · (∂z_l − ∂z_m)/∂x‖²",
     ),
+    "llr": Method(
+        "cross-entropy and how far it is from linear in the ball",
+        {"weight": 4.0, "ratio": 0.75, **_STEPS, "steps": 2},
+        partial(_ascent, losses.LocalLinearity),
+        "mean of |ℓ(x + δ) − ℓ(x) − δ·∇ℓ| + |δ·∇ℓ| ratio",
+    ),
+    "cure": Method(
+        "cross-entropy and how much its input gradient changes along its signs",
+        {"weight": 4.0, "label_smoothing": 0.0},
+        _curvature,
+        "mean of ‖∇ℓ(x + z) − ∇ℓ(x)‖²",
+    ),
+    "gradalign": Method(
+        "cross-entropy at adversaries of one step and how much the input gradient turns",
+        {"weight": 0.2, "step_size": 0.0, "awp": 0.0},
+        partial(_ascent, losses.GradAlign),
+        "mean of 1 − cos(∇ℓ(x), ∇ℓ(x + η))",
+        single_step=True,
+    ),
 }
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UsageError(message)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
+
+
+def _check_weight(weight: float) -> None:
+    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
 
 
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:
@@ -142,4 +276,9 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
     if name not in METHODS:
         raise UsageError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
     method = METHODS[name]
-    return method.build(eps=eps, impl=impl, **method.complete(name, options))
+    try:
+        return method.build(eps=eps, impl=impl, **method.complete(name, options))
+    except UsageError:
+        raise
+    except ValueError as error:  # an option that the loss or its attack refuses
+        raise UsageError(f"method {name}: {error}") from error

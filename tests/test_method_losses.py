@@ -1,0 +1,378 @@
+"""The losses of the field: each is its formula, leaves the model as documented, and means the same for every batch."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from method_losses import (
+    EPS,
+    PLAIN,
+    WEIGHT,
+    assert_unchanged,
+    batch,
+    found_by,
+    gradients,
+    kl,
+    network,
+    over_attacked,
+    over_losses,
+    prepared,
+    rewind,
+    snapshot,
+    teacher,
+    terms_of,
+)
+from torch import nn
+
+from robustkern import losses
+from robustkern.attacks import FGSM, PGD
+from robustkern.sharding import Shard
+
+
+@over_losses
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_terms_and_parameter_gradients_are_those_of_the_formula(case, impl, device):
+    model, (x, y) = network(device), batch(device)
+    loss = prepared(case, device, impl=impl)
+    found = found_by(loss, model, x, y)
+    rewind(loss)
+    orientation, smoothness = case.formula(model, x, y, found, loss)
+    weight = WEIGHT if smoothness.requires_grad else 0.0
+    expected = gradients(orientation + weight * smoothness, model)
+    rewind(loss)
+    terms = terms_of(loss, model, x, y, found)
+    torch.testing.assert_close(terms.orientation, orientation)
+    torch.testing.assert_close(terms.smoothness, smoothness)
+    assert terms.weight == weight
+    for a, e in zip(gradients(terms.total, model), expected, strict=True):
+        torch.testing.assert_close(a, e)
+    if weight:
+        share = torch.cat([g.flatten() for g in gradients(terms.smoothness, model)])
+        assert WEIGHT * share.norm() > 1e-3 * torch.cat([g.flatten() for g in expected]).norm()
+    terms.backward(inputs=model.parameters())
+    for parameter, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(torch.zeros_like(e) if parameter.grad is None else parameter.grad, e)
+    assert x.grad is None and not x.requires_grad
+
+
+class Twice:
+    """The rows of a batch of six, each of them twice."""
+
+    total = size = 12
+
+    def samples(self, device):
+        return torch.arange(6, device=device).repeat(2)
+
+
+@over_losses
+def test_the_weight_means_the_same_for_every_batch_size(case, device):
+    model, (x, y) = network(device), batch(device)
+    loss = prepared(case, device)
+    found = found_by(loss, model, x, y)
+
+    def twice(value):
+        if isinstance(value, tuple):
+            return tuple(twice(v) for v in value)
+        return None if value is None else torch.cat([value, value])
+
+    rewind(loss)
+    once = terms_of(loss, model, x, y, found)
+    if hasattr(loss, "shard"):
+        loss.shard = Twice()
+    rewind(loss)
+    doubled = terms_of(loss, model, twice(x), twice(y), twice(found))
+    torch.testing.assert_close(doubled.orientation, once.orientation)
+    torch.testing.assert_close(doubled.smoothness, once.smoothness)
+    for a, e in zip(gradients(doubled.total, model), gradients(once.total, model), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@over_losses
+def test_passes_and_batch_norm_are_as_documented(case, device):
+    model, (x, y) = network(device, batch_norm=True), batch(device)
+    model[5].eval()  # a module that its owner froze
+    model[0].bias.requires_grad_(False)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    loss = prepared(case, device)
+    terms = loss(model, x, y)
+    terms.backward(inputs=[p for p in model.parameters() if p.requires_grad])
+    again = loss.weight != 1 if isinstance(loss, losses.AdversarialTraining) else 0  # its orientation's backward pass
+    assert len(calls) == case.forwards + again
+    assert model[1].num_batches_tracked == case.updates
+    assert [m.training for m in model] == [True] * 5 + [False] + [True]
+    assert all(m.track_running_stats for m in model if isinstance(m, nn.BatchNorm2d))
+    assert [p.requires_grad for p in model.parameters()] == [True, False] + [True] * 6
+    if hasattr(loss, "teacher"):
+        assert loss.teacher.training and loss.teacher[1].num_batches_tracked == 0
+        assert all(p.requires_grad and p.grad is None for p in loss.teacher.parameters())
+
+
+def test_the_running_statistics_of_adversarial_training_are_those_of_the_adversaries(device):
+    model, other, (x, y) = network(device, batch_norm=True), network(device, batch_norm=True), batch(device)
+    loss = prepared(next(c for c in _cases() if c.name == "PGD"), device)
+    found = loss.adversaries(model, x, y)
+    loss.terms(model, x, found, y).backward()
+    other(found)
+    torch.testing.assert_close(model[1].running_mean, other[1].running_mean)
+    torch.testing.assert_close(model[1].running_var, other[1].running_var)
+
+
+def _cases():
+    return over_losses.args[1]
+
+
+@over_losses
+def test_bfloat16_autocast(case, device):
+    """With autocast's cache, too: a pass without a graph must not leave its weights to one with."""
+    model, (x, y) = network(device, torch.float32, batch_norm=True), batch(device, torch.float32)
+    loss = prepared(case, device, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        terms = loss(model, x, y)
+    assert terms.orientation.dtype == terms.smoothness.dtype == torch.float32
+    assert terms.total.isfinite()
+    terms.backward(inputs=model.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model[:-1].parameters())
+    assert model[0].weight.grad.any()
+    assert abs(terms.total - loss(model, x, y).total) < 0.5 * terms.total.abs()
+
+
+@over_attacked
+def test_the_model_sees_images_only_and_the_attack_gains(case, device):
+    model, (x, y) = network(device), batch(device)
+    x = (1.4 * x - 0.2).clamp(0, 1)  # many at the ends
+    loss = prepared(case, device)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    loss(model, x, y)
+    handle.remove()
+    assert all(v.min() >= 0 and v.max() <= 1 for v in seen)
+    found = found_by(loss, model, x, y)
+    image = found[0] if isinstance(found, tuple) else found
+    reach = 3 * EPS if case.name == "N-FGSM" else EPS
+    assert 0 < (image - x).abs().max() <= reach * (1 + 1e-6) and not image.requires_grad
+    smoothness = terms_of(loss, model, x, y, found).smoothness
+    assert smoothness > 0
+    if case.name != "GradAlign":  # nothing that is found by chance
+        noise = (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
+        assert smoothness > terms_of(loss, model, x, y, noise).smoothness
+
+
+@over_attacked
+@pytest.mark.parametrize("impl", ["kernel", "reference"])
+def test_processes_that_share_a_batch_find_what_one_finds(case, impl, device):
+    model, (x, y) = network(device), batch(device)
+    loss = prepared(case, device, impl=impl)
+    whole = found_by(loss, model, x, y)
+    whole_terms = terms_of(loss, model, x, y, whole)
+    parts, smoothness = [], 0.0
+    for rank in range(4):  # of 1, 2, 1 and 2 rows
+        shard = Shard.of(rank, 4, len(x))
+        loss.generator.manual_seed(7)
+        loss.shard = shard
+        rows = (shard.rows(x), shard.rows(y))
+        parts.append(found_by(loss, model, *rows))
+        smoothness += shard.share * terms_of(loss, model, *rows, parts[-1]).smoothness
+    for index in range(2 if isinstance(whole, tuple) else 1):
+        pieces = [part[index] if isinstance(part, tuple) else part for part in parts]
+        torch.testing.assert_close(torch.cat(pieces), whole[index] if isinstance(whole, tuple) else whole)
+    torch.testing.assert_close(smoothness, whole_terms.smoothness)
+
+
+@over_losses
+def test_nothing_is_differentiated_without_grad_mode(case, device):
+    model, (x, y) = network(device), batch(device)
+    loss = prepared(case, device)
+    expected = loss(model, x, y)
+    if hasattr(loss, "generator"):
+        loss.generator.manual_seed(7)
+    with torch.no_grad():
+        terms = loss(model, x, y)
+    assert not terms.total.requires_grad
+    torch.testing.assert_close(terms.smoothness, expected.smoothness)
+
+
+@over_losses
+def test_weights_are_checked(case):
+    with pytest.raises(ValueError, match=r"weight must be|temperature must be"):
+        case.make(weight=-1.0) if case.name != "Distillation" else losses.Distillation(teacher(), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: losses.TRADES(eps=-0.1), "TRADES: eps must not be negative"),
+        (lambda: losses.MART(steps=0), "MART: steps must be at least 1, got 0"),
+        (lambda: losses.TRADES(norm="l3"), "TRADES: norm must be one of"),
+        (lambda: losses.LocalLinearity(start="zero"), "LocalLinearity: start must be one of 'gaussian', 'uniform'"),
+        (lambda: losses.LocalLinearity(ratio=-1.0), "LocalLinearity: ratio must be"),
+        (lambda: losses.VAT(norm="l1"), "VAT: norm must be 'l2' or 'linf', got 'l1'"),
+        (lambda: losses.VAT(xi=0.0), "VAT: xi must be positive"),
+        (lambda: losses.GradAlign(eps=-1.0), "GradAlign: eps must not be negative"),
+        (lambda: losses.LabelSmoothing(1.5), r"LabelSmoothing: weight must be in \[0, 1\], got 1.5"),
+        (lambda: losses.GradientPenalty(estimator="fd"), "GradientPenalty: estimator must be one of 'exact', "),
+        (lambda: losses.GradientPenalty(h=0.0), "GradientPenalty: h must be positive, got 0.0"),
+        (lambda: losses.AWP(losses.CrossEntropy(), -0.1), "AWP: gamma must be"),
+    ],
+)
+def test_options_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_wrong_kinds_are_refused(device):
+    model, (x, y) = network(device), batch(device)
+    with pytest.raises(TypeError, match="Distillation: teacher must be a module, got str"):
+        losses.Distillation("teacher.pt")
+    with pytest.raises(TypeError, match="AdversarialTraining: attack must be callable, got float"):
+        losses.AdversarialTraining(0.1)
+    with pytest.raises(TypeError, match="AWP: model must be an nn.Module"):
+        losses.AWP(losses.CrossEntropy())(lambda v: model(v), x, y)
+    with pytest.raises(ValueError, match=r"Distillation: teacher gives logits of shape \[6, 2\], the model \[6, 5\]"):
+        losses.Distillation(nn.Sequential(nn.Flatten(), nn.Linear(108, 2)).to(device, x.dtype))(model, x, y)
+    for loss in (losses.TRADES(), losses.VAT(), losses.GradAlign(), losses.AdversarialTraining(PGD(0.1))):
+        with pytest.raises(ValueError, match=r"x must be in \[0, 1\]"):
+            loss(model, x - 1, y)
+        with pytest.raises(TypeError, match="x must be floating-point images"):
+            loss(model, (255 * x).byte(), y)
+    with pytest.raises(TypeError, match="CURE: x must be a floating-point tensor"):
+        losses.CURE()(model, x.byte(), y)
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_the_orientation_of_adversarial_training_is_differentiated_where_it_counts(weight, device):
+    """Its backward pass is put off, and must come whatever the weight is, given or set afterwards."""
+    model, (x, y) = network(device), batch(device)
+    loss = losses.AdversarialTraining(FGSM(EPS), 1.0)
+    found = loss.adversaries(model, x, y)
+    terms = loss.terms(model, x, found, y)._replace(weight=weight)
+    expected = (1 - weight) * F.cross_entropy(model(x), y) + weight * F.cross_entropy(model(found), y)
+    for a, e in zip(gradients(terms.total, model), gradients(expected, model), strict=True):
+        torch.testing.assert_close(a, e)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(terms.orientation, list(model.parameters()), create_graph=True)
+
+
+def test_half_of_either_is_goodfellows_loss(device):
+    model, (x, y) = network(device), batch(device)
+    attack = FGSM(EPS, random_start=False)
+    terms = losses.AdversarialTraining(attack, 0.5)(model, x, y)
+    expected = (F.cross_entropy(model(x), y) + F.cross_entropy(model(attack(model, x, y)), y)) / 2
+    torch.testing.assert_close(terms.total, expected)
+
+
+def test_label_smoothing_is_that_of_pytorch(device):
+    model, (x, y) = network(device), batch(device)
+    total = losses.LabelSmoothing(0.1)(model, x, y).total
+    torch.testing.assert_close(total, F.cross_entropy(model(x), y, label_smoothing=0.1))
+
+
+def test_identical_images_have_no_divergence(device):
+    model, (x, y) = network(device, torch.float32), batch(device, torch.float32)
+    for loss in (losses.TRADES(), losses.MART(), losses.VAT()):
+        assert loss.terms(model, x, x, y).smoothness == 0
+
+
+def test_mart_weighs_by_doubt(device):
+    """A sample that is certainly right counts for nothing, one that is certainly wrong in full."""
+    model, dtype = nn.Flatten(), torch.float64
+    logits = torch.zeros(2, 5, device=device, dtype=dtype)
+    logits[:, 2] = 200.0
+    moved = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=dtype).to(device)
+    divergence = kl(logits, moved)
+    for label, doubt in ((2, 0.0), (3, 1.0)):
+        terms = losses.MART().terms(model, logits, moved, torch.tensor([label, label], device=device))
+        torch.testing.assert_close(terms.smoothness, doubt * divergence.mean())
+    assert losses.MART().terms(model, moved, logits, torch.tensor([2, 2], device=device)).total.isfinite()
+
+
+def test_grad_align_leaves_out_samples_without_a_direction(device):
+    model, (x, y) = network(device), batch(device)
+    loss = losses.GradAlign(WEIGHT, EPS)
+    _, first = loss.adversaries(model, x, y)
+    every = loss._misalignment(first, torch.randn_like(first))
+    first[2] = 0
+    second = torch.randn_like(first)
+    second[4] = 0
+    some = loss._misalignment(first, second.requires_grad_())
+    assert some[[2, 4]].tolist() == [0, 0] and (some[[0, 1, 3, 5]] > 0).all() and (every > 0).all()
+    (grad,) = torch.autograd.grad(some.sum(), second)
+    assert grad.isfinite().all() and not grad[[2, 4]].any() and grad[0].any()
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(108, 5)).to(device, x.dtype)
+    nn.init.zeros_(constant[1].weight)
+    assert losses.GradAlign()(constant, x, y).smoothness == 0
+
+
+def test_grad_align_of_a_linear_loss_is_zero(device):
+    model, (x, y) = network(device), batch(device)
+    loss = losses.GradAlign(WEIGHT, 1e-7)
+    assert loss(model, x, y).smoothness < 1e-6 < losses.GradAlign(WEIGHT, EPS)(model, x, y).smoothness
+
+
+def test_vat_finds_the_direction_of_largest_divergence(device):
+    """The leading eigenvector of the divergence's Hessian, for a linear model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to(device, torch.float64)
+    x = torch.full([1, 3, 2, 2], 0.5, device=device, dtype=torch.float64)
+    y = torch.zeros(1, dtype=torch.long, device=device)
+    found = losses.VAT(eps=0.01, xi=1e-3, steps=60)
+    found.generator = torch.Generator(device).manual_seed(0)
+    direction = (found.adversaries(model, x, y) - x).flatten()
+    p, w = model(x).softmax(1)[0], model[1].weight
+    fisher = w.T @ (p.diag() - p.outer(p)) @ w
+    leading = torch.linalg.eigh(fisher).eigenvectors[:, -1]
+    assert abs(F.cosine_similarity(direction, leading, dim=0)) > 0.999
+    torch.testing.assert_close(direction.norm(), torch.tensor(0.01, device=device, dtype=torch.float64))
+
+
+def test_local_linearity_of_a_linear_loss_is_the_steepness_alone(device):
+    model, (x, y) = network(device), batch(device)
+    loss = losses.LocalLinearity(eps=1e-6)
+    gap = losses.LocalLinearity(ratio=0.0, eps=1e-6)
+    found = loss.adversaries(model, x, y)
+    assert gap.terms(model, x, found, y).smoothness < 1e-4 * loss.terms(model, x, found, y).smoothness
+
+
+def test_curvature_of_a_quadratic(device):
+    """For loss-like logits the change of the gradient is H z; unsquared, its length."""
+    model, (x, y) = network(device), batch(device)
+    squared, norm = (losses.CURE(1.0, EPS, squared=s)(model, x[:1], y[:1]).smoothness for s in (True, False))
+    torch.testing.assert_close(norm**2, squared)
+
+
+@pytest.mark.parametrize(("p", "squared"), [(1.0, False), (2.0, False), (2.0, True), (3.0, False), (math.inf, False)])
+def test_finite_differences_converge_to_the_exact_penalty(p, squared, device):
+    """At rate h, in the value and in the parameter gradient; per-channel eps included."""
+    # Squares of what BatchNorm mixes are not mixed alike.
+    model, (x, y) = network(device, batch_norm=not squared), batch(device)
+    eps = torch.tensor([0.1, 0.2, 0.4], device=device, dtype=x.dtype)
+    penalty = losses.GradientPenalty(WEIGHT, p, eps, squared=squared, label_smoothing=0.1)
+    before = snapshot(model)
+    errors = penalty.finite_difference_error(model, x, y, (0.1, 0.01, 0.001))
+    assert_unchanged(model, before)
+    assert all(q.grad is None for q in model.parameters())
+    for previous, error in itertools.pairwise(errors):
+        assert error.exact == previous.exact > 0
+        for name in ("value_error", "gradient_error"):
+            ratio = getattr(previous, name) / getattr(error, name)
+            assert 5 < ratio < 20, (name, ratio)
+
+
+def test_finite_differences_at_a_zero_gradient(device):
+    constant, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(108, 5)).to(device, torch.float64), batch(device)
+    nn.init.zeros_(constant[1].weight)
+    for p in (1.0, 2.0, 3.0, math.inf):
+        terms = losses.GradientPenalty(p=p, estimator="finite-difference")(constant, x, y)
+        assert terms.smoothness == 0
+        assert all(g.isfinite().all() for g in gradients(terms.total, constant))
+
+
+def test_every_loss_has_a_case():
+    named = {type(case.make()).__name__ for case in over_losses.args[1]} | {"AWP", "CrossEntropy"}
+    named |= {"JacobianPenalty", "FisherPenalty", "CrossLipschitz"}  # tests of their own
+    assert named == set(losses.__all__) and PLAIN

@@ -26,7 +26,9 @@ struct KlTensors {
   }
 
   ScalarType accumulation() const { return accumulation_type(p.scalar_type()); }
-  Tensor new_logits() const { return torch::stable::new_empty(p, {p.size(0), p.size(1)}); }
+  Tensor new_logits(bool needed) const {
+    return needed ? torch::stable::new_empty(p, {p.size(0), p.size(1)}) : torch::stable::new_empty(p, {0});
+  }
   Tensor new_rows() const { return torch::stable::new_empty(p, {p.size(0)}, accumulation()); }
   Tensor new_statistics() const { return torch::stable::new_empty(p, {p.size(0), kKlStatistics}, accumulation()); }
 

@@ -33,14 +33,15 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
 
   // p_logits, q_logits: [B, C] -> kl [B], statistics [B, 5], see KlRow in math/kl_divergence.h
   m.def("kl_divergence(Tensor p_logits, Tensor q_logits, float temperature) -> (Tensor, Tensor)");
-  // -> (grad_p, grad_q) [B, C]
+  // -> (grad_p, grad_q) [B, C]; one that is not needed is [0]
   m.def(
-      "kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics, float temperature) -> "
-      "(Tensor, Tensor)");
-  // An absent cotangent is zero.  -> (gg_grad [B], grad_p, grad_q [B, C])
+      "kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics, float temperature, "
+      "bool "
+      "need_p, bool need_q) -> (Tensor, Tensor)");
+  // An absent cotangent is zero.  -> (gg_grad [B], grad_p, grad_q [B, C], or [0] where not needed)
   m.def(
       "kl_divergence_double_backward(Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p_logits, Tensor q_logits, Tensor "
-      "statistics, float temperature) -> (Tensor, Tensor, Tensor)");
+      "statistics, float temperature, bool need_p, bool need_q) -> (Tensor, Tensor, Tensor)");
 
   // outputs: [B, C, S]; seed: [1] int64; law, kind: see math/random_cotangents.h -> w [K, B, C, S]
   m.def("random_cotangents(Tensor outputs, Tensor seed, int projections, int law, int kind) -> Tensor");

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+
 from method_losses import (
     EPS,
     WEIGHT,
@@ -16,8 +18,6 @@ from method_losses import (
     snapshot,
     terms_of,
 )
-from torch import nn
-
 from robustkern import losses
 from robustkern.attacks import attacked
 from robustkern.losses.attack_loss import AttackLoss

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from method_losses import (
     EPS,
     PLAIN,
@@ -24,8 +26,6 @@ from method_losses import (
     teacher,
     terms_of,
 )
-from torch import nn
-
 from robustkern import losses
 from robustkern.attacks import FGSM, PGD
 from robustkern.sharding import Shard

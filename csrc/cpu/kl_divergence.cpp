@@ -186,34 +186,35 @@ std::tuple<Tensor, Tensor> kl_divergence(Tensor p_logits, Tensor q_logits, doubl
 }
 
 std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics,
-                                                  double temperature) {
+                                                  double temperature, bool need_p, bool need_q) {
   const KlTensors t("kl_divergence_backward", p_logits, q_logits, temperature);
   const Tensor g = t.per_row(grad), s = t.saved(statistics);
-  Tensor grad_p = t.new_logits(), grad_q = t.new_logits();
+  Tensor grad_p = t.new_logits(need_p), grad_q = t.new_logits(need_q);
   Call c(t, temperature);
   c.grad = g.data_ptr();
   c.statistics = s.data_ptr();
-  c.out_p.emplace(grad_p, true);
-  c.out_q.emplace(grad_q, true);
+  c.out_p.emplace(grad_p, need_p);
+  c.out_q.emplace(grad_q, need_q);
   run(t, c, Order::kBackward);
   return {grad_p, grad_q};
 }
 
 std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> gg_p, std::optional<Tensor> gg_q,
                                                                  Tensor grad, Tensor p_logits, Tensor q_logits,
-                                                                 Tensor statistics, double temperature) {
+                                                                 Tensor statistics, double temperature, bool need_p,
+                                                                 bool need_q) {
   const KlTensors t("kl_divergence_double_backward", p_logits, q_logits, temperature);
   const Tensor g = t.per_row(grad), s = t.saved(statistics);
   const std::optional<Tensor> u = t.cotangent("gg_p", gg_p), v = t.cotangent("gg_q", gg_q);
-  Tensor gg_grad = t.new_rows(), grad_p = t.new_logits(), grad_q = t.new_logits();
+  Tensor gg_grad = t.new_rows(), grad_p = t.new_logits(need_p), grad_q = t.new_logits(need_q);
   Call c(t, temperature);
   if (u) c.gg_p.emplace(*u);
   if (v) c.gg_q.emplace(*v);
   c.grad = g.data_ptr();
   c.statistics = s.data_ptr();
   c.per_row = gg_grad.data_ptr();
-  c.out_p.emplace(grad_p, true);
-  c.out_q.emplace(grad_q, true);
+  c.out_p.emplace(grad_p, need_p);
+  c.out_q.emplace(grad_q, need_q);
   run(t, c, Order::kDoubleBackward);
   return {gg_grad, grad_p, grad_q};
 }

@@ -78,13 +78,13 @@ def _register() -> None:
         return p_logits.new_empty([rows], dtype=dtype), p_logits.new_empty([rows, 5], dtype=dtype)
 
     @register_fake("kl_divergence_backward")
-    def _(grad, p_logits, q_logits, statistics, temperature):  # type: ignore[no-untyped-def]
-        return p_logits.new_empty(p_logits.shape), p_logits.new_empty(p_logits.shape)
+    def _(grad, p_logits, q_logits, statistics, temperature, need_p, need_q):  # type: ignore[no-untyped-def]
+        return tuple(p_logits.new_empty(p_logits.shape if need else [0]) for need in (need_p, need_q))
 
     @register_fake("kl_divergence_double_backward")
-    def _(gg_p, gg_q, grad, p_logits, q_logits, statistics, temperature):  # type: ignore[no-untyped-def]
+    def _(gg_p, gg_q, grad, p_logits, q_logits, statistics, temperature, need_p, need_q):  # type: ignore[no-untyped-def]
         per_row = p_logits.new_empty([p_logits.shape[0]], dtype=accumulation_dtype(p_logits.dtype))
-        return per_row, p_logits.new_empty(p_logits.shape), p_logits.new_empty(p_logits.shape)
+        return per_row, *(p_logits.new_empty(p_logits.shape if need else [0]) for need in (need_p, need_q))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         p_logits, q_logits, ctx.temperature = inputs
@@ -95,32 +95,35 @@ def _register() -> None:
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return None, None, None
-        grad_p, grad_q = ops.kl_divergence_backward(grad, *ctx.saved_tensors, ctx.temperature)
-        return grad_p, grad_q, None
+        need_p, need_q, _ = ctx.needs_input_grad
+        grad_p, grad_q = ops.kl_divergence_backward(grad, *ctx.saved_tensors, ctx.temperature, need_p, need_q)
+        return grad_p if need_p else None, grad_q if need_q else None, None
 
     torch.library.register_autograd("robustkern::kl_divergence", backward, setup_context=setup)
 
     def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.temperature = inputs
+        *tensors, ctx.temperature, ctx.gave_p, ctx.gave_q = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     # The statistics are functions of the logits, and their derivatives in those of the logits.
     def double_backward(ctx: Any, gg_p: Tensor | None, gg_q: Tensor | None) -> tuple[Any, ...]:
+        gg_p, gg_q = gg_p if ctx.gave_p else None, gg_q if ctx.gave_q else None
         if gg_p is None and gg_q is None:
-            return (None,) * 5
+            return (None,) * 7
+        _, need_p, need_q, *_ = ctx.needs_input_grad
         grad, p_logits, q_logits, statistics = ctx.saved_tensors
         gg_grad, grad_p, grad_q = ops.kl_divergence_double_backward(
-            gg_p, gg_q, grad, p_logits, q_logits, statistics, ctx.temperature
+            gg_p, gg_q, grad, p_logits, q_logits, statistics, ctx.temperature, need_p, need_q
         )
-        return gg_grad, grad_p, grad_q, None, None
+        return gg_grad, grad_p if need_p else None, grad_q if need_q else None, None, None, None, None
 
     torch.library.register_autograd("robustkern::kl_divergence_backward", double_backward, setup_context=setup_backward)
     refuse_third_order(ops.kl_divergence_double_backward)
 
     register_row_vmap(ops.kl_divergence, (True, True, False))
-    register_row_vmap(ops.kl_divergence_backward, (True, True, True, True, False))
-    register_row_vmap(ops.kl_divergence_double_backward, (True, True, True, True, True, True, False))
+    register_row_vmap(ops.kl_divergence_backward, (True, True, True, True, False, False, False))
+    register_row_vmap(ops.kl_divergence_double_backward, (True, True, True, True, True, True, False, False, False))
 
 
 if _library.extension() is not None:

@@ -1,0 +1,98 @@
+// kl_divergence for CUDA tensors: arguments checked, outputs allocated, a kernel of kl_divergence.cuh launched on the
+// current stream.
+#include "kl_divergence.cuh"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../kl_divergence_arguments.h"
+#include "attack_calls.cuh"
+
+namespace rk::cuda {
+namespace {
+
+// The tensors of a call besides its logits; those that are not of its order stay empty.
+struct KlOthers {
+  std::optional<Tensor> gg_p, gg_q, grad, statistics_in, per_row, statistics, grad_p, grad_q;
+};
+
+template <class T>
+T* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+void launch_on(KlOrder order, const KlTensors& t, double temperature, const KlOthers& o, cudaStream_t stream) {
+  visit_storage(t.p.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    using A = accumulation_t<S>;
+    KlCall<S> c{};
+    c.rows = t.p.size(0);
+    c.classes = t.p.size(1);
+    c.inverse_t = static_cast<A>(1.0 / temperature);
+    c.p_logits = static_cast<const S*>(t.p.data_ptr());
+    c.q_logits = static_cast<const S*>(t.q.data_ptr());
+    c.gg_p = pointer<const S>(o.gg_p);
+    c.gg_q = pointer<const S>(o.gg_q);
+    c.grad = pointer<const A>(o.grad);
+    c.statistics_in = pointer<const A>(o.statistics_in);
+    c.per_row = pointer<A>(o.per_row);
+    c.statistics = pointer<A>(o.statistics);
+    c.grad_p = o.grad_p && o.grad_p->numel() ? pointer<S>(o.grad_p) : nullptr;
+    c.grad_q = o.grad_q && o.grad_q->numel() ? pointer<S>(o.grad_q) : nullptr;
+    check_launch(launch_kl_divergence(order, c, stream), t.op);
+  });
+}
+
+std::tuple<Tensor, Tensor> kl_divergence(Tensor p_logits, Tensor q_logits, double temperature) {
+  const DeviceScope scope(p_logits);
+  const KlTensors t("kl_divergence", p_logits, q_logits, temperature);
+  KlOthers o;
+  o.per_row = t.new_rows();
+  o.statistics = t.new_statistics();
+  launch_on(KlOrder::kValue, t, temperature, o, scope.stream());
+  return {*o.per_row, *o.statistics};
+}
+
+std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics,
+                                                  double temperature, bool need_p, bool need_q) {
+  const DeviceScope scope(p_logits);
+  const KlTensors t("kl_divergence_backward", p_logits, q_logits, temperature);
+  KlOthers o;
+  o.grad = t.per_row(grad);
+  o.statistics_in = t.saved(statistics);
+  o.grad_p = t.new_logits(need_p);
+  o.grad_q = t.new_logits(need_q);
+  launch_on(KlOrder::kBackward, t, temperature, o, scope.stream());
+  return {*o.grad_p, *o.grad_q};
+}
+
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> gg_p, std::optional<Tensor> gg_q,
+                                                                 Tensor grad, Tensor p_logits, Tensor q_logits,
+                                                                 Tensor statistics, double temperature, bool need_p,
+                                                                 bool need_q) {
+  const DeviceScope scope(p_logits);
+  const KlTensors t("kl_divergence_double_backward", p_logits, q_logits, temperature);
+  KlOthers o;
+  o.gg_p = t.cotangent("gg_p", gg_p);
+  o.gg_q = t.cotangent("gg_q", gg_q);
+  o.grad = t.per_row(grad);
+  o.statistics_in = t.saved(statistics);
+  o.per_row = t.new_rows();
+  o.grad_p = t.new_logits(need_p);
+  o.grad_q = t.new_logits(need_q);
+  launch_on(KlOrder::kDoubleBackward, t, temperature, o, scope.stream());
+  return {*o.per_row, *o.grad_p, *o.grad_q};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(robustkern, RK_CUDA_KEY, m) {
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("kl_divergence_backward", TORCH_BOX(&kl_divergence_backward));
+  m.impl("kl_divergence_double_backward", TORCH_BOX(&kl_divergence_double_backward));
+}
+
+}  // namespace rk::cuda

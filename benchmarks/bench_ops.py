@@ -1,6 +1,6 @@
 """Times every operator, order by order: python -m benchmarks.bench_ops.
 
-The operators, row_norm and softmax_cross_entropy, and their cases are listed in op_cases.py.  Every provider's values
+The operators, row_norm, softmax_cross_entropy and kl_divergence, and their cases are listed in op_cases.py.  Every provider's values
 and derivatives
 are compared with the float64 reference before anything is timed.
 """

@@ -208,6 +208,37 @@ def _softmax_cross_entropy(spec: Spec, device: str) -> Case:
     )  # fmt: skip
 
 
+def _kl_divergence(spec: Spec, device: str) -> Case:
+    p_logits, q_logits = (3.0 * _normal(spec.shape, spec.dtype, device, seed) for seed in (0, 3))
+    gg_p = _normal(spec.shape, spec.dtype, device, 1)
+    accumulation = accumulation_dtype(spec.dtype)
+    grad = _normal(spec.shape[:1], accumulation, device, 2)
+
+    def eager(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = (z.to(accumulation).log_softmax(1) for z in (p, q))
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+    def reference(p: Tensor, q: Tensor) -> Tensor:
+        return rk.ops.kl_divergence(p, q, impl="reference")
+
+    def kernel(p: Tensor, q: Tensor) -> Tensor:
+        return rk.ops.kl_divergence(p, q, impl="kernel")
+
+    ops, options = torch.ops.robustkern, (1.0, True, False)
+    _, statistics = ops.kl_divergence(p_logits, q_logits, 1.0)
+    saved = (p_logits, q_logits, statistics)
+    item, row, read = p_logits.nbytes, grad.nbytes, statistics.nbytes
+    return Case(
+        spec, p_logits, (q_logits,), grad, gg_p, eager, reference, kernel,
+        _operators(
+            lambda: ops.kl_divergence(p_logits, q_logits, 1.0),
+            lambda: ops.kl_divergence_backward(grad, *saved, *options),
+            lambda: ops.kl_divergence_double_backward(gg_p, None, grad, *saved, *options),
+        ),
+        _traffic(2 * item + row + read, 3 * item + row + read, 4 * item + 2 * row + read),
+    )  # fmt: skip
+
+
 def _operators(forward: Work, backward: Work, double_backward: Work) -> dict[str, Work]:
     return {
         "forward": forward,
@@ -221,7 +252,11 @@ def _traffic(*orders: int) -> dict[str, int]:
     return dict(zip(ORDERS, (*orders, sum(orders))))
 
 
-OPS: dict[str, Callable[[Spec, str], Case]] = {"row_norm": _row_norm, "softmax_cross_entropy": _softmax_cross_entropy}
+OPS: dict[str, Callable[[Spec, str], Case]] = {
+    "row_norm": _row_norm,
+    "softmax_cross_entropy": _softmax_cross_entropy,
+    "kl_divergence": _kl_divergence,
+}
 
 
 def specs(size: str, device: str) -> list[Spec]:
@@ -241,10 +276,15 @@ def specs(size: str, device: str) -> list[Spec]:
         rows = max(4, round(megabytes * 1e6 / (4 * classes)))
         return Spec("softmax_cross_entropy", size, (rows, classes), dtype, options)
 
+    def divergence(classes: int, dtype: torch.dtype = f32) -> Spec:
+        rows = max(4, round(megabytes * 1e6 / (4 * classes)))
+        return Spec("kl_divergence", size, (rows, classes), dtype)
+
     if size == "tiny":
-        return [norm(bf16, True, p=2.0, weight=True), entropy(10)]
+        return [norm(bf16, True, p=2.0, weight=True), entropy(10), divergence(10)]
     norms = [norm(p=2.0), norm(p=1.0), norm(p=2.0, squared=True), norm(p=math.inf), norm(bf16, p=1.0)]
     entropies = [entropy(1000), entropy(10), entropy(100), entropy(1000, bf16)]
+    divergences = [divergence(1000), divergence(10), divergence(1000, bf16)]
     if size == "large":
         norms += [
             norm(p=1.0, weight=True),
@@ -261,4 +301,4 @@ def specs(size: str, device: str) -> list[Spec]:
             entropy(1000, f16),
             entropy(32000, bf16),
         ]
-    return norms + entropies
+    return norms + entropies + divergences

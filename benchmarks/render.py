@@ -35,12 +35,16 @@ _TITLES = {
     "finite_differences": "finite differences",
 }  # fmt: skip
 # The case of each operator that stands for it in README.md.
-_REPRESENTATIVE = {"row_norm": ("float32", "p=2"), "softmax_cross_entropy": ("float32", "1000 classes")}
+_REPRESENTATIVE = {
+    "row_norm": ("float32", "p=2"),
+    "softmax_cross_entropy": ("float32", "1000 classes"),
+    "kl_divergence": ("float32", "1000 classes"),
+}
 
 
 def case_name(row: Row) -> str:
     """What tells one case of an operator from another."""
-    classes = f"{row['shape'][1]} classes" if row["op"] == "softmax_cross_entropy" else ""
+    classes = "" if row["op"] == "row_norm" else f"{row['shape'][1]} classes"
     return ", ".join(filter(None, (classes, row["case"])))
 
 

@@ -48,7 +48,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert results["ops"]["complete"]
     assert not results["steps"]["complete"]
     assert results["ops"]["stamp"]["torch"] == torch.__version__
-    assert {row["op"] for row in results["ops"]["rows"]} == {"row_norm", "softmax_cross_entropy"}
+    assert {row["op"] for row in results["ops"]["rows"]} == {"row_norm", "softmax_cross_entropy", "kl_divergence"}
     for row in results["ops"]["rows"]:
         assert row["ms"] > 0
         assert 0 < row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] * 1e-6, rel=1e-2)

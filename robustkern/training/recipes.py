@@ -36,7 +36,7 @@ _WEIGHTS: dict[str, dict[str, float]] = {
 }
 
 # Trained at the adversary alone, as published.  A weight that grew from 0 would mix both losses on the way, and pay for
-# the gradient of the one at the clean image as well.
+# the gradient of the one at the clean image as well.  No smooth labels: nothing needs the loss not to vanish here.
 _AT_THE_ADVERSARY = ("fgsm", "n-fgsm", "pgd")
 
 
@@ -58,6 +58,8 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     if method in METHODS:
         known = METHODS[method].options
         usual = {name: value for name, value in _OPTIONS.get(data, {}).items() if name in known}
+        if method in _AT_THE_ADVERSARY:
+            usual.pop("label_smoothing", None)
         if method in _WEIGHTS.get(data, {}):
             usual["weight"] = _WEIGHTS[data][method]
         options = METHODS[method].complete(method, {**usual, **options})

@@ -1,8 +1,7 @@
 """Times every operator, order by order: python -m benchmarks.bench_ops.
 
-The operators, row_norm, softmax_cross_entropy and kl_divergence, and their cases are listed in op_cases.py.  Every provider's values
-and derivatives
-are compared with the float64 reference before anything is timed.
+The operators, row_norm, softmax_cross_entropy and kl_divergence, and their cases are listed in op_cases.py.  Every
+provider's values and derivatives are compared with the float64 reference before anything is timed.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_import_needs_nothing_but_torch():
     )
     heavy = {"typer", "rich", "matplotlib", "sklearn", "safetensors", "PIL", "scipy", "pytest", "torch._dynamo"}
     assert not heavy & set(loaded)
-    for part in ("cli", "data", "models", "training", "study", "attacks", "testing"):
+    for part in ("cli", "data", "models", "training", "study", "testing"):
         assert f"robustkern.{part}" not in loaded
 
 

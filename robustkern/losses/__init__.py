@@ -17,14 +17,11 @@ from robustkern.losses.mart import MART
 from robustkern.losses.trades import TRADES
 from robustkern.losses.vat import VAT
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - as sorted() has it
     "ALP",
     "AWP",
-    "CURE",
-    "MART",
-    "TRADES",
-    "VAT",
     "AdversarialTraining",
+    "CURE",
     "CrossEntropy",
     "CrossLipschitz",
     "Distillation",
@@ -34,4 +31,7 @@ __all__ = [
     "JacobianPenalty",
     "LabelSmoothing",
     "LocalLinearity",
+    "MART",
+    "TRADES",
+    "VAT",
 ]

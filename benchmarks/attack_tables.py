@@ -35,11 +35,21 @@ def attacks(results: Row) -> str:
             str(row["passes"]) + (f" + {row['forwards']} forward" if row["forwards"] else ""),
             f"{row['pass_ms']:.3g}",
             f"{row['ms']:.3g}",
-            f"{row['ratio']:.3f}x",
+            f"{row['ratio']:.2f}x",
+            f"{row['added_ms']:.2f}",
+            f"{row['added']:.1%}",
         ]
         for row in section["attacks"]
     ]
-    header = ["attack", "passes it needs", "a pass, ms", "attack, ms", "over its passes"]
+    header = [
+        "attack",
+        "passes it needs",
+        "a pass, ms",
+        "attack, ms",
+        "over its passes",
+        "added to a pass, ms",
+        "of a pass",
+    ]
     cases: dict[tuple[str, str], dict[str, Row]] = {}
     for row in section["operators"]:
         cases.setdefault((row["op"], "x".join(map(str, row["shape"]))), {})[row["provider"]] = row

@@ -1,10 +1,11 @@
 """Times what an attack adds to the network's passes: python -m benchmarks.bench_attacks.
 
-    python -m benchmarks.bench_attacks                 everything, into benchmarks/results/<device>.json: two minutes
+    python -m benchmarks.bench_attacks                 everything, into benchmarks/results/<device>.json: five minutes
     python -m benchmarks.bench_attacks --size tiny     whether everything runs; writes only to --out
 
 A pass is one forward and one input gradient of the model in eval mode, without parameter gradients.  An attack's row is
-its time over that of its passes, measured in turn.  Rows of operators are the time of attack_step, attack_start and
+its time over that of its passes, measured in turn, which is as sharp as the machine is quiet; and what it adds to each
+pass, measured on a model that costs next to nothing.  Rows of operators are the time of attack_step, attack_start and
 margin_loss, and of the same in PyTorch's own operators, with the bytes that cannot but be moved.
 """
 
@@ -82,6 +83,39 @@ def measure_attacks(
     with attacked(model), torch.no_grad():
         y = model(x).argmax(1)  # correctly classified: nothing is left out
 
+    one_pass, forward = passes_of(model, x, y)
+    free = Free().eval()
+    free_pass, free_forward = passes_of(free, x, y)
+    rows: list[Row] = []
+    free_attacks = attacks(free, x, y)
+    for attack, (call, passes, forwards) in attacks(model, x, y).items():
+        timings = interleaved({"pass": one_pass, "forward": forward, attack: call}, seconds=3 * seconds, least=3)
+        needed = passes * timings["pass"].ms + forwards * timings["forward"].ms
+        ms = timings[attack].ms
+        bare = interleaved(
+            {"pass": free_pass, "forward": free_forward, attack: free_attacks[attack][0]}, seconds=seconds / 4, least=3
+        )
+        added = (bare[attack].ms - passes * bare["pass"].ms - forwards * bare["forward"].ms) / passes
+        # An attack that needs p passes and f forwards may cost (p + f forward/pass) passes.
+        row = {"model": f"{name}, {'x'.join(map(str, (batch, *shape)))}", "attack": attack, "passes": passes}
+        row.update(forwards=forwards, pass_ms=_round(timings["pass"].ms), ms=_round(ms), ratio=_round(ms / needed))
+        row.update(added_ms=_round(added), added=_round(added / timings["pass"].ms))
+        rows.append(row)
+        share = f"adds {added:.3f} ms to each, {added / timings['pass'].ms:.1%}"
+        print(f"  {attack:10s} {ms:9.2f} ms, {ms / needed:6.3f} of its passes; {share}", flush=True)
+    return rows
+
+
+class Free(nn.Module):
+    """A model that costs next to nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :10]
+
+
+def passes_of(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One forward with input gradient, and one forward."""
+
     def one_pass() -> object:
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
@@ -90,17 +124,7 @@ def measure_attacks(
         with torch.no_grad():
             return model(x)
 
-    rows: list[Row] = []
-    for attack, (call, passes, forwards) in attacks(model, x, y).items():
-        timings = interleaved({"pass": one_pass, "forward": forward, attack: call}, seconds=3 * seconds, least=3)
-        needed = passes * timings["pass"].ms + forwards * timings["forward"].ms
-        ms = timings[attack].ms
-        # An attack that needs p passes and f forwards may cost (p + f forward/pass) passes.
-        row = {"model": f"{name}, {'x'.join(map(str, (batch, *shape)))}", "attack": attack, "passes": passes}
-        row.update(forwards=forwards, pass_ms=_round(timings["pass"].ms), ms=_round(ms), ratio=_round(ms / needed))
-        rows.append(row)
-        print(f"  {attack:10s} {ms:9.2f} ms, {ms / needed:6.3f} of its passes", flush=True)
-    return rows
+    return one_pass, forward
 
 
 def rk_model(name: str, shape: Shape) -> nn.Module:
@@ -188,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="full", choices=("tiny", "full"))
-    parser.add_argument("--seconds", type=float, default=1.2, help="roughly, for each column of each row")
+    parser.add_argument("--seconds", type=float, default=5.0, help="roughly, for each column of each row")
     parser.add_argument("--out", type=Path, help="results file; by default named after the device, none if tiny")
     options = parser.parse_args(arguments)
     out = options.out or (harness.results_path(options.device) if options.size == "full" else None)

@@ -157,6 +157,12 @@ def answers(out, processes, seconds=240):
     return [path.read_text() for path in sorted(out.glob("answer-*"))]
 
 
+def wait_for_an_epoch(out, processes):
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert all(process.is_alive() for process in processes), answers(out, processes)
+        time.sleep(0.01)
+
+
 class _At(training.Observer):
     """Does something after a step."""
 
@@ -214,8 +220,7 @@ def test_a_signal_to_any_process_stops_all_and_saves(tmp_path):
         train(settings, tmp_path)
 
     processes = fork(tmp_path, start)
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        time.sleep(0.01)
+    wait_for_an_epoch(tmp_path, processes)
     os.kill(processes[1].pid, signal.SIGTERM)
     zero, one = answers(tmp_path, processes)
     assert zero.startswith("Interrupted: stopped by a signal to another process after step")
@@ -231,8 +236,7 @@ def test_a_process_that_is_stuck_is_given_up(tmp_path):
         train(settings, tmp_path, timeout=5.0)
 
     processes = fork(tmp_path, start)
-    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
-        time.sleep(0.01)
+    wait_for_an_epoch(tmp_path, processes)
     os.kill(processes[1].pid, signal.SIGSTOP)
     processes[0].join(120)
     assert not processes[0].is_alive()

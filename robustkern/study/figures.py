@@ -1,0 +1,266 @@
+"""The study's figures, each a function of models and data or of measured numbers, each one PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustkern.attacks import PGD
+from robustkern.data import Dataset
+from robustkern.training.figures import eps_text
+from robustkern.training.files import write_atomically
+
+from .inversion import invert, noise, seeded_grid
+
+_COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157", "#d9a441", "#2f4858", "#9b2226")
+_DPI = 110
+
+
+def one_of_each(data: Dataset, networks: Sequence[nn.Module] = ()) -> tuple[Tensor, Tensor]:
+    """The first image of each class that every network classifies right, else the first: images, labels.
+
+    Args:
+        data: Images to choose from; the first 50 of each class are looked at.
+        networks: Classifiers.
+    """
+    chosen = []
+    for label in range(data.num_classes):
+        members = (data.labels == label).nonzero().flatten()[:50]
+        if not len(members):
+            continue
+        right = torch.ones(len(members), dtype=torch.bool)
+        for network in networks:
+            device = next(network.parameters()).device
+            with torch.no_grad():
+                right &= network(data.images[members].to(device)).argmax(1).cpu() == label
+        chosen.append(int(members[int(right.int().argmax())]))
+    return data.images[chosen], data.labels[chosen]
+
+
+def inversion_grids(
+    path: Path,
+    data: Dataset,
+    networks: Mapping[str, nn.Module],
+    *,
+    steps: int = 16,
+    step: float = 0.1,
+    columns: int = 4,
+) -> None:
+    """For each network a grid: rows are images, one of each class; columns the class each is turned into.
+
+    On the diagonal an image is driven further towards its own class. Images are shown as they are, in [0, 1].
+
+    Args:
+        path: Where the PNG goes.
+        data: Images to start from.
+        networks: Networks by name.
+        steps: Steps of the inversion.
+        step: Their length, in standard deviations of each channel.
+        columns: Grids side by side.
+    """
+    x, _ = one_of_each(data)
+    starts, targets = seeded_grid(x, data.num_classes)
+    scale = torch.tensor(data.statistics()[1]).view(-1, 1, 1)
+    grids = {}
+    for name, network in networks.items():
+        device = next(network.parameters()).device
+        inverted = invert(
+            network, starts.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device)
+        )
+        grids[name] = _mosaic(inverted.cpu(), data.num_classes)
+    title = f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:g} σ)"
+    _panels(path, grids, columns, title)
+
+
+def noise_grids(
+    path: Path, data: Dataset, networks: Mapping[str, nn.Module], *, steps: int = 256, step: float = 0.03, rows: int = 2
+) -> None:
+    """For each network a strip: images made from noise for every class, one class a column.
+
+    Args:
+        path: Where the PNG goes.
+        data: For shapes, classes and standard deviations.
+        networks: Networks by name.
+        steps: Steps of the inversion.
+        step: Their length, in standard deviations of each channel.
+        rows: Starts.
+    """
+    std = data.statistics()[1]
+    scale = torch.tensor(std).view(-1, 1, 1)
+    start = noise(rows * data.num_classes, data.in_shape, spread=sum(std) / len(std))
+    targets = torch.arange(len(start)) % data.num_classes
+    strips = {}
+    for name, network in networks.items():
+        device = next(network.parameters()).device
+        made = invert(network, start.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device))
+        strips[name] = _mosaic(made.cpu(), data.num_classes)
+    _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:g} σ)")
+
+
+def perturbations(
+    path: Path, data: Dataset, networks: Mapping[str, nn.Module], eps: float, *, targeted: bool = False
+) -> None:
+    """The same images, attacked with a radius so large that the change can be seen: a row for each network.
+
+    Args:
+        path: Where the PNG goes.
+        data: Images to choose from.
+        networks: Networks by name.
+        eps: Radius (Linf), several times what they were trained for.
+        targeted: Towards the next class instead of away from its own.
+    """
+    x, y = one_of_each(data, list(networks.values()))
+    rows = {"image": _mosaic(x, len(x))}
+    for name, network in networks.items():
+        device = next(network.parameters()).device
+        goal = (y + 1) % data.num_classes if targeted else y
+        attack = PGD(eps, steps=40, random_start=False, targeted=targeted)
+        rows[name] = _mosaic(attack(network, x.to(device), goal.to(device)).cpu(), len(x))
+    _panels(path, rows, 1, f"attacked with ε = {eps_text(eps)}")
+
+
+def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> None:
+    """Accuracy against the radius, a line for each network, with its interval.
+
+    Args:
+        path: Where the PNG goes.
+        curves: For each network, points of eps, accuracy, low, high.
+        title: Above it.
+    """
+    figure, (axes,) = _figure(1)
+    for color, (name, points) in zip(_cycle(len(curves)), curves.items()):
+        radii = [point["eps"] for point in points]
+        axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, marker="o", markersize=3, label=name)
+        axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
+                          alpha=0.12, linewidth=0)  # fmt: skip
+    axes.set_xlabel("radius of the ℓ∞ ball")
+    axes.set_ylabel("accuracy under PGD-20 (%)")
+    axes.set_ylim(0, 102)
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    _save(path, figure)
+
+
+def against_smoothness(
+    path: Path, points: Sequence[Mapping[str, Any]], measures: Mapping[str, str], *, smoothness: str, label: str
+) -> None:
+    """Measures against smoothness: a panel for each, points joined in the order of their weight.
+
+    Args:
+        path: Where the PNG goes.
+        points: Each with `line` (whose points are joined), `text`, and for every measure and `smoothness` a mapping of
+            mean, low and high.
+        measures: Names of the panels' measures, and their titles.
+        smoothness: The measure on the horizontal axis, logarithmic; less is smoother, so it runs from right to left.
+        label: Its title.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, panels = _figure(len(measures))
+    for axes, (measure, title) in zip(panels, measures.items()):
+        for color, line in zip(_cycle(8), dict.fromkeys(point["line"] for point in points)):
+            own = [point for point in points if point["line"] == line]
+            at = [point[smoothness]["mean"] for point in own]
+            values = [point[measure]["mean"] for point in own]
+            errors = [
+                [p[measure]["mean"] - p[measure]["low"] for p in own],
+                [p[measure]["high"] - p[measure]["mean"] for p in own],
+            ]
+            axes.errorbar(at, values, yerr=errors, color=color, marker="o", markersize=4, capsize=2, linewidth=1.2,
+                          linestyle="-" if len(own) > 1 else "", label=line)  # fmt: skip
+            for point, where, value in zip(own, at, values):
+                axes.annotate(point["text"], (where, value), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.invert_xaxis()
+        axes.set_xlabel(label + "  (smoother →)", fontsize=8)
+        axes.set_title(title, fontsize=9)
+    panels[0].legend(frameon=False, fontsize=7)
+    _save(path, figure)
+
+
+def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mapping[str, float]]],
+               measures: Mapping[str, str]) -> None:  # fmt: skip
+    """Orientation with and without smoothness, smoothness with and without orientation: a panel for each measure.
+
+    Args:
+        path: Where the PNG goes.
+        cells: By (oriented, smooth): for each measure mean, low and high.
+        measures: Names of the panels' measures, and their titles.
+    """
+    figure, panels = _figure(len(measures))
+    for axes, (measure, title) in zip(panels, measures.items()):
+        for place, smooth in ((-0.2, False), (0.2, True)):
+            at = [index + place for index in range(2)]
+            own = [cells[oriented, smooth][measure] for oriented in (False, True)]
+            errors = [[c["mean"] - c["low"] for c in own], [c["high"] - c["mean"] for c in own]]
+            axes.bar(at, [c["mean"] for c in own], 0.38, yerr=errors, color=_COLORS[2 if smooth else 0],
+                     label="smooth" if smooth else "not smooth", error_kw={"linewidth": 0.9})  # fmt: skip
+        axes.set_xticks([0, 1], ["labels shuffled", "true labels"], fontsize=8)
+        axes.set_title(title, fontsize=9)
+    panels[0].legend(frameon=False, fontsize=8)
+    _save(path, figure)
+
+
+def _mosaic(images: Tensor, columns: int) -> np.ndarray:
+    """Images side by side, one pixel of white between: [H, W] or [H, W, 3]."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
+        # Grey images are shown as ink on paper.
+        sheet[:, top : top + height, left : left + width] = 1 - image if channels == 1 else image
+    return sheet[0].numpy() if channels == 1 else sheet.movedim(0, 2).numpy()
+
+
+def _panels(path: Path, sheets: Mapping[str, np.ndarray], columns: int, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(sheets))
+    rows = -(-len(sheets) // columns)
+    height, width = next(iter(sheets.values())).shape[:2]
+    side = 11.0 / columns
+    figure = Figure(figsize=(11.0, rows * (side * height / width + 0.3) + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (name, sheet) in zip(grid.flat, sheets.items()):
+        axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    _save(path, figure)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(4.0 * columns if panels > 1 else 6.0, 3.3 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[:panels]:
+        axes.grid(color="#e6e6e6", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[panels:]:
+        axes.set_axis_off()
+    return figure, grid[:panels]
+
+
+def _cycle(count: int) -> list[str]:
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]
+
+
+def _save(path: Path, figure: Any) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
+    write_atomically(path, buffer.getvalue())

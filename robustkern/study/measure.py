@@ -1,0 +1,150 @@
+"""Every measure of the study for one model, with intervals over images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkern.attacks import PGD
+from robustkern.data import Dataset, generator
+from robustkern.evaluation import linearised_robustness, local_lipschitz
+from robustkern.evaluation.checks import correct
+
+from .bootstrap import bootstrap_interval
+from .gradients import alignment, edge_concentration, input_gradients, low_frequency_share, total_variation_ratio
+from .inversion import inversion_accuracy, invert, noise, seeded_grid
+
+# name: (what it is, whether more of it is taken to be more recognisable or more robust)
+MEASURES: dict[str, tuple[str, bool | None]] = {
+    "clean_accuracy": ("accuracy", True),
+    "robust_accuracy": ("accuracy under PGD-20", True),
+    "gradient_norm": ("eps · ‖∂ loss / ∂x‖₁", False),
+    "local_lipschitz": ("local Lipschitz constant of the logits (lower bound)", False),
+    "linearised_robustness": ("linearised robustness, Linf", True),
+    "alignment": ("alignment |cos(x, ∂z_y/∂x)|", True),
+    "centred_alignment": ("alignment, means taken out", True),
+    "low_frequency_share": ("gradient energy below 0.25 cycles a pixel", True),
+    "total_variation_ratio": ("total variation of the gradient", False),
+    "edge_concentration": ("gradient energy on the strongest fifth of the edges, over a fifth", True),
+    "inversion_accuracy": ("inversions from images that an independent network names right", True),
+    "noise_inversion_accuracy": ("inversions from noise that it names right", True),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is measured, and how.
+
+    Attributes:
+        eps: Radius of attacks, in units of the images (Linf).
+        samples: The first so many test images.
+        seeds_per_class: Images of each class that inversions start from, each towards every other class.
+        inversion_steps: Steps of these; published: 16.
+        inversion_step: Their length, in standard deviations of each channel; published: 0.1.
+        noise_images: Inversions from noise, for each class.
+        noise_steps: Their steps; published: 1,024.
+        noise_step: Their length, in standard deviations; published: 2/255 over 0.25, in normalised units.
+        seed: Of attacks and noise.
+    """
+
+    eps: float
+    samples: int = 200
+    seeds_per_class: int = 5
+    inversion_steps: int = 16
+    inversion_step: float = 0.1
+    noise_images: int = 5
+    noise_steps: int = 256
+    noise_step: float = 0.03
+    seed: int = 0
+
+
+def measure(
+    model: nn.Module,
+    data: Dataset,
+    judge: nn.Module,
+    protocol: Protocol,
+    *,
+    on_measure: Callable[[str], None] | None = None,
+) -> dict[str, Tensor]:
+    """Every measure of `MEASURES`, one number for each image (or inversion): [N] float32 on the CPU.
+
+    Args:
+        model: Maps images in [0, 1] to logits, normalisation inside; left as it came.
+        data: Test images.
+        judge: Another classifier of the same classes, trained by itself.
+        protocol: How much.
+        on_measure: Told the name of each measure before it is taken.
+    """
+    report = on_measure or (lambda name: None)
+    few = data.first(protocol.samples)
+    device = next(model.parameters()).device
+    x, y = few.images.to(device), few.labels.to(device)
+    _, std = data.statistics()
+    scale = torch.tensor(std, device=device).view(-1, 1, 1)
+    values: dict[str, Tensor] = {}
+
+    report("clean_accuracy")
+    right = correct(model, x, y)
+    values["clean_accuracy"] = right
+    report("robust_accuracy")
+    attack = PGD(protocol.eps, steps=20, early_exit=True)
+    adversary = attack(model, x, y, _generator(protocol.seed, device))
+    values["robust_accuracy"] = right & correct(model, adversary, y)
+    report("gradient_norm")
+    values["gradient_norm"] = protocol.eps * input_gradients(model, x, y, "loss").flatten(1).abs().sum(1)
+    report("local_lipschitz")
+    values["local_lipschitz"] = local_lipschitz(model, x, protocol.eps, generator=_generator(protocol.seed, device))
+    report("linearised_robustness")
+    values["linearised_robustness"] = linearised_robustness(model, x, y)
+    gradient = input_gradients(model, x, y)
+    values["alignment"] = alignment(gradient, x)
+    values["centred_alignment"] = alignment(gradient, x, centred=True)
+    values["low_frequency_share"] = low_frequency_share(gradient)
+    values["total_variation_ratio"] = total_variation_ratio(gradient)
+    values["edge_concentration"] = edge_concentration(gradient, x)
+    report("inversion_accuracy")
+    starts, targets, labels = _starts(data, protocol.seeds_per_class)
+    starts, targets, labels = starts.to(device), targets.to(device), labels.to(device)
+    inverted = invert(model, starts, targets, steps=protocol.inversion_steps, step_size=protocol.inversion_step * scale)
+    # Towards its own class an image is named right before it is touched.
+    values["inversion_accuracy"] = inversion_accuracy(judge, inverted, targets)[targets != labels]
+    report("noise_inversion_accuracy")
+    count = protocol.noise_images * data.num_classes
+    nothing = noise(count, data.in_shape, seed=protocol.seed, spread=float(scale.mean())).to(device)
+    wanted = torch.arange(count, device=device) % data.num_classes
+    inverted = invert(model, nothing, wanted, steps=protocol.noise_steps, step_size=protocol.noise_step * scale)
+    values["noise_inversion_accuracy"] = inversion_accuracy(judge, inverted, wanted)
+    return {name: values[name].detach().float().cpu() for name in MEASURES}
+
+
+def summarise(values: dict[str, Tensor], confidence: float = 0.95) -> dict[str, dict[str, Any]]:
+    """Mean and bootstrap interval of each measure, over the images where it is finite.
+
+    Args:
+        values: For each measure, [N], or [N, S] for S seeds of one method on the same images.
+        confidence: Of the intervals.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    for name, numbers in values.items():
+        finite = numbers[numbers.isfinite().reshape(len(numbers), -1).all(1)]
+        if not len(finite):
+            summary[name] = {"mean": None, "low": None, "high": None, "images": 0}
+            continue
+        low, high = bootstrap_interval(finite, confidence=confidence)
+        summary[name] = {"mean": float(finite.double().mean()), "low": low, "high": high, "images": len(finite)}
+    return summary
+
+
+def _starts(data: Dataset, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first images of each class with every target: starts, targets, labels."""
+    chosen = torch.cat([(data.labels == label).nonzero().flatten()[:per_class] for label in range(data.num_classes)])
+    starts, targets = seeded_grid(data.images[chosen], data.num_classes)
+    return starts, targets, data.labels[chosen].repeat_interleave(data.num_classes)
+
+
+def _generator(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(generator(seed, "study").initial_seed())

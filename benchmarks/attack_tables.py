@@ -1,4 +1,4 @@
-"""The tables of random directions and of attacks."""
+"""The tables of random directions, of attacks and of training methods."""
 
 from __future__ import annotations
 
@@ -65,3 +65,28 @@ def attacks(results: Row) -> str:
     ]
     second = table(["operator", "stock (l1: reference), ms", "robustkern, ms", "faster", "of copy"], operators)
     return f"{sentence(section)}\n\n{table(header, lines)}\n\n{second}"
+
+
+def methods(results: Row) -> str:
+    """Training steps of every method as multiples of the plain step, beside what their passes would take."""
+    section = results["methods"]
+    models: dict[str, list[Row]] = {}
+    for row in section["rows"]:
+        models.setdefault(row["model"], []).append(row)
+    header = ["method", "passes", "of plain steps", "stock code", "robustkern", "over its passes"]
+    parts = [sentence(section)]
+    for model, rows in models.items():
+        lines = [
+            [
+                row["method"],
+                str(row["passes"]),
+                f"{row['passes'] / 3:.2f}",
+                f"{row['stock_ratio']:.2f}x",
+                f"{row['ratio']:.2f}x",
+                f"{row['over_passes']:.2f}",
+            ]
+            for row in rows
+        ]
+        parts.append(f"{model}; the plain step takes {rows[0]['plain_ms']:.3g} ms.")
+        parts.append(table(header, lines))
+    return "\n\n".join(parts)

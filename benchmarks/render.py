@@ -285,6 +285,7 @@ BLOCKS = (
     ("jacobian", readme_jacobian),
     ("cotangents", attack_tables.cotangents),
     ("attacks", attack_tables.attacks),
+    ("methods", attack_tables.methods),
 )
 
 

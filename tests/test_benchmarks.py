@@ -41,6 +41,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     python("-m", "benchmarks.bench_jacobian", "--size", "tiny", *shared[:4], "--out", str(out))
     python("-m", "benchmarks.bench_cotangents", "--size", "tiny", *shared[:4], "--out", str(out))
     python("-m", "benchmarks.bench_attacks", "--size", "tiny", *shared[:4], "--out", str(out))
+    python("-m", "benchmarks.bench_methods", "--size", "tiny", *shared[:4], "--out", str(out))
     steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
     python(*steps, "plain", "plain_installed", "eager", "installed")
     python(*steps, "installed_compile")  # joins the others
@@ -68,6 +69,10 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert {row["attack"] for row in attacks["attacks"]} >= {"stock PGD", "PGD", "APGD", "FGSM", "N-FGSM"}
     assert all(row["ms"] > 0 for row in (*attacks["attacks"], *attacks["operators"]))
 
+    methods = results["methods"]
+    assert methods["complete"] and len(methods["rows"]) == 19
+    assert all(row["ratio"] > 0 and row["stock_ratio"] > 0 and row["passes"] >= 3 for row in methods["rows"])
+
     jacobian = results["jacobian"]
     assert jacobian["complete"]
     assert {row["provider"] for row in jacobian["rows"] if row["ms"]} == {
@@ -94,6 +99,7 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert "double backward" in out.with_suffix(".md").read_text()
     assert "as precise" in readme.read_text()
     assert "torch.linalg.qr" in readme.read_text()
+    assert "| pgd with awp | 29 | 9.67 |" in readme.read_text()
     assert "N-FGSM, tiny PreAct-ResNet" in readme.read_text() and "attack_step, l1" in readme.read_text()
     for name in ("penalised_step.png", "projections.png"):
         (tmp_path / name).unlink()

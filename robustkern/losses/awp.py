@@ -38,7 +38,7 @@ class AWP:
     `generator`, `shard` and `step` are those of the loss.  A loss that draws random numbers draws the same ones at both
     weights if it has a generator of its own.
 
-    The call takes an nn.Module, x and y as the loss does.  Passes: those of the loss but for its attack once more (3
+    The call takes an nn.Module, x and y as the loss does.  Passes: those of the loss but for its attack once more (4
     for adversarial training), then those of the loss.  BatchNorm: the pass that gives v leaves the running statistics
     alone; the other is the loss's own.  Differentiable once.  Source: Wu et al., Adversarial weight perturbation helps
     robust generalization, NeurIPS 2020.

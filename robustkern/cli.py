@@ -158,6 +158,9 @@ def train_command(
     device: Annotated[str | None, _option("cpu or cuda.", panel=_RUN)] = None,
     threads: Annotated[int | None, _option("CPU threads of each process.", panel=_RUN)] = None,
     train_samples: Annotated[int | None, _option("Train on the first N samples; 0: all.", panel=_RUN)] = None,
+    shuffle_labels: Annotated[
+        bool | None, _option("A control: training images get each other's labels.", "--shuffle-labels", panel=_RUN)
+    ] = None,
     checkpoint_every: Annotated[
         int | None, _option("Steps between checkpoints inside an epoch; 0: only at its end.", panel=_RUN)
     ] = None,
@@ -179,7 +182,8 @@ def train_command(
         "model": model, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
         "weight_decay": weight_decay, "schedule": schedule, "gamma": gamma, "ramp": ramp, "clip": clip, "ema": ema,
         "amp": amp, "sync_batch_norm": sync_batch_norm, "seed": seed, "impl": impl, "device": device,
-        "threads": threads, "train_samples": train_samples, "validation": validation, "eval_samples": eval_samples,
+        "threads": threads, "train_samples": train_samples,
+        "shuffle_labels": shuffle_labels, "validation": validation, "eval_samples": eval_samples,
         "eval_every": eval_every, "pgd_steps": pgd_steps, "watch": watch, "checkpoint_every": checkpoint_every,
         "max_skipped": max_skipped, "eps": None if eps is None else parse_eps(eps),
         "milestones": None if milestones is None else parse_milestones(milestones),
@@ -295,6 +299,33 @@ def evaluate_command(
         )  # fmt: skip
     if strict and not report.sound:
         raise typer.Exit(FAILED)
+
+
+@app.command("study")
+def study_command(
+    data: Annotated[str, typer.Option(help=f"{', '.join(datasets.NAMES)}.")] = "digits-28",
+    out: Annotated[Path | None, typer.Option(help="Where everything goes. Default: runs/study-DATA.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Of the paper's and ours, with commas. Default: all.")] = None,
+    seeds: Annotated[int, typer.Option(help="Models of each kind.")] = 3,
+    sweep: Annotated[
+        str | None, typer.Option(help="Multiples of the gradient penalty's weight, with commas, or none.")
+    ] = None,
+    two_by_two: Annotated[bool, typer.Option(help="Train on shuffled labels as well.")] = True,
+    samples: Annotated[int, typer.Option(help="Test images that are measured.")] = 200,
+    epochs: Annotated[int | None, typer.Option(help="Of each training. Default: per data set.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
+) -> None:
+    """Train every method and measure what its input gradients show; stopped at any moment, the same command goes on."""
+    from robustkern.study.command import run_study
+
+    with _one_line_errors():
+        run_study(
+            out or Path("runs") / f"study-{Path(data).name}", Console(), data=data, methods=methods, seeds=seeds,
+            sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
+            root=root,
+        )  # fmt: skip
 
 
 @app.command()

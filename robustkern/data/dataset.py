@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .randomness import generator
+
 
 class DataError(RuntimeError):
     """A data set is missing, truncated or not what it should be; the message is one sentence for the user."""
@@ -56,6 +58,11 @@ class Dataset:
         channels = self.images.movedim(1, 0).flatten(1).double()
         std, mean = torch.std_mean(channels, dim=1, correction=0)
         return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
+
+    def with_shuffled_labels(self, seed: int) -> Dataset:
+        """The same images with the same labels, in another order: which label belongs to which image is lost."""
+        order = torch.randperm(len(self), generator=generator(seed, "labels"))
+        return Dataset(self.name, self.images, self.labels[order], self.classes)
 
     def first(self, count: int | None) -> Dataset:
         """The first `count` samples, or all of them for None."""

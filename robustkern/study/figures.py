@@ -147,6 +147,27 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
     _save(path, figure)
 
 
+def term_panels(path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Orientation and smoothness against the epoch, a panel for each network.
+
+    Args:
+        path: Where the PNG goes.
+        terms: For each network, rows of metrics.
+    """
+    figure, panels = _figure(len(terms))
+    for axes, (name, rows) in zip(panels, terms.items()):
+        epochs = [row["epoch"] for row in rows]
+        axes.plot(epochs, [row["orientation"] for row in rows], color=_COLORS[1])
+        axes.tick_params(axis="y", colors=_COLORS[1], labelsize=7)
+        axes.set_ylim(bottom=0)
+        other = axes.twinx()
+        other.plot(epochs, [row["smoothness"] for row in rows], color=_COLORS[2])
+        other.tick_params(axis="y", colors=_COLORS[2], labelsize=7)
+        other.spines["top"].set_visible(False)
+        axes.set_title(name, fontsize=9)
+    _save(path, figure)
+
+
 def against_smoothness(
     path: Path, points: Sequence[Mapping[str, Any]], measures: Mapping[str, str], *, smoothness: str, label: str
 ) -> None:

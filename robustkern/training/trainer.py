@@ -114,6 +114,8 @@ def train(
 
         def load() -> tuple[datasets.Dataset, datasets.Dataset]:
             train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
+            if config.shuffle_labels:
+                train_set = train_set.with_shuffled_labels(config.seed)
             test_set = datasets.load(config.data, root, "test")
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")

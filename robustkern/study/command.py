@@ -1,0 +1,73 @@
+"""`robustkern study`: what stands between the command line and the study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from robustkern.training import UsageError
+
+from .measure import MEASURES
+from .report import draw, write_report
+from .study import SWEEP, Plan, Study, run
+
+_SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignment", "inversion_accuracy")
+
+
+def run_study(
+    out: Path,
+    console: Console,
+    *,
+    methods: str | None = None,
+    sweep: str | None = None,
+    root: Path | None = None,
+    **plan: Any,
+) -> Study:
+    """Train, measure, draw, and print the table.
+
+    Args:
+        out: Where everything goes.
+        console: Where to print.
+        methods: Names with commas; None: all.
+        sweep: Numbers with commas, "none", or None for the usual ones.
+        root: Folder with the data set's files.
+        **plan: The other fields of `Plan`.
+
+    Raises:
+        UsageError: A setting makes no sense, or the folder holds another study.
+    """
+    if methods is not None:
+        plan["methods"] = tuple(name.strip() for name in methods.split(",") if name.strip())
+    chosen = Plan(**plan, sweep=_sweep(sweep))
+
+    def on_unit(name: str, number: int, count: int, left: float) -> None:
+        remaining = f", about {left / 60:.0f} min left" if left else ""
+        console.print(f"[dim]{number}/{count}[/dim] {name}{remaining}", highlight=False)
+
+    study = run(chosen, out, root=root, on_unit=on_unit)
+    page = write_report(study, draw(study))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for measure in _SHOWN:
+        table.add_column(MEASURES[measure][0], justify="right", max_width=18)
+    for name, measures in study.summary.items():
+        means = [measures[measure]["mean"] for measure in _SHOWN]
+        table.add_row(name, *("-" if mean is None else f"{mean:.3f}" for mean in means))
+    console.print(table)
+    console.print(f"{page} holds every figure and number; figures/ and study.json beside it", highlight=False)
+    return study
+
+
+def _sweep(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return SWEEP
+    try:
+        factors = () if text.strip() == "none" else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--sweep: numbers with commas, or none, got {text!r}") from error
+    if any(not factor > 0 for factor in factors):
+        raise UsageError(f"--sweep: multiples must be positive, got {text!r}")
+    return factors

@@ -1,0 +1,183 @@
+"""A study's figures, and a report in one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+from robustkern import __version__
+from robustkern.training.figures import eps_text, gradients
+from robustkern.training.files import write_atomically
+
+from . import figures
+from .measure import MEASURES
+from .study import Study
+
+_SEEN = ("centred_alignment", "low_frequency_share", "inversion_accuracy")
+_TITLES = {
+    "centred_alignment": "alignment of gradient and image",
+    "low_frequency_share": "gradient energy in low frequencies",
+    "inversion_accuracy": "inversions named by another network",
+}
+_PERCENT = (
+    "clean_accuracy",
+    "robust_accuracy",
+    "low_frequency_share",
+    "inversion_accuracy",
+    "noise_inversion_accuracy",
+)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: 12px; } th, td { padding: .25rem .5rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; } tr:nth-child(even) { background: #f6f6f4; }
+thead th { vertical-align: bottom; border-bottom: 1px solid #999; font-weight: 600; max-width: 7rem; }
+td small { color: #777; display: block; } img { max-width: 100%; } figure { margin: 1.5rem 0; }
+figcaption { color: #555; font-size: 13px; } .scroll { overflow-x: auto; }
+"""
+
+
+def draw(study: Study) -> dict[str, tuple[Path, str]]:
+    """Every figure of a study as a PNG in its folder: for each, its file and its caption.
+
+    Args:
+        study: A finished study.
+    """
+    plan, data, folder = study.plan, study.data, study.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    matrix = [entry.name for entry in plan.entries() if not entry.shuffled and entry.factor == 1.0]
+    networks = {name: study.network(name) for name in matrix}
+    eps = _eps(study)
+    drawn: dict[str, tuple[Path, str]] = {}
+
+    def add(name: str, caption: str) -> Path:
+        drawn[name] = (folder / f"{name}.png", caption)
+        return drawn[name][0]
+
+    caption = (
+        "Input gradients of every network for the same images, one of each class: the gradient of the label's logit, "
+        "each divided by its 99.5th percentile of |value|. Colour shows where and with which sign, not how much."
+    )
+    gradients(add("gradients", caption), data, networks)
+    caption = "The seeded grid: rows begin with an image of each class, columns say which class it is driven to."
+    figures.inversion_grids(add("inversions", caption), data, networks)
+    caption = "Images made from noise, one class a column."
+    figures.noise_grids(add("noise", caption), data, networks)
+    caption = "The same images under attacks with three times the radius of training."
+    figures.perturbations(add("perturbations", caption), data, networks, min(1.0, 3 * eps))
+    caption = "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one."
+    figures.term_panels(add("terms", caption), {name: study.terms[name] for name in matrix})
+    if len(plan.sweep) > 1:
+        points = _sweep_points(study)
+        caption = (
+            "The thesis as a curve: the gradient penalty with ever larger weights (numbers: multiples of the recipe's, "
+            "0: cross-entropy alone). Bars are 95 % bootstrap intervals over images."
+        )
+        figures.against_smoothness(
+            add("smoothness", caption), points, _TITLES, smoothness="gradient_norm", label=MEASURES["gradient_norm"][0]
+        )
+    if plan.two_by_two:
+        cells = {
+            (oriented, smooth): study.summary[name + ("" if oriented else ", labels shuffled")]
+            for smooth, name in ((False, "standard"), (True, "gradient-penalty"))
+            for oriented in (False, True)
+        }
+        caption = "Orientation with and without smoothness, smoothness with and without orientation."
+        figures.two_by_two(add("two_by_two", caption), cells, _TITLES)
+    return drawn
+
+
+def write_report(study: Study, drawn: dict[str, tuple[Path, str]]) -> Path:
+    """`report.html`: the figures, embedded, and every number.
+
+    Args:
+        study: A finished study.
+        drawn: What `draw` gave.
+    """
+    plan = study.plan
+    parts = [
+        f"<h1>What a classifier learns to see: {html.escape(plan.data)}</h1>",
+        f"<p>{plan.seeds} model{'s' * (plan.seeds > 1)} of each kind, measured on the first {plan.samples} test "
+        f"images; attacks and penalties with ε = {eps_text(_eps(study))} (ℓ∞). robustkern {__version__}. Made again by "
+        f"<code>{html.escape(command(study))}</code>.</p>",
+        "<p>Means over images and seeds; below each, the 95 % bootstrap interval over images, in which an image comes "
+        "with all its seeds. Inversions are judged by a network that was trained by itself with another seed.</p>",
+    ]
+    groups = {
+        "Methods": [e.name for e in plan.entries() if not e.shuffled and e.factor == 1.0],
+        "Orientation and smoothness, together and alone": [
+            name + shuffled
+            for name in ("standard", "gradient-penalty")
+            for shuffled in ("", ", labels shuffled")
+            if plan.two_by_two
+        ],
+        "The weight of the penalty": [e.name for e in plan.entries() if e.factor != 1.0],
+    }
+    for title, names in groups.items():
+        if names:
+            parts += [f"<h2>{title}</h2>", _table(study, names)]
+    parts.append("<h2>Figures</h2>")
+    for path, caption in drawn.values():
+        picture = base64.b64encode(path.read_bytes()).decode()
+        parts.append(
+            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>robustkern study: {html.escape(plan.data)}</title><style>{_STYLE}</style></head><body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    path = study.folder / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def command(study: Study) -> str:
+    """What makes the study again."""
+    plan = study.plan
+    words = ["robustkern study", f"--data {plan.data}", f"--seeds {plan.seeds}", f"--samples {plan.samples}"]
+    if plan.epochs is not None:
+        words.append(f"--epochs {plan.epochs}")
+    if plan.methods != type(plan)().methods:
+        words.append("--methods " + ",".join(plan.methods))
+    if plan.sweep != type(plan)().sweep:
+        words.append("--sweep " + (",".join(f"{factor:g}" for factor in plan.sweep) or "none"))
+    return " ".join([*words, *(["--no-two-by-two"] if not plan.two_by_two else [])])
+
+
+def _eps(study: Study) -> float:
+    from robustkern.training import recipe
+
+    return recipe(study.plan.data, "standard").eps
+
+
+def _sweep_points(study: Study) -> list[dict[str, Any]]:
+    plan = study.plan
+    chosen = [("standard", "0")]
+    for factor in sorted({*plan.sweep, 1.0}):
+        name = "gradient-penalty" if factor == 1.0 else f"gradient-penalty x {factor:g}"
+        chosen.append((name, f"{factor:g}"))
+    return [{"line": "gradient penalty", "text": text, **study.summary[name]} for name, text in chosen]
+
+
+def _table(study: Study, names: list[str]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text, _ in MEASURES.values())
+    rows = []
+    for name in names:
+        cells = "".join(f"<td>{_cell(measure, study.summary[name][measure])}</td>" for measure in MEASURES)
+        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def _cell(measure: str, values: dict[str, Any]) -> str:
+    if values["mean"] is None:
+        return "-"
+    if measure in _PERCENT:
+        mean, low, high = (f"{100 * values[part]:.1f}" for part in ("mean", "low", "high"))
+        return f"{mean} %<small>{low} to {high}</small>"
+    mean, low, high = (f"{values[part]:.3g}" for part in ("mean", "low", "high"))
+    return f"{mean}<small>{low} to {high}</small>"

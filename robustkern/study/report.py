@@ -68,7 +68,7 @@ def draw(study: Study) -> dict[str, tuple[Path, str]]:
     figures.perturbations(add("perturbations", caption), data, networks, min(1.0, 3 * eps))
     caption = "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one."
     figures.term_panels(add("terms", caption), {name: study.terms[name] for name in matrix})
-    if len(plan.sweep) > 1:
+    if plan.sweep:
         points = _sweep_points(study)
         caption = (
             "The thesis as a curve: the gradient penalty with ever larger weights (numbers: multiples of the recipe's, "

@@ -10,7 +10,6 @@ import torch
 from robustkern import data
 from robustkern.attacks import PGD
 from robustkern.study import command, figures, inversion
-from robustkern.study import report as _  # noqa: F401 - has its figures before those of trainings are left out
 from robustkern.study import study as module
 from robustkern.study.measure import MEASURES, Protocol
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ def parse_milestones(text: str) -> tuple[int, ...]:
 
 _DATA_HELP = f"{', '.join(datasets.NAMES)}, or a folder with train/CLASS/*.png and test/CLASS/*.png."
 _ROOT_HELP = "Folder with the data set's files."
+_FRACTION = re.compile(r"[0-9.]+/[0-9.]+")
+_NAMED_OPTIONS = {"weight", "norm", "projections", "law", "every", "fraction", "label_smoothing"}
+_OTHER_OPTIONS = sorted({name for method in METHODS.values() for name in method.options} - _NAMED_OPTIONS)
 _WHAT, _METHOD, _OPTIMIZATION = "What is trained", "Options of the method", "Optimization"
 _MEASURING, _RUN = "Validation and measuring", "The run"
 
@@ -103,7 +107,11 @@ def train_command(
     label_smoothing: Annotated[float | None, _option("Label smoothing, 0 to 1.", panel=_METHOD)] = None,
     set_: Annotated[
         list[str] | None,
-        _option("Any other option of the method, as NAME=VALUE; may be repeated.", "--set", panel=_METHOD),
+        _option(
+            f"Another option of the method, as NAME=VALUE: {', '.join(_OTHER_OPTIONS)}. May be repeated.",
+            "--set",
+            panel=_METHOD,
+        ),
     ] = None,
     epochs: Annotated[int | None, _option("Passes over the training set.", panel=_OPTIMIZATION)] = None,
     batch_size: Annotated[
@@ -221,13 +229,15 @@ def train_command(
         console.print(f"[green]done[/green]: {result.out}/ holds model.safetensors, metrics.jsonl and the figures")
 
 
-def _assignments(texts: list[str]) -> dict[str, str]:
-    """NAME=VALUE each; the method knows the types."""
-    pairs = [text.partition("=") for text in texts]
-    for (_, sign, _), text in zip(pairs, texts, strict=True):
+def _assignments(texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE each; the method knows the types, but for radii such as 2/255."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = (part.strip() for part in text.partition("="))
         if not sign:
             raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE")
-    return {name.strip().replace("-", "_"): value.strip() for name, _, value in pairs}
+        values[name.replace("-", "_")] = parse_fraction(value) if _FRACTION.fullmatch(value) else value
+    return values
 
 
 def _resumed(
@@ -236,13 +246,11 @@ def _resumed(
     """The stored configuration with what was given on the command line; `train` refuses if that changes anything."""
     if data is not None and data not in datasets.NAMES:
         data = str(Path(data).resolve())
-    return dataclasses.replace(
-        stored,
-        **given,
-        data=data or stored.data,
-        method=method or stored.method,
-        options={**stored.options, **options},
-    )
+    method = method or stored.method
+    options = {**stored.options, **options}
+    if method in METHODS:
+        options = METHODS[method].complete(method, options)
+    return dataclasses.replace(stored, **given, data=data or stored.data, method=method, options=options)
 
 
 @app.command()

@@ -46,9 +46,14 @@ def small(method="standard", **given) -> TrainingConfig:
     return recipe("digits", method, **{**SETTINGS, **given})
 
 
+def quick(method) -> TrainingConfig:
+    return small(method, options={"steps": 2} if "steps" in METHODS[method].options else {})
+
+
 CASES = {
     # A teacher is another run, and its predictions those of each sample alone.
-    **{method: small(method) for method in METHODS if method != "distillation"},
+    **{method: quick(method) for method in METHODS if method != "distillation"},
+    "weights perturbed": small("trades", options={"steps": 2, "awp": 0.01}),
     "attack and noise": small(options={"label_smoothing": 0.125}),
     "few projections": small("jacobian", options={"projections": 3, "law": "sphere", "every": 2}),
     "a fraction": small("fisher", options={"projections": 2, "fraction": 0.1}),

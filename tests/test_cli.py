@@ -66,6 +66,17 @@ def test_train_with_random_projections(tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_train_with_other_options_of_the_method(tmp_path):
+    options = ["--set", "step_size=2/255", "--set", "steps=2", "--weight", "0.5"]
+    result = run("train", "--method", "pgd", *options, *FAST, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["options"]
+    assert {"step_size": 2 / 255, "steps": 2, "weight": 0.5}.items() <= written.items()
+    assert run("train", "--resume", "--set", "steps=2", "--out", tmp_path / "run").exit_code == 0
+    assert run("train", "--set", "steps", "--out", tmp_path / "other").exit_code == 2
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
     out = tmp_path / "run"
     assert run("train", "--method", "standard", *FAST, "--out", out).exit_code == 0
@@ -95,6 +106,8 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
         (["--method", "jacobian", "--every", "0"], 2, "every must be at least 1"),
         (["--method", "cross-lipschitz", "--fraction", "0"], 2, "fraction must be in (0, 1], got 0"),
         (["--method", "jacobian", "--norm", "2"], 2, "method jacobian has no option norm"),
+        (["--method", "pgd", "--set", "step=2/255"], 2, "method pgd has no option step (it has: steps, step_size"),
+        (["--method", "pgd", "--set", "steps=many"], 2, "option steps of method pgd must be a int, got 'many'"),
         (["--epochs", "0"], 2, "epochs must be at least 1"),
         (["--optimizer", "lion"], 2, "no optimizer"),
         (["--impl", "fast"], 2, "impl"),

@@ -28,8 +28,10 @@ from robustkern.data import DataError
 from robustkern.jacobian import jacobian_norm
 from robustkern.losses import JacobianPenalty
 from robustkern.sharding import Shard
+from robustkern.training import step as step_module
 from robustkern.training import train
 from robustkern.training import trainer as trainer_module
+from robustkern.training.judge import split
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -47,11 +49,21 @@ def weights(path):
     return training.load_model(path)[0].state_dict()
 
 
-def same(one, other, tolerance=2e-5):
-    """Equal up to rounding: relative to the largest weight of each tensor."""
-    for name, value in one.items():
-        scale = float(value.abs().max()) if value.numel() else 0.0
-        assert float((value - other[name]).abs().max()) <= tolerance * max(scale, 1e-3), name
+def distance(config, one, other):
+    """Between two runs' weights, relative to how far the first one has moved from where it began."""
+    data, _ = split(datasets.load(config.data).first(config.train_samples), config.validation, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        begin = models.create(config.model, data.num_classes, data.in_shape, *data.statistics()).state_dict()
+    one, other, begin = (torch.cat([v.double().flatten() for v in state.values()]) for state in (one, other, begin))
+    return float((one - other).norm() / (one - begin).norm())
+
+
+# Rounding, magnified by a few steps. A pixel whose gradient is nearly zero may be moved either way by an attack, or by
+# anything else that takes signs.
+ROUNDING, SIGNS = 1e-4, 0.02
+SMOOTH = {"standard", "label-smoothing", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz", "few projections",
+          "a fraction", "exact", "everything else"}  # fmt: skip
 
 
 # --- the results of one process ---------------------------------------------------------------------------------------
@@ -69,24 +81,33 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_what_one_gives(tmp_path, two_processes, case):
     alone = train(CASES[case], tmp_path)
+    limit = ROUNDING if case in SMOOTH else SIGNS
     for file in sorted(tmp_path.glob("*.safetensors")):
-        same(weights(file), weights(two_processes / case / file.name))
+        assert distance(CASES[case], weights(file), weights(two_processes / case / file.name)) < limit, file.name
     rows = [json.loads(line) for line in (two_processes / case / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == len(alone.rows)
     for mine, theirs in zip(alone.rows, rows, strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - {"ms_per_step"}:
             # An accuracy may turn on one image that lies on the boundary.
-            tolerance = {"abs": 0.04} if name.endswith("accuracy") else {"rel": 1e-4, "abs": 1e-7}
+            tolerance = {"abs": 0.04} if name.endswith("accuracy") else {"rel": limit, "abs": 1e-7}
             assert mine[name] == pytest.approx(theirs[name], **tolerance), name
 
 
-def test_the_comparison_would_notice_a_lost_row(tmp_path):
-    one, other = (
-        train(small(train_samples=count, batch_size=67, epochs=1), tmp_path / str(count)) for count in (67, 66)
-    )
-    with pytest.raises(AssertionError):
-        same(one.model.state_dict(), other.model.state_dict())
+@pytest.mark.parametrize("case, limit", [("standard", ROUNDING), ("fisher", ROUNDING), ("pgd", SIGNS)])
+def test_the_comparison_would_notice(tmp_path, monkeypatch, case, limit):
+    """One row of a batch less, or other random numbers."""
+    whole = train(CASES[case], tmp_path / "whole").model.state_dict()
+    with monkeypatch.context() as patch:
+        batch = trainer_module._Run._batch
+        patch.setattr(trainer_module._Run, "_batch", lambda self, i: [t[: max(1, len(t) - 1)] for t in batch(self, i)])
+        fewer = train(CASES[case], tmp_path / "fewer").model.state_dict()
+    assert distance(CASES[case], whole, fewer) > 1.5 * limit
+    if case != "standard":
+        draws = step_module._draws
+        monkeypatch.setattr(step_module, "_draws", lambda seed, step, device: draws(seed, step + 1, device))
+        others = train(CASES[case], tmp_path / "others").model.state_dict()
+        assert distance(CASES[case], whole, others) > 1.5 * limit
 
 
 @pytest.mark.parametrize("total, size", [(1, 1), (7, 2), (7, 3), (8, 4), (3, 5)])
@@ -194,7 +215,8 @@ def test_a_run_is_resumed_by_another_number_of_processes(tmp_path):
     (out / "answer-1").unlink()
     assert answers(out, fork(out, start, out, size=3)) == ["None"] * 3
     for name in ("model", "ema", "best"):
-        same(weights(out / f"{name}.safetensors"), weights(tmp_path / "whole" / f"{name}.safetensors"))
+        one, other = weights(tmp_path / "whole" / f"{name}.safetensors"), weights(out / f"{name}.safetensors")
+        assert distance(settings, one, other) < ROUNDING
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [row["step"] for row in whole.rows]
 

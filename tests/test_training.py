@@ -31,7 +31,10 @@ def small(method="standard", **given):
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_two_epochs_learn_and_leave_a_complete_run(tmp_path, method):
+def test_two_epochs_learn_and_leave_a_complete_run(tmp_path, method, monkeypatch):
+    drawn = method in ("standard", "gradient-penalty")  # the figures of one method are those of another
+    if not drawn:
+        monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
     options = {"weight": 0.3} if "weight" in METHODS[method].options else {}
     if "steps" in METHODS[method].options:
         options["steps"] = 2
@@ -44,7 +47,8 @@ def test_two_epochs_learn_and_leave_a_complete_run(tmp_path, method):
     assert (last["smoothness"] > 0) == (METHODS[method].smoothness is not None)
     assert 0 <= last["robust_accuracy"] <= last["clean_accuracy"] + 0.1 and last["ms_per_step"] > 0
     written = {path.name for path in result.out.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "model.safetensors", "curves.png", "gradients.png"} <= written
+    assert {"config.yaml", "metrics.jsonl", "model.safetensors"} <= written
+    assert drawn == ({"curves.png", "gradients.png"} <= written)
     assert not [name for name in written if name.startswith(".tmp-")]
     assert [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()] == result.rows
     model, description = training.load_model(result.out)

@@ -255,7 +255,7 @@ def test_a_process_that_is_stuck_is_given_up(tmp_path):
     settings = small(epochs=200)
 
     def start(rank):
-        train(settings, tmp_path, timeout=5.0)
+        train(settings, tmp_path, timeout=10.0)
 
     processes = fork(tmp_path, start)
     wait_for_an_epoch(tmp_path, processes)
@@ -264,7 +264,7 @@ def test_a_process_that_is_stuck_is_given_up(tmp_path):
     assert not processes[0].is_alive()
     processes[1].kill()
     message = (tmp_path / "answer-0").read_text()
-    assert "TrainingError: process 0 of 2 lost the others" in message and "no answer for 5 s" in message
+    assert "TrainingError: process 0 of 2 lost the others" in message and "no answer for 10 s" in message
     assert "\n" not in message
 
 

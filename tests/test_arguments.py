@@ -8,7 +8,15 @@ import torch
 
 from cases import CASES, OPS, recorded_calls
 from robustkern import ops
-from robustkern.ops import attack_start, attack_step, margin_loss, random_cotangents, row_norm, softmax_cross_entropy
+from robustkern.ops import (
+    attack_start,
+    attack_step,
+    kl_divergence,
+    margin_loss,
+    random_cotangents,
+    row_norm,
+    softmax_cross_entropy,
+)
 
 # A sample with every optional argument given, by operator.
 COMPLETE = {op: [c for c in CASES if c.op == op and ("weight" in c.name or "probabilities" in c.name)] for op in OPS}
@@ -158,11 +166,15 @@ COTANGENTS_MISUSE = [
 MISUSE = [(row_norm, *m) for m in ROW_NORM_MISUSE] + [(softmax_cross_entropy, *m) for m in CROSS_ENTROPY_MISUSE]
 MISUSE += [(random_cotangents, *m) for m in COTANGENTS_MISUSE]
 IMAGES = torch.rand(2, 3, 4)
-MISUSE += [  # the rest of theirs is in test_attack_ops.py
+MISUSE += [  # the rest of theirs is in test_attack_ops.py and test_kl_divergence.py
     (attack_step, (IMAGES.long(), IMAGES.long()), {"eps": 0.1}, TypeError, "attack_step: x must be .* got torch.int64"),
     (attack_step, (IMAGES[:1], IMAGES), {"eps": 0.1}, ValueError, r"attack_step: adversary must be .* got \[1, 3, 4\]"),
     (attack_start, (IMAGES.long(),), {"eps": 0.1}, TypeError, "attack_start: x must be float.* got torch.int64"),
     (attack_start, (IMAGES,), {"eps": 0.1, "norm": "l3"}, ValueError, "attack_start: norm must be one of .* got 'l3'"),
+    (kl_divergence, (LOGITS.long(), LOGITS), {}, TypeError, "kl_divergence: p_logits must be .* got torch.int64"),
+    (kl_divergence, (LOGITS, LOGITS.double()), {}, TypeError, "q_logits must be torch.float32 like p_logits, got .*64"),
+    (kl_divergence, (LOGITS, LOGITS[:1]), {}, ValueError, r"kl_divergence: q_logits must be .* like p_logits, got "),
+    (kl_divergence, (LOGITS, LOGITS), {"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
     (margin_loss, (LOGITS, CLASSES.float()), {}, TypeError, "margin_loss: target must be .* got torch.float32"),
     (margin_loss, (LOGITS, CLASSES), {"kind": "ce"}, ValueError, "margin_loss: kind must be 'cw' or 'dlr', got 'ce'"),
 ]

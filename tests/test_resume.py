@@ -23,7 +23,7 @@ from robustkern.training import CheckpointError, Interrupted, TrainingError, Usa
 from robustkern.training import checkpoint as checkpoint_module
 from robustkern.training import files as files_module
 from robustkern.training import trainer as trainer_module
-from robustkern.training.files import RunLock, write_atomically
+from robustkern.training.files import write_atomically
 
 CONFIG = {"epochs": 2, "batch_size": 32, "train_samples": 192, "eval_samples": 20, "pgd_steps": 2, "threads": 1,
           "checkpoint_every": 2, "lr": 0.05}  # fmt: skip
@@ -356,11 +356,6 @@ def test_a_changed_configuration_is_refused_and_named(crashed):
         train(changed, crashed, resume=True)
 
 
-def test_a_run_is_not_overwritten(crashed):
-    with pytest.raises(UsageError, match="already holds a run: pass --resume"):
-        train(config(), crashed)
-
-
 def test_damaged_config_is_one_sentence(crashed):
     (crashed / "config.yaml").write_text('data: "digits')
     with pytest.raises(UsageError, match="not YAML"):
@@ -370,26 +365,6 @@ def test_damaged_config_is_one_sentence(crashed):
 def test_resume_without_a_run_starts_one(tmp_path, uninterrupted):
     train(config(), tmp_path / "new", resume=True)
     assert outcome(tmp_path / "new") == uninterrupted
-
-
-def test_two_processes_cannot_share_a_run(tmp_path):
-    with RunLock(tmp_path), pytest.raises(UsageError, match=f"in use by another process .pid {os.getpid()}"):
-        train(config(), tmp_path)
-    with RunLock(tmp_path):
-        pass  # released
-
-
-def test_lock_of_a_dead_process_does_not_hold(tmp_path):
-    def die():
-        RunLock(tmp_path).__enter__()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    process = multiprocessing.get_context("fork").Process(target=die)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    with RunLock(tmp_path):
-        pass
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

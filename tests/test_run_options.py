@@ -1,4 +1,4 @@
-"""What a run can be told beyond its method: schedules, averages, validation, bfloat16, TensorBoard, its own YAML."""
+"""What a run can be told beyond its method: schedules, averages, validation, bfloat16, TensorBoard."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from robustkern import cli, models, training
 from robustkern import data as datasets
 from robustkern.data import DataError
 from robustkern.terms import Terms
-from robustkern.training import METHODS, TrainingConfig, UsageError, WeightAverage, recipe, train
+from robustkern.training import METHODS, WeightAverage, recipe, train
 from robustkern.training import judge as judge_module
 from robustkern.training import trainer as trainer_module
 from robustkern.training.judge import overfitting, split
@@ -346,63 +346,3 @@ def test_tensorboard_missing_is_one_sentence(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, ["train", "--tensorboard", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "pip install 'robustkern[tensorboard]'" in result.stderr and not (tmp_path / "run").exists()
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_directory_reproduces_itself(tmp_path):
-    first = [
-        "train", "--method", "fisher", "--epochs", "1", "--train-samples", "96", "--batch-size", "32", "--eval-samples",
-        "20", "--pgd-steps", "2", "--threads", "1", "--eps", "32/255", "--ema", "0.9", "--validation", "0.2",
-        "--set", "projections=2", "--schedule", "triangular", "--seed", "7", "--out", tmp_path / "a",
-    ]  # fmt: skip
-    again = ["train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b"]
-    outputs = [CliRunner().invoke(cli.app, list(map(str, arguments))) for arguments in (first, again)]
-    assert [output.exit_code for output in outputs] == [0, 0], outputs[0].output + outputs[1].output
-    for name in ("model", "ema", "best"):
-        a, b = ((tmp_path / run / f"{name}.safetensors").read_bytes() for run in "ab")
-        assert a == b
-    assert (tmp_path / "a" / "config.yaml").read_text() == (tmp_path / "b" / "config.yaml").read_text()
-    assert (tmp_path / "a" / "results.json").read_text() == (tmp_path / "b" / "results.json").read_text()
-    assert "best weights (epoch 1): test accuracy" in outputs[0].stdout
-
-
-def test_options_override_the_file_and_the_recipe_completes_it(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("method: jacobian\neps: 32/255\nepochs: 1\ntrain_samples: 64\neval_samples: 10\npgd_steps: 1\n"
-                    "weight_decay: 1e-4\noptions: {weight: 2, projections: 3}\n")  # fmt: skip
-    arguments = ["train", "--config", file, "--weight", "0.5", "--epochs", "2", "--out", tmp_path / "run"]
-    output = CliRunner().invoke(cli.app, list(map(str, arguments)))
-    assert output.exit_code == 0, output.output
-    config = training.read_config(tmp_path / "run")
-    assert (config.data, config.method, config.eps, config.epochs) == ("digits", "jacobian", 32 / 255, 2)
-    assert config.weight_decay == 1e-4 and config.lr == recipe("digits").lr
-    assert config.options["weight"] == 0.5 and config.options["projections"] == 3
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [("epoch: 3", "unknown setting epoch"), (None, "No such file"), ("a: [", "not YAML"), (b"\xff\xfe", "codec")],
-)
-def test_bad_files_are_one_line(tmp_path, text, message):
-    file = tmp_path / "run.yaml"
-    if text is not None:
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    output = CliRunner().invoke(cli.app, ["train", "--config", str(file), "--out", str(tmp_path / "run")])
-    assert output.exit_code == 2 and output.stderr.count("\n") == 1
-    assert message in output.stderr and str(file) in output.stderr and not (tmp_path / "run").exists()
-
-
-def test_runs_of_earlier_versions_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="a run of an earlier version"):
-        train(tiny(), tmp_path)
-
-
-def test_every_setting_is_an_option_of_the_command_line():
-    import inspect
-
-    names = set(inspect.signature(cli.train_command).parameters)
-    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
-    assert fields - {"options"} <= names

@@ -11,7 +11,7 @@ from robustkern import data
 from robustkern.attacks import PGD
 from robustkern.study import command, figures, inversion
 from robustkern.study import study as module
-from robustkern.study.measure import MEASURES, Protocol
+from robustkern.study.measures import MEASURES, Protocol
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run
 from robustkern.training import METHODS, UsageError, train
 

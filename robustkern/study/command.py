@@ -10,7 +10,7 @@ from rich.table import Table
 
 from robustkern.training import UsageError
 
-from .measure import MEASURES
+from .measures import MEASURES
 from .report import draw, write_report
 from .study import SWEEP, Plan, Study, run
 

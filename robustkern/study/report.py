@@ -12,7 +12,7 @@ from robustkern.training.figures import eps_text, gradients
 from robustkern.training.files import write_atomically
 
 from . import figures
-from .measure import MEASURES
+from .measures import MEASURES
 from .study import Study
 
 _SEEN = ("centred_alignment", "low_frequency_share", "inversion_accuracy")

@@ -28,7 +28,7 @@ from robustkern.data import Dataset
 from robustkern.training import METHODS, Observer, TrainingConfig, UsageError, load_model, recipe, train
 from robustkern.training.files import write_atomically
 
-from .measure import MEASURES, Protocol, measure, summarise
+from .measures import MEASURES, Protocol, measure, summarise
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
 OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")

@@ -1,7 +1,7 @@
 """What a classifier has learned to see, and what teaching it costs.
 
-Measures of input gradients on tensors (`alignment(gradient, x)`, ...), inversions, `measure(model, data, judge, ...)` for
-all of them at once, figures in `robustkern.study.figures`, and whole studies: `run(Plan("digits-28"), folder)`.
+Measures of input gradients on tensors (`alignment(gradient, x)`, ...), inversions, `measure(model, data, judge, ...)`
+for all of them at once, figures in `robustkern.study.figures`, and whole studies: `run(Plan("digits-28"), folder)`.
 """
 
 from .bootstrap import bootstrap_interval

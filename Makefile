@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 JOBS ?= 2
+ARCHITECTURES ?= # of cuda-compile, such as 90; all by default
 
 .PHONY: help build demo test lint format bench render cuda-compile test-cuda-emulated clean
 .DEFAULT_GOAL := help
@@ -65,7 +66,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 cuda-compile: build
-	$(BIN)/python tests/cuda_compile.py
+	$(BIN)/python tests/cuda_compile.py $(ARCHITECTURES)
 
 test-cuda-emulated: build $(VENV)/.dev
 	sh tests/cuda_emulator/run.sh $(BIN)/python

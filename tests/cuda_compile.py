@@ -3,6 +3,8 @@
 Prints registers, shared memory and spills of every kernel for every architecture; fails if a kernel spills
 registers, if the library does not link, or if it does not load into the PyTorch at hand and register its
 kernels.  Without nvcc it says so and succeeds.
+
+Usage: cuda_compile.py [ARCHITECTURE ...], such as 90; by default all that a release is built for, and PTX.
 """
 
 from __future__ import annotations
@@ -37,6 +39,18 @@ def cuda_extension() -> Extension:
     setuptools.setup = described.update
     runpy.run_path("setup.py")
     return next(e for e in described["ext_modules"] if e.name == "robustkern._cuda")
+
+
+def keep_architectures(extension: Extension, chosen: list[str]) -> None:
+    """Compile for these architectures alone."""
+    flags = extension.extra_compile_args["nvcc"]
+    known = [flag.split("code=sm_")[1] for flag in flags if "code=sm_" in flag]
+    if unknown := sorted(set(chosen) - set(known)):
+        sys.exit(f"cuda_compile.py: no architecture {unknown[0]}: choose among {' '.join(known)}")
+    if chosen:
+        extension.extra_compile_args["nvcc"] = [
+            flag for flag in flags if "-gencode" not in flag or flag.split("code=sm_")[-1] in chosen
+        ]
 
 
 def find_nvcc(extension: Extension) -> str:
@@ -104,6 +118,7 @@ def main() -> None:
     except SystemExit as missing:
         print(f"cuda-compile: skipped: {missing}")
         return
+    keep_architectures(extension, sys.argv[1:])
     start = time.perf_counter()
     nvcc = find_nvcc(extension)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -156,8 +171,9 @@ def main() -> None:
     without = [s for s in schemas if not torch._C._dispatch_has_kernel_for_dispatch_key(f"robustkern::{s}", "CUDA")]
     if without:
         sys.exit(f"cuda-compile: no CUDA kernel registered for {', '.join(without)}")
+    ptx = "" if sys.argv[1:] else " and PTX"
     print(
-        f"cuda-compile: {len(kernels)} kernels for {', '.join(architectures)} and PTX, none spills; {library.name} "
+        f"cuda-compile: {len(kernels)} kernels for {', '.join(architectures)}{ptx}, none spills; {library.name} "
         f"({library.stat().st_size / 2**20:.1f} MiB) loads with PyTorch {torch.__version__}; "
         f"{time.perf_counter() - start:.0f} s"
     )

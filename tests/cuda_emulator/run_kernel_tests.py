@@ -22,7 +22,7 @@ import toolchain
 
 MISSING = 77
 # ThreadSanitizer runs a block in 15 ms, and has no room for the address space that the probe of a huge grid reserves.
-ARGUMENTS: dict[str | None, list[str]] = {None: ["--huge"], "address": ["--huge"], "thread": ["--rounds", "1"]}
+ARGUMENTS: dict[str | None, list[str]] = {None: ["--huge"], "address": ["--huge"], "thread": ["--rounds", "3"]}
 
 
 def operators() -> list[str]:

@@ -97,6 +97,16 @@ def test_a_clean_error_counts_as_fooled(model, digits):
     assert report.worst.right <= report.clean.right
 
 
+def test_what_has_no_number_is_null_in_the_report(digits):
+    """A constant classifier: no logit moves, so its linearised robustness is infinite or nothing."""
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(constant[1].weight)
+    report = evaluate(constant, digits, Settings(EPS, samples=10, attacks=("pgd",), pgd_steps=1, check_samples=10))
+    json.dumps(to_dict(report, {}), allow_nan=False)
+    assert report.steepness["linearised robustness, linf"]["mean"] is None
+    assert not report.sound
+
+
 class Wrapped(nn.Module):
     def __init__(self, model):
         super().__init__()

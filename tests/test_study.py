@@ -120,6 +120,12 @@ def test_every_kind_of_model_has_a_configuration(tmp_path):
     assert shuffled == {"standard, labels shuffled", "gradient-penalty, labels shuffled"}
 
 
+def test_a_teacher_is_trained_before_its_pupil():
+    for plan in (Plan("digits", methods=("distillation",), sweep=(), two_by_two=False), Plan("digits")):
+        names = [entry.name for entry in plan.entries()]
+        assert names.index("standard") < names.index("distillation")
+
+
 def test_shuffled_labels_are_the_same_labels_in_another_order(tmp_path):
     images = data.load("digits")
     first, again, other = (images.with_shuffled_labels(seed) for seed in (0, 0, 1))

@@ -43,7 +43,7 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
     write_atomically(out / "adversaries.safetensors", save(stored))
     report.checks.append(recheck(report, model, load_file(out / "adversaries.safetensors")))
     figure(out / "evaluation.png", report)
-    write_atomically(out / "evaluation.json", json.dumps(to_dict(report, source), indent=2) + "\n")
+    write_atomically(out / "evaluation.json", json.dumps(to_dict(report, source), indent=2, allow_nan=False) + "\n")
 
 
 def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def print_report(report: Report, console: Console, name: str) -> None:
     for column in ("", "median", "quartiles"):
         steepness.add_column(column, justify="left" if not column else "right")
     for measure, values in report.steepness.items():
-        steepness.add_row(measure, f"{values['median']:.3g}", f"{values['q1']:.3g} to {values['q3']:.3g}")
+        q1, median, q3 = ("-" if values[q] is None else f"{values[q]:.3g}" for q in ("q1", "median", "q3"))
+        steepness.add_row(measure, median, f"{q1} to {q3}")
     console.print(steepness)
     checks = Table(title="\nchecks", title_justify="left", box=None, pad_edge=False, show_header=False)
     for check in report.checks:

@@ -120,7 +120,7 @@ class Report:
     worst: Accuracy | None = None
     per_class: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
-    steepness: dict[str, dict[str, float]] = field(default_factory=dict)
+    steepness: dict[str, dict[str, float | None]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     adversaries: dict[str, Tensor] = field(default_factory=dict)

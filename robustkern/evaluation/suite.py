@@ -181,7 +181,7 @@ def _attack_all(
     report_stage: Callable[[str, int, int], None],
 ) -> tuple[Tensor, Tensor]:
     """Adversaries of the samples classified right, the others as they are; and which of them fool the model."""
-    adversary, fooled = x.clone(), torch.zeros_like(right)
+    adversary = x.clone()
     chosen = right.nonzero().squeeze(1)
     done = 0
     report_stage(name, done, len(chosen))
@@ -237,10 +237,10 @@ def _measure_steepness(report: Report, model: nn.Module, report_stage: Callable[
     )
 
 
-def _summary(values: Tensor) -> dict[str, float]:
+def _summary(values: Tensor) -> dict[str, float | None]:
     finite = values[values.isfinite()].double()
     if not len(finite):
-        return {"mean": float("nan"), "q1": float("nan"), "median": float("nan"), "q3": float("nan"), "samples": 0}
+        return {"mean": None, "q1": None, "median": None, "q3": None, "samples": 0}
     q1, median, q3 = (float(q) for q in torch.quantile(finite, finite.new_tensor([0.25, 0.5, 0.75])))
     return {"mean": float(finite.mean()), "q1": q1, "median": median, "q3": q3, "samples": len(finite)}
 

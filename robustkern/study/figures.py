@@ -13,34 +13,13 @@ from torch import Tensor, nn
 
 from robustkern.attacks import PGD
 from robustkern.data import Dataset
-from robustkern.training.figures import eps_text
+from robustkern.training.figures import eps_text, one_of_each
 from robustkern.training.files import write_atomically
 
 from .inversion import invert, noise, seeded_grid
 
 _COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157", "#d9a441", "#2f4858", "#9b2226")
 _DPI = 110
-
-
-def one_of_each(data: Dataset, networks: Sequence[nn.Module] = ()) -> tuple[Tensor, Tensor]:
-    """The first image of each class that every network classifies right, else the first: images, labels.
-
-    Args:
-        data: Images to choose from; the first 50 of each class are looked at.
-        networks: Classifiers.
-    """
-    chosen = []
-    for label in range(data.num_classes):
-        members = (data.labels == label).nonzero().flatten()[:50]
-        if not len(members):
-            continue
-        right = torch.ones(len(members), dtype=torch.bool)
-        for network in networks:
-            device = next(network.parameters()).device
-            with torch.no_grad():
-                right &= network(data.images[members].to(device)).argmax(1).cpu() == label
-        chosen.append(int(members[int(right.int().argmax())]))
-    return data.images[chosen], data.labels[chosen]
 
 
 def inversion_grids(

@@ -6,40 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustkern.attacks import attacked
-
-OF = ("logit", "loss", "margin")
-
-
-def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", batch_size: int = 250) -> Tensor:
-    """d z_y / dx, d CE / dx or d (z_y - max_{j != y} z_j) / dx for each sample, in eval mode: [B, C, H, W].
-
-    The logit's is what a person is shown: it does not fade where a network is certain, as that of the loss does.
-
-    Args:
-        model: Maps images to logits; left as it came.
-        x: Images.  [B, C, H, W]
-        y: Their labels.  [B]
-        of: "logit", "loss" or "margin".
-        batch_size: Samples at a time.
-
-    Raises:
-        ValueError: Another `of`.
-    """
-    if of not in OF:
-        raise ValueError(f"input_gradients: of must be one of {', '.join(map(repr, OF))}, got {of!r}")
-    parts = []
-    with attacked(model), torch.enable_grad():
-        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            leaf = xs.detach().clone().requires_grad_()
-            logits = model(leaf)
-            value = F.cross_entropy(logits, ys, reduction="none") if of == "loss" else logits.gather(1, ys[:, None])
-            if of == "margin":
-                value = value - logits.scatter(1, ys[:, None], -torch.inf).amax(1, keepdim=True)
-            parts.append(torch.autograd.grad(value.sum(), leaf)[0])
-    return torch.cat(parts) if parts else torch.zeros_like(x)
+from robustkern.training.evaluation import input_gradients as input_gradients
 
 
 def alignment(gradient: Tensor, x: Tensor, *, centred: bool = False, cosine: bool = True) -> Tensor:

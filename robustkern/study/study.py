@@ -89,10 +89,11 @@ class Plan:
             raise UsageError(f"seeds must be at least 1, got {self.seeds}")
 
     def entries(self) -> list[Entry]:
-        """Every kind of model, the matrix first."""
-        found = [_entry(method) for method in self.methods]
-        if self.two_by_two or self.sweep:
-            found += [_entry(m) for m in ("standard", "gradient-penalty") if m not in self.methods]
+        """Every kind of model, the matrix first, and in it the networks that others learn from."""
+        needed = {"standard", "gradient-penalty"} if self.two_by_two or self.sweep else set()
+        if "distillation" in self.methods:
+            needed.add("standard")
+        found = [_entry(method) for method in PAPER + OURS if method in self.methods or method in needed]
         for factor in self.sweep:
             if factor != 1.0:
                 found.append(Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor))
@@ -159,10 +160,11 @@ def run(
     train(judge_config, folder / "judge", root=root, resume=True, observer=observer)
     judge = load_model(folder / "judge")[0].to(plan.device)
     for number, (entry, seed) in enumerate(units):
-        left = sum(seconds) / len(seconds) * (len(units) - number) if seconds else 0.0
-        tell(f"{entry.name}, seed {seed}", number + 1, len(units), left)
         if _values_path(folder, entry.name, seed).exists():
             continue
+        to_do = sum(not _values_path(folder, e.name, s).exists() for e, s in units)
+        left = sum(seconds) / len(seconds) * to_do if seconds else 0.0
+        tell(f"{entry.name}, seed {seed}", number + 1, len(units), left)
         started = time.perf_counter()
         config = configuration(plan, entry, seed, folder)
         out = folder / "models" / _folder(entry.name, seed)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkern.attacks import attacked
@@ -14,6 +15,7 @@ from robustkern.data import Dataset, generator
 from .distributed import Group
 
 _BATCH = 250
+_OF = ("logit", "loss", "margin")
 
 
 class Attack(Protocol):
@@ -105,12 +107,30 @@ def _share(
     return correct / max(1, len(data))
 
 
-def input_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """d z_y / dx in eval mode: where more of a pixel speaks for the label.  [B, C, H, W]
+def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", batch_size: int = 250) -> Tensor:
+    """d z_y / dx, d CE / dx or d (z_y - max_{j != y} z_j) / dx for each sample, in eval mode: [B, C, H, W].
 
-    The logit rather than the loss, whose gradient fades to rounding errors where a network is certain.
+    The logit's is what a person is shown: it does not fade where a network is certain, as that of the loss does.
+
+    Args:
+        model: Maps images to logits; left as it came.
+        x: Images.  [B, C, H, W]
+        y: Their labels.  [B]
+        of: "logit", "loss" or "margin".
+        batch_size: Samples at a time.
+
+    Raises:
+        ValueError: Another `of`.
     """
-    x = x.detach().clone().requires_grad_(True)
+    if of not in _OF:
+        raise ValueError(f"input_gradients: of must be one of {', '.join(map(repr, _OF))}, got {of!r}")
+    parts = []
     with attacked(model), torch.enable_grad():
-        (grad,) = torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)
-    return grad
+        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            leaf = xs.detach().clone().requires_grad_()
+            logits = model(leaf)
+            value = F.cross_entropy(logits, ys, reduction="none") if of == "loss" else logits.gather(1, ys[:, None])
+            if of == "margin":
+                value = value - logits.scatter(1, ys[:, None], -torch.inf).amax(1, keepdim=True)
+            parts.append(torch.autograd.grad(value.sum(), leaf)[0])
+    return torch.cat(parts) if parts else torch.zeros_like(x)

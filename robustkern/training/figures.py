@@ -89,7 +89,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    x, y = _examples(data, list(networks.values()))
+    x, y = one_of_each(data, list(networks.values()), 10)
     columns, rows = len(x), 1 + len(networks)
     figure = Figure(figsize=(1.15 * columns + 1.7, 1.15 * rows + 0.75), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -127,10 +127,16 @@ def eps_text(eps: float) -> str:
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
-def _examples(data: Dataset, networks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
-    """The first image of each class that every network classifies right; else the first of the class."""
+def one_of_each(data: Dataset, networks: Sequence[nn.Module] = (), limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first image of each class that every network classifies right, else the first: images, labels.
+
+    Args:
+        data: Images to choose from; the first 50 of each class are looked at.
+        networks: Classifiers.
+        limit: Of the first so many classes; None: of all.
+    """
     chosen = []
-    for label in range(min(10, data.num_classes)):
+    for label in range(data.num_classes if limit is None else min(limit, data.num_classes)):
         members = (data.labels == label).nonzero().flatten()[:50]
         if not len(members):
             continue

@@ -313,7 +313,9 @@ def evaluate_command(
 def study_command(
     data: Annotated[str, typer.Option(help=f"{', '.join(datasets.NAMES)}.")] = "digits-28",
     out: Annotated[Path | None, typer.Option(help="Where everything goes. Default: runs/study-DATA.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Of the paper's and ours, with commas. Default: all.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Of the paper's and ours, with commas, or none. Default: all.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Models of each kind.")] = 3,
     sweep: Annotated[
         str | None, typer.Option(help="Multiples of the gradient penalty's weight, with commas, or none.")
@@ -321,7 +323,12 @@ def study_command(
     two_by_two: Annotated[bool, typer.Option(help="Train on shuffled labels as well.")] = True,
     samples: Annotated[int, typer.Option(help="Test images that are measured.")] = 200,
     epochs: Annotated[int | None, typer.Option(help="Of each training. Default: per data set.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Models trained at a time, each in a process.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of each.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
 ) -> None:
@@ -332,7 +339,7 @@ def study_command(
         run_study(
             out or Path("runs") / f"study-{Path(data).name}", Console(), data=data, methods=methods, seeds=seeds,
             sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
-            root=root,
+            root=root, jobs=jobs, checkpoints=tuple(checkpoint or ()),
         )  # fmt: skip
 
 

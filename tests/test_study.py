@@ -1,6 +1,7 @@
 """A study, small: trained, measured, drawn, stopped, gone on with."""
 
 import json
+import pickle
 import re
 from functools import partial
 
@@ -13,7 +14,7 @@ from robustkern.study import command, figures, inversion
 from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Protocol
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run
-from robustkern.training import METHODS, UsageError, train
+from robustkern.training import METHODS, UsageError, teacher_recipe, train
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 SMALL = {"data": "digits", "methods": ("standard", "fgsm"), "seeds": 1, "sweep": (3.0,), "samples": 12, "epochs": 1}
@@ -55,8 +56,8 @@ def test_a_study_leaves_every_number_and_figure(done):
     folder, output = done
     written = json.loads((folder / "study.json").read_text())
     names = [
-        "standard", "fgsm", "gradient-penalty", "gradient-penalty x 3", "standard, labels shuffled",
-        "gradient-penalty, labels shuffled",
+        "standard", "fgsm", "gradient-penalty", "gradient-penalty x 0", "gradient-penalty x 3",
+        "gradient-penalty x 0, labels shuffled", "gradient-penalty, labels shuffled",
     ]  # fmt: skip
     assert list(written["summary"]) == names
     for measures in written["summary"].values():
@@ -65,7 +66,9 @@ def test_a_study_leaves_every_number_and_figure(done):
             assert values["low"] <= values["mean"] <= values["high"] and len(values["seeds"]) == 1
     page = (folder / "report.html").read_text()
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert figures == {"gradients", "inversions", "noise", "perturbations", "terms", "smoothness", "two_by_two"}
+    assert figures == {
+        "accuracy", "gradients", "inversions", "noise", "perturbations", "terms", "smoothness", "two_by_two"
+    }  # fmt: skip
     assert len(re.findall("data:image/png;base64,", page)) == len(figures)
     assert all(name in page for name in names)
     assert "http" not in page  # needs nothing beside it
@@ -112,18 +115,83 @@ def test_every_kind_of_model_has_a_configuration(tmp_path):
     assert set(PAPER + OURS) <= set(entries)
     configurations = {name: configuration(plan, entry, 2, tmp_path) for name, entry in entries.items()}
     assert all(config.method in METHODS and config.seed == 2 for config in configurations.values())
-    assert configurations["distillation"].options["teacher"] == str(tmp_path.resolve() / "models" / "standard-2")
+    assert configurations["distillation"].options["teacher"] == str(
+        tmp_path.resolve() / "models" / "distillation-teacher-2"
+    )
     assert configurations["gradient-penalty-linf"].options["norm"] == float("inf")
     usual = configurations["gradient-penalty"].options["weight"]
     assert configurations["gradient-penalty x 0.1"].options["weight"] == pytest.approx(0.1 * usual)
     shuffled = {name for name, config in configurations.items() if config.shuffle_labels}
-    assert shuffled == {"standard, labels shuffled", "gradient-penalty, labels shuffled"}
+    assert shuffled == {"gradient-penalty x 0, labels shuffled", "gradient-penalty, labels shuffled"}
 
 
-def test_a_teacher_is_trained_before_its_pupil():
-    for plan in (Plan("digits", methods=("distillation",), sweep=(), two_by_two=False), Plan("digits")):
-        names = [entry.name for entry in plan.entries()]
-        assert names.index("standard") < names.index("distillation")
+def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_path, monkeypatch):
+    folder, _ = done
+    (tmp_path / "my_networks.py").write_text(
+        "import torch\n"
+        "def linear():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "def small():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))\n"
+        "def number():\n"
+        "    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    given = ["--checkpoint", "mine=my_networks:linear", "--checkpoint", f"theirs={folder / 'models' / 'fgsm-0'}"]
+    alone = ["--data", "digits", "--samples", 12, "--epochs", 1, "--methods", "none", "--sweep", "none"]
+    out = tmp_path / "study"
+    result = study(*alone, "--no-two-by-two", *given, "--out", out)
+    assert result.exit_code == 0, result.output
+    written = json.loads((out / "study.json").read_text())
+    assert list(written["summary"]) == ["mine", "theirs"]
+    known = json.loads((folder / "study.json").read_text())
+    assert written["summary"]["theirs"] == known["summary"]["fgsm"]  # a run, measured by the same protocol
+    assert written["curves"]["theirs"] == known["curves"]["fgsm"]
+    page = (out / "report.html").read_text()
+    assert "--checkpoint mine=my_networks:linear" in page
+    refused = {
+        "mine": "--checkpoint: NAME=RUN or NAME=module:function, got 'mine'",
+        "mine=nowhere": "nowhere: neither a run directory, a weight file nor module:function",
+        "mine=my_networks:nothing": "my_networks:nothing: module 'my_networks' has no attribute 'nothing'",
+        "mine=my_networks:number": "my_networks:number returned a int, not a torch.nn.Module",
+        "mine=my_networks:small": "my_networks:small gives (2, 3) for two images, digits takes logits of 10 classes",
+    }
+    for text, message in refused.items():
+        result = study(*alone, "--no-two-by-two", "--checkpoint", text, "--out", tmp_path / "other")
+        assert result.exit_code == 2 and message in result.stderr, (text, result.stderr)
+    result = study(*alone, "--no-two-by-two", "--out", tmp_path / "other")
+    assert result.exit_code == 2 and "nothing to study" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_accuracy_falls_with_the_radius(done):
+    folder, _ = done
+    for points in json.loads((folder / "study.json").read_text())["curves"].values():
+        accuracies = [point["accuracy"] for point in points]
+        assert accuracies == sorted(accuracies, reverse=True)
+        assert all(point["low"] <= point["accuracy"] <= point["high"] for point in points)
+
+
+def test_units_can_be_sent_to_other_processes(done, tmp_path, monkeypatch):
+    folder, _ = done
+
+    def in_parallel(tasks, work, jobs, **told):
+        assert jobs == 2
+        module_in_parallel(*pickle.loads(pickle.dumps((tasks, work))), 1, **told)
+
+    module_in_parallel = module.in_parallel
+    monkeypatch.setattr(module, "in_parallel", in_parallel)
+    plan = Plan(**{**SMALL, "methods": ("standard",), "sweep": (), "two_by_two": False})
+    known = json.loads((folder / "study.json").read_text())["summary"]["standard"]
+    assert run(plan, tmp_path, jobs=2).summary == {"standard": known}
+
+
+def test_distillation_learns_from_a_teacher_of_its_own_temperature(tmp_path):
+    entry = next(entry for entry in Plan("digits").entries() if entry.name == "distillation")
+    pupil, teacher = configuration(Plan("digits"), entry, 2, tmp_path), teacher_recipe("digits", seed=2)
+    assert pupil.options["temperature"] == teacher.options["temperature"] == 100.0
+    assert pupil.lr == teacher.lr and teacher.method == "standard"
 
 
 def test_shuffled_labels_are_the_same_labels_in_another_order(tmp_path):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from robustkern.training import UsageError
 
+from .given import parse_given
 from .measures import MEASURES
 from .report import draw, write_report
 from .study import SWEEP, Plan, Study, run
@@ -23,7 +24,9 @@ def run_study(
     *,
     methods: str | None = None,
     sweep: str | None = None,
+    checkpoints: tuple[str, ...] = (),
     root: Path | None = None,
+    jobs: int = 1,
     **plan: Any,
 ) -> Study:
     """Train, measure, draw, and print the table.
@@ -31,23 +34,26 @@ def run_study(
     Args:
         out: Where everything goes.
         console: Where to print.
-        methods: Names with commas; None: all.
+        methods: Names with commas, or "none"; None: all.
         sweep: Numbers with commas, "none", or None for the usual ones.
+        checkpoints: Networks to measure as they are, each "NAME=SOURCE".
         root: Folder with the data set's files.
+        jobs: Models at a time.
         **plan: The other fields of `Plan`.
 
     Raises:
         UsageError: A setting makes no sense, or the folder holds another study.
     """
     if methods is not None:
-        plan["methods"] = tuple(name.strip() for name in methods.split(",") if name.strip())
-    chosen = Plan(**plan, sweep=_sweep(sweep))
+        names = [] if methods.strip() == "none" else methods.split(",")
+        plan["methods"] = tuple(name.strip() for name in names if name.strip())
+    chosen = Plan(**plan, sweep=_sweep(sweep), given=tuple(parse_given(text) for text in checkpoints))
 
     def on_unit(name: str, number: int, count: int, left: float) -> None:
         remaining = f", about {left / 60:.0f} min left" if left else ""
         console.print(f"[dim]{number}/{count}[/dim] {name}{remaining}", highlight=False)
 
-    study = run(chosen, out, root=root, on_unit=on_unit)
+    study = run(chosen, out, root=root, jobs=jobs, on_unit=on_unit)
     page = write_report(study, draw(study))
     table = Table(box=None, pad_edge=False)
     table.add_column("")

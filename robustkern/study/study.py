@@ -4,11 +4,12 @@ The claim under test (Helland and VanHoudnos 2020) is that orientation of the de
 make input gradients recognisable to people, and that either alone does not. A study trains
 
     the matrix     every method, with the recipe of the data set
-    the sweep      the gradient penalty with ever larger weights: recognisability against smoothness
-    the 2x2        cross-entropy and the gradient penalty on true and on shuffled labels: orientation with and without
-                   smoothness, smoothness with and without orientation
+    the sweep      the gradient penalty with ever larger weights, from 0: recognisability against smoothness
+    the 2x2        the gradient penalty with its weight and with weight 0, on true and on shuffled labels: orientation
+                   with and without smoothness, smoothness with and without orientation
 
-each with several seeds, measures every model by the same protocol, and writes figures and a report.
+each with several seeds, measures every model by the same protocol, and writes figures and a report. Networks that were
+trained elsewhere can be measured beside them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,20 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern.data import Dataset
-from robustkern.training import METHODS, Observer, TrainingConfig, UsageError, load_model, recipe, train
+from robustkern.training import METHODS, Observer, TrainingConfig, UsageError, load_model, recipe, teacher_recipe, train
 from robustkern.training.files import write_atomically
 
-from .measures import MEASURES, Protocol, measure, summarise
+from .bootstrap import bootstrap_interval
+from .given import load_given
+from .measures import MEASURES, Protocol, accuracy_curve, measure, summarise
+from .parallel import in_parallel
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
 OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)  # multiples of the recipe's weight
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
 _JUDGE_SEED = 1000  # of the independent network; no model of the study has it
+_CURVE = "accuracy at the radii"
 
 
 @dataclass(frozen=True)
@@ -42,17 +49,19 @@ class Entry:
 
     Attributes:
         name: As tables and folders have it.
-        method: A name of `robustkern.training.METHODS`.
+        method: A name of `robustkern.training.METHODS`; empty for a network that is given.
         options: Of the method, in place of the recipe's.
         shuffled: Trained on labels that were shuffled among the images: no orientation to learn.
-        factor: Of the recipe's smoothness weight.
+        factor: Of the gradient penalty's weight in the recipe; None outside the sweep.
+        source: Of a given network, see `robustkern.study.given.load_given`.
     """
 
     name: str
     method: str
     options: tuple[tuple[str, Any], ...] = ()
     shuffled: bool = False
-    factor: float = 1.0
+    factor: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Plan:
     Attributes:
         data: A name of `robustkern.data.NAMES`.
         methods: Of `PAPER` and `OURS`: the matrix.
+        given: Name and source of networks that are measured as they are, beside the matrix.
         seeds: Models of each kind.
         sweep: Multiples of the gradient penalty's weight; empty for none.
         two_by_two: Whether shuffled labels are trained on as well.
@@ -73,6 +83,7 @@ class Plan:
 
     data: str = "digits-28"
     methods: tuple[str, ...] = PAPER + OURS
+    given: tuple[tuple[str, str], ...] = ()
     seeds: int = 3
     sweep: tuple[float, ...] = SWEEP
     two_by_two: bool = True
@@ -89,18 +100,33 @@ class Plan:
             raise UsageError(f"seeds must be at least 1, got {self.seeds}")
 
     def entries(self) -> list[Entry]:
-        """Every kind of model, the matrix first, and in it the networks that others learn from."""
-        needed = {"standard", "gradient-penalty"} if self.two_by_two or self.sweep else set()
-        if "distillation" in self.methods:
-            needed.add("standard")
+        """Every kind of model, the matrix first."""
+        needed = {"gradient-penalty"} if self.two_by_two or self.sweep else set()
         found = [_entry(method) for method in PAPER + OURS if method in self.methods or method in needed]
-        for factor in self.sweep:
-            if factor != 1.0:
-                found.append(Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor))
+        found += [Entry(name, "", source=source) for name, source in self.given]
+        if self.two_by_two or self.sweep:
+            found.append(self._without_penalty())
+        found += [
+            Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor)
+            for factor in self.sweep
+            if factor != 1.0
+        ]
         if self.two_by_two:
-            found.append(Entry("standard, labels shuffled", "standard", shuffled=True))
+            found.append(self._without_penalty(shuffled=True))
             found.append(Entry("gradient-penalty, labels shuffled", "gradient-penalty", shuffled=True))
+        if not found:
+            raise UsageError("nothing to study: neither methods, a sweep, the 2x2 nor a network that is given")
+        names = [entry.name for entry in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"two networks of the study are called {twice!r}: give yours another name")
         return found
+
+    def _without_penalty(self, shuffled: bool = False) -> Entry:
+        """The gradient penalty's own orientation term, and nothing else."""
+        smoothing = recipe(self.data, "gradient-penalty").options["label_smoothing"]
+        name = "gradient-penalty x 0" + (", labels shuffled" if shuffled else "")
+        return Entry(name, "standard", (("label_smoothing", smoothing),), shuffled, factor=None if shuffled else 0.0)
 
 
 @dataclass
@@ -111,19 +137,38 @@ class Study:
         plan: What it consists of.
         data: Test images.
         summary: For each entry's name, for each measure: mean, low, high over images and seeds, and the number of them.
-        terms: For each entry's name, rows of metrics of its first model.
+        curves: For each entry's name, points of eps, accuracy, low, high under PGD-20.
+        terms: For each entry that was trained, rows of metrics of its first model.
         folder: Where everything lies.
     """
 
     plan: Plan
     data: Dataset
     summary: dict[str, dict[str, dict[str, Any]]]
+    curves: dict[str, list[dict[str, float]]]
     terms: dict[str, list[dict[str, Any]]]
     folder: Path
 
     def network(self, name: str, seed: int = 0) -> nn.Module:
-        """The trained model of an entry."""
+        """The model of an entry."""
+        source = dict(self.plan.given).get(name)
+        if source is not None:
+            return load_given(source, self.data)
         return load_model(self.folder / "models" / _folder(name, seed))[0]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One model of a study: an entry with a seed, or the network that judges the others (entry None)."""
+
+    entry: Entry | None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.entry is None:
+            return "the independent network"
+        return self.entry.name if self.entry.source else f"{self.entry.name}, seed {self.seed}"
 
 
 def run(
@@ -131,6 +176,7 @@ def run(
     folder: Path,
     *,
     root: Path | None = None,
+    jobs: int = 1,
     observer: Observer | None = None,
     on_unit: Callable[[str, int, int, float], None] | None = None,
 ) -> Study:
@@ -140,58 +186,91 @@ def run(
         plan: What to do. A folder belongs to one plan, but for its seeds, methods, sweep and 2x2, which may grow.
         folder: Where everything goes.
         root: Folder with the data set's files.
-        observer: Is told how each training goes.
+        jobs: Models at a time, each in a process with `plan.threads` threads. The results do not depend on it.
+        observer: Is told how each training goes; with one job only.
         on_unit: Told the name of each model before it is trained and measured, its number, of how many, and how many
             seconds are left, judging by those before (0: unknown).
 
     Raises:
-        UsageError: The folder holds another study.
+        UsageError: The folder holds another study, or a given network does not fit the data.
+        Interrupted: SIGINT or SIGTERM; what was trained was saved.
     """
+    if jobs < 1:
+        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    entries = plan.entries()
+    test = datasets.load(plan.data, root, "test")
+    for entry in entries:
+        if entry.source:  # before anything is trained
+            load_given(entry.source, test)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(plan, folder)
-    torch.set_num_threads(plan.threads)
-    test = datasets.load(plan.data, root, "test")
-    units = [(entry, seed) for seed in range(plan.seeds) for entry in plan.entries()]
     # Seed by seed, so that a study that was stopped has something of everything.
+    units = [Unit(entry, seed) for seed in range(plan.seeds) for entry in entries if not (entry.source and seed)]
+    tasks = [Unit(None), *(unit for unit in units if not _values_path(folder, unit).exists())]
+    there = len(units) - len(tasks) + 1
+    started: dict[int, float] = {}
     seconds: list[float] = []
-    judge_config = recipe(plan.data, "standard", seed=_JUDGE_SEED, **_given(plan))
-    tell = on_unit or (lambda name, number, count, left: None)
-    tell("the independent network", 0, len(units), 0.0)
-    train(judge_config, folder / "judge", root=root, resume=True, observer=observer)
-    judge = load_model(folder / "judge")[0].to(plan.device)
-    for number, (entry, seed) in enumerate(units):
-        if _values_path(folder, entry.name, seed).exists():
-            continue
-        to_do = sum(not _values_path(folder, e.name, s).exists() for e, s in units)
-        left = sum(seconds) / len(seconds) * to_do if seconds else 0.0
-        tell(f"{entry.name}, seed {seed}", number + 1, len(units), left)
-        started = time.perf_counter()
-        config = configuration(plan, entry, seed, folder)
-        out = folder / "models" / _folder(entry.name, seed)
-        train(config, out, root=root, resume=True, observer=observer)
-        network = load_model(out)[0].to(plan.device)
-        values = measure(network, test, judge, Protocol(config.eps, samples=plan.samples))
-        _write_values(_values_path(folder, entry.name, seed), values)
-        seconds.append(time.perf_counter() - started)
-    summary = {entry.name: _summary(folder, entry.name, plan.seeds) for entry in plan.entries()}
-    terms = {entry.name: _rows(folder / "models" / _folder(entry.name, 0)) for entry in plan.entries()}
-    study = Study(plan, test, summary, terms, folder)
+
+    def on_start(number: int) -> None:
+        started[number] = time.perf_counter()
+        left = sum(seconds) / len(seconds) * (len(tasks) - number) / jobs if seconds else 0.0
+        if on_unit is not None:
+            on_unit(tasks[number].name, there + number, len(units), left)
+
+    def on_done(number: int) -> None:
+        if number:  # the judge is trained, but not measured
+            seconds.append(time.perf_counter() - started[number])
+
+    def ready(unit: Unit, done: set[int]) -> bool:
+        return unit.entry is None or 0 in done  # nothing is measured without the judge
+
+    work = partial(make, plan=plan, folder=folder, root=root, observer=observer if jobs == 1 else None)
+    in_parallel(tasks, work, jobs, ready=ready, on_start=on_start, on_done=on_done)
+    study = _read(plan, folder, test)
     content = {
         "plan": asdict(plan),
         "measures": {name: text for name, (text, _) in MEASURES.items()},
-        "summary": summary,
+        "summary": study.summary,
+        "curves": study.curves,
     }
     write_atomically(folder / "study.json", json.dumps(content, indent=1) + "\n")
     return study
+
+
+def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:
+    """Train one model, unless it is there or given, and measure it."""
+    torch.set_num_threads(plan.threads)
+    if unit.entry is None:
+        config = recipe(plan.data, "standard", seed=_JUDGE_SEED, **_given(plan))
+        train(config, folder / "judge", root=root, resume=True, observer=observer)
+        return
+    test = datasets.load(plan.data, root, "test")
+    if unit.entry.source:
+        network = load_given(unit.entry.source, test)
+    else:
+        out = folder / "models" / _folder(unit.entry.name, unit.seed)
+        if unit.entry.method == "distillation":
+            config = teacher_recipe(plan.data, seed=unit.seed, **_given(plan))
+            train(config, _teacher(folder, unit.seed), root=root, resume=True, observer=observer)
+        train(configuration(plan, unit.entry, unit.seed, folder), out, root=root, resume=True, observer=observer)
+        network = load_model(out)[0]
+    judge = load_model(folder / "judge")[0]
+    network.to(plan.device)
+    eps = recipe(plan.data, "standard").eps
+    values = measure(network, test, judge.to(plan.device), Protocol(eps, samples=plan.samples))
+    few = test.first(plan.samples)
+    x, y = few.images.to(plan.device), few.labels.to(plan.device)
+    values[_CURVE] = accuracy_curve(network, x, y, [multiple * eps for multiple in RADII]).float().cpu()
+    _write_values(_values_path(folder, unit), values)
 
 
 def configuration(plan: Plan, entry: Entry, seed: int, folder: Path) -> TrainingConfig:
     """How a model of the study is trained."""
     options = dict(entry.options)
     if "teacher" in METHODS[entry.method].options:
-        options["teacher"] = str((folder / "models" / _folder("standard", seed)).resolve())
+        options["teacher"] = str(_teacher(folder, seed).resolve())
     config = recipe(plan.data, entry.method, seed=seed, options=options, shuffle_labels=entry.shuffled, **_given(plan))
-    if entry.factor != 1.0:
+    if entry.factor:
         options = {**config.options, "weight": config.options["weight"] * entry.factor}
         config = recipe(
             plan.data, entry.method, seed=seed, options=options, shuffle_labels=entry.shuffled, **_given(plan)
@@ -227,8 +306,13 @@ def _folder(name: str, seed: int) -> str:
     return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def _values_path(folder: Path, name: str, seed: int) -> Path:
-    return folder / "measures" / f"{_folder(name, seed)}.safetensors"
+def _teacher(folder: Path, seed: int) -> Path:
+    return folder / "models" / _folder("distillation-teacher", seed)
+
+
+def _values_path(folder: Path, unit: Unit) -> Path:
+    assert unit.entry is not None
+    return folder / "measures" / f"{_folder(unit.entry.name, unit.seed)}.safetensors"
 
 
 def _write_values(path: Path, values: dict[str, Tensor]) -> None:
@@ -238,14 +322,28 @@ def _write_values(path: Path, values: dict[str, Tensor]) -> None:
     write_atomically(path, save({name: value.contiguous() for name, value in values.items()}))
 
 
-def _summary(folder: Path, name: str, seeds: int) -> dict[str, dict[str, Any]]:
+def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
+    """A study from the files of its models."""
     from safetensors.torch import load_file
 
-    files = [load_file(_values_path(folder, name, seed)) for seed in range(seeds)]
-    summary = summarise({each: torch.stack([file[each] for file in files], 1) for each in MEASURES})
-    for name_of_measure, values in summary.items():
-        values["seeds"] = [_mean(file[name_of_measure]) for file in files]
-    return summary
+    study = Study(plan, test, {}, {}, {}, folder)
+    radii = [multiple * recipe(plan.data, "standard").eps for multiple in RADII]
+    for entry in plan.entries():
+        seeds = range(1 if entry.source else plan.seeds)
+        files = [load_file(_values_path(folder, Unit(entry, seed))) for seed in seeds]
+        summary = summarise({name: torch.stack([file[name] for file in files], 1) for name in MEASURES})
+        for name, values in summary.items():
+            values["seeds"] = [_mean(file[name]) for file in files]
+        study.summary[entry.name] = summary
+        standing = torch.stack([file[_CURVE] for file in files], 2)  # [images, radii, seeds]
+        points = []
+        for eps, stands in zip(radii, standing.unbind(1), strict=True):
+            low, high = bootstrap_interval(stands)
+            points.append({"eps": eps, "accuracy": float(stands.mean()), "low": low, "high": high})
+        study.curves[entry.name] = points
+        if not entry.source:
+            study.terms[entry.name] = _rows(folder / "models" / _folder(entry.name, 0))
+    return study
 
 
 def _mean(values: Tensor) -> float | None:

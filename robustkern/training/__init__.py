@@ -7,7 +7,7 @@ from .errors import Interrupted, TrainingError, UsageError
 from .evaluation import clean_accuracy, input_gradients, robust_accuracy
 from .methods import METHODS, Method, build_loss
 from .observer import Observer, Observers
-from .recipes import recipe
+from .recipes import recipe, teacher_recipe
 from .trainer import Result, read_config, train
 from .weights import load_model, save_weights
 
@@ -34,5 +34,6 @@ __all__ = [
     "recipe",
     "robust_accuracy",
     "save_weights",
+    "teacher_recipe",
     "train",
 ]

@@ -61,9 +61,10 @@ class Method:
         return completed
 
 
-def _standard(*, eps: float, impl: str, label_smoothing: float) -> Loss:
+def _standard(*, eps: float, impl: str, label_smoothing: float, temperature: float) -> Loss:
     _check_smoothing(label_smoothing)
-    return losses.CrossEntropy(label_smoothing=label_smoothing, impl=impl)
+    _require(temperature > 0, f"temperature must be positive, got {temperature:g}")
+    return losses.CrossEntropy(label_smoothing=label_smoothing, temperature=temperature, impl=impl)
 
 
 def _label_smoothing(*, eps: float, impl: str, weight: float) -> Loss:
@@ -162,7 +163,7 @@ _STEPS = {"steps": 10, "step_size": 0.0, "awp": 0.0}
 _MIXED = {"weight": 1.0, "label_smoothing": 0.0, "awp": 0.0}
 
 METHODS: dict[str, Method] = {
-    "standard": Method("cross-entropy alone", {"label_smoothing": 0.0}, _standard),
+    "standard": Method("cross-entropy alone", {"label_smoothing": 0.0, "temperature": 1.0}, _standard),
     "label-smoothing": Method(
         "cross-entropy against smoothed labels", {"weight": 0.1}, _label_smoothing, "mean of −log p over the classes"
     ),

@@ -1,0 +1,81 @@
+"""Networks that a study measures without having trained them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustkern.attacks import attacked
+from robustkern.data import Dataset
+from robustkern.training import UsageError, load_model
+
+
+def parse_given(text: str) -> tuple[str, str]:
+    """Name and source from "NAME=SOURCE".
+
+    Args:
+        text: What the user wrote.
+
+    Raises:
+        UsageError: It has another form.
+    """
+    name, _, source = (part.strip() for part in text.partition("="))
+    if not name or not source or "/" in name:
+        raise UsageError(f"--checkpoint: NAME=RUN or NAME=module:function, got {text!r}")
+    return name, source
+
+
+def load_given(source: str, data: Dataset) -> nn.Module:
+    """A network from a run directory, a weight file of one, or a Python callable.
+
+    Args:
+        source: A path, or "module:function"; the function is called without arguments and returns a module that maps
+            images in [0, 1] to logits. Modules of the working directory are found.
+        data: Whose images it must take and whose classes it must know.
+
+    Returns:
+        The network in eval mode.
+
+    Raises:
+        UsageError: There is nothing there, or the network does not fit the data.
+        CheckpointError: The run's weights are damaged.
+    """
+    path = Path(source)
+    if path.exists():
+        model = load_model(path)[0]
+    elif ":" in source:
+        model = _call(*source.split(":", 1))
+    else:
+        raise UsageError(f"{source}: neither a run directory, a weight file nor module:function")
+    model.eval()
+    try:
+        with attacked(model), torch.no_grad():
+            shape = tuple(model(data.images[:2].to(_device(model))).shape)
+    except RuntimeError as error:
+        raise UsageError(f"{source} does not take images of {data.name}, {data.in_shape}: {error}") from error
+    if shape != (2, data.num_classes):
+        raise UsageError(
+            f"{source} gives {shape} for two images, {data.name} takes logits of {data.num_classes} classes"
+        )
+    return model
+
+
+def _call(module: str, function: str) -> nn.Module:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{module}:{function}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{module}:{function} returned a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

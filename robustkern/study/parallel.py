@@ -1,0 +1,136 @@
+"""Tasks shared among processes that go on from wherever the last ones stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import TypeVar
+
+from robustkern.training import Interrupted, TrainingError
+from robustkern.training.signals import StopOnSignal
+
+Task = TypeVar("Task")
+
+
+def in_parallel(
+    tasks: Sequence[Task],
+    work: Callable[[Task], None],
+    jobs: int,
+    *,
+    ready: Callable[[Task, set[int]], bool] = lambda task, done: True,
+    on_start: Callable[[int], None] = lambda number: None,
+    on_done: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Do every task, `jobs` at a time, in their order as far as `ready` allows.
+
+    One job works in this process; more work in processes of their own, which end when this one does.
+
+    Args:
+        tasks: What to do; picklable where there is more than one job.
+        work: Does one; a function of a module, or a partial of one.
+        jobs: Processes.
+        ready: Whether a task can begin, given the numbers of those that are done.
+        on_start: Told the number of each task before it begins.
+        on_done: Told the number of each task when it is done.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the processes were told to stop, which a training does after its step.
+        TrainingError: A process ended without a word, or no task can begin.
+        Exception: What a task raised; the others are stopped.
+    """
+    if jobs == 1:
+        done: set[int] = set()
+        while len(done) < len(tasks):
+            number = _next(tasks, set(), done, ready)
+            if number is None:
+                raise TrainingError("no task can begin: each waits for another")
+            on_start(number)
+            work(tasks[number])
+            done.add(number)
+            on_done(number)
+        return
+    with StopOnSignal() as stop:
+        _share(tasks, work, jobs, ready, on_start, on_done, stop)
+
+
+def _share(
+    tasks: Sequence[Task],
+    work: Callable[[Task], None],
+    jobs: int,
+    ready: Callable[[Task, set[int]], bool],
+    on_start: Callable[[int], None],
+    on_done: Callable[[int], None],
+    stop: StopOnSignal,
+) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would share the threads' locks of PyTorch
+    processes: dict[Connection, SpawnProcess] = {}
+    running: dict[Connection, int] = {}
+    done: set[int] = set()
+    try:
+        for _ in range(min(jobs, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            process.start()
+            theirs.close()  # so that it ends when the worker does
+            processes[ours] = process
+        while len(done) < len(tasks):
+            for connection in processes:
+                number = _next(tasks, set(running.values()), done, ready) if connection not in running else None
+                if number is not None:
+                    on_start(number)
+                    connection.send(tasks[number])
+                    running[connection] = number
+            if not running:
+                raise TrainingError("no task can begin: each waits for another")
+            for ended in wait(list(running), timeout=0.5):
+                assert isinstance(ended, Connection)
+                number = running.pop(ended)
+                try:
+                    error = ended.recv()
+                except EOFError:
+                    processes[ended].join()
+                    if stop.signal is not None:
+                        break
+                    raise TrainingError(
+                        f"a process ended without a word (exit code {processes[ended].exitcode}); the same command "
+                        "goes on from where it was"
+                    ) from None
+                if error is None:
+                    done.add(number)
+                    on_done(number)
+                elif stop.signal is None:  # else it says that it stopped
+                    raise error
+            if stop.signal is not None:
+                raise Interrupted(f"stopped by {signal.Signals(stop.signal).name}; the same command goes on from there")
+    finally:
+        for connection, process in processes.items():
+            connection.close()
+            if len(done) < len(tasks):
+                process.terminate()  # a training saves its state first
+        for process in processes.values():
+            process.join()
+
+
+def _next(
+    tasks: Sequence[Task], running: set[int], done: set[int], ready: Callable[[Task, set[int]], bool]
+) -> int | None:
+    open_ones = (number for number in range(len(tasks)) if number not in running and number not in done)
+    return next((number for number in open_ones if ready(tasks[number], done)), None)
+
+
+def _serve(connection: Connection, work: Callable[[Task], None]) -> None:
+    """A worker's life: tasks come in, None or an exception goes out, until the other end is closed."""
+    try:
+        while True:
+            task = connection.recv()
+            try:
+                work(task)
+            except Exception as error:
+                connection.send(error)
+            else:
+                connection.send(None)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return

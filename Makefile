@@ -40,7 +40,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt pytest pytest-benchmark hypothesis expecttest ruff mypy types-PyYAML clang-format tensorboard
+	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis expecttest ruff mypy types-PyYAML clang-format tensorboard
 	$(PIP) install -c constraints.txt pytorchcv==0.0.67 x-transformers
 	$(PIP) install -c constraints.txt pyautoattack foolbox tqdm
 	$(PIP) install -c constraints.txt --no-deps torchattacks # works without torchvision, of which there is no CPU build

@@ -1,11 +1,19 @@
-"""All benchmarks of this machine: operators, second backwards, cotangents, Jacobian penalties, methods, training steps.
+"""All benchmarks of this machine: operators, second backwards, cotangents, Jacobians, attacks, methods, training steps.
 
 python -m benchmarks [options]
 """
 
 import sys
 
-from . import bench_cotangents, bench_double_backward, bench_jacobian, bench_methods, bench_ops, penalised_step
+from . import (
+    bench_attacks,
+    bench_cotangents,
+    bench_double_backward,
+    bench_jacobian,
+    bench_methods,
+    bench_ops,
+    penalised_step,
+)
 
 if __name__ == "__main__":
     raise SystemExit(
@@ -13,6 +21,7 @@ if __name__ == "__main__":
         or bench_double_backward.main([])
         or bench_cotangents.main([])
         or bench_jacobian.main([])
+        or bench_attacks.main([])
         or bench_methods.main([])
         or penalised_step.main(sys.argv[1:])
     )

@@ -15,7 +15,8 @@ pytest.importorskip("pytest_benchmark")
 from robustkern import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine, threads would mostly wait for each other
+# On a busy machine, threads would mostly wait for each other; and what this pytest was told is not for another one.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
 
 pytestmark = pytest.mark.skipif(_library.extension() is None, reason=f"kernels not built: {_library.why_unavailable()}")
 
@@ -36,16 +37,22 @@ def test_suites():
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
     out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
-    # In processes of their own: the programs tell the C library to keep freed memory.
-    python("-m", "benchmarks.bench_ops", "--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared)
-    python("-m", "benchmarks.bench_double_backward", "--size", "tiny", *shared[:4], "--out", str(out))
-    python("-m", "benchmarks.bench_jacobian", "--size", "tiny", *shared[:4], "--out", str(out))
-    python("-m", "benchmarks.bench_cotangents", "--size", "tiny", *shared[:4], "--out", str(out))
-    python("-m", "benchmarks.bench_attacks", "--size", "tiny", *shared[:4], "--out", str(out))
-    python("-m", "benchmarks.bench_methods", "--size", "tiny", *shared[:4], "--out", str(out))
-    steps = ["-m", "benchmarks.penalised_step", "--size", "tiny", *shared, "--only", "Batch", "--providers"]
-    python(*steps, "plain", "plain_installed", "eager", "installed")
-    python(*steps, "installed_compile")  # joins the others
+    # In a process of their own: the programs tell the C library to keep freed memory.
+    tiny = ["--size", "tiny", *shared[:4], "--out", str(out)]
+    steps = ["--size", "tiny", *shared, "--only", "Batch", "--providers"]
+    programs = {
+        "bench_ops": [["--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared]],
+        **{f"bench_{name}": [tiny] for name in ("double_backward", "jacobian", "cotangents", "attacks", "methods")},
+        # The second joins the first.
+        "penalised_step": [[*steps, "plain", "plain_installed", "eager", "installed"], [*steps, "installed_compile"]],
+    }
+    python(
+        "-c",
+        "import importlib\n"
+        f"for name, calls in {programs}.items():\n"
+        "    for arguments in calls:\n"
+        "        assert not importlib.import_module('benchmarks.' + name).main(arguments), name",
+    )
     results = json.loads(out.read_text())
     assert results["ops"]["complete"]
     assert not results["steps"]["complete"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustkern.study import results
 from robustkern.study.bootstrap import bootstrap_interval
 from robustkern.study.gradients import (
     alignment,
@@ -16,6 +17,7 @@ from robustkern.study.gradients import (
     white_noise_baseline,
 )
 from robustkern.study.inversion import inversion_accuracy, invert, noise, seeded_grid
+from robustkern.study.measures import MEASURES
 
 
 @pytest.fixture
@@ -198,3 +200,38 @@ def test_bootstrap_refuses(values):
         bootstrap_interval(values)
     with pytest.raises(ValueError, match="confidence must be in"):
         bootstrap_interval(torch.ones(3), confidence=1.0)
+
+
+def test_contrasts_are_paired_differences():
+    generator = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(400, generator=generator), 0.1 * torch.randn(2, 400, generator=generator)
+
+    def cell(effect):
+        return [dict.fromkeys(MEASURES, effect + images + part) for part in noise]
+
+    effects = {(False, False): 0.0, (False, True): 0.0, (True, False): 0.2, (True, True): 1.0}
+    found = results.contrasts({key: cell(effect) for key, effect in effects.items()})
+    assert list(found) == list(results.CONTRASTS)
+    for label, (one, other) in results.CONTRASTS.items():
+        values = found[label]["alignment"]
+        # What image and seed share is gone: the difference is exact, whatever the spread of the images.
+        for part in (values["mean"], values["low"], values["high"], *values["seeds"]):
+            assert part == pytest.approx(effects[one] - effects[other], abs=1e-5)
+
+
+def test_rank_correlations_see_order_alone():
+    steep = [8.0, 4.0, 2.0, 1.0]
+
+    def networks(values):
+        return [
+            {name: {"mean": steep[k] if name == "gradient_norm" else values[k]} for name in MEASURES} for k in range(4)
+        ]
+
+    assert results.rank_correlations(networks([1.0, 2.0, 3.0, 400.0]), "gradient_norm")["alignment"] == pytest.approx(1)
+    assert results.rank_correlations(networks([4.0, 3.0, 2.0, -9.0]), "gradient_norm")["alignment"] == pytest.approx(-1)
+    assert results.rank_correlations(networks([5.0] * 4), "gradient_norm")["alignment"] == 0
+    # Ranks 1.5, 1.5, 3, 4 against 1, 2, 3, 4.
+    tied = results.rank_correlations(networks([1.0, 1.0, 2.0, 3.0]), "gradient_norm")["alignment"]
+    assert tied == pytest.approx(4.5 / (4.5 * 5.0) ** 0.5)
+    assert "alignment" not in results.rank_correlations(networks([None, None, 1.0, 2.0]), "gradient_norm")
+    assert results.rank_correlations(networks([1.0] * 4)[:2], "gradient_norm") == {}

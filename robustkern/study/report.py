@@ -13,10 +13,9 @@ from robustkern.training.files import write_atomically
 
 from . import figures
 from .measures import MEASURES
-from .study import Plan, Study
+from .study import SMOOTHNESS, TWO_BY_TWO, Plan, Study
 
 _SEEN = ("centred_alignment", "low_frequency_share", "inversion_accuracy")
-_TWO_BY_TWO = ("gradient-penalty x 0", "gradient-penalty")  # without smoothness, with it
 _TITLES = {
     "centred_alignment": "alignment of gradient and image",
     "low_frequency_share": "gradient energy in low frequencies",
@@ -82,14 +81,10 @@ def draw(study: Study) -> dict[str, tuple[Path, str]]:
             "recipe's). Bars are 95 % bootstrap intervals over images."
         )
         figures.against_smoothness(
-            add("smoothness", caption), points, _TITLES, smoothness="gradient_norm", label=MEASURES["gradient_norm"][0]
+            add("smoothness", caption), points, _TITLES, smoothness=SMOOTHNESS, label=MEASURES[SMOOTHNESS][0]
         )
     if plan.two_by_two:
-        cells = {
-            (oriented, smooth): study.summary[name + ("" if oriented else ", labels shuffled")]
-            for smooth, name in zip((False, True), _TWO_BY_TWO, strict=True)
-            for oriented in (False, True)
-        }
+        cells = {cell: study.summary[name] for cell, name in TWO_BY_TWO.items()}
         caption = "Orientation with and without smoothness, smoothness with and without orientation."
         figures.two_by_two(add("two_by_two", caption), cells, _TITLES)
     return drawn
@@ -113,14 +108,28 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]]) -> Path:
     ]
     groups = {
         "Methods": _matrix(plan),
-        "Orientation and smoothness, together and alone": [
-            name + shuffled for name in _TWO_BY_TWO for shuffled in ("", ", labels shuffled") if plan.two_by_two
-        ],
+        "Orientation and smoothness, together and alone": list(TWO_BY_TWO.values()) if plan.two_by_two else [],
         "The weight of the penalty": [e.name for e in plan.entries() if e.factor is not None] if plan.sweep else [],
     }
     for title, names in groups.items():
         if names:
-            parts += [f"<h2>{title}</h2>", _table(study, names)]
+            parts += [f"<h2>{title}</h2>", _table({name: study.summary[name] for name in names})]
+    if study.contrasts:
+        parts += [
+            "<h2>Differences that the claim is about</h2>",
+            "<p>An image's value under one network less its value under the other, both of the same seed and trained "
+            "on the same images; orientation alone is the loss without penalty, smoothness alone the penalised one on "
+            "shuffled labels. 95 % bootstrap intervals over images.</p>",
+            _table(study.contrasts),
+        ]
+    if study.correlations:
+        count = sum(not entry.shuffled for entry in plan.entries())
+        parts += [
+            "<h2>Rank correlation with smoothness</h2>",
+            f"<p>Spearman's, over the {count} kinds of networks above that were trained on true labels; smoother is a "
+            f"smaller {html.escape(MEASURES[SMOOTHNESS][0])}.</p>",
+            _correlations(study.correlations),
+        ]
     parts.append("<h2>Figures</h2>")
     for path, caption in drawn.values():
         picture = base64.b64encode(path.read_bytes()).decode()
@@ -173,11 +182,18 @@ def _sweep_points(study: Study) -> list[dict[str, Any]]:
     return [{"line": "gradient penalty", "text": text, **study.summary[name]} for name, text in chosen]
 
 
-def _table(study: Study, names: list[str]) -> str:
+def _correlations(found: dict[str, float]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(MEASURES[name][0])}</td><td>{rho:.2f}</td></tr>" for name, rho in found.items()
+    )
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _table(lines: dict[str, dict[str, dict[str, Any]]]) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text, _ in MEASURES.values())
     rows = []
-    for name in names:
-        cells = "".join(f"<td>{_cell(measure, study.summary[name][measure])}</td>" for measure in MEASURES)
+    for name, measures in lines.items():
+        cells = "".join(f"<td>{_cell(measure, measures[measure])}</td>" for measure in MEASURES)
         rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
     body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table>{body}</table></div>'

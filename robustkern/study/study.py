@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,23 @@ from robustkern.data import Dataset
 from robustkern.training import METHODS, Observer, TrainingConfig, UsageError, load_model, recipe, teacher_recipe, train
 from robustkern.training.files import write_atomically
 
-from .bootstrap import bootstrap_interval
+from . import results
 from .given import load_given
-from .measures import MEASURES, Protocol, accuracy_curve, measure, summarise
+from .measures import MEASURES, Protocol, accuracy_curve, measure
 from .parallel import in_parallel
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
 OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)  # multiples of the recipe's weight
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
+# (oriented, smooth): who stands for it
+TWO_BY_TWO = {
+    (False, False): "gradient-penalty x 0, labels shuffled",
+    (False, True): "gradient-penalty, labels shuffled",
+    (True, False): "gradient-penalty x 0",
+    (True, True): "gradient-penalty",
+}
+SMOOTHNESS = "gradient_norm"  # less of it is smoother
 _JUDGE_SEED = 1000  # of the independent network; no model of the study has it
 _CURVE = "accuracy at the radii"
 
@@ -139,15 +147,19 @@ class Study:
         summary: For each entry's name, for each measure: mean, low, high over images and seeds, and the number of them.
         curves: For each entry's name, points of eps, accuracy, low, high under PGD-20.
         terms: For each entry that was trained, rows of metrics of its first model.
+        contrasts: Differences between the cells of the 2x2, see `robustkern.study.results.contrasts`.
+        correlations: Of each measure with smoothness, see `robustkern.study.results.rank_correlations`.
         folder: Where everything lies.
     """
 
     plan: Plan
     data: Dataset
-    summary: dict[str, dict[str, dict[str, Any]]]
-    curves: dict[str, list[dict[str, float]]]
-    terms: dict[str, list[dict[str, Any]]]
     folder: Path
+    summary: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    terms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    contrasts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    correlations: dict[str, float] = field(default_factory=dict)
 
     def network(self, name: str, seed: int = 0) -> nn.Module:
         """The model of an entry."""
@@ -232,6 +244,8 @@ def run(
         "measures": {name: text for name, (text, _) in MEASURES.items()},
         "summary": study.summary,
         "curves": study.curves,
+        "contrasts": study.contrasts,
+        "rank correlation with smoothness": study.correlations,
     }
     write_atomically(folder / "study.json", json.dumps(content, indent=1) + "\n")
     return study
@@ -326,29 +340,21 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
     """A study from the files of its models."""
     from safetensors.torch import load_file
 
-    study = Study(plan, test, {}, {}, {}, folder)
+    study = Study(plan, test, folder)
     radii = [multiple * recipe(plan.data, "standard").eps for multiple in RADII]
+    models: dict[str, list[dict[str, Tensor]]] = {}
     for entry in plan.entries():
         seeds = range(1 if entry.source else plan.seeds)
-        files = [load_file(_values_path(folder, Unit(entry, seed))) for seed in seeds]
-        summary = summarise({name: torch.stack([file[name] for file in files], 1) for name in MEASURES})
-        for name, values in summary.items():
-            values["seeds"] = [_mean(file[name]) for file in files]
-        study.summary[entry.name] = summary
-        standing = torch.stack([file[_CURVE] for file in files], 2)  # [images, radii, seeds]
-        points = []
-        for eps, stands in zip(radii, standing.unbind(1), strict=True):
-            low, high = bootstrap_interval(stands)
-            points.append({"eps": eps, "accuracy": float(stands.mean()), "low": low, "high": high})
-        study.curves[entry.name] = points
+        models[entry.name] = [load_file(_values_path(folder, Unit(entry, seed))) for seed in seeds]
+        study.summary[entry.name] = results.summary(models[entry.name])
+        study.curves[entry.name] = results.curve([values[_CURVE] for values in models[entry.name]], radii)
         if not entry.source:
             study.terms[entry.name] = _rows(folder / "models" / _folder(entry.name, 0))
+    if plan.two_by_two:
+        study.contrasts = results.contrasts({cell: models[name] for cell, name in TWO_BY_TWO.items()})
+    true = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled]
+    study.correlations = results.rank_correlations(true, SMOOTHNESS)
     return study
-
-
-def _mean(values: Tensor) -> float | None:
-    finite = values[values.isfinite()]
-    return float(finite.double().mean()) if len(finite) else None
 
 
 def _rows(run_folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,98 @@
+"""What a study's numbers say: means, curves, the differences that the claim is about, rank correlations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bootstrap import bootstrap_interval
+from .measures import MEASURES, summarise
+
+# name: (cell of the 2x2, cell that is subtracted); a cell is (oriented, smooth)
+CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
+    "both − orientation alone": ((True, True), (True, False)),
+    "both − smoothness alone": ((True, True), (False, True)),
+    "orientation alone − neither": ((True, False), (False, False)),
+    "smoothness alone − neither": ((False, True), (False, False)),
+}
+Values = Mapping[str, Tensor]  # of one model: a number for each image, by measure
+
+
+def summary(models: Sequence[Values]) -> dict[str, dict[str, Any]]:
+    """Mean and interval of each measure over images and seeds, and the mean of each seed.
+
+    Args:
+        models: The values of each seed.
+    """
+    found = summarise({name: torch.stack([model[name] for model in models], 1) for name in MEASURES})
+    for name, values in found.items():
+        values["seeds"] = [_mean(model[name]) for model in models]
+    return found
+
+
+def curve(standing: Sequence[Tensor], radii: Sequence[float]) -> list[dict[str, float]]:
+    """Points of eps, accuracy, low, high.
+
+    Args:
+        standing: Of each seed, which image stands at which radius.  [N, len(radii)]
+        radii: Ascending.
+    """
+    points = []
+    for eps, stands in zip(radii, torch.stack(list(standing), 2).unbind(1), strict=True):
+        low, high = bootstrap_interval(stands)
+        points.append({"eps": eps, "accuracy": float(stands.mean()), "low": low, "high": high})
+    return points
+
+
+def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """For each of `CONTRASTS` and each measure: mean difference, low, high, and the difference of each seed.
+
+    Paired: an image's value under one network less its value under the other, of the same seed; the bootstrap draws
+    images.  An interval that does not hold zero says that these networks differ on images like these; how much
+    networks of other seeds would differ, the seeds themselves show.
+
+    Args:
+        cells: By (oriented, smooth), the values of each seed.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, (one, other) in CONTRASTS.items():
+        found[label] = {}
+        for name in MEASURES:
+            pairs = [a[name] - b[name] for a, b in zip(cells[one], cells[other], strict=True)]
+            found[label][name] = summarise({name: torch.stack(pairs, 1)})[name]
+            found[label][name]["seeds"] = [_mean(pair) for pair in pairs]
+    return found
+
+
+def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoothness: str) -> dict[str, float]:
+    """Spearman's rank correlation over networks of each measure with smoothness, which is less of `smoothness`.
+
+    Args:
+        networks: Their summaries, three or more.
+        smoothness: The measure that is small where a network is smooth.
+    """
+    if len(networks) < 3:
+        return {}
+    found = {}
+    for name in MEASURES:
+        pairs = [(n[smoothness]["mean"], n[name]["mean"]) for n in networks]
+        known = torch.tensor([pair for pair in pairs if None not in pair], dtype=torch.float64)
+        if name != smoothness and len(known) >= 3:
+            ranks = torch.stack([_ranks(-known[:, 0]), _ranks(known[:, 1])])
+            # Undefined where all are the same.
+            found[name] = float(torch.corrcoef(ranks).nan_to_num()[0, 1])
+    return found
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    below, same = values[:, None] > values[None, :], values[:, None] == values[None, :]
+    return below.double().sum(1) + (same.double().sum(1) + 1) / 2
+
+
+def _mean(values: Tensor) -> float | None:
+    finite = values[values.isfinite()]
+    return float(finite.double().mean()) if len(finite) else None

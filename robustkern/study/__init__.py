@@ -1,6 +1,6 @@
 """What a classifier has learned to see, and what teaching it costs.
 
-Measures of input gradients on tensors (`alignment(gradient, x)`, ...), inversions, `measure(model, data, judge, ...)`
+Measures of input gradients on tensors (`alignment(gradient, x)`, ...), inversions, `measure(model, data, judges, ...)`
 for all of them at once, figures in `robustkern.study.figures`, and whole studies: `run(Plan("digits-28"), folder)`.
 """
 
@@ -14,11 +14,12 @@ from .gradients import (
     white_noise_baseline,
 )
 from .inversion import inversion_accuracy, invert, noise, seeded_grid
-from .measures import MEASURES, Protocol, measure, summarise
+from .measures import MEASURES, Judges, Protocol, measure, summarise
 from .study import Plan, Study, run
 
 __all__ = [
     "MEASURES",
+    "Judges",
     "Plan",
     "Protocol",
     "Study",

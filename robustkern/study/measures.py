@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,27 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
     "low_frequency_share": ("gradient energy below 0.25 cycles a pixel", True),
     "total_variation_ratio": ("total variation of the gradient", False),
     "edge_concentration": ("gradient energy on the strongest fifth of the edges, over a fifth", True),
-    "inversion_accuracy": ("inversions from images that an independent network names right", True),
-    "noise_inversion_accuracy": ("inversions from noise that it names right", True),
+    "inversion_accuracy": ("inversions from images that the robust judge names right", True),
+    "noise_inversion_accuracy": ("inversions from noise that the robust judge names right", True),
+    "inversion_transfer": ("inversions from images that the standard judge names right", None),
+    "noise_inversion_transfer": ("inversions from noise that the standard judge names right", None),
 }
+
+
+class Judges(NamedTuple):
+    """Independent networks that name what inversions show.
+
+    A network of standard training is moved by the same patterns as another one, whether a person sees anything in them
+    or not: what it names right may be an adversarial example that transfers.  One that was trained to resist such
+    patterns is the nearer stand-in for a person.  Both are asked.
+
+    Attributes:
+        robust: Adversarially trained, by itself, with another seed than any model that is measured.
+        standard: Trained by itself without any of that.
+    """
+
+    robust: nn.Module
+    standard: nn.Module
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ class Protocol:
 def measure(
     model: nn.Module,
     data: Dataset,
-    judge: nn.Module,
+    judges: Judges,
     protocol: Protocol,
     *,
     on_measure: Callable[[str], None] | None = None,
@@ -75,7 +93,7 @@ def measure(
     Args:
         model: Maps images in [0, 1] to logits, normalisation inside; left as it came.
         data: Test images.
-        judge: Another classifier of the same classes, trained by itself.
+        judges: Other classifiers of the same classes, each trained by itself.
         protocol: How much.
         on_measure: Told the name of each measure before it is taken.
     """
@@ -111,13 +129,15 @@ def measure(
     starts, targets, labels = starts.to(device), targets.to(device), labels.to(device)
     inverted = invert(model, starts, targets, steps=protocol.inversion_steps, step_size=protocol.inversion_step * scale)
     # Towards its own class an image is named right before it is touched.
-    values["inversion_accuracy"] = inversion_accuracy(judge, inverted, targets)[targets != labels]
+    for name, judge in (("inversion_accuracy", judges.robust), ("inversion_transfer", judges.standard)):
+        values[name] = inversion_accuracy(judge, inverted, targets)[targets != labels]
     report("noise_inversion_accuracy")
     count = protocol.noise_images * data.num_classes
     nothing = noise(count, data.in_shape, seed=protocol.seed, spread=float(scale.mean())).to(device)
     wanted = torch.arange(count, device=device) % data.num_classes
     inverted = invert(model, nothing, wanted, steps=protocol.noise_steps, step_size=protocol.noise_step * scale)
-    values["noise_inversion_accuracy"] = inversion_accuracy(judge, inverted, wanted)
+    values["noise_inversion_accuracy"] = inversion_accuracy(judges.robust, inverted, wanted)
+    values["noise_inversion_transfer"] = inversion_accuracy(judges.standard, inverted, wanted)
     return {name: values[name].detach().float().cpu() for name in MEASURES}
 
 

@@ -15,11 +15,13 @@ from . import figures
 from .measures import MEASURES
 from .study import SMOOTHNESS, TWO_BY_TWO, Plan, Study
 
-_SEEN = ("centred_alignment", "low_frequency_share", "inversion_accuracy")
 _TITLES = {
     "centred_alignment": "alignment of gradient and image",
+    "edge_concentration": "gradient energy on edges",
     "low_frequency_share": "gradient energy in low frequencies",
-    "inversion_accuracy": "inversions named by another network",
+    "inversion_accuracy": "inversions named by the robust judge",
+    "noise_inversion_accuracy": "inversions from noise, robust judge",
+    "inversion_transfer": "inversions named by the standard judge",
 }
 _PERCENT = (
     "clean_accuracy",
@@ -27,6 +29,8 @@ _PERCENT = (
     "low_frequency_share",
     "inversion_accuracy",
     "noise_inversion_accuracy",
+    "inversion_transfer",
+    "noise_inversion_transfer",
 )
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -104,7 +108,9 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]]) -> Path:
         f"images; attacks and penalties with ε = {eps_text(_eps(study))} (ℓ∞). robustkern {__version__}. Made again by "
         f"<code>{html.escape(command(study))}</code>.</p>",
         "<p>Means over images and seeds; below each, the 95 % bootstrap interval over images, in which an image comes "
-        "with all its seeds. Inversions are judged by a network that was trained by itself with another seed.</p>",
+        "with all its seeds. Inversions are judged by two networks of another seed: one adversarially trained, the "
+        "nearer stand-in for a person, and one of standard training, which patterns that no person sees may move as "
+        "they move the network that made them.</p>",
     ]
     groups = {
         "Methods": _matrix(plan),

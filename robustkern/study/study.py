@@ -27,12 +27,22 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern.data import Dataset
-from robustkern.training import METHODS, Observer, TrainingConfig, UsageError, load_model, recipe, teacher_recipe, train
+from robustkern.training import (
+    METHODS,
+    Observer,
+    TrainingConfig,
+    UsageError,
+    load_model,
+    read_config,
+    recipe,
+    teacher_recipe,
+    train,
+)
 from robustkern.training.files import write_atomically
 
 from . import results
 from .given import load_given
-from .measures import MEASURES, Protocol, accuracy_curve, measure
+from .measures import MEASURES, Judges, Protocol, accuracy_curve, measure
 from .parallel import in_parallel
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
@@ -47,7 +57,8 @@ TWO_BY_TWO = {
     (True, True): "gradient-penalty",
 }
 SMOOTHNESS = "gradient_norm"  # less of it is smoother
-_JUDGE_SEED = 1000  # of the independent network; no model of the study has it
+_JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
+_JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
 
 
@@ -171,15 +182,16 @@ class Study:
 
 @dataclass(frozen=True)
 class Unit:
-    """One model of a study: an entry with a seed, or the network that judges the others (entry None)."""
+    """One model of a study: an entry with a seed, or one that judges the others (entry None, a name of `_JUDGES`)."""
 
     entry: Entry | None
     seed: int = 0
+    judge: str = ""
 
     @property
     def name(self) -> str:
         if self.entry is None:
-            return "the independent network"
+            return f"the {self.judge} judge"
         return self.entry.name if self.entry.source else f"{self.entry.name}, seed {self.seed}"
 
 
@@ -218,8 +230,11 @@ def run(
     _claim(plan, folder)
     # Seed by seed, so that a study that was stopped has something of everything.
     units = [Unit(entry, seed) for seed in range(plan.seeds) for entry in entries if not (entry.source and seed)]
-    tasks = [Unit(None), *(unit for unit in units if not _values_path(folder, unit).exists())]
-    there = len(units) - len(tasks) + 1
+    tasks = [
+        *(Unit(None, judge=judge) for judge in _JUDGES),
+        *(unit for unit in units if not _values_path(folder, unit).exists()),
+    ]
+    there = len(units) - len(tasks) + len(_JUDGES)
     started: dict[int, float] = {}
     seconds: list[float] = []
 
@@ -227,14 +242,14 @@ def run(
         started[number] = time.perf_counter()
         left = sum(seconds) / len(seconds) * (len(tasks) - number) / jobs if seconds else 0.0
         if on_unit is not None:
-            on_unit(tasks[number].name, there + number, len(units), left)
+            on_unit(tasks[number].name, max(0, there + number + 1 - len(_JUDGES)), len(units), left)
 
     def on_done(number: int) -> None:
-        if number:  # the judge is trained, but not measured
+        if tasks[number].entry is not None:  # judges are trained, but not measured
             seconds.append(time.perf_counter() - started[number])
 
     def ready(unit: Unit, done: set[int]) -> bool:
-        return unit.entry is None or 0 in done  # nothing is measured without the judge
+        return unit.entry is None or done >= set(range(len(_JUDGES)))  # nothing is measured without the judges
 
     work = partial(make, plan=plan, folder=folder, root=root, observer=observer if jobs == 1 else None)
     in_parallel(tasks, work, jobs, ready=ready, on_start=on_start, on_done=on_done)
@@ -255,8 +270,8 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
     """Train one model, unless it is there or given, and measure it."""
     torch.set_num_threads(plan.threads)
     if unit.entry is None:
-        config = recipe(plan.data, "standard", seed=_JUDGE_SEED, **_given(plan))
-        train(config, folder / "judge", root=root, resume=True, observer=observer)
+        config = recipe(plan.data, _JUDGES[unit.judge], seed=_JUDGE_SEED, **_given(plan))
+        _train(config, _judge(folder, unit.judge), root, observer)
         return
     test = datasets.load(plan.data, root, "test")
     if unit.entry.source:
@@ -265,17 +280,23 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
         out = folder / "models" / _folder(unit.entry.name, unit.seed)
         if unit.entry.method == "distillation":
             config = teacher_recipe(plan.data, seed=unit.seed, **_given(plan))
-            train(config, _teacher(folder, unit.seed), root=root, resume=True, observer=observer)
-        train(configuration(plan, unit.entry, unit.seed, folder), out, root=root, resume=True, observer=observer)
+            _train(config, _teacher(folder, unit.seed), root, observer)
+        _train(configuration(plan, unit.entry, unit.seed, folder), out, root, observer)
         network = load_model(out)[0]
-    judge = load_model(folder / "judge")[0]
+    judges = Judges(**{judge: load_model(_judge(folder, judge))[0].to(plan.device) for judge in _JUDGES})
     network.to(plan.device)
     eps = recipe(plan.data, "standard").eps
-    values = measure(network, test, judge.to(plan.device), Protocol(eps, samples=plan.samples))
+    values = measure(network, test, judges, Protocol(eps, samples=plan.samples))
     few = test.first(plan.samples)
     x, y = few.images.to(plan.device), few.labels.to(plan.device)
     values[_CURVE] = accuracy_curve(network, x, y, [multiple * eps for multiple in RADII]).float().cpu()
     _write_values(_values_path(folder, unit), values)
+
+
+def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Observer | None) -> None:
+    """Train, go on training, or leave a finished run of the same configuration as it is."""
+    if not (out / "results.json").exists() or read_config(out).differences(config):
+        train(config, out, root=root, resume=True, observer=observer)
 
 
 def configuration(plan: Plan, entry: Entry, seed: int, folder: Path) -> TrainingConfig:
@@ -322,6 +343,10 @@ def _folder(name: str, seed: int) -> str:
 
 def _teacher(folder: Path, seed: int) -> Path:
     return folder / "models" / _folder("distillation-teacher", seed)
+
+
+def _judge(folder: Path, judge: str) -> Path:
+    return folder / "judges" / judge
 
 
 def _values_path(folder: Path, unit: Unit) -> Path:

@@ -328,6 +328,9 @@ def study_command(
         typer.Option(help="NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Models trained at a time, each in a process.")] = 1,
+    report: Annotated[
+        Path | None, typer.Option(help="Where the report, its figures and study.json go. Default: beside the models.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of each.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
@@ -339,7 +342,7 @@ def study_command(
         run_study(
             out or Path("runs") / f"study-{Path(data).name}", Console(), data=data, methods=methods, seeds=seeds,
             sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
-            root=root, jobs=jobs, checkpoints=tuple(checkpoint or ()),
+            root=root, jobs=jobs, report=report, checkpoints=tuple(checkpoint or ()),
         )  # fmt: skip
 
 

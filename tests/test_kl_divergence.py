@@ -47,9 +47,9 @@ def derivatives_in_both(impl, p, q, grad, gg_p, gg_q):
 
 
 @over_dtypes
-@pytest.mark.parametrize("classes", [10, 2500])
-def test_both_gradients_and_both_second_derivatives_together(dtype, classes, device):
-    p, q = logits(device, 9, classes, dtype=dtype), logits(device, 9, classes, dtype=dtype, seed=1)
+@pytest.mark.parametrize("rows_and_classes", [(9, 10), (70, 3), (37, 128), (9, 129), (9, 2500)])
+def test_both_gradients_and_both_second_derivatives_together(dtype, rows_and_classes, device):
+    p, q = (logits(device, *rows_and_classes, dtype=dtype, seed=seed) for seed in (0, 1))
     grad = random_like(kl_divergence(p, q, impl="reference"), 2)
     inputs = p, q, grad, random_like(p, 3), random_like(p, 4)
     actual = derivatives_in_both("kernel", *inputs)
@@ -71,6 +71,43 @@ def test_a_target_is_not_differentiated(impl, constant, device):
     torch.testing.assert_close(grad, expected[constant == "p"])
     (second,) = torch.autograd.grad(grad.square().sum(), moving)
     assert second.any()
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+def test_what_is_not_asked_for_changes_nothing_else(classes, device):
+    """Nor does a cotangent that is absent differ from one of zeros."""
+    p, q = logits(device, 37, classes), logits(device, 37, classes, seed=1)
+    gg = logits(device, 37, classes, seed=2)
+    ops, grad = torch.ops.robustkern, torch.ones(37, device=device, dtype=p.dtype)
+    saved = grad, p, q, ops.kl_divergence(p, q, 1.0)[1], 1.0
+    both = ops.kl_divergence_backward(*saved, True, True)
+    torch.testing.assert_close(ops.kl_divergence_backward(*saved, True, False)[0], both[0])
+    torch.testing.assert_close(ops.kl_divergence_backward(*saved, False, True)[1], both[1])
+    for cotangents in ((gg, None), (None, gg)):
+        zeros = [torch.zeros_like(p) if t is None else t for t in cotangents]
+        both = ops.kl_divergence_double_backward(*zeros, *saved, True, True)
+        only_p = ops.kl_divergence_double_backward(*cotangents, *saved, True, False)
+        only_q = ops.kl_divergence_double_backward(*cotangents, *saved, False, True)
+        torch.testing.assert_close(only_p[:2], both[:2])
+        torch.testing.assert_close(only_q[::2], both[::2])
+
+
+@over_dtypes
+@pytest.mark.parametrize("classes", [3, 10, 100])
+def test_a_row_gives_the_same_wherever_it_stands(dtype, classes, device):
+    """Few classes are worked many rows at a time."""
+    p, q = (3.0 * logits(device, 70, classes, seed=seed) for seed in (0, 1))
+    inputs = [t.to(dtype) for t in (p, q, logits(device, 70, classes, seed=2), logits(device, 70, classes, seed=3))]
+    grad = random_like(kl_divergence(*inputs[:2], impl="reference"), 4)
+
+    def results(rows):
+        p, q, gg_p, gg_q = (t[rows] for t in inputs)
+        return derivatives_in_both("kernel", p, q, grad[rows], gg_p, gg_q)
+
+    whole = results(slice(None))
+    for rows in (slice(0, 1), slice(1, 3), slice(30, 70), slice(5, 69)):
+        for part, expected in zip(results(rows), whole, strict=True):
+            assert torch.equal(part, expected[rows])
 
 
 @over_impls

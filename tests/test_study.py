@@ -141,14 +141,15 @@ def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_pat
     given = ["--checkpoint", "mine=my_networks:linear", "--checkpoint", f"theirs={folder / 'models' / 'fgsm-0'}"]
     alone = ["--data", "digits", "--samples", 12, "--epochs", 1, "--methods", "none", "--sweep", "none"]
     out = tmp_path / "study"
-    result = study(*alone, "--no-two-by-two", *given, "--out", out)
+    result = study(*alone, "--no-two-by-two", *given, "--out", out, "--report", tmp_path / "page")
     assert result.exit_code == 0, result.output
-    written = json.loads((out / "study.json").read_text())
+    written = json.loads((tmp_path / "page" / "study.json").read_text())
     assert list(written["summary"]) == ["mine", "theirs"]
     known = json.loads((folder / "study.json").read_text())
     assert written["summary"]["theirs"] == known["summary"]["fgsm"]  # a run, measured by the same protocol
     assert written["curves"]["theirs"] == known["curves"]["fgsm"]
-    page = (out / "report.html").read_text()
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert (tmp_path / "page" / "figures" / "accuracy.png").exists() and not (out / "figures").exists()
     assert "--checkpoint mine=my_networks:linear" in page
     refused = {
         "mine": "--checkpoint: NAME=RUN or NAME=module:function, got 'mine'",

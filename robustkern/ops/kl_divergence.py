@@ -138,6 +138,7 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     yield Sample(op, (4.0 * make(8, 1000), make(8, 1000)), {}, "1000 classes")
     yield Sample(op, (make(8, 3000), 3.0 * make(8, 3000)), {"temperature": 2.0}, "3000 classes, temperature")
     yield Sample(op, (make(40, 7), make(40, 7)), {}, "40 rows")
+    yield Sample(op, (make(35, 100), 2.0 * make(35, 100)), {}, "100 classes")
     yield Sample(op, (make(5, 20)[:, ::2], make(5, 10)), {}, "strided columns")
     yield Sample(op, (make(10, 5).t(), make(10, 5).t()), {}, "transposed")
     yield Sample(op, (make(2, 3, 4, 5), make(2, 3, 4, 5)), {}, "a prediction a pixel")

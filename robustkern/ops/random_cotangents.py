@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -95,10 +96,11 @@ def random_cotangents(
     if not use_kernel(op, impl, outputs):
         return reference.random_cotangents(outputs, projections, law=law, kind=kind, seed=seed)
     numbers = projections, LAWS.index(law), KINDS.index(kind)
-    if outputs.dim() == 2:
-        return torch.ops.robustkern.random_cotangents(outputs.unsqueeze(2), seed, *numbers).squeeze(3)
     flat = outputs.reshape(outputs.shape[0], outputs.shape[1], outputs.shape[2:].numel())
-    return torch.ops.robustkern.random_cotangents(flat, seed, *numbers).reshape(projections, *outputs.shape)
+    # Nothing to differentiate: the way through the autograd key, in Python, would take longer than small kernels do.
+    direct = kind != "fisher" and not torch.compiler.is_compiling()
+    with torch._C._AutoDispatchBelowAutograd() if direct else nullcontext():
+        return torch.ops.robustkern.random_cotangents(flat, seed, *numbers).reshape(projections, *outputs.shape)
 
 
 def _register() -> None:

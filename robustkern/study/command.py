@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from robustkern.training import UsageError
+from robustkern.training.files import write_atomically
 
 from .given import parse_given
 from .measures import MEASURES
@@ -27,6 +28,7 @@ def run_study(
     checkpoints: tuple[str, ...] = (),
     root: Path | None = None,
     jobs: int = 1,
+    report: Path | None = None,
     **plan: Any,
 ) -> Study:
     """Train, measure, draw, and print the table.
@@ -39,6 +41,7 @@ def run_study(
         checkpoints: Networks to measure as they are, each "NAME=SOURCE".
         root: Folder with the data set's files.
         jobs: Models at a time.
+        report: Where the report, its figures and `study.json` go; None: beside the models.
         **plan: The other fields of `Plan`.
 
     Raises:
@@ -54,7 +57,9 @@ def run_study(
         console.print(f"[dim]{number}/{count}[/dim] {name}{remaining}", highlight=False)
 
     study = run(chosen, out, root=root, jobs=jobs, on_unit=on_unit)
-    page = write_report(study, draw(study))
+    page = write_report(study, draw(study, report), report)
+    if report is not None:
+        write_atomically(report / "study.json", (out / "study.json").read_text())
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for measure in _SHOWN:

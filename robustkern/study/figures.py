@@ -113,16 +113,18 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
         title: Above it.
     """
     figure, (axes,) = _figure(1)
-    for color, (name, points) in zip(_cycle(len(curves)), curves.items()):
+    for number, (color, (name, points)) in enumerate(zip(_cycle(len(curves)), curves.items())):
         radii = [point["eps"] for point in points]
-        axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, marker="o", markersize=3, label=name)
+        style = ("-", "--", ":")[number // len(_COLORS) % 3]
+        axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, linestyle=style, marker="o", markersize=3,
+                  label=name)  # fmt: skip
         axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
                           alpha=0.12, linewidth=0)  # fmt: skip
     axes.set_xlabel("radius of the ℓ∞ ball")
     axes.set_ylabel("accuracy under PGD-20 (%)")
     axes.set_ylim(0, 102)
     axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))  # many networks
     _save(path, figure)
 
 

@@ -42,14 +42,15 @@ figcaption { color: #555; font-size: 13px; } .scroll { overflow-x: auto; }
 """
 
 
-def draw(study: Study) -> dict[str, tuple[Path, str]]:
-    """Every figure of a study as a PNG in its folder: for each, its file and its caption.
+def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
+    """Every figure of a study as a PNG in the folder `figures`: for each, its file and its caption.
 
     Args:
         study: A finished study.
+        to: The folder to make `figures` in, by default the study's own.
     """
-    plan, data, folder = study.plan, study.data, study.folder / "figures"
-    folder.mkdir(exist_ok=True)
+    plan, data, folder = study.plan, study.data, (to or study.folder) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
     matrix = _matrix(plan)
     trained = [name for name in matrix if name in study.terms]
     networks = {name: study.network(name) for name in matrix}
@@ -94,12 +95,13 @@ def draw(study: Study) -> dict[str, tuple[Path, str]]:
     return drawn
 
 
-def write_report(study: Study, drawn: dict[str, tuple[Path, str]]) -> Path:
+def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | None = None) -> Path:
     """`report.html`: the figures, embedded, and every number.
 
     Args:
         study: A finished study.
         drawn: What `draw` gave.
+        to: Its folder, by default the study's own.
     """
     plan = study.plan
     parts = [
@@ -115,7 +117,7 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]]) -> Path:
     groups = {
         "Methods": _matrix(plan),
         "Orientation and smoothness, together and alone": list(TWO_BY_TWO.values()) if plan.two_by_two else [],
-        "The weight of the penalty": [e.name for e in plan.entries() if e.factor is not None] if plan.sweep else [],
+        "The weight of the penalty": [e.name for e in plan.entries() if e.swept] if plan.sweep else [],
     }
     for title, names in groups.items():
         if names:
@@ -149,7 +151,7 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]]) -> Path:
         + "\n".join(parts)
         + "</body></html>\n"
     )
-    path = study.folder / "report.html"
+    path = (to or study.folder) / "report.html"
     write_atomically(path, page)
     return path
 
@@ -170,7 +172,7 @@ def command(study: Study) -> str:
 
 def _matrix(plan: Plan) -> list[str]:
     """Every method and every given network, as against the sweep and the 2x2."""
-    return [entry.name for entry in plan.entries() if not entry.shuffled and entry.factor is None]
+    return [entry.name for entry in plan.entries() if not entry.shuffled and not entry.swept]
 
 
 def _eps(study: Study) -> float:

@@ -56,6 +56,9 @@ TWO_BY_TWO = {
     (True, False): "gradient-penalty x 0",
     (True, True): "gradient-penalty",
 }
+# Of the gradient; the recipe's is the L1 norm, and its weight is multiplied so that the penalty is about as large: of a
+# Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest entry.
+_OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
 SMOOTHNESS = "gradient_norm"  # less of it is smoother
 _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
@@ -71,7 +74,8 @@ class Entry:
         method: A name of `robustkern.training.METHODS`; empty for a network that is given.
         options: Of the method, in place of the recipe's.
         shuffled: Trained on labels that were shuffled among the images: no orientation to learn.
-        factor: Of the gradient penalty's weight in the recipe; None outside the sweep.
+        factor: Of the smoothness weight in the recipe; None: as it is there.
+        swept: Belongs to the sweep rather than the matrix.
         source: Of a given network, see `robustkern.study.given.load_given`.
     """
 
@@ -80,6 +84,7 @@ class Entry:
     options: tuple[tuple[str, Any], ...] = ()
     shuffled: bool = False
     factor: float | None = None
+    swept: bool = False
     source: str = ""
 
 
@@ -126,7 +131,7 @@ class Plan:
         if self.two_by_two or self.sweep:
             found.append(self._without_penalty())
         found += [
-            Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor)
+            Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor, swept=True)
             for factor in self.sweep
             if factor != 1.0
         ]
@@ -145,7 +150,7 @@ class Plan:
         """The gradient penalty's own orientation term, and nothing else."""
         smoothing = recipe(self.data, "gradient-penalty").options["label_smoothing"]
         name = "gradient-penalty x 0" + (", labels shuffled" if shuffled else "")
-        return Entry(name, "standard", (("label_smoothing", smoothing),), shuffled, factor=None if shuffled else 0.0)
+        return Entry(name, "standard", (("label_smoothing", smoothing),), shuffled, swept=not shuffled)
 
 
 @dataclass
@@ -314,9 +319,9 @@ def configuration(plan: Plan, entry: Entry, seed: int, folder: Path) -> Training
 
 
 def _entry(method: str) -> Entry:
-    norms = {"gradient-penalty-l2": 2.0, "gradient-penalty-linf": float("inf")}
-    if method in norms:
-        return Entry(method, "gradient-penalty", (("norm", norms[method]),))
+    if method in _OTHER_NORMS:
+        norm, factor = _OTHER_NORMS[method]
+        return Entry(method, "gradient-penalty", (("norm", norm),), factor=factor)
     return Entry(method, method)
 
 

@@ -50,8 +50,8 @@ class TrainingConfig:
         device: "cpu" or "cuda".
         threads: CPU threads. Part of the result, because it decides the order in which sums are taken.
         train_samples: Train on the first so many samples only; 0: all.
-        shuffle_labels: Give the training images each other's labels, by the seed: a control, with nothing to learn but
-            the images themselves.
+        shuffle_labels: Give the training images, those held out for validation among them, each other's labels, by the
+            seed: a control, with nothing to learn but the images themselves.
         validation: Training samples held out to choose the best weights by: a share below 1, or a number. 0: none.
         eval_samples: Robust accuracy is measured on the first so many images of the test or validation set; 0: all.
         eval_every: It is measured every so many epochs, and after the last; null in the rows between.

@@ -1,5 +1,6 @@
-// kl_divergence on the CPU.  Formulas: math/kl_divergence.h.  One thread works a row in pieces that stay in its L1
-// cache, so a row is read from memory once, whatever the number of sweeps over it.  Sums across pieces run in double.
+// kl_divergence on the CPU.  Formulas: math/kl_divergence.h.  Rows of few classes are worked many at a time
+// (kl_divergence_tiles.h).  A longer row is worked by one thread in pieces that stay in its L1 cache, so that it is read
+// from memory once, whatever the number of sweeps over it; sums across pieces run in double.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +10,7 @@
 #include "../kl_divergence_arguments.h"
 #include "elements.h"
 #include "kl_divergence_loops.h"
+#include "kl_divergence_tiles.h"
 
 namespace rk::cpu {
 namespace {
@@ -27,9 +29,15 @@ struct Call {
   void* statistics = nullptr;  // [rows, 5]
   void* per_row = nullptr;     // [rows]
   std::optional<Output> out_p, out_q;
+  bool need_p = false, need_q = false;
 
   Call(const KlTensors& t, double temperature)
       : p_logits(t.p), q_logits(t.q), rows(t.p.size(0)), classes(t.p.size(1)), inverse_t(1.0 / temperature) {}
+
+  void set_outputs(const Tensor& grad_p, bool p, const Tensor& grad_q, bool q) {
+    out_p.emplace(grad_p, need_p = p);
+    out_q.emplace(grad_q, need_q = q);
+  }
 };
 
 template <class A>
@@ -159,8 +167,80 @@ void double_backward_row(const Call& c, int64_t row, Buffers<A>& b) {
 
 enum class Order { kValue, kBackward, kDoubleBackward };
 
+// Rows [first, first + rows) of a tensor with `columns` a row into a tile; lanes without a row are zero.
+template <class A>
+void fill_tile(const Input& from, int64_t columns, int64_t first, int64_t rows, A* to, Buffer<A>& buffer) {
+  if (rows < kTileRows) std::fill_n(to, columns * kTileRows, A(0));
+  const int64_t at_once = std::min<int64_t>(kTileRows, kPiece / columns);
+  for (int64_t k = 0; k < rows; k += at_once) {
+    const int64_t n = std::min(at_once, rows - k);
+    rows_into_tile(from.read((first + k) * columns, n * columns, buffer), columns, n, columns, to + k);
+  }
+}
+
+template <class A>
+void write_tile(const Output& to, int64_t columns, int64_t first, int64_t rows, const A* from, Buffer<A>& buffer) {
+  const int64_t at_once = std::min<int64_t>(kTileRows, kPiece / columns);
+  for (int64_t k = 0; k < rows; k += at_once) {
+    const int64_t n = std::min(at_once, rows - k), begin = (first + k) * columns;
+    rows_out_of_tile(from + k, n, columns, to.open(begin, buffer));
+    to.close(begin, n * columns, buffer);
+  }
+}
+
+template <class A>
+void run_tile(const Call& c, Order order, int64_t first, int64_t rows, KlTile<A>& tile, Buffer<A>& buffer) {
+  const auto fill = [&](const std::optional<Input>& from, A* to) {
+    if (from)
+      fill_tile(*from, c.classes, first, rows, to, buffer);
+    else
+      std::fill_n(to, c.classes * kTileRows, A(0));
+  };
+  A* const statistics = static_cast<A*>(c.statistics) + kKlStatistics * first;
+  fill_tile(c.p_logits, c.classes, first, rows, tile.a, buffer);
+  fill_tile(c.q_logits, c.classes, first, rows, tile.b, buffer);
+  if (order != Order::kValue) {
+    std::fill_n(tile.statistics, kKlStatistics * kTileRows, A(0));
+    rows_into_tile(statistics, kKlStatistics, rows, kKlStatistics, tile.statistics);
+    std::fill_n(tile.grad, kTileRows, A(0));
+    std::copy_n(static_cast<const A*>(c.grad) + first, rows, tile.grad);
+  }
+  switch (order) {
+    case Order::kValue:
+      kl_tile_value(tile);
+      rows_out_of_tile(tile.statistics, rows, kKlStatistics, statistics);
+      break;
+    case Order::kBackward: kl_tile_backward(tile); break;
+    case Order::kDoubleBackward:
+      fill(c.gg_p, tile.u);
+      if (tile.needs_q) fill(c.gg_q, tile.v);
+      kl_tile_double_backward(tile);
+      break;
+  }
+  if (order != Order::kBackward) std::copy_n(tile.per_row, rows, static_cast<A*>(c.per_row) + first);
+  if (c.need_p) write_tile(*c.out_p, c.classes, first, rows, tile.a, buffer);
+  if (c.need_q) write_tile(*c.out_q, c.classes, first, rows, tile.b, buffer);
+}
+
+template <class A>
+void run_tiles(const Call& c, Order order) {
+  const int64_t tiles = (c.rows + kTileRows - 1) / kTileRows;
+  torch::stable::parallel_for(0, tiles, rows_per_thread(4 * kTileRows * c.classes), [&](int64_t begin, int64_t end) {
+    KlTile<A> tile;
+    Buffer<A> buffer;
+    tile.classes = c.classes;
+    tile.inverse_t = A(c.inverse_t);
+    tile.needs_q = c.need_q || c.gg_q;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kTileRows;
+      run_tile<A>(c, order, first, std::min<int64_t>(kTileRows, c.rows - first), tile, buffer);
+    }
+  });
+}
+
 template <class A>
 void run_rows(const Call& c, Order order) {
+  if (c.classes <= kTileClasses) return run_tiles<A>(c, order);
   torch::stable::parallel_for(0, c.rows, rows_per_thread(4 * c.classes), [&](int64_t begin, int64_t end) {
     Buffers<A> buffers;
     for (int64_t row = begin; row < end; ++row) switch (order) {
@@ -193,8 +273,7 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, 
   Call c(t, temperature);
   c.grad = g.data_ptr();
   c.statistics = s.data_ptr();
-  c.out_p.emplace(grad_p, need_p);
-  c.out_q.emplace(grad_q, need_q);
+  c.set_outputs(grad_p, need_p, grad_q, need_q);
   run(t, c, Order::kBackward);
   return {grad_p, grad_q};
 }
@@ -213,8 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<T
   c.grad = g.data_ptr();
   c.statistics = s.data_ptr();
   c.per_row = gg_grad.data_ptr();
-  c.out_p.emplace(grad_p, need_p);
-  c.out_q.emplace(grad_q, need_q);
+  c.set_outputs(grad_p, need_p, grad_q, need_q);
   run(t, c, Order::kDoubleBackward);
   return {gg_grad, grad_p, grad_q};
 }

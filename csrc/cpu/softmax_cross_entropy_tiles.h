@@ -1,20 +1,12 @@
-// softmax_cross_entropy with few classes: a tile of rows, transposed, so that a lane is a row.  No sum runs across lanes,
-// and what a row gives does not depend on which lane it is.
+// softmax_cross_entropy with few classes: a tile of rows, transposed, so that a lane is a row.
 #pragma once
 
+#include <algorithm>
+
 #include "../math/softmax_cross_entropy.h"
-#include "pieces.h"
+#include "tiles.h"
 
 namespace rk::cpu {
-
-constexpr int64_t kTileClasses = 128;  // at most
-constexpr int kTileRows = 32;          // more than the 16 that GCC would unroll instead of vectorising
-
-// Column c of row k lies at [c * kTileRows + k].
-template <class A>
-using TileMatrix = A[kTileClasses * kTileRows];
-template <class A>
-using TileColumn = A[kTileRows];
 
 template <class A>
 struct Tile {
@@ -104,17 +96,14 @@ RK_HOST_DEVICE void tile_double_backward_of(Tile<A>& w, Smoothing<A> s, A invers
 
 // Rows of `from`, `stride` elements apart, into a tile; lanes without a row are zero.
 template <class A>
-RK_HOST_DEVICE void tile_transpose(const A* from, int64_t stride, const Tile<A>& w, A* to) {
-  if (w.rows < kTileRows)
-    for (int64_t i = 0; i < w.classes * kTileRows; ++i) to[i] = A(0);
-  for (int64_t k = 0; k < w.rows; ++k)
-    for (int64_t c = 0; c < w.classes; ++c) to[c * kTileRows + k] = from[k * stride + c];
+void into_tile(const A* from, int64_t stride, const Tile<A>& w, A* to) {
+  if (w.rows < kTileRows) std::fill_n(to, w.classes * kTileRows, A(0));
+  rows_into_tile(from, stride, w.rows, w.classes, to);
 }
 
 template <class A>
-RK_HOST_DEVICE void tile_transpose_back(const Tile<A>& w, A* to) {
-  for (int64_t k = 0; k < w.rows; ++k)
-    for (int64_t c = 0; c < w.classes; ++c) to[k * w.classes + c] = w.out[c * kTileRows + k];
+void out_of_tile(const Tile<A>& w, A* to) {
+  rows_out_of_tile(w.out, w.rows, w.classes, to);
 }
 
 #define RK_CROSS_ENTROPY_TILES(A)                                                                              \
@@ -126,11 +115,7 @@ RK_HOST_DEVICE void tile_transpose_back(const Tile<A>& w, A* to) {
   }                                                                                                            \
   RK_MULTIVERSION static void tile_double_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {                  \
     w.soft ? tile_double_backward_of<true>(w, s, inverse_t) : tile_double_backward_of<false>(w, s, inverse_t); \
-  }                                                                                                            \
-  RK_MULTIVERSION static void into_tile(const A* from, int64_t stride, const Tile<A>& w, A* to) {              \
-    tile_transpose<A>(from, stride, w, to);                                                                    \
-  }                                                                                                            \
-  RK_MULTIVERSION static void out_of_tile(const Tile<A>& w, A* to) { tile_transpose_back<A>(w, to); }
+  }
 
 RK_CROSS_ENTROPY_TILES(float)
 RK_CROSS_ENTROPY_TILES(double)

@@ -30,11 +30,18 @@ constexpr int kKlStatistics = 5;  // all but the last
 template <class A>
 struct KlPoint {
   A p, q, d;
-  RK_HOST_DEVICE KlPoint(const KlRow<A>& r, A a, A b) {
-    const A log_p = (a * r.inverse_t - r.p_max) - r.p_log_sum, log_q = (b * r.inverse_t - r.q_max) - r.q_log_sum;
-    p = exp_nonpositive(log_p);
-    q = exp_nonpositive(log_q);
-    d = p == A(0) ? A(0) : log_p - log_q;  // where both are -inf, their difference is NaN
+  RK_HOST_DEVICE KlPoint(const KlRow<A>& r, A a, A b)
+      : p(exp_nonpositive(log_p(r, a))), q(exp_nonpositive(log_q(r, b))), d(difference(r, a, b)) {}
+
+  // Where both probabilities are known already.  As for exp_nonpositive, p is zero below the smallest normal number.
+  RK_HOST_DEVICE KlPoint(const KlRow<A>& r, A a, A b, A p_known, A q_known)
+      : p(p_known < Limits<A>::smallest_normal ? A(0) : p_known), q(q_known), d(difference(r, a, b)) {}
+
+ private:
+  static RK_HOST_DEVICE A log_p(const KlRow<A>& r, A a) { return (a * r.inverse_t - r.p_max) - r.p_log_sum; }
+  static RK_HOST_DEVICE A log_q(const KlRow<A>& r, A b) { return (b * r.inverse_t - r.q_max) - r.q_log_sum; }
+  RK_HOST_DEVICE A difference(const KlRow<A>& r, A a, A b) const {
+    return p == A(0) ? A(0) : log_p(r, a) - log_q(r, b);  // where both are -inf, their difference is NaN
   }
 };
 

@@ -58,7 +58,13 @@ def inversion_grids(
 
 
 def noise_grids(
-    path: Path, data: Dataset, networks: Mapping[str, nn.Module], *, steps: int = 256, step: float = 0.03, rows: int = 2
+    path: Path,
+    data: Dataset,
+    networks: Mapping[str, nn.Module],
+    *,
+    steps: int = 1024,
+    step: float = 2 / 255,
+    rows: int = 2,
 ) -> None:
     """For each network a strip: images made from noise for every class, one class a column.
 

@@ -25,8 +25,8 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
     "gradient_norm": ("eps · ‖∂ loss / ∂x‖₁", False),
     "local_lipschitz": ("local Lipschitz constant of the logits (lower bound)", False),
     "linearised_robustness": ("linearised robustness, Linf", True),
-    "alignment": ("alignment |cos(x, ∂z_y/∂x)|", True),
-    "centred_alignment": ("alignment, means taken out", True),
+    "alignment": ("alignment |⟨x, g⟩| / ‖g‖, g = ∂z_y/∂x (Etmann et al.)", True),
+    "centred_alignment": ("|cos(x, g)|, means taken out", True),
     "low_frequency_share": ("gradient energy below 0.25 cycles a pixel", True),
     "total_variation_ratio": ("total variation of the gradient", False),
     "edge_concentration": ("gradient energy on the strongest fifth of the edges, over a fifth", True),
@@ -119,7 +119,7 @@ def measure(
     report("linearised_robustness")
     values["linearised_robustness"] = linearised_robustness(model, x, y)
     gradient = input_gradients(model, x, y)
-    values["alignment"] = alignment(gradient, x)
+    values["alignment"] = alignment(gradient, x, cosine=False)
     values["centred_alignment"] = alignment(gradient, x, centred=True)
     values["low_frequency_share"] = low_frequency_share(gradient)
     values["total_variation_ratio"] = total_variation_ratio(gradient)

@@ -53,7 +53,9 @@ def inversion_grids(
             network, starts.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device)
         )
         grids[name] = _mosaic(inverted.cpu(), data.num_classes)
-    title = f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:g} σ)"
+    title = (
+        f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:.3g} σ)"
+    )
     _panels(path, grids, columns, title)
 
 
@@ -85,7 +87,7 @@ def noise_grids(
         device = next(network.parameters()).device
         made = invert(network, start.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device))
         strips[name] = _mosaic(made.cpu(), data.num_classes)
-    _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:g} σ)")
+    _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:.3g} σ)")
 
 
 def perturbations(

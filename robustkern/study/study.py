@@ -301,7 +301,7 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
 def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Observer | None) -> None:
     """Train, go on training, or leave a finished run of the same configuration as it is."""
     if not (out / "results.json").exists() or read_config(out).differences(config):
-        train(config, out, root=root, resume=True, observer=observer)
+        train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has figures of all
 
 
 def configuration(plan: Plan, entry: Entry, seed: int, folder: Path) -> TrainingConfig:

@@ -68,6 +68,7 @@ def train(
     resume: bool = False,
     observer: Observer | None = None,
     timeout: float = 600.0,
+    draw: bool = True,
 ) -> Result:
     """Train a model, or finish training it.
 
@@ -85,6 +86,7 @@ def train(
             number of processes may be another one.
         observer: Is told how the run goes.
         timeout: Seconds after which a process that does not answer is given up by the others.
+        draw: Write `curves.png` and `gradients.png` as well.
 
     Raises:
         UsageError: The configuration makes no sense, differs from the run's, or another process works in `out`.
@@ -127,7 +129,7 @@ def train(
         with threads(config.threads), deterministic(config.device):
             train_set, test_set = group.on_all(load)
             # Only now: a data set that was missing must not leave a run behind.
-            run = _Run(config, out, train_set, test_set, loss, observer, stop, group)
+            run = _Run(config, out, train_set, test_set, loss, observer, stop, group, draw)
             return run.finish()
 
 
@@ -173,8 +175,10 @@ class _Run:
         observer: Observer,
         stop: StopOnSignal,
         group: Group,
+        draw: bool,
     ) -> None:
         self.config, self.out, self.observer, self.stop, self.group = config, out, observer, stop, group
+        self.draw = draw
         self.train_set, validation_set = split(train_set, config.validation, config.seed)
         self.test_set = test_set
         self.steps_per_epoch = -(-len(self.train_set) // config.batch_size)
@@ -355,7 +359,8 @@ class _Run:
         attack = {"name": f"PGD-{config.pgd_steps}", "norm": "linf", "eps": config.eps, "samples": samples}
         record = {"attack": attack, "overfitting_stopped": self.progress.ended, "weights": accuracies}
         write_atomically(self.out / "results.json", json.dumps(record, indent=2) + "\n")
-        self._draw()
+        if self.draw:
+            self._draw()
 
     def _draw(self) -> None:
         from . import figures

@@ -109,7 +109,7 @@ def perturbations(
         goal = (y + 1) % data.num_classes if targeted else y
         attack = PGD(eps, steps=40, random_start=False, targeted=targeted)
         rows[name] = _mosaic(attack(network, x.to(device), goal.to(device)).cpu(), len(x))
-    _panels(path, rows, 1, f"attacked with ε = {eps_text(eps)}")
+    _panels(path, rows, 2, f"attacked with ε = {eps_text(eps)}")
 
 
 def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> None:
@@ -143,8 +143,13 @@ def term_panels(path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         path: Where the PNG goes.
         terms: For each network, rows of metrics.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, panels = _figure(len(terms))
+    figure.supxlabel("epoch", fontsize=9)
+    figure.suptitle("orientation (left axis, blue) and smoothness (right axis, red)", fontsize=10)
     for axes, (name, rows) in zip(panels, terms.items()):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         epochs = [row["epoch"] for row in rows]
         axes.plot(epochs, [row["orientation"] for row in rows], color=_COLORS[1])
         axes.tick_params(axis="y", colors=_COLORS[1], labelsize=7)

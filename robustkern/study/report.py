@@ -70,13 +70,18 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
     figures.inversion_grids(add("inversions", caption), data, networks)
     caption = "Images made from noise, one class a column."
     figures.noise_grids(add("noise", caption), data, networks)
-    caption = "The same images under attacks with three times the radius of training."
+    caption = (
+        "The same images under attacks with three times the radius of training. Where nothing changes, the network's "
+        "loss has no gradient to follow."
+    )
     figures.perturbations(add("perturbations", caption), data, networks, min(1.0, 3 * eps))
     caption = "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one."
     if trained:
         figures.term_panels(add("terms", caption), {name: study.terms[name] for name in trained})
     caption = (
-        "Accuracy against the radius of PGD-20, on the images that are measured. Bands are 95 % bootstrap intervals."
+        "Accuracy against the radius of PGD-20, on the images that are measured. Bands are 95 % bootstrap intervals. "
+        "An accuracy that hardly falls is one that the attack could not see, not robustness: distillation's loss "
+        "saturates."
     )
     figures.accuracy_curves(add("accuracy", caption), {name: study.curves[name] for name in matrix})
     if plan.sweep:

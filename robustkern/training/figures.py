@@ -105,7 +105,9 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
             grid[row, column].imshow(_normalised(grad[column]), cmap="RdBu_r", vmin=-1, vmax=1)
             if grey:
                 grid[row, column].contour(x[column, 0].numpy(), levels=[0.5], colors="#222222", linewidths=0.8)
-        grid[row, 0].set_ylabel(name, fontsize=10)
+        # Upright, a name has no more room than the height of its row.
+        long = len(name) > 14
+        grid[row, 0].set_ylabel(name.replace("-", "-\n") if long else name, fontsize=8 if long else 10)
     grid[0, 0].set_ylabel("image", fontsize=10)
     for axes in grid.flat:
         axes.set_xticks([])

@@ -70,6 +70,11 @@ def test_a_study_leaves_every_number_and_figure(done):
     assert len(re.findall("data:image/png;base64,", page)) == len(figures)
     assert all(name in page for name in names)
     assert "http" not in page  # needs nothing beside it
+    tables = (folder / "tables.md").read_text()
+    for name, measures in written["summary"].items():
+        assert re.search(rf"^\| {re.escape(name)} \| {100 * measures['clean_accuracy']['mean']:.1f} % \(", tables, re.M)
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables.splitlines() if line.startswith("|")}
+    assert widths == {len(MEASURES) + 2, 3}  # bars inside cells are escaped
     assert "robustkern study --data digits --seeds 1 --samples 12 --epochs 1 --methods standard,fgsm --sweep 3" in page
     assert "report.html" in output and "about" in output
 

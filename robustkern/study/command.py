@@ -13,7 +13,7 @@ from robustkern.training.files import write_atomically
 
 from .given import parse_given
 from .measures import MEASURES
-from .report import draw, write_report
+from .report import draw, write_report, write_tables
 from .study import SWEEP, Plan, Study, run
 
 _SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignment", "inversion_accuracy")
@@ -58,6 +58,7 @@ def run_study(
 
     study = run(chosen, out, root=root, jobs=jobs, on_unit=on_unit)
     page = write_report(study, draw(study, report), report)
+    write_tables(study, report)
     if report is not None:
         write_atomically(report / "study.json", (out / "study.json").read_text())
     table = Table(box=None, pad_edge=False)

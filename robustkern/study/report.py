@@ -15,6 +15,7 @@ from . import figures
 from .measures import MEASURES
 from .study import SMOOTHNESS, TWO_BY_TWO, Plan, Study
 
+_RANKS = "Rank correlation with smoothness"
 _TITLES = {
     "centred_alignment": "alignment of gradient and image",
     "edge_concentration": "gradient energy on edges",
@@ -119,30 +120,10 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | No
         "nearer stand-in for a person, and one of standard training, which patterns that no person sees may move as "
         "they move the network that made them.</p>",
     ]
-    groups = {
-        "Methods": _matrix(plan),
-        "Orientation and smoothness, together and alone": list(TWO_BY_TWO.values()) if plan.two_by_two else [],
-        "The weight of the penalty": [e.name for e in plan.entries() if e.swept] if plan.sweep else [],
-    }
-    for title, names in groups.items():
-        if names:
-            parts += [f"<h2>{title}</h2>", _table({name: study.summary[name] for name in names})]
-    if study.contrasts:
-        parts += [
-            "<h2>Differences that the claim is about</h2>",
-            "<p>An image's value under one network less its value under the other, both of the same seed and trained "
-            "on the same images; orientation alone is the loss without penalty, smoothness alone the penalised one on "
-            "shuffled labels. 95 % bootstrap intervals over images.</p>",
-            _table(study.contrasts),
-        ]
+    for title, note, lines in sections(study):
+        parts += [f"<h2>{html.escape(title)}</h2>", *([f"<p>{html.escape(note)}</p>"] if note else []), _table(lines)]
     if study.correlations:
-        count = sum(not entry.shuffled for entry in plan.entries())
-        parts += [
-            "<h2>Rank correlation with smoothness</h2>",
-            f"<p>Spearman's, over the {count} kinds of networks above that were trained on true labels; smoother is a "
-            f"smaller {html.escape(MEASURES[SMOOTHNESS][0])}.</p>",
-            _correlations(study.correlations),
-        ]
+        parts += [f"<h2>{_RANKS}</h2>", f"<p>{html.escape(_ranks_note(study))}</p>", _correlations(study.correlations)]
     parts.append("<h2>Figures</h2>")
     for path, caption in drawn.values():
         picture = base64.b64encode(path.read_bytes()).decode()
@@ -159,6 +140,64 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | No
     path = (to or study.folder) / "report.html"
     write_atomically(path, page)
     return path
+
+
+def write_tables(study: Study, to: Path | None = None) -> Path:
+    """`tables.md`: every number of the report as Markdown.
+
+    Args:
+        study: A finished study.
+        to: Its folder, by default the study's own.
+    """
+    head = [_bars(text) for text, _ in MEASURES.values()]
+    parts = [f"# {study.plan.data}: tables", f"Means over images and seeds, 95 % intervals. `{command(study)}`"]
+    for title, note, lines in sections(study):
+        rows = [["", *head], ["---", *["---:"] * len(head)]]
+        for name, measures in lines.items():
+            cells = (_cell(measure, measures[measure]) for measure in MEASURES)
+            rows.append([name, *(cell.replace("<small>", " (").replace("</small>", ")") for cell in cells)])
+        parts += [f"## {title}", *([note] if note else []), "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    if study.correlations:
+        ranks = "\n".join(f"| {_bars(MEASURES[name][0])} | {rho:.2f} |" for name, rho in study.correlations.items())
+        parts += [f"## {_RANKS}", _ranks_note(study), f"| | |\n| --- | ---: |\n{ranks}"]
+    path = (to or study.folder) / "tables.md"
+    write_atomically(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+def sections(study: Study) -> list[tuple[str, str, dict[str, dict[str, dict[str, Any]]]]]:
+    """The tables of a study: title, note, and for each line the measures with mean, low and high.
+
+    Args:
+        study: A finished study.
+    """
+    plan = study.plan
+    groups = {
+        "Methods": _matrix(plan),
+        "Orientation and smoothness, together and alone": list(TWO_BY_TWO.values()) if plan.two_by_two else [],
+        "The weight of the penalty": [e.name for e in plan.entries() if e.swept] if plan.sweep else [],
+    }
+    found = [(title, "", {name: study.summary[name] for name in names}) for title, names in groups.items() if names]
+    if study.contrasts:
+        note = (
+            "An image's value under one network less its value under the other, both of the same seed and trained on "
+            "the same images; orientation alone is the loss without penalty, smoothness alone the penalised one on "
+            "shuffled labels. 95 % bootstrap intervals over images."
+        )
+        found.append(("Differences that the claim is about", note, study.contrasts))
+    return found
+
+
+def _bars(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _ranks_note(study: Study) -> str:
+    count = sum(not entry.shuffled for entry in study.plan.entries())
+    return (
+        f"Spearman's, over the {count} kinds of networks above that were trained on true labels; smoother is a smaller "
+        f"{MEASURES[SMOOTHNESS][0]}."
+    )
 
 
 def command(study: Study) -> str:

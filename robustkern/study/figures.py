@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from robustkern.attacks import PGD
 from robustkern.data import Dataset
-from robustkern.training.figures import eps_text, one_of_each
-from robustkern.training.files import write_atomically
+from robustkern.training.figures import eps_text, one_of_each, save_png
 
 from .inversion import invert, noise, seeded_grid
 
@@ -133,7 +131,7 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
     axes.set_ylim(0, 102)
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))  # many networks
-    _save(path, figure)
+    save_png(path, figure, _DPI)
 
 
 def term_panels(path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -159,7 +157,7 @@ def term_panels(path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         other.tick_params(axis="y", colors=_COLORS[2], labelsize=7)
         other.spines["top"].set_visible(False)
         axes.set_title(name, fontsize=9)
-    _save(path, figure)
+    save_png(path, figure, _DPI)
 
 
 def against_smoothness(
@@ -199,7 +197,7 @@ def against_smoothness(
         axes.set_xlabel(label + "  (smoother →)", fontsize=8)
         axes.set_title(title, fontsize=9)
     panels[0].legend(frameon=False, fontsize=7)
-    _save(path, figure)
+    save_png(path, figure, _DPI)
 
 
 def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mapping[str, float]]],
@@ -222,7 +220,7 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
         axes.set_xticks([0, 1], ["labels shuffled", "true labels"], fontsize=8)
         axes.set_title(title, fontsize=9)
     panels[0].legend(frameon=False, fontsize=8)
-    _save(path, figure)
+    save_png(path, figure, _DPI)
 
 
 def _mosaic(images: Tensor, columns: int) -> np.ndarray:
@@ -252,7 +250,7 @@ def _panels(path: Path, sheets: Mapping[str, np.ndarray], columns: int, title: s
         axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    _save(path, figure)
+    save_png(path, figure, _DPI)
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
@@ -273,9 +271,3 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
 
 def _cycle(count: int) -> list[str]:
     return [_COLORS[index % len(_COLORS)] for index in range(count)]
-
-
-def _save(path: Path, figure: Any) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
-    write_atomically(path, buffer.getvalue())

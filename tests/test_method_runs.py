@@ -82,7 +82,8 @@ def test_defaults_are_the_published_ones():
 def test_training_at_the_adversary_has_no_ramp_unless_asked():
     assert recipe("digits", "pgd").ramp == 0 < recipe("digits", "trades").ramp
     assert recipe("digits", "pgd", ramp=0.2).ramp == 0.2
-    assert recipe("digits", "pgd").options["label_smoothing"] == 0 < recipe("digits").options["label_smoothing"]
+    assert recipe("digits", "pgd").options["label_smoothing"] == 0 == recipe("digits").options["label_smoothing"]
+    assert recipe("digits", "gradient-penalty").options["label_smoothing"] > 0
 
 
 @pytest.mark.parametrize(

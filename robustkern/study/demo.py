@@ -47,7 +47,7 @@ def run_demo(
     results: dict[str, Result] = {}
     for method in _METHODS:
         with TrainingProgress(console, every=5) as progress:
-            config = recipe(data, method, eval_every=_EVAL_EVERY, **given)
+            config = _recipe(data, method, eval_every=_EVAL_EVERY, **given)
             results[method] = train(config, out / method, root=root, resume=True, observer=progress)
         console.print()
     test_set = datasets.load(config.data, root, "test")
@@ -79,13 +79,20 @@ def _row(result: Result) -> dict[str, Any]:
     return {"epochs": len(result.rows), **{name: last[name] for name in kept}}
 
 
+def _recipe(data: str, method: str, **given: Any) -> TrainingConfig:
+    """The penalty is all that the two differ in: the other loss has the same smooth labels."""
+    if method == "standard":
+        given["options"] = {"label_smoothing": recipe(data, "gradient-penalty").options["label_smoothing"]}
+    return recipe(data, method, **given)
+
+
 def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset) -> dict[str, step_cost.StepCost]:
     """Both methods, each with PyTorch's own operators and with the fused ones."""
     x, y = train_set.images[: config.batch_size], train_set.labels[: config.batch_size]
     kernel = "kernel" if _library.extension() is not None else "auto"
     losses = {}
     for method in _METHODS:
-        options = recipe(config.data, method).options
+        options = _recipe(config.data, method).options
         for column, impl in (("reference", "reference"), ("kernel", kernel)):
             losses[f"{method}, {column}"] = build_loss(method, options, eps=config.eps, impl=impl)
     before = torch.get_num_threads()

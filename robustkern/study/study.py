@@ -226,6 +226,7 @@ def run(
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, got {jobs}")
+    torch.set_num_threads(plan.threads)  # of the figures as well
     entries = plan.entries()
     test = datasets.load(plan.data, root, "test")
     for entry in entries:
@@ -273,7 +274,7 @@ def run(
 
 def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:
     """Train one model, unless it is there or given, and measure it."""
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(plan.threads)  # a process of its own may come here first
     if unit.entry is None:
         config = recipe(plan.data, _JUDGES[unit.judge], seed=_JUDGE_SEED, **_given(plan))
         _train(config, _judge(folder, unit.judge), root, observer)

@@ -135,6 +135,9 @@ def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_pat
         "def linear():\n"
         "    torch.manual_seed(0)\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "def other():\n"
+        "    torch.manual_seed(1)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
         "def small():\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))\n"
         "def number():\n"
@@ -154,6 +157,10 @@ def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_pat
     page = (tmp_path / "page" / "report.html").read_text()
     assert (tmp_path / "page" / "figures" / "accuracy.png").exists() and not (out / "figures").exists()
     assert "--checkpoint mine=my_networks:linear" in page
+    again = [*alone, "--no-two-by-two", "--checkpoint", "mine=my_networks:other", "--out", out]
+    assert study(*again).exit_code == 0  # the same name, another network: no number of the first one
+    other = json.loads((out / "study.json").read_text())["summary"]["mine"]
+    assert other["gradient_norm"]["mean"] != written["summary"]["mine"]["gradient_norm"]["mean"]
     refused = {
         "mine": "--checkpoint: NAME=RUN or NAME=module:function, got 'mine'",
         "mine=nowhere": "nowhere: neither a run directory, a weight file nor module:function",

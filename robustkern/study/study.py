@@ -238,7 +238,8 @@ def run(
     units = [Unit(entry, seed) for seed in range(plan.seeds) for entry in entries if not (entry.source and seed)]
     tasks = [
         *(Unit(None, judge=judge) for judge in _JUDGES),
-        *(unit for unit in units if not _values_path(folder, unit).exists()),
+        # What lies behind a given name may be another network by now: measured every time.
+        *(unit for unit in units if (unit.entry and unit.entry.source) or not _values_path(folder, unit).exists()),
     ]
     there = len(units) - len(tasks) + len(_JUDGES)
     started: dict[int, float] = {}

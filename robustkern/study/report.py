@@ -81,8 +81,7 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
         figures.term_panels(add("terms", caption), {name: study.terms[name] for name in trained})
     caption = (
         "Accuracy against the radius of PGD-20, on the images that are measured. Bands are 95 % bootstrap intervals. "
-        "An accuracy that hardly falls is one that the attack could not see, not robustness: distillation's loss "
-        "saturates."
+        "An accuracy that hardly falls is not robustness, but a loss that shows the attack no way, as a saturated one."
     )
     figures.accuracy_curves(add("accuracy", caption), {name: study.curves[name] for name in matrix})
     if plan.sweep:

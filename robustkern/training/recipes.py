@@ -30,6 +30,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "mnist": {"label_smoothing": 0.1},
     "fashion-mnist": {"label_smoothing": 0.1},
 }
+
 # Options of one method. Attacks of seven steps are those of the study's paper; the digits' weights were tried out.
 _SEVEN_STEPS: dict[str, dict[str, Any]] = {name: {"steps": 7} for name in ("pgd", "trades", "mart", "alp")}
 _DIGITS: dict[str, dict[str, Any]] = {

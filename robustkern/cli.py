@@ -322,12 +322,14 @@ def study_command(
     ] = None,
     two_by_two: Annotated[bool, typer.Option(help="Train on shuffled labels as well.")] = True,
     samples: Annotated[int, typer.Option(help="Test images that are measured.")] = 200,
-    epochs: Annotated[int | None, typer.Option(help="Of each training. Default: per data set.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of each training. Default: half of what train does.")] = None,
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(help="NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Models trained at a time, each in a process.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="Models trained at a time, each in a process. Default: as many as cores.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Where the report, its figures and study.json go. Default: beside the models.")
     ] = None,

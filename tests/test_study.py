@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from robustkern import data
 from robustkern.attacks import PGD
@@ -14,7 +15,7 @@ from robustkern.study import command, figures, inversion
 from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Protocol
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run
-from robustkern.training import METHODS, UsageError, teacher_recipe, train
+from robustkern.training import METHODS, UsageError, recipe, teacher_recipe, train
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 SMALL = {"data": "digits", "methods": ("standard", "fgsm"), "seeds": 1, "sweep": (3.0,), "samples": 12, "epochs": 1}
@@ -25,7 +26,8 @@ def study(*arguments):
 
     from robustkern.cli import app
 
-    return CliRunner().invoke(app, ["study", *map(str, arguments)])
+    here = [] if "--jobs" in arguments else ["--jobs", 1]  # what is patched is not in other processes
+    return CliRunner().invoke(app, ["study", *map(str, [*arguments, *here])])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,6 +198,40 @@ def test_units_can_be_sent_to_other_processes(done, tmp_path, monkeypatch):
     plan = Plan(**{**SMALL, "methods": ("standard",), "sweep": (), "two_by_two": False})
     known = json.loads((folder / "study.json").read_text())["summary"]["standard"]
     assert run(plan, tmp_path, jobs=2).summary == {"standard": known}
+
+
+@pytest.mark.parametrize(("cores", "threads", "on", "jobs"), [
+    (2, 1, "cpu", 2), (2, 2, "cpu", 1), (1, 2, "cpu", 1), (64, 1, "cpu", 8), (2, 1, "cuda", 1),
+])  # fmt: skip
+def test_every_core_gets_a_model(monkeypatch, tmp_path, cores, threads, on, jobs):
+    told = []
+
+    def run(plan, folder, **options):
+        told.append(options["jobs"])
+        raise UsageError("enough")
+
+    monkeypatch.setattr(command.os, "sched_getaffinity", lambda process: range(cores))
+    monkeypatch.setattr(command, "run", run)
+    for given in ({}, {"jobs": 3}):
+        with pytest.raises(UsageError, match="enough"):
+            command.run_study(tmp_path, Console(), data="digits", threads=threads, device=on, **given)
+    assert told == [jobs, 3]
+
+
+def test_half_the_epochs_of_a_training():
+    assert Plan("digits").epochs == recipe("digits").epochs // 2
+    assert Plan("digits", epochs=3).epochs == 3
+
+
+def test_inversions_from_noise_are_drawn_as_they_were_measured(done, tmp_path, monkeypatch):
+    folder, _ = done
+    study = module._read(Plan(**SMALL), folder, data.load("digits", split="test"))
+    assert study.noise.keys() == study.summary.keys()
+    assert all(images.shape == (10, 1, 8, 8) and images.std() > 0 for images in study.noise.values())
+    monkeypatch.setattr(figures, "invert", None)
+    networks = {name: study.network(name) for name in ("standard", "fgsm")}
+    figures.noise_grids(tmp_path / "noise.png", study.data, networks, made=study.noise)
+    assert (tmp_path / "noise.png").stat().st_size > 1000
 
 
 def test_distillation_learns_from_a_teacher_of_its_own_temperature(tmp_path):

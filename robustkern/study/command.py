@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def run_study(
     sweep: str | None = None,
     checkpoints: tuple[str, ...] = (),
     root: Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     report: Path | None = None,
     **plan: Any,
 ) -> Study:
@@ -40,7 +41,7 @@ def run_study(
         sweep: Numbers with commas, "none", or None for the usual ones.
         checkpoints: Networks to measure as they are, each "NAME=SOURCE".
         root: Folder with the data set's files.
-        jobs: Models at a time.
+        jobs: Models at a time; None: as many as there are cores for, at most 8; on a GPU one.
         report: Where the report, its figures and `study.json` go; None: beside the models.
         **plan: The other fields of `Plan`.
 
@@ -56,7 +57,7 @@ def run_study(
         remaining = f", about {left / 60:.0f} min left" if left else ""
         console.print(f"[dim]{number}/{count}[/dim] {name}{remaining}", highlight=False)
 
-    study = run(chosen, out, root=root, jobs=jobs, on_unit=on_unit)
+    study = run(chosen, out, root=root, jobs=_cores(chosen) if jobs is None else jobs, on_unit=on_unit)
     page = write_report(study, draw(study, report), report)
     write_tables(study, report)
     if report is not None:
@@ -71,6 +72,13 @@ def run_study(
     console.print(table)
     console.print(f"{page} holds every figure and number; figures/ and study.json beside it", highlight=False)
     return study
+
+
+def _cores(plan: Plan) -> int:
+    if plan.device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // plan.threads))
 
 
 def _sweep(text: str | None) -> tuple[float, ...]:

@@ -65,6 +65,7 @@ def noise_grids(
     steps: int = 1024,
     step: float = 2 / 255,
     rows: int = 2,
+    made: Mapping[str, Tensor] | None = None,
 ) -> None:
     """For each network a strip: images made from noise for every class, one class a column.
 
@@ -75,6 +76,7 @@ def noise_grids(
         steps: Steps of the inversion.
         step: Their length, in standard deviations of each channel.
         rows: Starts.
+        made: For networks by name, such images that are there already, [rows * classes, C, H, W].
     """
     std = data.statistics()[1]
     scale = torch.tensor(std).view(-1, 1, 1)
@@ -82,9 +84,13 @@ def noise_grids(
     targets = torch.arange(len(start)) % data.num_classes
     strips = {}
     for name, network in networks.items():
-        device = next(network.parameters()).device
-        made = invert(network, start.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device))
-        strips[name] = _mosaic(made.cpu(), data.num_classes)
+        images = (made or {}).get(name)
+        if images is None:
+            device = next(network.parameters()).device
+            images = invert(
+                network, start.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device)
+            )
+        strips[name] = _mosaic(images.cpu(), data.num_classes)
     _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:.3g} σ)")
 
 

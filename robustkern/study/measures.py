@@ -37,6 +37,9 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
 }
 
 
+NOISE_INVERSIONS = "inversions from noise"  # the images, beside the measures
+
+
 class Judges(NamedTuple):
     """Independent networks that name what inversions show.
 
@@ -90,6 +93,9 @@ def measure(
 ) -> dict[str, Tensor]:
     """Every measure of `MEASURES`, one number for each image (or inversion): [N] float32 on the CPU.
 
+    And under `NOISE_INVERSIONS` the images that were made from noise, [N, C, H, W], image i towards class i modulo the
+    number of classes: they take longest, and a figure may want them.
+
     Args:
         model: Maps images in [0, 1] to logits, normalisation inside; left as it came.
         data: Test images.
@@ -138,7 +144,8 @@ def measure(
     inverted = invert(model, nothing, wanted, steps=protocol.noise_steps, step_size=protocol.noise_step * scale)
     values["noise_inversion_accuracy"] = inversion_accuracy(judges.robust, inverted, wanted)
     values["noise_inversion_transfer"] = inversion_accuracy(judges.standard, inverted, wanted)
-    return {name: values[name].detach().float().cpu() for name in MEASURES}
+    values[NOISE_INVERSIONS] = inverted
+    return {name: values[name].detach().float().cpu() for name in (*MEASURES, NOISE_INVERSIONS)}
 
 
 def accuracy_curve(

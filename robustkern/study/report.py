@@ -70,7 +70,7 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
     caption = "The seeded grid: rows begin with an image of each class, columns say which class it is driven to."
     figures.inversion_grids(add("inversions", caption), data, networks)
     caption = "Images made from noise, one class a column."
-    figures.noise_grids(add("noise", caption), data, networks)
+    figures.noise_grids(add("noise", caption), data, networks, made=study.noise)
     caption = (
         "The same images under attacks with three times the radius of training. Where nothing changes, the network's "
         "loss has no gradient to follow."
@@ -203,7 +203,7 @@ def command(study: Study) -> str:
     """What makes the study again."""
     plan = study.plan
     words = ["robustkern study", f"--data {plan.data}", f"--seeds {plan.seeds}", f"--samples {plan.samples}"]
-    if plan.epochs is not None:
+    if plan.epochs != type(plan)(plan.data).epochs:
         words.append(f"--epochs {plan.epochs}")
     if plan.methods != type(plan)().methods:
         words.append("--methods " + ",".join(plan.methods))

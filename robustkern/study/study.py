@@ -42,7 +42,7 @@ from robustkern.training.files import write_atomically
 
 from . import results
 from .given import load_given
-from .measures import MEASURES, Judges, Protocol, accuracy_curve, measure
+from .measures import MEASURES, NOISE_INVERSIONS, Judges, Protocol, accuracy_curve, measure
 from .parallel import in_parallel
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
@@ -100,7 +100,7 @@ class Plan:
         sweep: Multiples of the gradient penalty's weight; empty for none.
         two_by_two: Whether shuffled labels are trained on as well.
         samples: Test images that are measured.
-        epochs: Of each training; None: the recipe's.
+        epochs: Of each training; None: half the recipe's, after which every method has shown what it does.
         threads: CPU threads.
         device: "cpu" or "cuda".
     """
@@ -122,6 +122,8 @@ class Plan:
                 raise UsageError(f"no method {method!r} in the study: choose among {', '.join(PAPER + OURS)}")
         if self.seeds < 1:
             raise UsageError(f"seeds must be at least 1, got {self.seeds}")
+        if self.epochs is None:
+            object.__setattr__(self, "epochs", max(1, recipe(self.data).epochs // 2))
 
     def entries(self) -> list[Entry]:
         """Every kind of model, the matrix first."""
@@ -163,6 +165,7 @@ class Study:
         summary: For each entry's name, for each measure: mean, low, high over images and seeds, and the number of them.
         curves: For each entry's name, points of eps, accuracy, low, high under PGD-20.
         terms: For each entry that was trained, rows of metrics of its first model.
+        noise: For each entry, what its first model made from noise, see `robustkern.study.measures.NOISE_INVERSIONS`.
         contrasts: Differences between the cells of the 2x2, see `robustkern.study.results.contrasts`.
         correlations: Of each measure with smoothness, see `robustkern.study.results.rank_correlations`.
         folder: Where everything lies.
@@ -174,6 +177,7 @@ class Study:
     summary: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     terms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    noise: dict[str, Tensor] = field(default_factory=dict)
     contrasts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     correlations: dict[str, float] = field(default_factory=dict)
 
@@ -328,8 +332,7 @@ def _entry(method: str) -> Entry:
 
 
 def _given(plan: Plan) -> dict[str, Any]:
-    given: dict[str, Any] = {"threads": plan.threads, "device": plan.device, "eval_every": 10**6}
-    return given if plan.epochs is None else {**given, "epochs": plan.epochs}
+    return {"threads": plan.threads, "device": plan.device, "eval_every": 10**6, "epochs": plan.epochs}
 
 
 def _claim(plan: Plan, folder: Path) -> None:
@@ -380,6 +383,8 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
         models[entry.name] = [load_file(_values_path(folder, Unit(entry, seed))) for seed in seeds]
         study.summary[entry.name] = results.summary(models[entry.name])
         study.curves[entry.name] = results.curve([values[_CURVE] for values in models[entry.name]], radii)
+        if NOISE_INVERSIONS in models[entry.name][0]:
+            study.noise[entry.name] = models[entry.name][0][NOISE_INVERSIONS]
         if not entry.source:
             study.terms[entry.name] = _rows(folder / "models" / _folder(entry.name, 0))
     if plan.two_by_two:

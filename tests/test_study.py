@@ -118,7 +118,7 @@ def test_every_kind_of_model_has_a_configuration(tmp_path):
     plan = Plan("digits")
     entries = {entry.name: entry for entry in plan.entries()}
     assert set(PAPER + OURS) <= set(entries)
-    configurations = {name: configuration(plan, entry, 2, tmp_path) for name, entry in entries.items()}
+    configurations = {name: configuration(plan, entry, 2, tmp_path, (1, 8, 8)) for name, entry in entries.items()}
     assert all(config.method in METHODS and config.seed == 2 for config in configurations.values())
     assert configurations["distillation"].options["teacher"] == str(
         tmp_path.resolve() / "models" / "distillation-teacher-2"
@@ -126,6 +126,11 @@ def test_every_kind_of_model_has_a_configuration(tmp_path):
     assert configurations["gradient-penalty-linf"].options["norm"] == float("inf")
     usual = configurations["gradient-penalty"].options["weight"]
     assert configurations["gradient-penalty x 0.1"].options["weight"] == pytest.approx(0.1 * usual)
+    norms = {"gradient-penalty-l2": (20, 40 / 7), "gradient-penalty-linf": (200, 800 / 49)}  # 28x28, 8x8
+    for name, (large, small) in norms.items():
+        assert configurations[name].options["weight"] == pytest.approx(small * usual)
+        config = configuration(plan, entries[name], 2, tmp_path, (1, 28, 28))
+        assert config.options["weight"] == pytest.approx(large * usual)
     shuffled = {name for name, config in configurations.items() if config.shuffle_labels}
     assert shuffled == {"gradient-penalty x 0, labels shuffled", "gradient-penalty, labels shuffled"}
 
@@ -236,7 +241,7 @@ def test_inversions_from_noise_are_drawn_as_they_were_measured(done, tmp_path, m
 
 def test_distillation_learns_from_a_teacher_of_its_own_temperature(tmp_path):
     entry = next(entry for entry in Plan("digits").entries() if entry.name == "distillation")
-    pupil, teacher = configuration(Plan("digits"), entry, 2, tmp_path), teacher_recipe("digits", seed=2)
+    pupil, teacher = configuration(Plan("digits"), entry, 2, tmp_path, (1, 8, 8)), teacher_recipe("digits", seed=2)
     assert pupil.options["temperature"] == teacher.options["temperature"] == 100.0
     assert pupil.lr == teacher.lr and teacher.method == "standard"
 
@@ -248,7 +253,7 @@ def test_shuffled_labels_are_the_same_labels_in_another_order(tmp_path):
     assert torch.equal(first.labels, again.labels) and not torch.equal(first.labels, other.labels)
     assert torch.equal(first.labels.bincount(), images.labels.bincount())
     assert 0.05 < float((first.labels == images.labels).float().mean()) < 0.15
-    config = configuration(Plan("digits", epochs=2), Plan("digits").entries()[-2], 0, tmp_path)
+    config = configuration(Plan("digits", epochs=2), Plan("digits").entries()[-2], 0, tmp_path, (1, 8, 8))
     result = train(config, tmp_path / "run")
     assert result.accuracies["last"]["clean_accuracy"] < 0.3
 

@@ -15,6 +15,7 @@ trained elsewhere can be measured beside them.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -56,9 +57,11 @@ TWO_BY_TWO = {
     (True, False): "gradient-penalty x 0",
     (True, True): "gradient-penalty",
 }
-# Of the gradient; the recipe's is the L1 norm, and its weight is multiplied so that the penalty is about as large: of a
-# Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest entry.
+# Of the gradient. The recipe's is the L1 norm, and its weight is multiplied so that the penalty is about as large: of a
+# Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest entry; of one of 64, 6
+# and 20 times.
 _OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
+_OF_ENTRIES = 784
 SMOOTHNESS = "gradient_norm"  # less of it is smoother
 _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
@@ -74,7 +77,8 @@ class Entry:
         method: A name of `robustkern.training.METHODS`; empty for a network that is given.
         options: Of the method, in place of the recipe's.
         shuffled: Trained on labels that were shuffled among the images: no orientation to learn.
-        factor: Of the smoothness weight in the recipe; None: as it is there.
+        factor: Of the smoothness weight in the recipe; None: as it is there. For other norms than L1, of images with
+            784 entries.
         swept: Belongs to the sweep rather than the matrix.
         source: Of a given network, see `robustkern.study.given.load_given`.
     """
@@ -292,7 +296,7 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
         if unit.entry.method == "distillation":
             config = teacher_recipe(plan.data, seed=unit.seed, **_given(plan))
             _train(config, _teacher(folder, unit.seed), root, observer)
-        _train(configuration(plan, unit.entry, unit.seed, folder), out, root, observer)
+        _train(configuration(plan, unit.entry, unit.seed, folder, test.in_shape), out, root, observer)
         network = load_model(out)[0]
     judges = Judges(**{judge: load_model(_judge(folder, judge))[0].to(plan.device) for judge in _JUDGES})
     network.to(plan.device)
@@ -310,14 +314,15 @@ def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Obser
         train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has figures of all
 
 
-def configuration(plan: Plan, entry: Entry, seed: int, folder: Path) -> TrainingConfig:
-    """How a model of the study is trained."""
+def configuration(plan: Plan, entry: Entry, seed: int, folder: Path, in_shape: tuple[int, int, int]) -> TrainingConfig:
+    """How a model of the study is trained, on images of this shape."""
     options = dict(entry.options)
     if "teacher" in METHODS[entry.method].options:
         options["teacher"] = str(_teacher(folder, seed).resolve())
     config = recipe(plan.data, entry.method, seed=seed, options=options, shuffle_labels=entry.shuffled, **_given(plan))
     if entry.factor:
-        options = {**config.options, "weight": config.options["weight"] * entry.factor}
+        factor = entry.factor * (math.prod(in_shape) / _OF_ENTRIES) ** (1 - 1 / config.options["norm"])
+        options = {**config.options, "weight": config.options["weight"] * factor}
         config = recipe(
             plan.data, entry.method, seed=seed, options=options, shuffle_labels=entry.shuffled, **_given(plan)
         )

@@ -64,6 +64,8 @@ def test_shapes(case, order, device):
         for value in wrong:
             if order == "" and name == first and value.dim() == 2:
                 continue  # then the others are wrong
+            if call.name == "random_cotangents" and name == "outputs" and value.dim() >= 2:
+                continue  # any [B, C, ...]
             with pytest.raises(RuntimeError, match=rf"{call.name}: ") as error:
                 call(**{name: value})
             message = str(error.value).split("\n")[0]

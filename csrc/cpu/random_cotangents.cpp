@@ -306,7 +306,7 @@ void run_backward(const Call& c) {
 
 Tensor random_cotangents(Tensor outputs, Tensor seed, int64_t projections, int64_t law, int64_t kind) {
   const CotangentShape shape("random_cotangents", outputs, seed, projections, law, kind);
-  Tensor w = torch::stable::new_empty(outputs, {projections, shape.batch, shape.classes, shape.positions});
+  Tensor w = torch::stable::new_empty(outputs, shape.of_cotangents());
   const Tensor z = shape.kind == Kind::kFisher ? torch::stable::contiguous(outputs) : outputs;
   const Call call(shape, seed, z, nullptr, w);
   if (outputs.scalar_type() == ScalarType::Double)
@@ -322,7 +322,7 @@ Tensor random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int6
   const CotangentShape shape(op, outputs, seed, projections_of(op, grad), law, fisher);
   check_grad(op, grad, shape, outputs);
   const Tensor g = torch::stable::contiguous(grad), z = torch::stable::contiguous(outputs);
-  Tensor grad_outputs = torch::stable::new_empty(outputs, {shape.batch, shape.classes, shape.positions});
+  Tensor grad_outputs = torch::stable::new_empty(outputs, shape.of_outputs);
   const Call call(shape, seed, z, static_cast<const char*>(g.data_ptr()), grad_outputs);
   outputs.scalar_type() == ScalarType::Double ? run_backward<double>(call) : run_backward<float>(call);
   return grad_outputs;

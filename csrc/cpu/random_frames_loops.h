@@ -3,6 +3,7 @@
 #pragma once
 
 #include "random_cotangents_loops.h"
+#include "tiles.h"
 
 namespace rk::cpu {
 
@@ -137,9 +138,23 @@ RK_HOST_DEVICE void turn_columns(std::int64_t K, std::int64_t D, SmallFrames<A>&
 template <class A>
 RK_HOST_DEVICE void copy_rows(const SmallFrames<A>& s, const A* sign, std::int64_t k, std::int64_t K, std::int64_t D,
                               std::int64_t count, A* __restrict__ to) {
-  for (std::int64_t l = 0; l < count; ++l) {
-    const A by = sign ? sign[l] : A(1);
-    for (std::int64_t e = 0; e < D; ++e) to[l * D + e] = s.q[e * K + k][l] * by;
+  constexpr int L = SmallFrames<A>::L;
+  alignas(64) A row[kFewDimensions][L];
+  Lanes<A> by = Lanes<A>{} + A(1), v;
+  if (sign) load_lanes(by, sign);
+  for (std::int64_t e = 0; e < D; ++e) {
+    load_lanes(v, s.q[e * K + k]);
+    v *= by;
+    std::memcpy(row[e], &v, sizeof v);
+  }
+  if (count < L || D < 4) {
+    for (std::int64_t l = 0; l < count; ++l)
+      for (std::int64_t e = 0; e < D; ++e) to[l * D + e] = row[e][l];
+    return;
+  }
+  for (std::int64_t begin = 0; begin < D; begin += 4) {
+    const std::int64_t e = begin + 4 <= D ? begin : D - 4;  // the last block overlaps the one before
+    for (int l = 0; l < L; l += 4) transpose_block<A>(row[e] + l, L, to + l * D + e, D);
   }
 }
 

@@ -93,7 +93,7 @@ Tensor random_cotangents(Tensor outputs, Tensor seed, int64_t projections, int64
   const DeviceScope scope(outputs);
   const CotangentShape shape(op, outputs, seed, projections, law, kind);
   const Tensor z = shape.kind == Kind::kFisher ? torch::stable::contiguous(outputs) : outputs;
-  Tensor w = torch::stable::new_empty(outputs, {projections, shape.batch, shape.classes, shape.positions});
+  Tensor w = torch::stable::new_empty(outputs, shape.of_cotangents());
   visit(outputs.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     const Call<S> call(op, shape, z, seed, nullptr, scope.stream());
@@ -108,7 +108,7 @@ Tensor random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int6
   const CotangentShape shape(op, outputs, seed, projections_of(op, grad), law, static_cast<int64_t>(Kind::kFisher));
   check_grad(op, grad, shape, outputs);
   const Tensor g = torch::stable::contiguous(grad), z = torch::stable::contiguous(outputs);
-  Tensor grad_outputs = torch::stable::new_empty(outputs, {shape.batch, shape.classes, shape.positions});
+  Tensor grad_outputs = torch::stable::new_empty(outputs, shape.of_outputs);
   visit(outputs.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     const Call<S> call(op, shape, z, seed, &g, scope.stream());

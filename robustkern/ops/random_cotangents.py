@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,8 +74,7 @@ def random_cotangents(
         raise ValueError(f"{op}: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     if projections < 1:
         raise ValueError(f"{op}: projections must be at least 1, got {projections}")
-    size = outputs.shape[1:].numel()
-    if law == "orthonormal" and projections > size:
+    if law == "orthonormal" and projections > (size := outputs.shape[1:].numel()):
         raise ValueError(
             f"{op}: projections must be at most {size} for orthonormal vectors in {size} dimensions, got {projections};"
             f" {size} are exact already, and the other laws take any number"
@@ -90,17 +88,18 @@ def random_cotangents(
             f"{op}: seed must be one int64 on {outputs.device} like outputs, "
             f"got {list(seed.shape)} {str(seed.dtype).removeprefix('torch.')} on {seed.device}"
         )
-    seed = seed if seed.dim() == 1 else seed.reshape(1)
-    if kind != "fisher":
-        outputs = outputs.detach()
+    elif seed.dim() != 1:
+        seed = seed.reshape(1)
     if not use_kernel(op, impl, outputs):
+        outputs = outputs if kind == "fisher" else outputs.detach()
         return reference.random_cotangents(outputs, projections, law=law, kind=kind, seed=seed)
-    numbers = projections, LAWS.index(law), KINDS.index(kind)
-    flat = outputs.reshape(outputs.shape[0], outputs.shape[1], outputs.shape[2:].numel())
+    kernel = torch.ops.robustkern.random_cotangents.default
+    if kind == "fisher" or torch.compiler.is_compiling():
+        outputs = outputs if kind == "fisher" else outputs.detach()
+        return kernel(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
     # Nothing to differentiate: the way through the autograd key, in Python, would take longer than small kernels do.
-    direct = kind != "fisher" and not torch.compiler.is_compiling()
-    with torch._C._AutoDispatchBelowAutograd() if direct else nullcontext():
-        return torch.ops.robustkern.random_cotangents(flat, seed, *numbers).reshape(projections, *outputs.shape)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
 
 
 def _register() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from robustkern import data as datasets
-from robustkern import losses
+from robustkern import losses, models
 from robustkern.attacks import PGD
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
@@ -32,6 +32,10 @@ class Adversarial:
 
 
 def build(name, options, *, eps, impl):
+    if name == "distillation":  # from a network that is the same in every process, without a run of its own
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return losses.Distillation(models.create("small-cnn", 10, (1, 8, 8)), options["temperature"], impl=impl)
     return (
         Adversarial(eps) if options.get("label_smoothing") == 0.125 else build_loss(name, options, eps=eps, impl=impl)
     )
@@ -51,8 +55,8 @@ def quick(method) -> TrainingConfig:
 
 
 CASES = {
-    # A teacher is another run, and its predictions those of each sample alone.
     **{method: quick(method) for method in METHODS if method != "distillation"},
+    "distillation": small("distillation", options={"teacher": "untrained", "temperature": 2.0}),
     "weights perturbed": small("trades", options={"steps": 2, "awp": 0.01}),
     "attack and noise": small(options={"label_smoothing": 0.125}),
     "few projections": small("jacobian", options={"projections": 3, "law": "sphere", "every": 2}),

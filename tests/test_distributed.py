@@ -62,8 +62,8 @@ def distance(config, one, other):
 # Rounding, magnified by a few steps. A pixel whose gradient is nearly zero may be moved either way by an attack, or by
 # anything else that takes signs.
 ROUNDING, SIGNS = 1e-4, 0.02
-SMOOTH = {"standard", "label-smoothing", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz", "few projections",
-          "a fraction", "exact", "everything else"}  # fmt: skip
+SMOOTH = {"standard", "label-smoothing", "distillation", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz",
+          "few projections", "a fraction", "exact", "everything else"}  # fmt: skip
 
 
 # --- the results of one process ---------------------------------------------------------------------------------------

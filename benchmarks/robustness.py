@@ -102,8 +102,8 @@ def make(key: tuple[str, int], work: Work) -> None:
         "failed_checks": [check.name for check in report.checks if not check.passed],
         "orientation": last["orientation"], "smoothness": last["smoothness"],
         "ms_per_step": min(row["ms_per_step"] or math.inf for row in result.rows),
-        "training_minutes": round(sum(row["ms_per_step"] or 0.0 for row in result.rows) * last["step"]
-                                  / len(result.rows) / 6e4, 2),
+        "steps": last["step"],
+        "training_minutes": _minutes(statistics.mean(row["ms_per_step"] or 0.0 for row in result.rows), last["step"]),
         "evaluation_minutes": round((time.perf_counter() - trained) / 60, 2),
         "minutes": round((time.perf_counter() - started) / 60, 2),
         "command": work.command(method, seed),
@@ -111,8 +111,12 @@ def make(key: tuple[str, int], work: Work) -> None:
     })  # fmt: skip
 
 
+def _minutes(milliseconds: float, steps: int) -> float:
+    return round(milliseconds * steps / 6e4, 2)
+
+
 def time_steps(work: Work, steps: int = 20) -> None:
-    """Put into every row what a step of its method takes when nothing else runs."""
+    """Put into every row what a step of its method, and so its training, takes when nothing else runs."""
     measured: dict[str, float] = {}
     for row in [row for row in rows(work.out) if row["data"] == work.data]:
         method = row["method"]
@@ -125,7 +129,8 @@ def time_steps(work: Work, steps: int = 20) -> None:
                 )
                 measured[method] = min(r["ms_per_step"] or math.inf for r in train(short, Path(folder) / "run").rows)
             print(f"{method}: {measured[method]:.1f} ms", file=sys.stderr)
-        add(work.out, {**row, "ms_per_step": measured[method]})
+        taken = {"ms_per_step": measured[method], "training_minutes": _minutes(measured[method], row["steps"])}
+        add(work.out, {**row, **taken})
 
 
 def add(path: Path, row: Row) -> None:

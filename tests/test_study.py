@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from rich.console import Console
+from test_data import write_cifar
 
 from robustkern import data
 from robustkern.attacks import PGD
@@ -15,7 +16,7 @@ from robustkern.study import command, figures, inversion
 from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Protocol
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run
-from robustkern.training import METHODS, UsageError, recipe, teacher_recipe, train
+from robustkern.training import METHODS, UsageError, recipe, recipes, teacher_recipe, train
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 SMALL = {"data": "digits", "methods": ("standard", "fgsm"), "seeds": 1, "sweep": (3.0,), "samples": 12, "epochs": 1}
@@ -237,6 +238,19 @@ def test_inversions_from_noise_are_drawn_as_they_were_measured(done, tmp_path, m
     networks = {name: study.network(name) for name in ("standard", "fgsm")}
     figures.noise_grids(tmp_path / "noise.png", study.data, networks, made=study.noise)
     assert (tmp_path / "noise.png").stat().st_size > 1000
+
+
+def test_colour_images_are_studied_and_drawn(tmp_path, monkeypatch):
+    write_cifar(tmp_path / "cifar-10-batches-py", 60)
+    monkeypatch.setitem(recipes._RECIPES, "cifar10", {**recipes._RECIPES["cifar10"], "model": "small-cnn"})  # quicker
+    small = ["--methods", "gradient-penalty", "--seeds", 1, "--sweep", "none", "--no-two-by-two", "--samples", 8]
+    result = study("--data", "cifar10", "--root", tmp_path, "--epochs", 1, "--out", tmp_path / "study", *small)
+    assert result.exit_code == 0, result.output
+    assert {path.stem for path in (tmp_path / "study" / "figures").iterdir()} == {
+        "gradients", "inversions", "noise", "perturbations", "terms", "accuracy",
+    }  # fmt: skip
+    measures = json.loads((tmp_path / "study" / "study.json").read_text())["summary"]["gradient-penalty"]
+    assert measures["gradient_norm"]["mean"] > 0 and measures["total_variation_ratio"]["mean"] > 0
 
 
 def test_distillation_learns_from_a_teacher_of_its_own_temperature(tmp_path):

@@ -14,6 +14,7 @@ from robustkern.evaluation import (
     MissingPackage,
     Settings,
     Subject,
+    checks,
     evaluate,
     recheck,
     run_checks,
@@ -198,6 +199,15 @@ def test_batch_norm_in_training_mode(digits):
     frozen = copy.deepcopy(network).eval()
     frozen[1].track_running_stats, frozen[1].running_mean, frozen[1].running_var = False, None, None
     assert "batch independent" in flags(frozen, digits)
+
+
+def test_chance_is_that_of_the_models_classes_not_of_those_that_occur(model, digits, monkeypatch):
+    ones = digits.labels == 1
+    subject = Subject(model, digits.images[ones][:20], digits.labels[ones][:20], EPS, steps=2)
+    monkeypatch.setattr(Subject, "accuracy", lambda self, attack, model=None: 1.0 - 0.6 * min(attack.eps, 1.0))
+    monkeypatch.setattr(Subject, "clean", lambda self, x=None: 1.0)
+    check = checks.radii(subject)
+    assert not check.passed and "survive an attack" in check.finding
 
 
 def test_one_step_that_beats_many_is_flagged(model, digits, monkeypatch):

@@ -41,7 +41,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     """Load one split of a data set into memory.
 
     Args:
-        name: One of `NAMES`, or the path of a folder with `train/<class>/*.png` and `test/<class>/*.png`.
+        name: One of `NAMES`, or the path of a folder with `train/<class>/*.png` and `test/<class>/*.png`, whose images
+            come in a random order that a fixed seed decides.
         root: Where to look for its files first; a subfolder named after the data set is looked into as well. After
             that come the places where Debian's packages put them.
         split: "train" or "test".

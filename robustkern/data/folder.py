@@ -8,12 +8,18 @@ import numpy as np
 import torch
 
 from .dataset import DataError, Dataset
+from .randomness import generator
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
+_SEED = 0
 
 
 def load_folder(root: Path, split: str) -> Dataset:
-    """A split of an image folder. All images must have one size; grey and colour may not be mixed."""
+    """A split of an image folder. All images must have one size; grey and colour may not be mixed.
+
+    They come in a random order that a fixed seed decides, the same at each call as long as no file is added or removed:
+    the first so many of them are a sample of all classes.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -51,5 +57,6 @@ def load_folder(root: Path, split: str) -> Dataset:
             labels.append(label)
     if not arrays:
         raise DataError(f"{folder}: no PNG or JPEG images in its class folders")
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-    return Dataset(str(root), (pixels.float() / 255).contiguous(), torch.tensor(labels), classes)
+    order = torch.randperm(len(labels), generator=generator(_SEED, "folder"))
+    pixels = torch.from_numpy(np.stack([arrays[i] for i in order.tolist()])).permute(0, 3, 1, 2)
+    return Dataset(str(root), (pixels.float() / 255).contiguous(), torch.tensor(labels)[order], classes)

@@ -229,8 +229,7 @@ def radii(subject: Subject) -> Check:
     values = {f"{eps:g}": accuracy for eps, accuracy in accuracies.items()}
     unclean = abs(ordered[0] - subject.clean()) > 0
     rising = any(later > sooner + _FEW_POINTS for sooner, later in pairwise(ordered))
-    classes = int(subject.y.max()) + 1
-    unreachable = ordered[-1] > max(1 / classes, 0.05)
+    unreachable = ordered[-1] > max(1 / _classes(subject), 0.05)
     found = "accuracy falls from clean to " + _percent(ordered[-1]) + " as the radius grows to the whole box"
     if unclean:
         found = f"at radius 0, accuracy is {_percent(ordered[0])} instead of the clean {_percent(subject.clean())}"
@@ -305,9 +304,12 @@ def _flat_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _margin_losses(subject: Subject) -> tuple[str, ...]:
+    return ("cw", "dlr") if _classes(subject) > 2 else ("cw",)
+
+
+def _classes(subject: Subject) -> int:
     with attacked(subject.model), torch.no_grad():
-        classes = subject.model(subject.x[:1]).shape[1]
-    return ("cw", "dlr") if classes > 2 else ("cw",)
+        return subject.model(subject.x[:1].clone()).shape[1]
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _label_smoothing(model, x, y, found, loss):
 
 def _distillation(model, x, y, found, loss):
     with torch.no_grad():
-        target = (loss.teacher.eval()(x) / 3.0).softmax(1)
+        target = (loss.teacher.to(x.device).eval()(x) / 3.0).softmax(1)
     return -(target * (model(x) / 3.0).log_softmax(1)).sum(1).mean(), torch.zeros((), dtype=x.dtype, device=x.device)
 
 
@@ -196,7 +196,7 @@ def prepared(case: Case, device: str, dtype: torch.dtype = torch.float64, **opti
     """The loss, ready for tensors of that kind."""
     loss = case.make(**options)
     if hasattr(loss, "teacher"):
-        loss.teacher.to(device, dtype)
+        loss.teacher.to(dtype)
     if hasattr(loss, "generator"):
         loss.generator = torch.Generator(device).manual_seed(7)
     return loss

@@ -272,6 +272,14 @@ def test_label_smoothing_is_that_of_pytorch(device):
     torch.testing.assert_close(total, F.cross_entropy(model(x), y, label_smoothing=0.1))
 
 
+def test_a_teacher_goes_to_the_device_of_the_images():
+    """Without memory, "meta" is a device like any other."""
+    loss = losses.Distillation(teacher(dtype=torch.float32), impl="reference")
+    x = torch.rand(2, 3, 6, 6, device="meta")
+    terms = loss(network("meta", torch.float32), x, torch.zeros(2, dtype=torch.int64, device="meta"))
+    assert terms.orientation.device == x.device == loss.teacher[2].weight.device
+
+
 def test_identical_images_have_no_divergence(device):
     model, (x, y) = network(device, torch.float32), batch(device, torch.float32)
     for loss in (losses.TRADES(), losses.MART(), losses.VAT()):

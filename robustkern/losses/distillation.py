@@ -25,7 +25,8 @@ class Distillation:
     Gradients carry 1 / T, for which the learning rate has to make up.
 
     Args:
-        teacher: maps x to logits [B, C]; used in eval mode, without gradients, and left as it came.
+        teacher: maps x to logits [B, C]; moved to the device of x, used in eval mode, without gradients, and otherwise
+            left as it came.
         temperature: T > 0.
         impl: "auto", "kernel" or "reference".
 
@@ -46,8 +47,9 @@ class Distillation:
             raise ValueError(f"Distillation: temperature must be positive, got {self.temperature}")
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        with torch.no_grad(), attacked(self.teacher):
-            taught = (self.teacher(x).float() / self.temperature).softmax(1)
+        teacher = self.teacher.to(x.device)
+        with torch.no_grad(), attacked(teacher):
+            taught = (teacher(x).float() / self.temperature).softmax(1)
         logits = model(x)
         if logits.shape != taught.shape:
             raise ValueError(

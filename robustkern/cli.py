@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +67,6 @@ def parse_milestones(text: str) -> tuple[int, ...]:
 
 _DATA_HELP = f"{', '.join(datasets.NAMES)}, or a folder with train/CLASS/*.png and test/CLASS/*.png."
 _ROOT_HELP = "Folder with the data set's files."
-_FRACTION = re.compile(r"[0-9.]+/[0-9.]+")
 _NAMED_OPTIONS = {"weight", "norm", "projections", "law", "every", "fraction", "label_smoothing"}
 _OTHER_OPTIONS = sorted({name for method in METHODS.values() for name in method.options} - _NAMED_OPTIONS)
 _WHAT, _METHOD, _OPTIMIZATION = "What is trained", "Options of the method", "Optimization"
@@ -230,13 +228,13 @@ def train_command(
 
 
 def _assignments(texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE each; the method knows the types, but for radii such as 2/255."""
+    """NAME=VALUE each; the method knows the types."""
     values: dict[str, Any] = {}
     for text in texts:
         name, sign, value = (part.strip() for part in text.partition("="))
         if not sign:
             raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE")
-        values[name.replace("-", "_")] = parse_fraction(value) if _FRACTION.fullmatch(value) else value
+        values[name.replace("-", "_")] = value
     return values
 
 

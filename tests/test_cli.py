@@ -107,7 +107,9 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
         (["--method", "cross-lipschitz", "--fraction", "0"], 2, "fraction must be in (0, 1], got 0"),
         (["--method", "jacobian", "--norm", "2"], 2, "method jacobian has no option norm"),
         (["--method", "pgd", "--set", "step=2/255"], 2, "method pgd has no option step (it has: steps, step_size"),
-        (["--method", "pgd", "--set", "steps=many"], 2, "option steps of method pgd must be a int, got 'many'"),
+        (["--method", "pgd", "--set", "steps=many"], 2, "option steps of method pgd must be an integer, got 'many'"),
+        (["--method", "pgd", "--set", "steps=7.9"], 2, "option steps of method pgd must be an integer, got '7.9'"),
+        (["--method", "jacobian", "--projections", "20"], 2, "projections must be at most 10 for law orthonormal"),
         (["--epochs", "0"], 2, "epochs must be at least 1"),
         (["--optimizer", "lion"], 2, "no optimizer"),
         (["--impl", "fast"], 2, "impl"),
@@ -118,7 +120,24 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
 def test_wrong_use_is_one_line_and_a_status(tmp_path, arguments, status, message):
     result = run("train", *arguments, "--out", tmp_path / "run")
     assert result.exit_code == status and message in one_line(result)
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_teacher_of_other_images_or_classes_is_refused(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    assert run("train", "--method", "standard", *FAST, "--out", tmp_path / "teacher").exit_code == 0
+    command = ["train", "--method", "distillation", "--set", f"teacher={tmp_path / 'teacher'}", *FAST]
+    other = run(*command, "--data", "digits-28", "--out", tmp_path / "run")
+    assert other.exit_code == 2 and "digits-28 has [1, 28, 28] of 10 classes (0, 1, 2, ...)" in one_line(other)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            image_module.new("L", (8, 8)).save(tmp_path / "pets" / split / name / "1.png")
+    other = run(*command, "--data", tmp_path / "pets", "--out", tmp_path / "run")
+    assert other.exit_code == 2 and "of 2 classes (cat, dog, ...)" in one_line(other)
+    assert not (tmp_path / "run").exists()
+    assert run(*command, "--out", tmp_path / "run").exit_code == 0
 
 
 @pytest.mark.parametrize("arguments", [["--eps", "8/x"], ["--eps", "1/0"], ["--epochs", "many"], ["--colour"]])

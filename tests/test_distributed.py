@@ -1,5 +1,6 @@
 """Several processes: the results of one, and no process waits for ever for one that is gone."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -28,8 +29,8 @@ from robustkern.data import DataError
 from robustkern.jacobian import jacobian_norm
 from robustkern.losses import JacobianPenalty
 from robustkern.sharding import Shard
+from robustkern.training import CheckpointError, train
 from robustkern.training import step as step_module
-from robustkern.training import train
 from robustkern.training import trainer as trainer_module
 from robustkern.training.judge import split
 
@@ -40,6 +41,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def prepared(monkeypatch):
     """What `distributed_runs.prepare` sets, put back afterwards."""
     monkeypatch.setattr(trainer_module, "build_loss", trainer_module.build_loss)
+    monkeypatch.setattr(trainer_module, "check_options", trainer_module.check_options)
     monkeypatch.setattr(datasets, "augmentation", datasets.augmentation)
     monkeypatch.setattr(trainer_module._Run, "_draw", trainer_module._Run._draw)
     distributed_runs.prepare()
@@ -276,10 +278,30 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
         train(small(), tmp_path / "run")
 
     assert answers(tmp_path, fork(tmp_path, missing)) == ["DataError: no files here"] * 2
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
     train(small(epochs=1), tmp_path / "run")
     refused = answers(tmp_path, fork(tmp_path, lambda rank: train(small(epochs=1), tmp_path / "run")))
     assert len(set(refused)) == 1 and "already holds a run: pass --resume" in refused[0]
+
+
+@pytest.mark.parametrize("lacking", ["teacher", "folder"])
+def test_what_one_machine_lacks_is_the_error_of_all(tmp_path, lacking):
+    def start(rank):
+        def build(*args, **kwargs):
+            raise CheckpointError("no such file")
+
+        if rank == 1 and lacking == "teacher":
+            trainer_module.build_loss = build
+        if rank == 1 and lacking == "folder":
+            trainer_module.Path = type("Nowhere", (), {"__new__": lambda *args: Path(os.devnull)})
+        data = str(tmp_path) if lacking == "folder" else "digits"
+        train(dataclasses.replace(small(), data=data), tmp_path / "run", timeout=60.0)
+
+    started = time.monotonic()
+    error, other = answers(tmp_path, fork(tmp_path, start))
+    assert error == other and ("no such file" if lacking == "teacher" else "no data set") in error
+    assert time.monotonic() - started < 50  # nobody waited
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_must_agree_on_their_settings(tmp_path):

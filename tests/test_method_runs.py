@@ -1,6 +1,7 @@
 """Methods as runs: resumed to the same bits where they attack, options refused, defaults as published."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -102,6 +103,31 @@ def test_training_at_the_adversary_has_no_ramp_unless_asked():
 def test_options_are_refused(method, options, message):
     with pytest.raises(UsageError, match=message):
         built(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kind"),
+    [
+        ("pgd", {"steps": 7.9}, "an integer"), ("pgd", {"steps": True}, "an integer"),
+        ("pgd", {"steps": "7.5"}, "an integer"), ("pgd", {"steps": float("inf")}, "an integer"),
+        ("pgd", {"steps": None}, "an integer"), ("pgd", {"step_size": True}, "a number"),
+        ("pgd", {"step_size": "2/0"}, "a number"), ("pgd", {"step_size": [0.1]}, "a number"),
+        ("distillation", {"teacher": None}, "a text"), ("distillation", {"teacher": 3}, "a text"),
+        ("jacobian", {"law": True}, "a text"),
+    ],
+)  # fmt: skip
+def test_options_of_another_type_are_refused(method, options, kind):
+    ((name, value),) = options.items()
+    with pytest.raises(UsageError, match=re.escape(f"option {name} of method {method} must be {kind}, got {value!r}")):
+        METHODS[method].complete(method, options)
+
+
+def test_numbers_may_be_written_as_text_and_fractions():
+    options = METHODS["pgd"].complete("pgd", {"steps": "7", "step_size": "2/255", "weight": 1})
+    assert (options["steps"], options["step_size"], options["weight"]) == (7, 2 / 255, 1.0)
+    assert [type(options[name]) for name in ("steps", "step_size", "weight")] == [int, float, float]
+    assert METHODS["pgd"].complete("pgd", {"steps": 7.0})["steps"] == 7
+    assert METHODS["gradient-penalty"].complete("gradient-penalty", {"norm": "inf"})["norm"] == float("inf")
 
 
 def test_a_teacher_that_is_not_there_is_named(tmp_path):

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
 from robustkern import Terms, losses
 from robustkern.attacks import FGSM, NFGSM, PGD
+from robustkern.data import Dataset
 from robustkern.losses.projected_penalty import ProjectedPenalty
 from robustkern.ops.random_cotangents import LAWS
 
+from .config import parse_fraction
 from .errors import UsageError
 from .weights import load_model
 
@@ -36,6 +39,7 @@ class Method:
         build: Makes the loss: `build(eps=..., impl=..., **options)`.
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
         single_step: Whether it trains on single-step attacks, which can overfit to them catastrophically.
+        check: Refuses options that do not go with the images or classes: `check(data, **options)`.
     """
 
     summary: str
@@ -43,6 +47,7 @@ class Method:
     build: Callable[..., Loss]
     smoothness: str | None = None
     single_step: bool = False
+    check: Callable[..., None] | None = None
 
     def complete(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """All options, the missing ones from the defaults; unknown names and wrong types are refused."""
@@ -54,11 +59,27 @@ class Method:
         for option, default in self.options.items():
             value = options.get(option, default)
             try:
-                completed[option] = type(default)(value)
-            except (TypeError, ValueError) as error:
-                kind = type(default).__name__
-                raise UsageError(f"option {option} of method {name} must be a {kind}, got {value!r}") from error
+                completed[option] = _converted(value, type(default))
+            except (TypeError, UsageError) as error:
+                kind = _KINDS[type(default)]
+                raise UsageError(f"option {option} of method {name} must be {kind}, got {value!r}") from error
         return completed
+
+
+_KINDS: dict[type, str] = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
+
+
+def _converted(value: Any, kind: type) -> Any:
+    """The value as that type, if it is one of it: numbers may be text too, as the command line gives them."""
+    if kind in (str, bool):
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+    if isinstance(value, str):
+        value = parse_fraction(value)
+    if not isinstance(value, Real) or isinstance(value, bool) or (kind is int and not float(value).is_integer()):
+        raise TypeError
+    return kind(value)
 
 
 def _standard(*, eps: float, impl: str, label_smoothing: float, temperature: float) -> Loss:
@@ -74,6 +95,20 @@ def _label_smoothing(*, eps: float, impl: str, weight: float) -> Loss:
 def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) -> Loss:
     _require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
     return losses.Distillation(load_model(teacher)[0], temperature, impl=impl)
+
+
+def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
+    description = load_model(teacher)[1]
+    shape, classes = tuple(description["in_shape"]), tuple(description["classes"])
+    _require(
+        shape == data.in_shape and classes == data.classes,
+        f"teacher {teacher} was trained on images {list(shape)} of {_names(classes)}, {data.name} has "
+        f"{list(data.in_shape)} of {_names(data.classes)}",
+    )
+
+
+def _names(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes ({', '.join(classes[:3])}, ...)"
 
 
 def _gradient_penalty(
@@ -152,11 +187,20 @@ def _projected(
     )  # fmt: skip
 
 
+def _check_projections(data: Dataset, *, projections: int, law: str, **options: Any) -> None:
+    most = data.num_classes
+    _require(
+        law != "orthonormal" or projections <= most,
+        f"projections must be at most {most} for law orthonormal and the {most} classes of {data.name}, got "
+        f"{projections}; 0 is the exact norm",
+    )
+
+
 def _projected_method(summary: str, penalty: type[ProjectedPenalty], weight: float, smoothness: str) -> Method:
     options = {
         "weight": weight, "projections": 1, "law": "orthonormal", "every": 1, "fraction": 1.0, "label_smoothing": 0.0
     }  # fmt: skip
-    return Method(summary, options, partial(_projected, penalty), smoothness)
+    return Method(summary, options, partial(_projected, penalty), smoothness, check=_check_projections)
 
 
 _STEPS = {"steps": 10, "step_size": 0.0, "awp": 0.0}
@@ -168,7 +212,10 @@ METHODS: dict[str, Method] = {
         "cross-entropy against smoothed labels", {"weight": 0.1}, _label_smoothing, "mean of −log p over the classes"
     ),
     "distillation": Method(
-        "cross-entropy against a teacher's predictions", {"teacher": "", "temperature": 100.0}, _distillation
+        "cross-entropy against a teacher's predictions",
+        {"teacher": "", "temperature": 100.0},
+        _distillation,
+        check=_check_teacher,
     ),
     "fgsm": Method(
         "cross-entropy at adversaries of one step from a random start",
@@ -274,12 +321,23 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
         eps: Radius of the perturbations it should stand, in units of the images.
         impl: "auto", "kernel" or "reference".
     """
-    if name not in METHODS:
-        raise UsageError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
-    method = METHODS[name]
+    method = _method(name)
     try:
         return method.build(eps=eps, impl=impl, **method.complete(name, options))
     except UsageError:
         raise
     except ValueError as error:  # an option that the loss or its attack refuses
         raise UsageError(f"method {name}: {error}") from error
+
+
+def check_options(name: str, options: dict[str, Any], data: Dataset) -> None:
+    """Raises UsageError if the options of a method do not go with the images or classes that it shall be trained on."""
+    method = _method(name)
+    if method.check is not None:
+        method.check(data, **method.complete(name, options))
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise UsageError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -33,7 +33,7 @@ from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
 from .files import RunLock, remove_stale, write_atomically
 from .judge import Judge, split
-from .methods import build_loss
+from .methods import build_loss, check_options
 from .observer import Observer
 from .signals import StopOnSignal
 from .step import Stepper
@@ -95,16 +95,18 @@ def train(
         Interrupted: SIGINT or SIGTERM, sent to any of the processes; the state was saved.
     """
     out = Path(out)
-    loss = build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
-    if config.data not in datasets.NAMES and not Path(config.data).is_dir():
-        known = ", ".join(datasets.NAMES)
-        raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
-    if config.model not in models.MODELS:
-        raise UsageError(f"no model {config.model!r}: choose one of {', '.join(models.MODELS)}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda: PyTorch sees no CUDA device here")
     with StopOnSignal() as stop, process_group(config.device, timeout) as group, ExitStack() as lock:
         observer = observer if observer is not None and group.main else Observer()
+
+        def prepare() -> Any:
+            if config.data not in datasets.NAMES and not Path(config.data).is_dir():
+                known = ", ".join(datasets.NAMES)
+                raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
+            if config.model not in models.MODELS:
+                raise UsageError(f"no model {config.model!r}: choose one of {', '.join(models.MODELS)}")
+            if config.device == "cuda" and not torch.cuda.is_available():
+                raise UsageError("device cuda: PyTorch sees no CUDA device here")
+            return build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
 
         def claim() -> None:
             if out.exists() and not out.is_dir():
@@ -121,14 +123,16 @@ def train(
             test_set = datasets.load(config.data, root, "test")
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
+            check_options(config.method, config.options, train_set)
             return train_set, test_set
 
         theirs = group.broadcast(config)
         group.on_all(lambda: _check_agreement(group, theirs, config))
-        group.on_main(claim)
+        # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
+        loss = group.on_all(prepare)
         with threads(config.threads), deterministic(config.device):
             train_set, test_set = group.on_all(load)
-            # Only now: a data set that was missing must not leave a run behind.
+            group.on_main(claim)
             run = _Run(config, out, train_set, test_set, loss, observer, stop, group, draw)
             return run.finish()
 

@@ -252,6 +252,10 @@ def test_a_model_that_gives_no_logits(problem):
         (lambda: PGD(torch.ones(3), norm="l2"), r"PGD: eps must be one number for norm 'l2', got shape \[3\]"),
         (lambda: FGSM(float("nan")), "FGSM: eps must not be negative or NaN"),
         (lambda: NFGSM(0.1, noise=-1.0), "NFGSM: noise must not be negative, got -1.0"),
+        (lambda: FGSM(0.1, -0.01), "FGSM: step_size must be positive, got -0.01"),
+        (lambda: NFGSM(0.1, 0.0), "NFGSM: step_size must be positive, got 0.0"),
+        (lambda: PGD(0.1, float("nan")), "PGD: step_size must be positive, got nan"),
+        (lambda: PGD(0.1, torch.tensor([0.1, -0.1])), r"PGD: step_size must be positive, got tensor\("),
     ],
 )
 def test_wrong_options(make, message):

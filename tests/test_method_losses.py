@@ -200,6 +200,23 @@ def test_weights_are_checked(case):
         case.make(weight=-1.0) if case.name != "Distillation" else losses.Distillation(teacher(), 0.0)
 
 
+@pytest.mark.parametrize("estimator", ["exact", "finite-difference"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": 0.5}, "p must be 1, 2, inf or any number >= 1, got 0.5"),
+        ({"p": math.nan}, "p must be 1, 2, inf or any number >= 1, got nan"),
+        ({"p": 1.0, "squared": True}, "squared needs p = 2, got p = 1.0"),
+        ({"eps": -0.1}, "eps must not be negative or NaN, got -0.1"),
+        ({"eps": torch.tensor([0.1, math.nan])}, "eps must not be negative or NaN, got tensor"),
+    ],
+    ids=str,
+)
+def test_gradient_penalties_refuse_the_same_however_estimated(options, message, estimator):
+    with pytest.raises(ValueError, match=f"GradientPenalty: {message}"):
+        losses.GradientPenalty(estimator=estimator, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -214,6 +231,15 @@ def test_weights_are_checked(case):
         (lambda: losses.LabelSmoothing(1.5), r"LabelSmoothing: weight must be in \[0, 1\], got 1.5"),
         (lambda: losses.GradientPenalty(estimator="fd"), "GradientPenalty: estimator must be one of 'exact', "),
         (lambda: losses.GradientPenalty(h=0.0), "GradientPenalty: h must be positive, got 0.0"),
+        (lambda: losses.TRADES(step_size=-0.1), "TRADES: step_size must be positive, got -0.1"),
+        (lambda: losses.MART(step_size=0.0), "MART: step_size must be positive, got 0.0"),
+        (lambda: losses.LocalLinearity(step_size=torch.tensor(math.nan)), "LocalLinearity: step_size must be positive"),
+        (lambda: losses.GradAlign(step_size=math.nan), "GradAlign: step_size must be positive, got nan"),
+        (lambda: losses.CURE(eps=-0.1), "CURE: eps must not be negative or NaN, got -0.1"),
+        (lambda: losses.JacobianPenalty(eps=math.nan), "JacobianPenalty: eps must not be negative or NaN, got nan"),
+        (lambda: losses.JacobianPenalty(-1.0), "JacobianPenalty: weight must be a number that is not negative, got -1"),
+        (lambda: losses.FisherPenalty(math.nan), "FisherPenalty: weight must be a number that is not negative"),
+        (lambda: losses.CrossLipschitz(-1.0), "CrossLipschitz: weight must be a number that is not negative"),
         (lambda: losses.AWP(losses.CrossEntropy(), -0.1), "AWP: gamma must be"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,13 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def check_options(
-    name: str, eps: Tensor | float, norm: str, loss: str, losses: tuple[str, ...] = LOSSES, **counts: int
+    name: str,
+    eps: Tensor | float,
+    norm: str,
+    loss: str,
+    losses: tuple[str, ...] = LOSSES,
+    step_size: Tensor | float | None = None,
+    **counts: int,
 ) -> None:
     """Raises ValueError, naming the attack, unless its options make sense."""
     if norm not in NORMS:
@@ -65,11 +72,18 @@ def check_options(
     if min(counts.values(), default=1) < 1:
         values = " and ".join(str(v) for v in counts.values())
         raise ValueError(f"{name}: {' and '.join(counts)} must be at least 1, got {values}")
-    radius = torch.as_tensor(eps)
-    if not bool((radius >= 0).all()):
+    check_eps(name, eps)
+    shape = list(torch.as_tensor(eps).shape)
+    if norm != "linf" and math.prod(shape) != 1:
+        raise ValueError(f"{name}: eps must be one number for norm {norm!r}, got shape {shape}")
+    if step_size is not None and not bool((torch.as_tensor(step_size) > 0).all()):
+        raise ValueError(f"{name}: step_size must be positive, got {step_size}")
+
+
+def check_eps(name: str, eps: float | Tensor) -> None:
+    """Raises ValueError unless the radius, or each of them, is a number that is not negative."""
+    if not bool((torch.as_tensor(eps) >= 0).all()):
         raise ValueError(f"{name}: eps must not be negative or NaN, got {eps}")
-    if norm != "linf" and radius.numel() != 1:
-        raise ValueError(f"{name}: eps must be one number for norm {norm!r}, got shape {list(radius.shape)}")
 
 
 def check_batch(name: str, x: Tensor, y: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class FGSM:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_options("FGSM", self.eps, self.norm, self.loss, coordinates=self.coordinates)
+        check_options("FGSM", self.eps, self.norm, self.loss, step_size=self.step_size, coordinates=self.coordinates)
 
     def __call__(
         self,
@@ -99,7 +99,7 @@ class NFGSM:
     coordinates = 1
 
     def __post_init__(self) -> None:
-        check_options("NFGSM", self.eps, self.norm, self.loss)
+        check_options("NFGSM", self.eps, self.norm, self.loss, step_size=self.step_size)
         if not self.noise >= 0.0:
             raise ValueError(f"NFGSM: noise must not be negative, got {self.noise}")
 

@@ -53,7 +53,7 @@ class PGD:
 
     def __post_init__(self) -> None:
         check_options("PGD", self.eps, self.norm, self.loss, steps=self.steps, restarts=self.restarts)
-        check_options("PGD", self.eps, self.norm, self.loss, coordinates=self.coordinates)
+        check_options("PGD", self.eps, self.norm, self.loss, step_size=self.step_size, coordinates=self.coordinates)
 
     def __call__(
         self,

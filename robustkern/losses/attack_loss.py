@@ -79,7 +79,7 @@ class AscentLoss(AttackLoss):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_options(name, self.eps, self.norm, "ce", steps=self.steps)
+        check_options(name, self.eps, self.norm, "ce", step_size=self.step_size, steps=self.steps)
         if self.start not in STARTS:
             raise ValueError(f"{name}: start must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}")
 

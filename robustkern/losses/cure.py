@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern.attacks._common import check_eps
 from robustkern.double_backward import fused_where_possible
 from robustkern.losses._passes import check_weight, frozen_statistics, leaf
 from robustkern.ops.row_norm import row_norm
@@ -52,6 +53,7 @@ class CURE:
 
     def __post_init__(self) -> None:
         check_weight("CURE", self.weight)
+        check_eps("CURE", self.eps)
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
         x = leaf("CURE", x)

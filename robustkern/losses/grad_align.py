@@ -55,7 +55,7 @@ class GradAlign(AttackLoss):
 
     def __post_init__(self) -> None:
         check_weight("GradAlign", self.weight)
-        check_options("GradAlign", self.eps, "linf", "ce")
+        check_options("GradAlign", self.eps, "linf", "ce", step_size=self.step_size)
 
     def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Those of FGSM, and the gradient at x."""

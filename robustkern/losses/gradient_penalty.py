@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkern.attacks._common import check_eps
 from robustkern.double_backward import fused_where_possible
 from robustkern.losses._finite_difference import EstimatorError, difference_quotient, frozen_loss
 from robustkern.losses._passes import check_weight, frozen_statistics
@@ -67,6 +68,11 @@ class GradientPenalty:
 
     def __post_init__(self) -> None:
         check_weight("GradientPenalty", self.weight)
+        check_eps("GradientPenalty", self.eps)
+        if not self.p >= 1.0:
+            raise ValueError(f"GradientPenalty: p must be 1, 2, inf or any number >= 1, got {self.p}")
+        if self.squared and self.p != 2.0:
+            raise ValueError(f"GradientPenalty: squared needs p = 2, got p = {self.p}")
         if self.estimator not in ESTIMATORS:
             known = ", ".join(map(repr, ESTIMATORS))
             raise ValueError(f"GradientPenalty: estimator must be one of {known}, got {self.estimator!r}")

@@ -9,8 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from robustkern.attacks._common import check_eps
 from robustkern.double_backward import fused_where_possible
 from robustkern.jacobian import jacobian_norm
+from robustkern.losses._passes import check_weight
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
@@ -62,6 +64,8 @@ class ProjectedPenalty:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        check_weight(name, self.weight)
+        check_eps(name, self.eps)
         if self.every < 1:
             raise ValueError(f"{name}: every must be at least 1, got {self.every}")
         if not 0 < self.fraction <= 1:

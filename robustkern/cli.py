@@ -286,7 +286,10 @@ def evaluate_command(
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     data: Annotated[str | None, typer.Option(help="Another data set than it was trained on.")] = None,
     root: Annotated[Path | None, typer.Option(help=_ROOT_HELP)] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the files go. Default: RUN/evaluation.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."),
+    ] = None,
     export: Annotated[
         Path | None, typer.Option(help='Also write the weights as {"state_dict": ...}, as RobustBench reads them.')
     ] = None,

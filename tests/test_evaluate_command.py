@@ -64,6 +64,21 @@ def test_the_command_writes_what_it_prints(run, tmp_path):
     assert torch.equal(other.eval()(x), network(x))
 
 
+def test_every_file_of_weights_has_an_evaluation_of_its_own(run, tmp_path):
+    folder, _ = run
+    content = (folder / "model.safetensors").read_bytes()
+    for name in ("model", "best"):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    options = ["--samples", 5, "--attacks", "pgd", "--pgd-steps", 1, "--restarts", 1, "--check-samples", 5]
+    for weights in (tmp_path, tmp_path / "best.safetensors", tmp_path / "model.safetensors"):
+        assert command(weights, *options).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "evaluation", "evaluation-best", "evaluation-model"
+    }  # fmt: skip
+    source = json.loads((tmp_path / "evaluation-best" / "evaluation.json").read_text())["source"]
+    assert source["run"].endswith("best.safetensors")
+
+
 def test_the_command_refuses_in_one_line(run, tmp_path, monkeypatch):
     folder, _ = run
     for arguments, status, message in (

@@ -37,7 +37,8 @@ def evaluate_run(
         console: Where to print.
         data: Another data set than the one it was trained on.
         root: Folder with the data set's files.
-        out: Where the files go; by default `evaluation/` in the run directory.
+        out: Where the files go; by default `evaluation/` in the run directory, and `evaluation-<stem>/` beside a file of
+            weights, so that each has its own.
         export: Also write the weights there, as RobustBench's loaders read them.
         device: "cpu" or "cuda".
         threads: CPU threads.
@@ -67,7 +68,7 @@ def evaluate_run(
         chosen = Settings(**settings)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    folder = out or (run if run.is_dir() else run.parent) / "evaluation"
+    folder = out or (run / "evaluation" if run.is_dir() else run.parent / f"evaluation-{run.stem}")
     model = model.to(device)
     try:
         with _Bar(console) as bar:

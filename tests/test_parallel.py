@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from robustkern.study.parallel import in_parallel
-from robustkern.training import TrainingError
+from robustkern.training import TrainingError, UsageError
+from robustkern.training.files import RunLock
 
 
 def write(number: int, folder: Path) -> None:
@@ -28,8 +29,11 @@ def vanish(number: int) -> None:
 
 
 def wait_long(number: int, folder: Path) -> None:
-    (folder / "begun").touch()
-    time.sleep(600)
+    run = folder / f"run-{number}"
+    run.mkdir(exist_ok=True)
+    with RunLock(run):
+        (folder / "begun").touch()
+        time.sleep(600)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -63,21 +67,42 @@ def test_a_process_that_vanishes_is_an_error():
         in_parallel(range(2), vanish, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_all_processes(number, tmp_path):
+def begin_to_wait(folder: Path) -> subprocess.Popen[str]:
+    """Another Python that shares `wait_long` among two processes, once the first of these is at work."""
     program = (
         "from functools import partial; from pathlib import Path; import test_parallel as t\n"
         "if __name__ == '__main__':\n"
-        f"    t.in_parallel(range(3), partial(t.wait_long, folder=Path({str(tmp_path)!r})), 2)"
+        f"    t.in_parallel(range(3), partial(t.wait_long, folder=Path({str(folder)!r})), 2)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "begun").exists():
+    while not (folder / "begun").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_processes(number, tmp_path):
+    process = begin_to_wait(tmp_path)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and f"stopped by {number.name}" in errors
     left = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
     assert not left.stdout
+
+
+def test_processes_of_a_killed_one_end_and_free_what_they_held(tmp_path):
+    process = begin_to_wait(tmp_path)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    for run in tmp_path.glob("run-*"):
+        while True:
+            try:
+                with RunLock(run):
+                    break
+            except UsageError:
+                assert time.monotonic() < deadline, f"{run} is still in use"
+                time.sleep(0.05)

@@ -12,7 +12,7 @@ from test_data import write_cifar
 
 from robustkern import data
 from robustkern.attacks import PGD
-from robustkern.study import command, figures, inversion
+from robustkern.study import command, figures, inversion, results
 from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Protocol
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run
@@ -64,7 +64,7 @@ def test_a_study_leaves_every_number_and_figure(done):
     for measures in written["summary"].values():
         assert list(measures) == list(MEASURES)
         for values in measures.values():
-            assert values["low"] <= values["mean"] <= values["high"] and len(values["seeds"]) == 1
+            assert values["low"] <= values["value"] <= values["high"] and len(values["seeds"]) == 1
     page = (folder / "report.html").read_text()
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
     assert figures == {
@@ -72,12 +72,16 @@ def test_a_study_leaves_every_number_and_figure(done):
     }  # fmt: skip
     assert len(re.findall("data:image/png;base64,", page)) == len(figures)
     assert all(name in page for name in names)
-    assert "http" not in page  # needs nothing beside it
+    assert "http" not in re.sub('base64,[^"]*', "", page)  # needs nothing beside it
+    assert written["judges"].keys() == {"robust", "standard"} and "the judges name" in page
+    assert list(written["rank correlation with smoothness"]) == list(results.SMOOTHNESS)
     tables = (folder / "tables.md").read_text()
     for name, measures in written["summary"].items():
-        assert re.search(rf"^\| {re.escape(name)} \| {100 * measures['clean_accuracy']['mean']:.1f} % \(", tables, re.M)
+        assert re.search(
+            rf"^\| {re.escape(name)} \| {100 * measures['clean_accuracy']['value']:.1f} % \(", tables, re.M
+        )
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in tables.splitlines() if line.startswith("|")}
-    assert widths == {len(MEASURES) + 2, 3}  # bars inside cells are escaped
+    assert widths == {len(MEASURES) + 2, len(results.SMOOTHNESS) + 2}  # bars inside cells are escaped
     assert "robustkern study --data digits --seeds 1 --samples 12 --epochs 1 --methods standard,fgsm --sweep 3" in page
     assert "report.html" in output and "about" in output
 
@@ -86,11 +90,17 @@ def test_what_is_there_is_not_made_again(done, monkeypatch):
     folder, _ = done
     before = {path: path.stat().st_mtime_ns for path in folder.glob("measures/*")}
     summary = json.loads((folder / "study.json").read_text())["summary"]
+    models = {path: path.stat().st_mtime_ns for path in folder.glob("models/*/model.safetensors")}
     (gone,) = [path for path in before if path.stem == "fgsm-0"]
     gone.unlink()
     again = run(Plan(**SMALL), folder)
     assert {path for path in folder.glob("measures/*") if path.stat().st_mtime_ns != before.get(path)} == {gone}
     assert again.summary == summary  # measured again, to the same numbers
+    assert models == {path: path.stat().st_mtime_ns for path in folder.glob("models/*/model.safetensors")}
+    # What was trained in another way than it would be now does not count as there.
+    monkeypatch.setitem(recipes._BY_METHOD["digits"], "gradient-penalty", {"weight": 5.0})
+    with pytest.raises(UsageError, match=r"written with other settings: weight 4.0 -> 5.0"):
+        run(Plan(**SMALL), folder)
 
 
 def test_a_folder_belongs_to_one_study(done):
@@ -106,6 +116,14 @@ def test_a_folder_belongs_to_one_study(done):
         (["--seeds", "0"], "seeds must be at least 1"),
         (["--sweep", "1,x"], "--sweep: numbers with commas, or none"),
         (["--sweep", "-1"], "multiples must be positive"),
+        (["--sweep", "inf"], "multiples must be positive"),
+        (["--epochs", 0], "epochs must be at least 1, got 0"),
+        (["--samples", -5], "samples must be at least 1, got -5"),
+        (["--threads", 0], "threads must be at least 1, got 0"),
+        (["--checkpoint", "a=:f"], "--checkpoint: NAME=RUN or NAME=module:function, got 'a=:f'"),
+        (["--checkpoint", "a=x:f", "--checkpoint", "a=x:g"], "two of the networks that are given have the same name"),
+        (["--checkpoint", "gradient-penalty=x:f"], "train the gradient penalty themselves: give yours another name"),
+        (["--checkpoint", "gradient-penalty-x-0.1=x:f"], "would share its files with another network of the study"),
     ],
 )
 def test_misuse_is_one_line(options, message, tmp_path):
@@ -168,11 +186,11 @@ def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_pat
     again = [*alone, "--no-two-by-two", "--checkpoint", "mine=my_networks:other", "--out", out]
     assert study(*again).exit_code == 0  # the same name, another network: no number of the first one
     other = json.loads((out / "study.json").read_text())["summary"]["mine"]
-    assert other["gradient_norm"]["mean"] != written["summary"]["mine"]["gradient_norm"]["mean"]
+    assert other["gradient_norm"]["value"] != written["summary"]["mine"]["gradient_norm"]["value"]
     refused = {
         "mine": "--checkpoint: NAME=RUN or NAME=module:function, got 'mine'",
         "mine=nowhere": "nowhere: neither a run directory, a weight file nor module:function",
-        "mine=my_networks:nothing": "my_networks:nothing: module 'my_networks' has no attribute 'nothing'",
+        "mine=my_networks:nothing": "my_networks:nothing: AttributeError: module",
         "mine=my_networks:number": "my_networks:number returned a int, not a torch.nn.Module",
         "mine=my_networks:small": "my_networks:small gives (2, 3) for two images, digits takes logits of 10 classes",
     }
@@ -250,7 +268,7 @@ def test_colour_images_are_studied_and_drawn(tmp_path, monkeypatch):
         "gradients", "inversions", "noise", "perturbations", "terms", "accuracy",
     }  # fmt: skip
     measures = json.loads((tmp_path / "study" / "study.json").read_text())["summary"]["gradient-penalty"]
-    assert measures["gradient_norm"]["mean"] > 0 and measures["total_variation_ratio"]["mean"] > 0
+    assert measures["gradient_norm"]["value"] > 0 and measures["total_variation_ratio"]["value"] > 0
 
 
 def test_distillation_learns_from_a_teacher_of_its_own_temperature(tmp_path):
@@ -270,6 +288,14 @@ def test_shuffled_labels_are_the_same_labels_in_another_order(tmp_path):
     config = configuration(Plan("digits", epochs=2), Plan("digits").entries()[-2], 0, tmp_path, (1, 8, 8))
     result = train(config, tmp_path / "run")
     assert result.accuracies["last"]["clean_accuracy"] < 0.3
+
+
+def test_a_trained_network_takes_the_place_of_a_method(tmp_path):
+    plan = Plan("digits", given=(("pgd", "somewhere"), ("mine", "elsewhere")), sweep=(), two_by_two=False)
+    entries = {entry.name: entry for entry in plan.entries()}
+    assert list(entries) == [*PAPER, *OURS, "mine"]
+    assert {name: entry.source for name, entry in entries.items() if entry.source} == dict(plan.given)
+    assert not entries["pgd"].method
 
 
 def test_sweep():

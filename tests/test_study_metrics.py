@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from robustkern.evaluation import wilson_interval
 from robustkern.study import results
 from robustkern.study.bootstrap import bootstrap_interval
 from robustkern.study.gradients import (
@@ -17,7 +18,7 @@ from robustkern.study.gradients import (
     white_noise_baseline,
 )
 from robustkern.study.inversion import inversion_accuracy, invert, noise, seeded_grid
-from robustkern.study.measures import MEASURES
+from robustkern.study.measures import MEASURES, summarise
 
 
 @pytest.fixture
@@ -202,6 +203,41 @@ def test_bootstrap_refuses(values):
         bootstrap_interval(torch.ones(3), confidence=1.0)
 
 
+def test_bootstrap_of_the_median():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(101, 3, generator=generator).exp()
+    low, high = bootstrap_interval(values, statistic="median")
+    assert low <= float(values.median()) <= high and high - low < 0.6
+    values[0] = 1e9  # which would move a mean
+    assert bootstrap_interval(values, statistic="median")[1] == pytest.approx(high, rel=0.1)
+    with pytest.raises(ValueError, match="statistic must be 'mean' or 'median', got 'mode'"):
+        bootstrap_interval(values, statistic="mode")
+
+
+def test_summaries_resample_images_with_all_that_was_made_of_them():
+    yes = (torch.arange(40) % 2 == 0).float()
+    together = summarise({"inversion_accuracy": yes[:, None, None].expand(40, 3, 9)})["inversion_accuracy"]
+    apart = summarise({"inversion_accuracy": yes.repeat_interleave(27)})["inversion_accuracy"]
+    assert together["value"] == apart["value"] == 0.5 and together["images"] == 40
+    ratio = (together["high"] - together["low"]) / (apart["high"] - apart["low"])
+    assert ratio == pytest.approx(27**0.5, rel=0.2)
+
+
+def test_unanimous_images_have_wilsons_interval():
+    found = summarise({"clean_accuracy": torch.ones(20, 3), "gradient_norm": torch.zeros(20)})
+    assert (found["clean_accuracy"]["low"], found["clean_accuracy"]["high"]) == wilson_interval(20, 20)
+    assert (found["gradient_norm"]["low"], found["gradient_norm"]["high"]) == (0.0, 0.0)  # not a share
+    nothing = summarise({"clean_accuracy": torch.zeros(20)}, differences=True)["clean_accuracy"]
+    assert (nothing["low"], nothing["high"]) == (0.0, 0.0)
+
+
+def test_medians_are_medians():
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 1e6])
+    found = summarise({"gradient_norm": values, "median_gradient_norm": values, "linearised_robustness": values})
+    assert found["gradient_norm"]["value"] == pytest.approx(200002.0)
+    assert found["median_gradient_norm"]["value"] == found["linearised_robustness"]["value"] == 3.0
+
+
 def test_contrasts_are_paired_differences():
     generator = torch.Generator().manual_seed(0)
     images, noise = torch.randn(400, generator=generator), 0.1 * torch.randn(2, 400, generator=generator)
@@ -215,7 +251,7 @@ def test_contrasts_are_paired_differences():
     for label, (one, other) in results.CONTRASTS.items():
         values = found[label]["alignment"]
         # What image and seed share is gone: the difference is exact, whatever the spread of the images.
-        for part in (values["mean"], values["low"], values["high"], *values["seeds"]):
+        for part in (values["value"], values["low"], values["high"], *values["seeds"]):
             assert part == pytest.approx(effects[one] - effects[other], abs=1e-5)
 
 
@@ -224,7 +260,7 @@ def test_rank_correlations_see_order_alone():
 
     def networks(values):
         return [
-            {name: {"mean": steep[k] if name == "gradient_norm" else values[k]} for name in MEASURES} for k in range(4)
+            {name: {"value": steep[k] if name == "gradient_norm" else values[k]} for name in MEASURES} for k in range(4)
         ]
 
     assert results.rank_correlations(networks([1.0, 2.0, 3.0, 400.0]), "gradient_norm")["alignment"] == pytest.approx(1)

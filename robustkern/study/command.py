@@ -58,6 +58,7 @@ def run_study(
         console.print(f"[dim]{number}/{count}[/dim] {name}{remaining}", highlight=False)
 
     study = run(chosen, out, root=root, jobs=_cores(chosen) if jobs is None else jobs, on_unit=on_unit)
+    console.print("[dim]drawing[/dim]")
     page = write_report(study, draw(study, report), report)
     write_tables(study, report)
     if report is not None:
@@ -67,7 +68,7 @@ def run_study(
     for measure in _SHOWN:
         table.add_column(MEASURES[measure][0], justify="right", max_width=18)
     for name, measures in study.summary.items():
-        means = [measures[measure]["mean"] for measure in _SHOWN]
+        means = [measures[measure]["value"] for measure in _SHOWN]
         table.add_row(name, *("-" if mean is None else f"{mean:.3f}" for mean in means))
     console.print(table)
     console.print(f"{page} holds every figure and number; figures/ and study.json beside it", highlight=False)
@@ -88,6 +89,4 @@ def _sweep(text: str | None) -> tuple[float, ...]:
         factors = () if text.strip() == "none" else tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--sweep: numbers with commas, or none, got {text!r}") from error
-    if any(not factor > 0 for factor in factors):
-        raise UsageError(f"--sweep: multiples must be positive, got {text!r}")
     return factors

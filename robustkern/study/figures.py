@@ -15,6 +15,7 @@ from robustkern.data import Dataset
 from robustkern.training.figures import eps_text, one_of_each, save_png
 
 from .inversion import invert, noise, seeded_grid
+from .measures import PROPORTIONS
 
 _COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157", "#d9a441", "#2f4858", "#9b2226")
 _DPI = 110
@@ -53,6 +54,7 @@ def inversion_grids(
         grids[name] = _mosaic(inverted.cpu(), data.num_classes)
     title = (
         f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:.3g} σ)"
+        f"\n{_classes(data)}"
     )
     _panels(path, grids, columns, title)
 
@@ -91,7 +93,7 @@ def noise_grids(
                 network, start.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device)
             )
         strips[name] = _mosaic(images.cpu(), data.num_classes)
-    _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:.3g} σ)")
+    _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:.3g} σ)\n{_classes(data)}")
 
 
 def perturbations(
@@ -113,7 +115,7 @@ def perturbations(
         goal = (y + 1) % data.num_classes if targeted else y
         attack = PGD(eps, steps=40, random_start=False, targeted=targeted)
         rows[name] = _mosaic(attack(network, x.to(device), goal.to(device)).cpu(), len(x))
-    _panels(path, rows, 2, f"attacked with ε = {eps_text(eps)}")
+    _panels(path, rows, 2, f"attacked with ε = {eps_text(eps)}\n{_classes(data)}")
 
 
 def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> None:
@@ -125,9 +127,9 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
         title: Above it.
     """
     figure, (axes,) = _figure(1)
-    for number, (color, (name, points)) in enumerate(zip(_cycle(len(curves)), curves.items())):
+    for number, (name, points) in enumerate(curves.items()):
+        color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
         radii = [point["eps"] for point in points]
-        style = ("-", "--", ":")[number // len(_COLORS) % 3]
         axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, linestyle=style, marker="o", markersize=3,
                   label=name)  # fmt: skip
         axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
@@ -140,12 +142,15 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
     save_png(path, figure, _DPI)
 
 
-def term_panels(path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def term_panels(
+    path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]], captions: Mapping[str, str] | None = None
+) -> None:
     """Orientation and smoothness against the epoch, a panel for each network.
 
     Args:
         path: Where the PNG goes.
         terms: For each network, rows of metrics.
+        captions: For each network, what its smoothness term is.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -162,7 +167,8 @@ def term_panels(path: Path, terms: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         other.plot(epochs, [row["smoothness"] for row in rows], color=_COLORS[2])
         other.tick_params(axis="y", colors=_COLORS[2], labelsize=7)
         other.spines["top"].set_visible(False)
-        axes.set_title(name, fontsize=9)
+        caption = (captions or {}).get(name)
+        axes.set_title(name + (f"\nsmoothness: {caption}" if caption else ""), fontsize=8)
     save_png(path, figure, _DPI)
 
 
@@ -179,21 +185,21 @@ def against_smoothness(
         smoothness: The measure on the horizontal axis, logarithmic; less is smoother, so it runs from right to left.
         label: Its title.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     figure, panels = _figure(len(measures))
     for axes, (measure, title) in zip(panels, measures.items()):
         for color, line in zip(_cycle(8), dict.fromkeys(point["line"] for point in points)):
             own = [point for point in points if point["line"] == line]
-            at = [point[smoothness]["mean"] for point in own]
-            values = [point[measure]["mean"] for point in own]
+            at = [point[smoothness]["value"] for point in own]
+            values = [point[measure]["value"] for point in own]
             errors = [
-                [p[measure]["mean"] - p[measure]["low"] for p in own],
-                [p[measure]["high"] - p[measure]["mean"] for p in own],
+                [p[measure]["value"] - p[measure]["low"] for p in own],
+                [p[measure]["high"] - p[measure]["value"] for p in own],
             ]
             axes.errorbar(at, values, yerr=errors, color=color, marker="o", markersize=4, capsize=2, linewidth=1.2,
                           linestyle="-" if len(own) > 1 else "", label=line)  # fmt: skip
-            for point, where, value in zip(own, at, values):
+            for point, where, value in zip(own, at, values, strict=True):
                 axes.annotate(point["text"], (where, value), xytext=(3, 3), textcoords="offset points", fontsize=6)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -202,6 +208,9 @@ def against_smoothness(
         axes.invert_xaxis()
         axes.set_xlabel(label + "  (smoother →)", fontsize=8)
         axes.set_title(title, fontsize=9)
+        if measure in PROPORTIONS:
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[0].legend(frameon=False, fontsize=7)
     save_png(path, figure, _DPI)
 
@@ -220,13 +229,18 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
         for place, smooth in ((-0.2, False), (0.2, True)):
             at = [index + place for index in range(2)]
             own = [cells[oriented, smooth][measure] for oriented in (False, True)]
-            errors = [[c["mean"] - c["low"] for c in own], [c["high"] - c["mean"] for c in own]]
-            axes.bar(at, [c["mean"] for c in own], 0.38, yerr=errors, color=_COLORS[2 if smooth else 0],
-                     label="smooth" if smooth else "not smooth", error_kw={"linewidth": 0.9})  # fmt: skip
+            errors = [[c["value"] - c["low"] for c in own], [c["high"] - c["value"] for c in own]]
+            axes.bar(at, [c["value"] for c in own], 0.38, yerr=errors, color=_COLORS[2 if smooth else 0],
+                     label="with penalty" if smooth else "without", error_kw={"linewidth": 0.9})  # fmt: skip
         axes.set_xticks([0, 1], ["labels shuffled", "true labels"], fontsize=8)
         axes.set_title(title, fontsize=9)
     panels[0].legend(frameon=False, fontsize=8)
     save_png(path, figure, _DPI)
+
+
+def _classes(data: Dataset) -> str:
+    """Which column is which."""
+    return "left to right: " + ", ".join(data.classes)
 
 
 def _mosaic(images: Tensor, columns: int) -> np.ndarray:

@@ -25,7 +25,7 @@ def parse_given(text: str) -> tuple[str, str]:
         UsageError: It has another form.
     """
     name, _, source = (part.strip() for part in text.partition("="))
-    if not name or not source or "/" in name:
+    if not name or not source or "/" in name or not (Path(source).exists() or all(source.split(":", 1))):
         raise UsageError(f"--checkpoint: NAME=RUN or NAME=module:function, got {text!r}")
     return name, source
 
@@ -55,8 +55,8 @@ def load_given(source: str, data: Dataset) -> nn.Module:
     model.eval()
     try:
         with attacked(model), torch.no_grad():
-            shape = tuple(model(data.images[:2].to(_device(model))).shape)
-    except RuntimeError as error:
+            shape = tuple(getattr(model(data.images[:2].to(_device(model))), "shape", ()))
+    except Exception as error:  # whatever a stranger's module raises
         raise UsageError(f"{source} does not take images of {data.name}, {data.in_shape}: {error}") from error
     if shape != (2, data.num_classes):
         raise UsageError(
@@ -70,8 +70,8 @@ def _call(module: str, function: str) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{module}:{function}: {error}") from error
+    except Exception as error:  # it is anybody's code
+        raise UsageError(f"{module}:{function}: {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"{module}:{function} returned a {type(made).__name__}, not a torch.nn.Module")
     return made

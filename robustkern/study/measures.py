@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustkern.attacks import PGD
 from robustkern.data import Dataset, generator
-from robustkern.evaluation import linearised_robustness, local_lipschitz
+from robustkern.evaluation import linearised_robustness, local_lipschitz, wilson_interval
 from robustkern.evaluation.checks import correct
 
 from .bootstrap import bootstrap_interval
@@ -23,8 +23,9 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
     "clean_accuracy": ("accuracy", True),
     "robust_accuracy": ("accuracy under PGD-20", True),
     "gradient_norm": ("eps · ‖∂ loss / ∂x‖₁", False),
+    "median_gradient_norm": ("the same, median", False),
     "local_lipschitz": ("local Lipschitz constant of the logits (lower bound)", False),
-    "linearised_robustness": ("linearised robustness, Linf", True),
+    "linearised_robustness": ("linearised robustness, Linf, median", True),
     "alignment": ("alignment |⟨x, g⟩| / ‖g‖, g = ∂z_y/∂x (Etmann et al.)", True),
     "centred_alignment": ("|cos(x, g)|, means taken out", True),
     "low_frequency_share": ("gradient energy below 0.25 cycles a pixel", True),
@@ -37,6 +38,18 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
 }
 
 
+# Of the others the mean. A few images have most of a gradient's norm where the loss saturates, and quotients by a
+# gradient that is nearly zero are as large as one likes.
+MEDIANS = ("median_gradient_norm", "linearised_robustness")
+# Of yes and no.
+PROPORTIONS = (
+    "clean_accuracy",
+    "robust_accuracy",
+    "inversion_accuracy",
+    "noise_inversion_accuracy",
+    "inversion_transfer",
+    "noise_inversion_transfer",
+)
 NOISE_INVERSIONS = "inversions from noise"  # the images, beside the measures
 
 
@@ -91,7 +104,7 @@ def measure(
     *,
     on_measure: Callable[[str], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Every measure of `MEASURES`, one number for each image (or inversion): [N] float32 on the CPU.
+    """Every measure of `MEASURES`, for each image one number, or one for each inversion: [N, ...] float32 on the CPU.
 
     And under `NOISE_INVERSIONS` the images that were made from noise, [N, C, H, W], image i towards class i modulo the
     number of classes: they take longest, and a figure may want them.
@@ -105,7 +118,7 @@ def measure(
     """
     report = on_measure or (lambda name: None)
     few = data.first(protocol.samples)
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     x, y = few.images.to(device), few.labels.to(device)
     _, std = data.statistics()
     scale = torch.tensor(std, device=device).view(-1, 1, 1)
@@ -120,6 +133,7 @@ def measure(
     values["robust_accuracy"] = right & correct(model, adversary, y)
     report("gradient_norm")
     values["gradient_norm"] = protocol.eps * input_gradients(model, x, y, "loss").flatten(1).abs().sum(1)
+    values["median_gradient_norm"] = values["gradient_norm"].clone()  # files have no two names for the same numbers
     report("local_lipschitz")
     values["local_lipschitz"] = local_lipschitz(model, x, protocol.eps, generator=_generator(protocol.seed, device))
     report("linearised_robustness")
@@ -136,7 +150,8 @@ def measure(
     inverted = invert(model, starts, targets, steps=protocol.inversion_steps, step_size=protocol.inversion_step * scale)
     # Towards its own class an image is named right before it is touched.
     for name, judge in (("inversion_accuracy", judges.robust), ("inversion_transfer", judges.standard)):
-        values[name] = inversion_accuracy(judge, inverted, targets)[targets != labels]
+        named = inversion_accuracy(judge, inverted, targets)[targets != labels]
+        values[name] = named.reshape(-1, data.num_classes - 1)  # what began with the same image belongs together
     report("noise_inversion_accuracy")
     count = protocol.noise_images * data.num_classes
     nothing = noise(count, data.in_shape, seed=protocol.seed, spread=float(scale.mean())).to(device)
@@ -174,21 +189,32 @@ def accuracy_curve(
     return torch.stack(columns, 1)
 
 
-def summarise(values: dict[str, Tensor], confidence: float = 0.95) -> dict[str, dict[str, Any]]:
-    """Mean and bootstrap interval of each measure, over the images where it is finite.
+def summarise(
+    values: dict[str, Tensor], confidence: float = 0.95, *, differences: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Mean (of `MEDIANS` the median) and bootstrap interval of each measure, over the images where it is finite.
+
+    Images are resampled, each with all its seeds and all that was made of it.  Where all of them say yes or all no, the
+    interval is Wilson's.
 
     Args:
-        values: For each measure, [N], or [N, S] for S seeds of one method on the same images.
+        values: For each measure, [N], or [N, S] for S seeds of one method on the same images, or [N, S, T] for T
+            numbers of each.
         confidence: Of the intervals.
+        differences: The values are differences between two networks.
     """
     summary: dict[str, dict[str, Any]] = {}
     for name, numbers in values.items():
         finite = numbers[numbers.isfinite().reshape(len(numbers), -1).all(1)]
         if not len(finite):
-            summary[name] = {"mean": None, "low": None, "high": None, "images": 0}
+            summary[name] = {"value": None, "low": None, "high": None, "images": 0}
             continue
-        low, high = bootstrap_interval(finite, confidence=confidence)
-        summary[name] = {"mean": float(finite.double().mean()), "low": low, "high": high, "images": len(finite)}
+        statistic = "median" if name in MEDIANS else "mean"
+        low, high = bootstrap_interval(finite, statistic=statistic, confidence=confidence)
+        value = float(finite.double().mean() if statistic == "mean" else finite.double().quantile(0.5))
+        if name in PROPORTIONS and not differences and value in (0.0, 1.0):
+            low, high = wilson_interval(round(value * len(finite)), len(finite), confidence)
+        summary[name] = {"value": value, "low": low, "high": high, "images": len(finite)}
     return summary
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -121,8 +123,17 @@ def _next(
     return next((number for number in open_ones if ready(tasks[number], done)), None)
 
 
+def _end_with_parent() -> None:
+    """A parent that was killed can tell nobody, and what it began must not hold the locks of whoever goes on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _serve(connection: Connection, work: Callable[[Task], None]) -> None:
     """A worker's life: tasks come in, None or an exception goes out, until the other end is closed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
             task = connection.recv()

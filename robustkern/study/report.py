@@ -8,31 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from robustkern import __version__
+from robustkern.training import METHODS
 from robustkern.training.figures import eps_text, gradients
 from robustkern.training.files import write_atomically
 
 from . import figures
-from .measures import MEASURES
+from .measures import MEASURES, PROPORTIONS
 from .study import SMOOTHNESS, TWO_BY_TWO, Plan, Study
 
 _RANKS = "Rank correlation with smoothness"
 _TITLES = {
-    "centred_alignment": "alignment of gradient and image",
+    "centred_alignment": "|cosine| of gradient and image, means out",
     "edge_concentration": "gradient energy on edges",
     "low_frequency_share": "gradient energy in low frequencies",
     "inversion_accuracy": "inversions named by the robust judge",
     "noise_inversion_accuracy": "inversions from noise, robust judge",
     "inversion_transfer": "inversions named by the standard judge",
 }
-_PERCENT = (
-    "clean_accuracy",
-    "robust_accuracy",
-    "low_frequency_share",
-    "inversion_accuracy",
-    "noise_inversion_accuracy",
-    "inversion_transfer",
-    "noise_inversion_transfer",
-)
+_PERCENT = (*PROPORTIONS, "low_frequency_share")
+_SMOOTH_HEADS = {
+    "gradient_norm": "eps · ‖∂ loss / ∂x‖₁, mean",
+    "median_gradient_norm": "the same, median",
+    "local_lipschitz": "local Lipschitz constant of the logits",
+}
+_SMOOTH_TITLES = {
+    "gradient_norm": "eps · ‖∂ loss / ∂x‖₁ (smooth: small)",
+    "local_lipschitz": "local Lipschitz constant of the logits",
+}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; font-size: 12px; } th, td { padding: .25rem .5rem; text-align: right; }
@@ -76,9 +78,14 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
         "loss has no gradient to follow."
     )
     figures.perturbations(add("perturbations", caption), data, networks, min(1.0, 3 * eps))
-    caption = "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one."
+    caption = (
+        "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one: what it "
+        "is differs from method to method, as the panels say. One network of each."
+    )
     if trained:
-        figures.term_panels(add("terms", caption), {name: study.terms[name] for name in trained})
+        methods = {entry.name: entry.method for entry in plan.entries()}
+        captions = {name: METHODS[methods[name]].smoothness or "none" for name in trained}
+        figures.term_panels(add("terms", caption), {name: study.terms[name] for name in trained}, captions)
     caption = (
         "Accuracy against the radius of PGD-20, on the images that are measured. Bands are 95 % bootstrap intervals. "
         "An accuracy that hardly falls is not robustness, but a loss that shows the attack no way, as a saturated one."
@@ -95,8 +102,11 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
         )
     if plan.two_by_two:
         cells = {cell: study.summary[name] for cell, name in TWO_BY_TWO.items()}
-        caption = "Orientation with and without smoothness, smoothness with and without orientation."
-        figures.two_by_two(add("two_by_two", caption), cells, _TITLES)
+        caption = (
+            "Orientation with and without smoothness, smoothness with and without orientation; first how smooth each "
+            "cell is. Bars are 95 % bootstrap intervals over images."
+        )
+        figures.two_by_two(add("two_by_two", caption), cells, {**_SMOOTH_TITLES, **_TITLES})
     return drawn
 
 
@@ -118,11 +128,12 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | No
         "with all its seeds. Inversions are judged by two networks of another seed: one adversarially trained, the "
         "nearer stand-in for a person, and one of standard training, which patterns that no person sees may move as "
         "they move the network that made them.</p>",
+        *([f"<p>{html.escape(judges_note(study))}</p>"] if study.judges else []),
     ]
     for title, note, lines in sections(study):
         parts += [f"<h2>{html.escape(title)}</h2>", *([f"<p>{html.escape(note)}</p>"] if note else []), _table(lines)]
     if study.correlations:
-        parts += [f"<h2>{_RANKS}</h2>", f"<p>{html.escape(_ranks_note(study))}</p>", _correlations(study.correlations)]
+        parts += [f"<h2>{_RANKS}</h2>", f"<p>{html.escape(_ranks_note(study))}</p>", _correlations(study)]
     parts.append("<h2>Figures</h2>")
     for path, caption in drawn.values():
         picture = base64.b64encode(path.read_bytes()).decode()
@@ -150,6 +161,7 @@ def write_tables(study: Study, to: Path | None = None) -> Path:
     """
     head = [_bars(text) for text, _ in MEASURES.values()]
     parts = [f"# {study.plan.data}: tables", f"Means over images and seeds, 95 % intervals. `{command(study)}`"]
+    parts += [judges_note(study)] if study.judges else []
     for title, note, lines in sections(study):
         rows = [["", *head], ["---", *["---:"] * len(head)]]
         for name, measures in lines.items():
@@ -157,8 +169,9 @@ def write_tables(study: Study, to: Path | None = None) -> Path:
             rows.append([name, *(cell.replace("<small>", " (").replace("</small>", ")") for cell in cells)])
         parts += [f"## {title}", *([note] if note else []), "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     if study.correlations:
-        ranks = "\n".join(f"| {_bars(MEASURES[name][0])} | {rho:.2f} |" for name, rho in study.correlations.items())
-        parts += [f"## {_RANKS}", _ranks_note(study), f"| | |\n| --- | ---: |\n{ranks}"]
+        first, *others = _rank_rows(study)
+        ranks = [first, ["---", *["---:"] * (len(first) - 1)], *others]
+        parts += [f"## {_RANKS}", _ranks_note(study), "\n".join(f"| {' | '.join(map(_bars, row))} |" for row in ranks)]
     path = (to or study.folder) / "tables.md"
     write_atomically(path, "\n\n".join(parts) + "\n")
     return path
@@ -192,11 +205,21 @@ def _bars(text: str) -> str:
 
 
 def _ranks_note(study: Study) -> str:
-    count = sum(not entry.shuffled for entry in study.plan.entries())
     return (
-        f"Spearman's, over the {count} kinds of networks above that were trained on true labels; smoother is a smaller "
-        f"{MEASURES[SMOOTHNESS][0]}."
+        f"Spearman's, over the {len(_matrix(study.plan))} kinds of networks in the first table. Smoother is less of "
+        "what heads the column: where loss gradients are zero for most images and large for a few, as with a saturated "
+        "softmax, mean and median disagree."
     )
+
+
+def judges_note(study: Study) -> str:
+    """How well the judges know the classes.
+
+    Args:
+        study: A finished study.
+    """
+    shares = " and ".join(f"{100 * share:.1f} % ({name})" for name, share in study.judges.items())
+    return f"Of the test images themselves the judges name {shares} right."
 
 
 def command(study: Study) -> str:
@@ -210,6 +233,8 @@ def command(study: Study) -> str:
     if plan.sweep != type(plan)().sweep:
         words.append("--sweep " + (",".join(f"{factor:g}" for factor in plan.sweep) or "none"))
     words += [f"--checkpoint {name}={source}" for name, source in plan.given]
+    words += [f"--{name} {value}" for name, value in (("threads", plan.threads), ("device", plan.device))
+              if value != getattr(type(plan)(plan.data), name)]  # fmt: skip
     return " ".join([*words, *(["--no-two-by-two"] if not plan.two_by_two else [])])
 
 
@@ -233,11 +258,23 @@ def _sweep_points(study: Study) -> list[dict[str, Any]]:
     return [{"line": "gradient penalty", "text": text, **study.summary[name]} for name, text in chosen]
 
 
-def _correlations(found: dict[str, float]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(MEASURES[name][0])}</td><td>{rho:.2f}</td></tr>" for name, rho in found.items()
-    )
-    return f"<table><tbody>{rows}</tbody></table>"
+def _rank_rows(study: Study) -> list[list[str]]:
+    """A head, then a row for each measure with a column for each way to measure smoothness."""
+    columns = list(study.correlations)
+    names = list(dict.fromkeys(name for column in columns for name in study.correlations[column]))
+    cells = {
+        name: [f"{study.correlations[c][name]:.2f}" if name in study.correlations[c] else "-" for c in columns]
+        for name in names
+    }
+    heads = ["", *(_SMOOTH_HEADS[column] for column in columns)]
+    return [heads, *([MEASURES[name][0], *cells[name]] for name in names)]
+
+
+def _correlations(study: Study) -> str:
+    head, *rows = _rank_rows(study)
+    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _table(lines: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -251,10 +288,10 @@ def _table(lines: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _cell(measure: str, values: dict[str, Any]) -> str:
-    if values["mean"] is None:
+    if values["value"] is None:
         return "-"
     if measure in _PERCENT:
-        mean, low, high = (f"{100 * values[part]:.1f}" for part in ("mean", "low", "high"))
+        mean, low, high = (f"{100 * values[part]:.1f}" for part in ("value", "low", "high"))
         return f"{mean} %<small>{low} to {high}</small>"
-    mean, low, high = (f"{values[part]:.3g}" for part in ("mean", "low", "high"))
+    mean, low, high = (f"{values[part]:.3g}" for part in ("value", "low", "high"))
     return f"{mean}<small>{low} to {high}</small>"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bootstrap import bootstrap_interval
-from .measures import MEASURES, summarise
+from .measures import MEASURES, MEDIANS, summarise
 
 # name: (cell of the 2x2, cell that is subtracted); a cell is (oriented, smooth)
 CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
@@ -18,18 +18,20 @@ CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
     "orientation alone − neither": ((True, False), (False, False)),
     "smoothness alone − neither": ((False, True), (False, False)),
 }
+# What is small where a network is smooth: in the loss, as a mean and as a median, and in the logits.
+SMOOTHNESS = ("gradient_norm", "median_gradient_norm", "local_lipschitz")
 Values = Mapping[str, Tensor]  # of one model: a number for each image, by measure
 
 
 def summary(models: Sequence[Values]) -> dict[str, dict[str, Any]]:
-    """Mean and interval of each measure over images and seeds, and the mean of each seed.
+    """Mean or median and interval of each measure over images and seeds, and that of each seed.
 
     Args:
         models: The values of each seed.
     """
     found = summarise({name: torch.stack([model[name] for model in models], 1) for name in MEASURES})
     for name, values in found.items():
-        values["seeds"] = [_mean(model[name]) for model in models]
+        values["seeds"] = [_of_one(name, model[name]) for model in models]
     return found
 
 
@@ -48,7 +50,7 @@ def curve(standing: Sequence[Tensor], radii: Sequence[float]) -> list[dict[str, 
 
 
 def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """For each of `CONTRASTS` and each measure: mean difference, low, high, and the difference of each seed.
+    """For each of `CONTRASTS` and each measure: mean (or median) difference, low, high, and that of each seed.
 
     Paired: an image's value under one network less its value under the other, of the same seed; the bootstrap draws
     images.  An interval that does not hold zero says that these networks differ on images like these; how much
@@ -62,13 +64,15 @@ def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, 
         found[label] = {}
         for name in MEASURES:
             pairs = [a[name] - b[name] for a, b in zip(cells[one], cells[other], strict=True)]
-            found[label][name] = summarise({name: torch.stack(pairs, 1)})[name]
-            found[label][name]["seeds"] = [_mean(pair) for pair in pairs]
+            found[label][name] = summarise({name: torch.stack(pairs, 1)}, differences=True)[name]
+            found[label][name]["seeds"] = [_of_one(name, pair) for pair in pairs]
     return found
 
 
 def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoothness: str) -> dict[str, float]:
     """Spearman's rank correlation over networks of each measure with smoothness, which is less of `smoothness`.
+
+    Smoothness can be measured in several ways, and the answer depends on it: ask for more than one.
 
     Args:
         networks: Their summaries, three or more.
@@ -78,9 +82,9 @@ def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoot
         return {}
     found = {}
     for name in MEASURES:
-        pairs = [(n[smoothness]["mean"], n[name]["mean"]) for n in networks]
+        pairs = [(n[smoothness]["value"], n[name]["value"]) for n in networks]
         known = torch.tensor([pair for pair in pairs if None not in pair], dtype=torch.float64)
-        if name != smoothness and len(known) >= 3:
+        if name not in SMOOTHNESS and len(known) >= 3:
             ranks = torch.stack([_ranks(-known[:, 0]), _ranks(known[:, 1])])
             # Undefined where all are the same.
             found[name] = float(torch.corrcoef(ranks).nan_to_num()[0, 1])
@@ -93,6 +97,8 @@ def _ranks(values: Tensor) -> Tensor:
     return below.double().sum(1) + (same.double().sum(1) + 1) / 2
 
 
-def _mean(values: Tensor) -> float | None:
-    finite = values[values.isfinite()]
-    return float(finite.double().mean()) if len(finite) else None
+def _of_one(name: str, values: Tensor) -> float | None:
+    finite = values[values.isfinite()].double()
+    if not len(finite):
+        return None
+    return float(finite.quantile(0.5) if name in MEDIANS else finite.mean())

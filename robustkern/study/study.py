@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern.data import Dataset
+from robustkern.evaluation.checks import correct
 from robustkern.training import (
     METHODS,
+    Interrupted,
     Observer,
     TrainingConfig,
     UsageError,
@@ -99,7 +101,8 @@ class Plan:
     Attributes:
         data: A name of `robustkern.data.NAMES`.
         methods: Of `PAPER` and `OURS`: the matrix.
-        given: Name and source of networks that are measured as they are, beside the matrix.
+        given: Name and source of networks that are measured as they are: beside the matrix, or, under the name of a
+            method, in its place.
         seeds: Models of each kind.
         sweep: Multiples of the gradient penalty's weight; empty for none.
         two_by_two: Whether shuffled labels are trained on as well.
@@ -124,16 +127,32 @@ class Plan:
         for method in self.methods:
             if method not in PAPER + OURS:
                 raise UsageError(f"no method {method!r} in the study: choose among {', '.join(PAPER + OURS)}")
-        if self.seeds < 1:
-            raise UsageError(f"seeds must be at least 1, got {self.seeds}")
         if self.epochs is None:
             object.__setattr__(self, "epochs", max(1, recipe(self.data).epochs // 2))
+        for name in ("seeds", "samples", "epochs", "threads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not all(0 < factor < math.inf for factor in self.sweep):
+            raise UsageError(f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
+        object.__setattr__(self, "sweep", tuple(dict.fromkeys(self.sweep)))
 
     def entries(self) -> list[Entry]:
         """Every kind of model, the matrix first."""
         needed = {"gradient-penalty"} if self.two_by_two or self.sweep else set()
-        found = [_entry(method) for method in PAPER + OURS if method in self.methods or method in needed]
-        found += [Entry(name, "", source=source) for name, source in self.given]
+        given = {name: Entry(name, "", source=source) for name, source in self.given}
+        if len(given) < len(self.given):
+            raise UsageError("two of the networks that are given have the same name")
+        if needed & set(given):
+            raise UsageError(
+                "the sweep and the 2x2 train the gradient penalty themselves: give yours another name, or leave them "
+                "out with --sweep none --no-two-by-two"
+            )
+        found = [
+            given.pop(method) if method in given else _entry(method)
+            for method in PAPER + OURS
+            if method in self.methods or method in needed
+        ]
+        found += given.values()
         if self.two_by_two or self.sweep:
             found.append(self._without_penalty())
         found += [
@@ -146,10 +165,10 @@ class Plan:
             found.append(Entry("gradient-penalty, labels shuffled", "gradient-penalty", shuffled=True))
         if not found:
             raise UsageError("nothing to study: neither methods, a sweep, the 2x2 nor a network that is given")
-        names = [entry.name for entry in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        folders = [_folder(entry.name, 0) for entry in found]
+        twice = next((entry.name for entry, folder in zip(found, folders) if folders.count(folder) > 1), None)
         if twice is not None:
-            raise UsageError(f"two networks of the study are called {twice!r}: give yours another name")
+            raise UsageError(f"{twice!r} would share its files with another network of the study: choose another name")
         return found
 
     def _without_penalty(self, shuffled: bool = False) -> Entry:
@@ -171,7 +190,9 @@ class Study:
         terms: For each entry that was trained, rows of metrics of its first model.
         noise: For each entry, what its first model made from noise, see `robustkern.study.measures.NOISE_INVERSIONS`.
         contrasts: Differences between the cells of the 2x2, see `robustkern.study.results.contrasts`.
-        correlations: Of each measure with smoothness, see `robustkern.study.results.rank_correlations`.
+        correlations: For each of `robustkern.study.results.SMOOTHNESS`, of each measure with it, over the matrix; see
+            `robustkern.study.results.rank_correlations`.
+        judges: The share of the test images that each judge names right.
         folder: Where everything lies.
     """
 
@@ -183,7 +204,8 @@ class Study:
     terms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
     contrasts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    correlations: dict[str, float] = field(default_factory=dict)
+    correlations: dict[str, dict[str, float]] = field(default_factory=dict)
+    judges: dict[str, float] = field(default_factory=dict)
 
     def network(self, name: str, seed: int = 0) -> nn.Module:
         """The model of an entry."""
@@ -246,8 +268,7 @@ def run(
     units = [Unit(entry, seed) for seed in range(plan.seeds) for entry in entries if not (entry.source and seed)]
     tasks = [
         *(Unit(None, judge=judge) for judge in _JUDGES),
-        # What lies behind a given name may be another network by now: measured every time.
-        *(unit for unit in units if (unit.entry and unit.entry.source) or not _values_path(folder, unit).exists()),
+        *(unit for unit in units if not _is_there(unit, plan, folder, test)),
     ]
     there = len(units) - len(tasks) + len(_JUDGES)
     started: dict[int, float] = {}
@@ -267,7 +288,10 @@ def run(
         return unit.entry is None or done >= set(range(len(_JUDGES)))  # nothing is measured without the judges
 
     work = partial(make, plan=plan, folder=folder, root=root, observer=observer if jobs == 1 else None)
-    in_parallel(tasks, work, jobs, ready=ready, on_start=on_start, on_done=on_done)
+    try:
+        in_parallel(tasks, work, jobs, ready=ready, on_start=on_start, on_done=on_done)
+    except Interrupted as error:
+        raise Interrupted(f"{str(error).split(';')[0]}; the same command goes on from there") from None
     study = _read(plan, folder, test)
     content = {
         "plan": asdict(plan),
@@ -276,9 +300,21 @@ def run(
         "curves": study.curves,
         "contrasts": study.contrasts,
         "rank correlation with smoothness": study.correlations,
+        "judges": study.judges,
     }
     write_atomically(folder / "study.json", json.dumps(content, indent=1) + "\n")
     return study
+
+
+def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
+    """Whether a model was trained, as it would be now, and measured."""
+    assert unit.entry is not None
+    if unit.entry.source:  # what lies behind the name may be another network by now
+        return False
+    out = folder / "models" / _folder(unit.entry.name, unit.seed)
+    if not _values_path(folder, unit).exists() or not (out / "results.json").exists():
+        return False
+    return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
 
 
 def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:
@@ -394,8 +430,14 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
             study.terms[entry.name] = _rows(folder / "models" / _folder(entry.name, 0))
     if plan.two_by_two:
         study.contrasts = results.contrasts({cell: models[name] for cell, name in TWO_BY_TWO.items()})
-    true = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled]
-    study.correlations = results.rank_correlations(true, SMOOTHNESS)
+    matrix = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled and not entry.swept]
+    for smoothness in results.SMOOTHNESS:
+        if found := results.rank_correlations(matrix, smoothness):
+            study.correlations[smoothness] = found
+    for judge in _JUDGES:
+        network = load_model(_judge(folder, judge))[0]
+        parts = zip(test.images.split(500), test.labels.split(500), strict=True)
+        study.judges[judge] = float(torch.cat([correct(network, x, y) for x, y in parts]).float().mean())
     return study
 
 

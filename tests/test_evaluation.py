@@ -1,7 +1,9 @@
 """The evaluation: consistent figures, and a deliberately bad model for each of its flags."""
 
 import copy
+import io
 import json
+import re
 import sys
 
 import pytest
@@ -19,7 +21,7 @@ from robustkern.evaluation import (
     recheck,
     run_checks,
 )
-from robustkern.evaluation.report import export_state_dict, to_dict, write_report
+from robustkern.evaluation.report import export_state_dict, print_report, to_dict, write_report
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 EPS = 0.1
@@ -255,6 +257,30 @@ def test_autoattack(model, digits, monkeypatch):
     assert not check.passed and "probability" in check.finding
 
 
+def test_autoattack_judges_all_images_at_once(model, digits, monkeypatch):
+    pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    calls = []
+
+    def warns(self, x, y, *, batch_size):
+        calls.append((len(x), batch_size))
+        pyautoattack.autoattack.checks.check_square_sr(
+            {"clean": 1.0, "apgd-ce": 0.5, "square": 0.4}, logger=self.logger
+        )
+        return x, y
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", warns)
+    settings = Settings(EPS, samples=60, attacks=("autoattack",), check_samples=5, batch_size=25)
+    report = evaluate(model, digits, settings)
+    assert calls == [(report.clean.right, 25)]
+    (check,) = [check for check in report.checks if check.name == "AutoAttack's flags"]
+    assert not check.passed and "Square Attack has decreased the robust accuracy of 10.00%" in check.finding
+    assert "flags_doc" not in check.finding
+    inverted = data.Dataset(
+        "inverted", digits.images[:9], (model(digits.images[:9]).argmax(1) + 1) % 10, digits.classes
+    )
+    assert evaluate(model, inverted, settings).worst.right == 0 and len(calls) == 1
+
+
 def test_autoattack_with_few_classes(digits):
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     chosen = digits.labels < 2
@@ -304,6 +330,23 @@ def test_a_report_is_written_whole_or_not_at_all(model, digits, tmp_path, monkey
     with pytest.raises(OSError, match="disk full"):
         write_report(report, model, tmp_path, {})
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_classes_without_images_are_neither_weakest_nor_drawn(model, digits, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+    few = digits.labels >= 7
+    some = data.Dataset("some", digits.images[few][:12], digits.labels[few][:12], digits.classes)
+    report = evaluate(model, some, Settings(0.01, attacks=("pgd",), pgd_steps=1, check_samples=5))
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    print_report(report, console, "run")
+    assert re.search(r"weakest class: [789], [0-9.]+ % of [1-9]", console.export_text())
+    drawn = []
+    bar = Axes.bar
+    monkeypatch.setattr(Axes, "bar", lambda self, x, *args, **kw: drawn.append(len(x)) or bar(self, x, *args, **kw))
+    write_report(report, model, tmp_path, {})
+    assert drawn == [3, 3]
 
 
 def test_the_checks_are_named_as_they_name_themselves(model, digits):

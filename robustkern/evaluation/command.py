@@ -37,8 +37,8 @@ def evaluate_run(
         console: Where to print.
         data: Another data set than the one it was trained on.
         root: Folder with the data set's files.
-        out: Where the files go; by default `evaluation/` in the run directory, and `evaluation-<stem>/` beside a file of
-            weights, so that each has its own.
+        out: Where the files go; by default `evaluation/` in the run directory, or `evaluation-<stem>/` beside a file of
+            weights.
         export: Also write the weights there, as RobustBench's loaders read them.
         device: "cpu" or "cuda".
         threads: CPU threads.

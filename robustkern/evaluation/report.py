@@ -82,7 +82,7 @@ def print_report(report: Report, console: Console, name: str) -> None:
         table.add_row(*_cells(report.worst), "", style="bold")
     console.print(table)
     if report.worst is not None:
-        weakest = min(report.per_class, key=lambda row: row["worst"]["accuracy"])
+        weakest = min(_with_images(report), key=lambda row: row["worst"]["accuracy"])
         console.print(
             f"weakest class: {weakest['class']}, {100 * weakest['worst']['accuracy']:.1f} % of "
             f"{weakest['worst']['samples']}",
@@ -106,7 +106,7 @@ def print_report(report: Report, console: Console, name: str) -> None:
 
 
 def figure(path: Path, report: Report) -> None:
-    """Accuracy against the radius, and of each class, with Wilson intervals.
+    """Accuracy against the radius, and of each class that occurs, with Wilson intervals.
 
     Args:
         path: Where the PNG goes.
@@ -132,7 +132,7 @@ def figure(path: Path, report: Report) -> None:
     curve.set_xlabel(f"radius of the {'ℓ∞' if report.settings.norm == 'linf' else 'ℓ2'} ball")
     curve.set_ylabel("accuracy (%)")
     curve.set_title("under PGD-20", fontsize=10)
-    rows = report.per_class[:20]
+    rows = _with_images(report)[:20]
     places = list(range(len(rows)))
     classes.bar([p - 0.2 for p in places], [100 * r["clean"]["accuracy"] for r in rows], 0.4, color="#b9c4cc",
                 label="clean")  # fmt: skip
@@ -172,6 +172,10 @@ def export_state_dict(model: nn.Module, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"state_dict": state}, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def _with_images(report: Report) -> list[dict[str, Any]]:
+    return [row for row in report.per_class if row["clean"]["samples"]]
 
 
 def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:

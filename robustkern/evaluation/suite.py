@@ -21,6 +21,7 @@ from .results import Accuracy, Report, Settings
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (model, x, y, indices) -> adversary
 _CURVE_SAMPLES = 500
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+_NOT_INCLUDED = " See flags_doc.md for details."  # what AutoAttack's warnings end with; the package comes without it
 
 
 class MissingPackage(RuntimeError):
@@ -69,7 +70,9 @@ def evaluate(
     with _warnings_of("auto-attack") as report.warnings:
         for name, attack in _attacks(settings, width):
             started = time.perf_counter()
-            adversary, fooled = _attack_all(model, x, y, right, attack, settings.batch_size, name, report_stage)
+            # AutoAttack makes batches itself, and judges by all samples that it is given.
+            size = len(x) if name == "AutoAttack" else settings.batch_size
+            adversary, fooled = _attack_all(model, x, y, right, attack, settings.batch_size, name, report_stage, size)
             report.adversaries[name] = adversary
             standing = right & ~fooled
             survivors &= standing
@@ -179,13 +182,17 @@ def _attack_all(
     batch_size: int,
     name: str,
     report_stage: Callable[[str, int, int], None],
+    attack_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Adversaries of the samples classified right, the others as they are; and which of them fool the model."""
+    """Adversaries of the samples classified right, the others as they are; and which of them fool the model.
+
+    The attack gets `attack_size` of them at a time, by default `batch_size`.
+    """
     adversary = x.clone()
     chosen = right.nonzero().squeeze(1)
     done = 0
     report_stage(name, done, len(chosen))
-    for indices in chosen.split(batch_size):
+    for indices in chosen.split(attack_size or batch_size) if len(chosen) else ():
         adversary[indices] = attack(model, x[indices], y[indices], indices).to(x.dtype)
         done += len(indices)
         report_stage(name, done, len(chosen))
@@ -274,7 +281,7 @@ def _warnings_of(logger_name: str) -> Iterator[list[str]]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
+            message = record.getMessage().removesuffix(_NOT_INCLUDED)
             if message not in seen:
                 seen.append(message)
 

@@ -231,8 +231,36 @@ def test_an_adversary_outside_the_ball_is_flagged(model, digits, monkeypatch):
 
 def test_stored_adversaries_that_give_another_accuracy_are_flagged(model, digits):
     report = evaluate(model, digits, Settings(EPS, samples=40, attacks=("pgd",), pgd_steps=5, check_samples=5))
-    assert recheck(report, model, report.adversaries).passed
-    assert not recheck(report, model, {"PGD-5x10": report.x}).passed
+    stored = {"clean": report.x, "labels": report.y, **report.adversaries}
+    assert recheck(report, model, stored).passed
+    assert not recheck(report, model, {**stored, "PGD-5x10": report.x}).passed
+
+
+@pytest.mark.parametrize("moved", ["clean", "PGD-1x10"])
+def test_a_stored_image_outside_the_ball_is_flagged(model, digits, tmp_path, monkeypatch, moved):
+    """What is checked is what the file holds, not what was in memory."""
+    import safetensors.torch
+
+    from robustkern.evaluation import report as module
+
+    settings = Settings(EPS, samples=10, attacks=("pgd",), pgd_steps=1, check_samples=5)
+    report = evaluate(model, digits, settings)
+    save = safetensors.torch.save
+    blank = int((report.x[0].flatten() == 0).nonzero()[0])  # a pixel of the margin, which no class depends on
+
+    def tampered(tensors):
+        image = tensors[moved].clone()
+        image[0].view(-1)[blank] = 0.25
+        return save({**tensors, moved: image})
+
+    monkeypatch.setattr(safetensors.torch, "save", tampered)
+    monkeypatch.setattr(module, "figure", lambda *args: None)
+    write_report(report, model, tmp_path, {})
+    checks = {check.name: check for check in report.checks}
+    assert checks["in the ball"].passed
+    assert not checks["reproduced from file"].passed
+    assert "where 0.1 is allowed" in checks["reproduced from file"].finding
+    assert json.loads((tmp_path / "evaluation.json").read_text())["sound"] is False
 
 
 def test_autoattack(model, digits, monkeypatch):

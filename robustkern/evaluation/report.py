@@ -26,8 +26,8 @@ from .suite import recheck
 def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, Any]) -> None:
     """Write `adversaries.safetensors`, `evaluation.json` and `evaluation.png` into a folder, each atomically.
 
-    The images are read back and evaluated once more before the accuracies are written down; the outcome is one of the
-    report's checks.
+    The images are read back, measured and evaluated once more before the accuracies are written down; the outcome is
+    one of the report's checks.
 
     Args:
         report: What was found.

@@ -95,23 +95,35 @@ def evaluate(
     reported = float(survivors[:few].float().mean()) if report.attacks else None
     subject = Subject(model, x[:few], y[:few], settings.eps, settings.norm, seed=settings.seed, reported=reported)
     report.checks = run_checks(subject, training)
-    report.checks.append(_in_ball(report))
+    report.checks.append(_in_ball(settings, x, report.adversaries))
     if "autoattack" in settings.attacks:
         report.checks.append(_autoattack_flags(report))
     return report
 
 
-def recheck(report: Report, model: nn.Module, adversaries: dict[str, Tensor]) -> Check:
-    """The stored adversarial images, evaluated again, must give the accuracies that were reported."""
-    right = _correct(model, report.x, report.y, report.settings.batch_size)
-    values, wrong = {}, []
+def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor]) -> Check:
+    """The stored images must give the accuracies that were reported, and be in the ball around each other.
+
+    Args:
+        report: What was found.
+        model: The model it was found on.
+        stored: What `adversaries.safetensors` holds: "clean", "labels", and for each attack its adversarial images.
+    """
+    stored = {name: tensor.to(report.x.device) for name, tensor in stored.items()}
+    x, y = stored.pop("clean"), stored.pop("labels")
+    right = _correct(model, x, y, report.settings.batch_size)
+    values: dict[str, Any] = {}
+    wrong = []
     for attack in report.attacks:
-        again = _correct(model, adversaries[attack.name].to(report.x.device), report.y, report.settings.batch_size)
+        again = _correct(model, stored[attack.name], y, report.settings.batch_size)
         values[attack.name] = int((right & again).sum())
         if values[attack.name] != attack.right:
             wrong.append(f"{attack.name}: {values[attack.name]} right instead of {attack.right}")
-    found = "; ".join(wrong) or "the stored adversarial images give the same accuracies"
-    return Check("reproduced from file", not wrong, found, values)
+    ball = _in_ball(report.settings, x, stored)
+    if not ball.passed:
+        wrong.append(ball.finding)
+    found = "; ".join(wrong) or f"the stored images give the same accuracies, {ball.finding}"
+    return Check("reproduced from file", not wrong, found, {**values, **ball.values})
 
 
 def autoattack_package() -> Any:
@@ -252,19 +264,19 @@ def _summary(values: Tensor) -> dict[str, float | None]:
     return {"mean": float(finite.mean()), "q1": q1, "median": median, "q3": q3, "samples": len(finite)}
 
 
-def _in_ball(report: Report) -> Check:
+def _in_ball(settings: Settings, x: Tensor, adversaries: dict[str, Tensor]) -> Check:
     """Every adversarial image must be an image, and within eps of the clean one: recomputed from both."""
     farthest, outside = 0.0, 0.0
-    for adversary in report.adversaries.values():
-        change = (adversary.double() - report.x.double()).flatten(1)
-        distance = change.abs().amax(1) if report.settings.norm == "linf" else change.norm(dim=1)
+    for adversary in adversaries.values():
+        change = (adversary.double() - x.double()).flatten(1)
+        distance = change.abs().amax(1) if settings.norm == "linf" else change.norm(dim=1)
         farthest = max(farthest, float(distance.max()) if len(distance) else 0.0)
         outside = max(outside, float((adversary - adversary.clamp(0, 1)).abs().max()) if len(distance) else 0.0)
-    finite = all(bool(adversary.isfinite().all()) for adversary in report.adversaries.values())
-    passed = finite and farthest <= report.settings.eps * (1 + 1e-5) + 1e-6 and outside == 0
+    finite = all(bool(adversary.isfinite().all()) for adversary in adversaries.values())
+    passed = finite and farthest <= settings.eps * (1 + 1e-5) + 1e-6 and outside == 0
     found = f"no change larger than {farthest:.6g}, all values in [0, 1]"
     if not passed:
-        found = f"a change of {farthest:.6g} where {report.settings.eps:.6g} is allowed, {outside:.2g} outside [0, 1]"
+        found = f"a change of {farthest:.6g} where {settings.eps:.6g} is allowed, {outside:.2g} outside [0, 1]"
     return Check("in the ball", passed, found, {"farthest": farthest, "outside": outside})
 
 

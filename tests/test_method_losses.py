@@ -1,5 +1,6 @@
 """The losses of the field: each is its formula, leaves the model as documented, and means the same for every batch."""
 
+import copy
 import itertools
 import math
 
@@ -28,6 +29,7 @@ from method_losses import (
 )
 from robustkern import losses
 from robustkern.attacks import FGSM, PGD
+from robustkern.losses._passes import frozen_statistics
 from robustkern.sharding import Shard
 
 
@@ -296,6 +298,21 @@ def test_label_smoothing_is_that_of_pytorch(device):
     model, (x, y) = network(device), batch(device)
     total = losses.LabelSmoothing(0.1)(model, x, y).total
     torch.testing.assert_close(total, F.cross_entropy(model(x), y, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_frozen_statistics_change_nothing_but_the_statistics(norm, training, device):
+    layer = norm(3, track_running_stats=True).to(device, torch.float64).train(training)
+    x, _ = batch(device)
+    layer(0.5 * x)  # so that the statistics are not those of a new layer
+    before, expected = snapshot(layer), copy.deepcopy(layer)(x)
+    with frozen_statistics(layer):
+        assert torch.equal(layer(x), expected)
+    assert_unchanged(layer, before)
+    assert layer.track_running_stats
+    layer(x)
+    assert torch.equal(layer.running_mean, before["running_mean"]) is not training
 
 
 def test_a_teacher_goes_to_the_device_of_the_images():

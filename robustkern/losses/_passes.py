@@ -31,17 +31,24 @@ def check_weight(name: str, weight: float, argument: str = "weight") -> None:
 
 @contextmanager
 def frozen_statistics(model: Model) -> Iterator[None]:
-    """BatchNorm in training mode goes on normalising with the batch, and leaves its running statistics alone."""
+    """BatchNorm and InstanceNorm in training mode normalise as ever, and leave their running statistics alone."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     frozen = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
     flags = [m.track_running_stats for m in frozen]
+    # InstanceNorm updates whatever statistics it has: it gets none.
+    instances = [m for m in frozen if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    statistics = [(m.running_mean, m.running_var) for m in instances]
     try:
         for module in frozen:
             module.track_running_stats = False
+        for module in instances:
+            module.running_mean = module.running_var = None
         yield
     finally:
         for module, flag in zip(frozen, flags, strict=True):
             module.track_running_stats = flag
+        for module, (mean, var) in zip(instances, statistics, strict=True):
+            module.running_mean, module.running_var = mean, var
 
 
 @contextmanager

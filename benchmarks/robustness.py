@@ -77,7 +77,7 @@ class Work:
     def command(self, method: str, seed: int) -> str:
         """What makes the row again."""
         words = ["python -m benchmarks.robustness", f"--data {self.data}", f"--method {method}", f"--seed {seed}"]
-        return " ".join([*words, *([f"--epochs {self.epochs}"] if self.epochs else [])])
+        return " ".join([*words, *([f"--epochs {self.epochs}"] if self.epochs else []), "--again"])
 
 
 def make(key: tuple[str, int], work: Work) -> None:
@@ -223,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     there = {(row["method"], row["seed"]) for row in rows(given.out) if row["data"] == given.data}
     seeds = range(given.seeds) if given.seed is None else given.seed
     keys = [(method, seed) for seed in seeds for method in given.method or METHODS]
+    for method, seed in [] if given.again else [key for key in keys if key in there]:
+        print(f"{method}, seed {seed}: there already in {given.out}; --again makes it anew", file=sys.stderr)
     keys = [key for key in keys if given.again or key not in there]
 
     def on_done(number: int) -> None:

@@ -93,6 +93,12 @@ def test_an_evaluation_is_consistent(model, digits):
     json.dumps(to_dict(report, {}), allow_nan=False)
 
 
+def test_the_steepness_says_of_which_ball_it_is(model, digits):
+    settings = Settings(0.5, norm="l2", samples=10, attacks=("pgd",), pgd_steps=1, restarts=1, check_samples=5)
+    steepness = evaluate(model, digits, settings).steepness
+    assert {"local Lipschitz constant, linf at 8/255 (lower bound)", "linearised robustness, l2"} <= set(steepness)
+
+
 def test_a_clean_error_counts_as_fooled(model, digits):
     wrong = data.Dataset("wrong", digits.images[:20], (digits.labels[:20] + 1) % 10, digits.classes)
     report = evaluate(model, wrong, Settings(eps=1e-6, samples=0, attacks=("pgd",), pgd_steps=1, check_samples=5))

@@ -247,8 +247,10 @@ def _measure_steepness(report: Report, model: nn.Module, report_stage: Callable[
     x, y = report.x[:few], report.y[:few]
     report_stage("steepness", 0, 1)
     generator = torch.Generator(x.device).manual_seed(settings.seed)
-    report.steepness["local Lipschitz constant (lower bound)"] = _summary(
-        local_lipschitz(model, x, settings.eps if settings.norm == "linf" else 8 / 255, generator=generator)
+    # Of Linf balls whatever the norm of the attacks.
+    ball, radius = ("", settings.eps) if settings.norm == "linf" else (", linf at 8/255", 8 / 255)
+    report.steepness[f"local Lipschitz constant{ball} (lower bound)"] = _summary(
+        local_lipschitz(model, x, radius, generator=generator)
     )
     report.steepness["logit margin"] = _summary(logit_margin(model, x, y))
     report.steepness[f"linearised robustness, {settings.norm}"] = _summary(

@@ -21,7 +21,8 @@ class AdversarialTraining(AttackLoss):
 
     orientation: the mean cross-entropy at x.  smoothness: how much the attack raises it; to first order eps times the
     dual norm of the input gradient.  With weight 1, the default, the total is the cross-entropy at the adversary, as
-    published; with 1/2, half of either (Goodfellow et al.).
+    published; with 1/2, half of either (Goodfellow et al.).  `PGD` hands over the best of its iterates, where the
+    published code takes the last.
 
     The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
     number of processes.

@@ -35,6 +35,9 @@ class AWP:
         gamma: length of the perturbation, relative to the weight; 0.01 for adversarial training, 0.005 for TRADES as
             published, which begins after ten epochs.  0: none, at no cost.
 
+    The perturbation is that of the loss at its own weight: who replaces `Terms.weight`, as a ramp does, changes the
+    total at the perturbed weights, and not where they are.
+
     `generator`, `shard` and `step` are those of the loss.  A loss that draws random numbers draws the same ones at both
     weights if it has a generator of its own.
 

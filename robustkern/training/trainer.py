@@ -5,7 +5,7 @@ augmentation of (seed, epoch), the attack's starts of (seed, batch), what losses
 batch), the learning rate and the smoothness weight of the step. What a checkpoint holds, weights, their average,
 optimizer buffers and counters, is therefore everything: on one CPU, with one thread count, a run that was killed and
 resumed ends with the same bits as one that was not. Nor does any of it depend on the number of processes, which share
-each batch: their results differ by rounding.
+each batch: their results differ by rounding, but for BatchNorm, which normalises by each process's part.
 """
 
 from __future__ import annotations

@@ -208,11 +208,11 @@ class Study:
     judges: dict[str, float] = field(default_factory=dict)
 
     def network(self, name: str, seed: int = 0) -> nn.Module:
-        """The model of an entry."""
+        """The model of an entry, on the study's device."""
         source = dict(self.plan.given).get(name)
         if source is not None:
-            return load_given(source, self.data)
-        return load_model(self.folder / "models" / _folder(name, seed))[0]
+            return load_given(source, self.data).to(self.plan.device)
+        return load_model(self.folder / "models" / _folder(name, seed))[0].to(self.plan.device)
 
 
 @dataclass(frozen=True)

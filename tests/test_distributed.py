@@ -32,6 +32,7 @@ from robustkern.sharding import Shard
 from robustkern.training import CheckpointError, train
 from robustkern.training import step as step_module
 from robustkern.training import trainer as trainer_module
+from robustkern.training.distributed import process_group
 from robustkern.training.judge import split
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -302,6 +303,32 @@ def test_what_one_machine_lacks_is_the_error_of_all(tmp_path, lacking):
     assert error == other and ("no such file" if lacking == "teacher" else "no data set") in error
     assert time.monotonic() - started < 50  # nobody waited
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_without_a_gpu_is_the_error_of_all(tmp_path):
+    def start(rank):
+        torch.cuda.device_count = lambda: 1
+        if rank == 1:
+            time.sleep(0.5)  # the others are there first, and wait
+        train(small(device="cuda"), tmp_path / "run", timeout=60.0)
+
+    refused = answers(tmp_path, fork(tmp_path, start))
+    assert refused == ["UsageError: process 1 has no GPU: it is number 1 of its machine, which has 1"] * 2
+
+
+def test_processes_with_gpus_meet(tmp_path):
+    """gloo in the place of NCCL."""
+
+    def start(rank):
+        torch.cuda.device_count, torch.cuda.set_device = lambda: 2, lambda local: None
+        begin = torch.distributed.init_process_group
+        torch.distributed.init_process_group = lambda backend, **given: begin("gloo", **given)
+        with process_group("cuda", 60.0) as group:
+            return group.on_all(
+                lambda: (group.device, torch.distributed.get_rank(), torch.distributed.get_world_size())
+            )
+
+    assert answers(tmp_path, fork(tmp_path, start)) == ["('cuda', 0, 2)", "('cuda', 1, 2)"]
 
 
 def test_processes_must_agree_on_their_settings(tmp_path):

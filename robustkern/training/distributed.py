@@ -140,15 +140,30 @@ def process_group(device: str, timeout: float = 600.0) -> Iterator[Group]:
     if missing or not dist.is_available():
         why = f"{', '.join(missing)} not set" if missing else "this PyTorch has no torch.distributed"
         raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {why}: start the processes with torchrun")
-    if device == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UsageError(f"process {local} of this machine has no GPU: it has {torch.cuda.device_count()}")
-        torch.cuda.set_device(local)
     group = Group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, timeout)
+    limit = timedelta(seconds=timeout)
     with group._contact():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        if device == "cuda":
+            store = _store_of_processes_with_gpus(group, limit)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl", store=store, rank=group.rank, world_size=group.size, timeout=limit)
+        else:
+            dist.init_process_group("gloo", timeout=limit)
     try:
         yield group
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_processes_with_gpus(group: Group, limit: timedelta) -> dist.Store:
+    """What the processes meet at; a process without a GPU is an error of all, for NCCL would wait for it."""
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    problem = f"process {group.rank} has no GPU: it is number {local} of its machine, which has {count}"
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    store.set(f"gpu-{group.rank}", problem if local >= count else "found")
+    for rank in range(group.size):
+        answer = store.get(f"gpu-{rank}").decode()
+        if answer != "found":
+            raise UsageError(answer)
+    return dist.PrefixStore("default_pg", store)

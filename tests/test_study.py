@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,3 +302,40 @@ def test_a_trained_network_takes_the_place_of_a_method(tmp_path):
 def test_sweep():
     assert command._sweep("none") == ()
     assert command._sweep("0.5, 2") == (0.5, 2.0)
+
+
+def test_the_committed_text_has_the_committed_numbers():
+    folder = Path(__file__).parents[1] / "docs" / "study"
+    text, written = (folder / "README.md").read_text(), json.loads((folder / "study.json").read_text())
+    found = {name: {m: v["value"] for m, v in measures.items()} for name, measures in written["summary"].items()}
+    rows = {
+        "labels shuffled, no penalty": "gradient-penalty x 0, labels shuffled",
+        "labels shuffled, penalty: smoothness alone": "gradient-penalty, labels shuffled",
+        "true labels, no penalty: orientation alone": "gradient-penalty x 0",
+        "both": "gradient-penalty",
+    }
+    for label, name in rows.items():
+        v = found[name]
+        shares = [f"{100 * v[m]:.0f} %" for m in ("inversion_accuracy", "noise_inversion_accuracy")]
+        lipschitz = v["local_lipschitz"]
+        numbers = [f"{v['edge_concentration']:.2f}", f"{v['gradient_norm']:.3f}",
+                   f"{lipschitz:.{0 if lipschitz > 10 else 1}f}"]  # fmt: skip
+        assert f"| {' | '.join([label, *shares, *numbers])} |" in text
+    inversions = {name: f"{100 * v['inversion_accuracy']:.0f}" for name, v in found.items()}
+    table = text[text.index("| inversions named by the robust judge | trained with") : text.index("* Every method")]
+    names = {"FGSM": "fgsm", "PGD": "pgd", "CURE": "cure", "LLR": "llr", "TRADES": "trades", "Fisher": "fisher",
+             "L∞": "gradient-penalty-linf", "L1": "gradient-penalty", "L2": "gradient-penalty-l2",
+             "Jacobian": "jacobian", "cross-Lipschitz": "cross-lipschitz", "label smoothing": "label-smoothing",
+             "distillation": "distillation"}  # fmt: skip
+    for label, name in names.items():
+        assert re.search(rf"\b{label} {inversions[name]}\b", table), label
+    assert f"smooth labels: control {inversions['gradient-penalty x 0']} %" in table
+    assert f"without: control {inversions['standard']} %" in table
+    for column, (inverted, edges, aligned) in zip(
+        results.SMOOTHNESS, zip((0.38, -0.46, 0.30), (0.85, 0.35, 0.36), (0.57, -0.04, 0.29)), strict=True
+    ):
+        ranks = written["rank correlation with smoothness"][column]
+        for measure, rho in (("inversion_accuracy", inverted), ("edge_concentration", edges), ("alignment", aligned)):
+            assert round(ranks[measure], 2) == rho and f"{rho:.2f}".replace("-", "−") in text
+    judges = [f"{100 * share:.1f} %" for share in written["judges"].values()]
+    assert all(share in text for share in judges)

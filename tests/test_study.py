@@ -15,7 +15,7 @@ from robustkern import data
 from robustkern.attacks import PGD
 from robustkern.study import command, figures, inversion, results
 from robustkern.study import study as module
-from robustkern.study.measures import MEASURES, Protocol
+from robustkern.study.measures import MEASURES, Judges, Protocol, measure, summarise
 from robustkern.study.study import OURS, PAPER, Plan, configuration, run
 from robustkern.training import METHODS, UsageError, recipe, recipes, teacher_recipe, train
 
@@ -335,7 +335,17 @@ def test_the_committed_text_has_the_committed_numbers():
         results.SMOOTHNESS, zip((0.38, -0.46, 0.30), (0.85, 0.35, 0.36), (0.57, -0.04, 0.29)), strict=True
     ):
         ranks = written["rank correlation with smoothness"][column]
-        for measure, rho in (("inversion_accuracy", inverted), ("edge_concentration", edges), ("alignment", aligned)):
-            assert round(ranks[measure], 2) == rho and f"{rho:.2f}".replace("-", "−") in text
+        for name, rho in (("inversion_accuracy", inverted), ("edge_concentration", edges), ("alignment", aligned)):
+            assert round(ranks[name], 2) == rho and f"{rho:.2f}".replace("-", "−") in text
     judges = [f"{100 * share:.1f} %" for share in written["judges"].values()]
     assert all(share in text for share in judges)
+
+
+def test_any_model_and_images_can_be_measured_and_drawn(tmp_path):
+    torch.manual_seed(0)
+    model, robust, standard = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)) for _ in range(3))
+    own = data.Dataset("mine", torch.rand(30, 3, 8, 8), torch.arange(30) % 2, ("cat", "dog"))
+    values = measure(model, own, Judges(robust=robust, standard=standard), Protocol(eps=8 / 255, noise_steps=3))
+    assert summarise(values).keys() == MEASURES.keys()
+    figures.inversion_grids(tmp_path / "inversions.png", own, {"mine": model})
+    assert (tmp_path / "inversions.png").stat().st_size > 1000

@@ -1,9 +1,16 @@
 """What a classifier has learned to see, and what teaching it costs.
 
-Measures of input gradients on tensors (`alignment(gradient, x)`, ...), inversions, `measure(model, data, judges, ...)`
-for all of them at once, figures in `robustkern.study.figures`, and whole studies: `run(Plan("digits-28"), folder)`.
+Measures of input gradients on tensors (`alignment(gradient, x)`, ...), inversions, accuracy against the radius,
+`measure(model, data, judges, ...)` for all measures at once, figures in `robustkern.study.figures`, and whole studies:
+`run(Plan("digits-28"), folder)`.  Any model that maps images in [0, 1] to logits, with images and labels of your own:
+
+    data = Dataset("mine", x, y, ("cat", "dog"))  # of robustkern.data; x [N, C, H, W] in [0, 1], y [N]
+    values = measure(model, data, Judges(robust=robust, standard=standard), Protocol(eps=8 / 255))
+    print(summarise(values)["inversion_accuracy"])
+    figures.inversion_grids(Path("inversions.png"), data, {"mine": model})
 """
 
+from . import figures
 from .bootstrap import bootstrap_interval
 from .gradients import (
     alignment,
@@ -14,7 +21,7 @@ from .gradients import (
     white_noise_baseline,
 )
 from .inversion import inversion_accuracy, invert, noise, seeded_grid
-from .measures import MEASURES, Judges, Protocol, measure, summarise
+from .measures import MEASURES, Judges, Protocol, accuracy_curve, measure, summarise
 from .study import Plan, Study, run
 
 __all__ = [
@@ -23,9 +30,11 @@ __all__ = [
     "Plan",
     "Protocol",
     "Study",
+    "accuracy_curve",
     "alignment",
     "bootstrap_interval",
     "edge_concentration",
+    "figures",
     "input_gradients",
     "inversion_accuracy",
     "invert",

@@ -205,6 +205,8 @@ def summarise(
     """
     summary: dict[str, dict[str, Any]] = {}
     for name, numbers in values.items():
+        if name == NOISE_INVERSIONS:  # images
+            continue
         finite = numbers[numbers.isfinite().reshape(len(numbers), -1).all(1)]
         if not len(finite):
             summary[name] = {"value": None, "low": None, "high": None, "images": 0}

@@ -16,7 +16,8 @@ from robustkern.attacks import PGD
 from robustkern.study import command, figures, inversion, results
 from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Judges, Protocol, measure, summarise
-from robustkern.study.study import OURS, PAPER, Plan, configuration, run
+from robustkern.study.plan import OURS, PAPER, Plan, configuration
+from robustkern.study.study import run
 from robustkern.training import METHODS, UsageError, recipe, recipes, teacher_recipe, train
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")

@@ -22,7 +22,8 @@ from .gradients import (
 )
 from .inversion import inversion_accuracy, invert, noise, seeded_grid
 from .measures import MEASURES, Judges, Protocol, accuracy_curve, measure, summarise
-from .study import Plan, Study, run
+from .plan import Plan
+from .study import Study, run
 
 __all__ = [
     "MEASURES",

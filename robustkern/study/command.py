@@ -14,8 +14,9 @@ from robustkern.training.files import write_atomically
 
 from .given import parse_given
 from .measures import MEASURES
+from .plan import SWEEP, Plan
 from .report import draw, write_report, write_tables
-from .study import SWEEP, Plan, Study, run
+from .study import Study, run
 
 _SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignment", "inversion_accuracy")
 

@@ -14,7 +14,8 @@ from robustkern.training.files import write_atomically
 
 from . import figures
 from .measures import MEASURES, PROPORTIONS
-from .study import SMOOTHNESS, TWO_BY_TWO, Plan, Study
+from .plan import TWO_BY_TWO, Plan
+from .study import SMOOTHNESS, Study
 
 _RANKS = "Rank correlation with smoothness"
 _TITLES = {

@@ -15,7 +15,6 @@ trained elsewhere can be measured beside them.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,6 @@ from robustkern import data as datasets
 from robustkern.data import Dataset
 from robustkern.evaluation.checks import correct
 from robustkern.training import (
-    METHODS,
     Interrupted,
     Observer,
     TrainingConfig,
@@ -47,135 +45,13 @@ from . import results
 from .given import load_given
 from .measures import MEASURES, NOISE_INVERSIONS, Judges, Protocol, accuracy_curve, measure
 from .parallel import in_parallel
+from .plan import TWO_BY_TWO, Entry, Plan, configuration, folder_name, teacher_folder, training_settings
 
-PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
-OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")
-SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)  # multiples of the recipe's weight
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
-# (oriented, smooth): who stands for it
-TWO_BY_TWO = {
-    (False, False): "gradient-penalty x 0, labels shuffled",
-    (False, True): "gradient-penalty, labels shuffled",
-    (True, False): "gradient-penalty x 0",
-    (True, True): "gradient-penalty",
-}
-# Of the gradient. The recipe's is the L1 norm, and its weight is multiplied so that the penalty is about as large: of a
-# Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest entry; of one of 64, 6
-# and 20 times.
-_OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
-_OF_ENTRIES = 784
 SMOOTHNESS = "gradient_norm"  # less of it is smoother
 _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kind of model of a study.
-
-    Attributes:
-        name: As tables and folders have it.
-        method: A name of `robustkern.training.METHODS`; empty for a network that is given.
-        options: Of the method, in place of the recipe's.
-        shuffled: Trained on labels that were shuffled among the images: no orientation to learn.
-        factor: Of the smoothness weight in the recipe; None: as it is there. For other norms than L1, of images with
-            784 entries.
-        swept: Belongs to the sweep rather than the matrix.
-        source: Of a given network, see `robustkern.study.given.load_given`.
-    """
-
-    name: str
-    method: str
-    options: tuple[tuple[str, Any], ...] = ()
-    shuffled: bool = False
-    factor: float | None = None
-    swept: bool = False
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study consists of.
-
-    Attributes:
-        data: A name of `robustkern.data.NAMES`.
-        methods: Of `PAPER` and `OURS`: the matrix.
-        given: Name and source of networks that are measured as they are: beside the matrix, or, under the name of a
-            method, in its place.
-        seeds: Models of each kind.
-        sweep: Multiples of the gradient penalty's weight; empty for none.
-        two_by_two: Whether shuffled labels are trained on as well.
-        samples: Test images that are measured.
-        epochs: Of each training; None: half the recipe's, after which every method has shown what it does.
-        threads: CPU threads.
-        device: "cpu" or "cuda".
-    """
-
-    data: str = "digits-28"
-    methods: tuple[str, ...] = PAPER + OURS
-    given: tuple[tuple[str, str], ...] = ()
-    seeds: int = 3
-    sweep: tuple[float, ...] = SWEEP
-    two_by_two: bool = True
-    samples: int = 200
-    epochs: int | None = None
-    threads: int = 1
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in PAPER + OURS:
-                raise UsageError(f"no method {method!r} in the study: choose among {', '.join(PAPER + OURS)}")
-        if self.epochs is None:
-            object.__setattr__(self, "epochs", max(1, recipe(self.data).epochs // 2))
-        for name in ("seeds", "samples", "epochs", "threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not all(0 < factor < math.inf for factor in self.sweep):
-            raise UsageError(f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
-        object.__setattr__(self, "sweep", tuple(dict.fromkeys(self.sweep)))
-
-    def entries(self) -> list[Entry]:
-        """Every kind of model, the matrix first."""
-        needed = {"gradient-penalty"} if self.two_by_two or self.sweep else set()
-        given = {name: Entry(name, "", source=source) for name, source in self.given}
-        if len(given) < len(self.given):
-            raise UsageError("two of the networks that are given have the same name")
-        if needed & set(given):
-            raise UsageError(
-                "the sweep and the 2x2 train the gradient penalty themselves: give yours another name, or leave them "
-                "out with --sweep none --no-two-by-two"
-            )
-        found = [
-            given.pop(method) if method in given else _entry(method)
-            for method in PAPER + OURS
-            if method in self.methods or method in needed
-        ]
-        found += given.values()
-        if self.two_by_two or self.sweep:
-            found.append(self._without_penalty())
-        found += [
-            Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor, swept=True)
-            for factor in self.sweep
-            if factor != 1.0
-        ]
-        if self.two_by_two:
-            found.append(self._without_penalty(shuffled=True))
-            found.append(Entry("gradient-penalty, labels shuffled", "gradient-penalty", shuffled=True))
-        if not found:
-            raise UsageError("nothing to study: neither methods, a sweep, the 2x2 nor a network that is given")
-        folders = [_folder(entry.name, 0) for entry in found]
-        twice = next((entry.name for entry, folder in zip(found, folders) if folders.count(folder) > 1), None)
-        if twice is not None:
-            raise UsageError(f"{twice!r} would share its files with another network of the study: choose another name")
-        return found
-
-    def _without_penalty(self, shuffled: bool = False) -> Entry:
-        """The gradient penalty's own orientation term, and nothing else."""
-        smoothing = recipe(self.data, "gradient-penalty").options["label_smoothing"]
-        name = "gradient-penalty x 0" + (", labels shuffled" if shuffled else "")
-        return Entry(name, "standard", (("label_smoothing", smoothing),), shuffled, swept=not shuffled)
 
 
 @dataclass
@@ -212,7 +88,7 @@ class Study:
         source = dict(self.plan.given).get(name)
         if source is not None:
             return load_given(source, self.data).to(self.plan.device)
-        return load_model(self.folder / "models" / _folder(name, seed))[0].to(self.plan.device)
+        return load_model(self.folder / "models" / folder_name(name, seed))[0].to(self.plan.device)
 
 
 @dataclass(frozen=True)
@@ -311,7 +187,7 @@ def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
     assert unit.entry is not None
     if unit.entry.source:  # what lies behind the name may be another network by now
         return False
-    out = folder / "models" / _folder(unit.entry.name, unit.seed)
+    out = folder / "models" / folder_name(unit.entry.name, unit.seed)
     if not _values_path(folder, unit).exists() or not (out / "results.json").exists():
         return False
     return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
@@ -321,17 +197,17 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
     """Train one model, unless it is there or given, and measure it."""
     torch.set_num_threads(plan.threads)  # a process of its own may come here first
     if unit.entry is None:
-        config = recipe(plan.data, _JUDGES[unit.judge], seed=_JUDGE_SEED, **_given(plan))
+        config = recipe(plan.data, _JUDGES[unit.judge], seed=_JUDGE_SEED, **training_settings(plan))
         _train(config, _judge(folder, unit.judge), root, observer)
         return
     test = datasets.load(plan.data, root, "test")
     if unit.entry.source:
         network = load_given(unit.entry.source, test)
     else:
-        out = folder / "models" / _folder(unit.entry.name, unit.seed)
+        out = folder / "models" / folder_name(unit.entry.name, unit.seed)
         if unit.entry.method == "distillation":
-            config = teacher_recipe(plan.data, seed=unit.seed, **_given(plan))
-            _train(config, _teacher(folder, unit.seed), root, observer)
+            config = teacher_recipe(plan.data, seed=unit.seed, **training_settings(plan))
+            _train(config, teacher_folder(folder, unit.seed), root, observer)
         _train(configuration(plan, unit.entry, unit.seed, folder, test.in_shape), out, root, observer)
         network = load_model(out)[0]
     judges = Judges(**{judge: load_model(_judge(folder, judge))[0].to(plan.device) for judge in _JUDGES})
@@ -350,32 +226,6 @@ def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Obser
         train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has figures of all
 
 
-def configuration(plan: Plan, entry: Entry, seed: int, folder: Path, in_shape: tuple[int, int, int]) -> TrainingConfig:
-    """How a model of the study is trained, on images of this shape."""
-    options = dict(entry.options)
-    if "teacher" in METHODS[entry.method].options:
-        options["teacher"] = str(_teacher(folder, seed).resolve())
-    config = recipe(plan.data, entry.method, seed=seed, options=options, shuffle_labels=entry.shuffled, **_given(plan))
-    if entry.factor:
-        factor = entry.factor * (math.prod(in_shape) / _OF_ENTRIES) ** (1 - 1 / config.options["norm"])
-        options = {**config.options, "weight": config.options["weight"] * factor}
-        config = recipe(
-            plan.data, entry.method, seed=seed, options=options, shuffle_labels=entry.shuffled, **_given(plan)
-        )
-    return config
-
-
-def _entry(method: str) -> Entry:
-    if method in _OTHER_NORMS:
-        norm, factor = _OTHER_NORMS[method]
-        return Entry(method, "gradient-penalty", (("norm", norm),), factor=factor)
-    return Entry(method, method)
-
-
-def _given(plan: Plan) -> dict[str, Any]:
-    return {"threads": plan.threads, "device": plan.device, "eval_every": 10**6, "epochs": plan.epochs}
-
-
 def _claim(plan: Plan, folder: Path) -> None:
     """A folder holds models of one data set and one length of training."""
     mine = {"data": plan.data, "epochs": plan.epochs, "samples": plan.samples, "threads": plan.threads}
@@ -388,21 +238,13 @@ def _claim(plan: Plan, folder: Path) -> None:
     write_atomically(path, json.dumps(mine, indent=1) + "\n")
 
 
-def _folder(name: str, seed: int) -> str:
-    return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-
-
-def _teacher(folder: Path, seed: int) -> Path:
-    return folder / "models" / _folder("distillation-teacher", seed)
-
-
 def _judge(folder: Path, judge: str) -> Path:
     return folder / "judges" / judge
 
 
 def _values_path(folder: Path, unit: Unit) -> Path:
     assert unit.entry is not None
-    return folder / "measures" / f"{_folder(unit.entry.name, unit.seed)}.safetensors"
+    return folder / "measures" / f"{folder_name(unit.entry.name, unit.seed)}.safetensors"
 
 
 def _write_values(path: Path, values: dict[str, Tensor]) -> None:
@@ -427,7 +269,7 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
         if NOISE_INVERSIONS in models[entry.name][0]:
             study.noise[entry.name] = models[entry.name][0][NOISE_INVERSIONS]
         if not entry.source:
-            study.terms[entry.name] = _rows(folder / "models" / _folder(entry.name, 0))
+            study.terms[entry.name] = _rows(folder / "models" / folder_name(entry.name, 0))
     if plan.two_by_two:
         study.contrasts = results.contrasts({cell: models[name] for cell, name in TWO_BY_TWO.items()})
     matrix = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled and not entry.swept]

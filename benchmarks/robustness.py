@@ -40,6 +40,11 @@ from . import harness
 from .markdown import Row, table
 
 RESULTS = harness.ROOT / "docs" / "robustness.json"
+_CHECKS = (
+    "gradients: the loss has none at some images, and attacks nothing to follow. radii: accuracy does not fall to "
+    "nothing as the radius grows. AutoAttack's flags: its black-box attack, Square, got further than its white-box ones "
+    "had, which is counted; what it would have found with more queries is not."
+)
 _KEY = ("data", "method", "seed")
 
 
@@ -188,7 +193,7 @@ def document(everything: list[Row]) -> str:
             "",
         ]  # fmt: skip
         if failures:
-            parts += ["Self-checks of the evaluation that a model failed:", "", *failures, ""]
+            parts += ["Self-checks of the evaluation that a model failed:", "", *failures, "", _CHECKS, ""]
     return "\n".join(parts).rstrip() + "\n"
 
 

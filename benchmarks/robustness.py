@@ -42,8 +42,8 @@ from .markdown import Row, table
 RESULTS = harness.ROOT / "docs" / "robustness.json"
 _CHECKS = (
     "gradients: the loss has none at some images, and attacks nothing to follow. radii: accuracy does not fall to "
-    "nothing as the radius grows. AutoAttack's flags: its black-box attack, Square, got further than its white-box ones "
-    "had, which is counted; what it would have found with more queries is not."
+    "nothing as the radius grows. AutoAttack's flags: its black-box attack, Square, got further than its white-box "
+    "ones had, which is counted; what it would have found with more queries is not."
 )
 _KEY = ("data", "method", "seed")
 

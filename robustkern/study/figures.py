@@ -181,7 +181,7 @@ def against_smoothness(
     Args:
         path: Where the PNG goes.
         points: Each with `line` (whose points are joined), `text`, and for every measure and `smoothness` a mapping of
-            mean, low and high.
+            value, low and high.
         measures: Names of the panels' measures, and their titles.
         smoothness: The measure on the horizontal axis, logarithmic; less is smoother, so it runs from right to left.
         label: Its title.
@@ -222,7 +222,7 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
 
     Args:
         path: Where the PNG goes.
-        cells: By (oriented, smooth): for each measure mean, low and high.
+        cells: By (oriented, smooth): for each measure value, low and high.
         measures: Names of the panels' measures, and their titles.
     """
     figure, panels = _figure(len(measures))

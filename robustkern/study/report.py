@@ -15,7 +15,8 @@ from robustkern.training.files import write_atomically
 from . import figures
 from .measures import MEASURES, PROPORTIONS
 from .plan import TWO_BY_TWO, Plan
-from .study import SMOOTHNESS, Study
+from .results import SMOOTHNESS
+from .study import Study
 
 _RANKS = "Rank correlation with smoothness"
 _TITLES = {
@@ -99,7 +100,7 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
             "recipe's). Bars are 95 % bootstrap intervals over images."
         )
         figures.against_smoothness(
-            add("smoothness", caption), points, _TITLES, smoothness=SMOOTHNESS, label=MEASURES[SMOOTHNESS][0]
+            add("smoothness", caption), points, _TITLES, smoothness=SMOOTHNESS[0], label=MEASURES[SMOOTHNESS[0]][0]
         )
     if plan.two_by_two:
         cells = {cell: study.summary[name] for cell, name in TWO_BY_TWO.items()}

@@ -48,7 +48,6 @@ from .parallel import in_parallel
 from .plan import TWO_BY_TWO, Entry, Plan, configuration, folder_name, teacher_folder, training_settings
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
-SMOOTHNESS = "gradient_norm"  # less of it is smoother
 _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
@@ -61,7 +60,7 @@ class Study:
     Attributes:
         plan: What it consists of.
         data: Test images.
-        summary: For each entry's name, for each measure: mean, low, high over images and seeds, and the number of them.
+        summary: For each entry's name, for each measure: value, low, high over images and seeds, and their number.
         curves: For each entry's name, points of eps, accuracy, low, high under PGD-20.
         terms: For each entry that was trained, rows of metrics of its first model.
         noise: For each entry, what its first model made from noise, see `robustkern.study.measures.NOISE_INVERSIONS`.
@@ -188,9 +187,19 @@ def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
     if unit.entry.source:  # what lies behind the name may be another network by now
         return False
     out = folder / "models" / folder_name(unit.entry.name, unit.seed)
-    if not _values_path(folder, unit).exists() or not (out / "results.json").exists():
+    if not (out / "results.json").exists() or not _holds_everything(_values_path(folder, unit)):
         return False
     return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
+
+
+def _holds_everything(path: Path) -> bool:
+    """Whether measures are there, and those of today: an earlier version may have written fewer."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return {*MEASURES, _CURVE} <= set(file.keys())
 
 
 def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:

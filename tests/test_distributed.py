@@ -268,11 +268,15 @@ def test_what_one_machine_lacks_is_the_error_of_all(tmp_path, lacking):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_without_a_gpu_is_the_error_of_all(tmp_path):
+@pytest.mark.parametrize("late", ["comes", "asks"])
+def test_a_process_without_a_gpu_is_the_error_of_all(tmp_path, late):
     def start(rank):
         torch.cuda.device_count = lambda: 1
-        if rank == 1:
+        if rank == 1 and late == "comes":
             time.sleep(0.5)  # the others are there first, and wait
+        if rank == 1 and late == "asks":
+            get = torch.distributed.TCPStore.get
+            torch.distributed.TCPStore.get = lambda *args: (time.sleep(0.5), get(*args))[1]  # the others know first
         train(small(device="cuda"), tmp_path / "run", timeout=60.0)
 
     refused = answers(tmp_path, fork(tmp_path, start))

@@ -162,8 +162,11 @@ def _store_of_processes_with_gpus(group: Group, limit: timedelta) -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
     store.set(f"gpu-{group.rank}", problem if local >= count else "found")
-    for rank in range(group.size):
-        answer = store.get(f"gpu-{rank}").decode()
+    answers = [store.get(f"gpu-{rank}").decode() for rank in range(group.size)]
+    store.set(f"told-{group.rank}", "")
+    if group.main:  # the store may be this process's own: it ends after the others have read
+        store.wait([f"told-{rank}" for rank in range(group.size)])
+    for answer in answers:
         if answer != "found":
             raise UsageError(answer)
     return dist.PrefixStore("default_pg", store)

@@ -100,7 +100,9 @@ def train_command(
         int | None, _option("Random projections of the Jacobian for each sample; 0: its exact norm.", panel=_METHOD)
     ] = None,
     law: Annotated[str | None, _option(f"Of the projections: {', '.join(LAWS)}.", panel=_METHOD)] = None,
-    every: Annotated[int | None, _option("Penalise the Jacobian in one step of so many.", panel=_METHOD)] = None,
+    every: Annotated[
+        int | None, _option("Penalise one step of so many, at as many times the weight.", panel=_METHOD)
+    ] = None,
     fraction: Annotated[float | None, _option("Penalise the Jacobian of that share of a batch.", panel=_METHOD)] = None,
     label_smoothing: Annotated[float | None, _option("Label smoothing, 0 to 1.", panel=_METHOD)] = None,
     set_: Annotated[

@@ -60,6 +60,7 @@ CASES = {
     "weights perturbed": small("trades", options={"steps": 2, "awp": 0.01}),
     "attack and noise": small(options={"label_smoothing": 0.125}),
     "few projections": small("jacobian", options={"projections": 3, "law": "sphere", "every": 2}),
+    "lazy": small("llr", options={"every": 2, "awp": 0.01}),
     "a fraction": small("fisher", options={"projections": 2, "fraction": 0.1}),
     "exact": small("cross-lipschitz", options={"projections": 0, "fraction": 0.5}),
     "everything else": small(

@@ -12,6 +12,7 @@ from robustkern.losses.grad_align import GradAlign
 from robustkern.losses.gradient_penalty import GradientPenalty
 from robustkern.losses.jacobian_penalty import JacobianPenalty
 from robustkern.losses.label_smoothing import LabelSmoothing
+from robustkern.losses.lazy import Lazy
 from robustkern.losses.local_linearity import LocalLinearity
 from robustkern.losses.mart import MART
 from robustkern.losses.trades import TRADES
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022 - as sorted() has it
     "GradientPenalty",
     "JacobianPenalty",
     "LabelSmoothing",
+    "Lazy",
     "LocalLinearity",
     "MART",
     "TRADES",

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.losses._wrapper import Loss, Wrapper
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
-
 
 @dataclass(eq=False)
-class AWP:
+class AWP(Wrapper):
     """total = L(w + v), v_l = gamma ||w_l||_2 g_l / ||g_l||_2, g = dL / dw: a loss where the weights are worst.
 
     orientation and smoothness: those of the loss, at the perturbed weights.  Every weight of two or more dimensions is
@@ -95,14 +94,6 @@ class AWP:
                 generator.set_state(state)
             if step is not None:
                 self.loss.step = step  # type: ignore[attr-defined]
-
-    @property
-    def generator(self) -> Any:
-        return self.loss.generator  # type: ignore[attr-defined]
-
-    @generator.setter
-    def generator(self, value: torch.Generator | None) -> None:
-        self.loss.generator = value  # type: ignore[attr-defined]
 
     @property
     def step(self) -> Any:

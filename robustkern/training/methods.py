@@ -112,19 +112,25 @@ def _names(classes: tuple[str, ...]) -> str:
 
 
 def _gradient_penalty(
-    *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float
+    *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float, every: int
 ) -> Loss:
     _check_smoothing(label_smoothing)
     _check_weight(weight)
     _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
-    return losses.GradientPenalty(
+    penalty = losses.GradientPenalty(
         weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl, estimator=estimator, h=h
     )
+    return _lazy(penalty, every)
 
 
-def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float) -> Loss:
+def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float, every: int) -> Loss:
     _check_smoothing(label_smoothing)
-    return losses.CURE(weight, eps, label_smoothing=label_smoothing, impl=impl)
+    return _lazy(losses.CURE(weight, eps, label_smoothing=label_smoothing, impl=impl), every)
+
+
+def _lazy(loss: Loss, every: int) -> Loss:
+    _check_every(every)
+    return loss if every == 1 else losses.Lazy(loss, every)
 
 
 # Methods with an attack.  A step_size of 0 is the attack's own.
@@ -155,8 +161,12 @@ def _ascent(kind: Callable[..., Loss], *, step_size: float, awp: float, **option
     return _perturbed(kind(step_size=step_size or None, **options), awp)
 
 
-def _vat(*, eps: float, impl: str, weight: float, xi: float, steps: int, awp: float) -> Loss:
-    return _perturbed(losses.VAT(weight, eps, xi, steps, norm="linf", impl=impl), awp)
+def _local_linearity(*, every: int, **options: Any) -> Loss:
+    return _lazy(_ascent(losses.LocalLinearity, **options), every)
+
+
+def _vat(*, eps: float, impl: str, weight: float, xi: float, steps: int, awp: float, every: int) -> Loss:
+    return _lazy(_perturbed(losses.VAT(weight, eps, xi, steps, norm="linf", impl=impl), awp), every)
 
 
 def _perturbed(loss: Loss, awp: float) -> Loss:
@@ -179,7 +189,7 @@ def _projected(
     _check_weight(weight)
     _require(projections >= 0, f"projections must be 1 or more, or 0 for the exact norm, got {projections}")
     _require(law in LAWS, f"no law {law!r}: choose one of {', '.join(LAWS)}")
-    _require(every >= 1, f"every must be at least 1, got {every}")
+    _check_every(every)
     _require(0 < fraction <= 1, f"fraction must be in (0, 1], got {fraction:g}")
     return penalty(
         weight=weight, projections=projections or "exact", eps=eps, law=law, every=every, fraction=fraction,
@@ -252,13 +262,13 @@ METHODS: dict[str, Method] = {
     ),
     "vat": Method(
         "cross-entropy and the divergence along the direction of fastest change",
-        {"weight": 1.0, "xi": 1.0, "steps": 1, "awp": 0.0},
+        {"weight": 1.0, "xi": 1.0, "steps": 1, "awp": 0.0, "every": 1},
         _vat,
         "mean of KL(p(x) ‖ p(x + r))",
     ),
     "gradient-penalty": Method(
         "cross-entropy and the norm of its input gradient",
-        {"weight": 1.0, "norm": 1.0, "label_smoothing": 0.0, "estimator": "exact", "h": 0.1},
+        {"weight": 1.0, "norm": 1.0, "label_smoothing": 0.0, "estimator": "exact", "h": 0.1, "every": 1},
         _gradient_penalty,
         "mean of ‖eps · ∂ℓ/∂x‖",
     ),
@@ -279,13 +289,13 @@ METHODS: dict[str, Method] = {
     ),
     "llr": Method(
         "cross-entropy and how far it is from linear in the ball",
-        {"weight": 4.0, "ratio": 0.75, **_STEPS, "steps": 2},
-        partial(_ascent, losses.LocalLinearity),
+        {"weight": 4.0, "ratio": 0.75, **_STEPS, "steps": 2, "every": 1},
+        _local_linearity,
         "mean of |ℓ(x + δ) − ℓ(x) − δ·∇ℓ| + |δ·∇ℓ| ratio",
     ),
     "cure": Method(
         "cross-entropy and how much its input gradient changes along its signs",
-        {"weight": 4.0, "label_smoothing": 0.0},
+        {"weight": 4.0, "label_smoothing": 0.0, "every": 1},
         _curvature,
         "mean of ‖∇ℓ(x + z) − ∇ℓ(x)‖²",
     ),
@@ -306,6 +316,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_smoothing(label_smoothing: float) -> None:
     _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
+
+
+def _check_every(every: int) -> None:
+    _require(every >= 1, f"every must be at least 1, got {every}")
 
 
 def _check_weight(weight: float) -> None:

@@ -74,6 +74,9 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     const Tensor b = mask & 4 ? cotangents[next++] : Tensor();
 
     Tensor grad_g, grad_x, grad_w;
+    // Before grad_g is there: in its reordered copies of g and u the step's memory is at its peak.
+    if (ctx->needs_input_grad(2) && u.defined())
+      grad_w = std::get<1>(geometry.backward(g, u, w, std::nullopt, {false, true, false}));
     if (ctx->needs_input_grad(0)) {
       if (u.defined()) grad_g = geometry.convolve(u, w);
       if (a.defined()) grad_g = plus(grad_g, geometry.convolve(x, a));
@@ -85,8 +88,6 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     }
     if (ctx->needs_input_grad(1) && a.defined())
       grad_x = std::get<0>(geometry.backward(g, x, a, std::nullopt, {true, false, false}));
-    if (ctx->needs_input_grad(2) && u.defined())
-      grad_w = std::get<1>(geometry.backward(g, u, w, std::nullopt, {false, true, false}));
     return {grad_g, grad_x, grad_w, Tensor(), Tensor(), Tensor()};
   }
 };

@@ -166,7 +166,7 @@ def run(
     try:
         in_parallel(tasks, work, jobs, ready=ready, on_start=on_start, on_done=on_done)
     except Interrupted as error:
-        raise Interrupted(f"{str(error).split(';')[0]}; the same command goes on from there") from None
+        raise Interrupted(error.done, "the same command goes on from there") from None
     study = _read(plan, folder, test)
     content = {
         "plan": asdict(plan),

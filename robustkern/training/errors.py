@@ -12,4 +12,16 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; its state was saved and `--resume` goes on from there."""
+    """A signal asked the run to stop, and its state was saved.
+
+    Attributes:
+        done: How far it came.
+        further: What goes on from there.
+    """
+
+    def __init__(self, done: str, further: str = "--resume goes on from there") -> None:
+        super().__init__(done, further)
+        self.done, self.further = done, further
+
+    def __str__(self) -> str:
+        return f"{self.done}; {self.further}"

@@ -328,7 +328,7 @@ class _Run:
     def _check_stop(self) -> None:
         if self.stopping or (self.group.size == 1 and self.stop.signal is not None):
             name = "a signal to another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
-            raise Interrupted(f"stopped by {name} after step {self.progress.step}; --resume goes on from there")
+            raise Interrupted(f"stopped by {name} after step {self.progress.step}")
 
     def _save(self) -> None:
         self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint) and None)

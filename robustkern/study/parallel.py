@@ -106,7 +106,8 @@ def _share(
                 elif stop.signal is None:  # else it says that it stopped
                     raise error
             if stop.signal is not None:
-                raise Interrupted(f"stopped by {signal.Signals(stop.signal).name}", "the same command goes on from there")
+                name = signal.Signals(stop.signal).name
+                raise Interrupted(f"stopped by {name}", "the same command goes on from there")
     finally:
         for connection, process in processes.items():
             connection.close()

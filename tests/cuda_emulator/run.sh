@@ -27,11 +27,11 @@ run "$python" $emulator/run_kernel_tests.py --sanitize address
 run "$python" $emulator/build.py
 library=$("$python" $emulator/build.py | tail -n 1)
 # shellcheck disable=SC2086
-run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest $suite
+run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest -n 2 $suite
 run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest tests/test_installed.py -k gradgradcheck
 run env ROBUSTKERN_EMULATED="$library" ROBUSTKERN_EMULATOR_ORDER=reverse "$python" -m pytest tests/test_cotangents.py
 run "$python" $emulator/build.py --sanitize address
 library=$("$python" $emulator/build.py --sanitize address | tail -n 1)
 # shellcheck disable=SC2046,SC2086
 run env $("$python" $emulator/build.py --sanitize address --print-env) ROBUSTKERN_EMULATED="$library" \
-  "$python" -m pytest -k "not long and not compile" tests/test_accuracy.py tests/test_layouts.py
+  "$python" -m pytest -n 2 -k "not long and not compile" tests/test_accuracy.py tests/test_layouts.py

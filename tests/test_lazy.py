@@ -1,6 +1,7 @@
 """Lazy penalties: the mean over the calls is the loss's own, and what is not penalised costs a plain step."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from method_losses import batch, network
 from robustkern import losses
 from robustkern.sharding import Shard
-from robustkern.training import recipe, train
+from robustkern.training import UsageError, recipe, train
 from robustkern.training.methods import METHODS, build_loss
 
 EPS = 8 / 255
@@ -96,3 +97,18 @@ def test_every_method_with_the_option(method, tmp_path):
         rows[every] = result.rows[-1]
     assert len({value.sum().item() for value in weights.values()}) == 3
     assert all(row["smoothness"] > 0 for row in rows.values())
+
+
+def test_a_run_that_is_older_than_an_option_goes_on(tmp_path):
+    """An option that its configuration does not name has its default."""
+    settings = {"epochs": 1, "batch_size": 32, "train_samples": 64, "eval_samples": 10, "pgd_steps": 1, "threads": 1}
+    config = recipe("digits", "gradient-penalty", **settings)
+    rows = train(config, tmp_path).rows
+    path = tmp_path / "config.yaml"
+    text, found = re.subn(r"^  every: 1\n", "", path.read_text(), flags=re.MULTILINE)
+    assert found == 1
+    path.write_text(text)
+    assert len(train(config, tmp_path, resume=True).rows) == len(rows)
+    other = dataclasses.replace(config, options={**config.options, "every": 2})
+    with pytest.raises(UsageError, match="written with other settings: every 1 -> 2"):
+        train(other, tmp_path, resume=True)

@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
 from .files import RunLock, remove_stale, write_atomically
 from .judge import Judge, split
-from .methods import build_loss, check_options
+from .methods import METHODS, build_loss, check_options
 from .observer import Observer
 from .signals import StopOnSignal
 from .step import Stepper
@@ -146,9 +146,15 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
-    changed = read_config(out).differences(config)
+    changed = _completed(read_config(out)).differences(_completed(config))
     if changed:
         raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
+
+
+def _completed(config: TrainingConfig) -> TrainingConfig:
+    """With the options left out, such as those that are younger than the run."""
+    defaults = METHODS[config.method].options if config.method in METHODS else {}
+    return replace(config, options={**defaults, **config.options})
 
 
 def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig) -> None:

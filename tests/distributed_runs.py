@@ -71,6 +71,10 @@ CASES = {
 }
 
 
+# The same in float32, as users run it.
+CASES["pgd in float32"], CASES["lazy in float32"] = CASES["pgd"], CASES["lazy"]
+FLOAT32 = {"pgd in float32", "lazy in float32"}
+
 # What takes no sign of a gradient. The others turn on the signs of gradients that are nearly zero, which another
 # division of the batch rounds to the other side in float32: they are compared in float64.
 SMOOTH = {"standard", "label-smoothing", "distillation", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz",
@@ -87,7 +91,7 @@ def precision_of(case: str) -> Iterator[None]:
         model.register_forward_pre_hook(lambda module, inputs: tuple(x.double() for x in inputs))
         return model
 
-    models.create = create if case in SMOOTH else create_double
+    models.create = create if case in SMOOTH | FLOAT32 else create_double
     try:
         yield
     finally:

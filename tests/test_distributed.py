@@ -22,7 +22,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this PyTorch has no gloo", allow_module_level=True)
 
 import distributed_runs
-from distributed_runs import CASES, SMOOTH, precision_of, small
+from distributed_runs import CASES, FLOAT32, SMOOTH, precision_of, small
 from robustkern import data as datasets
 from robustkern import models, training
 from robustkern.data import DataError
@@ -59,7 +59,9 @@ def distance(config, one, other):
     return float((one - other).norm() / (one - begin).norm())
 
 
-ROUNDING, ROUNDING_64 = 1e-4, 1e-6  # magnified by a few steps; in float64, of images and their gradients in float32
+# Magnified by a few steps. In float64: that of images and their gradients, which are float32. In float32, a pixel whose
+# gradient is nearly zero may be moved either way by an attack.
+ROUNDING, ROUNDING_64, SIGNS = 1e-4, 1e-6, 0.02
 
 
 # --- the results of one process ---------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_what_one_gives(tmp_path, two_processes, case):
-    limit = ROUNDING if case in SMOOTH else ROUNDING_64
+    limit = ROUNDING if case in SMOOTH else SIGNS if case in FLOAT32 else ROUNDING_64
     with precision_of(case):
         alone = train(CASES[case], tmp_path)
         for file in sorted(tmp_path.glob("*.safetensors")):
@@ -91,20 +93,20 @@ def test_two_processes_give_what_one_gives(tmp_path, two_processes, case):
             assert mine[name] == pytest.approx(theirs[name], **tolerance), name
 
 
-@pytest.mark.parametrize("case", ["standard", "fisher", "pgd"])
-def test_the_comparison_would_notice(tmp_path, monkeypatch, case):
+@pytest.mark.parametrize("case, limit", [("standard", 10 * ROUNDING), ("fisher", 10 * ROUNDING), ("pgd", 1.5 * SIGNS)])
+def test_the_comparison_would_notice(tmp_path, monkeypatch, case, limit):
     """One row of a batch less, or other random numbers."""
     whole = train(CASES[case], tmp_path / "whole").model.state_dict()
     with monkeypatch.context() as patch:
         batch = trainer_module._Run._batch
         patch.setattr(trainer_module._Run, "_batch", lambda self, i: [t[: max(1, len(t) - 1)] for t in batch(self, i)])
         fewer = train(CASES[case], tmp_path / "fewer").model.state_dict()
-    assert distance(CASES[case], whole, fewer) > 10 * ROUNDING
+    assert distance(CASES[case], whole, fewer) > limit
     if case != "standard":
         draws = step_module._draws
         monkeypatch.setattr(step_module, "_draws", lambda seed, step, device: draws(seed, step + 1, device))
         others = train(CASES[case], tmp_path / "others").model.state_dict()
-        assert distance(CASES[case], whole, others) > 10 * ROUNDING
+        assert distance(CASES[case], whole, others) > limit
 
 
 # --- processes of our own, forked: no import of PyTorch ---------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_every_is_a_number_of_calls(every):
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "every" in method.options])
 def test_every_method_with_the_option(method, tmp_path):
-    """Smoothness is the mean over the steps that measured it, and the weights are those of lazy steps."""
+    """It reaches the loss: smoothness is shown though not every step measures it, and the weights end elsewhere."""
     assert getattr(build_loss(method, {}, eps=EPS, impl="auto"), "every", 1) == 1
     assert build_loss(method, {"every": 4}, eps=EPS, impl="auto").every == 4
     settings = {"epochs": 1, "batch_size": 32, "train_samples": 96, "eval_samples": 10, "pgd_steps": 1, "threads": 1}

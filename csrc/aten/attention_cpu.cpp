@@ -1,16 +1,19 @@
 // attention_double_backward on the CPU.  Formulas: math/attention.h.
 //
-// A unit of work is one head of k and v with the rows of q that attend to it, taken in blocks: matrix products through
-// PyTorch's BLAS for each block, on buffers that one thread owns, and between them loops over the scores while these lie
-// in its cache.  No more than a block of rows of four matrices of scores exists per thread.
+// A unit of work is one head of k and v with the rows of q that attend to it, taken in blocks: matrix products for each
+// block, on buffers that one thread owns, and between them loops over the scores while these lie in its cache.  No more
+// than a block of rows of five matrices of scores exists per thread.
 //
 // The formulas have twelve products, which are small where sequences are short.  Seven remain, because operands that meet
-// the same matrix lie beside each other: [S T] = q [k B]^T, [dP X] = grad [v C]^T, [Pd P] [v C], [W dS] [k B], and the
-// rows of W and dS alternate as those of q and A do: (W, dS)^T (q, A).
+// the same matrix lie beside each other: [S T] = q [k B]^T, [dP X] = grad [v C]^T, [Pd P] [v C], [W dS] [k B] and
+// [W^T dS^T] [q A].  They are oneDNN's, through PyTorch: its kernels for small matrices take half of the time that calls
+// of BLAS do, but want rows of every factor adjacent, so that k, B, v and C are held both ways and blocks of W, dS and Pd
+// are turned.
 //
 // Where there are too few heads to occupy the machine, the blocks of a head are dealt out to several units, whose
 // gradients of k and v are added afterwards in their order.  How many depends on shapes alone: every bit of the result is
 // independent of the number of threads.
+#include <ATen/native/CPUBlas.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
@@ -18,6 +21,7 @@
 #include <vector>
 
 #include "../cpu/attention_loops.h"
+#include "../cpu/transpose.h"
 #include "attention_arguments.h"
 
 // MKL's, where PyTorch is linked with it.
@@ -26,8 +30,8 @@ extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 namespace rk::aten {
 namespace {
 
-// MKL chooses its kernels, and with them the order of additions, by the number of threads it may use, even where it
-// uses one: so that the bits are the same for every number, it is told one.
+// What oneDNN does not do, MKL does.  It chooses its kernels, and with them the order of additions, by the number of
+// threads it may use, even where it uses one: so that the bits are the same for every number, it is told one.
 class SequentialBlas {
  public:
   SequentialBlas() : before_(set(1)) {}
@@ -76,46 +80,89 @@ struct Task {
   Tensor partial_k, partial_v;  // [B, G, splits, S, D or E] if there are several
 };
 
-// Two matrices that lie beside or beneath each other.
+template <class A>
+struct Matrix {
+  A* data;
+  int64_t rows, cols, stride;
+};
+
+// out = x y, or out += x y
+template <class A>
+void multiply(const Matrix<A>& x, const Matrix<A>& y, const Matrix<A>& out, bool add) {
+#ifdef CPUBLAS_BRGEMM_F32F32F32
+  if constexpr (std::is_same_v<A, float>)
+    return at::native::cpublas::brgemm(x.rows, y.cols, x.cols, x.stride, y.stride, out.stride, add, x.data, y.data,
+                                       out.data);
+#endif
+  const auto tensor = [](const Matrix<A>& m) {
+    return at::from_blob(m.data, {m.rows, m.cols}, {m.stride, 1}, at::dtype<A>());
+  };
+  tensor(out).addmm_(tensor(x), tensor(y), add ? 1 : 0);
+}
+
+// Two matrices of one size that lie beside each other, or one beneath the other.
+template <class A>
 struct Pair {
-  Tensor both, first, second;
-  const Tensor& pick(bool with_first, bool with_second) const {
+  Matrix<A> first, second, both;
+
+  static Pair beside(A* data, int64_t rows, int64_t cols) {
+    return {{data, rows, cols, 2 * cols}, {data + cols, rows, cols, 2 * cols}, {data, rows, 2 * cols, 2 * cols}};
+  }
+  static Pair beneath(A* data, int64_t rows, int64_t cols) {
+    return {{data, rows, cols, cols}, {data + rows * cols, rows, cols, cols}, {data, 2 * rows, cols, cols}};
+  }
+  const Matrix<A>& pick(bool with_first, bool with_second) const {
     return with_first && with_second ? both : with_first ? first : second;
   }
 };
+
+template <class A>
+void fill(const Matrix<A>& m, A value) {
+  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(m.data + i * m.stride, m.cols, value);
+}
+
+template <class A>
+void transpose(const Matrix<A>& from, const Matrix<A>& to) {
+  rk::cpu::transpose(from.data, from.stride, to.data, to.stride, from.rows, from.cols);
+}
 
 // One thread's buffers, and what it does with them.
 template <class A>
 class Worker {
  public:
-  explicit Worker(const Task& task) : task_(task), s_(task.shape) {
-    const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
-    const auto buffer = [&](int64_t rows, int64_t cols) { return at::empty({rows, cols}, options); };
-    const int64_t width = rk::cpu::whole_lanes<A>(s_.keys);
-    keys_ = buffer(2 * width, s_.key_size);
-    values_ = buffer(2 * width, s_.value_size);
-    sum_k_ = buffer(s_.keys, s_.key_size);
-    sum_v_ = buffer(s_.keys, s_.value_size);
-    for (Tensor& m : scores_) m = buffer(1, task.block_rows * 2 * width);
-    queries_ = buffer(task.block_rows, 2 * s_.key_size);
-    out_q_ = buffer(task.block_rows, s_.key_size);
-    grad_ = buffer(task.block_rows, s_.value_size);
-    out_grad_ = buffer(task.block_rows, s_.value_size);
+  explicit Worker(const Task& task) : task_(task), s_(task.shape), width_(rk::cpu::whole_lanes<A>(s_.keys)) {
+    const int64_t rows = task.block_rows;
+    const int64_t sizes[kBuffers] = {2 * width_ * s_.key_size,   2 * width_ * s_.key_size, 2 * width_ * s_.value_size,
+                                     2 * width_ * s_.value_size, s_.keys * s_.key_size,    s_.keys * s_.value_size,
+                                     rows * 2 * width_,          rows * 2 * width_,        rows * 2 * width_,
+                                     2 * rows * s_.key_size,     rows * s_.key_size,       rows * s_.value_size,
+                                     rows * s_.value_size};
+    constexpr int64_t line = 64 / sizeof(A);
+    int64_t total = 0;
+    for (int64_t size : sizes) total += (size + line - 1) / line * line;
+    memory_ = at::empty({total}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
+    A* next = memory_.mutable_data_ptr<A>();
+    for (int i = 0; i < kBuffers; ++i) {
+      buffers_[i] = next;
+      next += (sizes[i] + line - 1) / line * line;
+    }
+    sum_k_ = {buffers_[kSumK], s_.keys, s_.key_size, s_.key_size};
+    sum_v_ = {buffers_[kSumV], s_.keys, s_.value_size, s_.value_size};
   }
 
   void run(int64_t unit) {
     const int64_t split = unit % task_.splits, head = unit / task_.splits;
     const int64_t b = head / s_.key_heads, g = head % s_.key_heads;
     const auto& plan = task_.plan;
-    if (plan.k) sum_k_.zero_();
-    if (plan.v) sum_v_.zero_();
+    if (plan.k) fill(sum_k_, A(0));
+    if (plan.v) fill(sum_v_, A(0));
     cols_read_ = -1;  // of this head
     for (int64_t h = g * s_.group(); h < (g + 1) * s_.group(); ++h)
       for (int64_t block = split; block < task_.blocks; block += task_.splits)
         run_block(b, h, g, block * task_.block_rows);
     if (task_.splits == 1) {
-      if (plan.k) write(sum_k_, task_.result_k, b, g, 0, s_.keys);
-      if (plan.v) write(sum_v_, task_.result_v, b, g, 0, s_.keys);
+      if (plan.k) write(sum_k_, task_.result_k, b, g, 0);
+      if (plan.v) write(sum_v_, task_.result_v, b, g, 0);
     } else {
       if (plan.k) keep(sum_k_, task_.partial_k, unit);
       if (plan.v) keep(sum_v_, task_.partial_v, unit);
@@ -125,125 +172,134 @@ class Worker {
   // The gradients of k and v of one head from those of its units.
   void finish(int64_t head) {
     const int64_t b = head / s_.key_heads, g = head % s_.key_heads;
-    if (task_.plan.k) write(total(task_.partial_k, head, sum_k_), task_.result_k, b, g, 0, s_.keys);
-    if (task_.plan.v) write(total(task_.partial_v, head, sum_v_), task_.result_v, b, g, 0, s_.keys);
+    if (task_.plan.k) write(total(task_.partial_k, head, sum_k_), task_.result_k, b, g, 0);
+    if (task_.plan.v) write(total(task_.partial_v, head, sum_v_), task_.result_v, b, g, 0);
   }
 
  private:
-  static A* pointer(const Tensor& t) { return t.mutable_data_ptr<A>(); }
+  enum Buffer {
+    kKeys,
+    kTurnedKeys,
+    kValues,
+    kTurnedValues,
+    kSumK,
+    kSumV,
+    kMovedScores,
+    kSlopes,
+    kTurned,
+    kQueries,
+    kOutQ,
+    kGrad,
+    kOutGrad,
+    kBuffers
+  };
 
-  // Rows of a tensor into a matrix whose rows may lie further apart than they are long.
-  void read(const Rows& from, int64_t b, int64_t h, int64_t first, const Tensor& to, int64_t rows) {
-    const int64_t cols = to.size(1), stride = to.stride(0);
-    A* const out = pointer(to);
-    for (int64_t i = 0; i < rows; ++i) read_piece(s_.dtype, from.at(b, h, first + i), out + i * stride, cols);
+  // Rows from `first` on.
+  void read(const Rows& from, int64_t b, int64_t h, int64_t first, const Matrix<A>& to) {
+    for (int64_t i = 0; i < to.rows; ++i)
+      read_piece(s_.dtype, from.at(b, h, first + i), to.data + i * to.stride, to.cols);
   }
-  void write(const Tensor& from, const Rows& to, int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const int64_t cols = from.size(1);
-    const A* const in = pointer(from);
-    for (int64_t i = 0; i < rows; ++i) write_piece(s_.dtype, in + i * cols, to.at(b, h, first + i), cols);
+  void write(const Matrix<A>& from, const Rows& to, int64_t b, int64_t h, int64_t first) {
+    for (int64_t i = 0; i < from.rows; ++i)
+      write_piece(s_.dtype, from.data + i * from.stride, to.at(b, h, first + i), from.cols);
   }
 
-  void keep(const Tensor& sum, const Tensor& partial, int64_t unit) {
-    std::copy_n(pointer(sum), sum.numel(), pointer(partial) + unit * sum.numel());
+  void keep(const Matrix<A>& sum, const Tensor& partial, int64_t unit) {
+    const int64_t size = sum.rows * sum.cols;
+    std::copy_n(sum.data, size, partial.mutable_data_ptr<A>() + unit * size);
   }
-  const Tensor& total(const Tensor& partial, int64_t head, const Tensor& sum) {
-    const A* from = pointer(partial) + head * task_.splits * sum.numel();
-    std::copy_n(from, sum.numel(), pointer(sum));
-    for (int64_t i = 1; i < task_.splits; ++i) rk::cpu::add_rows(from + i * sum.numel(), pointer(sum), sum.numel());
+  const Matrix<A>& total(const Tensor& partial, int64_t head, const Matrix<A>& sum) {
+    const int64_t size = sum.rows * sum.cols;
+    const A* from = partial.const_data_ptr<A>() + head * task_.splits * size;
+    std::copy_n(from, size, sum.data);
+    for (int64_t i = 1; i < task_.splits; ++i) rk::cpu::add_rows(from + i * size, sum.data, size);
     return sum;
   }
 
-  static Pair beside(const Tensor& buffer, int64_t rows, int64_t cols) {
-    const Tensor both = buffer.view({-1}).narrow(0, 0, rows * 2 * cols).view({rows, 2 * cols});
-    return {both, both.narrow(1, 0, cols), both.narrow(1, cols, cols)};
-  }
-  static Pair beneath(const Tensor& buffer, int64_t rows) {
-    return {buffer.narrow(0, 0, 2 * rows), buffer.narrow(0, 0, rows), buffer.narrow(0, rows, rows)};
-  }
-
-  // The buffers as matrices of a block's size; blocks of one size in a row find them made.
-  void shape_views(int64_t rows, int64_t cols) {
-    if (rows == rows_ && cols == cols_) return;
-    rows_ = rows;
-    cols_ = cols;
+  // The first `cols` rows of k, B, v and C, zeros up to whole lanes behind them, and all of it turned.
+  void read_keys(int64_t b, int64_t g, int64_t cols) {
+    if (cols_read_ == cols) return;
+    cols_read_ = cols;
     width_ = rk::cpu::whole_lanes<A>(cols);
-    moved_scores = beside(scores_[0], rows, width_);
-    slopes = beside(scores_[1], rows, width_);
-    alternating = slopes.both.view({2 * rows, width_}).narrow(1, 0, cols).t();
-    bend = slopes.first.narrow(1, 0, cols).t();
-    moved = moved_scores.first.narrow(1, 0, cols).t();
-    keys = beneath(keys_, width_);
-    values = beneath(values_, width_);
-    queries = beside(queries_, rows, s_.key_size);
-    alternating_queries = queries.both.view({2 * rows, s_.key_size});
-    out_q = out_q_.narrow(0, 0, rows);
-    grad = grad_.narrow(0, 0, rows);
-    out_grad = out_grad_.narrow(0, 0, rows);
-    sum_k = sum_k_.narrow(0, 0, cols);
-    sum_v = sum_v_.narrow(0, 0, cols);
-  }
-
-  // The first cols_ rows of k, B, v and C, zeros behind them.
-  void read_keys(int64_t b, int64_t g) {
-    if (cols_read_ == cols_) return;
-    cols_read_ = cols_;
-    const auto fill = [&](const Rows& from, const Tensor& to) {
-      read(from, b, g, 0, to, cols_);
-      std::fill(pointer(to) + cols_ * to.size(1), pointer(to) + width_ * to.size(1), A(0));
+    const auto take = [&](const Rows& from, Matrix<A> to, const Matrix<A>& turned) {
+      to.rows = cols;
+      read(from, b, g, 0, to);
+      std::fill(to.data + cols * to.cols, to.data + width_ * to.cols, A(0));
+      to.rows = width_;
+      transpose(to, turned);
     };
     const auto& plan = task_.plan;
-    fill(task_.k, keys.first);
-    if (plan.b) fill(task_.gg_k, keys.second);
-    if (plan.slope() || plan.grad) fill(task_.v, values.first);
-    if (plan.c) fill(task_.gg_v, values.second);
-  }
-
-  // out = scale x y, or out += scale x y
-  static void multiply(const Tensor& x, const Tensor& y, const Tensor& out, bool add, double scale = 1) {
-    Tensor(out).addmm_(x, y, add ? 1 : 0, scale);
+    keys_ = Pair<A>::beneath(buffers_[kKeys], width_, s_.key_size);
+    values_ = Pair<A>::beneath(buffers_[kValues], width_, s_.value_size);
+    turned_keys_ = Pair<A>::beside(buffers_[kTurnedKeys], s_.key_size, width_);
+    turned_values_ = Pair<A>::beside(buffers_[kTurnedValues], s_.value_size, width_);
+    take(task_.k, keys_.first, turned_keys_.first);
+    if (plan.b) take(task_.gg_k, keys_.second, turned_keys_.second);
+    if (plan.slope() || plan.grad) take(task_.v, values_.first, turned_values_.first);
+    if (plan.c) take(task_.gg_v, values_.second, turned_values_.second);
   }
 
   void run_block(int64_t batch, int64_t head, int64_t key_head, int64_t first) {
     const auto& plan = task_.plan;
     const int64_t rows = std::min(task_.block_rows, s_.queries - first);
-    shape_views(rows, task_.causal ? std::min(s_.keys, first + rows) : s_.keys);
-    read_keys(batch, key_head);
-    const Tensor &q = queries.first, &a = queries.second;
-    read(task_.q, batch, head, first, q, rows);
-    if (plan.a) read(task_.gg_q, batch, head, first, a, rows);
-    if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad, rows);
+    const int64_t cols = task_.causal ? std::min(s_.keys, first + rows) : s_.keys;
+    read_keys(batch, key_head, cols);
+    const auto scores = Pair<A>::beside(buffers_[kMovedScores], rows, width_);     // [S T]
+    const auto slopes = Pair<A>::beside(buffers_[kSlopes], rows, width_);          // [dP X]
+    const auto queries = Pair<A>::beneath(buffers_[kQueries], rows, s_.key_size);  // scale q and scale A
+    const Matrix<A> grad{buffers_[kGrad], rows, s_.value_size, s_.value_size};
+    read(task_.q, batch, head, first, queries.first);
+    if (plan.a) read(task_.gg_q, batch, head, first, queries.second);
+    rk::cpu::scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
+    if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad);
 
-    multiply(q, keys.pick(true, plan.b).t(), moved_scores.pick(true, plan.b), false, task_.scale);
-    if (plan.a) multiply(a, keys.first.t(), moved_scores.second, plan.b, task_.scale);
-    if (!plan.tangent()) Tensor(moved_scores.second).zero_();
+    multiply(queries.first, turned_keys_.pick(true, plan.b), scores.pick(true, plan.b), false);
+    if (plan.a) multiply(queries.second, turned_keys_.first, scores.second, plan.b);
+    if (!plan.tangent()) fill(scores.second, A(0));
     if (plan.slope() || plan.mixed())
-      multiply(grad, values.pick(plan.slope(), plan.mixed()).t(), slopes.pick(plan.slope(), plan.mixed()), false);
-    if (!plan.slope()) Tensor(slopes.first).zero_();
-    if (!plan.mixed()) Tensor(slopes.second).zero_();
-    scores_loop(batch, head, first);  // now they are [Pd P] and [W dS]
+      multiply(grad, turned_values_.pick(plan.slope(), plan.mixed()), slopes.pick(plan.slope(), plan.mixed()), false);
+    if (!plan.slope()) fill(slopes.first, A(0));
+    if (!plan.mixed()) fill(slopes.second, A(0));
+    scores_loop(batch, head, first, cols, scores, slopes);  // now they are [Pd P] and [W dS]
     if (plan.grad) {
-      multiply(moved_scores.pick(plan.tangent(), plan.c), values.pick(plan.tangent(), plan.c), out_grad, false);
-      write(out_grad, task_.result_grad, batch, head, first, rows);
+      const Matrix<A> out{buffers_[kOutGrad], rows, s_.value_size, s_.value_size};
+      multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), out, false);
+      write(out, task_.result_grad, batch, head, first);
     }
     if (plan.q) {
-      multiply(slopes.pick(true, plan.b), keys.pick(true, plan.b), out_q, false, task_.scale);
-      write(out_q, task_.result_q, batch, head, first, rows);
+      const Matrix<A> out{buffers_[kOutQ], rows, s_.key_size, s_.key_size};
+      multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), out, false);
+      rk::cpu::scale_rows(out.data, rows * s_.key_size, A(task_.scale));
+      write(out, task_.result_q, batch, head, first);
     }
-    if (plan.k && plan.a) multiply(alternating, alternating_queries, sum_k, true, task_.scale);
-    if (plan.k && !plan.a) multiply(bend, q, sum_k, true, task_.scale);
-    if (plan.v) multiply(moved, grad, sum_v, true);
+    auto turned = Pair<A>::beside(buffers_[kTurned], width_, rows);
+    if (plan.k) {
+      transpose(slopes.first, turned.first);
+      if (plan.a) transpose(slopes.second, turned.second);
+      add_product(turned.pick(true, plan.a), queries.pick(true, plan.a), sum_k_, cols);
+    }
+    if (plan.v) {
+      transpose(scores.first, turned.first);
+      add_product(turned.first, grad, sum_v_, cols);
+    }
   }
 
-  void scores_loop(int64_t batch, int64_t head, int64_t first) {
-    A *s = pointer(moved_scores.both), *dp = pointer(slopes.both);
+  // The first `rows` rows of out += x y
+  static void add_product(Matrix<A> x, const Matrix<A>& y, Matrix<A> out, int64_t rows) {
+    x.rows = out.rows = rows;
+    multiply(x, y, out, true);
+  }
+
+  void scores_loop(int64_t batch, int64_t head, int64_t first, int64_t cols, const Pair<A>& scores,
+                   const Pair<A>& slopes) {
+    A *s = scores.both.data, *dp = slopes.both.data;
     const Tensor& mask = task_.mask;
     const A* mask_row = nullptr;
     if (mask.defined())
       mask_row = mask.const_data_ptr<A>() + batch * mask.stride(0) + head * mask.stride(1) + first * mask.stride(2);
-    for (int64_t i = 0; i < rows_; ++i) {
-      if (mask_row) rk::cpu::add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols_);
-      const int64_t valid = task_.causal ? std::min(cols_, first + i + 1) : cols_;
+    for (int64_t i = 0; i < scores.both.rows; ++i) {
+      if (mask_row) rk::cpu::add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols);
+      const int64_t valid = task_.causal ? std::min(cols, first + i + 1) : cols;
       rk::cpu::attention_row(s, s + width_, dp, dp + width_, valid, width_);
       s += 2 * width_;
       dp += 2 * width_;
@@ -252,13 +308,11 @@ class Worker {
 
   const Task& task_;
   const AttentionShape& s_;
-  Tensor keys_, values_, sum_k_, sum_v_;                  // [2 S or S, D or E]
-  Tensor scores_[2], queries_, out_q_, grad_, out_grad_;  // a block's
-  int64_t rows_ = -1, cols_ = -1, width_ = -1;            // of the views below; cols_ in whole lanes
-  int64_t cols_read_ = -1;                                // rows of this head in keys and values
-  Pair keys, values, queries;                             // [k B], [v C], [q A]
-  Pair moved_scores, slopes;                              // [S T] and [dP X]
-  Tensor moved, bend, alternating, alternating_queries, out_q, grad, out_grad, sum_k, sum_v;
+  int64_t width_, cols_read_ = -1;  // keys that were read, in whole lanes and without
+  Tensor memory_;
+  A* buffers_[kBuffers];
+  Matrix<A> sum_k_{}, sum_v_{};  // [S, D or E]
+  Pair<A> keys_{}, values_{}, turned_keys_{}, turned_values_{};
 };
 
 template <class A>

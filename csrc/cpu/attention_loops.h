@@ -112,6 +112,9 @@ RK_HOST_DEVICE void attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __r
   }                                                                                           \
   RK_MULTIVERSION static void add_rows(const A* from, A* to, int64_t n) {                     \
     for (int64_t j = 0; j < n; ++j) to[j] += from[j];                                         \
+  }                                                                                           \
+  RK_MULTIVERSION static void scale_rows(A* rows, int64_t n, A scale) {                       \
+    for (int64_t j = 0; j < n; ++j) rows[j] *= scale;                                         \
   }
 
 RK_ATTENTION_LOOPS(float)

@@ -1,9 +1,10 @@
-"""More rows and more elements than 32 bits can count."""
+"""More rows and more elements than 32 bits can count, and results that are too large for the caches."""
 
 import pytest
 import torch
 
 from robustkern.ops import row_norm, softmax_cross_entropy
+from robustkern.reference.batch_norm import batch_norm_double_backward
 
 BEYOND = 2**31
 
@@ -82,3 +83,62 @@ def test_a_million_rows(device):
     target = torch.arange(1_000_003, device=device) % 3
     loss = softmax_cross_entropy(logits, target, impl="kernel")
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+
+
+# Results of this many bytes are written past the caches on the CPU: of other lengths than pieces and cache lines have.
+STREAMED = 13 << 20
+
+
+def normal(*shape, dtype, device):
+    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(len(shape)))
+
+
+def assert_same(whole, parts):
+    for i, result in enumerate(whole):
+        assert torch.equal(result, torch.cat([part[i] for part in parts]))
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_activations_are_what_small_ones_are(dtype, device):
+    n = STREAMED // dtype.itemsize + 7
+    tensors = [normal(n, dtype=dtype, device=device) for _ in range(3)]
+    call = torch.ops.robustkern.activation_double_backward
+    parts = [call(*part, "gelu", [], True, True) for part in zip(*(t.split(1000) for t in tensors))]
+    assert_same(call(*tensors, "gelu", [], True, True), parts)
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("shape", [(1001, 5), (9, 61, 37)], ids=["rows", "columns"])
+def test_large_softmaxes_are_what_small_ones_are(shape, device):
+    samples = STREAMED // 4 // torch.Size(shape[1:]).numel() + 1
+    tensors = [normal(samples, *shape[1:], dtype=torch.float32, device=device) for _ in range(2)]
+    tensors.append(torch.softmax(normal(samples, *shape[1:], dtype=torch.float32, device=device), 1))
+    tensors = [t.view(samples, shape[1], -1) for t in tensors]
+    call = torch.ops.robustkern.softmax_double_backward
+    parts = [call(*part, False, True, True) for part in zip(*(t.split(100) for t in tensors))]
+    assert_same(call(*tensors, False, True, True), parts)
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("channels, inner", [(3, 20_001), (40, 1030), (40, 300), (300, 1), (7, 1)])
+def test_large_batch_norms_are_what_small_ones_are(channels, inner, device):
+    """In eval mode, where a sample has its derivative to itself; in training mode against the reference."""
+    samples = STREAMED // 4 // (channels * inner) + 1
+    u, g, x = (normal(samples, channels, inner, dtype=torch.float32, device=device) for _ in range(3))
+    a, b, weight, mean = normal(4, channels, dtype=torch.float32, device=device)
+    invstd = weight.square() + 0.5
+    call = torch.ops.robustkern.batch_norm_double_backward
+
+    def run(*tensors, training, call=call):
+        u, g, x, *vectors = tensors
+        return call(u, a.to(u), b.to(u), g, x, *vectors, training, True, True, False)[:2]
+
+    step = samples // 3 + 1
+    parts = [run(*part, weight, mean, invstd, training=False) for part in zip(*(t.split(step) for t in (u, g, x)))]
+    assert_same(run(u, g, x, weight, mean, invstd, training=False), parts)
+    mean = x.double().mean((0, 2))
+    arguments = [u, g, x, weight, mean, 1 / (x.double().var((0, 2), correction=0) + 1e-5).sqrt()]
+    actual = run(*(t.float() for t in arguments), training=True)
+    expected = run(*(t.double() for t in arguments), training=True, call=batch_norm_double_backward)
+    torch.testing.assert_close(actual, tuple(t.float() for t in expected))

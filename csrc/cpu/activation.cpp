@@ -36,6 +36,7 @@ void run(const ActivationChoice& choice, const ActivationTensors& t, bool need_g
       gg_grad.close(begin, n, out_g);
       grad_x.close(begin, n, out_x);
     }
+    finish_streams();
   });
 }
 

@@ -17,8 +17,9 @@
 namespace rk::cpu {
 namespace {
 
-constexpr int64_t kUnit = 16384;     // elements of a unit along a channel: its five tensors fit a core's L2 cache
-constexpr int64_t kRowUnit = 65536;  // elements of a unit of rows
+constexpr int64_t kUnit = 16384;        // elements of a unit along a channel: its five tensors fit a core's L2 cache
+constexpr int64_t kLeastStream = 1024;  // bytes of a run that is worth to be written past the cache
+constexpr int64_t kRowUnit = 65536;     // elements of a unit of rows
 constexpr int64_t kTile =
     8192;  // elements of the rows that are summed in the accumulation type before they go to double
 
@@ -45,6 +46,8 @@ class Call {
       return;
     }
     coefficients_.resize(channels);
+    streamed_ =
+        is_wide() && images * channels * inner * item >= kStreamedBytes && (inner == 1 || inner * item >= kLeastStream);
     inner == 1 ? run_across() : run_along();
   }
 
@@ -90,7 +93,7 @@ class Call {
           f(n * stride + channel * inner + s, int64_t(1), std::min(kPiece, end - s));
     } else {
       const int64_t first = unit * images_of_unit(), last = std::min(images, first + images_of_unit());
-      const int64_t runs = std::max<int64_t>(1, kPiece / inner);
+      const int64_t runs = streamed_ ? 1 : std::max<int64_t>(1, kPiece / inner);
       for (int64_t n = first; n < last; n += runs) f(n * stride + channel * inner, std::min(runs, last - n), inner);
     }
   }
@@ -99,23 +102,25 @@ class Call {
     if (!base) return nullptr;
     if (is_wide()) return reinterpret_cast<const A*>(base) + offset;
     for (int64_t run = 0; run < runs; ++run)
-      read_piece(dtype, base + (offset + run * channels * inner) * item, buffer + run * length, length);
+      read_piece(dtype, base + (offset + run * channels * inner) * item, buffer + run * length, length,
+                 channels * inner * item);
     return buffer;
   }
 
   void write(char* base, int64_t offset, int64_t runs, int64_t length, const A* buffer) const {
-    if (!base || is_wide()) return;
+    if (!base || (is_wide() && !streamed_)) return;
+    if (streamed_) return stream_piece(buffer, base + offset * item, length * item);  // runs = 1
     for (int64_t run = 0; run < runs; ++run)
       write_piece(dtype, buffer + run * length, base + (offset + run * channels * inner) * item, length);
   }
 
   A* target(char* base, int64_t offset, A* buffer) const {
-    return !base ? nullptr : is_wide() ? reinterpret_cast<A*>(base) + offset : buffer;
+    return !base ? nullptr : is_wide() && !streamed_ ? reinterpret_cast<A*>(base) + offset : buffer;
   }
 
   Sums sums_along_unit(int64_t channel, int64_t unit) const {
     Sums sums;
-    A buffer[3][kPiece];
+    alignas(64) A buffer[3][kPiece];
     for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
       const int64_t stride = is_wide() ? channels * inner : length;
       sums_along(read(u, offset, runs, length, buffer[0]), read(g, offset, runs, length, buffer[1]),
@@ -125,7 +130,7 @@ class Call {
   }
 
   void apply_along_unit(int64_t channel, int64_t unit) const {
-    A buffer[5][kPiece];
+    alignas(64) A buffer[5][kPiece];
     for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
       const int64_t stride = is_wide() ? channels * inner : length;
       const Place<A> place{read(u, offset, runs, length, buffer[0]), read(g, offset, runs, length, buffer[1]),
@@ -154,6 +159,7 @@ class Call {
           if (grad_weight) sums[i] = sums_along_unit(i / all, i % all);
           if (writes()) apply_along_unit(i / all, i % all);
         }
+        finish_streams();
       });
       for (int64_t c = 0; grad_weight && c < channels; ++c) finish(c);
     } else if (channels >= 4 * threads) {  // a channel is one thread's, which still has it in its cache
@@ -164,6 +170,7 @@ class Call {
           finish(c);
           for (int64_t unit = all; writes() && unit-- > 0;) apply_along_unit(c, unit);
         }
+        finish_streams();
       });
     } else {
       torch::stable::parallel_for(0, channels * all, 1, [&](int64_t begin, int64_t end) {
@@ -173,6 +180,7 @@ class Call {
       if (writes())
         torch::stable::parallel_for(0, channels * all, 1, [&](int64_t begin, int64_t end) {
           for (int64_t i = end; i-- > begin;) apply_along_unit(i / all, i % all);
+          finish_streams();
         });
     }
   }
@@ -203,6 +211,13 @@ class Call {
     return buffer.data();
   }
 
+  void write_rows(char* base, int64_t offset, int64_t count, const std::vector<A>& buffer) const {
+    if (base && streamed_)
+      stream_piece(buffer.data(), base + offset * item, count * item);
+    else if (base && !is_wide())
+      write_piece(dtype, buffer.data(), base + offset * item, count);
+  }
+
   struct Buffers {
     std::vector<A> u, g, x, grad, grad_x;
   };
@@ -218,7 +233,7 @@ class Call {
   void apply_across_unit(int64_t unit, const ChannelCoefficients<A>& c, Buffers& buffer) const {
     for_tiles(unit, true, [&](int64_t offset, int64_t rows) {
       const int64_t count = rows * channels;
-      if (!is_wide()) {
+      if (!is_wide() || streamed_) {
         buffer.grad.resize(rows_of_tile() * channels);
         buffer.grad_x.resize(rows_of_tile() * channels);
       }
@@ -226,8 +241,8 @@ class Call {
                            read_rows(x, offset, count, buffer.x), target(grad, offset, buffer.grad.data()),
                            target(grad_x, offset, buffer.grad_x.data())};
       apply_across(place, rows, channels, c);
-      if (grad && !is_wide()) write_piece(dtype, buffer.grad.data(), grad + offset * item, count);
-      if (grad_x && !is_wide()) write_piece(dtype, buffer.grad_x.data(), grad_x + offset * item, count);
+      write_rows(grad, offset, count, buffer.grad);
+      write_rows(grad_x, offset, count, buffer.grad_x);
     });
   }
 
@@ -267,10 +282,12 @@ class Call {
     torch::stable::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
       Buffers buffer;
       for (int64_t unit = end; unit-- > begin;) apply_across_unit(unit, c, buffer);  // what was read last comes first
+      finish_streams();
     });
   }
 
   std::vector<BatchNormCoefficients<A>> coefficients_;
+  bool streamed_ = false;
 };
 
 template <class A>

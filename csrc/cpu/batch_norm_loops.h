@@ -44,7 +44,8 @@ struct SumLanes {
   }
 };
 
-// Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.
+// Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.  Fetches the run behind
+// each, since runs end before the processor has noticed them.
 template <class A>
 RK_HOST_DEVICE void sums_along_of(const A* __restrict__ u, const A* __restrict__ g, const A* __restrict__ x,
                                   int64_t runs, int64_t stride, int64_t length, A mean, Sums& s) {
@@ -60,6 +61,9 @@ RK_HOST_DEVICE void sums_along_of(const A* __restrict__ u, const A* __restrict__
   for (int64_t run = 0; run < runs; ++run, u += stride, g += stride, x += stride) {
     int64_t j = 0;
     for (; j + 2 * L <= length; j += 2 * L) {
+      __builtin_prefetch(u + j + stride);
+      __builtin_prefetch(g + j + stride);
+      __builtin_prefetch(x + j + stride);
       load_lanes<A>(v, u + j);
       load_lanes<A>(w, g + j);
       load_lanes<A>(d, x + j);
@@ -128,6 +132,10 @@ RK_HOST_DEVICE void sums_across_of(const A* __restrict__ u, const A* __restrict_
     load_lanes<A>(mean_1, mean + begin);
     load_lanes<A>(mean_2, mean + begin + L);
     for (int64_t o = begin; o < begin + rows * channels; o += channels) {
+      const int64_t next = o + rows * channels;  // the tile behind this one, which comes next
+      __builtin_prefetch(u + next, 0, 2);
+      __builtin_prefetch(g + next, 0, 2);
+      __builtin_prefetch(x + next, 0, 2);
       load_lanes<A>(v, u + o);
       load_lanes<A>(w, g + o);
       load_lanes<A>(d, x + o);

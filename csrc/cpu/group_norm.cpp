@@ -72,7 +72,7 @@ class Pieces {
 
   const Arguments& a_;
   bool direct_;
-  A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
+  alignas(64) A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
 };
 
 // What one unit's passes leave for each other.

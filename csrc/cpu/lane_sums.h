@@ -123,6 +123,10 @@ RK_HOST_DEVICE void column_sums(std::int64_t rows, std::int64_t n, std::int64_t 
       load_lanes(sums.uh, totals + 4 * n + j);
     }
     for (std::int64_t at = j; at < rows * stride; at += stride) {
+      const std::int64_t next = at + rows * stride;  // the rows behind these, which come next
+      __builtin_prefetch(x + next);
+      __builtin_prefetch(g + next);
+      if constexpr (kSecond) __builtin_prefetch(u + next);
       load_lanes(x_j, x + at);
       load_lanes(g_j, g + at);
       if constexpr (kSecond) load_lanes(u_j, u + at);

@@ -78,7 +78,7 @@ class Row {
   int64_t row_;
   bool direct_;
   int64_t loaded_;
-  A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
+  alignas(64) A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
 };
 
 template <class F>

@@ -82,7 +82,7 @@ const A* weighted(const Arguments& a, const void* base, int64_t offset, int64_t 
 template <class A, class F>
 void write_weighted(const Arguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
   char* to = static_cast<char*>(a.out) + (row * a.cols + begin) * a.item;
-  A buffer[kPiece];
+  alignas(64) A buffer[kPiece];
   A* piece = stored_as<A>(a) ? reinterpret_cast<A*>(to) : buffer;
   f(piece);
   if (a.weights) multiply_by_weight<A>(a, piece, piece, begin, end);
@@ -102,7 +102,7 @@ void for_chunk(const Arguments& a, int64_t chunk, const F& f) {
 template <class A>
 void value_unit(const Arguments& a, int64_t row, int64_t chunk) {
   double total = 0;
-  A buffer[kPiece];
+  alignas(64) A buffer[kPiece];
   for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
     const double part = terms(a.norm, weighted(a, a.x, row * a.x_stride, begin, end, buffer), end - begin, A(a.p));
     total = a.norm == Norm::kInf ? larger(total, part) : total + part;
@@ -113,7 +113,7 @@ void value_unit(const Arguments& a, int64_t row, int64_t chunk) {
 // m ||a / m||_p with m = max |a|: a second and third look at the few rows that need it.
 template <Norm kNorm, class A>
 double scaled_norm(const Arguments& a, int64_t row) {
-  A buffer[kPiece];
+  alignas(64) A buffer[kPiece];
   double m = 0, total = 0;
   for_pieces(0, a.cols, [&](int64_t begin, int64_t end) {
     const A* v = weighted(a, a.x, row * a.x_stride, begin, end, buffer);
@@ -146,7 +146,7 @@ void finish_row(const Arguments& a, int64_t row) {
 template <class A>
 void ties_unit(const Arguments& a, int64_t row, int64_t chunk) {
   const A n = static_cast<const A*>(a.norms)[row];
-  A buffer[kPiece];
+  alignas(64) A buffer[kPiece];
   double total = 0;
   for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
     total += ties(weighted(a, a.x, row * a.x_stride, begin, end, buffer), end - begin, n);
@@ -163,7 +163,7 @@ RowScalars<A> scalars_of(const Arguments& a, int64_t row) {
 template <class A>
 void backward_unit(const Arguments& a, int64_t row, int64_t chunk) {
   const RowScalars<A> r = scalars_of<A>(a, row);
-  A buffer[kPiece];
+  alignas(64) A buffer[kPiece];
   for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
     const A* v = weighted(a, a.x, row * a.x_stride, begin, end, buffer);
     write_weighted<A>(a, row, begin, end, [&](A* out) { slopes(a.norm, v, out, end - begin, r); });
@@ -174,7 +174,7 @@ void backward_unit(const Arguments& a, int64_t row, int64_t chunk) {
 template <class A>
 void directional_unit(const Arguments& a, int64_t row, int64_t chunk) {
   const RowScalars<A> r = scalars_of<A>(a, row);
-  A x_buffer[kPiece], v_buffer[kPiece];
+  alignas(64) A x_buffer[kPiece], v_buffer[kPiece];
   double total = 0;
   for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
     const A* x = weighted(a, a.x, row * a.x_stride, begin, end, x_buffer);
@@ -190,7 +190,7 @@ void bend_unit(const Arguments& a, int64_t row, int64_t chunk) {
   r.s = A(row_total(a.partial, a, row));
   if (chunk == 0) static_cast<A*>(a.per_row)[row] = r.s;
   if (a.norm == Norm::kL1 || a.norm == Norm::kInf) return;
-  A x_buffer[kPiece], v_buffer[kPiece];
+  alignas(64) A x_buffer[kPiece], v_buffer[kPiece];
   for_chunk(a, chunk, [&](int64_t begin, int64_t end) {
     const A* x = weighted(a, a.x, row * a.x_stride, begin, end, x_buffer);
     const A* v = weighted(a, a.gg_x, row * a.gg_x_stride, begin, end, v_buffer);

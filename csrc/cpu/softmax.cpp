@@ -97,6 +97,7 @@ void run(const Call& c) {
     torch::stable::parallel_for(0, c.batch, rows_per_thread(c.classes), [&](int64_t begin, int64_t end) {
       Buffers<A> buffers;
       for (int64_t row = begin; row < end; ++row) run_row<A>(c, row, buffers);
+      finish_streams();
     });
     return;
   }
@@ -111,6 +112,7 @@ void run(const Call& c) {
                                   const int64_t from = unit % blocks * together;
                                   run_columns<A>(c, unit / blocks, from, std::min(together, c.inner - from), buffers);
                                 }
+                                finish_streams();
                               });
 }
 

@@ -52,7 +52,7 @@ struct Row {
 template <class A, class F>
 void write_row_piece(const Arguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
   char* to = static_cast<char*>(a.out) + (row * a.classes + begin) * item_size(a.dtype);
-  A buffer[kPiece];
+  alignas(64) A buffer[kPiece];
   A* piece = item_size(a.dtype) == sizeof(A) ? reinterpret_cast<A*>(to) : buffer;
   f(piece);
   if (piece == buffer) write_piece(a.dtype, buffer, to, end - begin);
@@ -85,7 +85,7 @@ struct Target {
 
   A total_q(int64_t classes) const {
     if (!probabilities.base) return smoothing.keep + smoothing.floor * A(classes);
-    A buffer[kPiece];
+    alignas(64) A buffer[kPiece];
     double total = 0;
     for_pieces(classes, [&](int64_t begin, int64_t end) {
       total += sum_q(probabilities.piece(begin, end, buffer), end - begin, smoothing);
@@ -111,7 +111,7 @@ void value_row(const Arguments& a, int64_t row) {
   }
   const Row<A> z(a.logits, a.logits_stride, row, a.dtype);
   const A inverse_t = A(1 / a.temperature);
-  A z_buffer[kPiece], t_buffer[kPiece];
+  alignas(64) A z_buffer[kPiece], t_buffer[kPiece];
   A max = -std::numeric_limits<A>::infinity();
   for_pieces(a.classes, [&](int64_t begin, int64_t end) {
     const A m = largest(z.piece(begin, end, z_buffer), end - begin);
@@ -152,7 +152,7 @@ void backward_row(const Arguments& a, int64_t row) {
   if (target.ignored) return zero_row<A>(a, row);
   const RowState<A> r = state_of(a, target, row);
   const Row<A> z(a.logits, a.logits_stride, row, a.dtype);
-  A z_buffer[kPiece], t_buffer[kPiece], p[kPiece];
+  alignas(64) A z_buffer[kPiece], t_buffer[kPiece], p[kPiece];
   for_pieces(a.classes, [&](int64_t begin, int64_t end) {
     probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
     write_row_piece<A>(a, row, begin, end, [&](A* out) {
@@ -170,7 +170,7 @@ void double_backward_row(const Arguments& a, int64_t row) {
   if (target.ignored) return zero_row<A>(a, row);
   RowState<A> r = state_of(a, target, row);
   const Row<A> z(a.logits, a.logits_stride, row, a.dtype), u(a.gg, a.gg_stride, row, a.dtype);
-  A z_buffer[kPiece], t_buffer[kPiece], u_buffer[kPiece], p[kPiece];
+  alignas(64) A z_buffer[kPiece], t_buffer[kPiece], u_buffer[kPiece], p[kPiece];
   double mean_u = 0, dot_qu = 0;
   for_pieces(a.classes, [&](int64_t begin, int64_t end) {
     const A* us = u.piece(begin, end, u_buffer);

@@ -108,16 +108,15 @@ def assert_as_accurate_as_reference(
         size = 1.0 if zero else float(norm(exact))
         error = float(norm(actual.double() - exact)) / size
         yardstick = float(norm(eager.double() - exact)) / size * (eps / torch.finfo(eager.dtype).eps)
-        allowed = 4 * eps + (
-            times * yardstick if yardstick == yardstick else 0.0
-        )  # a NaN of the reference excuses nothing
+        excused = times * yardstick if yardstick == yardstick else 0.0  # a NaN of the reference excuses nothing
+        allowed = 4 * eps + excused
         if not error <= allowed:
             worst = int((actual.double() - exact).abs().argmax())
             index = [int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)]
             there = f"worst at {index}: {actual.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}"
             _fail(
-                f"{what}: {name} error {error:.3g} exceeds {times} * {yardstick:.3g} (reference in {eager.dtype}) + 4 eps "
-                f"= {allowed:.3g}; {there}"
+                f"{what}: {name} error {error:.3g} exceeds {times} * {yardstick:.3g} (reference in {eager.dtype}) "
+                f"+ 4 eps = {allowed:.3g}; {there}"
             )
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,14 @@ def test_a_row_of_the_results_table(tmp_path, monkeypatch):
     mean = 50 * sum(row["accuracies"]["clean"]["accuracy"] for row in written)
     assert f"| standard | 2 | {mean:.1f} ± " in text
     assert "the first 8 test images" in text
+
+
+def test_what_readme_says_first_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    said = re.search(r"PyTorch takes ([\d.]+) to ([\d.]+) in the table below, compiled ([\d.]+) to ([\d.]+)", readme)
+    (results,) = (ROOT / "benchmarks" / "results").glob("cpu-*.json")
+    rows = json.loads(results.read_text())["steps"]["rows"]
+    measured = [
+        [row["ratio"] for row in rows if row["provider"] == name and row["ms"]] for name in ("eager", "compile")
+    ]
+    assert said.groups() == tuple(f"{end(ratios):.1f}" for ratios in measured for end in (min, max))

@@ -172,9 +172,9 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     yield Sample(op, (make(2, 3, 4, 5), torch.arange(40, device=device).view(2, 4, 5) % 3), {}, "a class a pixel")
     yield Sample(op, (1000.0 + 3.0 * make(5, 10), classes), {}, "huge logits")
     yield Sample(op, (make(4, 3000), classes[:4] * 300), {"label_smoothing": 0.1}, "3000 classes")
-    many = 3.0 * make(4, 300).float().softmax(1).to(dtype)
+    many = 3.0 * make(33, 300).float().softmax(1).to(dtype)
     yield Sample(
-        op, (make(4, 300), many), {"label_smoothing": 0.1, "temperature": 2.0}, "300 probabilities, all options"
+        op, (make(33, 300), many), {"label_smoothing": 0.1, "temperature": 2.0}, "300 probabilities, all options"
     )
     yield Sample(op, (make(4, 300), classes[:4]), {"ignore_index": 9, "temperature": 0.5}, "300 classes, ignore_index")
     nothing = ("value", "grad_x", "gg_grad", "second")

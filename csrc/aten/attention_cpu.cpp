@@ -18,6 +18,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu/attention_loops.h"
@@ -130,25 +131,7 @@ void transpose(const Matrix<A>& from, const Matrix<A>& to) {
 template <class A>
 class Worker {
  public:
-  explicit Worker(const Task& task) : task_(task), s_(task.shape), width_(rk::cpu::whole_lanes<A>(s_.keys)) {
-    const int64_t rows = task.block_rows;
-    const int64_t sizes[kBuffers] = {2 * width_ * s_.key_size,   2 * width_ * s_.key_size, 2 * width_ * s_.value_size,
-                                     2 * width_ * s_.value_size, s_.keys * s_.key_size,    s_.keys * s_.value_size,
-                                     rows * 2 * width_,          rows * 2 * width_,        rows * 2 * width_,
-                                     2 * rows * s_.key_size,     rows * s_.key_size,       rows * s_.value_size,
-                                     rows * s_.value_size};
-    constexpr int64_t line = 64 / sizeof(A);
-    int64_t total = 0;
-    for (int64_t size : sizes) total += (size + line - 1) / line * line;
-    memory_ = at::empty({total}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
-    A* next = memory_.mutable_data_ptr<A>();
-    for (int i = 0; i < kBuffers; ++i) {
-      buffers_[i] = next;
-      next += (sizes[i] + line - 1) / line * line;
-    }
-    sum_k_ = {buffers_[kSumK], s_.keys, s_.key_size, s_.key_size};
-    sum_v_ = {buffers_[kSumV], s_.keys, s_.value_size, s_.value_size};
-  }
+  explicit Worker(const Task& task) : task_(task), s_(task.shape) {}
 
   void run(int64_t unit) {
     const int64_t split = unit % task_.splits, head = unit / task_.splits;
@@ -177,22 +160,10 @@ class Worker {
   }
 
  private:
-  enum Buffer {
-    kKeys,
-    kTurnedKeys,
-    kValues,
-    kTurnedValues,
-    kSumK,
-    kSumV,
-    kMovedScores,
-    kSlopes,
-    kTurned,
-    kQueries,
-    kOutQ,
-    kGrad,
-    kOutGrad,
-    kBuffers
-  };
+  A* memory(int64_t size) {
+    held_.push_back(at::empty({size}, at::dtype<A>()));
+    return held_.back().template mutable_data_ptr<A>();
+  }
 
   // Rows from `first` on.
   void read(const Rows& from, int64_t b, int64_t h, int64_t first, const Matrix<A>& to) {
@@ -229,10 +200,10 @@ class Worker {
       transpose(to, turned);
     };
     const auto& plan = task_.plan;
-    keys_ = Pair<A>::beneath(buffers_[kKeys], width_, s_.key_size);
-    values_ = Pair<A>::beneath(buffers_[kValues], width_, s_.value_size);
-    turned_keys_ = Pair<A>::beside(buffers_[kTurnedKeys], s_.key_size, width_);
-    turned_values_ = Pair<A>::beside(buffers_[kTurnedValues], s_.value_size, width_);
+    keys_ = Pair<A>::beneath(keys_memory_, width_, s_.key_size);
+    values_ = Pair<A>::beneath(values_memory_, width_, s_.value_size);
+    turned_keys_ = Pair<A>::beside(turned_keys_memory_, s_.key_size, width_);
+    turned_values_ = Pair<A>::beside(turned_values_memory_, s_.value_size, width_);
     take(task_.k, keys_.first, turned_keys_.first);
     if (plan.b) take(task_.gg_k, keys_.second, turned_keys_.second);
     if (plan.slope() || plan.grad) take(task_.v, values_.first, turned_values_.first);
@@ -244,10 +215,10 @@ class Worker {
     const int64_t rows = std::min(task_.block_rows, s_.queries - first);
     const int64_t cols = task_.causal ? std::min(s_.keys, first + rows) : s_.keys;
     read_keys(batch, key_head, cols);
-    const auto scores = Pair<A>::beside(buffers_[kMovedScores], rows, width_);     // [S T]
-    const auto slopes = Pair<A>::beside(buffers_[kSlopes], rows, width_);          // [dP X]
-    const auto queries = Pair<A>::beneath(buffers_[kQueries], rows, s_.key_size);  // scale q and scale A
-    const Matrix<A> grad{buffers_[kGrad], rows, s_.value_size, s_.value_size};
+    const auto scores = Pair<A>::beside(scores_memory_, rows, width_);          // [S T]
+    const auto slopes = Pair<A>::beside(slopes_memory_, rows, width_);          // [dP X]
+    const auto queries = Pair<A>::beneath(queries_memory_, rows, s_.key_size);  // scale q and scale A
+    const Matrix<A> grad{grad_memory_, rows, s_.value_size, s_.value_size};
     read(task_.q, batch, head, first, queries.first);
     if (plan.a) read(task_.gg_q, batch, head, first, queries.second);
     rk::cpu::scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
@@ -262,17 +233,17 @@ class Worker {
     if (!plan.mixed()) fill(slopes.second, A(0));
     scores_loop(batch, head, first, cols, scores, slopes);  // now they are [Pd P] and [W dS]
     if (plan.grad) {
-      const Matrix<A> out{buffers_[kOutGrad], rows, s_.value_size, s_.value_size};
+      const Matrix<A> out{out_grad_memory_, rows, s_.value_size, s_.value_size};
       multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), out, false);
       write(out, task_.result_grad, batch, head, first);
     }
     if (plan.q) {
-      const Matrix<A> out{buffers_[kOutQ], rows, s_.key_size, s_.key_size};
+      const Matrix<A> out{out_q_memory_, rows, s_.key_size, s_.key_size};
       multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), out, false);
       rk::cpu::scale_rows(out.data, rows * s_.key_size, A(task_.scale));
       write(out, task_.result_q, batch, head, first);
     }
-    auto turned = Pair<A>::beside(buffers_[kTurned], width_, rows);
+    auto turned = Pair<A>::beside(turned_memory_, width_, rows);
     if (plan.k) {
       transpose(slopes.first, turned.first);
       if (plan.a) transpose(slopes.second, turned.second);
@@ -308,11 +279,25 @@ class Worker {
 
   const Task& task_;
   const AttentionShape& s_;
-  int64_t width_, cols_read_ = -1;  // keys that were read, in whole lanes and without
-  Tensor memory_;
-  A* buffers_[kBuffers];
-  Matrix<A> sum_k_{}, sum_v_{};  // [S, D or E]
+  const int64_t most_rows_ = task_.block_rows, most_cols_ = rk::cpu::whole_lanes<A>(s_.keys);
+  int64_t width_ = 0, cols_read_ = -1;  // keys that were read, in whole lanes and without
+  std::vector<Tensor> held_;
+  // Of a head.
+  A* const keys_memory_ = memory(2 * most_cols_ * s_.key_size);
+  A* const values_memory_ = memory(2 * most_cols_ * s_.value_size);
+  A* const turned_keys_memory_ = memory(2 * most_cols_ * s_.key_size);
+  A* const turned_values_memory_ = memory(2 * most_cols_ * s_.value_size);
+  const Matrix<A> sum_k_{memory(s_.keys * s_.key_size), s_.keys, s_.key_size, s_.key_size};
+  const Matrix<A> sum_v_{memory(s_.keys * s_.value_size), s_.keys, s_.value_size, s_.value_size};
   Pair<A> keys_{}, values_{}, turned_keys_{}, turned_values_{};
+  // Of a block.
+  A* const scores_memory_ = memory(2 * most_rows_ * most_cols_);
+  A* const slopes_memory_ = memory(2 * most_rows_ * most_cols_);
+  A* const turned_memory_ = memory(2 * most_rows_ * most_cols_);
+  A* const queries_memory_ = memory(2 * most_rows_ * s_.key_size);
+  A* const grad_memory_ = memory(most_rows_ * s_.value_size);
+  A* const out_q_memory_ = memory(most_rows_ * s_.key_size);
+  A* const out_grad_memory_ = memory(most_rows_ * s_.value_size);
 };
 
 template <class A>

@@ -158,7 +158,9 @@ def test_autocast(kind, device):
     eager = norm_in_plain_pytorch(outputs.float().unsqueeze(2), x, kind)
     x = images(device)
     exact = norm_in_plain_pytorch(network(device)(x).unsqueeze(2), x, kind)
-    assert_as_accurate_as_reference(norm, eager, exact, what="norm")
+    # The cotangents of a kind are rounded to bfloat16, which those of plain PyTorch, rows of the identity, need not be:
+    # both are held to what they were computed in.
+    assert_as_accurate_as_reference(norm.bfloat16(), eager.bfloat16(), exact, what="norm")
     norm.mean().backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in list(model.parameters())[:3])
 

@@ -95,6 +95,7 @@ def normal(*shape, dtype, device):
 
 def assert_same(whole, parts):
     for i, result in enumerate(whole):
+        assert result.any()
         assert torch.equal(result, torch.cat([part[i] for part in parts]))
 
 

@@ -10,6 +10,7 @@ import robustkern
 
 STEPS = 20
 BATCH = 4
+IN_TURN, REVERSED = torch.arange(BATCH), torch.arange(BATCH).flip(0)
 
 
 def preresnet():
@@ -23,35 +24,71 @@ def vit():
     return package.ViTransformerWrapper(image_size=32, patch_size=8, num_classes=10, attn_layers=layers)
 
 
-def losses(build, order, *, installed):
-    """Total loss of each step; `order` is that of the samples in a batch, which changes nothing but the rounding."""
-    torch.manual_seed(0)
-    model = build().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+def data(order, dtype):
+    """Images and labels of every step; `order` is that of the samples in a batch, which changes only rounding."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(STEPS, BATCH, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(10, (STEPS, BATCH), generator=generator)
     # BatchNorm mixes the samples, so each batch holds the same ones whatever their order.
-    images, labels = torch.rand(STEPS, BATCH, 3, 32, 32)[:, order], torch.randint(10, (STEPS, BATCH))[:, order]
-    history = []
+    return images[:, order], labels[:, order]
+
+
+def start(build, dtype):
+    torch.manual_seed(0)
+    model = build().train().to(dtype)
+    return model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def penalised_gradient(model, x, y, *, installed):
+    """Leaves the gradient of the penalised loss with the parameters; the loss."""
     with robustkern.fused_double_backward() if installed else nullcontext():
-        for x, y in zip(images, labels):
-            x = x.detach().requires_grad_()
-            loss = F.cross_entropy(model(x), y)
-            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-            total = loss + BATCH * grad.square().sum()
-            optimizer.zero_grad()
-            total.backward(inputs=list(model.parameters()))
-            optimizer.step()
-            history.append(total.item())
-    return torch.tensor(history)
+        x = x.clone().requires_grad_()
+        loss = F.cross_entropy(model(x), y)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        total = loss + BATCH * grad.square().sum()
+        model.zero_grad()
+        total.backward(inputs=list(model.parameters()))
+    return total.detach()
+
+
+def losses(build, *, installed):
+    model, optimizer = start(build, torch.float64)
+    history = []
+    for x, y in zip(*data(IN_TURN, torch.float64)):
+        history.append(penalised_gradient(model, x, y, installed=installed))
+        optimizer.step()
+    return torch.stack(history)
 
 
 @pytest.mark.parametrize("build", [preresnet, vit])
 def test_the_same_losses(build, not_emulated):
-    in_turn, reversed_order = torch.arange(BATCH), torch.arange(BATCH).flip(0)
-    stock = losses(build, in_turn, installed=False)
-    reordered = losses(build, reversed_order, installed=False)
-    fused = losses(build, in_turn, installed=True)
-    assert fused.isfinite().all()
-    # Rounding grows from step to step: to what, a mere change of the order of summation tells.
-    rounding = (reordered - stock).abs().cummax(0).values + torch.finfo(torch.float32).eps * stock.abs()
-    excess = ((fused - stock).abs() / rounding).max()
-    assert excess <= 10, f"losses differ by {excess:.3g} times what a reordered batch changes"
+    # In float64: in float32 a ReLU whose input is zero but for rounding sends two runs apart whatever computes them,
+    # stock PyTorch with its samples in another order included. What is left is far below float32's own rounding.
+    stock, fused = losses(build, installed=False), losses(build, installed=True)
+    torch.testing.assert_close(fused, stock, rtol=torch.finfo(torch.float32).eps, atol=0)
+
+
+@pytest.mark.parametrize("build", [preresnet, vit])
+def test_the_same_gradient_at_every_step(build, not_emulated):
+    """In float32, at each point that stock PyTorch's training passes: losses equal, gradients to a reordered sum's."""
+    model, optimizer = start(build, torch.float32)
+    fused_difference, reordered_difference = [], []
+
+    def compute(x, y, *, installed):
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        total = penalised_gradient(model, x, y, installed=installed)
+        model.load_state_dict(buffers, strict=False)  # BatchNorm's running statistics go one step on, not three
+        return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    for x, y, *reordered_batch in zip(*data(IN_TURN, torch.float32), *data(REVERSED, torch.float32)):
+        fused_total, fused = compute(x, y, installed=True)
+        _, reordered = compute(*reordered_batch, installed=False)
+        total = penalised_gradient(model, x, y, installed=False)
+        stock = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        torch.testing.assert_close(fused_total, total)
+        fused_difference.append((fused - stock).norm() / stock.norm())
+        reordered_difference.append((reordered - stock).norm() / stock.norm())
+        optimizer.step()
+    # The median: a batch in another order has other signs at a few ReLUs now and then, and differs by far more.
+    excess = torch.stack(fused_difference).max() / torch.stack(reordered_difference).median()
+    assert excess <= 2, f"gradients differ by {excess:.3g} times what a reordered batch changes"

@@ -51,18 +51,26 @@ inline ActivationChoice activation_choice(const char* op, const std::string& nam
   return choice;
 }
 
-// The tensors of a call in one layout, that of x, and the outputs in the same.
+// The tensors of a call in one layout, that of x, and the outputs in the same; contiguous if there are several cotangents.
 struct ActivationTensors {
+  int64_t cotangents = 1;                 // gg_x, grad and gg_grad are so many tensors like x
   Tensor x, gg_x, grad, gg_grad, grad_x;  // an output that is not needed is [0]
 
   ActivationTensors(const char* op, const Tensor& u, const Tensor& g, const Tensor& input, bool need_grad, bool need_x)
-      : x(dense(input)), gg_x(u), grad(g), gg_grad(u), grad_x(u) {
+      : x(input), gg_x(u), grad(g), gg_grad(u), grad_x(u) {
     check_floating(op, "x", input);
-    check_tensor(op, "gg_x", u, sizes_of(input), input.scalar_type(), input);
-    check_tensor(op, "grad", g, sizes_of(input), input.scalar_type(), input);
-    gg_x = in_layout_of(x, u);
-    if (need_x) grad = in_layout_of(x, g);
-    gg_grad = need_grad ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    const bool several = u.dim() == input.dim() + 1;
+    std::vector<int64_t> sizes = sizes_of(input);
+    if (several) {
+      cotangents = u.size(0);
+      sizes.insert(sizes.begin(), cotangents);
+    }
+    check_tensor(op, "gg_x", u, sizes, input.scalar_type(), input);
+    check_tensor(op, "grad", g, sizes, input.scalar_type(), input);
+    x = several ? torch::stable::contiguous(input) : dense(input);
+    gg_x = several ? torch::stable::contiguous(u) : in_layout_of(x, u);
+    if (need_x) grad = several ? torch::stable::contiguous(g) : in_layout_of(x, g);
+    gg_grad = need_grad ? torch::stable::empty_like(gg_x) : torch::stable::new_empty(x, {0});
     grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   }
 };

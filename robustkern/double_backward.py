@@ -22,7 +22,8 @@ def install(*, materialize_zeros: bool = False) -> None:
     differentiation) PyTorch's own kernels run, but for RMSNorm's backward, which PyTorch composes of a dozen operators.
 
     First derivatives keep their bits, but for those of LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm:
-    always), which run fused kernels too and differ by rounding.
+    always), and those of GELU, SiLU and Mish for several cotangents at once (torch.func.vmap over autograd.grad), which
+    run fused kernels too and differ by rounding.
 
     Calling it again changes nothing but the option.  A graph keeps the derivatives it was built with: one built before
     `install()` stays PyTorch's, one built after it stays fused, whenever it is run.
@@ -118,6 +119,14 @@ def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: i
         for old in reversed(_TAGS.values()):
             tag = tag.replace(old, "")
         config.cache_key_tag = tag + _TAGS[zeros] if extension.enabled() else tag
+
+
+def folds(outputs: torch.Tensor, impl: str = "auto") -> bool:
+    """Whether several backward passes from `outputs` are best made as one, by torch.func.vmap over autograd.grad."""
+    extension = _library.aten_extension()
+    if impl == "reference" or extension is None or torch.compiler.is_compiling():
+        return False
+    return bool(extension.folds(outputs))
 
 
 def _extension(name: str):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustkern._basis import basis_cotangents, unit_cotangents
 from robustkern._input_gradient import check_differentiable, check_outputs, input_gradient
-from robustkern.double_backward import fused_where_possible
+from robustkern.double_backward import folds, fused_where_possible
 from robustkern.ops.random_cotangents import KINDS, random_cotangents
 from robustkern.ops.row_norm import row_norm
 
@@ -68,7 +68,9 @@ def jacobian_norm(
 
     and that of a batch's mean another B times less: one projection is enough for training.  Each projection takes
     one backward pass, and another in the backward pass of the result: a step with K of them takes 1 + K plain steps
-    in time, and K times the activations in memory.
+    in time, and K times the activations in memory.  Where `robustkern.install()` was in force when a network without
+    BatchNorm, ReLU, pooling and attention was run (LayerNorm or RMSNorm, GELU, SiLU or Mish, convolutions and linear
+    layers), the K passes are one, in which every operator works on all cotangents at once.
 
     To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
     A model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
@@ -123,23 +125,59 @@ def jacobian_norm(
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents
-        values: list[Tensor] = []
-        for cotangent in cotangents:
-            grad = input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)
-            if differentiable and not values:
-                check_differentiable("jacobian_norm", "outputs", grad)
-            with torch.set_grad_enabled(differentiable):
-                values.append(row_norm(grad, 2.0, weight, squared=squared, impl=impl))
+        if differentiable and folds(outputs, impl):
+            stacked = _folded_values(outputs, x, cotangents, weight, squared, impl)
+        else:
+            stacked = _values(outputs, x, cotangents, weight, squared, impl, differentiable)
     with torch.set_grad_enabled(differentiable):
-        stacked = torch.stack(values, 1)  # [B, K]
         if squared:
             norm = stacked.sum(1) if exact else stacked.mean(1)
         else:  # a norm again, and so without the infinite slope that a root has at zero
-            norm = row_norm(stacked, 2.0, 1.0 if exact else len(values) ** -0.5, impl=impl)
+            norm = row_norm(stacked, 2.0, 1.0 if exact else stacked.shape[1] ** -0.5, impl=impl)
         norm = _reduce(norm, reduction)
     if not return_variance:
         return norm
     return norm, _variance(stacked.detach(), outputs, exact, law, reduction)
+
+
+def _values(
+    outputs: Tensor,
+    x: Tensor,
+    cotangents: Iterable[Tensor],
+    weight: Tensor | float | None,
+    squared: bool,
+    impl: str,
+    differentiable: bool,
+) -> Tensor:  # [B, K]
+    """||J_i^T w_ik|| by one backward pass after the other."""
+    values: list[Tensor] = []
+    for cotangent in cotangents:
+        grad = input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)
+        if differentiable and not values:
+            check_differentiable("jacobian_norm", "outputs", grad)
+        with torch.set_grad_enabled(differentiable):
+            values.append(row_norm(grad, 2.0, weight, squared=squared, impl=impl))
+    with torch.set_grad_enabled(differentiable):
+        return torch.stack(values, 1)
+
+
+def _folded_values(
+    outputs: Tensor,
+    x: Tensor,
+    cotangents: Iterable[Tensor],
+    weight: Tensor | float | None,
+    squared: bool,
+    impl: str,
+) -> Tensor:  # [B, K]
+    """The same by one backward pass of all."""
+    batch = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
+
+    def gradient(cotangent: Tensor) -> Tensor:
+        return input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=True)
+
+    grads = torch.func.vmap(gradient)(batch)  # [K, *x.shape]
+    check_differentiable("jacobian_norm", "outputs", grads)
+    return row_norm(grads.flatten(0, 1), 2.0, weight, squared=squared, impl=impl).unflatten(0, grads.shape[:2]).t()
 
 
 def _variance(values: Tensor, outputs: Tensor, exact: bool, law: str, reduction: str) -> Tensor:

@@ -7,6 +7,10 @@
 // Here the forward is replaced too, by one whose backward is that kernel.
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
+#include <numeric>
+
+#include "cotangents.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -35,13 +39,30 @@ struct Choice {
   }
 };
 
-std::tuple<Tensor, Tensor> double_backward(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
-                                           bool need_grad, bool need_x) {
+std::tuple<Tensor, Tensor> call_kernel(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
+                                       bool need_grad, bool need_x) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow(kKernel, "")
                              .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                                c10::string_view, at::ArrayRef<double>, bool, bool)>();
   return op.call(u, g, x, choice.function, choice.parameters, need_grad, need_x);
+}
+
+// Several cotangents [K, *x.shape] are contiguous to the kernel: they are shown to it in the order of memory of x.
+std::tuple<Tensor, Tensor> double_backward(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
+                                           bool need_grad, bool need_x) {
+  if (!are_several(g, x)) return call_kernel(u, g, x, choice, need_grad, need_x);
+  std::vector<int64_t> order(x.dim()), back(x.dim()), orders{0}, backs{0};
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+  for (int64_t d = 0; d < x.dim(); ++d) back[order[d]] = d;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    orders.push_back(order[d] + 1);
+    backs.push_back(back[d] + 1);
+  }
+  auto [gg_grad, grad_x] =
+      call_kernel(u.permute(orders), g.permute(orders), x.permute(order), choice, need_grad, need_x);
+  return {need_grad ? gg_grad.permute(backs) : gg_grad, need_x ? grad_x.permute(back) : grad_x};
 }
 
 struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
@@ -51,7 +72,8 @@ struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
     ctx->saved_data["function"] = choice.function;
     ctx->saved_data["parameters"] = choice.parameters;
     const at::AutoDispatchBelowADInplaceOrView below;
-    return choice.backward(g, x);
+    // f'(x) once for all of several
+    return are_several(g, x) ? std::get<0>(double_backward(g, g, x, choice, true, false)) : choice.backward(g, x);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -99,13 +121,25 @@ Tensor hardswish_backward(const Tensor& g, const Tensor& x) { return apply(g, x,
 Tensor silu_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"silu", {}}); }
 Tensor mish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"mish", {}}); }
 
-// silu and mish: operators that leave the input alone, and their twins that overwrite it.
+// gelu, silu and mish: operators that leave the input alone, and for the last two their twins that overwrite it.
+struct Gelu {
+  static constexpr const char* name = "gelu";
+  static Tensor forward(const Tensor& x) { return at::gelu(x, "none"); }
+  static Tensor backward(const Tensor& g, const Tensor& x) { return at::gelu_backward(g, x, "none"); }
+};
+struct GeluTanh {
+  static constexpr const char* name = "gelu_tanh";
+  static Tensor forward(const Tensor& x) { return at::gelu(x, "tanh"); }
+  static Tensor backward(const Tensor& g, const Tensor& x) { return at::gelu_backward(g, x, "tanh"); }
+};
 struct Silu {
+  static constexpr const char* name = "silu";
   static Tensor forward(const Tensor& x) { return at::silu(x); }
   static Tensor& forward_(Tensor& x) { return at::silu_(x); }
   static Tensor backward(const Tensor& g, const Tensor& x) { return at::silu_backward(g, x); }
 };
 struct Mish {
+  static constexpr const char* name = "mish";
   static Tensor forward(const Tensor& x) { return at::mish(x); }
   static Tensor& forward_(Tensor& x) { return at::mish_(x); }
   static Tensor backward(const Tensor& g, const Tensor& x) { return at::mish_backward(g, x); }
@@ -120,8 +154,13 @@ struct Forward : torch::autograd::Function<Forward<Activation>> {
     return Activation::forward(x);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return {Tensor()};
-    return {Activation::backward(grads[0], ctx->get_saved_variables()[0])};
+    const Tensor& g = grads[0];
+    if (!g.defined()) return {Tensor()};
+    const Tensor x = ctx->get_saved_variables()[0];
+    const auto several = for_several(g, [&](const Tensor& cotangents) {
+      return ActivationBackward::apply(cotangents, x, Choice{Activation::name, {}});
+    });
+    return {several ? *several : Activation::backward(g, x)};
   }
 };
 
@@ -148,6 +187,13 @@ Tensor forward(const Tensor& x) {
   return Activation::forward(x);
 }
 
+Tensor gelu(const Tensor& x, c10::string_view approximate) {
+  if (approximate == "tanh") return forward<GeluTanh>(x);
+  if (approximate == "none") return forward<Gelu>(x);
+  const UseStock guard;  // PyTorch has an error message for others
+  return at::gelu(x, approximate);
+}
+
 template <class Activation>
 Tensor& forward_(Tensor& self) {
   if (is_plain(self) && !self.is_leaf()) {  // PyTorch has an error message for leaves
@@ -161,12 +207,17 @@ Tensor& forward_(Tensor& self) {
 }  // namespace
 
 void register_activation(Registrar& r) {
+  add_folding<Forward<Gelu>>();
+  add_folding<Forward<GeluTanh>>();
+  add_folding<Forward<Silu>>();
+  add_folding<Forward<Mish>>();
   r.replace<at::_ops::gelu_backward, gelu_backward>(kKernel);
   r.replace<at::_ops::softplus_backward, softplus_backward>(kKernel);
   r.replace<at::_ops::elu_backward, elu_backward>(kKernel);
   r.replace<at::_ops::hardswish_backward, hardswish_backward>(kKernel);
   r.replace<at::_ops::tanh_backward, tanh_backward>(kKernel);
   r.replace<at::_ops::sigmoid_backward, sigmoid_backward>(kKernel);
+  r.replace<at::_ops::gelu, gelu>(kKernel);
   r.replace<at::_ops::silu, forward<Silu>>(kKernel);
   r.replace<at::_ops::mish, forward<Mish>>(kKernel);
   r.replace<at::_ops::silu_, forward_<Silu>>(kKernel);

@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <atomic>
 #include <memory>
 #include <mutex>
 
+#include "cotangents.h"
 #include "operators.h"
 #include "replacement.h"
 
@@ -104,5 +106,6 @@ PYBIND11_MODULE(_aten, m) {
   m.def("leave", [] { --scopes; });
   m.def("enabled", &enabled);
   m.def("materialize_zeros", [](bool value) { return zeros.exchange(value); });
+  m.def("folds", &folds);
   m.def("operators", [](bool cuda) { return registrar().names(cuda); });
 }

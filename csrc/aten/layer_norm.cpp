@@ -1,11 +1,12 @@
 // LayerNorm and RMSNorm.
 //
-// LayerNorm's first backward is an operator, which is replaced.  RMSNorm is a composition of a dozen operators on the CPU
-// and becomes one under create_graph on CUDA; so the forward is replaced: it runs PyTorch's own below autograd and keeps
-// 1 / rms.  Where a graph is built for a second derivative, the first one runs our kernel too, which reads each tensor
+// LayerNorm's first backward is an operator, which is replaced; and so is its forward, whose node can tell several
+// cotangents.  RMSNorm is a composition of a dozen operators on the CPU and becomes one under create_graph on CUDA; its
+// forward runs PyTorch's own below autograd and keeps 1 / rms.  Where a graph is built for a second derivative, the first one runs our kernel too, which reads each tensor
 // once.  Formulas: math/layer_norm.h.
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "cotangents.h"
 #include "normalization.h"
 #include "operators.h"
 
@@ -22,6 +23,10 @@ struct LayerNorm {
     return product(x.sym_sizes().slice(0, static_cast<size_t>(x.dim()) - shape.size()));
   }
   Tensor matrix(const Tensor& t) const { return t.reshape_symint({rows(t), columns()}); }
+  // Of a cotangent, or of several: [K, rows, columns].
+  Tensor matrix(const Tensor& g, const Tensor& x) const {
+    return are_several(g, x) ? g.reshape_symint({g.sym_size(0), rows(x), columns()}) : matrix(g);
+  }
   std::optional<Tensor> vector(const Tensor& t, const Tensor& x) const {
     return t.defined() ? in_accumulation_type(t.reshape_symint({columns()}), x.scalar_type()) : std::nullopt;
   }
@@ -41,8 +46,8 @@ struct LayerNorm {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::layer_norm_backward", "").typed<Signature>();
     auto [grad_x, grad_w, grad_b] =
-        op.call(matrix(g), matrix(x), vector(w, x), per_row(mean, x), *per_row(rstd, x), mask[0], mask[1], mask[2]);
-    if (mask[0]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+        op.call(matrix(g, x), matrix(x), vector(w, x), per_row(mean, x), *per_row(rstd, x), mask[0], mask[1], mask[2]);
+    if (mask[0]) grad_x = grad_x.reshape_symint(g.sym_sizes());
     if (mask[1]) grad_w = like_weight(grad_w, w);
     if (mask[2]) grad_b = like_weight(grad_b, bias);
     return {grad_x, grad_w, grad_b};
@@ -50,12 +55,12 @@ struct LayerNorm {
 
   // The same in differentiable operators.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const auto wide = [&](const Tensor& t) { return matrix(t).to(accumulation_type(x.scalar_type())); };
+    const auto wide = [&](const Tensor& t) { return matrix(t, x).to(accumulation_type(x.scalar_type())); };
     const auto column = [&](const Tensor& t) { return t.defined() ? per_row(t, x)->unsqueeze(1) : t; };
     const Normalized normalized(wide(x), column(mean), column(rstd));
     const Tensor grad = wide(g), weighted = w.defined() ? *vector(w, x) * grad : grad;
     Triple result;
-    if (mask[0]) std::get<0>(result) = normalized.backward(weighted).to(x.scalar_type()).reshape_symint(x.sym_sizes());
+    if (mask[0]) std::get<0>(result) = normalized.backward(weighted).to(x.scalar_type()).reshape_symint(g.sym_sizes());
     if (mask[1]) std::get<1>(result) = like_weight((grad * normalized.xh).sum(0), w);
     if (mask[2]) std::get<2>(result) = like_weight(grad.sum(0), bias);
     return result;
@@ -71,9 +76,10 @@ struct LayerNorm {
                              const Tensor&, bool, bool, bool);
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::layer_norm_double_backward", "").typed<Signature>();
-    const auto rows_of_u = u.defined() ? std::make_optional(matrix(u)) : std::nullopt;
-    auto [grad_g, grad_x, grad_w] = op.call(rows_of_u, vector(a, x), vector(b, x), matrix(g), matrix(x), vector(w, x),
-                                            per_row(mean, x), *per_row(rstd, x), need[0], need[1], need[2]);
+    const auto rows_of_u = u.defined() ? std::make_optional(matrix(u, x)) : std::nullopt;
+    auto [grad_g, grad_x, grad_w] =
+        op.call(rows_of_u, vector(a, x), vector(b, x), matrix(g, x), matrix(x), vector(w, x), per_row(mean, x),
+                *per_row(rstd, x), need[0], need[1], need[2]);
     if (need[0]) grad_g = grad_g.reshape_symint(g.sym_sizes());
     if (need[1]) grad_x = grad_x.reshape_symint(x.sym_sizes());
     if (need[2]) grad_w = like_weight(grad_w, w);
@@ -113,6 +119,58 @@ Triple native_layer_norm_backward(const Tensor& g, const Tensor& x, SymIntArrayR
   return spread(LayerNormBackward::apply(g, x, w, norm, mask), mask);
 }
 
+// grad_x of several cotangents, if g stands for them and nothing else is asked for.
+std::optional<Tensor> backward_of_several(const Tensor& g, const Tensor& x, const Tensor& w, const LayerNorm& norm,
+                                          const Mask& mask) {
+  if (mask != Mask{true, false, false}) return std::nullopt;
+  return for_several(g, [&](const Tensor& cotangents) {
+    return LayerNormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0];
+  });
+}
+
+struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
+                               const std::optional<Tensor>& b, const std::vector<SymInt>& shape, double eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, mean, rstd] = at::native_layer_norm_symint(x, shape, w, b, eps);
+    ctx->save_for_backward({x, optional_value(w), optional_value(b), mean, rstd});
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({mean, rstd});
+    ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
+    return {y, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    variable_list result(5);
+    const Tensor& g = cotangents[0];
+    if (!g.defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &w = saved[1], &b = saved[2];
+    size_t edge = 0;
+    const bool need_x = needs(ctx, x, edge), need_w = needs(ctx, w, edge), need_b = needs(ctx, b, edge);
+    const Mask mask{need_x, need_w, need_b};
+    const auto shape = ctx->saved_data["shape"].toSymIntVector();
+    const LayerNorm norm{shape, saved[3], saved[4], Tensor()};
+    if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
+      result[0] = *grad_x;
+      return result;
+    }
+    std::tie(result[0], result[1], result[2]) =
+        at::native_layer_norm_backward_symint(g, x, shape, saved[3], saved[4], if_defined(w), if_defined(b), mask);
+    return result;
+  }
+};
+
+Triple native_layer_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w,
+                         const std::optional<Tensor>& b, double eps) {
+  if (!is_plain(x) || !has_kernel(x, w)) {
+    const UseStock guard;
+    return at::native_layer_norm_symint(x, shape, w, b, eps);
+  }
+  const auto outputs = ForwardLayerNorm::apply(x, w, b, shape.vec(), eps);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
                         const std::vector<SymInt>& shape, std::optional<double> eps) {
@@ -134,6 +192,10 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     size_t edge = 0;
     const Mask mask{needs(ctx, x, edge), needs(ctx, w, edge), false};
 
+    if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
+      result[0] = *grad_x;
+      return result;
+    }
     Triple grads;
     if (!at::GradMode::is_enabled()) {
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -186,6 +248,9 @@ Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tenso
 
 void register_layer_norm(Registrar& r) {
   constexpr auto kernel = "robustkern::layer_norm_double_backward";
+  add_folding<ForwardLayerNorm>();
+  add_folding<RmsNorm>();
+  r.replace<at::_ops::native_layer_norm, native_layer_norm>(kernel);
   r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kernel);
   r.replace<at::_ops::rms_norm, rms_norm>(kernel);
   r.replace<at::_ops::_fused_rms_norm_backward, fused_rms_norm_backward>(kernel);

@@ -56,6 +56,18 @@ RK_HOST_DEVICE void activation_piece(const ActivationPiece<A>& w, const Activati
     }                                                                                                         \
   }
 
+#define RK_SEVERAL_COTANGENTS(A)                                                                                     \
+  RK_MULTIVERSION static void multiply(const A* a, const A* b, A* __restrict__ out, std::int64_t n) {                \
+    for (std::int64_t j = 0; j < n; ++j) out[j] = a[j] * b[j];                                                       \
+  }                                                                                                                  \
+  RK_MULTIVERSION static void add_product(const A* a, const A* b, const A* c, A* __restrict__ sum, std::int64_t n) { \
+    for (std::int64_t j = 0; j < n; ++j) sum[j] += a[j] * b[j] * c[j];                                               \
+  }
+
+RK_SEVERAL_COTANGENTS(float)
+RK_SEVERAL_COTANGENTS(double)
+#undef RK_SEVERAL_COTANGENTS
+
 RK_ACTIVATION_LOOPS(float)
 RK_ACTIVATION_LOOPS(double)
 #undef RK_ACTIVATION_LOOPS

@@ -20,11 +20,12 @@ namespace {
 struct Arguments {
   ScalarType dtype;
   int64_t item;  // bytes of a stored element
-  int64_t rows, cols;
-  const void *x, *g, *u;                                    // [rows, cols]; u of absent gg_x is null
+  int64_t rows, cols, cotangents;
+  const void* x;                                            // [rows, cols]
+  const void *g, *u;                                        // [cotangents, rows, cols]; u of absent gg_x is null
   const void *weight, *gg_weight, *gg_bias, *ones, *zeros;  // [cols], accumulation type; null: absent
   const void *mean, *rstd;                                  // [rows], accumulation type
-  void *gg_grad, *grad_x;                                   // [rows, cols] outputs, or null
+  void *gg_grad, *grad_x;  // like g, and like x or (of the first backward) g; null: not needed
   int64_t chunk_rows, chunks;
   void *partial_weight, *partial_bias;  // [chunks, cols] zeros, or null
 };
@@ -33,21 +34,23 @@ struct Arguments {
 template <class A>
 class Row {
  public:
-  Row(const Arguments& a, int64_t row) : a_(a), row_(row), direct_(a.item == sizeof(A)), loaded_(-1) {}
+  // Of the cotangents and what is like them, the k-th.
+  Row(const Arguments& a, int64_t row, int64_t k)
+      : a_(a), row_(row), row_of_k_(k * a.rows + row), direct_(a.item == sizeof(A)), loaded_(-1) {}
 
   NormPiece<A> piece(int64_t begin) {
     const int64_t n = std::min(a_.cols - begin, kPiece);
     if (!direct_ && loaded_ != begin) {
-      read_piece(a_.dtype, at(a_.x, begin), x_, n);
-      read_piece(a_.dtype, at(a_.g, begin), g_, n);
-      if (a_.u) read_piece(a_.dtype, at(a_.u, begin), u_, n);
+      read_piece(a_.dtype, at(a_.x, row_, begin), x_, n);
+      read_piece(a_.dtype, at(a_.g, row_of_k_, begin), g_, n);
+      if (a_.u) read_piece(a_.dtype, at(a_.u, row_of_k_, begin), u_, n);
       loaded_ = begin;
     }
     const A* zeros = static_cast<const A*>(a_.zeros);
-    return {direct_ ? static_cast<const A*>(at(a_.x, begin)) : x_,
-            direct_ ? static_cast<const A*>(at(a_.g, begin)) : g_,
+    return {direct_ ? static_cast<const A*>(at(a_.x, row_, begin)) : x_,
+            direct_ ? static_cast<const A*>(at(a_.g, row_of_k_, begin)) : g_,
             !a_.u     ? zeros
-            : direct_ ? static_cast<const A*>(at(a_.u, begin))
+            : direct_ ? static_cast<const A*>(at(a_.u, row_of_k_, begin))
                       : u_,
             vector(a_.weight ? a_.weight : a_.ones, begin),
             vector(a_.gg_weight, begin),
@@ -57,25 +60,34 @@ class Row {
             static_cast<const A*>(a_.rstd)[row_]};
   }
 
-  // Lets f fill out[begin, begin + n).
+  // Lets f fill [begin, begin + n) of the k-th row.
   template <class F>
   void write(void* out, int64_t begin, int64_t n, const F& f) {
-    char* to = static_cast<char*>(out) + (row_ * a_.cols + begin) * a_.item;
+    write(out, row_of_k_, begin, n, f);
+  }
+  // Of the row that there is once for all cotangents.
+  template <class F>
+  void write_once(void* out, int64_t begin, int64_t n, const F& f) {
+    write(out, row_, begin, n, f);
+  }
+
+ private:
+  template <class F>
+  void write(void* out, int64_t row, int64_t begin, int64_t n, const F& f) {
+    char* to = static_cast<char*>(out) + (row * a_.cols + begin) * a_.item;
     if (direct_) return f(reinterpret_cast<A*>(to));
     f(out_);
     write_piece(a_.dtype, out_, to, n);
   }
-
- private:
-  const void* at(const void* base, int64_t begin) const {
-    return static_cast<const char*>(base) + (row_ * a_.cols + begin) * a_.item;
+  const void* at(const void* base, int64_t row, int64_t begin) const {
+    return static_cast<const char*>(base) + (row * a_.cols + begin) * a_.item;
   }
   static const A* vector(const void* base, int64_t begin) {
     return base ? static_cast<const A*>(base) + begin : nullptr;
   }
 
   const Arguments& a_;
-  int64_t row_;
+  int64_t row_, row_of_k_;
   bool direct_;
   int64_t loaded_;
   alignas(64) A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
@@ -92,8 +104,8 @@ A* column_totals(void* partial, const Arguments& a, int64_t row, int64_t begin) 
 }
 
 template <class A>
-void backward_row(const Arguments& a, int64_t i) {
-  Row<A> row(a, i);
+void backward_row(const Arguments& a, int64_t i, int64_t k) {
+  Row<A> row(a, i, k);
   double sums[2] = {};
   if (a.grad_x) for_pieces(a, [&](int64_t begin) { slope_sums(row.piece(begin), sums); });
   const double r = double(static_cast<const A*>(a.rstd)[i]);
@@ -108,8 +120,7 @@ void backward_row(const Arguments& a, int64_t i) {
 }
 
 template <class A>
-void double_backward_row(const Arguments& a, int64_t i) {
-  Row<A> row(a, i);
+NormBends<A> bends_of(const Arguments& a, int64_t i, Row<A>& row) {
   double sums[7] = {};
   for_pieces(a, [&](int64_t begin) {
     const NormPiece<A> p = row.piece(begin);
@@ -121,7 +132,13 @@ void double_backward_row(const Arguments& a, int64_t i) {
   const NormBends<double> d = norm_bends<double>(
       {.u = sums[2], .ux = sums[3], .g = sums[0], .gx = sums[1], .ug = sums[4], .ag = sums[5], .agx = sums[6]}, r,
       double(a.cols));
-  const NormBends<A> c{A(d.t_x), A(d.t_one), A(d.x_u), A(d.x_g), A(d.x_x), A(d.x_one)};
+  return {A(d.t_x), A(d.t_one), A(d.x_u), A(d.x_g), A(d.x_x), A(d.x_one)};
+}
+
+template <class A>
+void double_backward_row(const Arguments& a, int64_t i) {
+  Row<A> row(a, i, 0);
+  const NormBends<A> c = bends_of(a, i, row);
   for_pieces(a, [&](int64_t begin) {
     const NormPiece<A> p = row.piece(begin);
     if (a.gg_grad) row.write(a.gg_grad, begin, p.n, [&](A* out) { write_gg_grad(p, c, out); });
@@ -130,11 +147,56 @@ void double_backward_row(const Arguments& a, int64_t i) {
   });
 }
 
+// Several cotangents: their rows lie in the cache from the sums to the sweep that adds up grad_x.
+template <class A>
+void double_backward_rows(const Arguments& a, int64_t i, NormBends<A>* bends) {
+  for (int64_t k = 0; k < a.cotangents; ++k) {
+    Row<A> row(a, i, k);
+    bends[k] = bends_of(a, i, row);
+  }
+  alignas(64) A sum[kPiece], part[kPiece];
+  for_pieces(a, [&](int64_t begin) {
+    const int64_t n = std::min(a.cols - begin, kPiece);
+    std::fill(sum, sum + n, A(0));
+    for (int64_t k = 0; k < a.cotangents; ++k) {
+      Row<A> row(a, i, k);
+      const NormPiece<A> p = row.piece(begin);
+      if (a.gg_grad) row.write(a.gg_grad, begin, n, [&](A* out) { write_gg_grad(p, bends[k], out); });
+      if (a.partial_weight) add_weight_bends(p, bends[k], column_totals<A>(a.partial_weight, a, i, begin));
+      if (!a.grad_x) continue;
+      write_bends(p, bends[k], part);
+      add_to(sum, part, n);
+    }
+    if (a.grad_x) Row<A>(a, i, 0).write_once(a.grad_x, begin, n, [&](A* out) { std::copy(sum, sum + n, out); });
+  });
+}
+
 // Chunks of rows, one thread each; their sums lie in `partial`.
-template <class A, class F>
-void run_rows(const Arguments& a, const F& f) {
-  torch::stable::parallel_for(0, a.chunks, rows_per_thread(a.chunk_rows * a.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * a.chunk_rows; row < std::min(a.rows, end * a.chunk_rows); ++row) f(row);
+template <class F>
+void run_chunks(const Arguments& a, const F& f) {
+  const int64_t cost = a.chunk_rows * a.cols * a.cotangents;
+  torch::stable::parallel_for(0, a.chunks, rows_per_thread(cost), [&](int64_t begin, int64_t end) {
+    f(begin * a.chunk_rows, std::min(a.rows, end * a.chunk_rows));
+  });
+}
+
+template <class A>
+void run_backward(const Arguments& a) {
+  run_chunks(a, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t k = 0; k < a.cotangents; ++k) backward_row<A>(a, row, k);
+  });
+}
+
+template <class A>
+void run_double_backward(const Arguments& a) {
+  run_chunks(a, [&](int64_t begin, int64_t end) {
+    if (a.cotangents == 1) {
+      for (int64_t row = begin; row < end; ++row) double_backward_row<A>(a, row);
+    } else {
+      std::vector<NormBends<A>> bends(a.cotangents);
+      for (int64_t row = begin; row < end; ++row) double_backward_rows<A>(a, row, bends.data());
+    }
   });
 }
 
@@ -159,9 +221,10 @@ class Call {
  public:
   Arguments a{};
 
-  Call(const Tensor& x, const Tensor& grad, const std::optional<Tensor>& mean, const Tensor& rstd,
+  Call(int64_t cotangents, const Tensor& x, const Tensor& grad, const std::optional<Tensor>& mean, const Tensor& rstd,
        const std::optional<Tensor>& weight, bool sums_columns)
-      : x_(torch::stable::contiguous(x)) {
+      : x_(torch::stable::contiguous(x)), grad_(grad) {
+    a.cotangents = cotangents;
     a.dtype = x.scalar_type();
     a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
     a.rows = x.size(0);
@@ -169,6 +232,7 @@ class Call {
     // A chunk's sums cost a row of their own, so a chunk is many rows where these are short.
     constexpr int64_t elements = 65536;
     a.chunk_rows = sums_columns ? std::clamp<int64_t>(elements / std::max<int64_t>(a.cols, 1), 4, 64) : 1;
+    a.chunk_rows = std::max<int64_t>(a.chunk_rows / std::max<int64_t>(cotangents, 1), 1);
     a.chunks = (a.rows + a.chunk_rows - 1) / a.chunk_rows;
     a.x = x_.data_ptr();
     a.g = keep(grad);
@@ -191,8 +255,9 @@ class Call {
     return kept_.back().data_ptr();
   }
 
-  Tensor matrix(bool needed, void*& data) {
-    Tensor out = needed ? torch::stable::new_empty(x_, {a.rows, a.cols}) : torch::stable::new_empty(x_, {0});
+  // Like x, or like the cotangents.
+  Tensor matrix(bool needed, bool of_cotangents, void*& data) {
+    Tensor out = torch::stable::new_empty(x_, !needed ? std::vector<int64_t>{0} : sizes_of(of_cotangents ? grad_ : x_));
     data = needed ? out.data_ptr() : nullptr;
     return out;
   }
@@ -213,7 +278,7 @@ class Call {
   }
 
  private:
-  Tensor x_;
+  Tensor x_, grad_;
   std::vector<Tensor> kept_;
 };
 
@@ -221,16 +286,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, st
                                                        std::optional<Tensor> mean, Tensor rstd, bool need_x,
                                                        bool need_weight, bool need_bias) {
   const std::optional<Tensor> none;
-  check_layer_norm("layer_norm_backward", none, none, none, grad, x, weight, mean, rstd);
-  Call call(x, grad, mean, rstd, weight, need_weight || need_bias);
+  const char* op = "layer_norm_backward";
+  const int64_t cotangents = check_layer_norm(op, none, none, none, grad, x, weight, mean, rstd);
+  check_several(op, cotangents, need_weight || need_bias);
+  Call call(cotangents, x, grad, mean, rstd, weight, need_weight || need_bias);
   Arguments& a = call.a;
-  Tensor grad_x = call.matrix(need_x, a.grad_x);
+  Tensor grad_x = call.matrix(need_x, true, a.grad_x);
   call.make_partial(need_weight, a.partial_weight);
   call.make_partial(need_bias, a.partial_bias);
   if (a.dtype == ScalarType::Double)
-    run_rows<double>(a, [&](int64_t row) { backward_row<double>(a, row); });
+    run_backward<double>(a);
   else
-    run_rows<float>(a, [&](int64_t row) { backward_row<float>(a, row); });
+    run_backward<float>(a);
   return {grad_x, call.total(need_weight, a.partial_weight), call.total(need_bias, a.partial_bias)};
 }
 
@@ -240,8 +307,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tens
                                                               std::optional<Tensor> weight, std::optional<Tensor> mean,
                                                               Tensor rstd, bool need_grad, bool need_x,
                                                               bool need_weight) {
-  check_layer_norm("layer_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
-  Call call(x, grad, mean, rstd, weight, need_weight);
+  const int64_t cotangents =
+      check_layer_norm("layer_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
+  Call call(cotangents, x, grad, mean, rstd, weight, need_weight);
   Arguments& a = call.a;
   a.u = call.keep(gg_x);
   if (!gg_x || gg_weight || gg_bias) a.zeros = call.filled(0);
@@ -249,12 +317,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tens
     a.gg_weight = gg_weight ? call.keep(gg_weight) : a.zeros;
     a.gg_bias = gg_bias ? call.keep(gg_bias) : a.zeros;
   }
-  Tensor gg_grad = call.matrix(need_grad, a.gg_grad), grad_x = call.matrix(need_x, a.grad_x);
+  Tensor gg_grad = call.matrix(need_grad, true, a.gg_grad), grad_x = call.matrix(need_x, false, a.grad_x);
   call.make_partial(need_weight, a.partial_weight);
   if (a.dtype == ScalarType::Double)
-    run_rows<double>(a, [&](int64_t row) { double_backward_row<double>(a, row); });
+    run_double_backward<double>(a);
   else
-    run_rows<float>(a, [&](int64_t row) { double_backward_row<float>(a, row); });
+    run_double_backward<float>(a);
   return {gg_grad, grad_x, call.total(need_weight, a.partial_weight)};
 }
 

@@ -22,6 +22,7 @@ void launch_as(const ActivationChoice& choice, const ActivationTensors& t, bool 
                cudaStream_t stream) {
   ActivationCall<S> c{};
   c.elements = t.x.numel();
+  c.cotangents = t.cotangents;
   c.gg_x = static_cast<const S*>(t.gg_x.data_ptr());
   c.grad = static_cast<const S*>(t.grad.data_ptr());
   c.x = static_cast<const S*>(t.x.data_ptr());

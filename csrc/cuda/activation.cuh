@@ -1,7 +1,8 @@
 // The kernel of activation_double_backward.  Formulas: math/activation.h.
 //
 // A thread works on one 16-byte vector at a time, in the order of memory.  Bytes: gg_x, grad and x once, gg_grad and
-// grad_x once; without grad_x, grad is not read.
+// grad_x once; without grad_x, grad is not read.  Several cotangents of one x share its load, and their grad_x is summed
+// in registers.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,10 @@ namespace rk::cuda {
 template <class S>
 struct ActivationCall {
   using A = accumulation_t<S>;
-  std::int64_t elements;
-  const S *gg_x, *grad, *x;
-  S *gg_grad, *grad_x;  // null: not needed
+  std::int64_t elements, cotangents = 1;  // elements: of x
+  const S *gg_x, *grad;                   // [cotangents, elements]
+  const S* x;                             // [elements]
+  S *gg_grad, *grad_x;                    // like gg_x and like x; null: not needed
   ActivationParameters<A> parameters;
 };
 
@@ -27,28 +29,43 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
   const std::int64_t thread = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x,
                      threads = std::int64_t{gridDim.x} * blockDim.x;
   const std::int64_t vectors = c.elements / V;
-  const bool gg_x_aligned = is_aligned(c.gg_x), grad_aligned = is_aligned(c.grad), x_aligned = is_aligned(c.x);
-  const bool gg_grad_aligned = is_aligned(c.gg_grad), grad_x_aligned = is_aligned(c.grad_x);
+  const bool x_aligned = is_aligned(c.x), grad_x_aligned = is_aligned(c.grad_x);
   for (std::int64_t v = thread; v < vectors; v += threads) {
-    const Vector<S> x = load_vector(c.x + v * V, x_aligned), u = load_vector(c.gg_x + v * V, gg_x_aligned);
-    Vector<S> g = u, gg_grad, grad_x;
-    if (c.grad_x) g = load_vector(c.grad + v * V, grad_aligned);
+    const Vector<S> x = load_vector(c.x + v * V, x_aligned);
+    Slopes<A> slopes[V];
+    A sum[V] = {};
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const Slopes<A> s = ActivationSlopes<kFunction, A>::at(load(x.element[k]), c.parameters);
-      const A u_k = load(u.element[k]);
-      gg_grad.element[k] = store<S>(s.slope * u_k);
-      grad_x.element[k] = store<S>(s.bend * u_k * load(g.element[k]));
+    for (int k = 0; k < V; ++k) slopes[k] = ActivationSlopes<kFunction, A>::at(load(x.element[k]), c.parameters);
+    for (std::int64_t i = 0; i < c.cotangents; ++i) {
+      const std::int64_t at = i * c.elements + v * V;
+      const Vector<S> u = load_vector(c.gg_x + at, is_aligned(c.gg_x + at));
+      Vector<S> g = u, gg_grad;
+      if (c.grad_x) g = load_vector(c.grad + at, is_aligned(c.grad + at));
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const A u_k = load(u.element[k]);
+        gg_grad.element[k] = store<S>(slopes[k].slope * u_k);
+        sum[k] += slopes[k].bend * u_k * load(g.element[k]);
+      }
+      if (c.gg_grad) store_vector(c.gg_grad + at, gg_grad, is_aligned(c.gg_grad + at));
     }
-    if (c.gg_grad) store_vector(c.gg_grad + v * V, gg_grad, gg_grad_aligned);
-    if (c.grad_x) store_vector(c.grad_x + v * V, grad_x, grad_x_aligned);
+    if (!c.grad_x) continue;
+    Vector<S> grad_x;
+#pragma unroll
+    for (int k = 0; k < V; ++k) grad_x.element[k] = store<S>(sum[k]);
+    store_vector(c.grad_x + v * V, grad_x, grad_x_aligned);
   }
   const std::int64_t j = vectors * V + thread;
   if (j < c.elements) {
     const Slopes<A> s = ActivationSlopes<kFunction, A>::at(load(c.x[j]), c.parameters);
-    const A u = load(c.gg_x[j]);
-    if (c.gg_grad) c.gg_grad[j] = store<S>(s.slope * u);
-    if (c.grad_x) c.grad_x[j] = store<S>(s.bend * u * load(c.grad[j]));
+    A sum = 0;
+    for (std::int64_t i = 0; i < c.cotangents; ++i) {
+      const std::int64_t at = i * c.elements + j;
+      const A u = load(c.gg_x[at]);
+      if (c.gg_grad) c.gg_grad[at] = store<S>(s.slope * u);
+      if (c.grad_x) sum += s.bend * u * load(c.grad[at]);
+    }
+    if (c.grad_x) c.grad_x[j] = store<S>(sum);
   }
 }
 

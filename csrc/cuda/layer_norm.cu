@@ -24,13 +24,15 @@ std::optional<Tensor> dense(const std::optional<Tensor>& t) {
 // The tensors of one call, kept alive until its kernels are launched.
 struct Tensors {
   const char* op;
+  int64_t cotangents;
   Tensor x, grad, rstd;
   std::optional<Tensor> gg_x, gg_weight, gg_bias, weight, mean;
-  std::optional<Tensor> gg_grad, grad_x, grad_weight, grad_bias, t, partial_weight, partial_bias;
+  std::optional<Tensor> gg_grad, grad_x, grad_weight, grad_bias, t, bends, partial_weight, partial_bias;
 
-  Tensors(const char* name, const Tensor& rows, const Tensor& g, const std::optional<Tensor>& w,
+  Tensors(const char* name, int64_t count, const Tensor& rows, const Tensor& g, const std::optional<Tensor>& w,
           const std::optional<Tensor>& means, const Tensor& rstds)
       : op(name),
+        cotangents(count),
         x(torch::stable::contiguous(rows)),
         grad(torch::stable::contiguous(g)),
         rstd(torch::stable::contiguous(rstds)),
@@ -40,7 +42,7 @@ struct Tensors {
   int64_t rows() const { return x.size(0); }
   int64_t cols() const { return x.size(1); }
 
-  Tensor matrix() const { return torch::stable::new_empty(x, {rows(), cols()}); }
+  Tensor matrix(const Tensor& like) const { return torch::stable::new_empty(like, sizes_of(like)); }
   Tensor sums(int64_t a, int64_t b) const {
     return torch::stable::new_empty(x, {a, b}, accumulation_type(x.scalar_type()));
   }
@@ -60,10 +62,13 @@ struct Tensors {
     LayerNormCall<S> c{};
     c.rows = rows();
     c.cols = cols();
+    c.cotangents = cotangents;
     set_chunks(c, second || grad_x, grad_weight.has_value(), grad_bias.has_value());
     if (grad_weight) partial_weight = sums(c.chunks, cols());
     if (grad_bias) partial_bias = sums(c.chunks, cols());
-    if (grad_weight && second) t = sums(rows(), 2);
+    if (grad_weight && second) t = sums(cotangents * rows(), 2);
+    if (cotangents != 1 && second)
+      bends = sums(cotangents * rows(), static_cast<int64_t>(sizeof(NormBends<A>) / sizeof(A)));
     c.x = static_cast<const S*>(x.data_ptr());
     c.g = static_cast<const S*>(grad.data_ptr());
     c.u = pointer<const S>(gg_x);
@@ -75,6 +80,7 @@ struct Tensors {
     c.gg_grad = pointer<S>(gg_grad);
     c.grad_x = pointer<S>(grad_x);
     c.t = pointer<A>(t);
+    c.bends = pointer<NormBends<A>>(bends);
     c.partial_weight = pointer<A>(partial_weight);
     c.partial_bias = pointer<A>(partial_bias);
     c.grad_weight = pointer<A>(grad_weight);
@@ -98,9 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, st
   const DeviceScope scope(x);
   const std::optional<Tensor> none;
   const char* op = "layer_norm_backward";
-  check_layer_norm(op, none, none, none, grad, x, weight, mean, rstd);
-  Tensors call(op, x, grad, weight, mean, rstd);
-  if (need_x) call.grad_x = call.matrix();
+  const int64_t cotangents = check_layer_norm(op, none, none, none, grad, x, weight, mean, rstd);
+  check_several(op, cotangents, need_weight || need_bias);
+  Tensors call(op, cotangents, x, grad, weight, mean, rstd);
+  if (need_x) call.grad_x = call.matrix(call.grad);
   if (need_weight) call.grad_weight = call.vector();
   if (need_bias) call.grad_bias = call.vector();
   call.launch_on(false, scope.stream());
@@ -116,13 +123,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tens
                                                               bool need_weight) {
   const DeviceScope scope(x);
   const char* op = "layer_norm_double_backward";
-  check_layer_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
-  Tensors call(op, x, grad, weight, mean, rstd);
+  const int64_t cotangents = check_layer_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
+  Tensors call(op, cotangents, x, grad, weight, mean, rstd);
   call.gg_x = dense(gg_x);
   call.gg_weight = dense(gg_weight);
   call.gg_bias = dense(gg_bias);
-  if (need_grad) call.gg_grad = call.matrix();
-  if (need_x) call.grad_x = call.matrix();
+  if (need_grad) call.gg_grad = call.matrix(call.grad);
+  if (need_x) call.grad_x = call.matrix(call.x);
   if (need_weight) call.grad_weight = call.vector();
   call.launch_on(true, scope.stream());
   return {call.gg_grad.value_or(call.nothing(false)), call.grad_x.value_or(call.nothing(false)),

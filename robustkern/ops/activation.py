@@ -15,7 +15,9 @@ from robustkern.ops._samples import make_tensor
 def _fake(
     gg_x: Tensor, grad: Tensor, x: Tensor, function: str, parameters: Sequence[float], need_grad: bool, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x) if need_grad else nothing(x), torch.empty_like(x) if need_x else nothing(x)
+    gg_grad = torch.empty_like(x) if gg_x.dim() == x.dim() else x.new_empty(gg_x.shape)
+    grad_x = torch.empty_like(x) if gg_x.dim() == x.dim() else x.new_empty(x.shape)
+    return gg_grad if need_grad else nothing(x), grad_x if need_x else nothing(x)
 
 
 FUNCTIONS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -40,12 +42,16 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     make = make_tensor(device, dtype)
 
     def sample(
-        name: str, tensors: Iterable[Tensor], key: str = "gelu", needs: tuple[bool, bool] = (True, True)
+        name: str,
+        tensors: Iterable[Tensor],
+        key: str = "gelu",
+        needs: tuple[bool, bool] = (True, True),
+        zero: tuple[int, ...] = (),
     ) -> DoubleBackwardSample:
         gg_x, grad, x = tensors
         function, parameters = FUNCTIONS[key]
         arguments = {"gg_x": gg_x, "grad": grad, "x": x, "function": function, "parameters": list(parameters)}
-        return DoubleBackwardSample(name, {**arguments, "need_grad": needs[0], "need_x": needs[1]})
+        return DoubleBackwardSample(name, {**arguments, "need_grad": needs[0], "need_x": needs[1]}, zero)
 
     def three(*shape: int) -> list[Tensor]:
         return [make(*shape) for _ in range(3)]
@@ -68,6 +74,14 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     yield sample("expanded grad", (make(6, 9), make(6, 1).expand(6, 9), make(6, 9)))
     yield sample("unaligned", (make(302)[1:], make(303)[2:], make(304)[3:]))
     yield sample("several pieces", three(5000), "gelu, tanh")
+    for title, key, shape in (("three", "gelu", (2, 3, 5)), ("three, several pieces", "silu", (2500,))):
+        yield sample(f"{title} cotangents", (make(3, *shape), make(3, *shape), make(*shape)), key)
+    yield sample("cotangents, gg_grad only", (make(2, 33), make(2, 33), make(33)), "mish", needs=(True, False))
+    yield sample("cotangents, grad_x only", (make(2, 33), make(2, 33), make(33)), needs=(False, True))
+    yield sample("transposed cotangents", (make(6, 9, 2).mT, make(6, 2, 9), make(9, 2).t()))
+    yield sample("one cotangent", (make(1, 4, 5), make(1, 4, 5), make(4, 5)))
+    yield sample("no cotangents", (make(0, 4, 5), make(0, 4, 5), make(4, 5)), zero=(1,))
+    yield sample("cotangents of nothing", (make(3, 0), make(3, 0), make(0)))
     yield sample("a number", (t.squeeze() for t in three(1)), "softplus")
     yield sample("empty", three(0, 4))
 

@@ -15,6 +15,7 @@ from robustkern.ops._select import accumulation_dtype
 
 # rows and columns: short and long rows, several chunks of rows, rows of more than one piece, nothing at all
 SHAPES = ((5, 8), (70, 3), (130, 33), (9, 1500), (2, 2051), (5, 9001), (0, 4), (4, 0))
+SEVERAL = ((5, 8), (130, 33), (9, 1500), (5, 9001))  # with several cotangents
 
 
 def _vector(like: Tensor, size: int) -> Tensor:
@@ -33,7 +34,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     columns = x.shape[1]
     return (
-        x.new_empty(x.shape) if need_x else nothing(x),
+        x.new_empty(grad.shape) if need_x else nothing(x),
         _vector(x, columns if need_weight else 0),
         _vector(x, columns if need_bias else 0),
     )
@@ -53,13 +54,16 @@ def _fake_double_backward(
     need_weight: bool,
 ) -> tuple[Tensor, ...]:
     return (
-        x.new_empty(x.shape) if need_grad else nothing(x),
+        x.new_empty(grad.shape) if need_grad else nothing(x),
         x.new_empty(x.shape) if need_x else nothing(x),
         _vector(x, x.shape[1] if need_weight else 0),
     )
 
 
-def _row_inputs(device: str, dtype: torch.dtype, rows: int, columns: int, rms: bool) -> dict[str, Any]:
+def _row_inputs(
+    device: str, dtype: torch.dtype, rows: int, columns: int, rms: bool, cotangents: int | None = None
+) -> dict[str, Any]:
+    several = () if cotangents is None else (cotangents,)
     make, accumulation = make_tensor(device, dtype), accumulation_dtype(dtype)
     x = make(rows, columns)
     wide = x.to(accumulation)
@@ -68,10 +72,10 @@ def _row_inputs(device: str, dtype: torch.dtype, rows: int, columns: int, rms: b
     variance = centred.square().mean(1) if columns else wide.new_zeros(rows)
     vectors = [make(columns).to(accumulation) for _ in range(3)]
     return {
-        "gg_x": make(rows, columns),
-        "gg_weight": vectors[0],
-        "gg_bias": vectors[1],
-        "grad": make(rows, columns),
+        "gg_x": make(*several, rows, columns),
+        "gg_weight": None if several else vectors[0],
+        "gg_bias": None if several else vectors[1],
+        "grad": make(*several, rows, columns),
         "x": x,
         "weight": vectors[2],
         "mean": mean,
@@ -96,6 +100,9 @@ def _backward_samples(device: str, dtype: torch.dtype) -> Iterator[DoubleBackwar
                 yield DoubleBackwardSample(f"{title} no weight", inputs | {"weight": None} | _needs(names, *names))
                 for name in names:
                     yield DoubleBackwardSample(f"{title} {name} only", inputs | _needs(names, name))
+            for count in (0, 1, 3) if (rows, columns) in SEVERAL else ():
+                several = inputs | {"grad": _row_inputs(device, dtype, rows, columns, rms, count)["grad"]}
+                yield DoubleBackwardSample(f"{title} {count} cotangents", several | _needs(names, "x"))
 
 
 def _double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[DoubleBackwardSample]:
@@ -109,11 +116,20 @@ def _double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Double
             zero: tuple[int, ...] = () if rows else (2,)
             yield DoubleBackwardSample(title, input_gradient | _needs(names, *names), zero)
             yield DoubleBackwardSample(f"{title} every cotangent", inputs | _needs(names, *names), zero)
+            if (rows, columns) in SEVERAL:
+                several = _row_inputs(device, dtype, rows, columns, rms, 3)
+                yield DoubleBackwardSample(f"{title} 3 cotangents", several | _needs(names, *names))
         inputs = _row_inputs(device, dtype, *SHAPES[0], rms)
         title = "rms" if rms else "layer norm"
         yield DoubleBackwardSample(f"{title} no weight", inputs | {"weight": None} | _needs(names, *names))
         for only in names:
             yield DoubleBackwardSample(f"{title} {only} only", inputs | _needs(names, only))
+        for count in (0, 1):
+            several, zero = _row_inputs(device, dtype, *SHAPES[0], rms, count), () if count else (1, 2)
+            yield DoubleBackwardSample(f"{title} {count} cotangents", several | _needs(names, *names), zero)
+        for only in names:
+            several = _row_inputs(device, dtype, *SHAPES[0], rms, 2)
+            yield DoubleBackwardSample(f"{title} 2 cotangents, {only} only", several | _needs(names, only))
         for only in cotangents:
             others = {name: None for name in cotangents if name != only}
             zero = {"gg_x": (), "gg_weight": (2,), "gg_bias": (1, 2)}[only]

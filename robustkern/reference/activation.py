@@ -12,15 +12,15 @@ Slopes = tuple[Tensor, Tensor]  # f'(x), f''(x)
 
 
 def activation_double_backward(
-    gg_x: Tensor,
+    gg_x: Tensor,  # like x, or [K, *x.shape]
     grad: Tensor,  # like gg_x
-    x: Tensor,  # like gg_x
+    x: Tensor,
     function: str,
     parameters: Sequence[float],
     need_grad: bool = True,
     need_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """gg_grad = f'(x) gg_x and grad_x = f''(x) gg_x grad.
+    """gg_grad = f'(x) gg_x and grad_x = f''(x) gg_x grad, summed over the K cotangents where there are several.
 
     Args:
         gg_x: cotangent of the first backward's grad_x = f'(x) grad.
@@ -34,7 +34,10 @@ def activation_double_backward(
         need_x: whether grad_x is.
     """
     slope, bend = _SLOPES[function](x, *parameters)
-    return slope * gg_x if need_grad else x.new_empty([0]), bend * gg_x * grad if need_x else x.new_empty([0])
+    product = gg_x * grad
+    if gg_x.dim() > x.dim():
+        product = product.sum(0)
+    return slope * gg_x if need_grad else x.new_empty([0]), bend * product if need_x else x.new_empty([0])
 
 
 def _gelu(x: Tensor) -> Slopes:

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def layer_norm_double_backward(
-    gg_x: Tensor | None,  # [B, D] cotangent of grad_x
+    gg_x: Tensor | None,  # [B, D] or [K, B, D], cotangent of grad_x
     gg_weight: Tensor | None,  # [D] of grad_weight
     gg_bias: Tensor | None,  # [D] of grad_bias
-    grad: Tensor,  # [B, D] of the output
+    grad: Tensor,  # like gg_x, of the output
     x: Tensor,  # [B, D]
     weight: Tensor | None,  # [D]
     mean: Tensor | None,  # [B]
@@ -25,16 +25,18 @@ def layer_norm_double_backward(
         grad_x      = -rstd^2 [mean(gg_x P(h)) xh + mean(h xh) P(gg_x) + mean(gg_x xh) P(h)] + rstd P(gg_weight grad)
         grad_weight = sum over rows of grad t
 
-    with h = weight grad and the means over a row.  Without `mean` this is RMSNorm: mean(v) drops out of P.
+    with h = weight grad and the means over a row.  Without `mean` this is RMSNorm: mean(v) drops out of P.  Of K
+    cotangents, which have no gg_weight and gg_bias, grad_x and grad_weight are the sums.
 
     Returns:
-        gg_grad and grad_x [B, D] in the dtype of x, grad_weight [D] in the dtype of rstd; [0] where not needed.
+        gg_grad, like grad, and grad_x [B, D] in the dtype of x, grad_weight [D] in the dtype of rstd; [0] where not
+        needed.
     """
     xh = (x if mean is None else x - mean[:, None].to(x.dtype)) * rstd[:, None].to(x.dtype)
     r = rstd[:, None].to(x.dtype)
 
     def average(v: Tensor) -> Tensor:
-        return v.mean(1, keepdim=True)
+        return v.mean(-1, keepdim=True)
 
     def project(v: Tensor) -> Tensor:
         centred = v if mean is None else v - average(v)
@@ -52,7 +54,9 @@ def layer_norm_double_backward(
         projected = project(h)
         second = average(gg_x * projected) * xh + average(h * xh) * project(gg_x) + average(gg_x * xh) * projected
         grad_x = -r * r * second
-        grad_weight = (grad * t).sum(0)
+        grad_weight = (grad * t).flatten(0, -2).sum(0)
+        if grad.dim() > x.dim():
+            grad_x = grad_x.sum(0)
     if a is not None:
         gg_grad = gg_grad + a * xh
         grad_x = grad_x + r * project(a * grad)
@@ -60,14 +64,14 @@ def layer_norm_double_backward(
         gg_grad = gg_grad + b
     nothing = x.new_empty([0])
     return (
-        gg_grad.expand_as(x).contiguous() if need_grad else nothing,
+        gg_grad.expand_as(grad).contiguous() if need_grad else nothing,
         grad_x.expand_as(x).contiguous() if need_x else nothing,
         grad_weight.to(rstd.dtype).expand(x.shape[1]).contiguous() if need_weight else nothing.to(rstd.dtype),
     )
 
 
 def layer_norm_backward(
-    grad: Tensor,  # [B, D] of the output
+    grad: Tensor,  # [B, D] of the output; or [K, B, D], of which no weight and bias gradients are made
     x: Tensor,  # [B, D]
     weight: Tensor | None,  # [D]
     mean: Tensor | None,  # [B]
@@ -83,15 +87,15 @@ def layer_norm_backward(
     with the means over a row.  Without `mean` this is RMSNorm: mean(v) drops out of P.
 
     Returns:
-        grad_x [B, D] in the dtype of x, grad_weight and grad_bias [D] in the dtype of rstd; [0] where not needed.
+        grad_x, like grad, in the dtype of x, grad_weight and grad_bias [D] in the dtype of rstd; [0] where not needed.
     """
     r = rstd[:, None].to(x.dtype)
     xh = (x if mean is None else x - mean[:, None].to(x.dtype)) * r
     h = grad if weight is None else weight.to(x.dtype) * grad
-    centred = h if mean is None else h - h.mean(1, keepdim=True)
+    centred = h if mean is None else h - h.mean(-1, keepdim=True)
     nothing = x.new_empty([0])
     return (
-        r * (centred - xh * (h * xh).mean(1, keepdim=True)) if need_x else nothing,
+        r * (centred - xh * (h * xh).mean(-1, keepdim=True)) if need_x else nothing,
         (grad * xh).sum(0).to(rstd.dtype) if need_weight else nothing.to(rstd.dtype),
         grad.sum(0).to(rstd.dtype) if need_bias else nothing.to(rstd.dtype),
     )

@@ -129,6 +129,33 @@ void test_function(const testing::Options& options, Draw& draw, Activation funct
   for (std::int64_t j = 0; j < t.n; ++j) t.check_element(j, need_grad, need_x);
 }
 
+// Several cotangents of one x: the elements of each, and of grad_x their sum.
+void test_several(const testing::Options& options, Draw& draw, std::int64_t count) {
+  Problem<float> t(draw, Activation::kGelu, draw(1, 3000));
+  Buffer<float> u(count * t.n, draw(0, 8)), g(count * t.n, draw(0, 8)), gg_grad(count * t.n, draw(0, 8));
+  u.fill_normal(draw.random);
+  g.fill_normal(draw.random);
+  ActivationCall<float> c = t.call();
+  c.cotangents = count;
+  c.gg_x = u.data();
+  c.grad = g.data();
+  c.gg_grad = gg_grad.data();
+  const auto call = [&] { return rk::cuda::launch_activation_double_backward(Activation::kGelu, c, nullptr); };
+  testing::run_in_all_orders(options, t.text("cotangents", count), call, gg_grad, t.grad_x);
+  for (std::int64_t j = 0; j < t.n; ++j) {
+    const Truth want = truth(Activation::kGelu, t.x[j]);
+    double sum = 0.0, room = 1e-6;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double u_j = u[i * t.n + j], g_j = g[i * t.n + j];
+      expect_close(gg_grad[i * t.n + j], want.slope * u_j, 1e-5 * (1 + std::fabs(u_j)),
+                   t.text("gg_grad of several", j));
+      sum += want.bend * u_j * g_j;
+      room += 1e-5 * std::fabs(u_j * g_j);
+    }
+    expect_close(t.grad_x[j], sum, room, t.text("grad_x of several", j));
+  }
+}
+
 // Nothing overflows at the ends of the range, and NaN stays where it is.
 void test_extremes(Draw& draw) {
   for (const Activation function : {Activation::kGelu, Activation::kGeluTanh, Activation::kSilu, Activation::kMish,
@@ -189,6 +216,7 @@ int main(int argc, char** argv) {
     test_function<double>(options, draw, function, draw(1, 700));
     test_function<__half>(options, draw, function, draw(1, 700));
     test_function<__nv_bfloat16>(options, draw, function, draw(1, 3000));
+    test_several(options, draw, draw(1, 4));
   }
   test_extremes(draw);
   test_small_grid(draw);

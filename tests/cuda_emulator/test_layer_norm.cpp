@@ -182,6 +182,65 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   compare(t.grad_weight, 0, sum_bend, 4 * many, "second grad_weight, " + text);
 }
 
+// Several cotangents of one x: what one launch after the other gives.
+template <class S>
+void test_several(const testing::Options& options, Draw& draw, std::int64_t count) {
+  Problem<S> t(draw, draw(1, 9), draw(2, 300));
+  t.affine = false;
+  t.has_u = true;
+  const std::int64_t n = t.rows * t.cols;
+  Buffer<S> g(count * n, draw(0, 8)), u(count * n, draw(0, 8)), first(count * n), gg_grad(count * n, draw(0, 8));
+  Buffer<float> bends(6 * count * t.rows), slopes(2 * count * t.rows);
+  g.fill_normal(draw.random);
+  u.fill_normal(draw.random);
+  const auto several = [&](bool second) {
+    LayerNormCall<S> c = t.call(second);
+    c.cotangents = count;
+    rk::cuda::set_chunks(c, true, second, false);
+    c.g = g.data();
+    c.u = second ? u.data() : nullptr;
+    c.grad_bias = nullptr;
+    if (second) {
+      c.gg_grad = gg_grad.data();
+      c.t = slopes.data();
+      c.bends = reinterpret_cast<rk::NormBends<float>*>(bends.data());
+    } else {
+      c.grad_x = first.data();
+      c.grad_weight = nullptr;
+    }
+    return rk::cuda::launch_layer_norm(second, c, nullptr);
+  };
+  const std::string text = std::to_string(count) + " cotangents, " + t.text();
+  testing::run_in_all_orders(options, text, [&] { return several(false); }, first);
+  testing::run_in_all_orders(options, text, [&] { return several(true); }, gg_grad, t.grad_x, t.grad_weight);
+
+  Buffer<S> summed(n);
+  Buffer<float> summed_weight(t.cols);
+  std::copy_n(t.grad_x.data(), n, summed.data());
+  std::copy_n(t.grad_weight.data(), t.cols, summed_weight.data());
+  std::vector<double> grad_x(n), grad_weight(t.cols);
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::copy_n(g.data() + i * n, n, t.g.data());
+    std::copy_n(u.data() + i * n, n, t.u.data());
+    const auto as_doubles = [n](const Buffer<S>& b) {
+      std::vector<double> v;
+      for (std::int64_t j = 0; j < n; ++j) v.push_back(to_double(b[j]));
+      return v;
+    };
+    expect_success(rk::cuda::launch_layer_norm(false, t.call(false), nullptr));
+    compare(first, i * n, as_doubles(t.grad_x), 1.0, "grad_x of " + text);
+    expect_success(rk::cuda::launch_layer_norm(true, t.call(true), nullptr));
+    compare(gg_grad, i * n, as_doubles(t.gg_grad), 1.0, "gg_grad of " + text);
+    const std::vector<double> part = as_doubles(t.grad_x);
+    for (std::int64_t j = 0; j < n; ++j) grad_x[j] += part[j];
+    for (std::int64_t j = 0; j < t.cols; ++j) grad_weight[j] += to_double(t.grad_weight[j]);
+  }
+  // each part of the expectation was rounded once
+  const double rounding = static_cast<double>(count) * testing::epsilon<S>() / testing::epsilon<float>();
+  compare(summed, 0, grad_x, 20.0 + rounding * largest(grad_x), "summed grad_x of " + text);
+  compare(summed_weight, 0, grad_weight, 20.0 + largest(grad_weight), "summed grad_weight of " + text);
+}
+
 // Fewer blocks than chunks: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
   Problem<float> t(draw, 23, 70);
@@ -235,6 +294,8 @@ int main(int argc, char** argv) {
     test_problem(options, floats);
     Problem<__half> halves(draw, draw(1, 12), draw(2, 300));
     test_problem(options, halves);
+    test_several<float>(options, draw, draw(1, 4));
+    test_several<__half>(options, draw, 3);
     test_small_grid(draw);
   }
   Problem<float> many_rows(draw, 60, 40);

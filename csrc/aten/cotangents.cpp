@@ -1,0 +1,68 @@
+#include "cotangents.h"
+
+#include <torch/csrc/autograd/function.h>
+
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+namespace rk::aten {
+namespace {
+
+using torch::autograd::Node;
+
+std::unordered_set<std::type_index>& ours() {
+  static std::unordered_set<std::type_index> types;
+  return types;
+}
+
+// PyTorch's own nodes whose batching rules neither loop nor copy x for each cotangent.  Elsewhere, in pooling, BatchNorm
+// or ReLU, one backward after the other is as fast or faster.
+bool is_ours_or_folds(const Node& node) {
+  static const std::unordered_set<std::string> names{"AddBackward0",
+                                                     "AddmmBackward0",
+                                                     "AliasBackward0",
+                                                     "CloneBackward0",
+                                                     "ConvolutionBackward0",
+                                                     "ExpandBackward0",
+                                                     "MeanBackward1",
+                                                     "MmBackward0",
+                                                     "MulBackward0",
+                                                     "PermuteBackward0",
+                                                     "ReshapeAliasBackward0",
+                                                     "SqueezeBackward1",
+                                                     "SubBackward0",
+                                                     "SumBackward1",
+                                                     "TBackward0",
+                                                     "TransposeBackward0",
+                                                     "UnsafeViewBackward0",
+                                                     "UnsqueezeBackward0",
+                                                     "ViewBackward0",
+                                                     "torch::autograd::AccumulateGrad"};
+  return ours().count(typeid(node)) > 0 || names.count(node.name()) > 0;
+}
+
+bool has_hooks(Node& node) {
+  return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
+         !node.retains_grad_hooks().empty();
+}
+
+}  // namespace
+
+void add_folding(std::type_index node) { ours().insert(node); }
+
+bool folds(const Tensor& outputs) {
+  if (!enabled() || !is_plain(outputs) || !outputs.grad_fn()) return false;
+  std::vector<Node*> open{outputs.grad_fn().get()};
+  std::unordered_set<const Node*> seen{open[0]};
+  while (!open.empty()) {
+    Node& node = *open.back();
+    open.pop_back();
+    if (has_hooks(node) || !is_ours_or_folds(node)) return false;
+    for (const auto& edge : node.next_edges())
+      if (edge.function && seen.insert(edge.function.get()).second) open.push_back(edge.function.get());
+  }
+  return true;
+}
+
+}  // namespace rk::aten

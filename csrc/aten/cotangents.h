@@ -1,0 +1,62 @@
+// Several cotangents at once: what torch.func.vmap over torch.autograd.grad gives a backward in the form of one batched
+// tensor.  A Function that saves no more than x for all of them takes it apart and works on the K tensors together.
+#pragma once
+
+#include <ATen/functorch/BatchedTensorImpl.h>
+
+#include <memory>
+#include <typeindex>
+
+#include "replacement.h"
+
+namespace rk::aten {
+
+// While in scope, operators see tensors as they are, and a Function can be applied.
+class OutsideTransforms {
+ public:
+  OutsideTransforms()
+      : keys_(c10::DispatchKeySet(
+            {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode})),
+        transforms_(std::move(at::functorch::functorchTLSAccessor())) {}
+  ~OutsideTransforms() { at::functorch::functorchTLSAccessor() = std::move(transforms_); }
+  OutsideTransforms(const OutsideTransforms&) = delete;
+  OutsideTransforms& operator=(const OutsideTransforms&) = delete;
+
+ private:
+  c10::impl::ExcludeDispatchKeyGuard keys_;
+  std::unique_ptr<at::functorch::FuncTorchTLSBase> transforms_;
+};
+
+// f of the cotangents [K, ...] that g stands for, wrapped as g was; nothing if g is an ordinary tensor, or one of several
+// transforms.
+template <class F>
+std::optional<Tensor> for_several(const Tensor& g, const F& f) {
+  const auto* const batched = at::functorch::maybeGetBatchedImpl(g);
+  if (!batched || !enabled()) return std::nullopt;
+  const Tensor values = batched->value();
+  if (!is_plain(values) || values.key_set().has_any(c10::DispatchKeySet(
+                               {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper})))
+    return std::nullopt;
+  Tensor result;
+  {
+    const OutsideTransforms guard;
+    result = f(values.movedim(batched->bdim(), 0));
+  }
+  return at::functorch::makeBatched(result, 0, batched->level());
+}
+
+// Says of a Function's backward that it works on several cotangents at least as well as on one after the other.
+void add_folding(std::type_index node);
+template <class Function>
+void add_folding() {
+  add_folding(typeid(torch::autograd::CppNode<Function>));
+}
+
+// Whether everything that the graph of `outputs` holds does, so that one pass with all cotangents is worth it.  A node with
+// a hook does not: the hook would see a batched tensor.
+bool folds(const Tensor& outputs);
+
+// Whether g is [K, *x.shape].
+inline bool are_several(const Tensor& g, const Tensor& x) { return g.dim() == x.dim() + 1; }
+
+}  // namespace rk::aten

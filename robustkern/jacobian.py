@@ -125,7 +125,7 @@ def jacobian_norm(
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents
-        if differentiable and folds(outputs, impl):
+        if differentiable and projections != 1 and folds(outputs, impl):
             stacked = _folded_values(outputs, x, cotangents, weight, squared, impl)
         else:
             stacked = _values(outputs, x, cotangents, weight, squared, impl, differentiable)

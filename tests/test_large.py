@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import robustkern
 from robustkern.ops import row_norm, softmax_cross_entropy
 from robustkern.reference.batch_norm import batch_norm_double_backward
 
@@ -143,3 +144,42 @@ def test_large_batch_norms_are_what_small_ones_are(channels, inner, device):
     actual = run(*(t.float() for t in arguments), training=True)
     expected = run(*(t.double() for t in arguments), training=True, call=batch_norm_double_backward)
     torch.testing.assert_close(actual, tuple(t.float() for t in expected))
+
+
+@pytest.mark.parametrize("batch", [7, 1])
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2}, {"groups": 4, "padding": 1}], ids=str)
+def test_convolution_of_large_images_in_parts_of_the_batch(batch, options, not_emulated):
+    """A batch is split where its reordered copies would be large, unevenly if need be."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    size = 171 if batch == 7 else 450
+    x, w = draw(batch, 8, size, size).requires_grad_(), draw(8, 8 // options.get("groups", 1), 3, 3).requires_grad_()
+    u = draw(*x.shape)
+
+    def second_backward():
+        y = torch.nn.functional.conv2d(x, w, **options)
+        g = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).requires_grad_()
+        (grad_x,) = torch.autograd.grad(y, x, g, create_graph=True)
+        return torch.autograd.grad(grad_x, [g, w], u)
+
+    expected = second_backward()
+    with robustkern.fused_double_backward():
+        actual = second_backward()
+    torch.testing.assert_close(actual, expected)
+
+
+def test_several_cotangents_of_a_large_convolution(not_emulated):
+    """Batched tensors are not split."""
+    x = torch.randn(2, 8, 320, 320, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(8, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    with robustkern.fused_double_backward():
+        y = torch.nn.functional.conv2d(x, w)
+        (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y, requires_grad=True), create_graph=True)
+        cotangents = torch.randn(2, *x.shape, dtype=torch.float64)
+        several = torch.func.vmap(lambda u: torch.autograd.grad(grad_x, w, u, retain_graph=True)[0])(cotangents)
+        for actual, u in zip(several, cotangents):
+            (expected,) = torch.autograd.grad(grad_x, w, u, retain_graph=True)
+            torch.testing.assert_close(actual, expected)

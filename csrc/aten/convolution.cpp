@@ -8,6 +8,8 @@
 //   second backward  grad_g = conv(u, w) + conv(x, a) + b   grad_x = dgrad(g, a)   grad_w = wgrad(g, u)
 //
 // Written in operators that are themselves replaced, so it can be differentiated any number of times.
+#include <algorithm>
+
 #include "operators.h"
 
 namespace rk::aten {
@@ -44,7 +46,38 @@ struct Geometry {
   }
 };
 
+// On the CPU oneDNN reorders contiguous images before a weight gradient.  The copies of large ones are where the memory of
+// a penalised step is at its peak, so they are made for a part of the batch at a time: no slower from 6 MiB on.
+int64_t parts_of_batch(const Tensor& g, const Tensor& u) {
+  if (!u.is_cpu() || !is_plain(u) || is_batched(u) || is_batched(g) || at::GradMode::is_enabled()) return 1;
+  if (under_functorch_grad()) return 1;
+  if (u.dim() < 4 || !u.is_contiguous() || !g.is_contiguous()) return 1;
+  constexpr int64_t most = 4, large = 3 << 19;
+  return u.numel() < large ? 1 : std::min({most, u.numel() / (large / 6), u.size(0)});
+}
+
 Tensor plus(const Tensor& a, const Tensor& b) { return a.defined() ? a + b : b; }
+
+Tensor weight_gradient(const Geometry& geometry, const Tensor& g, const Tensor& u, const Tensor& w) {
+  const auto of = [&](const Tensor& part_of_g, const Tensor& part_of_u) {
+    return std::get<1>(geometry.backward(part_of_g, part_of_u, w, std::nullopt, {false, true, false}));
+  };
+  const int64_t parts = parts_of_batch(g, u);
+  if (parts == 1) return of(g, u);
+  const auto of_g = g.tensor_split(parts), of_u = u.tensor_split(parts);
+  Tensor sum = of(of_g[0], of_u[0]);
+  for (int64_t i = 1; i < parts; ++i) sum.add_(of(of_g[i], of_u[i]));
+  return sum;
+}
+
+Tensor in_parts(const Geometry& geometry, const Tensor& g, const Tensor& u, const Tensor& w) {
+  const int64_t parts = parts_of_batch(g, u);
+  if (parts == 1) return geometry.convolve(u, w);
+  Tensor result = at::empty_like(g);
+  const auto of_u = u.tensor_split(parts), of_result = result.tensor_split(parts);
+  for (int64_t i = 0; i < parts; ++i) of_result[i].copy_(geometry.convolve(of_u[i], w));
+  return result;
+}
 
 struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& w,
@@ -74,11 +107,10 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     const Tensor b = mask & 4 ? cotangents[next++] : Tensor();
 
     Tensor grad_g, grad_x, grad_w;
-    // Before grad_g is there: in its reordered copies of g and u the step's memory is at its peak.
-    if (ctx->needs_input_grad(2) && u.defined())
-      grad_w = std::get<1>(geometry.backward(g, u, w, std::nullopt, {false, true, false}));
+    // Before grad_g is there, where the step's memory is at its peak.
+    if (ctx->needs_input_grad(2) && u.defined()) grad_w = weight_gradient(geometry, g, u, w);
     if (ctx->needs_input_grad(0)) {
-      if (u.defined()) grad_g = geometry.convolve(u, w);
+      if (u.defined()) grad_g = in_parts(geometry, g, u, w);
       if (a.defined()) grad_g = plus(grad_g, geometry.convolve(x, a));
       if (b.defined()) {
         std::vector<SymInt> shape(g.dim(), 1);

@@ -42,12 +42,6 @@ inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
   return !w || !w->defined() || w->scalar_type() == dtype || w->scalar_type() == accumulation_type(dtype);
 }
 
-// Stands for many tensors, one for each cotangent: a Function would attach its graph to what stands for them, where it is
-// lost.  An operator called through the dispatcher is called for each of them.
-inline bool is_batched(const Tensor& t) {
-  return t.key_set().has(c10::DispatchKey::Batched) || t.key_set().has(c10::DispatchKey::FuncTorchBatched);
-}
-
 // Rows x: [..., D] normalised, as a differentiable function of x whose value agrees with the statistics of the forward:
 // eps is what is missing in the variance.  PyTorch's own formula for LayerNorm takes the statistics for constants, and
 // its third order is wrong.

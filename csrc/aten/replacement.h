@@ -169,6 +169,12 @@ inline bool is_plain(const Tensor& t) {
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16);
 }
 
+// Stands for many tensors, one for each cotangent: a Function would attach its graph to what stands for them, where it is
+// lost.  An operator called through the dispatcher is called for each of them.
+inline bool is_batched(const Tensor& t) {
+  return t.key_set().has(c10::DispatchKey::Batched) || t.key_set().has(c10::DispatchKey::FuncTorchBatched);
+}
+
 // float32 for 16- and 32-bit data, float64 for float64.
 inline at::ScalarType accumulation_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;

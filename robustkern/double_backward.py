@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -126,7 +127,34 @@ def folds(outputs: torch.Tensor, impl: str = "auto") -> bool:
     extension = _library.aten_extension()
     if impl == "reference" or extension is None or torch.compiler.is_compiling():
         return False
-    return bool(extension.folds(outputs))
+    return extension.folds(outputs) and not _saves_through_hooks(outputs)
+
+
+def _saves_through_hooks(outputs: torch.Tensor) -> bool:
+    """Whether PyTorch's own nodes have saved anything through torch.autograd.graph.saved_tensors_hooks.
+
+    Checkpointing does.  It computes the forward again from within the backward, and under vmap PyTorch's operators save
+    other tensors there, or the same ones in another order: nobody notices where their shapes agree.
+    """
+    seen = set()
+    stack = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
+            for tensor in saved if isinstance(saved, tuple) else (saved,):
+                if tensor is not None and getattr(tensor, "unpack_hook", tensor) is not None:
+                    return True  # or this PyTorch does not tell
+        stack.extend(next_node for next_node, _ in node.next_functions)
+    return False
+
+
+@functools.cache
+def _saved_names(node: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(node) if name.startswith("_raw_saved_"))
 
 
 def _extension(name: str):  # type: ignore[no-untyped-def]

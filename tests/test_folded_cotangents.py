@@ -152,9 +152,6 @@ def test_what_does_not_fold():
         y.register_hook(seen.append)
         return model[1:](y)
 
-    def with_checkpoint(model):
-        return model[1:](torch.utils.checkpoint.checkpoint(model[0], x, use_reentrant=False))
-
     assert folds(build(torch.float32)(x))
     assert not folds(hooked(build(torch.float32)))
     assert not folds(nn.Sequential(build(torch.float32), nn.ReLU())(x))
@@ -162,12 +159,12 @@ def test_what_does_not_fold():
     assert not folds(build(torch.float32)(x), impl="reference")
     assert not folds(x.detach())
     with torch.autograd.graph.save_on_cpu():
-        assert folds(build(torch.float32)(x))
+        assert not folds(build(torch.float32)(x))
+        assert not folds(nn.RMSNorm(8)(x))
+    assert folds(nn.RMSNorm(8)(x))
     outputs = hooked(build(torch.float32))
     rk.jacobian_norm(outputs, x, 2).sum().backward()
     assert len(seen) == 3 and all(type(grad) is torch.Tensor and grad.shape == (4, 8, 4, 4) for grad in seen)
-    outputs = with_checkpoint(build(torch.float32))
-    rk.jacobian_norm(outputs, x, 2).sum().backward()
 
 
 def test_uninstalled_graph_does_not_fold():
@@ -180,3 +177,37 @@ def test_uninstalled_graph_does_not_fold():
         patch.setattr("robustkern.jacobian.folds", lambda outputs, impl: False)
         generator.manual_seed(3)
         torch.testing.assert_close(rk.jacobian_norm(outputs, x, 2, generator=generator), inside)
+
+
+@pytest.mark.parametrize(
+    "which, vmapped",
+    [
+        ("convolution", False),
+        ("convolution", True),
+        ("block", False),  # under vmap PyTorch's own linear layer saves its matrices in another order
+        ("norms", False),
+        ("norms", True),
+        ("linear", False),
+        ("all", False),
+    ],
+)
+def test_checkpointing(which, vmapped, not_emulated):
+    """What is computed again in the backward saves what was saved in the forward."""
+    model, x = build(), batch()
+    cotangents = torch.rand(3, 4, 6, dtype=torch.float64)
+    ranges = {"convolution": (0, 1), "block": (1, 2), "norms": (5, 7), "linear": (7, 8), "all": (0, 8)}
+    first, last = ranges[which]
+
+    def gradients(checkpointed):
+        y = model[:first](x)
+        middle = model[first:last]
+        y = torch.utils.checkpoint.checkpoint(middle, y, use_reentrant=False) if checkpointed else middle(y)
+        outputs = model[last:](y)
+        assert folds(outputs) != checkpointed
+        if vmapped:
+            grad = torch.func.vmap(lambda v: torch.autograd.grad(outputs, x, v, create_graph=True)[0])(cotangents)
+        else:
+            grad = rk.jacobian_norm(outputs, x, 3, generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad(grad.square().sum(), list(model.parameters()), allow_unused=True)
+
+    torch.testing.assert_close(gradients(True), gradients(False))

@@ -148,6 +148,7 @@ struct Mish {
 template <class Activation>
 struct Forward : torch::autograd::Function<Forward<Activation>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x) {
+    note_hooks(ctx);
     ctx->save_for_backward({x});
     ctx->set_materialize_grads(false);
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -188,9 +189,11 @@ Tensor forward(const Tensor& x) {
 }
 
 Tensor gelu(const Tensor& x, c10::string_view approximate) {
-  if (approximate == "tanh") return forward<GeluTanh>(x);
-  if (approximate == "none") return forward<Gelu>(x);
-  const UseStock guard;  // PyTorch has an error message for others
+  if (!saves_through_hooks()) {
+    if (approximate == "tanh") return forward<GeluTanh>(x);
+    if (approximate == "none") return forward<Gelu>(x);
+  }
+  const UseStock guard;  // PyTorch has an error message for other approximations
   return at::gelu(x, approximate);
 }
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -11,14 +12,16 @@ namespace {
 
 using torch::autograd::Node;
 
-std::unordered_set<std::type_index>& ours() {
-  static std::unordered_set<std::type_index> types;
+using Folds = bool (*)(Node&);
+
+std::unordered_map<std::type_index, Folds>& ours() {
+  static std::unordered_map<std::type_index, Folds> types;
   return types;
 }
 
 // PyTorch's own nodes whose batching rules neither loop nor copy x for each cotangent.  Elsewhere, in pooling, BatchNorm
 // or ReLU, one backward after the other is as fast or faster.
-bool is_ours_or_folds(const Node& node) {
+bool works_on_several(Node& node) {
   static const std::unordered_set<std::string> names{"AddBackward0",
                                                      "AddmmBackward0",
                                                      "AliasBackward0",
@@ -39,7 +42,8 @@ bool is_ours_or_folds(const Node& node) {
                                                      "UnsqueezeBackward0",
                                                      "ViewBackward0",
                                                      "torch::autograd::AccumulateGrad"};
-  return ours().count(typeid(node)) > 0 || names.count(node.name()) > 0;
+  const auto own = ours().find(typeid(node));
+  return own != ours().end() ? own->second(node) : names.count(node.name()) > 0;
 }
 
 bool has_hooks(Node& node) {
@@ -49,7 +53,7 @@ bool has_hooks(Node& node) {
 
 }  // namespace
 
-void add_folding(std::type_index node) { ours().insert(node); }
+void add_folding(std::type_index node, Folds folds) { ours()[node] = folds; }
 
 bool folds(const Tensor& outputs) {
   if (!enabled() || !is_plain(outputs) || !outputs.grad_fn()) return false;
@@ -58,7 +62,7 @@ bool folds(const Tensor& outputs) {
   while (!open.empty()) {
     Node& node = *open.back();
     open.pop_back();
-    if (has_hooks(node) || !is_ours_or_folds(node)) return false;
+    if (has_hooks(node) || !works_on_several(node)) return false;
     for (const auto& edge : node.next_edges())
       if (edge.function && seen.insert(edge.function.get()).second) open.push_back(edge.function.get());
   }

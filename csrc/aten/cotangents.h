@@ -2,6 +2,7 @@
 // tensor.  A Function that saves no more than x for all of them takes it apart and works on the K tensors together.
 #pragma once
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 
 #include <memory>
@@ -45,11 +46,24 @@ std::optional<Tensor> for_several(const Tensor& g, const F& f) {
   return at::functorch::makeBatched(result, 0, batched->level());
 }
 
-// Says of a Function's backward that it works on several cotangents at least as well as on one after the other.
-void add_folding(std::type_index node);
+// Whether what a graph saves goes through torch.autograd.graph.saved_tensors_hooks, as checkpointing does: it computes the
+// forward again while the backward asks for it, under vmap if that is where the backward runs.  There PyTorch's own nodes
+// are made, which save other tensors than ours.
+inline bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+// Called by the forward of a Function that folds, below.
+inline void note_hooks(AutogradContext* ctx) {
+  if (saves_through_hooks()) ctx->saved_data["hooks"] = true;
+}
+
+// Says of a Function's backward that it works on several cotangents at least as well as on one after the other, if what it
+// saved went through no hooks.
+void add_folding(std::type_index node, bool (*folds)(torch::autograd::Node&));
 template <class Function>
 void add_folding() {
-  add_folding(typeid(torch::autograd::CppNode<Function>));
+  using Node = torch::autograd::CppNode<Function>;
+  add_folding(typeid(Node),
+              [](torch::autograd::Node& node) { return static_cast<Node&>(node).ctx_.saved_data.count("hooks") == 0; });
 }
 
 // Whether everything that the graph of `outputs` holds does, so that one pass with all cotangents is worth it.  A node with

@@ -163,7 +163,7 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
 
 Triple native_layer_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w,
                          const std::optional<Tensor>& b, double eps) {
-  if (!is_plain(x) || !has_kernel(x, w)) {
+  if (!is_plain(x) || !has_kernel(x, w) || saves_through_hooks()) {
     const UseStock guard;
     return at::native_layer_norm_symint(x, shape, w, b, eps);
   }
@@ -175,6 +175,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
                         const std::vector<SymInt>& shape, std::optional<double> eps) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    note_hooks(ctx);
     const auto [y, rstd] = at::_fused_rms_norm(x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(shape)), w, eps);
     ctx->save_for_backward({x, optional_value(w), rstd});
     ctx->set_materialize_grads(false);

@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import Tensor
 
+from robustkern._graph import graph_nodes
+
 
 def check_tensors(function: str, x: Tensor, **outputs: Tensor) -> None:
     """Raises unless all are floating-point tensors and x requires grad.
@@ -83,17 +85,10 @@ def check_differentiable(function: str, name: str, grad: Tensor) -> None:
         )
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
         return
-    seen = set()
-    stack = [grad.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(grad):
         if "CompiledFunction" in node.name():
             raise RuntimeError(
                 f"{function}: the model was compiled from outside, and a compiled backward cannot be differentiated "
                 "again: compile the whole penalised step instead, with torch._dynamo.config.trace_autograd_ops = True, "
                 "or leave the model uncompiled"
             )
-        stack.extend(next_node for next_node, _ in node.next_functions)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from robustkern import _library
+from robustkern._graph import graph_nodes
 
 __all__ = ["fused_double_backward", "install", "is_installed", "uninstall"]
 
@@ -136,19 +137,12 @@ def _saves_through_hooks(outputs: torch.Tensor) -> bool:
     Checkpointing does.  It computes the forward again from within the backward, and under vmap PyTorch's operators save
     other tensors there, or the same ones in another order: nobody notices where their shapes agree.
     """
-    seen = set()
-    stack = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(outputs):
         for name in _saved_names(type(node)):
             saved = getattr(node, name)
             for tensor in saved if isinstance(saved, tuple) else (saved,):
                 if tensor is not None and getattr(tensor, "unpack_hook", tensor) is not None:
                     return True  # or this PyTorch does not tell
-        stack.extend(next_node for next_node, _ in node.next_functions)
     return False
 
 

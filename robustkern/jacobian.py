@@ -125,10 +125,29 @@ def jacobian_norm(
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents
-        if differentiable and projections != 1 and folds(outputs, impl):
-            stacked = _folded_values(outputs, x, cotangents, weight, squared, impl)
+        fold = differentiable and projections != 1 and folds(outputs, impl)
+
+        def gradient(cotangent: Tensor) -> Tensor:
+            return input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)
+
+        def norms(grads: Tensor) -> Tensor:
+            return row_norm(grads, 2.0, weight, squared=squared, impl=impl)
+
+        if fold:
+            batch = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
+            grads = torch.func.vmap(gradient)(batch)  # [K, *x.shape]
+            check_differentiable("jacobian_norm", "outputs", grads)
+            stacked = norms(grads.flatten(0, 1)).unflatten(0, grads.shape[:2]).t()  # [B, K]
         else:
-            stacked = _values(outputs, x, cotangents, weight, squared, impl, differentiable)
+            values: list[Tensor] = []
+            for cotangent in cotangents:
+                grad = gradient(cotangent)
+                if differentiable and not values:
+                    check_differentiable("jacobian_norm", "outputs", grad)
+                with torch.set_grad_enabled(differentiable):
+                    values.append(norms(grad))
+            with torch.set_grad_enabled(differentiable):
+                stacked = torch.stack(values, 1)
     with torch.set_grad_enabled(differentiable):
         if squared:
             norm = stacked.sum(1) if exact else stacked.mean(1)
@@ -138,46 +157,6 @@ def jacobian_norm(
     if not return_variance:
         return norm
     return norm, _variance(stacked.detach(), outputs, exact, law, reduction)
-
-
-def _values(
-    outputs: Tensor,
-    x: Tensor,
-    cotangents: Iterable[Tensor],
-    weight: Tensor | float | None,
-    squared: bool,
-    impl: str,
-    differentiable: bool,
-) -> Tensor:  # [B, K]
-    """||J_i^T w_ik|| by one backward pass after the other."""
-    values: list[Tensor] = []
-    for cotangent in cotangents:
-        grad = input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)
-        if differentiable and not values:
-            check_differentiable("jacobian_norm", "outputs", grad)
-        with torch.set_grad_enabled(differentiable):
-            values.append(row_norm(grad, 2.0, weight, squared=squared, impl=impl))
-    with torch.set_grad_enabled(differentiable):
-        return torch.stack(values, 1)
-
-
-def _folded_values(
-    outputs: Tensor,
-    x: Tensor,
-    cotangents: Iterable[Tensor],
-    weight: Tensor | float | None,
-    squared: bool,
-    impl: str,
-) -> Tensor:  # [B, K]
-    """The same by one backward pass of all."""
-    batch = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
-
-    def gradient(cotangent: Tensor) -> Tensor:
-        return input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=True)
-
-    grads = torch.func.vmap(gradient)(batch)  # [K, *x.shape]
-    check_differentiable("jacobian_norm", "outputs", grads)
-    return row_norm(grads.flatten(0, 1), 2.0, weight, squared=squared, impl=impl).unflatten(0, grads.shape[:2]).t()
 
 
 def _variance(values: Tensor, outputs: Tensor, exact: bool, law: str, reduction: str) -> Tensor:

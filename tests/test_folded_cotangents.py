@@ -1,6 +1,7 @@
 """Several cotangents in one backward pass: the norms and gradients of one after the other, in every form and layout."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,14 +11,6 @@ from torch import nn
 import robustkern as rk
 from robustkern.double_backward import folds
 from robustkern.testing import assert_as_accurate_as_reference
-
-pytestmark = pytest.mark.usefixtures("fused")
-
-
-@pytest.fixture
-def fused():
-    with rk.fused_double_backward():
-        yield
 
 
 class Block(nn.Module):
@@ -61,16 +54,17 @@ def build(dtype=torch.float64, layout=torch.contiguous_format, act="gelu"):
     return convnext(act).to(dtype=dtype, memory_format=layout)
 
 
-def results(model, x, *, fold, projections=4, **options):
-    """Norms, and the gradients of a loss and their sum."""
-    outputs = model(x)
-    if not fold:
-        outputs.grad_fn.register_hook(lambda *grads: None)  # which a batched tensor must not reach
-    assert folds(outputs) == fold
-    generator = torch.Generator().manual_seed(3)
-    norms = rk.jacobian_norm(outputs, x, projections, generator=generator, **options)
-    loss = norms.sum() + F.cross_entropy(outputs, torch.arange(len(x)))
-    return norms, *torch.autograd.grad(loss, [x, *model.parameters()])
+def results(model, x, *, fold, projections=4, stock=False, loss=True, **options):
+    """Norms, and the gradients of their sum, plus those of a loss."""
+    with nullcontext() if stock else rk.fused_double_backward():
+        outputs = model(x)
+        if not fold:
+            outputs.grad_fn.register_hook(lambda *grads: None)  # which a batched tensor must not reach
+        assert folds(outputs) == fold
+        generator = torch.Generator().manual_seed(3)
+        norms = rk.jacobian_norm(outputs, x, projections, generator=generator, **options)
+        total = norms.sum() + F.cross_entropy(outputs, torch.arange(len(x))) if loss else norms.sum()
+        return norms, *torch.autograd.grad(total, [x, *model.parameters()], allow_unused=not loss)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -79,10 +73,17 @@ def test_one_after_the_other(act, layout, not_emulated):
     model, x = build(act=act, layout=layout), batch(layout=layout)
     folded, looped = results(model, x, fold=True), results(model, x, fold=False)
     torch.testing.assert_close(folded, looped)
-    with rk.fused_double_backward():
-        stock = results(model, x, fold=False, impl="reference")
-    torch.testing.assert_close(folded, stock)
-    assert folded[0].min() > 0
+    torch.testing.assert_close(folded, results(model, x, fold=False, stock=True, impl="reference"))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_the_penalty_reaches_every_parameter(act, not_emulated):
+    model, x = build(act=act), batch()
+    for name, grad in zip(["norms", "x", *dict(model.named_parameters())], results(model, x, fold=True, loss=False)):
+        if name == "7.1.bias":  # a constant added to the outputs is not in their derivative
+            assert grad is None
+        else:
+            assert grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize(
@@ -109,23 +110,28 @@ def test_precision(dtype, not_emulated):
     folded, looped = results(model, x, fold=True), results(model, x, fold=False)
     exact = copy.deepcopy(model).double()
     truth = results(exact, x.detach().double().requires_grad_(), fold=False)
-    assert_as_accurate_as_reference(folded[0], looped[0], truth[0])
-    assert_as_accurate_as_reference(folded[3], looped[3], truth[3])
+    assert_as_accurate_as_reference(folded[0], looped[0], truth[0], what="norms")
+    gradient, eager, exact = (torch.cat([grad.flatten() for grad in of[2:]]) for of in (folded, looped, truth))
+    assert_as_accurate_as_reference(gradient, eager, exact, what="gradients of the parameters")
 
 
 def test_third_order(not_emulated):
     model, x = build(), batch()
+    parameters = list(model.parameters())[:-1]  # but the last bias
 
     def curvature(fold):
-        outputs = model(x)
-        if not fold:
-            outputs.grad_fn.register_hook(lambda *grads: None)
-        norms = rk.jacobian_norm(outputs, x, 3, generator=torch.Generator().manual_seed(3))
-        (grad,) = torch.autograd.grad(norms.sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), list(model.parameters()), allow_unused=True)
+        with rk.fused_double_backward():
+            outputs = model(x)
+            if not fold:
+                outputs.grad_fn.register_hook(lambda *grads: None)
+            assert folds(outputs) == fold
+            norms = rk.jacobian_norm(outputs, x, 3, generator=torch.Generator().manual_seed(3))
+            (grad,) = torch.autograd.grad(norms.sum(), x, create_graph=True)
+            return torch.autograd.grad(grad.square().sum(), parameters)
 
-    for folded, looped in zip(curvature(True), curvature(False)):
-        torch.testing.assert_close(folded, looped)
+    folded = curvature(True)
+    torch.testing.assert_close(folded, curvature(False))
+    assert all(grad.abs().max() > 0 for grad in folded)
 
 
 def test_per_parameter_gradients_of_several_cotangents(not_emulated):
@@ -133,50 +139,59 @@ def test_per_parameter_gradients_of_several_cotangents(not_emulated):
     model, x = build(), batch()
     parameters = list(model.parameters())
     cotangents = torch.rand(3, 4, 6, dtype=torch.float64)
-    outputs = model(x)
 
-    def gradients(cotangent):
-        return torch.autograd.grad(outputs, [x, *parameters], cotangent, retain_graph=True)
+    def differentiate(outputs):
+        return lambda cotangent: torch.autograd.grad(outputs, [x, *parameters], cotangent, retain_graph=True)
 
-    several = torch.func.vmap(gradients)(cotangents)
+    with rk.fused_double_backward():
+        several = torch.func.vmap(differentiate(model(x)))(cotangents)
+    one = differentiate(model(x))
     for k, cotangent in enumerate(cotangents):
-        torch.testing.assert_close([grad[k] for grad in several], list(gradients(cotangent)))
+        torch.testing.assert_close([grad[k] for grad in several], list(one(cotangent)))
 
 
 def test_what_does_not_fold():
-    x = batch(torch.float32)
-    seen = []
+    x, build_single = batch(torch.float32), lambda: build(torch.float32)
+    assert not folds(build_single()(x))
+    with rk.fused_double_backward():
+        outputs = build_single()(x)
+        assert folds(outputs)
+        assert not folds(nn.Sequential(build_single(), nn.ReLU())(x))
+        assert not folds(nn.Sequential(nn.BatchNorm2d(3), build_single())(x))
+        assert not folds(outputs, impl="reference")
+        assert not folds(x.detach())
+        assert folds(nn.RMSNorm(8)(x))
+        with torch.autograd.graph.save_on_cpu():
+            assert not folds(build_single()(x))
+            assert not folds(nn.RMSNorm(8)(x))
+    assert not folds(outputs)
 
-    def hooked(model):
+
+def test_hooks_see_one_gradient_after_the_other(not_emulated):
+    model, x, seen = build(), batch(), []
+    with rk.fused_double_backward():
         y = model[0](x)
         y.register_hook(seen.append)
-        return model[1:](y)
-
-    assert folds(build(torch.float32)(x))
-    assert not folds(hooked(build(torch.float32)))
-    assert not folds(nn.Sequential(build(torch.float32), nn.ReLU())(x))
-    assert not folds(nn.Sequential(nn.BatchNorm2d(3), build(torch.float32))(x))
-    assert not folds(build(torch.float32)(x), impl="reference")
-    assert not folds(x.detach())
-    with torch.autograd.graph.save_on_cpu():
-        assert not folds(build(torch.float32)(x))
-        assert not folds(nn.RMSNorm(8)(x))
-    assert folds(nn.RMSNorm(8)(x))
-    outputs = hooked(build(torch.float32))
-    rk.jacobian_norm(outputs, x, 2).sum().backward()
-    assert len(seen) == 3 and all(type(grad) is torch.Tensor and grad.shape == (4, 8, 4, 4) for grad in seen)
+        outputs = model[1:](y)
+        assert not folds(outputs)
+        rk.jacobian_norm(outputs, x, 2).sum().backward()
+    assert len(seen) == 3 and all(type(grad) is torch.Tensor and grad.shape == y.shape for grad in seen)
 
 
-def test_uninstalled_graph_does_not_fold():
-    model, x = build(torch.float32), batch(torch.float32)
-    outputs = model(x)
-    assert folds(outputs)
-    generator = torch.Generator().manual_seed(3)
-    inside = rk.jacobian_norm(outputs, x, 2, generator=generator)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("robustkern.jacobian.folds", lambda outputs, impl: False)
-        generator.manual_seed(3)
-        torch.testing.assert_close(rk.jacobian_norm(outputs, x, 2, generator=generator), inside)
+@pytest.mark.parametrize("built_inside", [False, True])
+def test_a_graph_of_one_scope_in_the_other(built_inside, not_emulated):
+    """What was installed when a graph was built, and what is when it is run, changes no value."""
+    model, x = build(), batch()
+    scopes = [rk.fused_double_backward, nullcontext][:: 1 if built_inside else -1]
+
+    def gradients(build_scope, run_scope):
+        with build_scope():
+            outputs = model(x)
+        with run_scope():
+            norms = rk.jacobian_norm(outputs, x, 3, generator=torch.Generator().manual_seed(3))
+        return norms, *torch.autograd.grad(norms.sum(), list(model.parameters())[:-1])
+
+    torch.testing.assert_close(gradients(*scopes), gradients(nullcontext, nullcontext))
 
 
 @pytest.mark.parametrize(
@@ -199,15 +214,18 @@ def test_checkpointing(which, vmapped, not_emulated):
     first, last = ranges[which]
 
     def gradients(checkpointed):
-        y = model[:first](x)
-        middle = model[first:last]
-        y = torch.utils.checkpoint.checkpoint(middle, y, use_reentrant=False) if checkpointed else middle(y)
-        outputs = model[last:](y)
-        assert folds(outputs) != checkpointed
-        if vmapped:
-            grad = torch.func.vmap(lambda v: torch.autograd.grad(outputs, x, v, create_graph=True)[0])(cotangents)
-        else:
-            grad = rk.jacobian_norm(outputs, x, 3, generator=torch.Generator().manual_seed(1))
-        return torch.autograd.grad(grad.square().sum(), list(model.parameters()), allow_unused=True)
+        with rk.fused_double_backward():
+            y = model[:first](x)
+            middle = model[first:last]
+            y = torch.utils.checkpoint.checkpoint(middle, y, use_reentrant=False) if checkpointed else middle(y)
+            outputs = model[last:](y)
+            assert folds(outputs) != checkpointed
+            if vmapped:
+                grad = torch.func.vmap(lambda v: torch.autograd.grad(outputs, x, v, create_graph=True)[0])(cotangents)
+            else:
+                grad = rk.jacobian_norm(outputs, x, 3, generator=torch.Generator().manual_seed(1))
+            return torch.autograd.grad(grad.square().sum(), list(model.parameters())[:-1])
 
-    torch.testing.assert_close(gradients(True), gradients(False))
+    plain = gradients(False)
+    torch.testing.assert_close(gradients(True), plain)
+    assert all(grad.abs().max() > 0 for grad in plain)

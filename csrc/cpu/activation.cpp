@@ -15,60 +15,76 @@
 namespace rk::cpu {
 namespace {
 
-// Several cotangents: the slopes of a piece of x are computed once for all of them.
+// The inputs and outputs of a call, and what a thread holds of them.
 template <class A>
-void run_several(const ActivationChoice& choice, const ActivationTensors& t, bool need_grad, bool need_x) {
-  const ActivationParameters<A> parameters = choice.as<A>();
-  const Input x(t.x), gg_x(t.gg_x), grad(t.grad);
-  const Output gg_grad(t.gg_grad, need_grad), grad_x(t.grad_x, need_x);
-  const int64_t elements = t.x.numel(), pieces = (elements + kPiece - 1) / kPiece;
-  torch::stable::parallel_for(0, pieces, rows_per_thread(kPiece * t.cotangents), [&](int64_t first, int64_t last) {
-    Buffer<A> ones, slope, bend, in_x, in_u, in_g, out_g, out_x;
-    std::fill(ones.element, ones.element + kPiece, A(1));
-    for (int64_t begin = first * kPiece; begin < std::min(elements, last * kPiece); begin += kPiece) {
-      const int64_t n = std::min(kPiece, elements - begin);
-      run_piece(choice.function,
-                ActivationPiece<A>{ones.element, ones.element, x.read(begin, n, in_x), slope.element, bend.element, n},
-                parameters);
-      A* const sum = grad_x.open(begin, out_x);
-      std::fill(sum, sum + n, A(0));
-      for (int64_t k = 0; k < t.cotangents; ++k) {
-        const int64_t at = k * elements + begin;
-        const A* u = gg_x.read(at, n, in_u);
-        if (need_grad) {
-          multiply(slope.element, u, gg_grad.open(at, out_g), n);
-          gg_grad.close(at, n, out_g);
-        }
-        if (need_x) add_product(bend.element, u, grad.read(at, n, in_g), sum, n);
+class Sweep {
+ public:
+  Sweep(const ActivationChoice& choice, const ActivationTensors& t, bool need_grad, bool need_x)
+      : function_(choice.function),
+        parameters_(choice.as<A>()),
+        elements_(t.x.numel()),
+        cotangents_(t.cotangents),
+        need_grad_(need_grad),
+        need_x_(need_x),
+        x_(t.x),
+        gg_x_(t.gg_x),
+        grad_(t.grad),
+        gg_grad_(t.gg_grad, need_grad),
+        grad_x_(t.grad_x, need_x) {
+    std::fill(ones_.element, ones_.element + kPiece, A(1));
+  }
+
+  void run(int64_t begin, int64_t n) { cotangents_ == 1 ? run_one(begin, n) : run_several(begin, n); }
+
+ private:
+  void run_one(int64_t begin, int64_t n) {
+    ActivationPiece<A> piece{};
+    piece.n = n;
+    piece.x = x_.read(begin, n, in_x_);
+    piece.gg_x = gg_x_.read(begin, n, in_u_);
+    piece.grad = need_x_ ? grad_.read(begin, n, in_g_) : piece.gg_x;
+    piece.gg_grad = gg_grad_.open(begin, out_g_);
+    piece.grad_x = grad_x_.open(begin, out_x_);
+    run_piece(function_, piece, parameters_);
+    gg_grad_.close(begin, n, out_g_);
+    grad_x_.close(begin, n, out_x_);
+  }
+
+  // The slopes of a piece of x are computed once for all cotangents.
+  void run_several(int64_t begin, int64_t n) {
+    const A* x = x_.read(begin, n, in_x_);
+    run_piece(function_, ActivationPiece<A>{ones_.element, ones_.element, x, slope_.element, bend_.element, n},
+              parameters_);
+    A* const sum = grad_x_.open(begin, out_x_);
+    std::fill(sum, sum + n, A(0));
+    for (int64_t k = 0; k < cotangents_; ++k) {
+      const int64_t at = k * elements_ + begin;
+      const A* u = gg_x_.read(at, n, in_u_);
+      if (need_grad_) {
+        multiply(slope_.element, u, gg_grad_.open(at, out_g_), n);
+        gg_grad_.close(at, n, out_g_);
       }
-      grad_x.close(begin, n, out_x);
+      if (need_x_) add_product(bend_.element, u, grad_.read(at, n, in_g_), sum, n);
     }
-    finish_streams();
-  });
-}
+    grad_x_.close(begin, n, out_x_);
+  }
+
+  const Activation function_;
+  const ActivationParameters<A> parameters_;
+  const int64_t elements_, cotangents_;
+  const bool need_grad_, need_x_;
+  const Input x_, gg_x_, grad_;
+  const Output gg_grad_, grad_x_;
+  Buffer<A> ones_, slope_, bend_, in_x_, in_u_, in_g_, out_g_, out_x_;
+};
 
 template <class A>
 void run(const ActivationChoice& choice, const ActivationTensors& t, bool need_grad, bool need_x) {
-  const ActivationParameters<A> parameters = choice.as<A>();
-  const Input x(t.x), gg_x(t.gg_x), grad(t.grad);
-  const Output gg_grad(t.gg_grad, need_grad), grad_x(t.grad_x, need_x);
   const int64_t elements = t.x.numel(), pieces = (elements + kPiece - 1) / kPiece;
-  if (t.cotangents != 1) return run_several<A>(choice, t, need_grad, need_x);
-  torch::stable::parallel_for(0, pieces, rows_per_thread(kPiece), [&](int64_t first, int64_t last) {
-    Buffer<A> in_x, in_u, in_g, out_g, out_x;
-    for (int64_t begin = first * kPiece; begin < std::min(elements, last * kPiece); begin += kPiece) {
-      const int64_t n = std::min(kPiece, elements - begin);
-      ActivationPiece<A> piece{};
-      piece.n = n;
-      piece.x = x.read(begin, n, in_x);
-      piece.gg_x = gg_x.read(begin, n, in_u);
-      piece.grad = need_x ? grad.read(begin, n, in_g) : piece.gg_x;
-      piece.gg_grad = gg_grad.open(begin, out_g);
-      piece.grad_x = grad_x.open(begin, out_x);
-      run_piece(choice.function, piece, parameters);
-      gg_grad.close(begin, n, out_g);
-      grad_x.close(begin, n, out_x);
-    }
+  torch::stable::parallel_for(0, pieces, rows_per_thread(kPiece * t.cotangents), [&](int64_t first, int64_t last) {
+    Sweep<A> sweep(choice, t, need_grad, need_x);
+    for (int64_t begin = first * kPiece; begin < std::min(elements, last * kPiece); begin += kPiece)
+      sweep.run(begin, std::min(kPiece, elements - begin));
     finish_streams();
   });
 }

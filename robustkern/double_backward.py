@@ -123,12 +123,12 @@ def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: i
         config.cache_key_tag = tag + _TAGS[zeros] if extension.enabled() else tag
 
 
-def folds(outputs: torch.Tensor, impl: str = "auto") -> bool:
-    """Whether several backward passes from `outputs` are best made as one, by torch.func.vmap over autograd.grad."""
+def folds(outputs: torch.Tensor, x: torch.Tensor, cotangents: int, impl: str = "auto") -> bool:
+    """Whether that many backward passes from `outputs` to x are best made as one, by torch.func.vmap over autograd.grad."""
     extension = _library.aten_extension()
     if impl == "reference" or extension is None or torch.compiler.is_compiling():
         return False
-    return extension.folds(outputs) and not _saves_through_hooks(outputs)
+    return extension.folds(outputs, x, cotangents) and not _saves_through_hooks(outputs)
 
 
 def _saves_through_hooks(outputs: torch.Tensor) -> bool:

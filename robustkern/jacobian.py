@@ -68,9 +68,9 @@ def jacobian_norm(
 
     and that of a batch's mean another B times less: one projection is enough for training.  Each projection takes
     one backward pass, and another in the backward pass of the result: a step with K of them takes 1 + K plain steps
-    in time, and K times the activations in memory.  Where `robustkern.install()` was in force when a network without
-    BatchNorm, ReLU, pooling and attention was run (LayerNorm or RMSNorm, GELU, SiLU or Mish, convolutions and linear
-    layers), the K passes are one, in which every operator works on all cotangents at once.
+    in time, and K times the activations in memory.  Where `robustkern.install()` was in force when a network of
+    convolutions, linear layers, BatchNorm, LayerNorm, RMSNorm, ReLU, GELU, SiLU and Mish was run, the K passes are one,
+    in which every operator works on all cotangents at once: on the CPU if no activation takes more than K MiB.
 
     To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
     A model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
@@ -117,15 +117,15 @@ def jacobian_norm(
         raise ValueError(f"jacobian_norm: first must not be negative, got {first}")
     with torch.enable_grad(), fused_where_possible(impl):
         source = outputs if differentiable else outputs.detach()
+        count = outputs.shape[1:].numel() if exact else int(projections)
         if exact:
             cotangents: Iterable[Tensor] = basis_cotangents(source, kind)
         else:
-            count = int(projections)
             # A row's directions are those of its place: rows before these, which somebody else has, are put there.
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents
-        fold = differentiable and projections != 1 and folds(outputs, impl)
+        fold = differentiable and folds(outputs, x, count, impl)
 
         def gradient(cotangent: Tensor) -> Tensor:
             return input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)

@@ -200,7 +200,7 @@ struct Attention<Backend, R(Args...)> {
     const bool transformed = enabled() && !uses_stock_kernels() && under_functorch_grad();
     if (transformed && inner_levels > 0) return composite(args...);
     const InnerLevel level(transformed);
-    return Op::redispatch(stock_keys(keys), args...);
+    return Op::redispatch(stock_keys<Op>(keys), args...);
   }
 
  private:

@@ -2,6 +2,8 @@
 //
 // The formulas stand in math/batch_norm.h.  Here PyTorch's arguments are brought into the shape that the operator
 // robustkern::batch_norm_double_backward takes: [N, C, S]; channels_last images are [N * H * W, C, 1].  Views only.
+// The forward is replaced too, by a node that can tell several cotangents.
+#include "cotangents.h"
 #include "normalization.h"
 #include "operators.h"
 
@@ -15,20 +17,27 @@ bool channels_innermost(const Tensor& x) {
   return format == at::MemoryFormat::ChannelsLast || format == at::MemoryFormat::ChannelsLast3d;
 }
 
-// [N, C, S], copied only if the data lie otherwise than `innermost` says.
-Tensor flattened(const Tensor& t, bool innermost) {
-  if (innermost) return t.movedim(1, -1).contiguous().view_symint({t.sym_numel() / t.sym_size(1), t.sym_size(1), 1});
-  SymInt inner = 1;
-  for (int64_t d = 2; d < t.dim(); ++d) inner = inner * t.sym_size(d);
-  return t.contiguous().view_symint({t.sym_size(0), t.sym_size(1), inner});
+// x as [N, C, S], or several cotangents of it as [K, N, C, S]; copied only if the data lie otherwise than `innermost` says.
+Tensor flattened(const Tensor& t, bool innermost, bool several = false) {
+  const int64_t batch = several ? 1 : 0;
+  const auto sizes = t.sym_sizes();
+  const auto images = sizes[batch], channels = sizes[batch + 1], inner = product(sizes.slice(batch + 2));
+  std::vector<SymInt> shape(sizes.begin(), sizes.begin() + batch);
+  if (innermost) {
+    shape.insert(shape.end(), {images * inner, channels, 1});
+    return t.movedim(batch + 1, -1).contiguous().view_symint(shape);
+  }
+  shape.insert(shape.end(), {images, channels, inner});
+  return t.contiguous().view_symint(shape);
 }
 
-Tensor unflattened(const Tensor& t, const Tensor& like, bool innermost) {
+Tensor unflattened(const Tensor& t, const Tensor& like, bool innermost, bool several = false) {
   if (!innermost) return t.view_symint(like.sym_sizes());
+  const int64_t channels = several ? 2 : 1;
   auto shape = like.sym_sizes().vec();
-  shape.push_back(shape[1]);
-  shape.erase(shape.begin() + 1);
-  return t.view_symint(shape).movedim(-1, 1);
+  shape.push_back(shape[channels]);
+  shape.erase(shape.begin() + channels);
+  return t.view_symint(shape).movedim(-1, channels);
 }
 
 // What both first backwards are given besides grad, x and weight.
@@ -38,6 +47,8 @@ struct BatchNorm {
   double eps = 0;
 
   Triple backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, Mask mask) const {
+    // w r P is symmetric: what it makes of u in the second backward, it makes of g in the first.
+    if (are_several(g, x)) return double_backward(g, Tensor(), Tensor(), g, x, optional_value(w), {true, false, false});
     if (reserve)
       return at::cudnn_batch_norm_backward(x, g, w.value(), running_mean, running_var, mean, invstd, eps, *reserve);
     return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
@@ -46,19 +57,25 @@ struct BatchNorm {
   // The same in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it is
   // differentiated twice more.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    if (!training) return backward(g, x, if_defined(w), mask);
+    const int64_t batch = g.dim() - x.dim();  // 1: several cotangents, of which only grad_x is asked for
+    if (!training && batch == 0) return backward(g, x, if_defined(w), mask);
     const auto accumulation = accumulation_type(x.scalar_type());
-    const auto rows = [&](const Tensor& t) { return t.to(accumulation).transpose(0, 1).flatten(1); };
+    const auto rows = [&](const Tensor& t) {  // [C, M] or [K, C, M]
+      const int64_t n = t.dim() - x.dim();
+      return t.to(accumulation).transpose(n, n + 1).flatten(n + 1);
+    };
     const auto column = [&](const Tensor& t) { return t.to(accumulation).unsqueeze(1); };
+    const Tensor grad = rows(g), weighted = w.defined() ? column(w) * grad : grad;
+    const auto images = [&](const Tensor& t) {
+      return t.reshape_symint(g.transpose(batch, batch + 1).sym_sizes())
+          .transpose(batch, batch + 1)
+          .to(x.scalar_type());
+    };
+    if (!training) return {images(weighted * column((*running_var + eps).rsqrt())), Tensor(), Tensor()};
     const Normalized normalized(rows(x), column(*mean), column(*invstd));
-    const Tensor grad = rows(g);
     const auto dtype = w.defined() ? w.scalar_type() : accumulation;
     Triple result;
-    if (mask[0])
-      std::get<0>(result) = normalized.backward(w.defined() ? column(w) * grad : grad)
-                                .reshape_symint(x.transpose(0, 1).sym_sizes())
-                                .transpose(0, 1)
-                                .to(x.scalar_type());
+    if (mask[0]) std::get<0>(result) = images(normalized.backward(weighted));
     if (mask[1]) std::get<1>(result) = (grad * normalized.xh).sum(1).to(dtype);
     if (mask[2]) std::get<2>(result) = grad.sum(1).to(dtype);
     return result;
@@ -73,15 +90,15 @@ struct BatchNorm {
         Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
                const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool, bool, bool);
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kKernel, "").typed<Signature>();
-    const bool innermost = channels_innermost(x);
-    const auto flat_u = u.defined() ? std::make_optional(flattened(u, innermost)) : std::nullopt;
+    const bool innermost = channels_innermost(x), several = are_several(g, x);
+    const auto flat_u = u.defined() ? std::make_optional(flattened(u, innermost, several)) : std::nullopt;
     const auto channels = [&](const Tensor& t) { return in_accumulation_type(t, x.scalar_type()); };
     const Tensor center = *channels(training ? *mean : *running_mean);
     const Tensor scale = training ? *channels(*invstd) : channels(*running_var)->add(eps).rsqrt();
     auto [grad_g, grad_x, grad_w] =
-        op.call(flat_u, channels(a), channels(b), flattened(g, innermost), flattened(x, innermost), channels(w), center,
-                scale, training, need[0], need[1], need[2]);
-    if (need[0]) grad_g = unflattened(grad_g, g, innermost);
+        op.call(flat_u, channels(a), channels(b), flattened(g, innermost, several), flattened(x, innermost),
+                channels(w), center, scale, training, need[0], need[1], need[2]);
+    if (need[0]) grad_g = unflattened(grad_g, g, innermost, several);
     if (need[1]) grad_x = unflattened(grad_x, x, innermost);
     if (need[2]) grad_w = grad_w.to(w.scalar_type());
     return {grad_g, grad_x, grad_w};
@@ -134,9 +151,65 @@ Triple cudnn_batch_norm_backward(const Tensor& x, const Tensor& g, const Tensor&
   return apply(g, x, w, {running_mean, running_var, mean, invstd, reserve, true, eps}, {true, true, true});
 }
 
+struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
+                               const std::optional<Tensor>& b, const std::optional<Tensor>& running_mean,
+                               const std::optional<Tensor>& running_var, bool training, double momentum, double eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, mean, invstd] = at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
+    ctx->save_for_backward({x, optional_value(w), optional_value(b), optional_value(running_mean),
+                            optional_value(running_var), mean, invstd});
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({mean, invstd});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["eps"] = eps;
+    return {y, mean, invstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    variable_list result(8);
+    const Tensor& g = cotangents[0];
+    if (!g.defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &w = saved[1], &b = saved[2];
+    size_t edge = 0;
+    const bool need_x = needs(ctx, x, edge), need_w = needs(ctx, w, edge), need_b = needs(ctx, b, edge);
+    const Mask mask{need_x, need_w, need_b};
+    const BatchNorm norm{if_defined(saved[3]),
+                         if_defined(saved[4]),
+                         if_defined(saved[5]),
+                         if_defined(saved[6]),
+                         std::nullopt,
+                         ctx->saved_data["training"].toBool(),
+                         ctx->saved_data["eps"].toDouble()};
+    if (mask == Mask{true, false, false})
+      if (const auto several = for_several(g, [&](const Tensor& cotangents) {
+            return BatchNormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0];
+          })) {
+        result[0] = *several;
+        return result;
+      }
+    std::tie(result[0], result[1], result[2]) = norm.backward(g, x, if_defined(w), mask);
+    return result;
+  }
+};
+
+Triple native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+                         const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                         bool training, double momentum, double eps) {
+  if (!is_plain(x) || saves_through_hooks()) {
+    const UseStock guard;
+    return at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
+  }
+  const auto outputs = ForwardBatchNorm::apply(x, w, b, running_mean, running_var, training, momentum, eps);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
 }  // namespace
 
 void register_batch_norm(Registrar& r) {
+  add_folding<ForwardBatchNorm>();
+  r.replace<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);
 }

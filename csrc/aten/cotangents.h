@@ -66,9 +66,9 @@ void add_folding() {
               [](torch::autograd::Node& node) { return static_cast<Node&>(node).ctx_.saved_data.count("hooks") == 0; });
 }
 
-// Whether everything that the graph of `outputs` holds does, so that one pass with all cotangents is worth it.  A node with
-// a hook does not: the hook would see a batched tensor.
-bool folds(const Tensor& outputs);
+// Whether everything between `outputs` and x does, so that one pass with all cotangents is worth it.  A node with a hook does
+// not: the hook would see a batched tensor.
+bool folds(const Tensor& outputs, const Tensor& x, int64_t cotangents);
 
 // Whether g is [K, *x.shape].
 inline bool are_several(const Tensor& g, const Tensor& x) { return g.dim() == x.dim() + 1; }

@@ -17,12 +17,14 @@
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/PythonDispatcherTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <functional>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace rk::aten {
@@ -51,10 +53,17 @@ class UseStock {
   bool before_;
 };
 
+// torch.compile has a decomposition of this operator, which it takes for ambiguous at AutogradOther only.
+template <class Op>
+constexpr bool kIsAmbiguous = std::is_same_v<Op, at::_ops::native_batch_norm>;
+
 // The keys that lead to PyTorch's own autograd kernel: it is registered at the alias Autograd, hence at AutogradOther.
 // Keys above autograd have had their turn.
-inline c10::DispatchKeySet stock_keys(c10::DispatchKeySet keys) {
-  return (keys & c10::after_autograd_keyset).add(c10::DispatchKey::AutogradOther);
+template <class Op>
+c10::DispatchKeySet stock_keys(c10::DispatchKeySet keys) {
+  const bool traced = kIsAmbiguous<Op> && c10::impl::PythonDispatcherTLS::get_state();
+  return (keys & c10::after_autograd_keyset)
+      .add(traced ? c10::DispatchKey::AutogradMeta : c10::DispatchKey::AutogradOther);
 }
 
 namespace detail {
@@ -90,7 +99,7 @@ struct Replacement<Op, R(Args...)> {
   template <R (*ours)(Args...)>
   static R kernel(c10::DispatchKeySet keys, Args... args) {
     if (serves(args...)) return ours(std::forward<Args>(args)...);
-    return Op::redispatch(stock_keys(keys), std::forward<Args>(args)...);
+    return Op::redispatch(stock_keys<Op>(keys), std::forward<Args>(args)...);
   }
 
   // For an operator without a derivative in PyTorch (silu_backward).  At AutogradOther stands its decomposition, which
@@ -100,7 +109,7 @@ struct Replacement<Op, R(Args...)> {
     if (serves(args...)) return ours(std::forward<Args>(args)...);
     const bool differentiable = (at::GradMode::is_enabled() && (detail::wants_grad(args) || ...)) ||
                                 (detail::has_tangent(args) || ...) || under_functorch_grad();
-    return Op::redispatch(differentiable ? stock_keys(keys) : keys & c10::after_autograd_keyset,
+    return Op::redispatch(differentiable ? stock_keys<Op>(keys) : keys & c10::after_autograd_keyset,
                           std::forward<Args>(args)...);
   }
 };

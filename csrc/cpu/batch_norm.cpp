@@ -1,7 +1,8 @@
 // batch_norm_double_backward on the CPU.  Formulas: math/batch_norm.h.
 //
 // Two sweeps, one for five sums a channel and one for the results: u, g and x are read twice and two tensors written, 8
-// elements moved for each element of x, and 5 where the second sweep finds its channel in the cache.  Work is cut into
+// elements moved for each element of x, and 5 where the second sweep finds its channel in the cache.  Of K cotangents a
+// thread takes one channel after the other, so that x and the sum of grad_x stay in its cache: 3 K + 2.  Work is cut into
 // units of fixed size, whose sums are added in order: the same bits for every number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,8 +21,7 @@ namespace {
 constexpr int64_t kUnit = 16384;        // elements of a unit along a channel: its five tensors fit a core's L2 cache
 constexpr int64_t kLeastStream = 1024;  // bytes of a run that is worth to be written past the cache
 constexpr int64_t kRowUnit = 65536;     // elements of a unit of rows
-constexpr int64_t kTile =
-    8192;  // elements of the rows that are summed in the accumulation type before they go to double
+constexpr int64_t kTile = 8192;  // elements of rows that are summed in the accumulation type before they go to double
 
 template <class A>
 A value_or(const A* values, int64_t i, A otherwise) {
@@ -39,20 +39,47 @@ class Call {
   const A *weight, *a, *b, *mean, *invstd;
   A* grad_weight;  // or null
   bool training;
+  int64_t cotangents = 1;  // u, g and grad are [K, N, C, S]
+  A* sum_x = nullptr;      // of several cotangents, in the place of grad_x
+
+  int64_t size() const { return images * channels * inner; }
 
   void run() {
-    if (images * channels * inner == 0) {
+    if (size() * cotangents == 0) {
+      if (sum_x) std::fill(sum_x, sum_x + size(), A(0));
       if (grad_weight) std::fill(grad_weight, grad_weight + channels, A(0));
       return;
     }
     coefficients_.resize(channels);
-    streamed_ =
-        is_wide() && images * channels * inner * item >= kStreamedBytes && (inner == 1 || inner * item >= kLeastStream);
-    inner == 1 ? run_across() : run_along();
+    const int64_t bytes = cotangents * size() * item, run = inner * item;
+    streamed_ = is_wide() && bytes >= kStreamedBytes && (inner == 1 || run >= kLeastStream);
+    if (cotangents == 1) return run_one();
+    std::vector<Call> calls;
+    for (int64_t k = 0; k < cotangents; ++k) calls.push_back(one_of(k));
+    if (inner > 1 && training && has_channel_for_each_thread())
+      for_channels([&](int64_t channel, Sums* sums) {
+        for (Call& call : calls) call.run_channel(channel, sums);
+      });
+    else
+      for (Call& call : calls) call.run_one();
   }
 
  private:
   bool is_wide() const { return item == sizeof(A); }  // stored as it is computed with
+  bool writes() const { return grad || grad_x || sum_x; }
+
+  Call one_of(int64_t cotangent) const {
+    const int64_t offset = cotangent * size() * item;
+    Call call = *this;
+    call.u += offset;
+    call.g += offset;
+    if (call.grad) call.grad += offset;
+    call.cotangents = 1;
+    call.adds_ = cotangent > 0;
+    return call;
+  }
+
+  void run_one() { inner == 1 ? run_across() : run_along(); }
 
   void set_coefficients(int64_t c, const Sums& sums) {
     const double r = invstd[c];
@@ -60,15 +87,7 @@ class Call {
                                                    double(images) * double(inner), value_or(weight, c, A(1)), r,
                                                    value_or(a, c, A(0)), value_or(b, c, A(0)), training);
     coefficients_[c] = {A(k.grad_u), A(k.grad_x), A(k.grad_1), A(k.x_u), A(k.x_g), A(k.x_x), A(k.x_1), A(k.weight)};
-    if (grad_weight) grad_weight[c] = A(k.weight);
-  }
-
-  static void add(Sums& to, const Sums& from) {
-    to.u += from.u;
-    to.g += from.g;
-    to.ug += from.ug;
-    to.ux += from.ux;
-    to.gx += from.gx;
+    if (grad_weight) grad_weight[c] = A(k.weight) + (adds_ ? grad_weight[c] : A(0));
   }
 
   // ---- [N, C, S]: the units of a channel, each some runs of adjacent elements
@@ -93,7 +112,7 @@ class Call {
           f(n * stride + channel * inner + s, int64_t(1), std::min(kPiece, end - s));
     } else {
       const int64_t first = unit * images_of_unit(), last = std::min(images, first + images_of_unit());
-      const int64_t runs = streamed_ ? 1 : std::max<int64_t>(1, kPiece / inner);
+      const int64_t runs = streamed_ || (sum_x && !is_wide()) ? 1 : std::max<int64_t>(1, kPiece / inner);
       for (int64_t n = first; n < last; n += runs) f(n * stride + channel * inner, std::min(runs, last - n), inner);
     }
   }
@@ -133,19 +152,45 @@ class Call {
     alignas(64) A buffer[5][kPiece];
     for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
       const int64_t stride = is_wide() ? channels * inner : length;
-      const Place<A> place{read(u, offset, runs, length, buffer[0]), read(g, offset, runs, length, buffer[1]),
-                           read(x, offset, runs, length, buffer[2]), target(grad, offset, buffer[3]),
-                           target(grad_x, offset, buffer[4])};
+      const Place<A> place{read(u, offset, runs, length, buffer[0]),
+                           read(g, offset, runs, length, buffer[1]),
+                           read(x, offset, runs, length, buffer[2]),
+                           target(grad, offset, buffer[3]),
+                           sum_x ? sum_x + offset : target(grad_x, offset, buffer[4]),
+                           adds_};
       apply_along(place, runs, stride, length, mean[channel], coefficients_[channel]);
       write(grad, offset, runs, length, buffer[3]);
       write(grad_x, offset, runs, length, buffer[4]);
     });
   }
 
-  bool writes() const { return grad || grad_x; }
+  bool has_channel_for_each_thread() const { return channels >= 4 * int64_t(torch::stable::get_num_threads()); }
+
+  // A channel is one thread's, which still has it in its cache when it comes to the results.
+  template <class F>
+  void for_channels(const F& f) const {
+    std::vector<Sums> sums(channels * units());
+    torch::stable::parallel_for(0, channels, rows_per_thread(cotangents * images * inner),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t c = begin; c < end; ++c) f(c, sums.data() + c * units());
+                                  finish_streams();
+                                });
+  }
+
+  void run_channel(int64_t channel, Sums* sums) {
+    Sums total;
+    for (int64_t unit = 0; unit < units(); ++unit) {
+      sums[unit] = sums_along_unit(channel, unit);
+      add(total, sums[unit]);
+    }
+    set_coefficients(channel, total);
+    for (int64_t unit = units(); writes() && unit-- > 0;) apply_along_unit(channel, unit);
+  }
 
   void run_along() {
-    const int64_t all = units(), threads = torch::stable::get_num_threads();
+    if (training && has_channel_for_each_thread())
+      return for_channels([this](int64_t channel, Sums* sums) { run_channel(channel, sums); });
+    const int64_t all = units();
     std::vector<Sums> sums(channels * all);
     const auto finish = [&](int64_t c) {
       Sums total;
@@ -162,16 +207,6 @@ class Call {
         finish_streams();
       });
       for (int64_t c = 0; grad_weight && c < channels; ++c) finish(c);
-    } else if (channels >= 4 * threads) {  // a channel is one thread's, which still has it in its cache
-      const int64_t at_least = rows_per_thread(images * inner);
-      torch::stable::parallel_for(0, channels, at_least, [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          for (int64_t unit = 0; unit < all; ++unit) sums[c * all + unit] = sums_along_unit(c, unit);
-          finish(c);
-          for (int64_t unit = all; writes() && unit-- > 0;) apply_along_unit(c, unit);
-        }
-        finish_streams();
-      });
     } else {
       torch::stable::parallel_for(0, channels * all, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) sums[i] = sums_along_unit(i / all, i % all);
@@ -237,9 +272,12 @@ class Call {
         buffer.grad.resize(rows_of_tile() * channels);
         buffer.grad_x.resize(rows_of_tile() * channels);
       }
-      const Place<A> place{read_rows(u, offset, count, buffer.u), read_rows(g, offset, count, buffer.g),
-                           read_rows(x, offset, count, buffer.x), target(grad, offset, buffer.grad.data()),
-                           target(grad_x, offset, buffer.grad_x.data())};
+      const Place<A> place{read_rows(u, offset, count, buffer.u),
+                           read_rows(g, offset, count, buffer.g),
+                           read_rows(x, offset, count, buffer.x),
+                           target(grad, offset, buffer.grad.data()),
+                           sum_x ? sum_x + offset : target(grad_x, offset, buffer.grad_x.data()),
+                           adds_};
       apply_across(place, rows, channels, c);
       write_rows(grad, offset, count, buffer.grad);
       write_rows(grad_x, offset, count, buffer.grad_x);
@@ -287,7 +325,7 @@ class Call {
   }
 
   std::vector<BatchNormCoefficients<A>> coefficients_;
-  bool streamed_ = false;
+  bool streamed_ = false, adds_ = false;  // adds_: to what the cotangents before have left
 };
 
 template <class A>
@@ -305,17 +343,24 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
                                                               std::optional<Tensor> weight, Tensor mean, Tensor invstd,
                                                               bool training, bool need_grad, bool need_x,
                                                               bool need_weight) {
-  check_batch_norm("batch_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
-  const auto sizes = sizes_of(x);
-  const Tensor u = gg_x ? torch::stable::contiguous(*gg_x) : torch::stable::new_zeros(x, sizes);
+  const int64_t cotangents =
+      check_batch_norm("batch_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
+  const auto sizes = sizes_of(x), sizes_of_grad = sizes_of(grad);
+  const bool several = grad.dim() == 4;
+  const Tensor u = gg_x ? torch::stable::contiguous(*gg_x) : torch::stable::new_zeros(x, sizes_of_grad);
   const Tensor g = torch::stable::contiguous(grad), dense_x = torch::stable::contiguous(x);
   const Tensor dense_mean = torch::stable::contiguous(mean), dense_invstd = torch::stable::contiguous(invstd);
   const auto w = dense(weight), a = dense(gg_weight), b = dense(gg_bias);
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
   };
-  Tensor gg_grad = output(need_grad, sizes, x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
+  Tensor gg_grad = output(need_grad, sizes_of_grad, x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
   Tensor grad_weight = output(need_weight, {x.size(1)}, accumulation_type(x.scalar_type()));
+
+  // Of several cotangents, in the accumulation type.
+  Tensor sum_x = need_x && several && accumulation_type(x.scalar_type()) != x.scalar_type()
+                     ? output(true, sizes, accumulation_type(x.scalar_type()))
+                     : grad_x;
 
   const auto run = [&](auto number) {
     using A = decltype(number);
@@ -330,16 +375,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     call.g = static_cast<const char*>(g.data_ptr());
     call.x = training || gg_weight || need_x ? static_cast<const char*>(dense_x.data_ptr()) : nullptr;
     call.grad = need_grad ? static_cast<char*>(gg_grad.data_ptr()) : nullptr;
-    call.grad_x = need_x ? static_cast<char*>(grad_x.data_ptr()) : nullptr;
+    call.grad_x = need_x && !several ? static_cast<char*>(grad_x.data_ptr()) : nullptr;
     call.weight = pointer<A>(w);
     call.a = pointer<A>(a);
     call.b = pointer<A>(b);
     call.mean = static_cast<const A*>(dense_mean.data_ptr());
     call.invstd = static_cast<const A*>(dense_invstd.data_ptr());
     call.grad_weight = need_weight ? static_cast<A*>(grad_weight.data_ptr()) : nullptr;
+    call.cotangents = cotangents;
+    if (need_x && several) call.sum_x = static_cast<A*>(sum_x.data_ptr());
     call.run();
   };
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  if (sum_x.data_ptr() != grad_x.data_ptr()) torch::stable::copy_(grad_x, sum_x);
   return {gg_grad, grad_x, grad_weight};
 }
 

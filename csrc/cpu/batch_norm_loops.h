@@ -11,12 +11,21 @@ namespace rk::cpu {
 
 using Sums = BatchNormSums<double>;
 
+inline void add(Sums& to, const Sums& from) {
+  to.u += from.u;
+  to.g += from.g;
+  to.ug += from.ug;
+  to.ux += from.ux;
+  to.gx += from.gx;
+}
+
 // The tensors of a call at one place, in the accumulation type.  An output that is not wanted is null, and so is x where
 // nothing depends on it: then only sum u g is taken, and grad = grad_u u + grad_1 written.
 template <class A>
 struct Place {
   const A *u, *g, *x;
   A *grad, *grad_x;
+  bool adds;  // to grad_x
 };
 
 // The five sums in vector registers.
@@ -99,17 +108,19 @@ RK_HOST_DEVICE void apply_along_of(const Place<A>& p, int64_t runs, int64_t stri
     const int64_t o = run * stride;
     if (!x) {
       for (int64_t j = o; j < o + length; ++j) grad[j] = c.grad_u * u[j] + c.grad_1;
-    } else if (grad && grad_x) {
+    } else if (grad && grad_x && !p.adds) {
       for (int64_t j = o; j < o + length; ++j) {
         const A d = x[j] - mean, v = u[j];
         grad[j] = c.grad_u * v + (c.grad_x * d + c.grad_1);
         grad_x[j] = c.x_u * v + (c.x_g * g[j] + (c.x_x * d + c.x_1));
       }
-    } else if (grad) {
-      for (int64_t j = o; j < o + length; ++j) grad[j] = c.grad_u * u[j] + (c.grad_x * (x[j] - mean) + c.grad_1);
-    } else if (grad_x) {
-      for (int64_t j = o; j < o + length; ++j)
+    } else {
+      for (int64_t j = o; grad && j < o + length; ++j)
+        grad[j] = c.grad_u * u[j] + (c.grad_x * (x[j] - mean) + c.grad_1);
+      for (int64_t j = o; grad_x && !p.adds && j < o + length; ++j)
         grad_x[j] = c.x_u * u[j] + (c.x_g * g[j] + (c.x_x * (x[j] - mean) + c.x_1));
+      for (int64_t j = o; grad_x && p.adds && j < o + length; ++j)
+        grad_x[j] += c.x_u * u[j] + (c.x_g * g[j] + (c.x_x * (x[j] - mean) + c.x_1));
     }
   }
 }
@@ -187,7 +198,9 @@ RK_HOST_DEVICE void apply_lanes(const Place<A>& p, int64_t o, int64_t j, int64_t
   if constexpr (kGrad) put(p.grad + o + j, get(c.grad_u + j) * v + (get(c.grad_x + j) * d + get(c.grad_1 + j)));
   if constexpr (kX) {
     const Lanes<A> w = get(p.g + o + j);
-    put(p.grad_x + o + j, get(c.x_u + j) * v + (get(c.x_g + j) * w + (get(c.x_x + j) * d + get(c.x_1 + j))));
+    Lanes<A> sum = get(c.x_u + j) * v + (get(c.x_g + j) * w + (get(c.x_x + j) * d + get(c.x_1 + j)));
+    if (p.adds) sum += get(p.grad_x + o + j);
+    put(p.grad_x + o + j, sum);
   }
 }
 

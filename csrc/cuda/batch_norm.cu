@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
                                                               bool need_weight) {
   const char* op = "batch_norm_double_backward";
   const DeviceScope scope(x);
-  check_batch_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
+  const int64_t cotangents = check_batch_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
   const auto sizes = sizes_of(x);
   const ScalarType accumulation = accumulation_type(x.scalar_type());
   const auto u = dense(gg_x), g = dense(grad), dense_x = dense(x), w = dense(weight), a = dense(gg_weight),
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
   };
-  Tensor gg_grad = output(need_grad, sizes, x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
+  Tensor gg_grad = output(need_grad, sizes_of(grad), x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
   Tensor grad_weight = output(need_weight, {x.size(1)}, accumulation);
   std::optional<Tensor> partial, coefficients;
 
@@ -65,12 +65,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     c.invstd = pointer<const A>(r);
     c.grad_weight = need_weight ? pointer<A>(grad_weight) : nullptr;
     c.training = training;
-    c.shares = c.images * c.inner == 0 ? 0 : batch_norm_shares(c);
-    partial = torch::stable::new_empty(x, {c.shares * kBatchNormSums * c.channels}, accumulation);
-    coefficients = torch::stable::new_empty(x, {kBatchNormCoefficients * c.channels}, accumulation);
+    c.cotangents = cotangents;
+    c.shares = cotangents * c.images * c.inner == 0 ? 0 : batch_norm_shares(c);
+    partial = torch::stable::new_empty(x, {cotangents * c.shares * kBatchNormSums * c.channels}, accumulation);
+    coefficients = torch::stable::new_empty(x, {cotangents * kBatchNormCoefficients * c.channels}, accumulation);
     c.partial = pointer<A>(partial);
     c.coefficients = pointer<A>(coefficients);
     if (c.shares == 0 && need_weight) torch::stable::zero_(grad_weight);
+    if (c.shares == 0 && need_x) torch::stable::zero_(grad_x);
     if (c.shares > 0) check_launch(launch_batch_norm(c, scope.stream()), op);
   };
   switch (x.scalar_type()) {

@@ -4,6 +4,8 @@
 // fixed statistics the coefficients are known beforehand, and the first sweep writes the results as well.  Data lie as
 // runs of adjacent elements: "along", [N, C, S], a run is one channel of one image; "across", [P, C], a run is a row of
 // all channels.  Blocks take fixed shares of the data and sum as trees: the same bits on every run, no atomics.
+// Of K cotangents the first sweep goes through one after the other; the second reads x once for all, and grad_x is summed
+// in registers: 5 K + 2 elements for each element of x, and K times x.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +25,26 @@ struct BatchNormCall {
   std::int64_t images, channels, inner;  // [N, C, S]; "across" if S = 1
   const S *u, *g, *x;                    // u null: zero; x null: nothing depends on it
   S *grad, *grad_x;                      // or null
+  std::int64_t cotangents;               // K: u, g and grad are [K, N, C, S]
   const A *weight, *a, *b, *mean, *invstd;
   A* grad_weight;  // or null
   bool training;
   std::int64_t shares;  // of a channel's data, one block each
-  A* partial;           // [shares, 5, C]
-  A* coefficients;      // [7, C]
+  A* partial;           // [K, shares, 5, C]
+  A* coefficients;      // [K, 7, C]
+
+  // The call for one of the cotangents.  Under fixed statistics grad_x, then zero, is the first one's to write.
+  __device__ __forceinline__ BatchNormCall one_of(std::int64_t k) const {
+    const std::int64_t offset = k * images * channels * inner;
+    BatchNormCall c = *this;
+    if (c.u) c.u += offset;
+    c.g += offset;
+    if (c.grad) c.grad += offset;
+    if (k > 0) c.grad_x = nullptr;
+    c.partial += k * shares * kBatchNormSums * channels;
+    c.coefficients += k * kBatchNormCoefficients * channels;
+    return c;
+  }
 };
 
 template <class S>
@@ -80,6 +96,16 @@ __device__ __forceinline__ void write_results(const BatchNormCall<S>& c, int k,
   if (c.grad_x) grad_x.element[k] = store<S>(w.x_u * u + (w.x_g * g + (w.x_x * d + w.x_1)));
 }
 
+template <class S>
+__device__ __forceinline__ void read_part(const S* from, Vector<S>& to, int count) {
+  if (count == Vector<S>::kSize)
+    to = load_vector(from, is_aligned(from));
+  else
+#pragma unroll
+    for (int k = 0; k < Vector<S>::kSize; ++k)
+      if (k < count) to.element[k] = from[k];
+}
+
 // Part of a run: `count` elements from `offset` on, read at once where they are aligned.
 template <class S>
 struct RunPart {
@@ -90,23 +116,13 @@ struct RunPart {
 
   __device__ __forceinline__ RunPart(const BatchNormCall<S>& c, std::int64_t offset, std::int64_t left)
       : count(left < Vector<S>::kSize ? static_cast<int>(left) : Vector<S>::kSize), has_u(c.u), has_x(c.x) {
-    if (has_u) read(c.u + offset, u);
-    read(c.g + offset, g);
-    if (has_x) read(c.x + offset, x);
+    if (has_u) read_part(c.u + offset, u, count);
+    read_part(c.g + offset, g, count);
+    if (has_x) read_part(c.x + offset, x, count);
   }
   __device__ __forceinline__ A u_at(int k) const { return has_u ? load(u.element[k]) : A(0); }
   __device__ __forceinline__ A g_at(int k) const { return load(g.element[k]); }
   __device__ __forceinline__ A d_at(int k, A mean) const { return has_x ? load(x.element[k]) - mean : A(0); }
-
- private:
-  __device__ __forceinline__ void read(const S* from, Vector<S>& to) const {
-    if (count == Vector<S>::kSize)
-      to = load_vector(from, is_aligned(from));
-    else
-#pragma unroll
-      for (int k = 0; k < Vector<S>::kSize; ++k)
-        if (k < count) to.element[k] = from[k];
-  }
 };
 
 template <class S>
@@ -121,12 +137,13 @@ __device__ __forceinline__ void store_part(S* to, const Vector<S>& v, int count)
 }
 
 template <class S, bool kTraining>
-__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_sums_along_kernel(const BatchNormCall<S> c) {
+__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_sums_along_kernel(const BatchNormCall<S> call) {
   using A = accumulation_t<S>;
   constexpr int V = Vector<S>::kSize;
-  const std::int64_t parts = (c.inner + V - 1) / V;
-  for (std::int64_t block = blockIdx.x; block < c.channels * c.shares; block += gridDim.x) {
-    const std::int64_t channel = block / c.shares, share = block % c.shares;
+  const std::int64_t parts = (call.inner + V - 1) / V, blocks = call.channels * call.shares;
+  for (std::int64_t block = blockIdx.x; block < call.cotangents * blocks; block += gridDim.x) {
+    const auto c = call.one_of(block / blocks);
+    const std::int64_t channel = block % blocks / c.shares, share = block % c.shares;
     const std::int64_t first = share_begin(c, share), last = share_begin(c, share + 1);
     const A mean = c.mean[channel], r = c.invstd[channel];
     [[maybe_unused]] BatchNormCoefficients<A> fixed;
@@ -165,13 +182,15 @@ __global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_sums_along_ke
 // Threads: x walks along the channels, a vector each, y over rows.
 template <class S, bool kTraining>
 __global__ void __launch_bounds__(kBatchNormThreads, kTraining ? 2 : 1)
-    batch_norm_sums_across_kernel(const BatchNormCall<S> c) {
+    batch_norm_sums_across_kernel(const BatchNormCall<S> call) {
   using A = accumulation_t<S>;
   constexpr int V = Vector<S>::kSize;
   __shared__ A shared[kBatchNormThreads * V];
-  const std::int64_t strips = (c.channels + std::int64_t(blockDim.x) * V - 1) / (std::int64_t(blockDim.x) * V);
-  for (std::int64_t block = blockIdx.x; block < strips * c.shares; block += gridDim.x) {
-    const std::int64_t share = block / strips, channel = (block % strips * blockDim.x + threadIdx.x) * V;
+  const std::int64_t strips = (call.channels + std::int64_t(blockDim.x) * V - 1) / (std::int64_t(blockDim.x) * V);
+  const std::int64_t blocks = strips * call.shares;
+  for (std::int64_t block = blockIdx.x; block < call.cotangents * blocks; block += gridDim.x) {
+    const auto c = call.one_of(block / blocks);
+    const std::int64_t share = block % blocks / strips, channel = (block % strips * blockDim.x + threadIdx.x) * V;
     const std::int64_t first = share_begin(c, share), last = share_begin(c, share + 1), left = c.channels - channel;
     const int width = left < 0 ? 0 : left < V ? static_cast<int>(left) : V;
     A mean[V];
@@ -225,26 +244,31 @@ __global__ void __launch_bounds__(kBatchNormThreads, kTraining ? 2 : 1)
 
 // One warp a channel.
 template <class S>
-__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_coefficients_kernel(const BatchNormCall<S> c) {
+__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_coefficients_kernel(const BatchNormCall<S> call) {
   using A = accumulation_t<S>;
   const std::int64_t warps = blockDim.x / 32;
-  for (std::int64_t channel = blockIdx.x * warps + threadIdx.x / 32; channel < c.channels;
+  for (std::int64_t channel = blockIdx.x * warps + threadIdx.x / 32; channel < call.channels;
        channel += gridDim.x * warps) {
-    A totals[kBatchNormSums] = {};
-    for (std::int64_t share = threadIdx.x % 32; share < c.shares; share += 32)
+    A weight = 0;
+    for (std::int64_t k = 0; k < call.cotangents; ++k) {
+      const auto c = call.one_of(k);
+      A totals[kBatchNormSums] = {};
+      for (std::int64_t share = threadIdx.x % 32; share < c.shares; share += 32)
+#pragma unroll
+        for (int i = 0; i < kBatchNormSums; ++i)
+          totals[i] += c.partial[(share * kBatchNormSums + i) * c.channels + channel];
 #pragma unroll
       for (int i = 0; i < kBatchNormSums; ++i)
-        totals[i] += c.partial[(share * kBatchNormSums + i) * c.channels + channel];
 #pragma unroll
-    for (int i = 0; i < kBatchNormSums; ++i)
+        for (int d = 16; d; d /= 2) totals[i] += __shfl_xor_sync(0xffffffffu, totals[i], d);
+      if (threadIdx.x % 32 != 0) continue;
+      const auto w = coefficients_of(c, channel, {totals[0], totals[1], totals[2], totals[3], totals[4]});
+      const A values[kBatchNormCoefficients] = {w.grad_u, w.grad_x, w.grad_1, w.x_u, w.x_g, w.x_x, w.x_1};
 #pragma unroll
-      for (int d = 16; d; d /= 2) totals[i] += __shfl_xor_sync(0xffffffffu, totals[i], d);
-    if (threadIdx.x % 32 != 0) continue;
-    const auto w = coefficients_of(c, channel, {totals[0], totals[1], totals[2], totals[3], totals[4]});
-    const A values[kBatchNormCoefficients] = {w.grad_u, w.grad_x, w.grad_1, w.x_u, w.x_g, w.x_x, w.x_1};
-#pragma unroll
-    for (int i = 0; i < kBatchNormCoefficients; ++i) c.coefficients[i * c.channels + channel] = values[i];
-    if (c.grad_weight) c.grad_weight[channel] = w.weight;
+      for (int i = 0; i < kBatchNormCoefficients; ++i) c.coefficients[i * c.channels + channel] = values[i];
+      weight += w.weight;
+    }
+    if (call.grad_weight && threadIdx.x % 32 == 0) call.grad_weight[channel] = weight;
   }
 }
 
@@ -283,6 +307,50 @@ __global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_apply_kernel(
   }
 }
 
+// The second sweep of several cotangents, under the statistics of the batch.
+template <class S, bool kAcross>
+__global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_apply_several_kernel(const BatchNormCall<S> call) {
+  using A = accumulation_t<S>;
+  constexpr int V = Vector<S>::kSize;
+  const std::int64_t length = kAcross ? call.channels : call.inner;
+  const std::int64_t runs = kAcross ? call.images : call.images * call.channels, parts = (length + V - 1) / V;
+  const std::int64_t step = std::int64_t(gridDim.x) * blockDim.x;
+  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < runs * parts; i += step) {
+    const std::int64_t run = i / parts, j = i % parts * V, offset = run * length + j;
+    const std::int64_t channel = kAcross ? j : run % call.channels;
+    const int count = length - j < V ? static_cast<int>(length - j) : V;
+    Vector<S> x;
+    A d[V], sum[V];
+    read_part(call.x + offset, x, count);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      sum[e] = 0;
+      if (e < count) d[e] = load(x.element[e]) - call.mean[kAcross ? channel + e : channel];
+    }
+    for (std::int64_t k = 0; k < call.cotangents; ++k) {
+      const auto c = call.one_of(k);
+      Vector<S> u, g, grad;
+      if (c.u) read_part(c.u + offset, u, count);
+      read_part(c.g + offset, g, count);
+      auto w = stored_coefficients(c, channel);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        if (e >= count) break;
+        if (kAcross && e > 0) w = stored_coefficients(c, channel + e);
+        const A v = c.u ? load(u.element[e]) : A(0);
+        if (c.grad) grad.element[e] = store<S>(w.grad_u * v + w.grad_x * d[e] + w.grad_1);
+        sum[e] += w.x_u * v + (w.x_g * load(g.element[e]) + (w.x_x * d[e] + w.x_1));
+      }
+      store_part(c.grad ? c.grad + offset : nullptr, grad, count);
+    }
+    if (!call.grad_x) continue;
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      if (e < count) x.element[e] = store<S>(sum[e]);
+    store_part(call.grad_x + offset, x, count);
+  }
+}
+
 template <class S>
 cudaError_t launch_batch_norm(const BatchNormCall<S>& c, cudaStream_t stream) {
   constexpr int V = Vector<S>::kSize;
@@ -293,11 +361,11 @@ cudaError_t launch_batch_norm(const BatchNormCall<S>& c, cudaStream_t stream) {
     unsigned wide = 1;
     while (wide < 32 && wide * V < c.channels) wide *= 2;
     const std::int64_t strips = (c.channels + wide * V - 1) / (wide * V);
-    const dim3 grid = grid_for(strips * c.shares), block(wide, kBatchNormThreads / wide);
+    const dim3 grid = grid_for(c.cotangents * strips * c.shares), block(wide, kBatchNormThreads / wide);
     status = c.training ? launch(batch_norm_sums_across_kernel<S, true>, grid, block, 0, stream, c)
                         : launch(batch_norm_sums_across_kernel<S, false>, grid, block, 0, stream, c);
   } else {
-    const dim3 grid = grid_for(c.channels * c.shares);
+    const dim3 grid = grid_for(c.cotangents * c.channels * c.shares);
     status = c.training ? launch(batch_norm_sums_along_kernel<S, true>, grid, flat, 0, stream, c)
                         : launch(batch_norm_sums_along_kernel<S, false>, grid, flat, 0, stream, c);
   }
@@ -307,6 +375,9 @@ cudaError_t launch_batch_norm(const BatchNormCall<S>& c, cudaStream_t stream) {
   if (status != cudaSuccess || !c.training || (!c.grad && !c.grad_x)) return status;
   const std::int64_t length = across ? c.channels : c.inner, runs = across ? c.images : c.images * c.channels;
   const dim3 grid = grid_for((runs * ((length + V - 1) / V) + kBatchNormThreads - 1) / kBatchNormThreads);
+  if (c.cotangents > 1)
+    return across ? launch(batch_norm_apply_several_kernel<S, true>, grid, flat, 0, stream, c)
+                  : launch(batch_norm_apply_several_kernel<S, false>, grid, flat, 0, stream, c);
   return across ? launch(batch_norm_apply_kernel<S, true>, grid, flat, 0, stream, c)
                 : launch(batch_norm_apply_kernel<S, false>, grid, flat, 0, stream, c);
 }

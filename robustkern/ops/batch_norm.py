@@ -28,7 +28,7 @@ def _fake(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape) if need_grad else nothing(x),
+        x.new_empty(grad.shape) if need_grad else nothing(x),
         x.new_empty(x.shape) if need_x else nothing(x),
         torch.empty_like(mean, memory_format=torch.contiguous_format) if need_weight else nothing(mean),
     )
@@ -50,10 +50,12 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
         need: tuple[bool, bool, bool] = (True, True, True),
         strided: bool = False,
         zero: tuple[int, ...] = (),
+        cotangents: int | None = None,
     ) -> DoubleBackwardSample:
-        def image() -> Tensor:
-            return make(*shape[:2], 2 * shape[2])[..., ::2] if strided else make(*shape)
+        def image(*several: int) -> Tensor:
+            return make(*several, *shape[:2], 2 * shape[2])[..., ::2] if strided else make(*several, *shape)
 
+        several = () if cotangents is None else (cotangents,)
         channels, x = shape[1], 2.0 * image() + 0.5
         exact = x.double() if x.numel() else x.new_ones((1, channels, 2), dtype=torch.float64)
         mean, var = exact.mean((0, 2)), exact.var((0, 2), correction=0)
@@ -61,10 +63,10 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
         return DoubleBackwardSample(
             name,
             {
-                "gg_x": image() if u else None,
+                "gg_x": image(*several) if u else None,
                 "gg_weight": wide(channels) if a else None,
                 "gg_bias": wide(channels) if b else None,
-                "grad": image(),
+                "grad": image(*several),
                 "x": x,
                 "weight": wide(channels) + 2.0 if affine else None,
                 "mean": mean.to(accumulation),
@@ -97,6 +99,20 @@ def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator
     yield sample("many rows", 3000, 40, 1)
     yield sample("strided", 4, 5, 12, strided=True)
     yield sample("empty batch", 0, 5, 12, zero=(2,))
+    for shape in ((4, 5, 12), (40, 6, 1), (3000, 40, 1), (1, 3, 20000), (300, 16, 7), (3, 2, 1500)):
+        yield sample(f"3 cotangents, {'x'.join(map(str, shape))}", *shape, cotangents=3)
+    yield sample("3 cotangents, strided", 4, 5, 12, cotangents=3, strided=True)
+    for only in range(3):
+        need = (only == 0, only == 1, only == 2)
+        for shape in ((5, 18, 12), (40, 19, 1)):
+            title = f"2 cotangents, {('grad', 'x', 'weight')[only]} alone, {'x'.join(map(str, shape))}"
+            yield sample(title, *shape, cotangents=2, need=need)
+    for shape in ((4, 5, 12), (40, 19, 1)):
+        title = f"2 cotangents, fixed statistics, {'x'.join(map(str, shape))}"
+        yield sample(title, *shape, cotangents=2, training=False, zero=(1,))
+    yield sample("1 cotangent", 4, 5, 12, cotangents=1)
+    yield sample("no cotangents", 4, 5, 12, cotangents=0, zero=(1, 2))
+    yield sample("3 cotangents, empty batch", 0, 5, 12, cotangents=3, zero=(2,))
 
 
 register_double_backward(

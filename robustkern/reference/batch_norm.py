@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def batch_norm_double_backward(
-    gg_x: Tensor | None,  # [N, C, S]
+    gg_x: Tensor | None,  # [N, C, S] or [K, N, C, S]
     gg_weight: Tensor | None,  # [C]
     gg_bias: Tensor | None,  # [C]
-    grad: Tensor,  # [N, C, S]
+    grad: Tensor,  # like gg_x
     x: Tensor,  # [N, C, S]
     weight: Tensor | None,  # [C]
     mean: Tensor,  # [C]
@@ -28,7 +28,9 @@ def batch_norm_double_backward(
         grad_weight = r K
 
     and in evaluation mode, where mean and r are constants, gg_grad = w r u + a xh + b, grad_x = a r g and
-    grad_weight = r sum u g.
+    grad_weight = r sum u g.  Of K cotangents, which have no a and b, grad_x and grad_weight are the sums.
+
+    w r P is symmetric: with grad in the place of gg_x, gg_grad is the grad_x of the first backward.
 
     Args:
         gg_x: u, the cotangent of grad_x; None for zero, as for the next two.
@@ -45,7 +47,7 @@ def batch_norm_double_backward(
         need_weight: the same for the third.
 
     Returns:
-        gg_grad and grad_x like x, grad_weight [C] in the dtype of mean.
+        gg_grad like grad, grad_x like x, grad_weight [C] in the dtype of mean.
 
     Differentiability: any order.  Source: Ioffe and Szegedy, "Batch normalization", 2015, differentiated twice.
     """
@@ -58,10 +60,10 @@ def batch_norm_double_backward(
     w, a, b = (None if v is None else channels(v) for v in (weight, gg_weight, gg_bias))
     scale = r if w is None else w * r
     xh = (x - channels(mean)) * r
-    u = x.new_zeros(()).expand_as(x) if gg_x is None else gg_x
+    u = x.new_zeros(()).expand_as(grad) if gg_x is None else gg_x
 
     def total(v: Tensor) -> Tensor:
-        return v.sum((0, 2), keepdim=True)
+        return v.sum((-3, -1), keepdim=True)
 
     def project(v: Tensor) -> Tensor:
         return v - total(v) / count - xh * (total(v * xh) / count) if training else v
@@ -78,7 +80,11 @@ def batch_norm_double_backward(
         grad_x = grad_x if a is None else grad_x + a * r * project(grad)
     else:
         grad_x = x.new_zeros(x.shape) if a is None else a * r * grad
-    grad_weight = (r * k).flatten().to(mean.dtype)
+    grad_weight = r * k
+    if grad.dim() > x.dim():
+        grad_weight = grad_weight.sum(0)
+        grad_x = grad_x.sum(0) if training else grad_x
+    grad_weight = grad_weight.flatten().to(mean.dtype)
     empty = x.new_empty([0])
     return (
         gg_grad if need_grad else empty,

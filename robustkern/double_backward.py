@@ -124,7 +124,7 @@ def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: i
 
 
 def folds(outputs: torch.Tensor, x: torch.Tensor, cotangents: int, impl: str = "auto") -> bool:
-    """Whether that many backward passes from `outputs` to x are best made as one, by torch.func.vmap over autograd.grad."""
+    """Whether so many backward passes from `outputs` to x are best made as one, torch.func.vmap over autograd.grad."""
     extension = _library.aten_extension()
     if impl == "reference" or extension is None or torch.compiler.is_compiling():
         return False

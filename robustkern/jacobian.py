@@ -70,7 +70,7 @@ def jacobian_norm(
     one backward pass, and another in the backward pass of the result: a step with K of them takes 1 + K plain steps
     in time, and K times the activations in memory.  Where `robustkern.install()` was in force when a network of
     convolutions, linear layers, BatchNorm, LayerNorm, RMSNorm, ReLU, GELU, SiLU and Mish was run, the K passes are one,
-    in which every operator works on all cotangents at once: on the CPU if no activation takes more than K MiB.
+    in which every operator works on all cotangents at once (on the CPU if BatchNorm and ReLU see K MiB at most).
 
     To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
     A model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'

@@ -208,7 +208,7 @@ Triple native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const 
 }  // namespace
 
 void register_batch_norm(Registrar& r) {
-  add_folding<ForwardBatchNorm>();
+  add_folding<ForwardBatchNorm>(/*when_large=*/false);
   r.replace<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);

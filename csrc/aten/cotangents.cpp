@@ -16,25 +16,34 @@ namespace {
 
 using torch::autograd::Node;
 
-using Folds = bool (*)(Node&);
-
-std::unordered_map<std::type_index, Folds>& ours() {
-  static std::unordered_map<std::type_index, Folds> types;
+std::unordered_map<std::type_index, Folding>& ours() {
+  static std::unordered_map<std::type_index, Folding> types;
   return types;
 }
 
 // PyTorch's own nodes whose batching rules neither loop nor copy x for each cotangent.  Other nodes have not been measured.
-bool works_on_several(Node& node) {
-  static const std::unordered_set<std::string> names{
-      "AddBackward0",       "AddmmBackward0",       "AliasBackward0",
-      "CloneBackward0",     "ConvolutionBackward0", "ExpandBackward0",
-      "MeanBackward1",      "MmBackward0",          "MulBackward0",
-      "PermuteBackward0",   "ReluBackward0",        "ReshapeAliasBackward0",
-      "SqueezeBackward1",   "SubBackward0",         "SumBackward1",
-      "TBackward0",         "TransposeBackward0",   "UnsafeViewBackward0",
-      "UnsqueezeBackward0", "ViewBackward0",        "torch::autograd::AccumulateGrad"};
-  const auto own = ours().find(typeid(node));
-  return own != ours().end() ? own->second(node) : names.count(node.name()) > 0;
+bool is_known(const Node& node) {
+  static const std::unordered_set<std::string> names{"AddBackward0",
+                                                     "AddmmBackward0",
+                                                     "AliasBackward0",
+                                                     "CloneBackward0",
+                                                     "ConvolutionBackward0",
+                                                     "ExpandBackward0",
+                                                     "MeanBackward1",
+                                                     "MmBackward0",
+                                                     "MulBackward0",
+                                                     "PermuteBackward0",
+                                                     "ReshapeAliasBackward0",
+                                                     "SqueezeBackward1",
+                                                     "SubBackward0",
+                                                     "SumBackward1",
+                                                     "TBackward0",
+                                                     "TransposeBackward0",
+                                                     "UnsafeViewBackward0",
+                                                     "UnsqueezeBackward0",
+                                                     "ViewBackward0",
+                                                     "torch::autograd::AccumulateGrad"};
+  return names.count(node.name()) > 0;
 }
 
 bool has_hooks(Node& node) {
@@ -54,6 +63,16 @@ int64_t largest_gradient(const Node& node) {
     bytes = std::max<int64_t>(bytes, *count * static_cast<int64_t>(metadata.options().dtype().itemsize()));
   }
   return bytes;
+}
+
+// Fewer and larger operators gain up to a half where they are small.  Where one cotangent alone fills a good part of the
+// cache, ReLU and BatchNorm find less of their input there: the measured limit grows with the number of cotangents.
+bool works_on_several(Node& node, int64_t cotangents, bool on_cpu) {
+  const auto own = ours().find(typeid(node));
+  const bool is_relu = own == ours().end() && node.name() == "ReluBackward0";
+  if (own == ours().end() && !is_relu) return is_known(node);
+  if (!is_relu && !own->second.folds(node)) return false;
+  return !on_cpu || (!is_relu && own->second.when_large) || largest_gradient(node) <= cotangents << 20;
 }
 
 // The nodes that a backward pass from `root` to `leaf` runs.
@@ -82,16 +101,13 @@ std::vector<Node*> nodes_between(Node* root, const Node* leaf) {
 
 }  // namespace
 
-void add_folding(std::type_index node, Folds folds) { ours()[node] = folds; }
+void add_folding(std::type_index node, Folding folding) { ours()[node] = folding; }
 
 bool folds(const Tensor& outputs, const Tensor& x, int64_t cotangents) {
   if (!enabled() || cotangents < 2 || !is_plain(outputs) || !outputs.grad_fn() || !x.requires_grad()) return false;
-  // On the CPU fewer and larger operators gain up to a half where they are small; where each cotangent alone fills a good
-  // part of the cache, the next operator finds less of its input there.  The measured limit grows with their number.
-  const int64_t most = outputs.is_cpu() ? cotangents << 20 : std::numeric_limits<int64_t>::max();
   const auto nodes = nodes_between(outputs.grad_fn().get(), torch::autograd::impl::gradient_edge(x).function.get());
   return !nodes.empty() && std::all_of(nodes.begin(), nodes.end(), [&](Node* node) {
-    return !has_hooks(*node) && works_on_several(*node) && largest_gradient(*node) <= most;
+    return !has_hooks(*node) && works_on_several(*node, cotangents, outputs.is_cpu());
   });
 }
 

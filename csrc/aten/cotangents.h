@@ -57,13 +57,19 @@ inline void note_hooks(AutogradContext* ctx) {
 }
 
 // Says of a Function's backward that it works on several cotangents at least as well as on one after the other, if what it
-// saved went through no hooks.
-void add_folding(std::type_index node, bool (*folds)(torch::autograd::Node&));
+// saved went through no hooks: on the CPU in any case, or as long as it is small.
+struct Folding {
+  bool (*folds)(torch::autograd::Node&);
+  bool when_large;
+};
+void add_folding(std::type_index node, Folding folding);
 template <class Function>
-void add_folding() {
+void add_folding(bool when_large = true) {
   using Node = torch::autograd::CppNode<Function>;
-  add_folding(typeid(Node),
-              [](torch::autograd::Node& node) { return static_cast<Node&>(node).ctx_.saved_data.count("hooks") == 0; });
+  const auto folds = [](torch::autograd::Node& node) {
+    return static_cast<Node&>(node).ctx_.saved_data.count("hooks") == 0;
+  };
+  add_folding(typeid(Node), {folds, when_large});
 }
 
 // Whether everything between `outputs` and x does, so that one pass with all cotangents is worth it.  A node with a hook does

@@ -15,6 +15,10 @@
 namespace rk::cpu {
 namespace {
 
+// Elements at a time: so few that what is written past the caches waits in the store queue while the next are computed.
+constexpr int64_t kTogether = 256;
+int64_t together(int64_t cotangents) { return cotangents == 1 ? kTogether : kPiece; }
+
 // The inputs and outputs of a call, and what a thread holds of them.
 template <class A>
 class Sweep {
@@ -55,16 +59,20 @@ class Sweep {
     const A* x = x_.read(begin, n, in_x_);
     run_piece(function_, ActivationPiece<A>{ones_.element, ones_.element, x, slope_.element, bend_.element, n},
               parameters_);
-    A* const sum = grad_x_.open(begin, out_x_);
-    std::fill(sum, sum + n, A(0));
+    A* const sum = need_x_ ? grad_x_.open(begin, out_x_) : nullptr;
+    if (sum) std::fill(sum, sum + n, A(0));
     for (int64_t k = 0; k < cotangents_; ++k) {
-      const int64_t at = k * elements_ + begin;
-      const A* u = gg_x_.read(at, n, in_u_);
-      if (need_grad_) {
-        multiply(slope_.element, u, gg_grad_.open(at, out_g_), n);
-        gg_grad_.close(at, n, out_g_);
-      }
-      if (need_x_) add_product(bend_.element, u, grad_.read(at, n, in_g_), sum, n);
+      const int64_t at = k * elements_ + begin, next = k + 1 < cotangents_ ? elements_ : n - k * elements_;
+      CotangentPiece<A> piece{slope_.element, bend_.element};
+      piece.n = n;
+      piece.gg_x = gg_x_.read(at, n, in_u_);
+      piece.gg_x_ahead = piece.gg_x == in_u_.element ? 0 : next;
+      if (need_x_) piece.grad = grad_.read(at, n, in_g_);
+      piece.grad_ahead = piece.grad == in_g_.element ? 0 : next;
+      if (need_grad_) piece.gg_grad = gg_grad_.open(at, out_g_);
+      piece.grad_x = sum;
+      run_piece(piece);
+      gg_grad_.close(at, n, out_g_);
     }
     grad_x_.close(begin, n, out_x_);
   }
@@ -80,11 +88,11 @@ class Sweep {
 
 template <class A>
 void run(const ActivationChoice& choice, const ActivationTensors& t, bool need_grad, bool need_x) {
-  const int64_t elements = t.x.numel(), pieces = (elements + kPiece - 1) / kPiece;
-  torch::stable::parallel_for(0, pieces, rows_per_thread(kPiece * t.cotangents), [&](int64_t first, int64_t last) {
+  const int64_t elements = t.x.numel(), piece = together(t.cotangents), pieces = (elements + piece - 1) / piece;
+  torch::stable::parallel_for(0, pieces, rows_per_thread(piece * t.cotangents), [&](int64_t first, int64_t last) {
     Sweep<A> sweep(choice, t, need_grad, need_x);
-    for (int64_t begin = first * kPiece; begin < std::min(elements, last * kPiece); begin += kPiece)
-      sweep.run(begin, std::min(kPiece, elements - begin));
+    for (int64_t begin = first * piece; begin < std::min(elements, last * piece); begin += piece)
+      sweep.run(begin, std::min(piece, elements - begin));
     finish_streams();
   });
 }

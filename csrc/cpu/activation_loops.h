@@ -56,17 +56,52 @@ RK_HOST_DEVICE void activation_piece(const ActivationPiece<A>& w, const Activati
     }                                                                                                         \
   }
 
-#define RK_SEVERAL_COTANGENTS(A)                                                                                     \
-  RK_MULTIVERSION static void multiply(const A* a, const A* b, A* __restrict__ out, std::int64_t n) {                \
-    for (std::int64_t j = 0; j < n; ++j) out[j] = a[j] * b[j];                                                       \
-  }                                                                                                                  \
-  RK_MULTIVERSION static void add_product(const A* a, const A* b, const A* c, A* __restrict__ sum, std::int64_t n) { \
-    for (std::int64_t j = 0; j < n; ++j) sum[j] += a[j] * b[j] * c[j];                                               \
+// A piece of one of several cotangents: slope and bend are given, grad_x is added to.
+template <class A>
+struct CotangentPiece {
+  const A *slope, *bend, *gg_x, *grad;
+  A *gg_grad, *grad_x;  // or null
+  std::int64_t n;
+  std::int64_t gg_x_ahead, grad_ahead;  // elements to where the next pieces lie, too far for the processor to guess
+};
+
+template <bool kGrad, bool kX, class A>
+RK_HOST_DEVICE void cotangent_piece(const CotangentPiece<A>& w) {
+  const A *slope = w.slope, *bend = w.bend, *gg_x = w.gg_x, *grad = w.grad;
+  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_x = w.grad_x;
+  const auto run = [=](std::int64_t begin, std::int64_t end) RK_INLINE_LAMBDA {
+    for (std::int64_t j = begin; j < end; ++j) {
+      const A u = gg_x[j];
+      if constexpr (kGrad) gg_grad[j] = slope[j] * u;
+      if constexpr (kX) grad_x[j] += bend[j] * u * grad[j];
+    }
+  };
+  constexpr std::int64_t line = 64 / sizeof(A);
+  std::int64_t j = 0;
+  for (; j + line <= w.n; j += line) {
+    __builtin_prefetch(gg_x + j + w.gg_x_ahead);
+    if constexpr (kX) __builtin_prefetch(grad + j + w.grad_ahead);
+    run(j, j + line);
+  }
+  run(j, w.n);
+}
+
+#define RK_COTANGENT_LOOPS(A)                                                                                    \
+  RK_MULTIVERSION static void cotangent_both(const CotangentPiece<A>& w) { cotangent_piece<true, true>(w); }     \
+  RK_MULTIVERSION static void cotangent_gg_grad(const CotangentPiece<A>& w) { cotangent_piece<true, false>(w); } \
+  RK_MULTIVERSION static void cotangent_grad_x(const CotangentPiece<A>& w) { cotangent_piece<false, true>(w); }  \
+  inline void run_piece(const CotangentPiece<A>& w) {                                                            \
+    if (w.gg_grad && w.grad_x)                                                                                   \
+      cotangent_both(w);                                                                                         \
+    else if (w.gg_grad)                                                                                          \
+      cotangent_gg_grad(w);                                                                                      \
+    else if (w.grad_x)                                                                                           \
+      cotangent_grad_x(w);                                                                                       \
   }
 
-RK_SEVERAL_COTANGENTS(float)
-RK_SEVERAL_COTANGENTS(double)
-#undef RK_SEVERAL_COTANGENTS
+RK_COTANGENT_LOOPS(float)
+RK_COTANGENT_LOOPS(double)
+#undef RK_COTANGENT_LOOPS
 
 RK_ACTIVATION_LOOPS(float)
 RK_ACTIVATION_LOOPS(double)

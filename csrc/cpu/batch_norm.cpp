@@ -21,7 +21,8 @@ namespace {
 constexpr int64_t kUnit = 16384;        // elements of a unit along a channel: its five tensors fit a core's L2 cache
 constexpr int64_t kLeastStream = 1024;  // bytes of a run that is worth to be written past the cache
 constexpr int64_t kRowUnit = 65536;     // elements of a unit of rows
-constexpr int64_t kTile = 8192;  // elements of rows that are summed in the accumulation type before they go to double
+constexpr int64_t kTile = 8192;    // elements of rows that are summed in the accumulation type before they go to double
+constexpr int64_t kWritten = 256;  // elements of rows that are written together: so few wait in the store queue
 
 template <class A>
 A value_or(const A* values, int64_t i, A otherwise) {
@@ -222,19 +223,21 @@ class Call {
 
   // ---- [P, C, 1]: tiles of rows
 
-  int64_t rows_of_tile() const { return std::min<int64_t>(128, std::max<int64_t>(1, kTile / channels)); }
+  int64_t rows_of_tile() const { return std::clamp<int64_t>(kTile / channels, 1, 128); }
+  int64_t rows_written() const { return std::clamp<int64_t>(kWritten / channels, 1, 128); }
   int64_t rows_of_unit() const {
     const int64_t tiles = std::max<int64_t>(1, kRowUnit / (rows_of_tile() * channels));
     return tiles * rows_of_tile();
   }
 
+  // Tile by tile, in parts of so many rows.
   template <class F>
-  void for_tiles(int64_t unit, bool backwards, const F& f) const {
-    const int64_t first = unit * rows_of_unit(), last = std::min(images, first + rows_of_unit()), step = rows_of_tile();
-    const int64_t tiles = (last - first + step - 1) / step;
+  void for_tiles(int64_t unit, bool backwards, int64_t part, const F& f) const {
+    const int64_t first = unit * rows_of_unit(), last = std::min(images, first + rows_of_unit()), tile = rows_of_tile();
+    const int64_t tiles = (last - first + tile - 1) / tile;
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = first + (backwards ? tiles - 1 - i : i) * step;
-      f(row * channels, std::min(step, last - row));
+      const int64_t begin = first + (backwards ? tiles - 1 - i : i) * tile, end = std::min(last, begin + tile);
+      for (int64_t row = begin; row < end; row += part) f(row * channels, std::min(part, end - row));
     }
   }
 
@@ -258,7 +261,7 @@ class Call {
   };
 
   void sums_across_unit(int64_t unit, Sums* sums, Buffers& buffer) const {
-    for_tiles(unit, false, [&](int64_t offset, int64_t rows) {
+    for_tiles(unit, false, rows_of_tile(), [&](int64_t offset, int64_t rows) {
       const int64_t count = rows * channels;
       sums_across(read_rows(u, offset, count, buffer.u), read_rows(g, offset, count, buffer.g),
                   read_rows(x, offset, count, buffer.x), rows, channels, mean, sums);
@@ -266,11 +269,11 @@ class Call {
   }
 
   void apply_across_unit(int64_t unit, const ChannelCoefficients<A>& c, Buffers& buffer) const {
-    for_tiles(unit, true, [&](int64_t offset, int64_t rows) {
+    for_tiles(unit, true, rows_written(), [&](int64_t offset, int64_t rows) {
       const int64_t count = rows * channels;
       if (!is_wide() || streamed_) {
-        buffer.grad.resize(rows_of_tile() * channels);
-        buffer.grad_x.resize(rows_of_tile() * channels);
+        buffer.grad.resize(rows_written() * channels);
+        buffer.grad_x.resize(rows_written() * channels);
       }
       const Place<A> place{read_rows(u, offset, count, buffer.u),
                            read_rows(g, offset, count, buffer.g),
@@ -346,21 +349,18 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
   const int64_t cotangents =
       check_batch_norm("batch_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
   const auto sizes = sizes_of(x), sizes_of_grad = sizes_of(grad);
+  const ScalarType dtype = x.scalar_type(), wide = accumulation_type(dtype);
   const bool several = grad.dim() == 4;
   const Tensor u = gg_x ? torch::stable::contiguous(*gg_x) : torch::stable::new_zeros(x, sizes_of_grad);
   const Tensor g = torch::stable::contiguous(grad), dense_x = torch::stable::contiguous(x);
   const Tensor dense_mean = torch::stable::contiguous(mean), dense_invstd = torch::stable::contiguous(invstd);
   const auto w = dense(weight), a = dense(gg_weight), b = dense(gg_bias);
-  const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
+  const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType type) {
+    return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, type);
   };
-  Tensor gg_grad = output(need_grad, sizes_of_grad, x.scalar_type()), grad_x = output(need_x, sizes, x.scalar_type());
-  Tensor grad_weight = output(need_weight, {x.size(1)}, accumulation_type(x.scalar_type()));
-
-  // Of several cotangents, in the accumulation type.
-  Tensor sum_x = need_x && several && accumulation_type(x.scalar_type()) != x.scalar_type()
-                     ? output(true, sizes, accumulation_type(x.scalar_type()))
-                     : grad_x;
+  Tensor gg_grad = output(need_grad, sizes_of_grad, dtype), grad_x = output(need_x, sizes, dtype);
+  Tensor grad_weight = output(need_weight, {x.size(1)}, wide);
+  Tensor sum_x = need_x && several && wide != dtype ? output(true, sizes, wide) : grad_x;  // over the cotangents
 
   const auto run = [&](auto number) {
     using A = decltype(number);
@@ -368,8 +368,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     call.images = x.size(0);
     call.channels = x.size(1);
     call.inner = x.size(2);
-    call.dtype = x.scalar_type();
-    call.item = call.dtype == ScalarType::Double ? 8 : call.dtype == ScalarType::Float ? 4 : 2;
+    call.dtype = dtype;
+    call.item = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
     call.training = training;
     call.u = static_cast<const char*>(u.data_ptr());
     call.g = static_cast<const char*>(g.data_ptr());
@@ -386,7 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     if (need_x && several) call.sum_x = static_cast<A*>(sum_x.data_ptr());
     call.run();
   };
-  x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  dtype == ScalarType::Double ? run(double{}) : run(float{});
   if (sum_x.data_ptr() != grad_x.data_ptr()) torch::stable::copy_(grad_x, sum_x);
   return {gg_grad, grad_x, grad_weight};
 }

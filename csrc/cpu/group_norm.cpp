@@ -27,7 +27,7 @@ constexpr int64_t kRunningRows = 32;      // that are added in the accumulation 
 struct Arguments {
   ScalarType dtype;
   int64_t item;  // bytes of a stored element
-  bool innermost, second;
+  bool innermost, second, streamed;
   int64_t samples, channels, positions, groups;
   const void *x, *g, *u;                                 // [N, C, S] in one layout; u: second derivative only
   const void *weight, *gg_weight, *gg_bias;              // [C], accumulation type, or null
@@ -59,9 +59,9 @@ class Pieces {
   template <class F>
   void write(void* out, int64_t offset, int64_t n, const F& f) {
     char* to = static_cast<char*>(out) + offset * a_.item;
-    if (direct_) return f(reinterpret_cast<A*>(to));
+    if (direct_ && !a_.streamed) return f(reinterpret_cast<A*>(to));
     f(out_);
-    write_piece(a_.dtype, out_, to, n);
+    direct_ ? stream_piece(out_, to, n * a_.item) : write_piece(a_.dtype, out_, to, n);
   }
 
  private:
@@ -235,6 +235,7 @@ void run_as(const Arguments& a) {
         unit.finish();
         for (int64_t part = a.parts; part-- > 0;) unit.write_part(part, pieces);  // the last is in the cache still
       }
+      finish_streams();
     });
     return;
   }
@@ -248,6 +249,7 @@ void run_as(const Arguments& a) {
                                 [&](int64_t begin, int64_t end) {
                                   Pieces<A> pieces(a);
                                   for (int64_t i = begin; i < end; ++i) f(unit(i / a.parts), i % a.parts, pieces);
+                                  finish_streams();
                                 });
   };
   for (int64_t i = 0; i < a.units; ++i) unit(i).prepare();
@@ -286,6 +288,7 @@ class Call {
     a.samples = x.size(0);
     a.channels = x.size(1);
     a.positions = x.size(2);
+    a.streamed = x.numel() * a.item >= kStreamedBytes;
     a.groups = groups;
     a.x = keep(dense_in(a.innermost, x));
     a.g = keep(dense_in(a.innermost, grad));

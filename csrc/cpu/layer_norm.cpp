@@ -28,6 +28,7 @@ struct Arguments {
   void *gg_grad, *grad_x;  // like g, and like x or (of the first backward) g; null: not needed
   int64_t chunk_rows, chunks;
   void *partial_weight, *partial_bias;  // [chunks, cols] zeros, or null
+  bool streamed;                        // outputs go past the caches
 };
 
 // The two matrices and three vectors of a row, and the outputs, from column `begin` on, in the accumulation type.
@@ -75,9 +76,9 @@ class Row {
   template <class F>
   void write(void* out, int64_t row, int64_t begin, int64_t n, const F& f) {
     char* to = static_cast<char*>(out) + (row * a_.cols + begin) * a_.item;
-    if (direct_) return f(reinterpret_cast<A*>(to));
+    if (direct_ && !a_.streamed) return f(reinterpret_cast<A*>(to));
     f(out_);
-    write_piece(a_.dtype, out_, to, n);
+    direct_ ? stream_piece(out_, to, n * a_.item) : write_piece(a_.dtype, out_, to, n);
   }
   const void* at(const void* base, int64_t row, int64_t begin) const {
     return static_cast<const char*>(base) + (row * a_.cols + begin) * a_.item;
@@ -177,6 +178,7 @@ void run_chunks(const Arguments& a, const F& f) {
   const int64_t cost = a.chunk_rows * a.cols * a.cotangents;
   torch::stable::parallel_for(0, a.chunks, rows_per_thread(cost), [&](int64_t begin, int64_t end) {
     f(begin * a.chunk_rows, std::min(a.rows, end * a.chunk_rows));
+    finish_streams();
   });
 }
 
@@ -229,6 +231,8 @@ class Call {
     a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
     a.rows = x.size(0);
     a.cols = x.size(1);
+    constexpr int64_t least = 1024;  // bytes of a row that is worth to be written so
+    a.streamed = grad.numel() * a.item >= kStreamedBytes && a.cols * a.item >= least;
     // A chunk's sums cost a row of their own, so a chunk is many rows where these are short.
     constexpr int64_t elements = 65536;
     a.chunk_rows = sums_columns ? std::clamp<int64_t>(elements / std::max<int64_t>(a.cols, 1), 4, 64) : 1;

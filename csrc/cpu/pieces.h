@@ -2,14 +2,11 @@
 // instruction set.
 #pragma once
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <algorithm>
 
 #include "dispatch.h"
 #include "simd.h"
+#include "stream.h"
 
 namespace rk::cpu {
 
@@ -48,33 +45,6 @@ RK_MULTIVERSION static inline void write_piece(ScalarType dtype, const float* fr
   } else {
     std::memcpy(to, from, n * sizeof(float));
   }
-}
-
-// What is this large is written past the caches: memory need not be read for it first, and nothing that is still wanted
-// makes room.  By measurement: below a third of 32 MiB, which cores of servers share, the next operator finds the data in
-// the cache, which is worth more.
-constexpr int64_t kStreamedBytes = int64_t(12) << 20;
-
-// memcpy past the caches; finish_streams comes before another thread reads it.
-inline void stream_piece(const void* from, void* to, int64_t bytes) {
-  int64_t done = 0;
-#if defined(__SSE2__)
-  const char* const in = static_cast<const char*>(from);
-  char* const out = static_cast<char*>(to);
-  done = std::min<int64_t>(bytes, -reinterpret_cast<std::uintptr_t>(out) & 63);  // to a cache line's begin
-  std::memcpy(out, in, done);
-  for (; done + 64 <= bytes; done += 64) {
-    __m128i line[4];
-    std::memcpy(line, in + done, sizeof line);
-    for (int k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(out + done) + k, line[k]);
-  }
-#endif
-  std::memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, bytes - done);
-}
-inline void finish_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 inline void read_piece(ScalarType, const void* from, double* to, int64_t n, int64_t = 0) {

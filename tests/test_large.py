@@ -123,6 +123,71 @@ def test_large_softmaxes_are_what_small_ones_are(shape, device):
 
 
 @pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_activations_of_several_cotangents_are_what_small_ones_are(dtype, device):
+    n = STREAMED // dtype.itemsize // 3 + 7
+    u, g = (normal(3, n, dtype=dtype, device=device) for _ in range(2))
+    x = normal(n, dtype=dtype, device=device)
+    call = torch.ops.robustkern.activation_double_backward
+    whole = call(u, g, x, "gelu", [], True, True)
+    splits = (u.split(1000, 1), g.split(1000, 1), x.split(1000))
+    parts = [call(u.contiguous(), g.contiguous(), x, "gelu", [], True, True) for u, g, x in zip(*splits)]
+    for i, result in enumerate(whole):
+        assert result.any()
+        assert torch.equal(result, torch.cat([part[i] for part in parts], -1))
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("cotangents", [1, 3])
+@pytest.mark.parametrize("features", [10, 400, 1027, 3001])
+def test_large_layer_norms_are_what_small_ones_are(features, cotangents, device):
+    rows = STREAMED // 4 // features // cotangents + 1
+    u, g = (normal(cotangents, rows, features, dtype=torch.float32, device=device) for _ in range(2))
+    x = normal(rows, features, dtype=torch.float32, device=device)
+    weight = normal(features, dtype=torch.float32, device=device)
+    mean, rstd = x.mean(1), x.var(1, correction=0).rsqrt()
+
+    def run(u, g, x, mean, rstd):
+        if cotangents == 1:
+            u, g = u[0], g[0]
+        second = torch.ops.robustkern.layer_norm_double_backward
+        gg_grad, grad_x, _ = second(u, None, None, g, x, weight, mean, rstd, True, True, False)
+        first, _, _ = torch.ops.robustkern.layer_norm_backward(g, x, weight, mean, rstd, True, False, False)
+        return gg_grad, grad_x, first
+
+    whole = run(u, g, x, mean, rstd)
+    step = rows // 5 + 1
+    splits = (*(t.split(step, 1) for t in (u, g)), *(t.split(step) for t in (x, mean, rstd)))
+    parts = [run(*(t.contiguous() for t in part)) for part in zip(*splits)]
+    for i, result in enumerate(whole):
+        assert result.any()
+        assert torch.equal(result, torch.cat([part[i] for part in parts], -2))
+
+
+@pytest.mark.usefixtures("not_emulated")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["planes", "rows"])
+@pytest.mark.parametrize("channels, positions", [(6, 20_001), (40, 1030), (42, 300), (1500, 7), (300, 1)])
+def test_large_group_norms_are_what_small_ones_are(channels, positions, channels_last, device):
+    samples = STREAMED // 4 // (channels * positions) + 1
+    u, g, x = (normal(samples, channels, positions, dtype=torch.float32, device=device) for _ in range(3))
+    if channels_last:
+        u, g, x = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (u, g, x))
+    weight = normal(channels, dtype=torch.float32, device=device)
+    grouped = x.reshape(samples, 2, -1)
+    mean, rstd = grouped.mean(2), grouped.var(2, correction=0).rsqrt()
+
+    def run(u, g, x, mean, rstd):
+        second = torch.ops.robustkern.group_norm_double_backward
+        gg_grad, grad_x, _ = second(u, None, None, g, x, weight, mean, rstd, 2, True, True, False)
+        first, _, _ = torch.ops.robustkern.group_norm_backward(g, x, weight, mean, rstd, 2, True, False, False)
+        return gg_grad, grad_x, first
+
+    step = samples // 3 + 1
+    parts = [run(*part) for part in zip(*(t.split(step) for t in (u, g, x, mean, rstd)))]
+    assert_same(run(u, g, x, mean, rstd), parts)
+
+
+@pytest.mark.usefixtures("not_emulated")
 @pytest.mark.parametrize("channels, inner", [(3, 20_001), (40, 1030), (40, 300), (300, 1), (7, 1)])
 def test_large_batch_norms_are_what_small_ones_are(channels, inner, device):
     """In eval mode, where a sample has its derivative to itself; in training mode against the reference."""

@@ -188,7 +188,8 @@ class Unit {
   void for_rows(int64_t part, const F& f) {
     const int64_t begin = part * a_.part_size, end = std::min(a_.positions, begin + a_.part_size);
     for (int64_t c = 0; c < a_.channels; c += kPiece) {
-      const int64_t width = std::min(a_.channels - c, kPiece), rows = std::min(kPiece / width, kRunningRows);
+      const int64_t width = std::min(a_.channels - c, kPiece);
+      const int64_t rows = width == a_.channels ? std::min(kPiece / width, kRunningRows) : 1;
       for (int64_t j = begin; j < end; j += rows)
         f(c, width, (sample_ * a_.positions + j) * a_.channels + c, std::min(rows, end - j));
     }

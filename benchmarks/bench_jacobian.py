@@ -52,7 +52,7 @@ class Spec:
 def specs(size: str, device: str) -> list[Spec]:
     if size == "tiny":
         return [Spec("tiny PreAct-ResNet, BatchNorm", 4, (3, 8, 8)), Spec("tiny ConvNeXt", 4, (3, 8, 8), True)]
-    batch = 128 if device == "cuda" else 16
+    batch = 128 if device == "cuda" else 32
     resnet, convnext = "PreAct-ResNet-18 of width 32, BatchNorm", "ConvNeXt blocks"
     return [Spec(resnet, batch), Spec(convnext, batch), Spec(convnext, batch, channels_last=True)]
 

@@ -48,6 +48,29 @@ def test_layout_is_kept(last, fused):
     assert all(t.stride() == x.stride() for t in (grad, *results))
 
 
+def test_last_backward_of_a_penalised_step_of_channels_last_images():
+    """It is the kernel of the first one, for every subset of gradients, and PyTorch's gradients."""
+    weight, bias = (torch.randn(6, dtype=torch.float64).requires_grad_() for _ in range(2))
+
+    def run(wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
+        x = image(2, 6, 5, 4, last=True)
+        y = F.group_norm(x, 3, weight, bias).sin().sum()
+        (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        given = {"x": x, "weight": weight, "bias": bias}
+        return torch.autograd.grad(y + grad.square().sum(), [given[name] for name in wanted])
+
+    for wanted in (("x", "weight", "bias"), ("x",), ("weight",), ("bias",), ("x", "bias")):
+        stock = run(wanted)
+        with rk.fused_double_backward(), torch.profiler.profile() as profile:
+            ours = run(wanted)
+        for a, b in zip(ours, stock, strict=True):
+            torch.testing.assert_close(a, b)
+            assert a.any()
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls["robustkern::group_norm_backward"] == 2
+        assert "aten::native_group_norm_backward" not in calls
+
+
 @pytest.mark.parametrize("needed", ["weight", "bias", "both"])
 def test_parameters_alone_of_channels_last_images(needed, fused):
     """PyTorch's backward writes to a gradient that it did not allocate here; ours is used instead."""

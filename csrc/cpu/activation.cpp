@@ -15,9 +15,13 @@
 namespace rk::cpu {
 namespace {
 
-// Elements at a time: so few that what is written past the caches waits in the store queue while the next are computed.
-constexpr int64_t kTogether = 256;
-int64_t together(int64_t cotangents) { return cotangents == 1 ? kTogether : kPiece; }
+// Elements at a time.  Few, where they are converted, or written past the caches and so wait in the store queue while the
+// next are computed; several cotangents are so many streams that each should go on for a while.
+int64_t elements_of_piece(const ActivationTensors& t) {
+  const int64_t item = static_cast<int64_t>(t.x.element_size());
+  const bool few = item < 4 || t.x.numel() * item >= kStreamedBytes;
+  return few && t.cotangents == 1 ? 256 : kPiece;
+}
 
 // The inputs and outputs of a call, and what a thread holds of them.
 template <class A>
@@ -88,7 +92,7 @@ class Sweep {
 
 template <class A>
 void run(const ActivationChoice& choice, const ActivationTensors& t, bool need_grad, bool need_x) {
-  const int64_t elements = t.x.numel(), piece = together(t.cotangents), pieces = (elements + piece - 1) / piece;
+  const int64_t elements = t.x.numel(), piece = elements_of_piece(t), pieces = (elements + piece - 1) / piece;
   torch::stable::parallel_for(0, pieces, rows_per_thread(piece * t.cotangents), [&](int64_t first, int64_t last) {
     Sweep<A> sweep(choice, t, need_grad, need_x);
     for (int64_t begin = first * piece; begin < std::min(elements, last * piece); begin += piece)

@@ -8,6 +8,7 @@ sums of all that is right whatever a loss does. What is given up is the overlap 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,15 @@ class Group:
             ) from error
 
 
+def settle_imports() -> None:
+    """Before a group begins: the modules of PyTorch that take the group of the moment as the default of an argument.
+
+    The optimizers import them. Imported while a group exists, they hold it for ever; destroying it then does not end
+    gloo's threads, and one that still lets go of a tensor when the interpreter ends aborts the process.
+    """
+    importlib.import_module("torch._dynamo")
+
+
 @contextmanager
 def process_group(device: str, timeout: float = 600.0) -> Iterator[Group]:
     """The group of this process: torchrun's, one that the program has initialised already, or itself alone.
@@ -141,6 +151,7 @@ def process_group(device: str, timeout: float = 600.0) -> Iterator[Group]:
         why = f"{', '.join(missing)} not set" if missing else "this PyTorch has no torch.distributed"
         raise UsageError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {why}: start the processes with torchrun")
     group = Group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, timeout)
+    settle_imports()
     limit = timedelta(seconds=timeout)
     with group._contact():
         if device == "cuda":

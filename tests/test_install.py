@@ -258,6 +258,7 @@ def test_the_replaced_operators_are_listed():
 DISTRIBUTED = """
 import os, sys, torch, torch.distributed as dist, torch.nn.functional as F
 import robustkern as rk
+import torch._dynamo  # imported later it would hold the group, whose threads abort at the exit
 from tests.test_install import batch, network
 rank = int(sys.argv[1])
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], RANK=str(rank), WORLD_SIZE="2")

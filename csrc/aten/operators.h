@@ -11,6 +11,7 @@ void register_batch_norm(Registrar&);
 void register_convolution(Registrar&);
 void register_group_norm(Registrar&);
 void register_layer_norm(Registrar&);
+void register_matmul(Registrar&);
 void register_nll_loss(Registrar&);
 void register_piecewise_linear(Registrar&);
 void register_pooling(Registrar&);
@@ -23,6 +24,7 @@ inline void register_all(Registrar& r) {
   register_convolution(r);
   register_group_norm(r);
   register_layer_norm(r);
+  register_matmul(r);
   register_nll_loss(r);
   register_piecewise_linear(r);
   register_pooling(r);

@@ -114,6 +114,9 @@ struct Replacement<Op, R(Args...)> {
   }
 };
 
+// For a replacement that CUDA has no use for: no operator has this name.
+constexpr char kOnCpuOnly[] = "robustkern::none";
+
 // Registers replacements; they live until the process ends and are idle while !enabled().
 class Registrar {
  public:

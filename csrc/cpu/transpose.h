@@ -68,7 +68,7 @@ RK_HOST_DEVICE void transpose_of(const A* __restrict__ from, std::int64_t stride
 }
 
 #define RK_TRANSPOSE(A)                                                                                    \
-  RK_MULTIVERSION static void transpose(const A* from, std::int64_t stride, A* to, std::int64_t to_stride, \
+  [[maybe_unused]] RK_MULTIVERSION static void transpose(const A* from, std::int64_t stride, A* to, std::int64_t to_stride, \
                                         std::int64_t rows, std::int64_t cols) {                            \
     transpose_of<A>(from, stride, to, to_stride, rows, cols);                                              \
   }

@@ -5,14 +5,25 @@
 //
 // The derivative is PyTorch's, written in the same products: it can be differentiated any number of times.
 #include "matmul_cpu.h"
+
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "cotangents.h"
 #include "operators.h"
 
 namespace rk::aten {
 namespace {
 
+// Not while a TorchDispatchMode looks on, such as one that counts operations: it is to see PyTorch's operator.
+bool served(const Tensor& t) {
+  return t.is_cpu() && t.scalar_type() == at::kFloat && is_plain(t) && !is_batched(t) &&
+         !c10::impl::dispatch_mode_enabled();
+}
+
 struct Matmul : torch::autograd::Function<Matmul> {
   static Tensor forward(AutogradContext* ctx, const Tensor& a, const Tensor& b) {
-    ctx->save_for_backward({a, b});
+    ctx->save_for_backward({b.requires_grad() ? a : Tensor(), a.requires_grad() ? b : Tensor()});
     ctx->set_materialize_grads(false);
     const at::AutoDispatchBelowADInplaceOrView below;
     return matrix_product(a, b);
@@ -23,7 +34,7 @@ struct Matmul : torch::autograd::Function<Matmul> {
     if (!u.defined()) return {Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
     const Tensor &a = saved[0], &b = saved[1];
-    const bool composed = at::GradMode::is_enabled() || !is_plain(u) || is_batched(u);
+    const bool composed = at::GradMode::is_enabled() || !served(u);
     const auto product = [&](const Tensor& x, const Tensor& y) {
       if (composed) return at::mm(x, y);
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -34,11 +45,11 @@ struct Matmul : torch::autograd::Function<Matmul> {
   }
 };
 
+// Only while a backward pass runs: the products of a model's forward are PyTorch's, as in a plain step.  A checkpoint, which
+// computes its forward again there, does so under hooks.
 Tensor mm(const Tensor& a, const Tensor& b) {
-  const auto served = [](const Tensor& t) {
-    return is_plain(t) && !is_batched(t) && t.is_cpu() && t.scalar_type() == at::kFloat;
-  };
-  if (has_faster_matmul() && served(a) && served(b)) return Matmul::apply(a, b);
+  const bool in_backward = torch::autograd::get_current_graph_task_id() >= 0 && !saves_through_hooks();
+  if (in_backward && has_faster_matmul() && served(a) && served(b)) return Matmul::apply(a, b);
   const UseStock guard;
   return at::mm(a, b);
 }

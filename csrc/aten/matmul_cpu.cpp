@@ -48,8 +48,8 @@ Tensor many_rows(const Tensor& a, const Tensor& b) {
     for (int64_t i = begin * kRows; i < std::min(m, end * kRows); i += kRows)
       for (int64_t j = 0; j < n; j += kCols)
         for (int64_t k = 0; k < depth; k += kDepth)
-          multiply(std::min(kRows, m - i), std::min(kCols, n - j), std::min(kDepth, depth - k),
-                   from + i * stride_a + k, stride_a, by + k * stride_b + j, stride_b, to + i * n + j, n, k > 0);
+          multiply(std::min(kRows, m - i), std::min(kCols, n - j), std::min(kDepth, depth - k), from + i * stride_a + k,
+                   stride_a, by + k * stride_b + j, stride_b, to + i * n + j, n, k > 0);
   });
   return result;
 }
@@ -86,8 +86,7 @@ Tensor sum_over_rows(const Tensor& a, const Tensor& b) {
 
 bool has_faster_matmul() {
 #if defined(CPUBLAS_BRGEMM_F32F32F32) && (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
-  static const bool faster =
-      at::hasMKL() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f");
+  static const bool faster = at::hasMKL() && !__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f");
   return faster && at::globalContext().userEnabledMkldnn();
 #else
   return false;

@@ -67,10 +67,10 @@ RK_HOST_DEVICE void transpose_of(const A* __restrict__ from, std::int64_t stride
     for (std::int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * to_stride + i] = from[i * stride + j];
 }
 
-#define RK_TRANSPOSE(A)                                                                                    \
-  [[maybe_unused]] RK_MULTIVERSION static void transpose(const A* from, std::int64_t stride, A* to, std::int64_t to_stride, \
-                                        std::int64_t rows, std::int64_t cols) {                            \
-    transpose_of<A>(from, stride, to, to_stride, rows, cols);                                              \
+#define RK_TRANSPOSE(A)                                                                                          \
+  [[maybe_unused]] RK_MULTIVERSION static void transpose(                                                        \
+      const A* from, std::int64_t stride, A* to, std::int64_t to_stride, std::int64_t rows, std::int64_t cols) { \
+    transpose_of<A>(from, stride, to, to_stride, rows, cols);                                                    \
   }
 RK_TRANSPOSE(float)
 RK_TRANSPOSE(double)

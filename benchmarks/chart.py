@@ -77,7 +77,7 @@ def draw(groups: dict[Any, Columns], title: str) -> bytes:
             min(ratio, _LONGEST) + 0.05, at, f"{ratio:.2f}{cut}", va="center", fontsize=7, weight=weight, bbox=_PLATE
         )
     axes.axvline(FLOOR, color="#b03a2e", linewidth=1.2, linestyle="--")
-    axes.text(FLOOR, -1.05, "floor 2.0", color="#b03a2e", fontsize=8, ha="center", va="bottom")
+    axes.text(FLOOR, -1.05, "twice the plain step", color="#b03a2e", fontsize=8, ha="center", va="bottom")
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(max(position - 0.9, 1), -1.1)

@@ -206,7 +206,7 @@ def measure(spec: Spec, device: str, interleaved: harness.Interleaved, seconds: 
                 steps[provider] = step
             except Exception as failure:
                 facts[provider] = {"ms": None, "reason": harness.reason(failure)}
-        timings = interleaved(steps, seconds=seconds * len(steps), least=3)
+        timings = interleaved(steps, seconds=seconds * len(steps), least=3, equally_long=True)
         for provider in providers:
             row: Row = {"model": str(spec), "projections": projections, "provider": provider, **facts[provider]}
             if provider in timings:

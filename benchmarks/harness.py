@@ -81,10 +81,25 @@ class Interleaved:
         )
 
     def __call__(
-        self, functions: Mapping[str, Work], *, seconds: float = 2.0, least: int = 4, most: int = 60
+        self,
+        functions: Mapping[str, Work],
+        *,
+        seconds: float = 2.0,
+        least: int = 4,
+        most: int = 60,
+        equally_long: bool = False,
     ) -> dict[str, Timing]:
-        """Rounds until `seconds` have passed, but between `least` and `most` of them."""
+        """Rounds until `seconds` have passed, but between `least` and `most` of them.
+
+        With `equally_long`, samples of short functions are as many calls as the longest one takes time for.  The
+        fastest of short samples finds moments that the machine is never quiet enough for a long one to find: without
+        it, a step that does ten times the work looks more than ten times as slow.
+        """
         calls = {name: self._warm_up(function) for name, function in functions.items()}
+        if equally_long and functions:
+            once = {name: self._sample(function, calls[name]) for name, function in functions.items()}
+            longest = max(once[name] * calls[name] for name in functions)
+            calls = {name: max(1, round(longest / once[name])) for name in functions}
         samples: dict[str, list[float]] = {name: [] for name in functions}
         collecting = gc.isenabled()
         gc.collect()
@@ -241,8 +256,12 @@ def _cpu() -> str:
 
 
 def device_name(device: str) -> str:
-    cores = f"{torch.get_num_threads()} core{'s' if torch.get_num_threads() > 1 else ''}"
-    return torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {cores}"
+    """What results are filed under.  Virtual machines give processors of several generations the same name, whose
+    vectors tell them apart."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    vectors = {"AVX2": " with AVX2", "AVX512": " with AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "")
+    return f"{_cpu()}{vectors}, {torch.get_num_threads()} core{'s' if torch.get_num_threads() > 1 else ''}"
 
 
 def stamp(device: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def measure(
         except Exception as failure:
             facts[provider] = {"ms": None, "reason": harness.reason(failure)}
     progress.enter(str(spec))
-    timings = interleaved(steps, seconds=options.seconds * len(steps))
+    timings = interleaved(steps, seconds=options.seconds * len(steps), equally_long=True)
     ratios = {name: timing.ms / timings[PLAIN].ms for name, timing in timings.items() if PLAIN in timings}
     both = {name: steps[name] for name in (PLAIN, PLAIN_INSTALLED) if name in steps}
     if len(both) == 2:  # a difference of one per cent needs more rounds than a factor does

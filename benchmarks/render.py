@@ -230,6 +230,9 @@ def full(results: Row) -> str:
             table(header, lines),
             *_reasons(step_groups(results), ()),
         ]
+    for name, render in BLOCKS:
+        if name in results and name not in ("ops", "steps"):
+            parts += ["", f"## {_SECTIONS[name]}", "", render(results)]
     return "\n".join(parts) + "\n"
 
 
@@ -278,6 +281,10 @@ def replace(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
+_SECTIONS = {
+    "double_backward": "Second backwards of PyTorch's operators", "jacobian": "Jacobian penalties",
+    "cotangents": "Random directions", "attacks": "Attacks", "methods": "Training steps of every method",
+}  # fmt: skip
 BLOCKS = (
     ("ops", readme_ops),
     ("double_backward", readme_double_backward),
@@ -287,6 +294,33 @@ BLOCKS = (
     ("attacks", attack_tables.attacks),
     ("methods", attack_tables.methods),
 )
+
+
+def featured(everything: dict[Path, Row], name: str) -> tuple[list[Path], list[Path]]:
+    """The results whose tables of this section README.md shows, and those that it links to.
+
+    Every GPU's, and of the processors that of the last measurement: whichever one it was, not the one with the best
+    figures.
+    """
+    measured = [path for path, results in everything.items() if name in results]
+    processors = [path for path in measured if path.stem.startswith("cpu-")]
+    last = max(processors, key=lambda path: everything[path][name]["stamp"]["date"], default=None)
+    shown = [path for path in measured if path == last or path not in processors]
+    return shown, [path for path in measured if path not in shown]
+
+
+def elsewhere(results: Row, path: Path, name: str) -> str:
+    """One sentence on a machine whose table of this section is not in README.md."""
+    link = f"[benchmarks/results/{path.stem}.md](benchmarks/results/{path.stem}.md)"
+    device = results[name]["stamp"]["device"]
+    if name != "steps":
+        return f"{device}: {link}."
+    spans = []
+    for provider, title in (("installed", "robustkern installed"), ("eager", "stock eager")):
+        found = [row["ratio"] for row in results[name]["rows"] if row["provider"] == provider and row.get("ratio")]
+        if found:
+            spans.append(f"{title} {min(found):.2f}x to {max(found):.2f}x")
+    return f"{device}: {', '.join(spans)}: {link}."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -301,7 +335,9 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = {path.with_suffix(".md"): full(results) for path, results in everything.items()}
     text = options.readme.read_text()
     for name, render in BLOCKS:
-        tables = [render(results) for results in everything.values() if name in results]
+        shown, linked = featured(everything, name)
+        tables = [render(everything[path]) for path in shown]
+        tables += [elsewhere(everything[path], path, name) for path in linked]
         text = replace(text, name, "\n\n".join(tables) if tables else "No results yet: run `make bench`.")
     if "<!-- benchmarks:begin training -->" in text:
         text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
@@ -323,11 +359,11 @@ def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[]
     """How to draw each picture; None if it is up to date."""
     found: dict[Path, Callable[[], bytes] | None] = {}
     for path, results in everything.items():
-        if step_groups(results):
+        if path in featured(everything, "steps")[0]:
             groups, picture = step_groups(results), chart_path(images, path, "penalised_step")
             title = sentence(results["steps"])
             found[picture] = None if chart.is_current(picture, groups) else partial(chart.draw, groups, title)
-        if "jacobian" in results:
+        if path in featured(everything, "jacobian")[0]:
             section, picture = results["jacobian"], chart_path(images, path, "projections")
             title = sentence(section)
             found[picture] = (
@@ -337,7 +373,7 @@ def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[]
 
 
 def chart_path(images: Path, results: Path, name: str) -> Path:
-    """The CPU's chart has the plain name: there is one in the repository."""
+    """The chart of the processor that is shown has the plain name."""
     return images / (f"{name}.png" if results.stem.startswith("cpu-") else f"{name}-{results.stem}.png")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -232,11 +233,62 @@ def test_a_row_of_the_results_table(tmp_path, monkeypatch):
     assert "the first 8 test images" in text
 
 
-def test_what_readme_says_first_was_measured():
+def test_readme_shows_the_last_measurement_and_links_to_the_others(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import render
+
+    def measured(device, date, ratio):
+        stamp = {"device": device, "date": date, "commit": "abc", "torch": torch.__version__}
+        rows = [
+            {"model": "net", "penalty": "L2", "provider": p, "ms": 1.0, "ratio": r, "quartiles": [1.0, 1.0, 1.0],
+             "gradient_error": 0.0, "peak_bytes": 1}
+            for p, r in (("plain", 1.0), ("eager", 3.0), ("installed", ratio))
+        ]  # fmt: skip
+        return json.dumps({"steps": {"stamp": stamp, "complete": True, "rows": rows}})
+
+    (tmp_path / "cpu-old.json").write_text(measured("Old", "2026-01-01T00:00:00+00:00", 1.5))
+    (tmp_path / "cpu-new.json").write_text(measured("New", "2026-01-02T00:00:00+00:00", 2.5))
+    (tmp_path / "h100.json").write_text(measured("GPU", "2025-01-01T00:00:00+00:00", 2.25))
+    readme = tmp_path / "README.md"
+    markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name, _ in render.BLOCKS for end in ("begin", "end"))
+    readme.write_text(markers)
+    assert render.main(["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]) == 0
+    text = readme.read_text()
+    assert "2.50x" in text and "2.25x" in text
+    assert (
+        "Old: robustkern installed 1.50x to 1.50x, stock eager 3.00x to 3.00x: [benchmarks/results/cpu-old.md]" in text
+    )
+    assert {path.name for path in tmp_path.glob("*.png")} == {"penalised_step.png", "penalised_step-h100.png"}
+
+
+def test_samples_are_equally_long(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import harness
+
+    calls = {"short": 0, "long": 0}
+
+    def work(name, seconds):
+        def run():
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    functions = {"short": work("short", 0.06), "long": work("long", 0.3)}
+    timings = harness.Interleaved("cpu")(functions, seconds=0, least=2, equally_long=True)
+    assert timings["short"].ms == pytest.approx(60, rel=0.2) and timings["long"].ms == pytest.approx(300, rel=0.2)
+    assert calls == {"short": 2 + 5 * 2, "long": 2 + 2}
+
+
+def test_what_readme_says_first_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import render
+
     readme = (ROOT / "README.md").read_text()
     said = re.search(r"PyTorch takes ([\d.]+) to ([\d.]+) in the table below, compiled ([\d.]+) to ([\d.]+)", readme)
-    (results,) = (ROOT / "benchmarks" / "results").glob("cpu-*.json")
-    rows = json.loads(results.read_text())["steps"]["rows"]
+    everything = {path: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    shown, _ = render.featured(everything, "steps")
+    rows = [row for path in shown if path.stem.startswith("cpu-") for row in everything[path]["steps"]["rows"]]
     measured = [
         [row["ratio"] for row in rows if row["provider"] == name and row["ms"]] for name in ("eager", "compile")
     ]

@@ -325,3 +325,18 @@ def test_gradients_sum_to_zero(device):
     for derivative in (result.grad_x, result.second):
         assert derivative.any()
         torch.testing.assert_close(derivative.sum(1), derivative.new_zeros(4))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 1.0009765625, 1e-3, 3e4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_number_is_read_and_rounded_as_pytorch_does(dtype, scale, device):
+    """ELU's slope on the positive side is a constant: the result is one product, rounded once."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    for part in (every, every[5:12_345]):  # of a length that vectors do not divide
+        x = torch.ones_like(part)
+        gg_grad, _ = torch.ops.robustkern.activation_double_backward(
+            part, x, x, "elu", [1.0, scale, 1.0, 0.0], True, False
+        )
+        expected = (part.float() * scale).to(dtype)
+        torch.testing.assert_close(gg_grad, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(gg_grad.isnan(), part.isnan())

@@ -40,10 +40,10 @@ struct SumLanes {
     ux += v * d;
     gx += w * d;
   }
-  // Lane by lane to sums[0], sums[1], ... or all to one.
-  RK_HOST_DEVICE void add_to(Sums* sums, int lanes, int step) const {
+  // Lane by lane to sums[0], sums[1], ...
+  RK_HOST_DEVICE void add_to(Sums* sums, int lanes) const {
     for (int k = 0; k < lanes; ++k) {
-      Sums& s = sums[k * step];
+      Sums& s = sums[k];
       s.u += u[k];
       s.g += g[k];
       s.ug += ug[k];
@@ -52,6 +52,17 @@ struct SumLanes {
     }
   }
 };
+
+// All lanes of two vectors, in double: no addition waits for more than three others.
+template <class A>
+RK_HOST_DEVICE double total_of_lanes(const Lanes<A>& a, const Lanes<A>& b) {
+  constexpr int L = LanesOf<A>::kCount;
+  double sum[L];
+  for (int k = 0; k < L; ++k) sum[k] = double(a[k]) + double(b[k]);
+  for (int half = L / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+  return sum[0];
+}
 
 // Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.  Fetches the run behind
 // each, since runs end before the processor has noticed them.
@@ -95,8 +106,11 @@ RK_HOST_DEVICE void sums_along_of(const A* __restrict__ u, const A* __restrict__
       second.add(v, w, d - mean);
     }
   }
-  first.add_to(&s, L, 0);
-  second.add_to(&s, L, 0);
+  s.u += total_of_lanes<A>(first.u, second.u);
+  s.g += total_of_lanes<A>(first.g, second.g);
+  s.ug += total_of_lanes<A>(first.ug, second.ug);
+  s.ux += total_of_lanes<A>(first.ux, second.ux);
+  s.gx += total_of_lanes<A>(first.gx, second.gx);
 }
 
 template <class A>
@@ -156,8 +170,8 @@ RK_HOST_DEVICE void sums_across_of(const A* __restrict__ u, const A* __restrict_
       load_lanes<A>(d, x + o + L);
       second.add(v, w, d - mean_2);
     }
-    first.add_to(sums + begin, L, 1);
-    second.add_to(sums + begin + L, L, 1);
+    first.add_to(sums + begin, L);
+    second.add_to(sums + begin + L, L);
   }
   for (; begin < channels; begin += L) {
     const int width = int(std::min<int64_t>(L, channels - begin));
@@ -170,7 +184,7 @@ RK_HOST_DEVICE void sums_across_of(const A* __restrict__ u, const A* __restrict_
       load_lanes<A>(d, x + o, width);
       strip.add(v, w, d - means);
     }
-    strip.add_to(sums + begin, width, 1);
+    strip.add_to(sums + begin, width);
   }
 }
 

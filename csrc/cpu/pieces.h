@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "conversions.h"
 #include "dispatch.h"
 #include "simd.h"
 #include "stream.h"
@@ -12,39 +13,60 @@ namespace rk::cpu {
 
 constexpr int64_t kPiece = 1024;  // elements: a few buffers of this size stay in the L1 cache
 
+RK_MULTIVERSION static inline void widen_all(const BFloat16* from, float* to, int64_t n, int64_t ahead) {
+  constexpr int64_t line = 32;  // elements
+  int64_t i = 0;
+  for (; i + line <= n; i += line) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + ahead);
+    for (int64_t j = i; j < i + line; ++j) to[j] = load(from[j]);
+  }
+  for (; i < n; ++i) to[i] = load(from[i]);
+}
+RK_MULTIVERSION static inline void widen_rest(const Half* from, float* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = load(from[j]);
+}
+RK_MULTIVERSION static inline void narrow_rest(const float* from, Half* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = store<Half>(from[j]);
+}
+RK_MULTIVERSION static inline void narrow_rest(const float* from, BFloat16* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = store<BFloat16>(from[j]);
+}
+
 // What lies `ahead` bytes further is fetched into the cache meanwhile, if it is 16-bit data: pieces of several tensors in
 // turn end before the processor has noticed each of them.
-RK_MULTIVERSION static inline void read_piece(ScalarType dtype, const void* from, float* to, int64_t n, int64_t ahead) {
-  constexpr int64_t line = 32;  // elements
-  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
+inline void read_piece(ScalarType dtype, const void* from, float* to, int64_t n, int64_t ahead) {
+  if (dtype == ScalarType::BFloat16) return widen_all(static_cast<const BFloat16*>(from), to, n, ahead);
+  if (dtype != ScalarType::Half) {
     std::memcpy(to, from, n * sizeof(float));
     return;
   }
-  const auto convert = [=](const auto* in) RK_INLINE_LAMBDA {
-    int64_t i = 0;
-    for (; i + line <= n; i += line) {
-      __builtin_prefetch(reinterpret_cast<const char*>(in + i) + ahead);
-      for (int64_t j = i; j < i + line; ++j) to[j] = load(in[j]);
-    }
-    for (; i < n; ++i) to[i] = load(in[i]);
-  };
-  if (dtype == ScalarType::Half)
-    convert(static_cast<const Half*>(from));
-  else
-    convert(static_cast<const BFloat16*>(from));
+  const Half* const in = static_cast<const Half*>(from);
+  int64_t done = 0;
+#if defined(__x86_64__)
+  if (has_avx2()) done = widen_most(in, to, n, ahead);
+#endif
+  if (done < n) widen_rest(in + done, to + done, n - done);
 }
 inline void read_piece(ScalarType dtype, const void* from, float* to, int64_t n) {
   read_piece(dtype, from, to, n, 2 * n);  // the piece behind this one
 }
 
-RK_MULTIVERSION static inline void write_piece(ScalarType dtype, const float* from, void* to, int64_t n) {
-  if (dtype == ScalarType::Half) {
-    for (int64_t j = 0; j < n; ++j) static_cast<Half*>(to)[j] = store<Half>(from[j]);
-  } else if (dtype == ScalarType::BFloat16) {
-    for (int64_t j = 0; j < n; ++j) static_cast<BFloat16*>(to)[j] = store<BFloat16>(from[j]);
-  } else {
+template <class S>
+inline void narrow_all(const float* from, S* to, int64_t n) {
+  int64_t done = 0;
+#if defined(__x86_64__)
+  if (has_avx2()) done = narrow_most(from, to, n);
+#endif
+  if (done < n) narrow_rest(from + done, to + done, n - done);
+}
+
+inline void write_piece(ScalarType dtype, const float* from, void* to, int64_t n) {
+  if (dtype == ScalarType::Half)
+    narrow_all(from, static_cast<Half*>(to), n);
+  else if (dtype == ScalarType::BFloat16)
+    narrow_all(from, static_cast<BFloat16*>(to), n);
+  else
     std::memcpy(to, from, n * sizeof(float));
-  }
 }
 
 inline void read_piece(ScalarType, const void* from, double* to, int64_t n, int64_t = 0) {

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from robustkern._input_gradient import check_graph, input_gradient
+from robustkern._input_gradient import check_graph, check_tensors, input_gradient
 from robustkern.ops.row_norm import row_norm
 
 
-def batch_coupling(model: torch.nn.Module, x: Tensor) -> float:
-    r"""||w^T d f_S / d x_not S|| / ||w^T d f_S / d x||: how much the outputs of half a batch, S, depend on the other.
+def batch_coupling(model: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    r"""sqrt(sum_H ||w^T d f_H / d x_not H||^2 / sum_H ||w^T d f_H / d x||^2): how much samples depend on each other.
 
-    w holds random signs.  Zero for a model that treats each sample by itself; then gradient and Jacobian norms are
-    each sample's own.  BatchNorm in training mode is the usual reason for more.  Penalties remain what their formula
-    says, but of a sample's gradient together with the others' part: put BatchNorm into eval mode, or use GroupNorm,
-    where that matters.
+    H are two random halves of the batch, w random signs.  Zero for a model that treats each sample by itself; then
+    gradient and Jacobian norms are each sample's own.  BatchNorm in training mode is the usual reason for more.
+    Penalties remain what their formula says, but of a sample's gradient together with the others' part: put BatchNorm
+    into eval mode, or use GroupNorm, where that matters.  Half of all pairs of samples are looked at: a model in which
+    few samples depend on few others can get a zero.
 
     Args:
         model: maps x [B, ...] to outputs [B, ...]; its mode is respected, its buffers and the random state of PyTorch
-            end as they were.
-        x: a batch of at least two samples.
+            end as they were (the buffers of a function that is no `nn.Module` are out of reach).
+        x: a batch of at least two samples, floating point.
 
     Returns:
         A number from 0 to 1.
 
     Raises:
-        ValueError: fewer than two samples, or outputs that do not depend on x.
+        TypeError: x or the outputs are not floating-point tensors.
+        ValueError: fewer than two samples, outputs that are not [B, ...], or that do not depend on x.
 
     Differentiability: none. Determinism: the same on every run.
     """
-    if len(x) < 2:
-        raise ValueError(f"batch_coupling: at least two samples are needed, got {len(x)}")
+    name = "batch_coupling"
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: x must be a floating-point tensor, got {kind}")
+    if x.dim() == 0 or len(x) < 2:
+        raise ValueError(f"{name}: at least two samples are needed, got {len(x) if x.dim() else 'a number'}")
     x = x.detach().requires_grad_()
-    selected = torch.arange(len(x), device=x.device) % 2 == 0
+    generator = torch.Generator(x.device).manual_seed(0)
+    half = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    half[torch.randperm(len(x), generator=generator, device=x.device)[: len(x) // 2]] = True
     with torch.enable_grad(), torch.random.fork_rng(_devices(x)), _unchanged_buffers(model):
         outputs = model(x)
-        generator = torch.Generator(x.device).manual_seed(0)
+        check_tensors(name, x, outputs=outputs)
+        if outputs.dim() == 0 or len(outputs) != len(x):
+            raise ValueError(f"{name}: outputs must have the {len(x)} rows of x, got shape {list(outputs.shape)}")
+        check_graph(name, "outputs", outputs)
         signs = torch.randint(2, outputs.shape, generator=generator, device=x.device).to(outputs.dtype) * 2 - 1
-        check_graph("batch_coupling", "outputs", outputs)
-        signs[~selected] = 0
-        grad = input_gradient("batch_coupling", "outputs", outputs, x, signs, create_graph=False)
-    norms = row_norm(grad, 2.0, squared=True).double()
-    total = norms.sum()
-    return float((norms[~selected].sum() / total).sqrt()) if total > 0 else 0.0
+        across = total = 0.0
+        for chosen in (half, ~half):
+            cotangent = signs.clone()
+            cotangent[~chosen] = 0
+            grad = input_gradient(name, "outputs", outputs, x, cotangent, create_graph=False)
+            squares = row_norm(grad, 2.0).double().square()  # of norms, which neither vanish nor overflow
+            across += float(squares[~chosen].sum())
+            total += float(squares.sum())
+    return (across / total) ** 0.5 if total > 0 else 0.0
 
 
 def _devices(x: Tensor) -> list[torch.device]:
@@ -54,8 +68,9 @@ def _devices(x: Tensor) -> list[torch.device]:
 
 
 @contextmanager
-def _unchanged_buffers(model: torch.nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _unchanged_buffers(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    buffers = model.buffers() if isinstance(model, torch.nn.Module) else ()
+    before = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
     finally:

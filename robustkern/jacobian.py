@@ -9,10 +9,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from robustkern._arguments import check_choice, check_generator, check_integer, check_number
 from robustkern._basis import basis_cotangents, unit_cotangents
 from robustkern._input_gradient import check_differentiable, check_outputs, input_gradient
 from robustkern.double_backward import folds, fused_where_possible
-from robustkern.ops.random_cotangents import KINDS, random_cotangents
+from robustkern.ops._select import IMPLS
+from robustkern.ops.random_cotangents import KINDS, LAWS, random_cotangents
 from robustkern.ops.row_norm import row_norm
 
 Projections = int | Literal["exact"]
@@ -74,7 +76,9 @@ def jacobian_norm(
 
     To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
     A model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
-    part, d outputs_j / d x_i: `batch_coupling` measures how much.
+    part, J_ji = d outputs_j / d x_i: `batch_coupling` measures how much.  Random projections, which differ from sample
+    to sample, then estimate sum_j ||J_ji||_F^2, while "exact", whose basis is the same for all, is
+    ||sum_j J_ji||_F^2; K = D is not exact there, and the variance is more than these formulas say.
 
     Args:
         outputs: [B, C] or [B, C, d1, ...] (dense prediction), computed from x by differentiable operations.
@@ -87,12 +91,12 @@ def jacobian_norm(
         weight: a number or one value per channel of x, such as eps / std: the norm of J diag(weight).
         squared: False for the square root of the estimate, which is biased (downwards) unless it is exact.
         reduction: "none" [B], "mean" or "sum" over the batch.
-        generator: where the projections come from, on the device of outputs; None: the default one.
+        generator: where the projections come from, on the device of outputs; None: the default one, which it has to
+            be in what torch.compile traces.
         first: row of a larger batch that the first of these is: its projections are those that it has there.
         return_variance: also give an unbiased estimate of the estimate's variance, from the spread of the K values:
             s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It takes K >= 2 and
-            `squared`, and assumes nothing but that the samples' projections are independent, which they are.
-            Not differentiable.
+            `squared`, and assumes that a sample's outputs depend on no other sample, see above.  Not differentiable.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.
         impl: "auto", "kernel" or "reference".
 
@@ -113,8 +117,11 @@ def jacobian_norm(
     exact = projections == "exact"
     check_outputs("jacobian_norm", outputs, x)
     _check_options(outputs, projections, law, kind, squared, reduction, return_variance)
-    if first < 0:
-        raise ValueError(f"jacobian_norm: first must not be negative, got {first}")
+    check_choice("jacobian_norm", "impl", impl, IMPLS)
+    check_generator("jacobian_norm", generator, outputs.device)
+    check_integer("jacobian_norm", "first", first, 0)
+    if weight is not None and not isinstance(weight, Tensor):
+        check_number("jacobian_norm", "weight", weight, -math.inf)
     with torch.enable_grad(), fused_where_possible(impl):
         source = outputs if differentiable else outputs.detach()
         count = outputs.shape[1:].numel() if exact else int(projections)
@@ -207,26 +214,38 @@ def suggest_projections(
         K, as a number: it waits for the device.
 
     Raises:
-        ValueError: projections that show no variance, since they were exact, or a relative_error that is not positive.
+        ValueError: projections that show no variance, since they were exact, a relative_error that is not positive, or
+            an estimate and a variance that are not finite or not of one shape.
 
     Differentiability: none. Determinism: complete.
     """
-    orthonormal = law == "orthonormal"
-    if not relative_error > 0:
-        raise ValueError(f"suggest_projections: relative_error must be positive, got {relative_error}")
+    function, orthonormal = "suggest_projections", law == "orthonormal"
+    check_choice(function, "law", law, LAWS)
+    check_number(function, "relative_error", relative_error, 0, open_below=True)
+    check_integer(function, "projections", projections, 1)
+    check_integer(function, "dimensions", dimensions, 1)
+    if estimate.shape != variance.shape:
+        raise ValueError(
+            f"{function}: variance must have the shape of estimate, {list(estimate.shape)}, got {list(variance.shape)}"
+        )
     if projections < 2 or (orthonormal and projections >= dimensions):
         raise ValueError(
             f"suggest_projections: {projections} projections by the law {law!r} in {dimensions} dimensions show no "
             "variance: take 2 or more, and fewer than there are dimensions if they are orthonormal"
         )
     # The square of an estimate is too large by its variance; that of non-negative values is never larger itself.
-    squares, variances = (float(t.detach().double().sum()) for t in (estimate.square(), variance))
+    squares, variances = (float(t.sum()) for t in (estimate.detach().double().square(), variance.detach().double()))
+    if not math.isfinite(squares) or not math.isfinite(variances):
+        raise ValueError(f"{function}: estimate and variance must be finite, got {estimate} and {variance}")
     wanted = relative_error**2 * (squares - variances if squares > variances else squares)
     # s^2 in Var_K = s^2 / K, for orthonormal ones s^2 / K (1 - K / D)
     spread = variances * projections / (1 - projections / dimensions if orthonormal else 1)
     if spread == 0:
         return 1
-    return max(1, math.ceil(spread / (wanted + spread / dimensions if orthonormal else wanted) - 1e-9))
+    if squares == 0:
+        raise ValueError(f"{function}: no number of projections gives an estimate of zero a relative error")
+    least = wanted + spread / dimensions if orthonormal else wanted
+    return max(1, math.ceil(spread / least - 1e-9) if spread < least * 2.0**62 else 2**62)
 
 
 def input_jacobian(
@@ -270,12 +289,12 @@ def input_jacobian(
 def _check_options(
     outputs: Tensor, projections: Projections, law: str, kind: str, squared: bool, reduction: str, variance: bool
 ) -> None:
-    if projections != "exact" and (isinstance(projections, (bool, str)) or int(projections) != projections):
-        raise ValueError(f"jacobian_norm: projections must be a number or 'exact', got {projections!r}")
-    if kind not in KINDS:
-        raise ValueError(f"jacobian_norm: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"jacobian_norm: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    function = "jacobian_norm"
+    if projections != "exact":
+        check_integer(function, "projections", projections, 1, 'or "exact"')
+    check_choice(function, "law", law, LAWS)
+    check_choice(function, "kind", kind, KINDS)
+    check_choice(function, "reduction", reduction, ("none", "mean", "sum"))
     if variance and not squared:
         raise ValueError("jacobian_norm: return_variance needs squared=True: the root of an estimate is biased")
     size = outputs.shape[1:].numel()

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from robustkern._arguments import check_generator, check_integer
 from robustkern._input_gradient import check_differentiable, check_outputs, input_gradient
 from robustkern.double_backward import fused_where_possible
 from robustkern.ops.random_cotangents import random_cotangents
@@ -50,7 +51,7 @@ def jacobian_spectral_norm(
         outputs: [B, C] or [B, C, d1, ...], computed from x by differentiable operations.
         x: the inputs, a leaf that requires grad.
         iterations: >= 0.
-        start: v, of the shape of outputs and of any length but zero; None: random.
+        start: v, of the shape of outputs and of any length; None: random.  A sample whose start is zero gets zero.
         generator: where a random start comes from, on the device of outputs; None: the default one.
         return_vectors: also give v, the left singular vectors, of the shape of outputs: the next start.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.
@@ -70,8 +71,10 @@ def jacobian_spectral_norm(
     function = "jacobian_spectral_norm"
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     check_outputs(function, outputs, x)
-    if iterations < 0:
-        raise ValueError(f"{function}: iterations must not be negative, got {iterations}")
+    check_integer(function, "iterations", iterations, 0)
+    check_generator(function, generator, outputs.device)
+    if start is not None and not isinstance(start, Tensor):
+        raise TypeError(f"{function}: start must be a tensor or None, got {type(start).__name__}")
     if start is not None and (start.shape != outputs.shape or start.device != outputs.device):
         raise ValueError(
             f"{function}: start must be {list(outputs.shape)} on {outputs.device} like outputs, got "

@@ -188,3 +188,37 @@ def test_plain_steps_and_float64_are_pytorchs():
     for want, got in zip(expected, torch.autograd.grad(y.pow(2).sum(), (x, w))):
         assert got.equal(want)
     assert type(in_backward(lambda: x.double() @ w.double()).grad_fn).__name__ == "MmBackward0"
+
+
+def test_forward_mode_over_a_layer():
+    """PyTorch's rule for tangents multiplies by tensors that have no memory, and by duals."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).double()
+    x, v = torch.randn(512, 64), torch.randn(512, 64)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        network.to(dtype).zero_grad()
+        at = x.to(dtype).requires_grad_()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(at, v.to(dtype))
+            (grad,) = torch.autograd.grad(network(dual).sum(), at, create_graph=True)
+            tangent = torch.autograd.forward_ad.unpack_dual(grad).tangent
+        tangent.square().mean().backward()
+        return [tangent.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    exact, stock = run(torch.float64), run(torch.float32)
+    robustkern.install()
+    for actual, s, e in zip(run(torch.float32), stock, exact, strict=True):
+        assert_as_accurate_as_reference(actual, s, e)
+
+
+def test_a_zero_without_memory_and_rows_that_overlap():
+    torch.manual_seed(0)
+    x, w = torch.randn(1024, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    robustkern.install()
+    grads = torch.autograd.grad(x @ w.t(), [x, w], torch._efficientzerotensor(1024, 64), create_graph=True)
+    assert not any(g.any() for g in grads)
+    weight = torch.randn(1, 64).expand(64, 64)
+    actual = in_backward(lambda: torch.mm(x.detach(), weight))
+    stock, exact = torch.mm(x.detach(), weight.contiguous()), torch.mm(x.detach().double(), weight.double())
+    assert_as_accurate_as_reference(actual, stock, exact)

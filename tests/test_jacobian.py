@@ -320,7 +320,7 @@ def test_spectral_norm_of_a_zero_jacobian(device):
 def test_batch_coupling(device):
     model, x = network(device), images(device)
     assert batch_coupling(model, x) == 0
-    coupled = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), network("cpu")).to(x)
+    coupled = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5), network("cpu")).to(x)
     before = {name: value.clone() for name, value in coupled.state_dict().items()}
     state = torch.get_rng_state()
     share = batch_coupling(coupled.train(), x)
@@ -328,5 +328,52 @@ def test_batch_coupling(device):
     assert all(torch.equal(value, before[name]) for name, value in coupled.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert batch_coupling(coupled.eval(), x) == 0
-    with pytest.raises(ValueError, match="at least two samples"):
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-22, 1e-30, 1e20], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batch_coupling_is_what_its_formula_says(scale, wrapped, device):
+    """The share is c / (1 + c) of the squares where half of what each sample gets comes from each other one."""
+    torch.manual_seed(0)
+    mixing = nn.Linear(4, 4, bias=False).to(device)
+
+    def mixed(x):
+        return scale * (mixing(x) + 0.5 * mixing(x).flip(0))
+
+    class Module(nn.Module):
+        def forward(self, x):
+            return mixed(x)
+
+    x = torch.randn(2, 4, device=device)  # each half is one sample
+    model = Module() if wrapped else mixed
+    assert batch_coupling(model, x) == pytest.approx((0.25 / 1.25) ** 0.5, rel=0.5)
+    shares = [batch_coupling(lambda x, c=c: x * scale + c * scale * x.flip(0), x) for c in (0.5, 2.0)]
+    assert shares == pytest.approx([(0.25 / 1.25) ** 0.5, (4 / 5) ** 0.5], rel=1e-3)
+
+
+def test_batch_coupling_finds_rows_that_only_trade_places(device):
+    x = torch.randn(8, 4, device=device)
+    assert batch_coupling(lambda x: x.roll(2, 0), x) > 0.5
+    assert batch_coupling(lambda x: x.roll(1, 0), x) > 0.5
+
+
+def test_batch_coupling_refuses(device):
+    model, x = network(device), images(device)
+    with pytest.raises(ValueError, match="batch_coupling: at least two samples are needed, got 1"):
         batch_coupling(model, x[:1])
+    with pytest.raises(ValueError, match=r"batch_coupling: outputs must have the 6 rows of x, got shape \[4\]"):
+        batch_coupling(lambda x: model(x).sum(0), x)
+    with pytest.raises(TypeError, match="batch_coupling: outputs must be a tensor, got tuple"):
+        batch_coupling(lambda x: (model(x),), x)
+    with pytest.raises(TypeError, match=r"batch_coupling: x must be a floating-point tensor, got torch\.int64"):
+        batch_coupling(model, x.long())
+    with pytest.raises(ValueError, match="batch_coupling: outputs does not depend on x"):
+        batch_coupling(lambda x: model[-1].weight[:1].expand(6, -1), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_spectral_norm_in_half_precision(dtype, device):
+    """v is of unit length but for 8 or 11 bits, all its entries rounded alike: the norm is divided by what it is."""
+    x = torch.randn(3, 300, device=device).to(dtype).requires_grad_()
+    norm = jacobian_spectral_norm(1 * x, x, 0, start=torch.ones_like(x), create_graph=False)
+    torch.testing.assert_close(norm, torch.ones(3, device=device))

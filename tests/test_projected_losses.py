@@ -8,6 +8,7 @@ from torch import nn
 from jacobian_cases import assert_equal_but_for_rounding, network, norm_in_plain_pytorch, parameter_gradients
 from robustkern import models
 from robustkern.losses import CrossLipschitz, FisherPenalty, JacobianPenalty
+from robustkern.sharding import Shard
 from robustkern.testing import assert_as_accurate_as_reference
 
 KINDS = {JacobianPenalty: "plain", FisherPenalty: "fisher", CrossLipschitz: "centred"}
@@ -167,6 +168,46 @@ def test_batch_norm_sees_the_whole_batch(device):
     torch.testing.assert_close(model[1].running_mean, running)
     assert model[1].num_batches_tracked == 1
     assert 0 < half.smoothness != whole.smoothness
+    halves = JacobianPenalty(projections="exact", fraction=0.5, generator=torch.Generator(device).manual_seed(0))
+    draws = torch.stack([halves(model, x, y).smoothness.detach() for _ in range(200)])
+    assert abs(draws.mean() - whole.smoothness) < 4.5 * draws.std() / 200**0.5
+    assert draws.unique().numel() > 10
+
+
+def test_models_that_need_the_batch_whole_without_saying_so(device):
+    """A function hides what it calls; InstanceNorm may keep statistics."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(36, CLASSES)]
+    model, (x, y) = nn.Sequential(*layers).to(device, torch.float64), batch(device)
+    whole = F.cross_entropy(model(x), y)
+    model[1].reset_running_stats()
+    terms = JacobianPenalty(fraction=0.5)(lambda x: model(x), x, y)
+    torch.testing.assert_close(terms.orientation, whole)
+    assert model[1].num_batches_tracked == 1
+
+    model[1] = nn.InstanceNorm2d(4, track_running_stats=True).to(device, torch.float64)
+    model(x)
+    once = model[1].running_mean.clone()
+    model[1].reset_running_stats()
+    JacobianPenalty(fraction=0.5)(model, x, y)
+    torch.testing.assert_close(model[1].running_mean, once)
+
+
+@over_penalties
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_parts_of_a_batch_have_the_projections_of_their_rows(penalty, fraction, device):
+    """Two processes with a part each: the same projections, and the same samples, as one with the whole batch."""
+    model, (x, y) = network(device), batch(device)
+
+    def smoothness(shard, rows):
+        generator = torch.Generator(device).manual_seed(5)
+        return penalty(WEIGHT, 2, EPS, fraction=fraction, generator=generator, shard=shard)(model, x[rows], y[rows])
+
+    whole = smoothness(None, slice(None)).smoothness
+    parts = [(Shard(0, 2, 6), slice(0, 2)), (Shard(2, 4, 6), slice(2, 6))]
+    summed = sum(shard.share * smoothness(shard, rows).smoothness for shard, rows in parts)
+    torch.testing.assert_close(summed, whole)
+    assert whole > 0
 
 
 @over_penalties
@@ -185,13 +226,34 @@ def test_the_generator_decides(penalty, device):
 @over_penalties
 def test_options_are_checked(penalty, device):
     for options, message in (
-        ({"every": 0}, "every must be at least 1, got 0"),
-        ({"fraction": 0}, "fraction must be in"),
+        ({"every": 0}, "every must be an integer of at least 1, got 0"),
+        ({"every": 2.5}, "every must be an integer of at least 1, got 2.5"),
+        ({"every": float("nan")}, "every must be an integer of at least 1, got nan"),
+        ({"fraction": 0}, r"fraction must be a number in \(0, 1\], got 0"),
+        ({"fraction": "a"}, r"fraction must be a number in \(0, 1\], got 'a'"),
+        ({"projections": 0}, "projections must be an integer of at least 1 or .exact., got 0"),
+        ({"law": "uniform"}, "law must be one of"),
+        ({"impl": "other"}, "impl must be one of"),
+        ({"weight": "a"}, "weight must be a number that is not negative, got 'a'"),
+        ({"eps": "a"}, "eps must not be negative or NaN, got a"),
     ):
         with pytest.raises(ValueError, match=f"{penalty.__name__}: {message}"):
             penalty(**options)
     with pytest.raises(TypeError, match=rf"{penalty.__name__}: x must be a floating-point tensor, got torch\.uint8"):
         penalty()(network(device), batch(device)[0].to(torch.uint8), batch(device)[1])
+    with pytest.raises(TypeError, match=f"{penalty.__name__}: x must be a floating-point tensor, got NoneType"):
+        penalty()(network(device), None, batch(device)[1])
+    x, y = batch(device)
+    for fraction, targets in ((1.0, y[:3]), (0.5, y[:3]), (0.5, y.repeat(2))):
+        with pytest.raises(ValueError, match=f"{penalty.__name__}: y must have the 6 rows of x, got {len(targets)}"):
+            penalty(fraction=fraction)(network(device), x, targets)
+
+
+@over_penalties
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_an_empty_batch_has_no_mean(penalty, fraction, device):
+    terms = penalty(fraction=fraction)(network(device), *(t[:0] for t in batch(device)))
+    assert terms.orientation.isnan() and terms.smoothness.isnan()
 
 
 @over_penalties

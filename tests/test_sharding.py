@@ -38,5 +38,5 @@ def test_projections_of_a_part_are_those_of_the_whole(kind):
     whole = norms(slice(0, 7), 0)
     torch.testing.assert_close(torch.cat([norms(slice(0, 3), 0), norms(slice(3, 7), 3)]), whole)
     assert not torch.allclose(norms(slice(3, 7), 0), whole[3:])
-    with pytest.raises(ValueError, match="first must not be negative"):
+    with pytest.raises(ValueError, match="first must be an integer of at least 0, got -1"):
         norms(slice(0, 7), -1)

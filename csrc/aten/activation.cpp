@@ -37,6 +37,40 @@ struct Choice {
     TORCH_INTERNAL_ASSERT(function == "sigmoid");
     return at::sigmoid_backward(g, x);
   }
+
+  // f''(x) in differentiable operators; of what is saved, see math/activation.h.
+  Tensor bend(const Tensor& x) const {
+    const auto& p = parameters;
+    if (function == "gelu") {
+      const Tensor h = x.clamp(-40, 40), square = h * h;
+      return (square * -0.5).exp() * (2 - square) * 0.39894228040143267794;
+    }
+    if (function == "gelu_tanh") {
+      const double root = 0.79788456080286535588;  // sqrt(2 / pi)
+      const Tensor h = x.clamp(-25, 25), square = h * h, t = (root * h * (1 + 0.044715 * square)).tanh();
+      const Tensor slope = root * (1 + 0.134145 * square), bend = root * 0.26829 * h;
+      return (1 - t * t) * (slope + 0.5 * h * (bend - 2 * t * slope * slope));
+    }
+    if (function == "silu") {
+      const Tensor s = x.sigmoid();
+      return s * (-x).sigmoid() * (2 + x.clamp(-1000, 1000) * (1 - 2 * s));
+    }
+    if (function == "mish") {
+      const Tensor s = x.sigmoid(), t = at::softplus(x).tanh();
+      return (1 - t * t) * s * (2 + x.clamp(-1000, 1000) * (1 - s - 2 * t * s));
+    }
+    if (function == "softplus") {
+      const Tensor z = p[0] * x;
+      return (p[0] * z.sigmoid() * (-z).sigmoid()).masked_fill(z >= p[1], 0);
+    }
+    if (function == "elu" && p[3] == 0)
+      return (p[2] * p[2] * p[0] * p[1] * (p[2] * x.clamp_max(0)).exp()).masked_fill(x >= 0, 0);
+    if (function == "elu") return at::full_like(x, p[2]).masked_fill(x >= 0, 0);
+    if (function == "hardswish") return at::full_like(x, 1.0 / 3.0).masked_fill(x.abs() >= 3, 0);
+    if (function == "tanh") return -2 * x;
+    TORCH_INTERNAL_ASSERT(function == "sigmoid");
+    return 1 - 2 * x;
+  }
 };
 
 std::tuple<Tensor, Tensor> call_kernel(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
@@ -83,11 +117,15 @@ struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
     const Tensor &g = saved[0], &x = saved[1];
     const Choice choice{ctx->saved_data["function"].toStringRef(), ctx->saved_data["parameters"].toDoubleVector()};
     const bool need_grad = ctx->needs_input_grad(0), need_x = ctx->needs_input_grad(1);
-    if (at::GradMode::is_enabled()) {
-      const auto grads =
-          higher_order([&](const variable_list& in) { return variable_list{choice.backward(in[0], in[1])}; }, {g, x},
-                       {u}, {need_grad, need_x});
-      return {grads[0], grads[1], Tensor()};
+    if (composes(cotangents)) {
+      Tensor grad_g, grad_x;
+      if (need_grad) grad_g = choice.backward(u, x);
+      if (need_x) {
+        const auto dtype = accumulation_type(x.scalar_type());
+        grad_x = (choice.bend(x.to(dtype)) * u * g).to(x.scalar_type());
+        if (are_several(g, x)) grad_x = grad_x.sum(0);
+      }
+      return {grad_g, grad_x, Tensor()};
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [gg_grad, grad_x] = double_backward(u, g, x, choice, need_grad, need_x);

@@ -30,27 +30,73 @@ Tensor per_key_head(const Tensor& grad, const Tensor& k) {
   return at::unflatten_symint(grad, 1, {heads_of(k), heads_of(grad) / heads_of(k)}).sum(2);
 }
 
-// The first backward in operators that PyTorch differentiates any number of times: grad_q, grad_k, grad_v, and grad_bias
-// where there is a bias.
+// What both backwards have in common, in operators that PyTorch differentiates any number of times; k and v are given to
+// every head of q.
+struct Composed {
+  Tensor g, q, k, v, p, dp;
+
+  Composed(const variable_list& in, const Settings& s) {
+    const auto dtype = accumulation_type(in[0].scalar_type());
+    const auto wide = [&](const Tensor& t) { return t.to(dtype); };
+    g = wide(in[0]);
+    q = wide(in[1]);
+    k = wide(per_head(in[2], q));
+    v = wide(per_head(in[3], q));
+    Tensor scores = at::matmul(q, k.mT()) * s.scale;
+    if (in[4].defined()) scores = scores + wide(in[4]);
+    if (s.causal) {
+      const auto ones = at::ones_symint({q.sym_size(2), k.sym_size(2)}, q.options().dtype(at::kBool));
+      scores = scores.masked_fill(ones.triu(1), -std::numeric_limits<double>::infinity());
+    }
+    p = at::_safe_softmax(scores, -1);
+    dp = at::matmul(g, v.mT());
+  }
+  static Tensor total(const Tensor& t) { return t.sum(-1, /*keepdim=*/true); }
+};
+
+variable_list narrowed(const variable_list& grads, const variable_list& in) {
+  variable_list result;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    Tensor grad = grads[i];
+    if (i == 2 || i == 3) grad = per_key_head(grad, in[i]);
+    if (i == 4) grad = at::sum_to(grad, in[i].sym_sizes());
+    result.push_back(grad.to(in[i].scalar_type()));
+  }
+  return result;
+}
+
+// grad_q, grad_k, grad_v, and grad_bias where there is a bias.
 variable_list first_backward(const variable_list& in, const Settings& s) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto dtype = accumulation_type(in[0].scalar_type());
-  const auto wide = [&](const Tensor& t) { return t.to(dtype); };
-  const Tensor g = wide(in[0]), q = wide(in[1]), k = wide(per_head(in[2], q)), v = wide(per_head(in[3], q));
-  Tensor scores = at::matmul(q, k.mT()) * s.scale;
-  if (in[4].defined()) scores = scores + wide(in[4]);
-  if (s.causal) {
-    const auto ones = at::ones_symint({q.sym_size(2), k.sym_size(2)}, q.options().dtype(at::kBool));
-    scores = scores.masked_fill(ones.triu(1), -std::numeric_limits<double>::infinity());
-  }
-  const Tensor p = at::_safe_softmax(scores, -1);
-  const Tensor dp = at::matmul(g, v.mT());
-  const Tensor ds = p * (dp - (p * dp).sum(-1, /*keepdim=*/true));
-  variable_list grads{(at::matmul(ds, k) * s.scale).to(in[1].scalar_type()),
-                      per_key_head(at::matmul(ds.mT(), q) * s.scale, in[2]).to(in[2].scalar_type()),
-                      per_key_head(at::matmul(p.mT(), g), in[3]).to(in[3].scalar_type())};
-  if (in[4].defined()) grads.push_back(at::sum_to(ds, in[4].sym_sizes()).to(in[4].scalar_type()));
+  const Composed c(in, s);
+  const Tensor ds = c.p * (c.dp - c.total(c.p * c.dp));
+  variable_list grads{c.g, at::matmul(ds, c.k) * s.scale, at::matmul(ds.mT(), c.q) * s.scale,
+                      at::matmul(c.p.mT(), c.g)};
+  if (in[4].defined()) grads.push_back(ds);
+  grads = narrowed(grads, in);
+  grads.erase(grads.begin());
   return grads;
+}
+
+// grad_g, grad_q, grad_k, grad_v, and grad_bias where there is a bias, with all scores in memory: see math/attention.h.
+// The cotangents of grad_q, grad_k, grad_v, grad_bias may be undefined.
+variable_list second_backward(const Tensor* gg, const variable_list& in, const Settings& s) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Composed c(in, s);
+  const auto wide = [&](const Tensor& t, const Tensor& like) {
+    return t.defined() ? per_head(t, c.q).to(like.scalar_type()) : at::zeros_like(like);
+  };
+  const Tensor gg_q = wide(gg[0], c.q), gg_k = wide(gg[1], c.k), gg_v = wide(gg[2], c.v);
+  Tensor t = (at::matmul(gg_q, c.k.mT()) + at::matmul(c.q, gg_k.mT())) * s.scale;
+  if (gg[3].defined()) t = t + gg[3].to(t.scalar_type());
+  const Tensor d = c.total(c.p * c.dp), ds = c.p * (c.dp - d), centred = t - c.total(c.p * t), pd = c.p * centred;
+  const Tensor of_p = (c.dp - d) * centred + at::matmul(c.g, gg_v.mT());
+  const Tensor of_scores = c.p * (of_p - c.total(c.p * of_p));
+  variable_list grads{
+      at::matmul(pd, c.v) + at::matmul(c.p, gg_v), (at::matmul(of_scores, c.k) + at::matmul(ds, gg_k)) * s.scale,
+      (at::matmul(of_scores.mT(), c.q) + at::matmul(ds.mT(), gg_q)) * s.scale, at::matmul(pd.mT(), c.g)};
+  if (in[4].defined()) grads.push_back(of_scores);
+  return narrowed(grads, in);
 }
 
 std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
@@ -95,13 +141,10 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     for (const Tensor& t : in) need.push_back(needs(ctx, t, edge));
     if (std::none_of(gg, gg + 4, [](const Tensor& t) { return t.defined(); })) return result;
 
-    const bool third_order = at::GradMode::is_enabled();
-    if (third_order || need[4] || gg[3].defined()) {
-      const at::AutoGradMode grad_mode(true);
-      const auto grads = higher_order([&](const variable_list& x) { return first_backward(x, s); }, in,
-                                      {gg, gg + 3 + in[4].defined()}, need);
+    if (composes(cotangents) || need[4] || gg[3].defined()) {
+      const auto grads = second_backward(gg, in, s);
       for (size_t i = 0; i < grads.size(); ++i)
-        result[i] = third_order || !grads[i].defined() ? grads[i] : grads[i].detach();
+        if (need[i]) result[i] = grads[i];
       return result;
     }
 
@@ -197,8 +240,9 @@ struct Attention<Backend, R(Args...)> {
 
   static R kernel(c10::DispatchKeySet keys, Args... args) {
     if (serves(args...)) return fused(args...);
-    const bool transformed = enabled() && !uses_stock_kernels() && under_functorch_grad();
-    if (transformed && inner_levels > 0) return composite(args...);
+    const bool ours = enabled() && !uses_stock_kernels(), transformed = ours && under_functorch_grad();
+    if (transformed && (inner_levels > 0 || of_cotangent_alone(args...))) return composite(args...);
+    if (ours && (detail::has_tangent(args) || ...)) return composite(args...);
     const InnerLevel level(transformed);
     return Op::redispatch(stock_keys<Op>(keys), args...);
   }
@@ -221,7 +265,13 @@ struct Attention<Backend, R(Args...)> {
     return as_tuple(results);
   }
 
-  // Under torch.func.grad of torch.func.grad, where no Function can run.
+  // Whether a transform differentiates by the cotangent, while the graph is older than the transform.
+  static bool of_cotangent_alone(Args... args) {
+    const Call c = Backend::call(args...);
+    return c.g.requires_grad() && !c.q.requires_grad() && !c.k.requires_grad() && !c.v.requires_grad();
+  }
+
+  // In forward mode, and under torch.func.grad of torch.func.grad, where no Function can run.
   static R composite(Args... args) {
     const Call c = Backend::call(args...);
     if (c.settings.dropout != 0) return Op::call(args...);

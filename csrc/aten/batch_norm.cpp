@@ -54,31 +54,47 @@ struct BatchNorm {
     return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
   }
 
+  // [C, M] or, of several cotangents, [K, C, M].
+  RowsOfNorm as_rows(const Tensor& x) const {
+    const auto accumulation = accumulation_type(x.scalar_type());
+    return {[accumulation, dims = x.dim()](const Tensor& t) {
+              const int64_t n = t.dim() - dims;
+              return t.to(accumulation).transpose(n, n + 1).flatten(n + 1);
+            },
+            [accumulation](const Tensor& t) { return t.to(accumulation).unsqueeze(1); },
+            [](const Tensor& t) { return t.sum(-1); },
+            [dims = x.dim()](const Tensor& t, const Tensor& like) {
+              const int64_t n = like.dim() - dims;
+              return t.reshape_symint(like.transpose(n, n + 1).sym_sizes()).transpose(n, n + 1).to(like.scalar_type());
+            }};
+  }
+  Tensor fixed_scale(const RowsOfNorm& of) const { return of.spread((*running_var + eps).rsqrt()); }
+
   // The same in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it is
   // differentiated twice more.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const int64_t batch = g.dim() - x.dim();  // 1: several cotangents, of which only grad_x is asked for
-    if (!training && batch == 0) return backward(g, x, if_defined(w), mask);
-    const auto accumulation = accumulation_type(x.scalar_type());
-    const auto rows = [&](const Tensor& t) {  // [C, M] or [K, C, M]
-      const int64_t n = t.dim() - x.dim();
-      return t.to(accumulation).transpose(n, n + 1).flatten(n + 1);
-    };
-    const auto column = [&](const Tensor& t) { return t.to(accumulation).unsqueeze(1); };
-    const Tensor grad = rows(g), weighted = w.defined() ? column(w) * grad : grad;
-    const auto images = [&](const Tensor& t) {
-      return t.reshape_symint(g.transpose(batch, batch + 1).sym_sizes())
-          .transpose(batch, batch + 1)
-          .to(x.scalar_type());
-    };
-    if (!training) return {images(weighted * column((*running_var + eps).rsqrt())), Tensor(), Tensor()};
-    const Normalized normalized(rows(x), column(*mean), column(*invstd));
-    const auto dtype = w.defined() ? w.scalar_type() : accumulation;
+    if (!training && !are_several(g, x)) return backward(g, x, if_defined(w), mask);
+    const RowsOfNorm of = as_rows(x);
+    const Tensor grad = of.rows(g), weighted = w.defined() ? of.spread(w) * grad : grad;
+    if (!training) return {of.back(weighted * fixed_scale(of), g), Tensor(), Tensor()};
+    const Normalized normalized(of.rows(x), of.spread(*mean), of.spread(*invstd));
+    const auto dtype = w.defined() ? w.scalar_type() : accumulation_type(x.scalar_type());
     Triple result;
-    if (mask[0]) std::get<0>(result) = images(normalized.backward(weighted));
-    if (mask[1]) std::get<1>(result) = (grad * normalized.xh).sum(1).to(dtype);
-    if (mask[2]) std::get<2>(result) = grad.sum(1).to(dtype);
+    if (mask[0]) std::get<0>(result) = of.back(normalized.backward(weighted), g);
+    if (mask[1]) std::get<1>(result) = of.to_parameter(grad * normalized.xh).to(dtype);
+    if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(dtype);
     return result;
+  }
+  Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
+                         const Tensor& w, const Mask& need) const {
+    const RowsOfNorm of = as_rows(x);
+    if (training) {
+      const Normalized normalized(of.rows(x), of.spread(*mean), of.spread(*invstd));
+      return rk::aten::composed_second(normalized, of, u, a, b, g, x, w, need);
+    }
+    const Tensor r = fixed_scale(of);
+    return rk::aten::composed_second(Normalized::fixed((of.rows(x) - of.spread(*running_mean)) * r, r), of, u, a, b, g,
+                                     x, w, need);
   }
 
   bool bends(const Tensor& u, const Tensor& a) const { return a.defined() || (training && u.defined()); }
@@ -151,23 +167,25 @@ Triple cudnn_batch_norm_backward(const Tensor& x, const Tensor& g, const Tensor&
   return apply(g, x, w, {running_mean, running_var, mean, invstd, reserve, true, eps}, {true, true, true});
 }
 
+// The statistics are handed over by the side, as LayerNorm's.
 struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
-                               const std::optional<Tensor>& b, const std::optional<Tensor>& running_mean,
-                               const std::optional<Tensor>& running_var, bool training, double momentum, double eps) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
+                        const std::optional<Tensor>& b, const std::optional<Tensor>& running_mean,
+                        const std::optional<Tensor>& running_var, bool training, double momentum, double eps,
+                        Statistics* statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, invstd] = at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
     ctx->save_for_backward({x, optional_value(w), optional_value(b), optional_value(running_mean),
                             optional_value(running_var), mean, invstd});
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({mean, invstd});
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
-    return {y, mean, invstd};
+    *statistics = {mean, invstd};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    variable_list result(8);
+    variable_list result(9);
     const Tensor& g = cotangents[0];
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
@@ -190,6 +208,7 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
         return result;
       }
     std::tie(result[0], result[1], result[2]) = norm.backward(g, x, if_defined(w), mask);
+    drop_unasked(result, mask);
     return result;
   }
 };
@@ -201,8 +220,9 @@ Triple native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const 
     const UseStock guard;
     return at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
   }
-  const auto outputs = ForwardBatchNorm::apply(x, w, b, running_mean, running_var, training, momentum, eps);
-  return {outputs[0], outputs[1], outputs[2]};
+  Statistics statistics;
+  const Tensor y = ForwardBatchNorm::apply(x, w, b, running_mean, running_var, training, momentum, eps, &statistics);
+  return {y, statistics.mean, statistics.rstd};
 }
 
 }  // namespace

@@ -46,7 +46,10 @@ struct GroupNorm {
   // Without grad mode: PyTorch's in a plain step.  For channels_last images on the CPU ours where PyTorch's crashes (it
   // writes to a gradient that nobody asked for), and in a penalised step, since it takes two thirds of the time.
   Triple plain_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask, bool penalised) const {
-    const bool ours = x.is_cpu() && !x.is_contiguous() && (!mask[0] || (penalised && !is_batched(g)));
+    const bool bias_alone =
+        mask[2] && !w.defined();  // PyTorch's kernel takes the weight's type for the bias's gradient
+    const bool innermost = x.is_cpu() && !x.is_contiguous();
+    const bool ours = bias_alone || (innermost && (!mask[0] || (penalised && !is_batched(g))));
     if (!ours || being_compiled(x)) return stock_backward(g, x, w, mask);
     const at::AutoDispatchBelowADInplaceOrView below;
     return backward(g, x, w, mask);
@@ -73,21 +76,37 @@ struct GroupNorm {
     return {grad_x, grad_w, grad_b};
   }
 
+  RowsOfNorm as_rows(const Tensor& x) const {
+    const auto grouped = [*this](const Tensor& t) {
+      return t.reshape_symint({-1, groups, channels / groups * positions});
+    };
+    return {
+        [*this, x, grouped](const Tensor& t) { return grouped(flat(t).to(accumulation_type(x.scalar_type()))); },
+        [*this, x, grouped](const Tensor& t) {
+          return grouped(vector(t, x)->unsqueeze(1).expand_symint({channels, positions}));
+        },
+        [*this](const Tensor& t) { return flat(t).sum({0, 2}); },
+        [](const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()).reshape_symint(like.sym_sizes()); }};
+  }
+  Normalized normalized(const Tensor& x) const {
+    return {as_rows(x).rows(x), statistic(mean, x).unsqueeze(2), statistic(rstd, x).unsqueeze(2)};
+  }
+
   // The same in differentiable operators.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const auto wide = [&](const Tensor& t) { return flat(t).to(accumulation_type(x.scalar_type())); };
-    const auto grouped = [&](const Tensor& t) {
-      return t.reshape_symint({samples, groups, channels / groups * positions});
-    };
-    const Normalized normalized(grouped(wide(x)), statistic(mean, x).unsqueeze(2), statistic(rstd, x).unsqueeze(2));
-    const Tensor grad = wide(g), weighted = w.defined() ? vector(w, x)->unsqueeze(1) * grad : grad;
+    const RowsOfNorm of = as_rows(x);
+    const Normalized n = normalized(x);
+    const Tensor grad = of.rows(g);
     const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
     Triple result;
-    if (mask[0])
-      std::get<0>(result) = normalized.backward(grouped(weighted)).to(x.scalar_type()).reshape_symint(x.sym_sizes());
-    if (mask[1]) std::get<1>(result) = (grad * flat(normalized.xh)).sum({0, 2}).to(dtype);
-    if (mask[2]) std::get<2>(result) = grad.sum({0, 2}).to(dtype);
+    if (mask[0]) std::get<0>(result) = of.back(n.backward(w.defined() ? of.spread(w) * grad : grad), x);
+    if (mask[1]) std::get<1>(result) = of.to_parameter(grad * n.xh).to(dtype);
+    if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(dtype);
     return result;
+  }
+  Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
+                         const Tensor& w, const Mask& need) const {
+    return rk::aten::composed_second(normalized(x), as_rows(x), u, a, b, g, x, w, need);
   }
 
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
@@ -167,7 +186,9 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     Triple grads;
     if (at::GradMode::is_enabled())
       ctx->saved_data["penalised"] = true;  // the engine runs a node in one thread at a time
-    if (!at::GradMode::is_enabled())
+    if (is_differentiated(g))
+      grads = norm.composed(g, x, w, mask);
+    else if (!at::GradMode::is_enabled())
       grads = norm.plain_backward(g, x, w, mask, ctx->saved_data["penalised"].toBool());
     else if (under_functorch_grad() || (is_batched(g) && !enabled()))
       grads = norm.composed(g, x, w, mask);

@@ -1,5 +1,6 @@
 // The Python module robustkern._aten: registers the replacements once, and switches them on and off.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -55,6 +56,13 @@ bool under_functorch_grad() {
 
 bool being_compiled(const Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Python) || t.key_set().has(c10::DispatchKey::Functionalize);
+}
+
+bool is_differentiated(const Tensor& t) {
+  if (!t.defined()) return false;
+  if (t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return true;
+  if (const auto* const batched = at::functorch::maybeGetBatchedImpl(t)) return is_differentiated(batched->value());
+  return t._fw_grad(0).defined();
 }
 
 variable_list higher_order(const std::function<variable_list(const variable_list&)>& forward,

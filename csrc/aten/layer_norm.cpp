@@ -53,17 +53,32 @@ struct LayerNorm {
     return {grad_x, grad_w, grad_b};
   }
 
+  RowsOfNorm as_rows(const Tensor& x) const {
+    return {
+        [this, x](const Tensor& t) { return matrix(t, x).to(accumulation_type(x.scalar_type())); },
+        [this, x](const Tensor& t) { return *vector(t, x); },
+        [this](const Tensor& t) { return t.sum(0).reshape_symint(shape); },
+        [](const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()).reshape_symint(like.sym_sizes()); }};
+  }
+  Normalized normalized(const Tensor& x) const {
+    const auto column = [&](const Tensor& t) { return t.defined() ? per_row(t, x)->unsqueeze(1) : t; };
+    return {as_rows(x).rows(x), column(mean), column(rstd)};
+  }
+
   // The same in differentiable operators.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const auto wide = [&](const Tensor& t) { return matrix(t, x).to(accumulation_type(x.scalar_type())); };
-    const auto column = [&](const Tensor& t) { return t.defined() ? per_row(t, x)->unsqueeze(1) : t; };
-    const Normalized normalized(wide(x), column(mean), column(rstd));
-    const Tensor grad = wide(g), weighted = w.defined() ? *vector(w, x) * grad : grad;
+    const RowsOfNorm of = as_rows(x);
+    const Normalized n = normalized(x);
+    const Tensor grad = of.rows(g);
     Triple result;
-    if (mask[0]) std::get<0>(result) = normalized.backward(weighted).to(x.scalar_type()).reshape_symint(g.sym_sizes());
-    if (mask[1]) std::get<1>(result) = like_weight((grad * normalized.xh).sum(0), w);
-    if (mask[2]) std::get<2>(result) = like_weight(grad.sum(0), bias);
+    if (mask[0]) std::get<0>(result) = of.back(n.backward(w.defined() ? of.spread(w) * grad : grad), g);
+    if (mask[1]) std::get<1>(result) = of.to_parameter(grad * n.xh).to(w.scalar_type());
+    if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(bias.scalar_type());
     return result;
+  }
+  Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
+                         const Tensor& w, const Mask& need) const {
+    return rk::aten::composed_second(normalized(x), as_rows(x), u, a, b, g, x, w, need);
   }
 
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
@@ -128,20 +143,23 @@ std::optional<Tensor> backward_of_several(const Tensor& g, const Tensor& x, cons
   });
 }
 
+// The statistics, which nobody differentiates, are handed over by the side: compiled autograd refuses nodes with outputs
+// that are marked as such.
 struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
-                               const std::optional<Tensor>& b, const std::vector<SymInt>& shape, double eps) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
+                        const std::optional<Tensor>& b, const std::vector<SymInt>& shape, double eps,
+                        Statistics* statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, rstd] = at::native_layer_norm_symint(x, shape, w, b, eps);
     ctx->save_for_backward({x, optional_value(w), optional_value(b), mean, rstd});
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({mean, rstd});
     ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
-    return {y, mean, rstd};
+    *statistics = {mean, rstd};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    variable_list result(5);
+    variable_list result(6);
     const Tensor& g = cotangents[0];
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
@@ -157,6 +175,7 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     }
     std::tie(result[0], result[1], result[2]) =
         at::native_layer_norm_backward_symint(g, x, shape, saved[3], saved[4], if_defined(w), if_defined(b), mask);
+    drop_unasked(result, mask);
     return result;
   }
 };
@@ -167,8 +186,9 @@ Triple native_layer_norm(const Tensor& x, SymIntArrayRef shape, const std::optio
     const UseStock guard;
     return at::native_layer_norm_symint(x, shape, w, b, eps);
   }
-  const auto outputs = ForwardLayerNorm::apply(x, w, b, shape.vec(), eps);
-  return {outputs[0], outputs[1], outputs[2]};
+  Statistics statistics;
+  const Tensor y = ForwardLayerNorm::apply(x, w, b, shape.vec(), eps, &statistics);
+  return {y, statistics.mean, statistics.rstd};
 }
 
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
@@ -198,7 +218,9 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
       return result;
     }
     Triple grads;
-    if (!at::GradMode::is_enabled()) {
+    if (is_differentiated(g)) {
+      grads = norm.composed(g, x, w, mask);
+    } else if (!at::GradMode::is_enabled()) {
       const at::AutoDispatchBelowADInplaceOrView below;
       grads = norm.backward(g, x, w, mask);
     } else if (under_functorch_grad() || (is_batched(g) && !enabled())) {

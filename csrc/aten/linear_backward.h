@@ -14,18 +14,24 @@
 
 namespace rk::aten {
 
-// M^T u, from the tensors that were saved.  Made of operators that are themselves replaced, so it can be differentiated
-// any number of times.
-using Transposed = std::function<Tensor(const Tensor& u, const variable_list& saved)>;
+// What M^T is made of, kept in a graph: no function object, which PyTorch's compiled autograd could not tell from others.
+struct MapArguments {
+  variable_list tensors;
+  std::vector<SymInt> integers;
+  std::vector<double> numbers;
+};
+
+// M^T u.  Made of operators that are themselves replaced, so it can be differentiated any number of times.
+using Transposed = Tensor (*)(const Tensor& u, const MapArguments& arguments);
 
 // What the node of `linear_backward` is made of.
 struct LinearMap {
   std::function<Tensor()> first;  // M g
   Transposed transposed;
-  variable_list saved;
+  MapArguments arguments;
 };
 
 // The result of map.first, as a function of g and x.
-Tensor linear_backward(const Tensor& g, const Tensor& x, LinearMap map);
+Tensor linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map);
 
 }  // namespace rk::aten

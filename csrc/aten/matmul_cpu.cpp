@@ -39,7 +39,7 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t
 // Adjacent rows of a, which are many.
 Tensor many_rows(const Tensor& a, const Tensor& b) {
   const int64_t m = a.size(0), depth = a.size(1), n = b.size(1);
-  const Tensor weight = b.stride(1) == 1 ? b : b.contiguous();
+  const Tensor weight = b.stride(1) == 1 && b.stride(0) >= n ? b : b.contiguous();  // rows that do not overlap
   Tensor result = at::empty({m, n}, a.options());
   const float *from = a.const_data_ptr<float>(), *by = weight.const_data_ptr<float>();
   float* const to = result.mutable_data_ptr<float>();
@@ -96,7 +96,7 @@ bool has_faster_matmul() {
 Tensor matrix_product(const Tensor& a, const Tensor& b) {
   const auto served = [](const Tensor& t) {
     return t.is_cpu() && t.dim() == 2 && t.scalar_type() == at::kFloat && t.numel() > 0 && any_stride_is_one(t) &&
-           !t.is_neg();
+           !t.is_neg() && !t._is_zerotensor();
   };
   if (!has_faster_matmul() || !served(a) || !served(b) || a.size(1) != b.size(0)) return at::mm(a, b);
   const int64_t m = a.size(0), depth = a.size(1), n = b.size(1);

@@ -6,24 +6,26 @@ namespace {
 
 Tensor nll_loss_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
                          int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    return at::nll_loss_symint(u, a.tensors[0], a.tensors[1], a.integers[0].expect_int(), a.integers[1]);
+  };
   return linear_backward(
       g, x,
       {[&] { return at::nll_loss_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
-       [reduction, ignore_index](const Tensor& u, const variable_list& saved) {
-         return at::nll_loss_symint(u, saved[0], saved[1], reduction, ignore_index);
-       },
-       {target, optional_value(weight)}});
+       transposed,
+       {{target, optional_value(weight)}, {reduction, ignore_index}, {}}});
 }
 
 Tensor nll_loss2d_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
                            int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    return at::nll_loss2d_symint(u, a.tensors[0], a.tensors[1], a.integers[0].expect_int(), a.integers[1]);
+  };
   return linear_backward(
       g, x,
       {[&] { return at::nll_loss2d_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
-       [reduction, ignore_index](const Tensor& u, const variable_list& saved) {
-         return at::nll_loss2d_symint(u, saved[0], saved[1], reduction, ignore_index);
-       },
-       {target, optional_value(weight)}});
+       transposed,
+       {{target, optional_value(weight)}, {reduction, ignore_index}, {}}});
 }
 
 }  // namespace

@@ -5,33 +5,44 @@
 namespace rk::aten {
 namespace {
 
-// `backward` as a function of the cotangent and x: a first backward, and its own transpose.
+// `backward` as a function of the cotangent, x and its numbers: a first backward, and its own transpose.
 template <class Backward>
-Tensor masked(const Tensor& g, const Tensor& x, const Backward& backward) {
-  return linear_backward(g, x,
-                         {[&] { return backward(g, x); },
-                          [backward](const Tensor& u, const variable_list& saved) { return backward(u, saved[0]); },
-                          {x}});
+Tensor masked(const Tensor& g, const Tensor& x, const std::vector<double>& numbers, const Backward& backward) {
+  static_assert(std::is_empty_v<Backward>, "the function is made anew from its type");
+  const auto transposed = [](const Tensor& u, const MapArguments& a) { return Backward{}(u, a.tensors[0], a.numbers); };
+  return linear_backward(g, x, {[&] { return backward(g, x, numbers); }, transposed, {{x}, {}, numbers}});
 }
+using Numbers = std::vector<double>;
 
 Tensor threshold_backward(const Tensor& g, const Tensor& x, const at::Scalar& threshold) {
-  return masked(g, x, [=](const Tensor& v, const Tensor& at) { return at::threshold_backward(v, at, threshold); });
+  return masked(g, x, {threshold.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
+    return at::threshold_backward(v, at, n[0]);
+  });
 }
 Tensor leaky_relu_backward(const Tensor& g, const Tensor& x, const at::Scalar& slope, bool x_is_result) {
-  return masked(g, x,
-                [=](const Tensor& v, const Tensor& at) { return at::leaky_relu_backward(v, at, slope, x_is_result); });
+  return masked(g, x, {slope.toDouble(), x_is_result ? 1.0 : 0.0},
+                [](const Tensor& v, const Tensor& at, const Numbers& n) {
+                  return at::leaky_relu_backward(v, at, n[0], n[1] != 0);
+                });
 }
 Tensor hardtanh_backward(const Tensor& g, const Tensor& x, const at::Scalar& low, const at::Scalar& high) {
-  return masked(g, x, [=](const Tensor& v, const Tensor& at) { return at::hardtanh_backward(v, at, low, high); });
+  return masked(g, x, {low.toDouble(), high.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
+    return at::hardtanh_backward(v, at, n[0], n[1]);
+  });
 }
 Tensor hardsigmoid_backward(const Tensor& g, const Tensor& x) {
-  return masked(g, x, [](const Tensor& v, const Tensor& at) { return at::hardsigmoid_backward(v, at); });
+  return masked(g, x, {},
+                [](const Tensor& v, const Tensor& at, const Numbers&) { return at::hardsigmoid_backward(v, at); });
 }
 Tensor hardshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
-  return masked(g, x, [=](const Tensor& v, const Tensor& at) { return at::hardshrink_backward(v, at, lambda); });
+  return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
+    return at::hardshrink_backward(v, at, n[0]);
+  });
 }
 Tensor softshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
-  return masked(g, x, [=](const Tensor& v, const Tensor& at) { return at::softshrink_backward(v, at, lambda); });
+  return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
+    return at::softshrink_backward(v, at, n[0]);
+  });
 }
 
 }  // namespace

@@ -5,46 +5,89 @@
 namespace rk::aten {
 namespace {
 
-// A copy of the list, for functions that outlive the call.
-using List = std::vector<int64_t>;
+// The arguments of an average pooling as numbers: each list with its length before it.
+class AveragingWindow {
+ public:
+  AveragingWindow(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, bool ceil_mode,
+                  bool count_pad, std::optional<int64_t> divisor)
+      : kernel(kernel.vec()),
+        stride(stride.vec()),
+        padding(padding.vec()),
+        ceil_mode(ceil_mode),
+        count_pad(count_pad),
+        divisor(divisor) {}
+
+  explicit AveragingWindow(const MapArguments& from) {
+    auto next = from.integers.begin();
+    const auto number = [&] { return (next++)->expect_int(); };
+    for (auto* list : {&kernel, &stride, &padding}) {
+      list->resize(number());
+      for (int64_t& value : *list) value = number();
+    }
+    ceil_mode = number() != 0;
+    count_pad = number() != 0;
+    if (number() != 0) divisor = number();
+  }
+
+  MapArguments arguments() const {
+    MapArguments to;
+    for (const auto* list : {&kernel, &stride, &padding}) {
+      to.integers.emplace_back(static_cast<int64_t>(list->size()));
+      to.integers.insert(to.integers.end(), list->begin(), list->end());
+    }
+    for (const int64_t value : {int64_t{ceil_mode}, int64_t{count_pad}, int64_t{divisor.has_value()}})
+      to.integers.emplace_back(value);
+    if (divisor) to.integers.emplace_back(*divisor);
+    return to;
+  }
+
+  std::vector<int64_t> kernel, stride, padding;
+  bool ceil_mode, count_pad;
+  std::optional<int64_t> divisor;
+};
 
 Tensor avg_pool2d_backward(const Tensor& g, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                            at::IntArrayRef padding, bool ceil_mode, bool count_pad, std::optional<int64_t> divisor) {
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    const AveragingWindow w(a);
+    return at::avg_pool2d(u, w.kernel, w.stride, w.padding, w.ceil_mode, w.count_pad, w.divisor);
+  };
   return linear_backward(
       g, x,
       {[&] { return at::avg_pool2d_backward(g, x, kernel, stride, padding, ceil_mode, count_pad, divisor); },
-       [k = List(kernel.vec()), s = List(stride.vec()), p = List(padding.vec()), ceil_mode, count_pad, divisor](
-           const Tensor& u, const variable_list&) { return at::avg_pool2d(u, k, s, p, ceil_mode, count_pad, divisor); },
-       {}});
+       transposed, AveragingWindow(kernel, stride, padding, ceil_mode, count_pad, divisor).arguments()});
 }
 
 Tensor avg_pool3d_backward(const Tensor& g, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                            at::IntArrayRef padding, bool ceil_mode, bool count_pad, std::optional<int64_t> divisor) {
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    const AveragingWindow w(a);
+    return at::avg_pool3d(u, w.kernel, w.stride, w.padding, w.ceil_mode, w.count_pad, w.divisor);
+  };
   return linear_backward(
       g, x,
       {[&] { return at::avg_pool3d_backward(g, x, kernel, stride, padding, ceil_mode, count_pad, divisor); },
-       [k = List(kernel.vec()), s = List(stride.vec()), p = List(padding.vec()), ceil_mode, count_pad, divisor](
-           const Tensor& u, const variable_list&) { return at::avg_pool3d(u, k, s, p, ceil_mode, count_pad, divisor); },
-       {}});
+       transposed, AveragingWindow(kernel, stride, padding, ceil_mode, count_pad, divisor).arguments()});
 }
 
 Tensor adaptive_avg_pool2d_backward(const Tensor& g, const Tensor& x) {
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    return at::_adaptive_avg_pool2d_symint(u, a.integers);
+  };
   return linear_backward(g, x,
                          {[&] { return at::_adaptive_avg_pool2d_backward(g, x); },
-                          [h = g.sym_size(-2), w = g.sym_size(-1)](const Tensor& u, const variable_list&) {
-                            return at::_adaptive_avg_pool2d_symint(u, {h, w});
-                          },
-                          {}});
+                          transposed,
+                          {{}, {g.sym_size(-2), g.sym_size(-1)}, {}}});
 }
 
 Tensor adaptive_avg_pool3d_backward(const Tensor& g, const Tensor& x) {
-  return linear_backward(
-      g, x,
-      {[&] { return at::_adaptive_avg_pool3d_backward(g, x); },
-       [d = g.sym_size(-3), h = g.sym_size(-2), w = g.sym_size(-1)](const Tensor& u, const variable_list&) {
-         return at::_adaptive_avg_pool3d_symint(u, {d, h, w});
-       },
-       {}});
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    return at::_adaptive_avg_pool3d_symint(u, a.integers);
+  };
+  return linear_backward(g, x,
+                         {[&] { return at::_adaptive_avg_pool3d_backward(g, x); },
+                          transposed,
+                          {{}, {g.sym_size(-3), g.sym_size(-2), g.sym_size(-1)}, {}}});
 }
 
 // u at the places where the maxima were; `dims` dimensions were pooled, and are one in the numbers of the places.
@@ -57,9 +100,10 @@ Tensor at_maxima(const Tensor& u, const Tensor& indices, int64_t dims) {
 
 template <class First>
 Tensor max_pool_backward(const Tensor& g, const Tensor& x, const Tensor& indices, int64_t dims, const First& first) {
-  return linear_backward(
-      g, x,
-      {first, [dims](const Tensor& u, const variable_list& saved) { return at_maxima(u, saved[0], dims); }, {indices}});
+  const auto transposed = [](const Tensor& u, const MapArguments& a) {
+    return at_maxima(u, a.tensors[0], a.integers[0].expect_int());
+  };
+  return linear_backward(g, x, {first, transposed, {{indices}, {dims}, {}}});
 }
 
 Tensor max_pool2d_backward(const Tensor& g, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,

@@ -9,8 +9,8 @@
 //
 // What a replacement's Function does:
 //   forward    runs the operator below autograd and saves its inputs; returns defined tensors only
-//   backward   if grad mode is on, a third order was asked for: higher_order(), PyTorch's own formula.  Else the fused
-//              operator, called below autograd.
+//   backward   the fused operator, called below autograd; or, where its result is differentiated again (composes()), the
+//              same formula in differentiable operators.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,6 +21,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <string>
@@ -40,6 +41,9 @@ bool materializes_zeros();    // derivatives that are identically zero come as z
 bool uses_stock_kernels();    // inside a UseStock
 bool under_functorch_grad();  // a torch.func transform that differentiates is running: Function::apply would refuse
 bool being_compiled(const Tensor& t);  // a fake or functional tensor: torch.compile or make_fx is tracing
+// Carries more than numbers: a tangent of forward mode, or a level of a torch.func transform that differentiates.  A kernel
+// would lose it, so whatever is given such a cotangent is computed in differentiable operators.
+bool is_differentiated(const Tensor& t);
 
 // PyTorch's own kernels for every operator called on this thread while in scope.
 class UseStock {
@@ -157,13 +161,22 @@ class Registrar {
   std::vector<std::string> on_cpu_, on_cuda_;
 };
 
-// The double backward as PyTorch computes it, itself differentiable to any order: `forward` is run on `inputs` once
-// more, by PyTorch's kernels, and its outputs are differentiated.
+// Whether a second backward with these cotangents is differentiated itself: backwards, for a third order, or forwards.
+inline bool composes(const variable_list& cotangents) {
+  return at::GradMode::is_enabled() || std::any_of(cotangents.begin(), cotangents.end(), is_differentiated);
+}
+
+// The derivative of a backward as PyTorch computes it, itself differentiable to any order: `forward` is run on `inputs`
+// once more, by PyTorch's kernels, and its outputs are differentiated.
 //   forward    from tensors standing for `inputs` to the defined outputs, in the order of `cotangents`
 //   wanted     which inputs' gradients; the others come back undefined
 variable_list higher_order(const std::function<variable_list(const variable_list&)>& forward,
                            const variable_list& inputs, const variable_list& cotangents,
                            const std::vector<bool>& wanted);
+
+// Whether a backward is run not by its node but by what compiled autograd has made of one: that adds up the results
+// without asking whether they are defined, so that zeros must be tensors there.
+inline bool needs_zeros() { return !torch::autograd::get_current_node(); }
 
 // In a Function's backward: whether the i-th tensor input's gradient is asked for.  Counts as Function::apply does,
 // which skips undefined and absent tensors.

@@ -45,6 +45,26 @@ class Rows {
   std::array<int64_t, 3> shape_{1, 1, 1};
 };
 
+// The second backward in differentiable operators.
+std::tuple<Tensor, Tensor> composed(bool log, const Tensor& u, const Tensor& g, const Tensor& output, int64_t dim,
+                                    bool need_grad, bool need_output) {
+  const auto dtype = accumulation_type(output.scalar_type());
+  const Tensor wide_u = u.to(dtype), wide_g = g.to(dtype), o = output.to(dtype);
+  const auto total = [&](const Tensor& t) { return t.sum(dim, /*keepdim=*/true); };
+  Tensor grad_g, grad_output;
+  if (log) {
+    const Tensor up = wide_u * o.exp();
+    if (need_grad) grad_g = wide_u - total(up);
+    if (need_output) grad_output = -up * total(wide_g);
+  } else {
+    const Tensor centred = wide_u - total(wide_u * o);
+    if (need_grad) grad_g = o * centred;
+    if (need_output) grad_output = wide_g * centred - wide_u * total(wide_g * o);
+  }
+  const auto narrow = [&](const Tensor& t) { return t.defined() ? t.to(output.scalar_type()) : t; };
+  return {narrow(grad_g), narrow(grad_output)};
+}
+
 struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& output, int64_t dim, bool log) {
     ctx->save_for_backward({g, output});
@@ -63,13 +83,9 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
     const int64_t dim = ctx->saved_data["dim"].toInt();
     const bool log = ctx->saved_data["log"].toBool();
     const bool need_grad = ctx->needs_input_grad(0), need_output = ctx->needs_input_grad(1);
-    if (at::GradMode::is_enabled()) {
-      const auto grads = higher_order(
-          [&](const variable_list& in) {
-            return variable_list{first_backward(log, in[0], in[1], dim, in[1].scalar_type())};
-          },
-          {g, output}, {u}, {need_grad, need_output});
-      return {grads[0], grads[1], Tensor(), Tensor()};
+    if (composes(cotangents)) {
+      const auto [grad_g, grad_output] = composed(log, u, g, output, dim, need_grad, need_output);
+      return {grad_g, grad_output, Tensor(), Tensor()};
     }
     static const auto op =
         c10::Dispatcher::singleton()

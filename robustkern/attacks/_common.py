@@ -82,7 +82,7 @@ def check_options(
 
 def check_eps(name: str, eps: float | Tensor) -> None:
     """Raises ValueError unless the radius, or each of them, is a number that is not negative."""
-    if not bool((torch.as_tensor(eps) >= 0).all()):
+    if isinstance(eps, str) or not bool((torch.as_tensor(eps) >= 0).all()):
         raise ValueError(f"{name}: eps must not be negative or NaN, got {eps}")
 
 

@@ -25,8 +25,8 @@ def check_images(name: str, x: Tensor) -> None:
 
 def check_weight(name: str, weight: float, argument: str = "weight") -> None:
     """Raises ValueError unless the weight is a number that is not negative."""
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"{name}: {argument} must be a number that is not negative, got {weight}")
+    if isinstance(weight, str) or not 0 <= weight < float("inf"):
+        raise ValueError(f"{name}: {argument} must be a number that is not negative, got {weight!r}")
 
 
 @contextmanager

@@ -9,10 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from robustkern._arguments import check_choice, check_integer, check_number
 from robustkern.attacks._common import check_eps
 from robustkern.double_backward import fused_where_possible
 from robustkern.jacobian import jacobian_norm
 from robustkern.losses._passes import check_weight
+from robustkern.ops._select import IMPLS
+from robustkern.ops.random_cotangents import LAWS
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
@@ -32,9 +35,10 @@ class ProjectedPenalty:
         every: penalise one step of so many, with `every` times the weight, so that the mean over the steps stays.
         fraction: penalise that share of each batch, drawn anew each time; the mean over draws stays.  The forward pass
             then runs in two parts, and only the first is differentiated twice.  A model with BatchNorm in training
-            mode needs its batch whole: there, nothing is saved by it.
+            mode needs its batch whole, and so may a model that is no `nn.Module`: there, nothing is saved by it.
         label_smoothing: in the cross-entropy.
-        generator: where projections and samples are drawn from, on the device of x; None: the default one.
+        generator: where projections and samples are drawn from, on the device of x; None: the default one, which it
+            has to be in a step that torch.compile traces.
         impl: "auto", "kernel" or "reference".
         step: calls so far, which `every` goes by.
         shard: which rows of a batch that several processes share x and y are; None: all of them.
@@ -43,6 +47,10 @@ class ProjectedPenalty:
     targets y.  Its Terms have smoothness 0 and weight 0 where a step is not penalised.  An x that requires grad is
     used as it is (which is what torch.compile of a whole step needs), any other as a new leaf; call
     `terms.backward(inputs=model.parameters())` to spare its own gradient.
+
+    BatchNorm in training mode makes a sample's outputs depend on the others, and the smoothness with them: random
+    projections then estimate mean_i sum_j ||d f(x_j) / d x_i||_F^2, "exact" is mean_i ||sum_j d f(x_j) / d x_i||_F^2.
+    `robustkern.batch_coupling` says how much that is.
 
     What it remembers are `step` and the state of `generator`: restored, or set for each step as `robustkern train`
     does, they make a resumed training end in the same bits.
@@ -66,27 +74,33 @@ class ProjectedPenalty:
         name = type(self).__name__
         check_weight(name, self.weight)
         check_eps(name, self.eps)
-        if self.every < 1:
-            raise ValueError(f"{name}: every must be at least 1, got {self.every}")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"{name}: fraction must be in (0, 1], got {self.fraction}")
+        if self.projections != "exact":
+            check_integer(name, "projections", self.projections, 1, 'or "exact"')
+        check_choice(name, "law", self.law, LAWS)
+        check_choice(name, "impl", self.impl, IMPLS)
+        check_integer(name, "every", self.every, 1)
+        check_number(name, "fraction", self.fraction, 0, 1, open_below=True)
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        if not x.is_floating_point():
-            raise TypeError(f"{type(self).__name__}: x must be a floating-point tensor, got {x.dtype}")
+        name = type(self).__name__
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: x must be a floating-point tensor, got {kind}")
+        if len(y) != len(x):
+            raise ValueError(f"{name}: y must have the {len(x)} rows of x, got {len(y)}")
         if not self._is_due():
             orientation = self._cross_entropy(model(x), y)
             return Terms(orientation, orientation.new_zeros(()), 0.0)
-        shard = self.shard or Shard(0, len(x), len(x))
-        if shard.size != len(x):
-            raise ValueError(f"{type(self).__name__}: shard has {shard.size} rows, x has {len(x)}")
+        if self.shard is not None and self.shard.size != len(x):
+            raise ValueError(f"{name}: shard has {self.shard.size} rows, x has {len(x)}")
+        shard = self.shard or Shard(0, max(1, len(x)), max(1, len(x)))  # of an empty batch too: its means are NaN
         count = min(shard.total, max(1, round(self.fraction * shard.total)))
         with fused_where_possible(self.impl):
-            if count == shard.total:
+            if count == shard.total or not len(x):
                 x = _leaf(x)
                 logits = model(x)
                 norm = self._norm(logits, x, shard.offset)
-            elif _normalises_over_the_batch(model):
+            elif _needs_the_batch_whole(model):
                 x = _leaf(x)
                 logits = model(x)
                 norm = self._norm(logits, x, shard.offset)[self._draw(shard, count, x.device)[0]]
@@ -134,8 +148,14 @@ def _leaf(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def _normalises_over_the_batch(model: Callable[[Tensor], Tensor]) -> bool:
-    return isinstance(model, nn.Module) and any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-        for module in model.modules()
-    )
+def _needs_the_batch_whole(model: Callable[[Tensor], Tensor]) -> bool:
+    """Whether two parts of a batch would give other outputs, or other running statistics, than the batch does."""
+    if not isinstance(model, nn.Module):
+        return True  # what it calls cannot be seen
+    for module in model.modules():
+        tracks = getattr(module, "running_mean", None) is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks):
+            return True
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and tracks:
+            return True
+    return False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._arguments import check_choice, check_generator, check_integer
 from robustkern.ops._double_backward import register_looped_vmap
 from robustkern.ops._register import refuse_derivatives, register_fake
 from robustkern.ops._samples import Sample, make_tensor
@@ -46,7 +47,8 @@ def random_cotangents(
             "orthonormal": sqrt(D) times K orthonormal vectors, uniformly distributed (Haar), K <= D: of all laws the
             least variance, none at K = D.
         kind: "plain", "centred" or "fisher", as above.
-        generator: where the seed comes from if none is given; on the device of outputs.  None: the default one.
+        generator: where the seed comes from, on the device of outputs.  None: the default one.  torch.compile traces
+            no generators: give a compiled function the seed.
         seed: one int64 on the device of outputs, [1].  The same seed gives the same v.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
@@ -56,8 +58,8 @@ def random_cotangents(
 
     Raises:
         TypeError: outputs is not a floating-point tensor.
-        ValueError: an unknown law or kind, K < 1, K > D for "orthonormal", a seed that is not one int64, or a seed or
-            generator on another device.
+        ValueError: an unknown law or kind, K < 1, K > D for "orthonormal", a seed that is not one int64, a seed or
+            generator on another device, or both of them.
 
     Differentiability: kind="fisher" once in outputs; a further derivative raises.  The others do not depend on them.
     Determinism: Philox4x32-10, keyed by the seed and counted by entry, projection and sample: the same bits on every
@@ -68,21 +70,21 @@ def random_cotangents(
     check_floating(op, "outputs", outputs)
     if outputs.dim() < 2:
         raise ValueError(f"{op}: outputs must be [B, C] or [B, C, ...], got shape {list(outputs.shape)}")
-    if law not in LAWS:
-        raise ValueError(f"{op}: law must be one of {', '.join(map(repr, LAWS))}, got {law!r}")
-    if kind not in KINDS:
-        raise ValueError(f"{op}: kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-    if projections < 1:
-        raise ValueError(f"{op}: projections must be at least 1, got {projections}")
-    if law == "orthonormal" and projections > (size := outputs.shape[1:].numel()):
+    check_choice(op, "law", law, LAWS)
+    check_choice(op, "kind", kind, KINDS)
+    projections = check_integer(op, "projections", projections, 1)
+    if law == "orthonormal" and 0 < (size := outputs.shape[1:].numel()) < projections:
         raise ValueError(
             f"{op}: projections must be at most {size} for orthonormal vectors in {size} dimensions, got {projections};"
             f" {size} are exact already, and the other laws take any number"
         )
     if seed is None:
-        if generator is not None and generator.device.type != outputs.device.type:
-            raise ValueError(f"{op}: generator must be on {outputs.device} like outputs, got {generator.device}")
+        check_generator(op, generator, outputs.device)
         seed = draw_seed(outputs, generator)
+    elif generator is not None:
+        raise ValueError(f"{op}: give a generator or a seed, not both")
+    elif not isinstance(seed, Tensor):
+        raise TypeError(f"{op}: seed must be a tensor of one int64, got {type(seed).__name__}")
     elif seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != outputs.device:
         raise ValueError(
             f"{op}: seed must be one int64 on {outputs.device} like outputs, "

@@ -84,7 +84,8 @@ def _frames(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.
         u[:, 0] += torch.copysign(norm, head)
         factor = 1.0 / (norm * (norm + head.abs()))
         block = frames[:, k:, k:]
-        block -= (factor[:, None] * u).unsqueeze(2) * (u.unsqueeze(1) @ block)
+        # A sum of products: a matrix product would be rounded to 16 bits under autocast.
+        block -= (factor[:, None] * u).unsqueeze(2) * (u.unsqueeze(2) * block).sum(1, keepdim=True)
         block[:, :, 0] *= -head.sign()[:, None]
     return frames.permute(2, 0, 1)
 

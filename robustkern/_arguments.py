@@ -1,0 +1,53 @@
+"""Checks of numbers and generators: one sentence that names the function, the argument, what it takes and what came."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+
+
+def check_integer(function: str, name: str, value: object, least: int, otherwise: str = "") -> int:
+    """`value` as an int; ValueError unless it is an integer of at least `least` (not a bool, not 2.0).
+
+    `otherwise`: what else the argument may be, for the message.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        expected = f"an integer of at least {least}" + (f" {otherwise}" if otherwise else "")
+        raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
+    return number
+
+
+def check_number(
+    function: str, name: str, value: object, least: float, most: float = math.inf, *, open_below: bool = False
+) -> float:
+    """`value` as a float; ValueError unless it is a finite number in [least, most] or, `open_below`, (least, most]."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (least <= number <= most and math.isfinite(number)) or (open_below and number == least):
+        interval = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if math.isinf(most) else ']'}"
+        raise ValueError(f"{function}: {name} must be a number in {interval}, got {value!r}")
+    return number
+
+
+def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_generator(function: str, generator: object, device: torch.device) -> None:
+    """TypeError or ValueError unless it is None or a torch.Generator on that kind of device."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"{function}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(f"{function}: generator must be on {device} like outputs, got {generator.device}")

@@ -1,0 +1,250 @@
+"""Backwards that are differentiated by other means than another backward: tangents of forward mode, torch.func levels
+above a graph that exists already, compiled autograd.  Installed agrees with PyTorch: nothing is silently dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import robustkern as rk
+
+
+@pytest.fixture(autouse=True)
+def uninstalled() -> Iterator[None]:
+    rk.uninstall()
+    yield
+    rk.uninstall()
+
+
+def _parameter(size: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, size, dtype=torch.float64)
+
+
+def _heads(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, 2 * x, x.flip(2))
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "gelu": (F.gelu, (4, 6)),
+    "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), (4, 6)),
+    "silu": (F.silu, (4, 6)),
+    "silu in place": (lambda x: F.silu(x.clone(), inplace=True), (4, 6)),
+    "mish": (F.mish, (4, 6)),
+    "softplus": (lambda x: F.softplus(x, 2.0, 1.5), (4, 6)),
+    "elu": (lambda x: F.elu(x, 1.5), (4, 6)),
+    "elu in place": (lambda x: F.elu(x.clone(), 1.5, inplace=True), (4, 6)),
+    "selu": (F.selu, (4, 6)),
+    "hardswish": (F.hardswish, (4, 6)),
+    "tanh": (torch.tanh, (4, 6)),
+    "sigmoid": (torch.sigmoid, (4, 6)),
+    "relu": (lambda x: F.relu(x) ** 3, (4, 6)),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 2) ** 3, (2, 3, 4, 4)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2, padding=1, divisor_override=3) ** 3, (2, 3, 4, 4)),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)) ** 3, (2, 3, 4, 4)),
+    "softmax": (lambda x: F.softmax(x, 1), (4, 6)),
+    "log_softmax": (lambda x: F.log_softmax(x, 0), (4, 6)),
+    "cross_entropy": (lambda x: F.cross_entropy(x, torch.arange(4), reduction="none"), (4, 6)),
+    "layer_norm": (lambda x: F.layer_norm(x, (6,), _parameter(6), _parameter(6)), (4, 6)),
+    "rms_norm": (lambda x: F.rms_norm(x, (6,), _parameter(6)), (4, 6)),
+    "group_norm": (lambda x: F.group_norm(x, 2, _parameter(4), _parameter(4)), (2, 4, 3, 3)),
+    "group_norm channels_last": (
+        lambda x: F.group_norm(x.to(memory_format=torch.channels_last), 2, _parameter(4), _parameter(4)),
+        (2, 4, 3, 3),
+    ),
+    "batch_norm": (lambda x: F.batch_norm(x, None, None, _parameter(3), _parameter(3), True), (4, 3, 2, 2)),
+    "batch_norm eval": (
+        lambda x: F.batch_norm(x, _parameter(3), _parameter(3), _parameter(3), None, False) ** 2,
+        (4, 3, 2, 2),
+    ),
+    "conv2d": (lambda x: F.conv2d(x, torch.ones(2, 3, 2, 2, dtype=x.dtype)) ** 3, (2, 3, 4, 4)),
+    "linear": (lambda x: F.linear(x, torch.ones(5, 6, dtype=x.dtype)) ** 3, (4, 6)),
+}
+over_functions = pytest.mark.parametrize("name", list(FUNCTIONS))
+
+
+def _graph(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y = f(x) with its graph, and a direction."""
+    function, shape = FUNCTIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x.requires_grad_()
+    return x, function(x), v
+
+
+@over_functions
+def test_tangents_of_a_first_backward(name):
+    """A dual cotangent of a graph without tangents, as a dual head over another body gives it: J^T of the tangent."""
+    x, y, _ = _graph(name)
+    cotangent = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    (expected,) = torch.autograd.grad(y, x, cotangent)
+    assert expected.any()
+    rk.install()
+    for create_graph in (False, True):
+        x, y, _ = _graph(name)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(cotangent.cos(), cotangent)
+            (grad,) = torch.autograd.grad(y, x, dual, create_graph=create_graph)
+            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, expected, rtol=1e-9, atol=1e-9)
+
+
+@over_functions
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tangents_of_a_second_backward(name, create_graph):
+    def second(u: Tensor, create_graph: bool = False) -> Tensor:
+        x, y, _ = _graph(name)
+        (grad,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad, x, u, create_graph=create_graph)[0]
+
+    _, _, v = _graph(name)
+    expected = second(v)
+    assert expected.any()
+    rk.install()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(second(forward_ad.make_dual(v.cos(), v), create_graph)).tangent
+        torch.testing.assert_close(tangent, expected, rtol=1e-9, atol=1e-9)
+
+
+@over_functions
+@pytest.mark.parametrize("transform", ["jvp", "vjp", "jacrev", "jacfwd", "grad"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_transforms_over_a_graph(name, transform, order):
+    """torch.func over the cotangent of a graph that exists already."""
+
+    def run() -> Tensor:
+        x, y, v = _graph(name)
+        target, u = (y, torch.ones_like(y)) if order == 1 else (None, v)
+        if target is None:
+            (target,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+
+        def pull(u: Tensor) -> Tensor:
+            return torch.autograd.grad(
+                target, x, u, retain_graph=True, create_graph=transform not in ("jvp", "jacfwd")
+            )[0]
+
+        if transform == "jvp":
+            return torch.func.jvp(pull, (u,), (u.cos(),))[1].detach()
+        if transform == "vjp":
+            return torch.func.vjp(pull, u)[1](v.cos())[0].detach()
+        if transform == "grad":
+            return torch.func.grad(lambda u: (pull(u) * v).sum())(u).detach()
+        return (torch.func.jacrev if transform == "jacrev" else torch.func.jacfwd)(pull)(u).detach()
+
+    try:
+        expected = run()
+    except (RuntimeError, TypeError) as reason:
+        pytest.skip(f"PyTorch itself: {str(reason).splitlines()[0]}")
+    assert expected.any()
+    rk.install()
+    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_dual_head_over_an_rms_norm():
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        body, head = nn.Sequential(nn.Linear(6, 6), nn.RMSNorm(6)).double(), nn.Linear(6, 1).double()
+        x = torch.randn(8, 6, dtype=torch.float64)
+        with forward_ad.dual_level():
+            w = forward_ad.make_dual(head.weight, torch.ones_like(head.weight))
+            grads = torch.autograd.grad(F.linear(body(x), w).square().sum(), list(body.parameters()))
+            return [forward_ad.unpack_dual(t).tangent for t in grads]
+
+    expected = run()
+    rk.install()
+    for actual, e in zip(run(), expected, strict=True):
+        assert e.any()
+        torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacrev"])
+def test_attention_agrees_with_the_math_backend(transform):
+    """Whose second backward PyTorch has; the fused one's installed."""
+
+    def run() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, u = (torch.randn(1, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(4))
+        q.requires_grad_()
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        (grad,) = torch.autograd.grad(y.sin().sum(), q, create_graph=True)
+
+        def pull(u: Tensor) -> Tensor:
+            return torch.autograd.grad(grad, q, u, retain_graph=True, create_graph=transform == "jacrev")[0]
+
+        if transform == "jvp":
+            return torch.func.jvp(pull, (u,), (u.cos(),))[1].detach()
+        return torch.func.jacrev(pull)(u).detach()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = run()
+    rk.install()
+    assert expected.any()
+    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def compiled_autograd():
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+
+NETWORKS = {
+    "LayerNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)),
+    "BatchNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)),
+    "GroupNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.GroupNorm(2, 6), nn.Linear(6, 1)),
+    "ReLU": lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)),
+    "LeakyReLU": lambda: nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU(0.2), nn.Linear(6, 1)),
+    "pooling": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 1), nn.MaxPool2d((1, 2), 1), nn.AvgPool2d(2, 1), nn.Flatten()
+    ),
+    "SiLU": lambda: nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 1)),
+}
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("penalised", [False, True])
+def test_compiled_autograd(name, penalised, compiled_autograd):
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        network, x = NETWORKS[name]().double(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        loss = network(x).sin().sum()
+        if penalised:
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            loss = grad.square().sum()
+        torch.compile(lambda loss: loss.backward(), backend="eager")(loss)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
+
+    try:
+        expected = run()
+    except (RuntimeError, TypeError) as reason:
+        pytest.skip(f"PyTorch itself: {str(reason).splitlines()[0]}")
+    assert any(g.any() for g in expected)
+    rk.install()
+    for actual, e in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_group_norm_with_a_bias_and_no_weight(layout):
+    """PyTorch's own kernel fails there: it takes the bias's dtype from the weight."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    b = torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def run(weight: Tensor | None) -> tuple[Tensor, ...]:
+        y = F.group_norm(x, 2, weight, b).sin()
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum() + y.sum(), (x, b))
+
+    expected = run(torch.ones(4, dtype=torch.float64))
+    rk.install()
+    for actual, e in zip(run(None), expected, strict=True):
+        torch.testing.assert_close(actual, e)

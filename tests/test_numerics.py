@@ -338,5 +338,6 @@ def test_every_16_bit_number_is_read_and_rounded_as_pytorch_does(dtype, scale, d
             part, x, x, "elu", [1.0, scale, 1.0, 0.0], True, False
         )
         expected = (part.float() * scale).to(dtype)
-        torch.testing.assert_close(gg_grad, expected, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(gg_grad.isnan(), part.isnan())
+        missing = part.isnan()
+        assert torch.equal(gg_grad.isnan(), missing)
+        assert torch.equal(gg_grad[~missing], expected[~missing])

@@ -156,7 +156,7 @@ SEED = torch.tensor([1])
 COTANGENTS_MISUSE = [
     ((LOGITS.long(), 2), {}, TypeError, "random_cotangents: outputs must be float32.* got torch.int64"),
     ((LOGITS[0], 2), {}, ValueError, r"outputs must be \[B, C\] or \[B, C, ...\], got shape \[3\]"),
-    ((LOGITS, 0), {}, ValueError, "random_cotangents: projections must be at least 1, got 0"),
+    ((LOGITS, 0), {}, ValueError, "random_cotangents: projections must be an integer of at least 1, got 0"),
     ((LOGITS, 4), {"law": "orthonormal"}, ValueError, "projections must be at most 3 for orthonormal .* got 4; 3 are"),
     ((LOGITS, 2), {"law": "normal"}, ValueError, "law must be one of 'sphere', 'gaussian', .*, got 'normal'"),
     ((LOGITS, 2), {"kind": "centered"}, ValueError, "kind must be one of 'plain', 'centred', .*, got 'centered'"),

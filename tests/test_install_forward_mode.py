@@ -91,7 +91,7 @@ def test_tangents_of_a_first_backward(name):
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(cotangent.cos(), cotangent)
             (grad,) = torch.autograd.grad(y, x, dual, create_graph=create_graph)
-            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, expected)
 
 
 @over_functions
@@ -108,7 +108,7 @@ def test_tangents_of_a_second_backward(name, create_graph):
     rk.install()
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(second(forward_ad.make_dual(v.cos(), v), create_graph)).tangent
-        torch.testing.assert_close(tangent, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(tangent, expected)
 
 
 @over_functions
@@ -142,7 +142,7 @@ def test_transforms_over_a_graph(name, transform, order):
         pytest.skip(f"PyTorch itself: {str(reason).splitlines()[0]}")
     assert expected.any()
     rk.install()
-    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(), expected)
 
 
 def test_a_dual_head_over_an_rms_norm():
@@ -184,7 +184,7 @@ def test_attention_agrees_with_the_math_backend(transform):
         expected = run()
     rk.install()
     assert expected.any()
-    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(), expected)
 
 
 @pytest.fixture

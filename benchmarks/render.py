@@ -299,13 +299,18 @@ BLOCKS = (
 def featured(everything: dict[Path, Row], name: str) -> tuple[list[Path], list[Path]]:
     """The results whose tables of this section README.md shows, and those that it links to.
 
-    Every GPU's, and of the processors that of the last measurement: whichever one it was, not the one with the best
-    figures.
+    Every GPU's, and of the processors the one with the most figures, of several the last: not the one with the best.
     """
     measured = [path for path, results in everything.items() if name in results]
     processors = [path for path in measured if path.stem.startswith("cpu-")]
-    last = max(processors, key=lambda path: everything[path][name]["stamp"]["date"], default=None)
-    shown = [path for path in measured if path == last or path not in processors]
+
+    def measure_of(path: Path) -> tuple[int, str]:
+        section = everything[path][name]
+        rows = section.get("rows") or section.get("attacks", [])
+        return sum(row.get("ms", 0) is not None for row in rows), section["stamp"]["date"]
+
+    best = max(processors, key=measure_of, default=None)
+    shown = [path for path in measured if path == best or path not in processors]
     return shown, [path for path in measured if path not in shown]
 
 

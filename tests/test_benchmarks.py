@@ -233,7 +233,7 @@ def test_a_row_of_the_results_table(tmp_path, monkeypatch):
     assert "the first 8 test images" in text
 
 
-def test_readme_shows_the_last_measurement_and_links_to_the_others(tmp_path, monkeypatch):
+def test_readme_shows_one_processor_and_links_to_the_others(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import render
 
@@ -258,6 +258,11 @@ def test_readme_shows_the_last_measurement_and_links_to_the_others(tmp_path, mon
     assert (
         "Old: robustkern installed 1.50x to 1.50x, stock eager 3.00x to 3.00x: [benchmarks/results/cpu-old.md]" in text
     )
+    complete = json.loads(measured("Old", "2026-01-01T00:00:00+00:00", 1.5))
+    complete["steps"]["rows"].append({**complete["steps"]["rows"][1], "provider": "compile"})
+    (tmp_path / "cpu-old.json").write_text(json.dumps(complete))
+    assert render.main(["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]) == 0
+    assert "New: robustkern installed 2.50x" in readme.read_text()  # the last, but with fewer figures
     assert {path.name for path in tmp_path.glob("*.png")} == {"penalised_step.png", "penalised_step-h100.png"}
 
 

@@ -204,7 +204,7 @@ def test_forward_mode_over_a_layer():
             (grad,) = torch.autograd.grad(network(dual).sum(), at, create_graph=True)
             tangent = torch.autograd.forward_ad.unpack_dual(grad).tangent
         tangent.square().mean().backward()
-        return [tangent.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+        return [tangent.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
 
     exact, stock = run(torch.float64), run(torch.float32)
     robustkern.install()

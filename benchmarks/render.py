@@ -364,7 +364,7 @@ def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[]
     """How to draw each picture; None if it is up to date."""
     found: dict[Path, Callable[[], bytes] | None] = {}
     for path, results in everything.items():
-        if path in featured(everything, "steps")[0]:
+        if step_groups(results) and path in featured(everything, "steps")[0]:
             groups, picture = step_groups(results), chart_path(images, path, "penalised_step")
             title = sentence(results["steps"])
             found[picture] = None if chart.is_current(picture, groups) else partial(chart.draw, groups, title)

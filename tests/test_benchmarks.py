@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -270,19 +269,21 @@ def test_samples_are_equally_long(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import harness
 
-    calls = {"short": 0, "long": 0}
+    now, calls = 0.0, {"short": 0, "long": 0}
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
 
     def work(name, seconds):
         def run():
+            nonlocal now
             calls[name] += 1
-            time.sleep(seconds)
+            now += seconds
 
         return run
 
     functions = {"short": work("short", 0.06), "long": work("long", 0.3)}
     timings = harness.Interleaved("cpu")(functions, seconds=0, least=2, equally_long=True)
-    assert timings["short"].ms == pytest.approx(60, rel=0.2) and timings["long"].ms == pytest.approx(300, rel=0.2)
-    assert calls == {"short": 2 + 5 * 2, "long": 2 + 2}
+    assert timings["short"].ms == pytest.approx(60) and timings["long"].ms == pytest.approx(300)
+    assert calls == {"short": 2 + 5 * 2, "long": 2 + 2}  # two before to know how long they are, then two samples
 
 
 def test_what_readme_says_first_was_measured(monkeypatch):

@@ -143,8 +143,10 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
 
     if (composes(cotangents) || need[4] || gg[3].defined()) {
       const auto grads = second_backward(gg, in, s);
+      need[3] = need[3] && (gg[0].defined() || gg[1].defined() || gg[3].defined());  // v is linear
       for (size_t i = 0; i < grads.size(); ++i)
         if (need[i]) result[i] = grads[i];
+      fill_for_compiled_autograd(ctx, result, in);
       return result;
     }
 
@@ -155,6 +157,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     if (need[1]) result[1] = grad_q;
     if (need[2]) result[2] = grad_k;
     if (need[3]) result[3] = grad_v;
+    fill_for_compiled_autograd(ctx, result, in);
     return result;
   }
 };

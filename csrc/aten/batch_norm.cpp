@@ -68,33 +68,15 @@ struct BatchNorm {
               return t.reshape_symint(like.transpose(n, n + 1).sym_sizes()).transpose(n, n + 1).to(like.scalar_type());
             }};
   }
-  Tensor fixed_scale(const RowsOfNorm& of) const { return of.spread((*running_var + eps).rsqrt()); }
-
-  // The same in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it is
-  // differentiated twice more.
-  Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    if (!training && !are_several(g, x)) return backward(g, x, if_defined(w), mask);
-    const RowsOfNorm of = as_rows(x);
-    const Tensor grad = of.rows(g), weighted = w.defined() ? of.spread(w) * grad : grad;
-    if (!training) return {of.back(weighted * fixed_scale(of), g), Tensor(), Tensor()};
-    const Normalized normalized(of.rows(x), of.spread(*mean), of.spread(*invstd));
-    const auto dtype = w.defined() ? w.scalar_type() : accumulation_type(x.scalar_type());
-    Triple result;
-    if (mask[0]) std::get<0>(result) = of.back(normalized.backward(weighted), g);
-    if (mask[1]) std::get<1>(result) = of.to_parameter(grad * normalized.xh).to(dtype);
-    if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(dtype);
-    return result;
-  }
+  // The second backward in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it
+  // is differentiated once more.
   Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {
     const RowsOfNorm of = as_rows(x);
-    if (training) {
-      const Normalized normalized(of.rows(x), of.spread(*mean), of.spread(*invstd));
-      return rk::aten::composed_second(normalized, of, u, a, b, g, x, w, need);
-    }
-    const Tensor r = fixed_scale(of);
-    return rk::aten::composed_second(Normalized::fixed((of.rows(x) - of.spread(*running_mean)) * r, r), of, u, a, b, g,
-                                     x, w, need);
+    const auto normalized =
+        training ? Normalized(of.rows(x), of.spread(*mean), of.spread(*invstd))
+                 : Normalized::fixed(of.rows(x), of.spread(*running_mean), of.spread((*running_var + eps).rsqrt()));
+    return rk::aten::composed_second(normalized, of, u, a, b, g, x, w, need);
   }
 
   bool bends(const Tensor& u, const Tensor& a) const { return a.defined() || (training && u.defined()); }

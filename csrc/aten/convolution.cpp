@@ -120,15 +120,9 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     }
     if (ctx->needs_input_grad(1) && a.defined())
       grad_x = std::get<0>(geometry.backward(g, x, a, std::nullopt, {true, false, false}));
-    if (needs_zeros()) {
-      const auto zeros = [&](size_t edge, Tensor& grad, const Tensor& like) {
-        if (ctx->needs_input_grad(edge) && !grad.defined()) grad = at::zeros_like(like);
-      };
-      zeros(0, grad_g, g);
-      zeros(1, grad_x, x);
-      zeros(2, grad_w, w);
-    }
-    return {grad_g, grad_x, grad_w, Tensor(), Tensor(), Tensor()};
+    variable_list grads{grad_g, grad_x, grad_w, Tensor(), Tensor(), Tensor()};
+    fill_for_compiled_autograd(ctx, grads, {g, x, w});
+    return grads;
   }
 };
 

@@ -4,12 +4,46 @@
 // but a chain of 27 kernels.  So the forward is replaced: it runs PyTorch's own below autograd, and its backward is that
 // operator, or, where a graph is built for a second derivative, ours.  Formulas: math/group_norm.h.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "normalization.h"
 #include "operators.h"
 
 namespace rk::aten {
 namespace {
+
+// The gradients of `outputs` in those of `inputs` that are wanted, themselves differentiable to any order: PyTorch's
+// forward is run once more and differentiated.  For cotangents of mean and rstd, which native_group_norm returns too.
+//   forward    from tensors standing for `inputs` to the outputs, in the order of `cotangents`
+variable_list derivative_of_forward(const std::function<variable_list(const variable_list&)>& forward,
+                                    const variable_list& inputs, const variable_list& cotangents,
+                                    const std::vector<bool>& wanted) {
+  // The stand-ins keep apart what the inputs' own graphs may have in common: gradients stop at them.
+  variable_list stand_ins, asked;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const bool differentiable = inputs[i].defined() && inputs[i].requires_grad();
+    stand_ins.push_back(differentiable ? inputs[i].view_as(inputs[i]) : inputs[i]);
+    if (wanted[i] && differentiable) asked.push_back(stand_ins.back());
+  }
+  variable_list outputs, grads;
+  {
+    const UseStock guard;
+    for (auto& output : forward(stand_ins)) outputs.push_back(output);
+  }
+  variable_list roots;
+  for (size_t i = 0; i < cotangents.size(); ++i) {
+    if (!cotangents[i].defined() || !outputs[i].requires_grad()) continue;
+    roots.push_back(outputs[i]);
+    grads.push_back(cotangents[i]);
+  }
+  variable_list result(inputs.size());
+  if (roots.empty() || asked.empty()) return result;
+  const auto found = torch::autograd::grad(roots, asked, grads, /*retain_graph=*/true, /*create_graph=*/true,
+                                           /*allow_unused=*/true);
+  for (size_t i = 0, k = 0; i < inputs.size(); ++i)
+    if (wanted[i] && inputs[i].defined() && inputs[i].requires_grad()) result[i] = found[k++];
+  return result;
+}
 
 // What the backward is given besides grad, x and weight.
 struct GroupNorm {
@@ -94,15 +128,8 @@ struct GroupNorm {
 
   // The same in differentiable operators.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const RowsOfNorm of = as_rows(x);
-    const Normalized n = normalized(x);
-    const Tensor grad = of.rows(g);
     const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
-    Triple result;
-    if (mask[0]) std::get<0>(result) = of.back(n.backward(w.defined() ? of.spread(w) * grad : grad), x);
-    if (mask[1]) std::get<1>(result) = of.to_parameter(grad * n.xh).to(dtype);
-    if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(dtype);
-    return result;
+    return composed_first(normalized(x), as_rows(x), g, w, mask, dtype, dtype);
   }
   Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {
@@ -179,7 +206,7 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
         return {y, mean, rstd};
       };
       const at::AutoGradMode grad_mode(true);
-      const auto grads = higher_order(forward, {x, w, b}, cotangents, {mask[0], mask[1], mask[2]});
+      const auto grads = derivative_of_forward(forward, {x, w, b}, cotangents, {mask[0], mask[1], mask[2]});
       std::copy(grads.begin(), grads.end(), result.begin());
       return result;
     }

@@ -3,7 +3,6 @@
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -63,36 +62,6 @@ bool is_differentiated(const Tensor& t) {
   if (t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return true;
   if (const auto* const batched = at::functorch::maybeGetBatchedImpl(t)) return is_differentiated(batched->value());
   return t._fw_grad(0).defined();
-}
-
-variable_list higher_order(const std::function<variable_list(const variable_list&)>& forward,
-                           const variable_list& inputs, const variable_list& cotangents,
-                           const std::vector<bool>& wanted) {
-  // The stand-ins keep apart what the inputs' own graphs may have in common: gradients stop at them.
-  variable_list stand_ins, asked;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const bool differentiable = inputs[i].defined() && inputs[i].requires_grad();
-    stand_ins.push_back(differentiable ? inputs[i].view_as(inputs[i]) : inputs[i]);
-    if (wanted[i] && differentiable) asked.push_back(stand_ins.back());
-  }
-  variable_list outputs, grads;
-  {
-    const UseStock guard;
-    for (auto& output : forward(stand_ins)) outputs.push_back(output);
-  }
-  variable_list roots;
-  for (size_t i = 0; i < cotangents.size(); ++i) {
-    if (!cotangents[i].defined() || !outputs[i].requires_grad()) continue;
-    roots.push_back(outputs[i]);
-    grads.push_back(cotangents[i]);
-  }
-  variable_list result(inputs.size());
-  if (roots.empty() || asked.empty()) return result;
-  const auto found = torch::autograd::grad(roots, asked, grads, /*retain_graph=*/true, /*create_graph=*/true,
-                                           /*allow_unused=*/true);
-  for (size_t i = 0, k = 0; i < inputs.size(); ++i)
-    if (wanted[i] && inputs[i].defined() && inputs[i].requires_grad()) result[i] = found[k++];
-  return result;
 }
 
 }  // namespace rk::aten

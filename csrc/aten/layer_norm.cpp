@@ -65,16 +65,10 @@ struct LayerNorm {
     return {as_rows(x).rows(x), column(mean), column(rstd)};
   }
 
-  // The same in differentiable operators.
+  // RMSNorm's, which has no bias, in differentiable operators.
   Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const RowsOfNorm of = as_rows(x);
-    const Normalized n = normalized(x);
-    const Tensor grad = of.rows(g);
-    Triple result;
-    if (mask[0]) std::get<0>(result) = of.back(n.backward(w.defined() ? of.spread(w) * grad : grad), g);
-    if (mask[1]) std::get<1>(result) = of.to_parameter(grad * n.xh).to(w.scalar_type());
-    if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(bias.scalar_type());
-    return result;
+    const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
+    return composed_first(normalized(x), as_rows(x), g, w, mask, dtype, dtype);
   }
   Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {

@@ -27,7 +27,7 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
       grad_g = transposed(
           u, {ctx->get_saved_variables(), data["integers"].toSymIntVector(), data["numbers"].toDoubleVector()});
     }
-    if (ctx->needs_input_grad(1) && (data["zeros"].toBool() || needs_zeros()))
+    if (ctx->needs_input_grad(1) && (data["zeros"].toBool() || in_compiled_autograd()))
       grad_x = at::zeros_like(u);  // which is of x's shape
     return {grad_g, grad_x, Tensor()};
   }

@@ -1,5 +1,5 @@
-// What the normalisations have in common: their first backward in differentiable operators, for third and higher
-// orders, their second backward, and the bookkeeping of three gradients of which some are asked for.
+// What the normalisations have in common: both backwards in differentiable operators, for third and higher orders and for
+// forward mode, what calls the fused second one, and the bookkeeping of three gradients of which some are asked for.
 #pragma once
 
 #include <functional>
@@ -60,7 +60,8 @@ inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
 // its third order is wrong.
 struct Normalized {
   Tensor xh, r;
-  bool centred, constant = false;  // constant: statistics that do not depend on x, P(v) = v
+  bool centred = false;
+  bool constant = false;  // the statistics do not depend on x: P(v) = v
 
   Normalized(const Tensor& x, const Tensor& mean, const Tensor& rstd) : centred(mean.defined()) {
     Tensor d = x;
@@ -73,11 +74,14 @@ struct Normalized {
     xh = d * r;
   }
 
- private:
-  Normalized(const Tensor& xh, const Tensor& r) : xh(xh), r(r), centred(false), constant(true) {}
-
- public:
-  static Normalized fixed(const Tensor& xh, const Tensor& r) { return {xh, r}; }
+  // By fixed statistics: mean, and r = 1 / sqrt(variance + eps).
+  static Normalized fixed(const Tensor& x, const Tensor& mean, const Tensor& r) {
+    Normalized n;
+    n.xh = (x - mean) * r;
+    n.r = r;
+    n.constant = true;
+    return n;
+  }
 
   // P(h), and r P(h), of math/layer_norm.h
   Tensor projected(const Tensor& h) const {
@@ -94,6 +98,9 @@ struct Normalized {
     const Tensor of_u = projected(u), of_h = projected(h);
     return -r * r * (mean(u * of_h) * xh + mean(h * xh) * of_u + mean(u * xh) * of_h);
   }
+
+ private:
+  Normalized() = default;
 };
 
 // How a normalisation sees its tensors as rows that are normalised each by itself, in the accumulation type.
@@ -103,6 +110,17 @@ struct RowsOfNorm {
   std::function<Tensor(const Tensor&)> to_parameter;  // the sum of rows over everything that a parameter multiplies
   std::function<Tensor(const Tensor&, const Tensor&)> back;  // rows as a tensor like the second
 };
+
+// The first backward in differentiable operators; the types are those of the parameters.
+inline Triple composed_first(const Normalized& normalized, const RowsOfNorm& of, const Tensor& g, const Tensor& w,
+                             const Mask& mask, at::ScalarType weight_type, at::ScalarType bias_type) {
+  const Tensor grad = of.rows(g);
+  Triple result;
+  if (mask[0]) std::get<0>(result) = of.back(normalized.backward(w.defined() ? of.spread(w) * grad : grad), g);
+  if (mask[1]) std::get<1>(result) = of.to_parameter(grad * normalized.xh).to(weight_type);
+  if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(bias_type);
+  return result;
+}
 
 // The second backward in differentiable operators: cotangents u, a, b of grad_x, grad_w, grad_b; of several cotangents
 // [K, *x.shape] the sum over them where x or w is concerned.
@@ -142,8 +160,7 @@ variable_list second_backward(AutogradContext* ctx, const variable_list& saved, 
   const auto [u, a, b] = spread(cotangents, mask);
   variable_list result(5);
   size_t edge = 0;
-  const Mask asked{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
-  Mask need = asked;
+  Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
   if (!u.defined() && !a.defined() && !b.defined()) return result;
 
   need[1] = need[1] && norm.bends(u, a);
@@ -156,8 +173,7 @@ variable_list second_backward(AutogradContext* ctx, const variable_list& saved, 
   if (need[0]) result[0] = grad_g;
   if (need[1]) result[1] = grad_x;
   if (need[2]) result[2] = grad_w;
-  for (size_t i = 0; needs_zeros() && i < 3; ++i)
-    if (asked[i] && !result[i].defined()) result[i] = at::zeros_like(saved[i]);
+  fill_for_compiled_autograd(ctx, result, {g, x, w});
   return result;
 }
 

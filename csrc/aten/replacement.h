@@ -166,22 +166,22 @@ inline bool composes(const variable_list& cotangents) {
   return at::GradMode::is_enabled() || std::any_of(cotangents.begin(), cotangents.end(), is_differentiated);
 }
 
-// The derivative of a backward as PyTorch computes it, itself differentiable to any order: `forward` is run on `inputs`
-// once more, by PyTorch's kernels, and its outputs are differentiated.
-//   forward    from tensors standing for `inputs` to the defined outputs, in the order of `cotangents`
-//   wanted     which inputs' gradients; the others come back undefined
-variable_list higher_order(const std::function<variable_list(const variable_list&)>& forward,
-                           const variable_list& inputs, const variable_list& cotangents,
-                           const std::vector<bool>& wanted);
-
 // Whether a backward is run not by its node but by what compiled autograd has made of one: that adds up the results
 // without asking whether they are defined, so that zeros must be tensors there.
-inline bool needs_zeros() { return !torch::autograd::get_current_node(); }
+inline bool in_compiled_autograd() { return !torch::autograd::get_current_node(); }
 
 // In a Function's backward: whether the i-th tensor input's gradient is asked for.  Counts as Function::apply does,
 // which skips undefined and absent tensors.
 inline bool needs(AutogradContext* ctx, const Tensor& saved, size_t& edge) {
   return saved.defined() && ctx->needs_input_grad(edge++);
+}
+
+// Zeros for the gradients that are asked for and that a backward left undefined, where that is no way to say zero.
+inline void fill_for_compiled_autograd(AutogradContext* ctx, variable_list& grads, const variable_list& inputs) {
+  if (!in_compiled_autograd()) return;
+  size_t edge = 0;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (needs(ctx, inputs[i], edge) && !grads[i].defined()) grads[i] = at::zeros_like(inputs[i]);
 }
 
 // Undefined if absent.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from robustkern._arguments import check_integer
 from robustkern.losses._wrapper import Loss, Wrapper
 from robustkern.losses.cross_entropy import CrossEntropy
 from robustkern.terms import Terms
@@ -40,8 +41,7 @@ class Lazy(Wrapper):
     step: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"Lazy: every must be an integer of at least 1, got {self.every!r}")
+        check_integer("Lazy", "every", self.every, 1)
         if self.orientation is None:
             inner = self.loss
             while isinstance(inner, Wrapper):

@@ -93,37 +93,37 @@ class ProjectedPenalty:
             return Terms(orientation, orientation.new_zeros(()), 0.0)
         if self.shard is not None and self.shard.size != len(x):
             raise ValueError(f"{name}: shard has {self.shard.size} rows, x has {len(x)}")
-        shard = self.shard or Shard(0, max(1, len(x)), max(1, len(x)))  # of an empty batch too: its means are NaN
-        count = min(shard.total, max(1, round(self.fraction * shard.total)))
+        offset, total = (self.shard.offset, self.shard.total) if self.shard else (0, len(x))
+        count = min(total, max(1, round(self.fraction * total)))
         with fused_where_possible(self.impl):
-            if count == shard.total or not len(x):
+            if count == total:
                 x = _leaf(x)
                 logits = model(x)
-                norm = self._norm(logits, x, shard.offset)
+                norm = self._norm(logits, x, offset)
             elif _needs_the_batch_whole(model):
                 x = _leaf(x)
                 logits = model(x)
-                norm = self._norm(logits, x, shard.offset)[self._draw(shard, count, x.device)[0]]
+                norm = self._norm(logits, x, offset)[self._draw(len(x), offset, total, count, x.device)[0]]
             else:
-                mine, others, first = self._draw(shard, count, x.device)
+                mine, others, first = self._draw(len(x), offset, total, count, x.device)
                 chosen = _leaf(x[mine])
                 outputs = model(chosen)
                 norm = self._norm(outputs, chosen, first)
                 logits, y = torch.cat([outputs, model(x[others])]), torch.cat([y[mine], y[others]])
             orientation = self._cross_entropy(logits, y)
         # The mean over those chosen, be they here or elsewhere, as a mean over the rows here.
-        mean = norm.mean() if shard.size == shard.total else norm.sum() * (shard.total / (count * shard.size))
+        mean = norm.mean() if len(x) == total else norm.sum() * (total / (count * len(x)))
         return Terms(orientation, self._scale(logits) * mean, self.weight * self.every)
 
-    def _draw(self, shard: Shard, count: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-        """The rows here that are penalised, those that are not, and how many are penalised in the rows before."""
-        order = torch.randperm(shard.total, generator=self.generator, device=device)
+    def _draw(self, size: int, offset: int, total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """Of the `size` rows from `offset` on: those that are penalised, the others, and how many before them are."""
+        order = torch.randperm(total, generator=self.generator, device=device)
         chosen, others = (rows.sort().values for rows in (order[:count], order[count:]))
-        if shard.size == shard.total:  # nothing to be waited for
+        if size == total:  # nothing to be waited for
             return chosen, others, 0
-        here = [(rows >= shard.offset) & (rows < shard.offset + shard.size) for rows in (chosen, others)]
-        first = int((chosen < shard.offset).sum())
-        return chosen[here[0]] - shard.offset, others[here[1]] - shard.offset, first
+        here = [(rows >= offset) & (rows < offset + size) for rows in (chosen, others)]
+        first = int((chosen < offset).sum())
+        return chosen[here[0]] - offset, others[here[1]] - offset, first
 
     def _is_due(self) -> bool:
         if self.every == 1:  # and no counter, which torch.compile would compile anew for

@@ -73,10 +73,11 @@ def random_cotangents(
     check_choice(op, "law", law, LAWS)
     check_choice(op, "kind", kind, KINDS)
     projections = check_integer(op, "projections", projections, 1)
-    if law == "orthonormal" and 0 < (size := outputs.shape[1:].numel()) < projections:
+    if law == "orthonormal" and projections > (size := outputs.shape[1:].numel()):
+        more = f"{size} are exact already, and the other laws take any number" if size else "outputs has no entries"
         raise ValueError(
             f"{op}: projections must be at most {size} for orthonormal vectors in {size} dimensions, got {projections};"
-            f" {size} are exact already, and the other laws take any number"
+            f" {more}"
         )
     if seed is None:
         check_generator(op, generator, outputs.device)

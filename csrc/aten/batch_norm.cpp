@@ -68,6 +68,7 @@ struct BatchNorm {
               return t.reshape_symint(like.transpose(n, n + 1).sym_sizes()).transpose(n, n + 1).to(like.scalar_type());
             }};
   }
+
   // The second backward in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it
   // is differentiated once more.
   Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,

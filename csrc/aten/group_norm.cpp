@@ -77,11 +77,11 @@ struct GroupNorm {
     return t.reshape_symint({samples, groups}).to(accumulation_type(x.scalar_type()));
   }
 
-  // Without grad mode: PyTorch's in a plain step.  For channels_last images on the CPU ours where PyTorch's crashes (it
-  // writes to a gradient that nobody asked for), and in a penalised step, since it takes two thirds of the time.
+  // Without grad mode: PyTorch's in a plain step.  Ours for a bias without a weight, whose type PyTorch takes for the bias's
+  // gradient; and for channels_last images on the CPU where PyTorch's crashes (it writes to a gradient that nobody asked
+  // for), and in a penalised step, since it takes two thirds of the time.
   Triple plain_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask, bool penalised) const {
-    const bool bias_alone =
-        mask[2] && !w.defined();  // PyTorch's kernel takes the weight's type for the bias's gradient
+    const bool bias_alone = mask[2] && !w.defined();
     const bool innermost = x.is_cpu() && !x.is_contiguous();
     const bool ours = bias_alone || (innermost && (!mask[0] || (penalised && !is_batched(g))));
     if (!ours || being_compiled(x)) return stock_backward(g, x, w, mask);

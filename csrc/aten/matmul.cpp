@@ -15,7 +15,8 @@
 namespace rk::aten {
 namespace {
 
-// Tensors with memory and nothing else.  Not while a TorchDispatchMode looks on, such as one that counts operations: it is to see PyTorch's operator.
+// Tensors with memory, and nothing but numbers in it.  Not while a TorchDispatchMode looks on, such as one that counts
+// operations: it is to see PyTorch's operator.
 bool served(const Tensor& t) {
   return t.is_cpu() && t.scalar_type() == at::kFloat && is_plain(t) && !is_batched(t) && !t._is_zerotensor() &&
          !is_differentiated(t) && !c10::impl::dispatch_mode_enabled();

@@ -69,15 +69,11 @@ struct BatchNorm {
             }};
   }
 
-  // The second backward in differentiable operators.  PyTorch's own takes the statistics of a batch for constants when it
-  // is differentiated once more.
-  Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
-                         const Tensor& w, const Mask& need) const {
+  // PyTorch's second backward takes the statistics of a batch for constants when it is differentiated once more.
+  Normalized normalized(const Tensor& x) const {
     const RowsOfNorm of = as_rows(x);
-    const auto normalized =
-        training ? Normalized(of.rows(x), of.spread(*mean), of.spread(*invstd))
-                 : Normalized::fixed(of.rows(x), of.spread(*running_mean), of.spread((*running_var + eps).rsqrt()));
-    return rk::aten::composed_second(normalized, of, u, a, b, g, x, w, need);
+    if (training) return {of.rows(x), of.spread(*mean), of.spread(*invstd)};
+    return Normalized::fixed(of.rows(x), of.spread(*running_mean), of.spread((*running_var + eps).rsqrt()));
   }
 
   bool bends(const Tensor& u, const Tensor& a) const { return a.defined() || (training && u.defined()); }

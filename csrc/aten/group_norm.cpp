@@ -126,16 +126,6 @@ struct GroupNorm {
     return {as_rows(x).rows(x), statistic(mean, x).unsqueeze(2), statistic(rstd, x).unsqueeze(2)};
   }
 
-  // The same in differentiable operators.
-  Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
-    return composed_first(normalized(x), as_rows(x), g, w, mask, dtype, dtype);
-  }
-  Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
-                         const Tensor& w, const Mask& need) const {
-    return rk::aten::composed_second(normalized(x), as_rows(x), u, a, b, g, x, w, need);
-  }
-
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
 
   // Below autograd.
@@ -214,11 +204,11 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     if (at::GradMode::is_enabled())
       ctx->saved_data["penalised"] = true;  // the engine runs a node in one thread at a time
     if (is_differentiated(g))
-      grads = norm.composed(g, x, w, mask);
+      grads = composed_first(norm, g, x, w, mask);
     else if (!at::GradMode::is_enabled())
       grads = norm.plain_backward(g, x, w, mask, ctx->saved_data["penalised"].toBool());
     else if (under_functorch_grad() || (is_batched(g) && !enabled()))
-      grads = norm.composed(g, x, w, mask);
+      grads = composed_first(norm, g, x, w, mask);
     else if (is_batched(g))
       grads = at::native_group_norm_backward_symint(g, x, norm.mean, norm.rstd, if_defined(w), norm.samples,
                                                     norm.channels, norm.positions, norm.groups, mask);

@@ -65,16 +65,6 @@ struct LayerNorm {
     return {as_rows(x).rows(x), column(mean), column(rstd)};
   }
 
-  // RMSNorm's, which has no bias, in differentiable operators.
-  Triple composed(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
-    const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
-    return composed_first(normalized(x), as_rows(x), g, w, mask, dtype, dtype);
-  }
-  Triple composed_second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
-                         const Tensor& w, const Mask& need) const {
-    return rk::aten::composed_second(normalized(x), as_rows(x), u, a, b, g, x, w, need);
-  }
-
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
 
   // Below autograd.
@@ -213,12 +203,12 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     }
     Triple grads;
     if (is_differentiated(g)) {
-      grads = norm.composed(g, x, w, mask);
+      grads = composed_first(norm, g, x, w, mask);
     } else if (!at::GradMode::is_enabled()) {
       const at::AutoDispatchBelowADInplaceOrView below;
       grads = norm.backward(g, x, w, mask);
     } else if (under_functorch_grad() || (is_batched(g) && !enabled())) {
-      grads = norm.composed(g, x, w, mask);
+      grads = composed_first(norm, g, x, w, mask);
     } else if (is_batched(g)) {
       std::tie(std::get<0>(grads), std::get<1>(grads)) = at::_fused_rms_norm_backward(
           g, x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(norm.shape)), norm.rstd, if_defined(w), {mask[0], mask[1]});

@@ -111,21 +111,29 @@ struct RowsOfNorm {
   std::function<Tensor(const Tensor&, const Tensor&)> back;  // rows as a tensor like the second
 };
 
-// The first backward in differentiable operators; the types are those of the parameters.
-inline Triple composed_first(const Normalized& normalized, const RowsOfNorm& of, const Tensor& g, const Tensor& w,
-                             const Mask& mask, at::ScalarType weight_type, at::ScalarType bias_type) {
+// What differentiable operators need to know of a normalisation: as_rows(x), and normalized(x).
+//
+// The first backward.
+template <class Norm>
+Triple composed_first(const Norm& norm, const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) {
+  const RowsOfNorm of = norm.as_rows(x);
+  const Normalized normalized = norm.normalized(x);
   const Tensor grad = of.rows(g);
+  const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
   Triple result;
   if (mask[0]) std::get<0>(result) = of.back(normalized.backward(w.defined() ? of.spread(w) * grad : grad), g);
-  if (mask[1]) std::get<1>(result) = of.to_parameter(grad * normalized.xh).to(weight_type);
-  if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(bias_type);
+  if (mask[1]) std::get<1>(result) = of.to_parameter(grad * normalized.xh).to(dtype);
+  if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(dtype);
   return result;
 }
 
-// The second backward in differentiable operators: cotangents u, a, b of grad_x, grad_w, grad_b; of several cotangents
-// [K, *x.shape] the sum over them where x or w is concerned.
-inline Triple composed_second(const Normalized& normalized, const RowsOfNorm& of, const Tensor& u, const Tensor& a,
-                              const Tensor& b, const Tensor& g, const Tensor& x, const Tensor& w, const Mask& need) {
+// The second backward: cotangents u, a, b of grad_x, grad_w, grad_b; of several cotangents [K, *x.shape] the sum over them
+// where x or w is concerned.
+template <class Norm>
+Triple composed_second(const Norm& norm, const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g,
+                       const Tensor& x, const Tensor& w, const Mask& need) {
+  const RowsOfNorm of = norm.as_rows(x);
+  const Normalized normalized = norm.normalized(x);
   const auto plus = [](Tensor& sum, const Tensor& t) {
     if (t.defined()) sum = sum.defined() ? sum + t : t;
   };
@@ -151,7 +159,6 @@ inline Triple composed_second(const Normalized& normalized, const RowsOfNorm& of
 
 // The backward of a normalisation's Function that has saved g, x, w as its first tensors: the second derivative.
 //   Norm::double_backward(u, a, b, g, x, w, need)      its derivatives in g, x, w; below autograd
-//   Norm::composed_second(u, a, b, g, x, w, need)      the same in differentiable operators
 //   Norm::bends(u, a)                                  whether there is a derivative in x at all
 template <class Norm>
 variable_list second_backward(AutogradContext* ctx, const variable_list& saved, const Norm& norm, const Mask& mask,
@@ -169,7 +176,7 @@ variable_list second_backward(AutogradContext* ctx, const variable_list& saved, 
   std::optional<at::AutoDispatchBelowADInplaceOrView> below;
   if (!composed) below.emplace();
   const auto [grad_g, grad_x, grad_w] =
-      composed ? norm.composed_second(u, a, b, g, x, w, need) : norm.double_backward(u, a, b, g, x, w, need);
+      composed ? composed_second(norm, u, a, b, g, x, w, need) : norm.double_backward(u, a, b, g, x, w, need);
   if (need[0]) result[0] = grad_g;
   if (need[1]) result[1] = grad_x;
   if (need[2]) result[2] = grad_w;

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "../math/activation.h"
-#include "simd.h"
+#include "pieces.h"
 
 namespace rk::cpu {
 
+// Of at most kPiece elements.
 template <class A>
 struct ActivationPiece {
   const A *gg_x, *grad, *x;
@@ -18,8 +19,17 @@ RK_HOST_DEVICE void activation_piece(const ActivationPiece<A>& w, const Activati
   const A *gg_x = w.gg_x, *grad = w.grad, *x = w.x;
   A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_x = w.grad_x;
   const ActivationParameters<A> p = parameters;
+  using Function = ActivationSlopes<kFunction, A>;
+  alignas(64) A e[kPiece], tail[kPiece];
+  if constexpr (Function::kExponential)
+    for (std::int64_t j = 0; j < w.n; ++j) e[j] = exp_nonpositive(Function::exponent(x[j], p));
+  if constexpr (Function::kTail)
+    for (std::int64_t j = 0; j < w.n; ++j) tail[j] = normal_tail(absolute(x[j]));
   for (std::int64_t j = 0; j < w.n; ++j) {
-    const Slopes<A> s = ActivationSlopes<kFunction, A>::at(x[j], p);
+    ActivationTerms<A> terms{};
+    if constexpr (Function::kExponential) terms.e = e[j];
+    if constexpr (Function::kTail) terms.tail = tail[j];
+    const Slopes<A> s = Function::at(x[j], terms, p);
     const A u = gg_x[j];
     gg_grad[j] = s.slope * u;
     grad_x[j] = s.bend * u * grad[j];

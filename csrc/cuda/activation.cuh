@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
     Slopes<A> slopes[V];
     A sum[V] = {};
 #pragma unroll
-    for (int k = 0; k < V; ++k) slopes[k] = ActivationSlopes<kFunction, A>::at(load(x.element[k]), c.parameters);
+    for (int k = 0; k < V; ++k) slopes[k] = activation_slopes<kFunction>(load(x.element[k]), c.parameters);
     for (std::int64_t i = 0; i < c.cotangents; ++i) {
       const std::int64_t at = i * c.elements + v * V;
       const Vector<S> u = load_vector(c.gg_x + at, is_aligned(c.gg_x + at));
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
   }
   const std::int64_t j = vectors * V + thread;
   if (j < c.elements) {
-    const Slopes<A> s = ActivationSlopes<kFunction, A>::at(load(c.x[j]), c.parameters);
+    const Slopes<A> s = activation_slopes<kFunction>(load(c.x[j]), c.parameters);
     A sum = 0;
     for (std::int64_t i = 0; i < c.cotangents; ++i) {
       const std::int64_t at = i * c.elements + j;

@@ -41,19 +41,14 @@ struct Slopes {
 
 // The normal distribution's upper tail, 1 - Phi(h) = exp(-h^2 / 2) normal_tail(h), for h >= 0: a minimax polynomial in
 // 1 / (h + const), whose relative error is 1e-8 in float and 2e-17 in double as far as exp(-h^2 / 2) is not zero.
+//
+// In float the terms meet in a tree: in a chain each multiply-add waits for the one before.
 RK_HOST_DEVICE float normal_tail(float h) {
-  const float t = 1.0f / (h + 3.5f), s = t * 8.814814815f - 1.518518519f;
-  float r = -1.544481075e-5f;
-  r = r * s + 3.399020552e-5f;
-  r = r * s + 0.0002066743163f;
-  r = r * s - 0.0005116182453f;
-  r = r * s - 0.003095390083f;
-  r = r * s + 0.003540001628f;
-  r = r * s + 0.06366108041f;
-  r = r * s + 0.2465005847f;
-  r = r * s + 0.5644133598f;
-  r = r * s + 0.8752667642f;
-  return t * r;
+  const float t = 1.0f / (h + 3.5f), s = t * 8.814814815f - 1.518518519f, s2 = s * s, s4 = s2 * s2;
+  const float low_terms = (0.8752667642f + 0.5644133598f * s) + (0.2465005847f + 0.06366108041f * s) * s2;
+  const float high_terms = (0.003540001628f - 0.003095390083f * s) + (-0.0005116182453f + 0.0002066743163f * s) * s2;
+  const float highest_terms = 3.399020552e-5f - 1.544481075e-5f * s;
+  return t * (low_terms + (high_terms + highest_terms * s4) * s4);
 }
 
 RK_HOST_DEVICE double normal_tail(double h) {
@@ -89,99 +84,136 @@ RK_HOST_DEVICE A at_most(A v, A most) {
   return v > most ? most : v;  // NaN stays
 }
 
+// What is long to compute in the slopes at x: e = exp(exponent(x)), where exponent(x) <= 0, and of gelu normal_tail(|x|).
+// Loops compute these for many x before they come to the slopes: one after the other they are a chain so long that the
+// processor sees nothing of the next x while it waits.
+template <class A>
+struct ActivationTerms {
+  A e, tail;
+};
+
 template <Activation kFunction, class A>
 struct ActivationSlopes;
 
 template <class A>
+struct ExponentialOnly {
+  static constexpr bool kExponential = true, kTail = false;
+};
+template <class A>
+struct NoTerms {
+  static constexpr bool kExponential = false, kTail = false;
+  static RK_HOST_DEVICE A exponent(A, const ActivationParameters<A>&) { return A(0); }
+};
+
+template <class A>
 struct ActivationSlopes<Activation::kGelu, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>&) {
-    const A h = at_most(absolute(x), A(40)), square = h * h, e = exp_nonpositive(A(-0.5) * square);
-    const A tail = e * normal_tail(h), density = e * A(0.39894228040143267794);
-    const bool positive = x > A(0);
+  static constexpr bool kExponential = true, kTail = true;
+  static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) { return A(-0.5) * x * x; }
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
+    const A h = at_most(absolute(x), A(40)), square = h * h;
+    const A tail = terms.e * terms.tail, density = terms.e * A(0.39894228040143267794);
     const A below = tail - h * density;  // the slope at -h; the two at h and -h add up to 1
-    return {positive ? A(1) - below : below, density * (A(2) - square)};
+    return {x > A(0) ? A(1) - below : below, density * (A(2) - square)};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kGeluTanh, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>&) {
-    const A h = at_most(absolute(x), A(25)), square = h * h, root = A(0.79788456080286535588);  // sqrt(2 / pi)
-    const A v = root * h * (A(1) + A(0.044715) * square);                                       // at h
-    const A slope_v = root * (A(1) + A(0.134145) * square), bend_v = root * A(0.26829) * h;
-    const A e = exp_nonpositive(A(-2) * v), r = A(1) / (A(1) + e);
-    const A tanh_v = (A(1) - e) * r, sech2 = A(4) * e * r * r;  // 1 - tanh^2
-    const A below = e * r - A(0.5) * h * sech2 * slope_v;       // the slope at -h; the two add up to 1
-    const A bend = sech2 * (slope_v + A(0.5) * h * (bend_v - A(2) * tanh_v * slope_v * slope_v));
-    return {x > A(0) ? A(1) - below : below, bend};
+struct ActivationSlopes<Activation::kGeluTanh, A> : ExponentialOnly<A> {
+  static constexpr A kRoot = A(0.79788456080286535588);  // sqrt(2 / pi)
+  static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) {  // twice the argument of tanh at -|x|
+    const A h = absolute(x);
+    return h * (A(-2) * kRoot + A(-2) * kRoot * A(0.044715) * (h * h));
+  }
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
+    const A h = at_most(absolute(x), A(25)), square = h * h;
+    // At h: the slope v' of the argument of tanh, and v' + h v'' / 2.
+    const A slope_v = kRoot + kRoot * A(0.134145) * square, sum_v = kRoot + kRoot * A(0.26829) * square;
+    const A e = terms.e, r = A(1) / (A(1) + e), er = e * r, tanh_v = r - er;
+    const A half = A(2) * er * r, turn = h * slope_v;  // (1 - tanh^2) / 2
+    const A below = er - half * turn;                  // the slope at -h; the two add up to 1
+    return {x > A(0) ? A(1) - below : below, A(2) * half * (sum_v - tanh_v * turn * slope_v)};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kSilu, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>&) {
-    const A e = exp_nonpositive(-absolute(x)), r = A(1) / (A(1) + e), er = e * r;
-    const bool positive = x > A(0);
-    const A s = positive ? r : er, rest = positive ? er : r;  // sigmoid(x), sigmoid(-x)
-    return {s * (A(1) + x * rest), er * r * (A(2) + x * (rest - s))};
+struct ActivationSlopes<Activation::kSilu, A> : ExponentialOnly<A> {
+  static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) { return -absolute(x); }
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
+    const A h = absolute(x), e = terms.e, r = A(1) / (A(1) + e), er = e * r;  // sigmoid(h), sigmoid(-h)
+    const A s = x > A(0) ? r : er, q = er * r;                   // sigmoid(x) and its slope
+    return {s + x * q, q * (A(2) - h * (r - er))};
   }
 };
 
 // t = tanh(log(1 + w)) = n / (n + 2) with n = w^2 + 2 w, w = exp(x), so 1 - t^2 = 4 (1 + w)^2 / (n + 2)^2.  For positive
 // x both sides of the fractions are multiplied by exp(-2 x).
 template <class A>
-struct ActivationSlopes<Activation::kMish, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>&) {
-    const A e = exp_nonpositive(-absolute(x)), r = A(1) / (A(1) + e);
+struct ActivationSlopes<Activation::kMish, A> : ExponentialOnly<A> {
+  static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) { return -absolute(x); }
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
     const bool positive = x > A(0);
-    const A s = positive ? r : e * r;  // sigmoid(x)
-    const A n = positive ? A(1) + A(2) * e : e * (e + A(2)), inverse = A(1) / (n + (positive ? A(2) * e * e : A(2)));
-    const A t = n * inverse;
-    const A q = A(4) * e * (positive ? e : A(1)) * (A(1) + e) * inverse * inverse;  // (1 - t^2) sigmoid(x)
+    const A e = terms.e, one_e = A(1) + e, a = positive ? e : A(1), b = positive ? A(1) : e;
+    const A n = positive ? A(1) + A(2) * e : A(2) * e + e * e, d = n + A(2) * a * a;
+    const A both = A(1) / (one_e * d), inverse = both * one_e;  // one division for two fractions
+    const A s = b * (both * d), t = n * inverse;                // sigmoid(x), tanh(log(1 + w))
+    const A q = A(4) * e * a * one_e * inverse * inverse;       // (1 - t^2) sigmoid(x)
     return {t + x * q, q * (A(2) + at_most(x, A(1000)) * (A(1) - s - A(2) * t * s))};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kSoftplus, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>& p) {
-    const A z = p.beta * x, e = exp_nonpositive(-absolute(z)), r = A(1) / (A(1) + e), er = e * r;
+struct ActivationSlopes<Activation::kSoftplus, A> : ExponentialOnly<A> {
+  static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>& p) { return -absolute(p.beta * x); }
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>& p) {
+    const A z = p.beta * x, e = terms.e, r = A(1) / (A(1) + e), er = e * r;
     const A s = z > A(0) ? r : er;
     return {z > p.threshold ? A(1) : s, z >= p.threshold ? A(0) : p.beta * er * r};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kElu, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>& p) {
-    const A e = p.input_scale * p.alpha * p.scale * exp_nonpositive(p.input_scale * at_most(x, A(0)));
-    return {x > A(0) ? p.scale : e, x >= A(0) ? A(0) : p.input_scale * e};
+struct ActivationSlopes<Activation::kElu, A> : ExponentialOnly<A> {
+  static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>& p) { return p.input_scale * at_most(x, A(0)); }
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>& p) {
+    const A slope = p.input_scale * p.alpha * p.scale * terms.e;
+    return {x > A(0) ? p.scale : slope, x >= A(0) ? A(0) : p.input_scale * slope};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kEluResult, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A y, const ActivationParameters<A>& p) {
+struct ActivationSlopes<Activation::kEluResult, A> : NoTerms<A> {
+  static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>& p) {
     return {y > A(0) ? p.scale : p.input_scale * (y + p.alpha * p.scale), y >= A(0) ? A(0) : p.input_scale};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kHardswish, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A x, const ActivationParameters<A>&) {
+struct ActivationSlopes<Activation::kHardswish, A> : NoTerms<A> {
+  static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A>, const ActivationParameters<A>&) {
     const bool below = x <= A(-3), above = x >= A(3);
     return {below ? A(0) : above ? A(1) : x / A(3) + A(0.5), below | above ? A(0) : A(1) / A(3)};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kTanh, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A y, const ActivationParameters<A>&) { return {A(1) - y * y, A(-2) * y}; }
+struct ActivationSlopes<Activation::kTanh, A> : NoTerms<A> {
+  static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>&) { return {A(1) - y * y, A(-2) * y}; }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kSigmoid, A> {
-  static RK_HOST_DEVICE Slopes<A> at(A y, const ActivationParameters<A>&) { return {y * (A(1) - y), A(1) - A(2) * y}; }
+struct ActivationSlopes<Activation::kSigmoid, A> : NoTerms<A> {
+  static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>&) {
+    return {y * (A(1) - y), A(1) - A(2) * y};
+  }
 };
+
+template <Activation kFunction, class A>
+RK_HOST_DEVICE Slopes<A> activation_slopes(A x, const ActivationParameters<A>& p) {
+  using Function = ActivationSlopes<kFunction, A>;
+  ActivationTerms<A> terms{};
+  if constexpr (Function::kExponential) terms.e = exp_nonpositive(Function::exponent(x, p));
+  if constexpr (Function::kTail) terms.tail = normal_tail(absolute(x));
+  return Function::at(x, terms, p);
+}
 
 }  // namespace rk

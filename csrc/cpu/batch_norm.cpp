@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../batch_norm_arguments.h"
@@ -67,6 +69,8 @@ class Call {
 
  private:
   bool is_wide() const { return item == sizeof(A); }  // stored as it is computed with
+  // Loops along channels take it as it is stored.
+  bool is_paired() const { return std::is_same_v<A, float> && dtype == ScalarType::BFloat16 && !sum_x; }
   bool writes() const { return grad || grad_x || sum_x; }
 
   Call one_of(int64_t cotangent) const {
@@ -138,8 +142,27 @@ class Call {
     return !base ? nullptr : is_wide() && !streamed_ ? reinterpret_cast<A*>(base) + offset : buffer;
   }
 
+  template <class S>
+  static const S* stored(const char* base, int64_t offset) {
+    return base ? reinterpret_cast<const S*>(base) + offset : nullptr;
+  }
+  template <class S>
+  static S* stored(char* base, int64_t offset) {
+    return base ? reinterpret_cast<S*>(base) + offset : nullptr;
+  }
+
   Sums sums_along_unit(int64_t channel, int64_t unit) const {
     Sums sums;
+    if constexpr (std::is_same_v<A, float>) {
+      using S = BFloat16;
+      if (is_paired()) {
+        for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
+          sums_along(stored<S>(u, offset), stored<S>(g, offset), stored<S>(x, offset), runs, channels * inner, length,
+                     mean[channel], sums);
+        });
+        return sums;
+      }
+    }
     alignas(64) A buffer[3][kPiece];
     for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
       const int64_t stride = is_wide() ? channels * inner : length;
@@ -150,6 +173,15 @@ class Call {
   }
 
   void apply_along_unit(int64_t channel, int64_t unit) const {
+    if constexpr (std::is_same_v<A, float>) {
+      using S = BFloat16;
+      if (is_paired())
+        return for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
+          const Place<S> place{stored<S>(u, offset),    stored<S>(g, offset),      stored<S>(x, offset),
+                               stored<S>(grad, offset), stored<S>(grad_x, offset), false};
+          apply_along(place, runs, channels * inner, length, mean[channel], coefficients_[channel]);
+        });
+    }
     alignas(64) A buffer[5][kPiece];
     for_runs(channel, unit, [&](int64_t offset, int64_t runs, int64_t length) {
       const int64_t stride = is_wide() ? channels * inner : length;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "../math/batch_norm.h"
 #include "lane_sums.h"
@@ -19,12 +20,12 @@ inline void add(Sums& to, const Sums& from) {
   to.gx += from.gx;
 }
 
-// The tensors of a call at one place, in the accumulation type.  An output that is not wanted is null, and so is x where
+// The tensors of a call at one place, in the accumulation type or as BFloat16.  An output that is not wanted is null, and so is x where
 // nothing depends on it: then only sum u g is taken, and grad = grad_u u + grad_1 written.
-template <class A>
+template <class S>
 struct Place {
-  const A *u, *g, *x;
-  A *grad, *grad_x;
+  const S *u, *g, *x;
+  S *grad, *grad_x;
   bool adds;  // to grad_x
 };
 
@@ -66,44 +67,38 @@ RK_HOST_DEVICE double total_of_lanes(const Lanes<A>& a, const Lanes<A>& b) {
 
 // Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.  Fetches the run behind
 // each, since runs end before the processor has noticed them.
-template <class A>
-RK_HOST_DEVICE void sums_along_of(const A* __restrict__ u, const A* __restrict__ g, const A* __restrict__ x,
+template <class S, class A>
+RK_HOST_DEVICE void sums_along_of(const S* __restrict__ u, const S* __restrict__ g, const S* __restrict__ x,
                                   int64_t runs, int64_t stride, int64_t length, A mean, Sums& s) {
   constexpr int L = LanesOf<A>::kCount;
   if (!x) {
     for (int64_t run = 0; run < runs; ++run)
-      s.ug +=
-          lane_sum<A>(length, [=](int64_t j) RK_INLINE_LAMBDA { return u[run * stride + j] * g[run * stride + j]; });
+      s.ug += lane_sum<A>(length, [=](int64_t j) RK_INLINE_LAMBDA {
+        return load(u[run * stride + j]) * load(g[run * stride + j]);
+      });
     return;
   }
   SumLanes<A> first, second;  // two, to hide the latency of the additions
-  Lanes<A> v, w, d;
+  Lanes<A> v, w, d, v_2, w_2, d_2;
   for (int64_t run = 0; run < runs; ++run, u += stride, g += stride, x += stride) {
     int64_t j = 0;
     for (; j + 2 * L <= length; j += 2 * L) {
       __builtin_prefetch(u + j + stride);
       __builtin_prefetch(g + j + stride);
       __builtin_prefetch(x + j + stride);
-      load_lanes<A>(v, u + j);
-      load_lanes<A>(w, g + j);
-      load_lanes<A>(d, x + j);
+      load_two(v, v_2, u + j);
+      load_two(w, w_2, g + j);
+      load_two(d, d_2, x + j);
       first.add(v, w, d - mean);
-      load_lanes<A>(v, u + j + L);
-      load_lanes<A>(w, g + j + L);
-      load_lanes<A>(d, x + j + L);
-      second.add(v, w, d - mean);
+      second.add(v_2, w_2, d_2 - mean);
     }
-    for (; j + L <= length; j += L) {
-      load_lanes<A>(v, u + j);
-      load_lanes<A>(w, g + j);
-      load_lanes<A>(d, x + j);
+    for (; j < length; j += L) {  // behind the end u and g are zero, and so is all they are part of
+      const int64_t n = std::min<int64_t>(L, length - j);
+      load_lanes<A>(v, u + j, n);
+      load_lanes<A>(w, g + j, n);
+      load_lanes<A>(d, x + j, n);
       first.add(v, w, d - mean);
-    }
-    if (j < length) {  // behind the end u and g are zero, and so is all they are part of
-      load_lanes<A>(v, u + j, length - j);
-      load_lanes<A>(w, g + j, length - j);
-      load_lanes<A>(d, x + j, length - j);
-      second.add(v, w, d - mean);
+      std::swap(first, second);
     }
   }
   s.u += total_of_lanes<A>(first.u, second.u);
@@ -135,6 +130,34 @@ RK_HOST_DEVICE void apply_along_of(const Place<A>& p, int64_t runs, int64_t stri
         grad_x[j] = c.x_u * u[j] + (c.x_g * g[j] + (c.x_x * (x[j] - mean) + c.x_1));
       for (int64_t j = o; grad_x && p.adds && j < o + length; ++j)
         grad_x[j] += c.x_u * u[j] + (c.x_g * g[j] + (c.x_x * (x[j] - mean) + c.x_1));
+    }
+  }
+}
+
+// The same for BFloat16 as it is stored; grad_x is not added to.
+RK_HOST_DEVICE void apply_along_of(const Place<BFloat16>& p, int64_t runs, int64_t stride, int64_t length, float mean,
+                                   const BatchNormCoefficients<float>& c) {
+  constexpr int64_t step = 2 * LanesOf<float>::kCount;
+  Lanes<float> v, w = {}, d = {}, v_2, w_2 = {}, d_2 = {};
+  for (int64_t run = 0; run < runs; ++run) {
+    int64_t j = run * stride;
+    const int64_t end = j + length;
+    for (; j + step <= end; j += step) {
+      load_two(v, v_2, p.u + j);
+      if (p.x) load_two(d, d_2, p.x + j);
+      d -= mean;
+      d_2 -= mean;
+      if (p.grad)
+        store_two(p.grad + j, c.grad_u * v + (c.grad_x * d + c.grad_1), c.grad_u * v_2 + (c.grad_x * d_2 + c.grad_1));
+      if (!p.grad_x) continue;
+      load_two(w, w_2, p.g + j);
+      store_two(p.grad_x + j, c.x_u * v + (c.x_g * w + (c.x_x * d + c.x_1)),
+                c.x_u * v_2 + (c.x_g * w_2 + (c.x_x * d_2 + c.x_1)));
+    }
+    for (; j < end; ++j) {
+      const float u = load(p.u[j]), x = p.x ? load(p.x[j]) - mean : 0.0f;
+      if (p.grad) p.grad[j] = store<BFloat16>(c.grad_u * u + (c.grad_x * x + c.grad_1));
+      if (p.grad_x) p.grad_x[j] = store<BFloat16>(c.x_u * u + (c.x_g * load(p.g[j]) + (c.x_x * x + c.x_1)));
     }
   }
 }
@@ -244,25 +267,30 @@ RK_HOST_DEVICE void apply_across_of(const Place<A>& p, int64_t rows, int64_t cha
   }
 }
 
-#define RK_BATCH_NORM_LOOPS(A)                                                                                     \
-  RK_MULTIVERSION static void sums_along(const A* u, const A* g, const A* x, int64_t runs, int64_t stride,         \
+#define RK_BATCH_NORM_ALONG(S, A)                                                                                  \
+  RK_MULTIVERSION static void sums_along(const S* u, const S* g, const S* x, int64_t runs, int64_t stride,         \
                                          int64_t length, A mean, Sums& s) {                                        \
-    sums_along_of<A>(u, g, x, runs, stride, length, mean, s);                                                      \
+    sums_along_of<S, A>(u, g, x, runs, stride, length, mean, s);                                                   \
   }                                                                                                                \
-  RK_MULTIVERSION static void apply_along(const Place<A>& p, int64_t runs, int64_t stride, int64_t length, A mean, \
+  RK_MULTIVERSION static void apply_along(const Place<S>& p, int64_t runs, int64_t stride, int64_t length, A mean, \
                                           const BatchNormCoefficients<A>& c) {                                     \
-    apply_along_of<A>(p, runs, stride, length, mean, c);                                                           \
-  }                                                                                                                \
-  RK_MULTIVERSION static void sums_across(const A* u, const A* g, const A* x, int64_t rows, int64_t channels,      \
-                                          const A* mean, Sums* sums) {                                             \
-    sums_across_of<A>(u, g, x, rows, channels, mean, sums);                                                        \
-  }                                                                                                                \
-  RK_MULTIVERSION static void apply_across(const Place<A>& p, int64_t rows, int64_t channels,                      \
-                                           const ChannelCoefficients<A>& c) {                                      \
-    apply_across_of<A>(p, rows, channels, c);                                                                      \
+    apply_along_of(p, runs, stride, length, mean, c);                                                              \
   }
-RK_BATCH_NORM_LOOPS(float)
-RK_BATCH_NORM_LOOPS(double)
-#undef RK_BATCH_NORM_LOOPS
+#define RK_BATCH_NORM_ACROSS(A)                                                                               \
+  RK_MULTIVERSION static void sums_across(const A* u, const A* g, const A* x, int64_t rows, int64_t channels, \
+                                          const A* mean, Sums* sums) {                                        \
+    sums_across_of<A>(u, g, x, rows, channels, mean, sums);                                                   \
+  }                                                                                                           \
+  RK_MULTIVERSION static void apply_across(const Place<A>& p, int64_t rows, int64_t channels,                 \
+                                           const ChannelCoefficients<A>& c) {                                 \
+    apply_across_of<A>(p, rows, channels, c);                                                                 \
+  }
+RK_BATCH_NORM_ALONG(float, float)
+RK_BATCH_NORM_ALONG(double, double)
+RK_BATCH_NORM_ALONG(BFloat16, float)
+RK_BATCH_NORM_ACROSS(float)
+RK_BATCH_NORM_ACROSS(double)
+#undef RK_BATCH_NORM_ALONG
+#undef RK_BATCH_NORM_ACROSS
 
 }  // namespace rk::cpu

@@ -1,6 +1,7 @@
 // The sums that normalisations share.
 #pragma once
 
+#include "half.h"
 #include "simd.h"
 
 namespace rk::cpu {
@@ -21,11 +22,40 @@ RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const A* from) {
 }
 
 // The first n < kCount lanes, zeros behind them.
-template <class A>
-RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const A* from, std::int64_t n) {
+template <class A, class S>
+RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const S* from, std::int64_t n) {
   A padded[LanesOf<A>::kCount] = {};
-  for (std::int64_t k = 0; k < n; ++k) padded[k] = from[k];
+  for (std::int64_t k = 0; k < n; ++k) padded[k] = load(from[k]);
   std::memcpy(&to, padded, sizeof to);
+}
+
+// Two registers of adjacent elements.  Those of BFloat16 lie in them as in memory two by two: all first ones, all second
+// ones, so that nothing is shuffled between a register of 16-bit numbers and two of floats.
+template <class A>
+RK_HOST_DEVICE void load_two(Lanes<A>& first, Lanes<A>& second, const A* from) {
+  load_lanes<A>(first, from);
+  load_lanes<A>(second, from + LanesOf<A>::kCount);
+}
+typedef std::uint32_t Words __attribute__((vector_size(32)));
+RK_HOST_DEVICE void load_two(Lanes<float>& first, Lanes<float>& second, const BFloat16* from) {
+  Words pairs;
+  std::memcpy(&pairs, from, sizeof pairs);
+  const Words low = pairs << 16, high = pairs & 0xffff0000u;
+  std::memcpy(&first, &low, sizeof low);
+  std::memcpy(&second, &high, sizeof high);
+}
+RK_HOST_DEVICE void round_to_bfloat16(Words& upper_halves, const Lanes<float>& v) {  // to nearest, ties to even
+  Words bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u), nan = bits | 0x400000u;
+  upper_halves = v == v ? rounded : nan;
+}
+RK_HOST_DEVICE void store_two(BFloat16* to, const Lanes<float>& first, const Lanes<float>& second) {
+  Words low, high;
+  round_to_bfloat16(low, first);
+  round_to_bfloat16(high, second);
+  const Words pairs = (low >> 16) | (high & 0xffff0000u);
+  std::memcpy(to, &pairs, sizeof pairs);
 }
 
 template <class A>

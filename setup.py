@@ -35,6 +35,7 @@ CXX_FLAGS = [
     "-std=c++20",
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # vectors are passed between functions that are inlined only
     "-fvisibility=hidden",
     *VALUE_SAFE,
     *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"]),

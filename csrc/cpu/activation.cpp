@@ -67,7 +67,9 @@ class Sweep {
     if (sum) std::fill(sum, sum + n, A(0));
     for (int64_t k = 0; k < cotangents_; ++k) {
       const int64_t at = k * elements_ + begin, next = k + 1 < cotangents_ ? elements_ : n - k * elements_;
-      CotangentPiece<A> piece{slope_.element, bend_.element};
+      CotangentPiece<A> piece{};
+      piece.slope = slope_.element;
+      piece.bend = bend_.element;
       piece.n = n;
       piece.gg_x = gg_x_.read(at, n, in_u_);
       piece.gg_x_ahead = piece.gg_x == in_u_.element ? 0 : next;

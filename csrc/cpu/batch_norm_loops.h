@@ -73,9 +73,8 @@ RK_HOST_DEVICE void sums_along_of(const S* __restrict__ u, const S* __restrict__
   constexpr int L = LanesOf<A>::kCount;
   if (!x) {
     for (int64_t run = 0; run < runs; ++run)
-      s.ug += lane_sum<A>(length, [=](int64_t j) RK_INLINE_LAMBDA {
-        return load(u[run * stride + j]) * load(g[run * stride + j]);
-      });
+      s.ug += lane_sum<A>(
+          length, [=](int64_t j) RK_INLINE_LAMBDA { return load(u[run * stride + j]) * load(g[run * stride + j]); });
     return;
   }
   SumLanes<A> first, second;  // two, to hide the latency of the additions
@@ -94,9 +93,9 @@ RK_HOST_DEVICE void sums_along_of(const S* __restrict__ u, const S* __restrict__
     }
     for (; j < length; j += L) {  // behind the end u and g are zero, and so is all they are part of
       const int64_t n = std::min<int64_t>(L, length - j);
-      load_lanes<A>(v, u + j, n);
-      load_lanes<A>(w, g + j, n);
-      load_lanes<A>(d, x + j, n);
+      load_lanes(v, u + j, n);
+      load_lanes(w, g + j, n);
+      load_lanes(d, x + j, n);
       first.add(v, w, d - mean);
       std::swap(first, second);
     }

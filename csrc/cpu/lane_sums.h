@@ -22,9 +22,9 @@ RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const A* from) {
 }
 
 // The first n < kCount lanes, zeros behind them.
-template <class A, class S>
-RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const S* from, std::int64_t n) {
-  A padded[LanesOf<A>::kCount] = {};
+template <class S>
+RK_HOST_DEVICE void load_lanes(Lanes<accumulation_t<S>>& to, const S* from, std::int64_t n) {
+  accumulation_t<S> padded[LanesOf<accumulation_t<S>>::kCount] = {};
   for (std::int64_t k = 0; k < n; ++k) padded[k] = load(from[k]);
   std::memcpy(&to, padded, sizeof to);
 }

@@ -119,7 +119,7 @@ struct ActivationSlopes<Activation::kGelu, A> {
 
 template <class A>
 struct ActivationSlopes<Activation::kGeluTanh, A> : ExponentialOnly<A> {
-  static constexpr A kRoot = A(0.79788456080286535588);  // sqrt(2 / pi)
+  static constexpr A kRoot = A(0.79788456080286535588);                    // sqrt(2 / pi)
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) {  // twice the argument of tanh at -|x|
     const A h = absolute(x);
     return h * (A(-2) * kRoot + A(-2) * kRoot * A(0.044715) * (h * h));
@@ -140,7 +140,7 @@ struct ActivationSlopes<Activation::kSilu, A> : ExponentialOnly<A> {
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) { return -absolute(x); }
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
     const A h = absolute(x), e = terms.e, r = A(1) / (A(1) + e), er = e * r;  // sigmoid(h), sigmoid(-h)
-    const A s = x > A(0) ? r : er, q = er * r;                   // sigmoid(x) and its slope
+    const A s = x > A(0) ? r : er, q = er * r;                                // sigmoid(x) and its slope
     return {s + x * q, q * (A(2) - h * (r - er))};
   }
 };
@@ -197,7 +197,9 @@ struct ActivationSlopes<Activation::kHardswish, A> : NoTerms<A> {
 
 template <class A>
 struct ActivationSlopes<Activation::kTanh, A> : NoTerms<A> {
-  static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>&) { return {A(1) - y * y, A(-2) * y}; }
+  static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>&) {
+    return {A(1) - y * y, A(-2) * y};
+  }
 };
 
 template <class A>

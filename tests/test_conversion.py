@@ -61,3 +61,25 @@ def test_every_rounding(dtype, columns, device):
     rounded = torch.ops.robustkern.row_norm_backward(numbers, x, norm, None, 1, 1.0, False)
     for column in (0, columns - 1):
         same_but_nan(rounded[:, column].contiguous(), numbers.to(dtype))
+
+
+@pytest.mark.parametrize("elements", [7, 16, 2**16 + 5])
+@pytest.mark.parametrize("of_x", [False, True], ids=["x unread", "x read"])
+@over_low
+def test_batch_norm_reads_and_rounds_every_number(dtype, of_x, elements, device):
+    """Of fixed statistics every result is what float32 gives for the same numbers, rounded once."""
+    u = all_patterns(dtype).repeat(2)[:elements].view(1, 1, -1).to(device)
+    x, grad = torch.full_like(u, 3.0), u.flip(-1)
+    one = torch.ones(1, device=device)
+    mean = one if of_x else one * torch.inf  # which is not looked at where x is not
+    scale = one * (1 + 2.0**-9)  # of bfloat16 results a half way case, of float16 ones a small change
+
+    def results(*tensors):
+        gg_x, g, x = tensors
+        gg_weight = one / 3 if of_x else None
+        op = torch.ops.robustkern.batch_norm_double_backward
+        return op(gg_x, gg_weight, None, g, x, None, mean, scale, False, True, of_x, False)[: 1 + of_x]
+
+    for low, wide in zip(results(u, grad, x), results(u.float(), grad.float(), x.float()), strict=True):
+        same_but_nan(low, wide.to(dtype))
+        assert low.isfinite().sum() > 0.9 * elements and low.count_nonzero() > 0.5 * elements

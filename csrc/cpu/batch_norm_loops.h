@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
+#include <type_traits>
 
 #include "../math/batch_norm.h"
 #include "lane_sums.h"
@@ -20,8 +20,8 @@ inline void add(Sums& to, const Sums& from) {
   to.gx += from.gx;
 }
 
-// The tensors of a call at one place, in the accumulation type or as BFloat16.  An output that is not wanted is null, and so is x where
-// nothing depends on it: then only sum u g is taken, and grad = grad_u u + grad_1 written.
+// The tensors of a call at one place, in the accumulation type or as BFloat16.  An output that is not wanted is null, and
+// so is x where nothing depends on it: then only sum u g is taken, and grad = grad_u u + grad_1 written.
 template <class S>
 struct Place {
   const S *u, *g, *x;
@@ -91,13 +91,20 @@ RK_HOST_DEVICE void sums_along_of(const S* __restrict__ u, const S* __restrict__
       first.add(v, w, d - mean);
       second.add(v_2, w_2, d_2 - mean);
     }
+    if constexpr (std::is_same_v<S, A>)
+      if (j + L <= length) {
+        load_lanes<A>(v, u + j);
+        load_lanes<A>(w, g + j);
+        load_lanes<A>(d, x + j);
+        first.add(v, w, d - mean);
+        j += L;
+      }
     for (; j < length; j += L) {  // behind the end u and g are zero, and so is all they are part of
       const int64_t n = std::min<int64_t>(L, length - j);
       load_lanes(v, u + j, n);
       load_lanes(w, g + j, n);
       load_lanes(d, x + j, n);
-      first.add(v, w, d - mean);
-      std::swap(first, second);
+      second.add(v, w, d - mean);
     }
   }
   s.u += total_of_lanes<A>(first.u, second.u);
@@ -143,9 +150,11 @@ RK_HOST_DEVICE void apply_along_of(const Place<BFloat16>& p, int64_t runs, int64
     const int64_t end = j + length;
     for (; j + step <= end; j += step) {
       load_two(v, v_2, p.u + j);
-      if (p.x) load_two(d, d_2, p.x + j);
-      d -= mean;
-      d_2 -= mean;
+      if (p.x) {  // else d stays zero
+        load_two(d, d_2, p.x + j);
+        d -= mean;
+        d_2 -= mean;
+      }
       if (p.grad)
         store_two(p.grad + j, c.grad_u * v + (c.grad_x * d + c.grad_1), c.grad_u * v_2 + (c.grad_x * d_2 + c.grad_1));
       if (!p.grad_x) continue;

@@ -27,10 +27,10 @@ RK_AVX2 inline void narrow(const float* from, Half* to) {
   const __m128i high = _mm256_cvtps_ph(_mm256_loadu_ps(from + 8), _MM_FROUND_TO_NEAREST_INT);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_set_m128i(high, low));
 }
-RK_AVX2 inline __m256i rounded_bfloat16(
-    __m256 v) {  // to nearest, ties to even, in the low half of each element; no NaN
-  const __m256i bits = _mm256_castps_si256(v),
-                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+// To nearest, ties to even, in the low half of each element; none is NaN.
+RK_AVX2 inline __m256i rounded_bfloat16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
 }
 RK_AVX2 inline void narrow(const float* from, BFloat16* to) {
@@ -40,8 +40,8 @@ RK_AVX2 inline void narrow(const float* from, BFloat16* to) {
     return;
   }
   const __m256i packed = _mm256_packus_epi32(rounded_bfloat16(v), rounded_bfloat16(w));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_permute4x64_epi64(packed, 0xd8));  // of both lanes, in order
+  const __m256i in_order = _mm256_permute4x64_epi64(packed, 0xd8);  // packed lane by lane
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order);
 }
 
 // As many as there are 16 at a time; how many that was.

@@ -95,14 +95,11 @@ struct ActivationTerms {
 template <Activation kFunction, class A>
 struct ActivationSlopes;
 
-template <class A>
 struct ExponentialOnly {
   static constexpr bool kExponential = true, kTail = false;
 };
-template <class A>
 struct NoTerms {
   static constexpr bool kExponential = false, kTail = false;
-  static RK_HOST_DEVICE A exponent(A, const ActivationParameters<A>&) { return A(0); }
 };
 
 template <class A>
@@ -118,7 +115,7 @@ struct ActivationSlopes<Activation::kGelu, A> {
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kGeluTanh, A> : ExponentialOnly<A> {
+struct ActivationSlopes<Activation::kGeluTanh, A> : ExponentialOnly {
   static constexpr A kRoot = A(0.79788456080286535588);                    // sqrt(2 / pi)
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) {  // twice the argument of tanh at -|x|
     const A h = absolute(x);
@@ -136,7 +133,7 @@ struct ActivationSlopes<Activation::kGeluTanh, A> : ExponentialOnly<A> {
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kSilu, A> : ExponentialOnly<A> {
+struct ActivationSlopes<Activation::kSilu, A> : ExponentialOnly {
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) { return -absolute(x); }
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
     const A h = absolute(x), e = terms.e, r = A(1) / (A(1) + e), er = e * r;  // sigmoid(h), sigmoid(-h)
@@ -148,7 +145,7 @@ struct ActivationSlopes<Activation::kSilu, A> : ExponentialOnly<A> {
 // t = tanh(log(1 + w)) = n / (n + 2) with n = w^2 + 2 w, w = exp(x), so 1 - t^2 = 4 (1 + w)^2 / (n + 2)^2.  For positive
 // x both sides of the fractions are multiplied by exp(-2 x).
 template <class A>
-struct ActivationSlopes<Activation::kMish, A> : ExponentialOnly<A> {
+struct ActivationSlopes<Activation::kMish, A> : ExponentialOnly {
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>&) { return -absolute(x); }
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>&) {
     const bool positive = x > A(0);
@@ -162,7 +159,7 @@ struct ActivationSlopes<Activation::kMish, A> : ExponentialOnly<A> {
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kSoftplus, A> : ExponentialOnly<A> {
+struct ActivationSlopes<Activation::kSoftplus, A> : ExponentialOnly {
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>& p) { return -absolute(p.beta * x); }
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>& p) {
     const A z = p.beta * x, e = terms.e, r = A(1) / (A(1) + e), er = e * r;
@@ -172,7 +169,7 @@ struct ActivationSlopes<Activation::kSoftplus, A> : ExponentialOnly<A> {
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kElu, A> : ExponentialOnly<A> {
+struct ActivationSlopes<Activation::kElu, A> : ExponentialOnly {
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>& p) { return p.input_scale * at_most(x, A(0)); }
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>& p) {
     const A slope = p.input_scale * p.alpha * p.scale * terms.e;
@@ -181,14 +178,14 @@ struct ActivationSlopes<Activation::kElu, A> : ExponentialOnly<A> {
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kEluResult, A> : NoTerms<A> {
+struct ActivationSlopes<Activation::kEluResult, A> : NoTerms {
   static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>& p) {
     return {y > A(0) ? p.scale : p.input_scale * (y + p.alpha * p.scale), y >= A(0) ? A(0) : p.input_scale};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kHardswish, A> : NoTerms<A> {
+struct ActivationSlopes<Activation::kHardswish, A> : NoTerms {
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A>, const ActivationParameters<A>&) {
     const bool below = x <= A(-3), above = x >= A(3);
     return {below ? A(0) : above ? A(1) : x / A(3) + A(0.5), below | above ? A(0) : A(1) / A(3)};
@@ -196,14 +193,14 @@ struct ActivationSlopes<Activation::kHardswish, A> : NoTerms<A> {
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kTanh, A> : NoTerms<A> {
+struct ActivationSlopes<Activation::kTanh, A> : NoTerms {
   static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>&) {
     return {A(1) - y * y, A(-2) * y};
   }
 };
 
 template <class A>
-struct ActivationSlopes<Activation::kSigmoid, A> : NoTerms<A> {
+struct ActivationSlopes<Activation::kSigmoid, A> : NoTerms {
   static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>&) {
     return {y * (A(1) - y), A(1) - A(2) * y};
   }

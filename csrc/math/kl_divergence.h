@@ -33,7 +33,7 @@ struct KlPoint {
   RK_HOST_DEVICE KlPoint(const KlRow<A>& r, A a, A b)
       : p(exp_nonpositive(log_p(r, a))), q(exp_nonpositive(log_q(r, b))), d(difference(r, a, b)) {}
 
-  // Where both probabilities are known already.  As for exp_nonpositive, p is zero below the smallest normal number.
+  // Where both probabilities are known already.  As of exp_nonpositive, p is zero where it is no normal number.
   RK_HOST_DEVICE KlPoint(const KlRow<A>& r, A a, A b, A p_known, A q_known)
       : p(p_known < Limits<A>::smallest_normal ? A(0) : p_known), q(q_known), d(difference(r, a, b)) {}
 

@@ -57,8 +57,8 @@ RK_HOST_DEVICE double absolute(double v) {
 #endif
 }
 
-// exp(v) for v <= 0, as softmax needs it: never overflows, and 0 below the smallest normal number (in float on the CPU,
-// below 0.71 of it).
+// exp(v) for v <= 0, as softmax needs it: never overflows, and 0 below the smallest normal number (float on the CPU: below
+// 0.71 of it, where 2^k is no normal number).
 //
 // On the CPU a polynomial without calls, branches or float-to-integer conversions, so that loops over it become
 // vector code: v = k ln 2 + r with |r| <= (ln 2)/2.  In float exp(r) = 1 + r + r^2 q(r) with a minimax polynomial q, off

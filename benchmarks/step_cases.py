@@ -222,7 +222,7 @@ def _specs(size: str, device: str) -> list[Spec]:
             Spec(vit, 256, autocast=True),
             Spec("ConvNeXt blocks", 256, channels_last=True),
             Spec("conv-BatchNorm-ReLU of PyTorch issue 3076", 512),
-            Spec("PreAct-ResNet-18 of PyTorch issue 7714", 128, compiled=False),
+            Spec("PreAct-ResNet-18 of PyTorch issue 7714", 128),
             Spec("MLP with GELU", 1024, penalty="L1"),
         ]
     batch_norm, group_norm = (f"PreAct-ResNet-18 of width 32, {norm}Norm" for norm in ("Batch", "Group"))
@@ -230,12 +230,12 @@ def _specs(size: str, device: str) -> list[Spec]:
         Spec(batch_norm, 48),
         Spec(batch_norm, 48, channels_last=True),
         Spec(group_norm, 48),
-        Spec(group_norm, 48, channels_last=True, compiled=False),
-        Spec("ConvNeXt blocks", 48, compiled=False),
+        Spec(group_norm, 48, channels_last=True),
+        Spec("ConvNeXt blocks", 48),
         Spec("ConvNeXt blocks", 48, channels_last=True),
         Spec("ViT", 48),
         Spec("conv-BatchNorm-ReLU of PyTorch issue 3076", 48),
-        Spec("PreAct-ResNet-18 of PyTorch issue 7714", 16, compiled=False),
-        Spec("pytorchcv PreResNet-20", 64, compiled=False),
-        Spec("x-transformers ViT", 48, compiled=False),
+        Spec("PreAct-ResNet-18 of PyTorch issue 7714", 16),
+        Spec("pytorchcv PreResNet-20", 64),
+        Spec("x-transformers ViT", 48),
     ]

@@ -212,7 +212,7 @@ def measure(spec: Spec, device: str, interleaved: harness.Interleaved, seconds: 
             if provider in timings:
                 timing = timings[provider]
                 row.update(ms=_round(timing.ms), quartiles=[_round(q) for q in timing.quartiles], rounds=timing.rounds)
-                row["ratio"] = _round(timing.ms / timings[PLAIN].ms)
+                row["ratio"] = _round(timing.over(timings[PLAIN]))
             rows.append(row)
             _show(row)
     return rows

@@ -37,7 +37,19 @@ class Timing:
 
     ms: float  # the fastest: noise only ever adds time
     quartiles: tuple[float, float, float]
-    rounds: int
+    samples: tuple[float, ...]  # one of every round
+
+    @property
+    def rounds(self) -> int:
+        return len(self.samples)
+
+    def over(self, other: Timing) -> float:
+        """As a multiple of another timing of the same rounds: the median of the rounds' ratios.
+
+        What lies side by side in a round is slowed by the same neighbours.  Of steps of a second, ten rounds on two
+        noisy virtual CPUs give this ratio within 2 per cent, the ratio of the fastest within 5.
+        """
+        return statistics.median(ours / theirs for ours, theirs in zip(self.samples, other.samples, strict=True))
 
 
 class Stopped(Exception):
@@ -143,7 +155,7 @@ class Interleaved:
 
 def _timing(values: list[float]) -> Timing:
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return Timing(min(values), (quartiles[0], quartiles[1], quartiles[2]), len(values))
+    return Timing(min(values), (quartiles[0], quartiles[1], quartiles[2]), tuple(values))
 
 
 class Copy:

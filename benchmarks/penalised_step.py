@@ -131,12 +131,12 @@ def measure(
             facts[provider] = {"ms": None, "reason": harness.reason(failure)}
     progress.enter(str(spec))
     timings = interleaved(steps, seconds=options.seconds * len(steps), equally_long=True)
-    ratios = {name: timing.ms / timings[PLAIN].ms for name, timing in timings.items() if PLAIN in timings}
+    ratios = {name: timing.over(timings[PLAIN]) for name, timing in timings.items() if PLAIN in timings}
     both = {name: steps[name] for name in (PLAIN, PLAIN_INSTALLED) if name in steps}
     if len(both) == 2:  # a difference of one per cent needs more rounds than a factor does
         pair = interleaved(both, seconds=3 * options.seconds)
         timings[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED]
-        ratios[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED].ms / pair[PLAIN].ms
+        ratios[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED].over(pair[PLAIN])
     rows = []
     for provider in providers:
         row = {"model": spec.name, "penalty": spec.penalty, "provider": provider}

@@ -286,6 +286,18 @@ def test_samples_are_equally_long(monkeypatch):
     assert calls == {"short": 2 + 5 * 2, "long": 2 + 2}  # two before to know how long they are, then two samples
 
 
+def test_a_column_measured_alone_is_held_to_the_error_of_stock(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import penalised_step
+
+    spec, truth = penalised_step.specs("tiny", "cpu")[0], torch.tensor([3.0, 4.0], dtype=torch.float64)
+    monkeypatch.setattr(penalised_step, "exact", lambda spec, device, provider: truth)
+    monkeypatch.setattr(penalised_step.Case, "gradient", lambda case, provider: 1.01 * truth.float())
+    assert penalised_step.Truth(spec, "cpu").error("installed", 1.03 * truth.float()) == pytest.approx(0.03, rel=1e-3)
+    with pytest.raises(AssertionError, match="installed: relative error 0.05"):
+        penalised_step.Truth(spec, "cpu").error("installed", 1.05 * truth.float())
+
+
 def test_what_readme_says_first_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import render

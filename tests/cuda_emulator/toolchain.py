@@ -28,10 +28,10 @@ SANITIZERS: dict[str | None, list[str]] = {
     None: ["-O2", "-g1"],
     # With UBSan's checks that concern kernels; all of them would take half as long again to compile.
     "address": [
-        *["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"],
+        *["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"],
         "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     ],
-    "thread": ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+    "thread": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
 
 # Where a kernel loads 16 bytes at once if the address allows, and one element after another if not, g++ 12 makes one

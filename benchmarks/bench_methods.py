@@ -69,14 +69,14 @@ def measure(
     timings = interleaved({"plain": plain, "stock": stock, "robustkern": ours}, seconds=3 * seconds, least=3)
     model.load_state_dict(state)  # the next method finds the running statistics as this one did
     times = {name: timing.ms for name, timing in timings.items()}
-    ratio = times["robustkern"] / times["plain"]
+    ratio = timings["robustkern"].over(timings["plain"])
     return {
         "method": method.name,
         "passes": method.passes,
         "plain_ms": _round(times["plain"]),
         "stock_ms": _round(times["stock"]),
         "ms": _round(times["robustkern"]),
-        "stock_ratio": _round(times["stock"] / times["plain"]),
+        "stock_ratio": _round(timings["stock"].over(timings["plain"])),
         "ratio": _round(ratio),
         "over_passes": _round(3 * ratio / method.passes),
     }

@@ -293,9 +293,23 @@ def test_a_column_measured_alone_is_held_to_the_error_of_stock(monkeypatch):
     spec, truth = penalised_step.specs("tiny", "cpu")[0], torch.tensor([3.0, 4.0], dtype=torch.float64)
     monkeypatch.setattr(penalised_step, "exact", lambda spec, device, provider: truth)
     monkeypatch.setattr(penalised_step.Case, "gradient", lambda case, provider: 1.01 * truth.float())
-    assert penalised_step.Truth(spec, "cpu").error("installed", 1.03 * truth.float()) == pytest.approx(0.03, rel=1e-3)
+    alone = penalised_step.Truth(spec, "cpu")
+    assert alone.error("installed", 1.03 * truth.float()) == pytest.approx(0.03, rel=1e-3)
     with pytest.raises(AssertionError, match="installed: relative error 0.05"):
-        penalised_step.Truth(spec, "cpu").error("installed", 1.05 * truth.float())
+        alone.error("installed", 1.05 * truth.float())
+    beside_a_failure = penalised_step.Truth(spec, "cpu", ["eager", "installed"])  # stock's step is not run once more
+    with pytest.raises(AssertionError, match="installed: relative error 0.03"):
+        beside_a_failure.error("installed", 1.03 * truth.float())
+
+
+def test_a_multiple_is_the_median_of_the_rounds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import harness
+
+    plain, step = harness._timing([4.0, 2.0, 1.0]), harness._timing([8.0, 4.4, 3.0])
+    assert step.over(plain) == pytest.approx(2.2) and step.rounds == 3
+    with pytest.raises(ValueError, match="shorter"):
+        step.over(harness._timing([1.0, 1.0]))
 
 
 def test_what_readme_says_first_was_measured(monkeypatch):

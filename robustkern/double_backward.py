@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from robustkern import _library
+from robustkern import _library, _sync_batch_norm
 from robustkern._graph import graph_nodes
 
 __all__ = ["fused_double_backward", "install", "is_installed", "uninstall"]
@@ -20,8 +20,10 @@ def install(*, materialize_zeros: bool = False) -> None:
 
     Nothing about a model changes.  Where a graph is built that can be differentiated again (`create_graph=True`), the
     operators that `robustkern info` lists remember their inputs, and their second backward is one fused kernel instead
-    of a chain of small ones.  Everywhere else (no grad mode, plain training steps, torch.func transforms, forward-mode
-    differentiation) PyTorch's own kernels run, but for RMSNorm's backward, which PyTorch composes of a dozen operators.
+    of a chain of small ones; SyncBatchNorm, which PyTorch cannot differentiate twice, gets a second backward.
+    Everywhere else (no grad mode, plain training steps, torch.func transforms, forward-mode differentiation, derivatives
+    taken inside a torch.utils.checkpoint, DTensor and other tensors with a `__torch_dispatch__` of their own) PyTorch's
+    own kernels run, but for RMSNorm's backward, which PyTorch composes of a dozen operators.
 
     First derivatives keep their bits, but for those of LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm:
     always), and those of GELU, SiLU and Mish for several cotangents at once (torch.func.vmap over autograd.grad), which
@@ -32,9 +34,10 @@ def install(*, materialize_zeros: bool = False) -> None:
 
     Args:
         materialize_zeros: give derivatives that are identically zero, such as that of ReLU's gradient in its input, as
-            tensors of zeros, as PyTorch does.  By default they are not computed at all: a parameter that a penalty
-            does not depend on then has `.grad` None instead of zeros, which optimizers with momentum or weight decay
-            and DistributedDataParallel (`find_unused_parameters`) can tell apart.
+            tensors of zeros, as PyTorch does.  By default they are not computed at all: after `.backward()` a
+            parameter that a penalty does not depend on has `.grad` None instead of zeros, which optimizers with
+            momentum or weight decay and DistributedDataParallel (`find_unused_parameters`) can tell apart.
+            `torch.autograd.grad(outputs, inputs)` gives zeros for the inputs that it is asked for either way.
 
     Raises:
         RuntimeError: the extension is missing; the message says why.
@@ -155,4 +158,5 @@ def _extension(name: str):  # type: ignore[no-untyped-def]
     extension = _library.aten_extension()
     if extension is None:
         raise RuntimeError(f"{name}: {_library.aten_why_unavailable()}")
+    _sync_batch_norm.replace(extension.enabled)
     return extension

@@ -18,6 +18,22 @@ namespace {
 
 constexpr char kKernel[] = "robustkern::activation_double_backward";
 
+// What PyTorch's own nodes compute where silu's and mish's first backwards are differentiated.  In a checkpoint ours have to
+// save the same.
+Tensor composed_silu_backward(const Tensor& g, const Tensor& x) {
+  const Tensor s = x.sigmoid();
+  return g * s * (1.0 + x * (1.0 - s));
+}
+Tensor composed_mish_backward(const Tensor& g, const Tensor& x) {
+  const Tensor s = x.sigmoid(), t = (in_checkpoint() ? x.exp().log1p() : at::softplus(x)).tanh();
+  return g * (t + x * s * (1.0 - t * t));
+}
+
+// PyTorch has no batching rule for its own.
+Tensor first_mish_backward(const Tensor& g, const Tensor& x) {
+  return is_batched(g) || is_batched(x) ? composed_mish_backward(g, x) : at::mish_backward(g, x);
+}
+
 // Which activation: the arguments of activation_double_backward.
 struct Choice {
   std::string function;
@@ -29,7 +45,7 @@ struct Choice {
     if (function == "gelu") return at::gelu_backward(g, x, "none");
     if (function == "gelu_tanh") return at::gelu_backward(g, x, "tanh");
     if (function == "silu") return at::silu_backward(g, x);
-    if (function == "mish") return at::mish_backward(g, x);
+    if (function == "mish") return first_mish_backward(g, x);
     if (function == "softplus") return at::softplus_backward(g, x, p[0], p[1]);
     if (function == "elu") return at::elu_backward(g, p[0], p[1], p[2], p[3] != 0.0, x);
     if (function == "hardswish") return at::hardswish_backward(g, x);
@@ -38,7 +54,15 @@ struct Choice {
     return at::sigmoid_backward(g, x);
   }
 
-  // f''(x) in differentiable operators; of what is saved, see math/activation.h.
+  // f''(x) u g in differentiable operators; of what is saved, see math/activation.h.
+  Tensor bent(const Tensor& u, const Tensor& g, const Tensor& x) const {
+    const auto& p = parameters;
+    if (function == "elu") {  // as PyTorch has it
+      const Tensor product = u * g * p[2], below = (x < 0).to(x.scalar_type());
+      return p[3] != 0.0 ? product * below : backward(product, x) * below;
+    }
+    return bend(x) * u * g;
+  }
   Tensor bend(const Tensor& x) const {
     const auto& p = parameters;
     if (function == "gelu") {
@@ -63,9 +87,6 @@ struct Choice {
       const Tensor z = p[0] * x;
       return (p[0] * z.sigmoid() * (-z).sigmoid()).masked_fill(z >= p[1], 0);
     }
-    if (function == "elu" && p[3] == 0)
-      return (p[2] * p[2] * p[0] * p[1] * (p[2] * x.clamp_max(0)).exp()).masked_fill(x >= 0, 0);
-    if (function == "elu") return at::full_like(x, p[2]).masked_fill(x >= 0, 0);
     if (function == "hardswish") return at::full_like(x, 1.0 / 3.0).masked_fill(x.abs() >= 3, 0);
     if (function == "tanh") return -2 * x;
     TORCH_INTERNAL_ASSERT(function == "sigmoid");
@@ -101,7 +122,7 @@ std::tuple<Tensor, Tensor> double_backward(const Tensor& u, const Tensor& g, con
 
 struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Choice& choice) {
-    ctx->save_for_backward({g, x});
+    ctx->save_for_backward({x.requires_grad() ? g : Tensor(), x});
     ctx->set_materialize_grads(false);
     ctx->saved_data["function"] = choice.function;
     ctx->saved_data["parameters"] = choice.parameters;
@@ -122,13 +143,13 @@ struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
       if (need_grad) grad_g = choice.backward(u, x);
       if (need_x) {
         const auto dtype = accumulation_type(x.scalar_type());
-        grad_x = (choice.bend(x.to(dtype)) * u * g).to(x.scalar_type());
-        if (are_several(g, x)) grad_x = grad_x.sum(0);
+        grad_x = choice.bent(u.to(dtype), g.to(dtype), x.to(dtype)).to(x.scalar_type());
+        if (are_several(u, x)) grad_x = grad_x.sum(0);
       }
       return {grad_g, grad_x, Tensor()};
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [gg_grad, grad_x] = double_backward(u, g, x, choice, need_grad, need_x);
+    const auto [gg_grad, grad_x] = double_backward(u, g.defined() ? g : u, x, choice, need_grad, need_x);
     return {need_grad ? gg_grad : Tensor(), need_x ? grad_x : Tensor(), Tensor()};
   }
 };
@@ -174,13 +195,17 @@ struct Silu {
   static constexpr const char* name = "silu";
   static Tensor forward(const Tensor& x) { return at::silu(x); }
   static Tensor& forward_(Tensor& x) { return at::silu_(x); }
-  static Tensor backward(const Tensor& g, const Tensor& x) { return at::silu_backward(g, x); }
+  static Tensor backward(const Tensor& g, const Tensor& x) {
+    return at::GradMode::is_enabled() && in_checkpoint() ? composed_silu_backward(g, x) : at::silu_backward(g, x);
+  }
 };
 struct Mish {
   static constexpr const char* name = "mish";
   static Tensor forward(const Tensor& x) { return at::mish(x); }
   static Tensor& forward_(Tensor& x) { return at::mish_(x); }
-  static Tensor backward(const Tensor& g, const Tensor& x) { return at::mish_backward(g, x); }
+  static Tensor backward(const Tensor& g, const Tensor& x) {
+    return at::GradMode::is_enabled() && in_checkpoint() ? composed_mish_backward(g, x) : first_mish_backward(g, x);
+  }
 };
 
 template <class Activation>
@@ -237,7 +262,9 @@ Tensor gelu(const Tensor& x, c10::string_view approximate) {
 
 template <class Activation>
 Tensor& forward_(Tensor& self) {
-  if (is_plain(self) && !self.is_leaf()) {  // PyTorch has an error message for leaves
+  // A checkpoint that repeats its forward stops at the last tensor to be saved: PyTorch saves before it overwrites, a Function
+  // after that.  And PyTorch has an error message for leaves.
+  if (is_plain(self) && !self.is_leaf() && !saves_through_hooks()) {
     ForwardInPlace<Activation>::apply(self.clone(), self);
     return self;
   }
@@ -258,11 +285,11 @@ void register_activation(Registrar& r) {
   r.replace<at::_ops::hardswish_backward, hardswish_backward>(kKernel);
   r.replace<at::_ops::tanh_backward, tanh_backward>(kKernel);
   r.replace<at::_ops::sigmoid_backward, sigmoid_backward>(kKernel);
-  r.replace<at::_ops::gelu, gelu>(kKernel);
-  r.replace<at::_ops::silu, forward<Silu>>(kKernel);
-  r.replace<at::_ops::mish, forward<Mish>>(kKernel);
-  r.replace<at::_ops::silu_, forward_<Silu>>(kKernel);
-  r.replace<at::_ops::mish_, forward_<Mish>>(kKernel);
+  r.replace_forward<at::_ops::gelu, gelu>(kKernel);
+  r.replace_forward<at::_ops::silu, forward<Silu>>(kKernel);
+  r.replace_forward<at::_ops::mish, forward<Mish>>(kKernel);
+  r.replace_forward<at::_ops::silu_, forward_<Silu>>(kKernel);
+  r.replace_forward<at::_ops::mish_, forward_<Mish>>(kKernel);
   r.replace_decomposed<at::_ops::silu_backward, silu_backward>(kKernel);
   r.replace_decomposed<at::_ops::mish_backward, mish_backward>(kKernel);
 }

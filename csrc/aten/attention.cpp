@@ -27,7 +27,10 @@ Tensor per_head(const Tensor& t, const Tensor& q) {
 
 Tensor per_key_head(const Tensor& grad, const Tensor& k) {
   if (heads_of(grad) == heads_of(k)) return grad;
-  return at::unflatten_symint(grad, 1, {heads_of(k), heads_of(grad) / heads_of(k)}).sum(2);
+  auto shape = grad.sym_sizes().vec();
+  shape[1] = heads_of(grad) / heads_of(k);
+  shape.insert(shape.begin() + 1, heads_of(k));
+  return grad.reshape_symint(shape).sum(2);
 }
 
 // What both backwards have in common, in operators that PyTorch differentiates any number of times; k and v are given to
@@ -103,7 +106,7 @@ std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::make
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Results double_backward(const Tensor* gg, const variable_list& in, const Settings& s, const std::vector<bool>& need) {
+Results double_backward(const Tensor* gg, const variable_list& in, const Settings& s, const std::array<bool, 5>& need) {
   using Signature = Results(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
                             const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
                             bool, double, bool, bool, bool, bool);
@@ -118,6 +121,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v,
                                const std::optional<Tensor>& bias, const Settings& s, const Stock& stock) {
     ctx->save_for_backward({g, q, k, v, optional_value(bias)});
+    note_given(ctx, {true, true, true, true, bias && bias->defined()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["causal"] = s.causal;
     ctx->saved_data["scale"] = s.scale;
@@ -136,9 +140,8 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     Tensor gg[4];
     std::copy(cotangents.begin(), cotangents.end(), gg);
     variable_list result(7);
-    size_t edge = 0;
-    std::vector<bool> need;
-    for (const Tensor& t : in) need.push_back(needs(ctx, t, edge));
+    auto need = asked<5>(ctx);
+    const auto asked_for = need;
     if (std::none_of(gg, gg + 4, [](const Tensor& t) { return t.defined(); })) return result;
 
     if (composes(cotangents) || need[4] || gg[3].defined()) {
@@ -146,7 +149,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
       need[3] = need[3] && (gg[0].defined() || gg[1].defined() || gg[3].defined());  // v is linear
       for (size_t i = 0; i < grads.size(); ++i)
         if (need[i]) result[i] = grads[i];
-      fill_for_compiled_autograd(ctx, result, in);
+      fill_for_compiled_autograd(asked_for, result, in);
       return result;
     }
 
@@ -157,7 +160,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     if (need[1]) result[1] = grad_q;
     if (need[2]) result[2] = grad_k;
     if (need[3]) result[3] = grad_v;
-    fill_for_compiled_autograd(ctx, result, in);
+    fill_for_compiled_autograd(asked_for, result, in);
     return result;
   }
 };
@@ -243,7 +246,9 @@ struct Attention<Backend, R(Args...)> {
 
   static R kernel(c10::DispatchKeySet keys, Args... args) {
     if (serves(args...)) return fused(args...);
-    const bool ours = enabled() && !uses_stock_kernels(), transformed = ours && under_functorch_grad();
+    const bool ours =
+        enabled() && !uses_stock_kernels() && (detail::is_known(args) && ...) && detail::has_cotangent(args...);
+    const bool transformed = ours && under_functorch_grad();
     if (transformed && (inner_levels > 0 || of_cotangent_alone(args...))) return composite(args...);
     if (ours && (detail::has_tangent(args) || ...)) return composite(args...);
     const InnerLevel level(transformed);

@@ -46,6 +46,19 @@ struct BatchNorm {
   bool training = true;
   double eps = 0;
 
+  // Those that the formulas read: of the batch, or what was collected before.
+  std::array<Tensor, 2> statistics() const {
+    return training ? std::array{mean.value(), invstd.value()} : std::array{running_mean.value(), running_var.value()};
+  }
+  static BatchNorm of(AutogradContext* ctx, const Tensor& center, const Tensor& scale) {
+    BatchNorm norm;
+    norm.training = ctx->saved_data["training"].toBool();
+    norm.eps = ctx->saved_data["eps"].toDouble();
+    norm.mean = norm.running_mean = center;  // PyTorch asks for both, and reads those of its mode
+    norm.invstd = norm.running_var = scale;
+    return norm;
+  }
+
   Triple backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, Mask mask) const {
     // w r P is symmetric: what it makes of u in the second backward, it makes of g in the first.
     if (are_several(g, x)) return double_backward(g, Tensor(), Tensor(), g, x, optional_value(w), {true, false, false});
@@ -54,28 +67,22 @@ struct BatchNorm {
     return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
   }
 
-  // [C, M] or, of several cotangents, [K, C, M].
-  RowsOfNorm as_rows(const Tensor& x) const {
-    const auto accumulation = accumulation_type(x.scalar_type());
-    return {[accumulation, dims = x.dim()](const Tensor& t) {
-              const int64_t n = t.dim() - dims;
-              return t.to(accumulation).transpose(n, n + 1).flatten(n + 1);
-            },
-            [accumulation](const Tensor& t) { return t.to(accumulation).unsqueeze(1); },
-            [](const Tensor& t) { return t.sum(-1); },
-            [dims = x.dim()](const Tensor& t, const Tensor& like) {
-              const int64_t n = like.dim() - dims;
-              return t.reshape_symint(like.transpose(n, n + 1).sym_sizes()).transpose(n, n + 1).to(like.scalar_type());
-            }};
+  ComposedNorm composed(const Tensor& x, const Tensor& w) const {
+    const SymInt channels = x.sym_size(1);
+    const auto per_channel = [&](const Tensor& t) {
+      return t.to(accumulation_type(x.scalar_type())).reshape_symint({1, channels, 1});
+    };
+    const Tensor scale = training ? *invstd : (*running_var + eps).rsqrt();
+    return {
+        {{x.sym_size(0), channels, product(x.sym_sizes().slice(2))}, {channels, 1}, {channels}, {-3, -1}, {}, {-3, -1}},
+        x,
+        w,
+        per_channel(training ? *mean : *running_mean),
+        per_channel(scale),
+        !training};
   }
 
-  // PyTorch's second backward takes the statistics of a batch for constants when it is differentiated once more.
-  Normalized normalized(const Tensor& x) const {
-    const RowsOfNorm of = as_rows(x);
-    if (training) return {of.rows(x), of.spread(*mean), of.spread(*invstd)};
-    return Normalized::fixed(of.rows(x), of.spread(*running_mean), of.spread((*running_var + eps).rsqrt()));
-  }
-
+  bool statistics_are_constant() const { return !training; }
   bool bends(const Tensor& u, const Tensor& a) const { return a.defined() || (training && u.defined()); }
 
   // Below autograd.
@@ -103,9 +110,10 @@ struct BatchNorm {
 struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
                                const BatchNorm& norm, Mask mask) {
-    ctx->save_for_backward({g, x, optional_value(w), optional_value(norm.running_mean),
-                            optional_value(norm.running_var), optional_value(norm.mean), optional_value(norm.invstd),
-                            optional_value(norm.reserve)});
+    auto tensors = saved_for_second(ctx, g, x, w, mask);
+    const auto statistics = norm.statistics();
+    tensors.insert(tensors.end(), statistics.begin(), statistics.end());
+    ctx->save_for_backward(tensors);
     ctx->set_materialize_grads(false);
     ctx->saved_data["training"] = norm.training;
     ctx->saved_data["eps"] = norm.eps;
@@ -116,13 +124,7 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const BatchNorm norm{if_defined(saved[3]),
-                         if_defined(saved[4]),
-                         if_defined(saved[5]),
-                         if_defined(saved[6]),
-                         if_defined(saved[7]),
-                         ctx->saved_data["training"].toBool(),
-                         ctx->saved_data["eps"].toDouble()};
+    const auto norm = BatchNorm::of(ctx, saved[3], saved[4]);
     return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
   }
 };
@@ -154,8 +156,8 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
                         Statistics* statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, invstd] = at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
-    ctx->save_for_backward({x, optional_value(w), optional_value(b), optional_value(running_mean),
-                            optional_value(running_var), mean, invstd});
+    ctx->save_for_backward({x, optional_value(w), training ? mean : *running_mean, training ? invstd : *running_var});
+    note_given(ctx, {true, w && w->defined(), b && b->defined()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
@@ -168,17 +170,9 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     const Tensor& g = cotangents[0];
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &w = saved[1], &b = saved[2];
-    size_t edge = 0;
-    const bool need_x = needs(ctx, x, edge), need_w = needs(ctx, w, edge), need_b = needs(ctx, b, edge);
-    const Mask mask{need_x, need_w, need_b};
-    const BatchNorm norm{if_defined(saved[3]),
-                         if_defined(saved[4]),
-                         if_defined(saved[5]),
-                         if_defined(saved[6]),
-                         std::nullopt,
-                         ctx->saved_data["training"].toBool(),
-                         ctx->saved_data["eps"].toDouble()};
+    const Tensor &x = saved[0], &w = saved[1];
+    const Mask mask = asked<3>(ctx);
+    const auto norm = BatchNorm::of(ctx, saved[2], saved[3]);
     if (mask == Mask{true, false, false})
       if (const auto several = for_several(g, [&](const Tensor& cotangents) {
             return BatchNormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0];
@@ -186,7 +180,10 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
         result[0] = *several;
         return result;
       }
-    std::tie(result[0], result[1], result[2]) = norm.backward(g, x, if_defined(w), mask);
+    // PyTorch's batching rule takes the statistics for constants.
+    const bool composed = at::GradMode::is_enabled() && is_batched(g);
+    std::tie(result[0], result[1], result[2]) =
+        composed ? norm.composed(x, w).first(g, mask) : norm.backward(g, x, if_defined(w), mask);
     drop_unasked(result, mask);
     return result;
   }
@@ -208,7 +205,7 @@ Triple native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const 
 
 void register_batch_norm(Registrar& r) {
   add_folding<ForwardBatchNorm>(/*when_large=*/false);
-  r.replace<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
+  r.replace_forward<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);
 }

@@ -83,7 +83,8 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& w,
                                const at::OptionalSymIntArrayRef& bias_sizes, const Geometry& geometry,
                                std::array<bool, 3> mask) {
-    ctx->save_for_backward({g, x, w});
+    const bool of_input_alone = mask[0] && !mask[1] && !mask[2];  // linear in g and w
+    ctx->save_for_backward({g, of_input_alone ? Tensor() : x, w});
     ctx->set_materialize_grads(false);
     ctx->saved_data["mask"] = (mask[0] ? 1 : 0) + (mask[1] ? 2 : 0) + (mask[2] ? 4 : 0);
     geometry.save(ctx);
@@ -121,7 +122,8 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     if (ctx->needs_input_grad(1) && a.defined())
       grad_x = std::get<0>(geometry.backward(g, x, a, std::nullopt, {true, false, false}));
     variable_list grads{grad_g, grad_x, grad_w, Tensor(), Tensor(), Tensor()};
-    fill_for_compiled_autograd(ctx, grads, {g, x, w});
+    const std::array<bool, 3> asked{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    fill_for_compiled_autograd(asked, grads, {g, x.defined() ? x : u, w});
     return grads;
   }
 };

@@ -83,6 +83,8 @@ struct GroupNorm {
   Triple plain_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask, bool penalised) const {
     const bool bias_alone = mask[2] && !w.defined();
     const bool innermost = x.is_cpu() && !x.is_contiguous();
+    // Nor can PyTorch's be asked under vmap where channels lie innermost.
+    if (innermost && is_batched(g)) return composed(x, w).first(g, mask);
     const bool ours = bias_alone || (innermost && (!mask[0] || (penalised && !is_batched(g))));
     if (!ours || being_compiled(x)) return stock_backward(g, x, w, mask);
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -110,22 +112,20 @@ struct GroupNorm {
     return {grad_x, grad_w, grad_b};
   }
 
-  RowsOfNorm as_rows(const Tensor& x) const {
-    const auto grouped = [*this](const Tensor& t) {
-      return t.reshape_symint({-1, groups, channels / groups * positions});
+  ComposedNorm composed(const Tensor& x, const Tensor& w) const {
+    const SymInt width = channels / groups;
+    const auto statistic_of = [&](const Tensor& t) {
+      return t.to(accumulation_type(x.scalar_type())).reshape_symint({samples, groups, 1, 1});
     };
-    return {
-        [*this, x, grouped](const Tensor& t) { return grouped(flat(t).to(accumulation_type(x.scalar_type()))); },
-        [*this, x, grouped](const Tensor& t) {
-          return grouped(vector(t, x)->unsqueeze(1).expand_symint({channels, positions}));
-        },
-        [*this](const Tensor& t) { return flat(t).sum({0, 2}); },
-        [](const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()).reshape_symint(like.sym_sizes()); }};
-  }
-  Normalized normalized(const Tensor& x) const {
-    return {as_rows(x).rows(x), statistic(mean, x).unsqueeze(2), statistic(rstd, x).unsqueeze(2)};
+    return {{{samples, groups, width, positions}, {groups, width, 1}, {channels}, {-1}, {-2}, {-4, -1}},
+            x,
+            w,
+            statistic_of(mean),
+            statistic_of(rstd),
+            false};
   }
 
+  static constexpr bool statistics_are_constant() { return false; }
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
 
   // Below autograd.
@@ -149,7 +149,9 @@ struct GroupNorm {
 struct GroupNormBackward : torch::autograd::Function<GroupNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
                                const GroupNorm& norm, Mask mask) {
-    ctx->save_for_backward({g, x, optional_value(w), norm.mean, norm.rstd});
+    auto tensors = saved_for_second(ctx, g, x, w, mask);
+    tensors.insert(tensors.end(), {norm.mean, norm.rstd});
+    ctx->save_for_backward(tensors);
     ctx->set_materialize_grads(false);
     ctx->saved_data["mask"] = to_bits(mask);
     norm.save(ctx);
@@ -170,7 +172,9 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, rstd] =
         at::native_group_norm_symint(x, w, b, norm.samples, norm.channels, norm.positions, norm.groups, eps);
-    ctx->save_for_backward({x, optional_value(w), optional_value(b), mean, rstd});
+    ctx->save_for_backward(
+        {x, optional_value(w), mean, rstd});  // as PyTorch's node, in its order: a checkpoint counts them
+    note_given(ctx, {true, w && w->defined(), b && b->defined()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["penalised"] = false;
@@ -180,11 +184,10 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &w = saved[1], &b = saved[2], &g = cotangents[0];
-    const GroupNorm norm = GroupNorm::load(ctx, saved[3], saved[4]);
+    const Tensor &x = saved[0], &w = saved[1], &g = cotangents[0];
+    const GroupNorm norm = GroupNorm::load(ctx, saved[2], saved[3]);
     variable_list result(5);
-    size_t edge = 0;
-    const Mask mask{needs(ctx, x, edge), needs(ctx, w, edge), needs(ctx, b, edge)};
+    const Mask mask = asked<3>(ctx);
     const bool of_statistics = cotangents[1].defined() || cotangents[2].defined();
     if (!g.defined() && !of_statistics) return result;
 
@@ -196,6 +199,8 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
         return {y, mean, rstd};
       };
       const at::AutoGradMode grad_mode(true);
+      Tensor b;  // any: its gradient does not depend on it
+      if (mask[2]) b = at::zeros_symint({norm.channels}, (w.defined() ? w : x).options()).requires_grad_();
       const auto grads = derivative_of_forward(forward, {x, w, b}, cotangents, {mask[0], mask[1], mask[2]});
       std::copy(grads.begin(), grads.end(), result.begin());
       return result;
@@ -204,11 +209,11 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     if (at::GradMode::is_enabled())
       ctx->saved_data["penalised"] = true;  // the engine runs a node in one thread at a time
     if (is_differentiated(g))
-      grads = composed_first(norm, g, x, w, mask);
+      grads = norm.composed(x, w).first(g, mask);
     else if (!at::GradMode::is_enabled())
       grads = norm.plain_backward(g, x, w, mask, ctx->saved_data["penalised"].toBool());
-    else if (under_functorch_grad() || (is_batched(g) && !enabled()))
-      grads = composed_first(norm, g, x, w, mask);
+    else if (under_functorch_grad() || (is_batched(g) && (!enabled() || !x.is_contiguous())))
+      grads = norm.composed(x, w).first(g, mask);
     else if (is_batched(g))
       grads = at::native_group_norm_backward_symint(g, x, norm.mean, norm.rstd, if_defined(w), norm.samples,
                                                     norm.channels, norm.positions, norm.groups, mask);
@@ -246,7 +251,7 @@ Triple native_group_norm_backward(const Tensor& g, const Tensor& x, const Tensor
 }  // namespace
 
 void register_group_norm(Registrar& r) {
-  r.replace<at::_ops::native_group_norm, native_group_norm>("robustkern::group_norm_double_backward");
+  r.replace_forward<at::_ops::native_group_norm, native_group_norm>("robustkern::group_norm_double_backward");
   r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>("robustkern::group_norm_double_backward");
 }
 

@@ -1,4 +1,5 @@
 // The Python module robustkern._aten: registers the replacements once, and switches them on and off.
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <pybind11/pybind11.h>
@@ -13,6 +14,8 @@
 #include "cotangents.h"
 #include "operators.h"
 #include "replacement.h"
+
+namespace py = pybind11;
 
 namespace rk::aten {
 namespace {
@@ -55,6 +58,25 @@ bool under_functorch_grad() {
 
 bool being_compiled(const Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Python) || t.key_set().has(c10::DispatchKey::Functionalize);
+}
+
+bool is_known(const Tensor& t) {
+  using c10::DispatchKey;
+  const auto keys = t.key_set();
+  if (t.layout() != at::kStrided || t.is_nested()) return false;
+  if (!keys.has(DispatchKey::Python)) return true;
+  const py::gil_scoped_acquire gil;
+  const std::string type = Py_TYPE(py::cast(t).ptr())->tp_name;
+  return type == "FakeTensor" || type == "FunctionalTensor";
+}
+
+bool in_checkpoint() {
+  if (!at::SavedTensorDefaultHooks::get_hooks()) return false;
+  const py::gil_scoped_acquire gil;
+  const auto hooks = py::module_::import("torch._C._autograd").attr("_top_saved_tensors_default_hooks")(false);
+  if (hooks.is_none()) return false;
+  const py::object pack = hooks.cast<py::tuple>()[0];
+  return py::getattr(pack, "__module__", py::str()).equal(py::str("torch.utils.checkpoint"));
 }
 
 bool is_differentiated(const Tensor& t) {

@@ -16,7 +16,7 @@ namespace {
 // A normalisation over the last dimensions: what its backward is given besides grad, x and weight.
 struct LayerNorm {
   std::vector<SymInt> shape;
-  Tensor mean, rstd, bias;  // mean: undefined for RMSNorm; bias: for PyTorch's own operator
+  Tensor mean, rstd, bias{};  // mean: undefined for RMSNorm; bias: what the first backward is given
 
   SymInt columns() const { return product(shape); }
   SymInt rows(const Tensor& x) const {
@@ -53,18 +53,12 @@ struct LayerNorm {
     return {grad_x, grad_w, grad_b};
   }
 
-  RowsOfNorm as_rows(const Tensor& x) const {
-    return {
-        [this, x](const Tensor& t) { return matrix(t, x).to(accumulation_type(x.scalar_type())); },
-        [this, x](const Tensor& t) { return *vector(t, x); },
-        [this](const Tensor& t) { return t.sum(0).reshape_symint(shape); },
-        [](const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()).reshape_symint(like.sym_sizes()); }};
-  }
-  Normalized normalized(const Tensor& x) const {
+  ComposedNorm composed(const Tensor& x, const Tensor& w) const {
     const auto column = [&](const Tensor& t) { return t.defined() ? per_row(t, x)->unsqueeze(1) : t; };
-    return {as_rows(x).rows(x), column(mean), column(rstd)};
+    return {{{rows(x), columns()}, {columns()}, shape, {}, {-1}, {-2}}, x, w, column(mean), column(rstd), false};
   }
 
+  static constexpr bool statistics_are_constant() { return false; }
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
 
   // Below autograd.
@@ -89,7 +83,9 @@ struct LayerNorm {
 struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
                                const LayerNorm& norm, Mask mask) {
-    ctx->save_for_backward({g, x, optional_value(w), norm.mean, norm.rstd, norm.bias});
+    auto tensors = saved_for_second(ctx, g, x, w, mask);
+    tensors.insert(tensors.end(), {norm.mean, norm.rstd});
+    ctx->save_for_backward(tensors);
     ctx->set_materialize_grads(false);
     ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(norm.shape));
     ctx->saved_data["mask"] = to_bits(mask);
@@ -99,7 +95,7 @@ struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), saved[3], saved[4], saved[5]};
+    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), saved[3], saved[4]};
     return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
   }
 };
@@ -135,7 +131,9 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
                         Statistics* statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, rstd] = at::native_layer_norm_symint(x, shape, w, b, eps);
-    ctx->save_for_backward({x, optional_value(w), optional_value(b), mean, rstd});
+    ctx->save_for_backward({x, optional_value(w), mean, rstd});
+    if (b && b->defined()) ctx->saved_data["bias"] = b->scalar_type();
+    note_given(ctx, {true, w && w->defined(), b && b->defined()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
     *statistics = {mean, rstd};
@@ -147,18 +145,22 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     const Tensor& g = cotangents[0];
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &w = saved[1], &b = saved[2];
-    size_t edge = 0;
-    const bool need_x = needs(ctx, x, edge), need_w = needs(ctx, w, edge), need_b = needs(ctx, b, edge);
-    const Mask mask{need_x, need_w, need_b};
+    const Tensor &x = saved[0], &w = saved[1];
+    const Mask mask = asked<3>(ctx);
     const auto shape = ctx->saved_data["shape"].toSymIntVector();
-    const LayerNorm norm{shape, saved[3], saved[4], Tensor()};
+    LayerNorm norm{shape, saved[2], saved[3]};
+    if (mask[2])  // of whose bias PyTorch's operator reads shape and type
+      norm.bias = at::empty({1}, x.options().dtype(ctx->saved_data["bias"].toScalarType())).expand_symint(shape);
     if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
       result[0] = *grad_x;
       return result;
     }
+    // PyTorch's batching rule takes the statistics for constants.
+    const bool composed = at::GradMode::is_enabled() && is_batched(g);
     std::tie(result[0], result[1], result[2]) =
-        at::native_layer_norm_backward_symint(g, x, shape, saved[3], saved[4], if_defined(w), if_defined(b), mask);
+        composed ? norm.composed(x, w).first(g, mask)
+                 : at::native_layer_norm_backward_symint(g, x, shape, norm.mean, norm.rstd, if_defined(w),
+                                                         if_defined(norm.bias), mask);
     drop_unasked(result, mask);
     return result;
   }
@@ -179,9 +181,9 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
                         const std::vector<SymInt>& shape, std::optional<double> eps) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    note_hooks(ctx);
     const auto [y, rstd] = at::_fused_rms_norm(x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(shape)), w, eps);
     ctx->save_for_backward({x, optional_value(w), rstd});
+    note_given(ctx, {true, w && w->defined()});
     ctx->set_materialize_grads(false);
     ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
     return y;
@@ -193,9 +195,9 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1];
-    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), Tensor(), saved[2], Tensor()};
-    size_t edge = 0;
-    const Mask mask{needs(ctx, x, edge), needs(ctx, w, edge), false};
+    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), Tensor(), saved[2]};
+    const auto [need_x, need_w] = asked<2>(ctx);
+    const Mask mask{need_x, need_w, false};
 
     if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
       result[0] = *grad_x;
@@ -203,12 +205,12 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     }
     Triple grads;
     if (is_differentiated(g)) {
-      grads = composed_first(norm, g, x, w, mask);
+      grads = norm.composed(x, w).first(g, mask);
     } else if (!at::GradMode::is_enabled()) {
       const at::AutoDispatchBelowADInplaceOrView below;
       grads = norm.backward(g, x, w, mask);
     } else if (under_functorch_grad() || (is_batched(g) && !enabled())) {
-      grads = composed_first(norm, g, x, w, mask);
+      grads = norm.composed(x, w).first(g, mask);
     } else if (is_batched(g)) {
       std::tie(std::get<0>(grads), std::get<1>(grads)) = at::_fused_rms_norm_backward(
           g, x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(norm.shape)), norm.rstd, if_defined(w), {mask[0], mask[1]});
@@ -229,7 +231,7 @@ std::tuple<Tensor, Tensor> fused_rms_norm_backward(const Tensor& g, const Tensor
     return at::_fused_rms_norm_backward(g, x, shape, rstd, w, wanted);
   }
   const Mask mask{wanted[0], wanted[1] && w && w->defined(), false};
-  const LayerNorm norm{c10::fromIntArrayRefSlow(shape).vec(), Tensor(), rstd.detach(), Tensor()};
+  const LayerNorm norm{c10::fromIntArrayRefSlow(shape).vec(), Tensor(), rstd.detach()};
   const auto [grad_x, grad_w, none] = spread(LayerNormBackward::apply(g, x, w, norm, mask), mask);
   return {grad_x, grad_w};
 }
@@ -239,7 +241,7 @@ Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tenso
   const auto format = x.suggest_memory_format();
   const bool fused = (!w || !w->defined() || w->scalar_type() == x.scalar_type()) &&
                      format != at::MemoryFormat::ChannelsLast && format != at::MemoryFormat::ChannelsLast3d;
-  if (!has_kernel(x, w) || (!x.is_cpu() && !fused)) {
+  if (!has_kernel(x, w) || (!x.is_cpu() && !fused) || saves_through_hooks()) {
     const UseStock guard;
     return at::rms_norm_symint(x, shape, w, eps);
   }
@@ -257,9 +259,9 @@ void register_layer_norm(Registrar& r) {
   constexpr auto kernel = "robustkern::layer_norm_double_backward";
   add_folding<ForwardLayerNorm>();
   add_folding<RmsNorm>();
-  r.replace<at::_ops::native_layer_norm, native_layer_norm>(kernel);
+  r.replace_forward<at::_ops::native_layer_norm, native_layer_norm>(kernel);
   r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kernel);
-  r.replace<at::_ops::rms_norm, rms_norm>(kernel);
+  r.replace_forward<at::_ops::rms_norm, rms_norm>(kernel);
   r.replace<at::_ops::_fused_rms_norm_backward, fused_rms_norm_backward>(kernel);
 }
 

@@ -1,7 +1,37 @@
 #include "linear_backward.h"
 
+#include <torch/csrc/autograd/graph_task.h>
+
 namespace rk::aten {
 namespace {
+
+// What torch.autograd.grad gives for an input that nothing defined has reached.
+class ZerosIfUndefined : public torch::autograd::GraphTask::ExecInfo::Capture::GradCaptureHook {
+ public:
+  explicit ZerosIfUndefined(const torch::autograd::InputMetadata& input) : input_(input) {}
+  Tensor operator()(const Tensor& grad) override { return grad.defined() ? grad : input_.zeros_like(); }
+
+ private:
+  const torch::autograd::InputMetadata& input_;  // of a node that outlives the pass
+};
+
+// A zero that is left out is missed only by whoever asked for a gradient by name and would be told that it was not used.
+// Once for each pass; on the device at hand alone, whose thread is this one.
+void zeros_for_whom_it_concerns(const at::Device& device) {
+  thread_local int last_pass = -1;
+  const int pass = torch::autograd::get_current_graph_task_id();
+  const auto* const nodes = torch::autograd::get_current_graph_task_exec_info();
+  if (!nodes || pass == last_pass) return;
+  last_pass = pass;
+  for (const auto& [node, info] : *nodes) {
+    if (!info.captures_) continue;
+    for (auto& capture : *info.captures_) {
+      const auto& input = node->input_metadata(capture.input_idx_);
+      if (input.device() == device)
+        capture.DO_NOT_USE_DEPRECATED_register_capture_hook(std::make_unique<ZerosIfUndefined>(input));
+    }
+  }
+}
 
 struct LinearBackward : torch::autograd::Function<LinearBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor&, const Tensor&, const LinearMap& map) {
@@ -27,8 +57,12 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
       grad_g = transposed(
           u, {ctx->get_saved_variables(), data["integers"].toSymIntVector(), data["numbers"].toDoubleVector()});
     }
-    if (ctx->needs_input_grad(1) && (data["zeros"].toBool() || in_compiled_autograd()))
-      grad_x = at::zeros_like(u);  // which is of x's shape
+    if (ctx->needs_input_grad(1)) {
+      if (data["zeros"].toBool() || in_compiled_autograd())
+        grad_x = at::zeros_like(u);  // which is of x's shape
+      else
+        zeros_for_whom_it_concerns(u.device());
+    }
     return {grad_g, grad_x, Tensor()};
   }
 };

@@ -19,7 +19,8 @@ Tensor nll_loss_backward(const Tensor& g, const Tensor& x, const Tensor& target,
 Tensor nll_loss2d_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
                            int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
   const auto transposed = [](const Tensor& u, const MapArguments& a) {
-    return at::nll_loss2d_symint(u, a.tensors[0], a.tensors[1], a.integers[0].expect_int(), a.integers[1]);
+    // Its own derivative wants the layout that it was given.
+    return at::nll_loss2d_symint(u.contiguous(), a.tensors[0], a.tensors[1], a.integers[0].expect_int(), a.integers[1]);
   };
   return linear_backward(
       g, x,

@@ -55,132 +55,205 @@ inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
   return !w || !w->defined() || w->scalar_type() == dtype || w->scalar_type() == accumulation_type(dtype);
 }
 
-// Rows x: [..., D] normalised, as a differentiable function of x whose value agrees with the statistics of the forward:
-// eps is what is missing in the variance.  PyTorch's own formula for LayerNorm takes the statistics for constants, and
-// its third order is wrong.
-struct Normalized {
-  Tensor xh, r;
-  bool centred = false;
-  bool constant = false;  // the statistics do not depend on x: P(v) = v
+// How a normalisation sees its tensors: x as `shape`, which a parameter reshaped to `parameter` multiplies.  Dimensions are
+// counted from the end, since several cotangents have one more in front.
+struct NormView {
+  std::vector<SymInt> shape, parameter;
+  std::vector<SymInt> weight;  // the shape of a parameter itself
+  std::vector<int64_t> along,
+      across;                   // what a statistic is taken over: where one parameter holds, and from one to the next
+  std::vector<int64_t> others;  // what a parameter's gradient is summed over
 
-  Normalized(const Tensor& x, const Tensor& mean, const Tensor& rstd) : centred(mean.defined()) {
-    Tensor d = x;
-    if (centred) {
-      const Tensor own = x.mean(-1, true);
-      d = x - (own + (mean - own).detach());
+  Tensor of(const Tensor& t, const Tensor& x) const {
+    auto sizes = shape;
+    if (t.dim() > x.dim()) sizes.insert(sizes.begin(), t.sym_size(0));
+    return t.to(accumulation_type(x.scalar_type())).reshape_symint(sizes);
+  }
+  Tensor of_parameter(const Tensor& w, const Tensor& x) const {
+    return w.to(accumulation_type(x.scalar_type())).reshape_symint(parameter);
+  }
+};
+
+// Both backwards of a normalisation in differentiable operators, as math/layer_norm.h has them, with means in the place of
+// sums: all that depends on sums is small, and x, g and u are read as often as there are sums and results.  The statistics
+// are functions of x, of the values that the forward found: eps is what is missing in the variance.  PyTorch's own formulas
+// for LayerNorm and BatchNorm take them for constants, and their third orders are wrong.
+class ComposedNorm {
+ public:
+  // mean, rstd: of the shape of a sum over a statistic's dimensions; no mean: RMSNorm; fixed: they do not depend on x.
+  ComposedNorm(NormView view, const Tensor& x, const Tensor& w, const Tensor& mean, const Tensor& rstd, bool fixed)
+      : view_(std::move(view)), x_(x), w_(w), fixed_(fixed), centred_(mean.defined() && !fixed), r_(rstd) {
+    d_ = view_.of(x, x);
+    if (mean.defined()) d_ = d_ - mean;
+    if (w.defined()) weight_ = view_.of_parameter(w, x);
+    if (fixed || (!at::GradMode::is_enabled() && !is_differentiated(x))) return;
+    Tensor variance = mean_of(d_ * d_);
+    if (centred_) {
+      shift_ = mean_of(d_);
+      shift_ = shift_ - shift_.detach();
+      variance = variance - shift_ * shift_;
     }
-    const Tensor square = (d * d).mean(-1, true);
-    r = (square + (rstd.pow(-2) - square).detach()).rsqrt();
-    xh = d * r;
+    r_ = (variance + (rstd.pow(-2) - variance).detach()).rsqrt();
   }
 
-  // By fixed statistics: mean, and r = 1 / sqrt(variance + eps).
-  static Normalized fixed(const Tensor& x, const Tensor& mean, const Tensor& r) {
-    Normalized n;
-    n.xh = (x - mean) * r;
-    n.r = r;
-    n.constant = true;
-    return n;
+  Triple first(const Tensor& grad, const Mask& mask) const {
+    const Tensor g = view_.of(grad, x_), gd = mask[1] || !fixed_ ? g * d_ : Tensor();
+    Triple result;
+    if (mask[0]) {
+      Sum of_x;
+      if (!fixed_) {
+        const Tensor mean_g = weighted_mean_of(g), mean_gx = with_r(weighted_mean_of(gd), mean_g);
+        if (centred_) of_x.add(-r_ * mean_g);
+        add_centred(of_x, -r_ * r_ * mean_gx);
+      }
+      of_x.add(weighted(r_), g);
+      std::get<0>(result) = back(of_x.total, grad);
+    }
+    if (mask[1]) std::get<1>(result) = to_parameter(r_ * minus_shift(gd, g));
+    if (mask[2]) std::get<2>(result) = to_parameter(g);
+    return result;
   }
 
-  // P(h), and r P(h), of math/layer_norm.h
-  Tensor projected(const Tensor& h) const {
-    if (constant) return h;
-    const Tensor middle = xh * (h * xh).mean(-1, true);
-    return centred ? h - h.mean(-1, true) - middle : h - middle;
-  }
-  Tensor backward(const Tensor& h) const { return r * projected(h); }
-
-  // d <u, r P(h)> / d x
-  Tensor bend(const Tensor& u, const Tensor& h) const {
-    if (constant) return Tensor();
-    const auto mean = [](const Tensor& t) { return t.mean(-1, true); };
-    const Tensor of_u = projected(u), of_h = projected(h);
-    return -r * r * (mean(u * of_h) * xh + mean(h * xh) * of_u + mean(u * xh) * of_h);
+  // Cotangents u, a, b of grad_x, grad_w, grad_b; of several cotangents the sum over them where x or w is concerned.
+  Triple second(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& grad, const Mask& need) const {
+    const auto parameter = [&](const Tensor& t) { return t.defined() ? view_.of_parameter(t, x_) : t; };
+    const Tensor of_w = parameter(a), of_b = parameter(b), g = view_.of(grad, x_),
+                 v = u.defined() ? view_.of(u, x_) : u;
+    // Sums of what the formulas read and no more: an infinity elsewhere stays where it is.
+    const bool moves = v.defined() && !fixed_;  // the statistics, under P
+    const Tensor gd = (need[1] || need[2]) && !fixed_ ? g * d_ : Tensor();
+    Tensor mean_u, mean_ux, turn;  // P(u) = u - mean_u - turn d
+    if (moves) {
+      if (centred_) mean_u = mean_of(v);
+      mean_ux = with_r(mean_of(v * d_), mean_u);
+      turn = r_ * mean_ux;
+    }
+    Sum of_g, of_x;
+    Tensor of_weight;
+    if (need[0]) {
+      Sum slope;
+      if (of_b.defined()) of_g.add(of_b);
+      if (moves && centred_) of_g.add(weighted(-r_ * mean_u));
+      if (moves) slope.add(weighted(-r_ * turn));
+      if (of_w.defined()) slope.add(of_w * r_);
+      if (slope.total.defined()) add_centred(of_g, slope.total);
+      if (v.defined()) of_g.add(weighted(r_), v);
+    }
+    if (need[1]) {
+      Sum factor, slope;  // of g, and of d less the shift
+      if (moves) {
+        const Tensor mean_g = weighted_mean_of(g), mean_gx = with_r(weighted_mean_of(gd), mean_g);
+        const Tensor q = r_ * r_, both = mean_ux * mean_gx;
+        Tensor k = weighted_mean_of(v * g) - both;
+        if (centred_) {
+          k = k - mean_u * mean_g;
+          of_x.add(q * (mean_gx * mean_u + mean_ux * mean_g));
+        }
+        of_x.add(-q * mean_gx, v);
+        factor.add(weighted(-q * mean_ux));
+        slope.add(-q * r_ * (k - 2 * both));
+      }
+      if (of_w.defined()) factor.add(of_w * r_);
+      if (of_w.defined() && !fixed_) {
+        const Tensor mean_g = mean_times(of_w, g), mean_gx = with_r(mean_times(of_w, gd), mean_g);
+        if (centred_) of_x.add(-r_ * mean_g);
+        slope.add(-r_ * r_ * mean_gx);
+      }
+      if (slope.total.defined()) add_centred(of_x, slope.total);
+      if (factor.total.defined()) of_x.add(factor.total, g);
+    }
+    if (need[2] && v.defined()) {
+      Tensor product = v * g;
+      if (moves && centred_) product = product - mean_u * g;
+      if (moves) product = product - turn * minus_shift(gd, g);
+      of_weight = r_ * product;
+    }
+    const auto summed = [&](const Tensor& t) { return grad.dim() > x_.dim() ? t.sum(0) : t; };
+    return {of_g.total.defined() ? back(of_g.total.expand_as(g), grad) : Tensor(),
+            of_x.total.defined() ? back(summed(of_x.total), x_) : Tensor(),
+            of_weight.defined() ? to_parameter(summed(of_weight)) : Tensor()};
   }
 
  private:
-  Normalized() = default;
-};
-
-// How a normalisation sees its tensors as rows that are normalised each by itself, in the accumulation type.
-struct RowsOfNorm {
-  std::function<Tensor(const Tensor&)> rows;          // of g, x or u
-  std::function<Tensor(const Tensor&)> spread;        // a parameter, so that it multiplies rows
-  std::function<Tensor(const Tensor&)> to_parameter;  // the sum of rows over everything that a parameter multiplies
-  std::function<Tensor(const Tensor&, const Tensor&)> back;  // rows as a tensor like the second
-};
-
-// What differentiable operators need to know of a normalisation: as_rows(x), and normalized(x).
-//
-// The first backward.
-template <class Norm>
-Triple composed_first(const Norm& norm, const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) {
-  const RowsOfNorm of = norm.as_rows(x);
-  const Normalized normalized = norm.normalized(x);
-  const Tensor grad = of.rows(g);
-  const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
-  Triple result;
-  if (mask[0]) std::get<0>(result) = of.back(normalized.backward(w.defined() ? of.spread(w) * grad : grad), g);
-  if (mask[1]) std::get<1>(result) = of.to_parameter(grad * normalized.xh).to(dtype);
-  if (mask[2]) std::get<2>(result) = of.to_parameter(grad).to(dtype);
-  return result;
-}
-
-// The second backward: cotangents u, a, b of grad_x, grad_w, grad_b; of several cotangents [K, *x.shape] the sum over them
-// where x or w is concerned.
-template <class Norm>
-Triple composed_second(const Norm& norm, const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g,
-                       const Tensor& x, const Tensor& w, const Mask& need) {
-  const RowsOfNorm of = norm.as_rows(x);
-  const Normalized normalized = norm.normalized(x);
-  const auto plus = [](Tensor& sum, const Tensor& t) {
-    if (t.defined()) sum = sum.defined() ? sum + t : t;
+  struct Sum {
+    Tensor total;
+    void add(const Tensor& t) { total = total.defined() ? total + t : t; }
+    void add(const Tensor& factor, const Tensor& t) {
+      total = total.defined() ? at::addcmul(total, factor, t) : factor * t;
+    }
   };
-  const auto weighted = [&](const Tensor& t) { return w.defined() ? of.spread(w) * t : t; };
-  const Tensor grad = of.rows(g), rows_of_u = u.defined() ? of.rows(u) : u;
-  Tensor of_g, of_x, of_w;
-  if (u.defined()) {
-    const Tensor moved = normalized.backward(rows_of_u);
-    if (need[0]) plus(of_g, weighted(moved));
-    if (need[1]) plus(of_x, normalized.bend(rows_of_u, weighted(grad)));
-    if (need[2]) of_w = grad * moved;
+  Tensor weighted(const Tensor& t) const { return w_.defined() ? weight_ * t : t; }
+
+  // Means over what a statistic is taken over; with a parameter before each, as few large products as there can be.
+  Tensor mean_of(const Tensor& t) const {
+    auto dims = view_.along;
+    dims.insert(dims.end(), view_.across.begin(), view_.across.end());
+    return t.mean(dims, /*keepdim=*/true);
   }
-  if (a.defined()) {
-    if (need[0]) plus(of_g, of.spread(a) * normalized.xh);
-    if (need[1]) plus(of_x, normalized.backward(of.spread(a) * grad));
+  Tensor mean_times(const Tensor& parameter, const Tensor& t) const {
+    const Tensor products = parameter * (view_.along.empty() ? t : t.mean(view_.along, /*keepdim=*/true));
+    return view_.across.empty() ? products : products.mean(view_.across, /*keepdim=*/true);
   }
-  if (b.defined() && need[0]) plus(of_g, of.spread(b).expand_as(grad));
-  const bool several = g.dim() > x.dim();
-  const auto summed = [&](const Tensor& t) { return several && t.dim() == grad.dim() ? t.sum(0) : t; };
-  return {of_g.defined() ? of.back(of_g, g) : of_g, of_x.defined() ? of.back(summed(of_x), x) : of_x,
-          of_w.defined() ? of.to_parameter(summed(of_w)).to(w.scalar_type()) : of_w};
+  Tensor weighted_mean_of(const Tensor& t) const { return w_.defined() ? mean_times(weight_, t) : mean_of(t); }
+
+  // mean(t xh) of mean(t d) and mean(t)
+  Tensor with_r(const Tensor& mean_td, const Tensor& mean_t) const { return r_ * minus_shift(mean_td, mean_t); }
+  Tensor minus_shift(const Tensor& td, const Tensor& t) const { return shift_.defined() ? td - shift_ * t : td; }
+  // factor (d - shift)
+  void add_centred(Sum& sum, const Tensor& factor) const {
+    if (shift_.defined()) sum.add(-factor * shift_);
+    sum.add(factor, d_);
+  }
+
+  Tensor to_parameter(const Tensor& t) const {
+    const auto dtype = w_.defined() ? w_.scalar_type() : x_.scalar_type();
+    return t.sum(view_.others).reshape_symint(view_.weight).to(dtype);
+  }
+  Tensor back(const Tensor& t, const Tensor& like) const {
+    return t.to(like.scalar_type()).reshape_symint(like.sym_sizes());
+  }
+
+  NormView view_;
+  Tensor x_, w_;
+  bool fixed_, centred_;
+  Tensor r_, d_, weight_, shift_;  // d: x less the mean that was found; shift: zero, with the derivative of that mean
+};
+
+// What the Function of a first backward saves of g, x, w: what the second backward reads.
+inline variable_list saved_for_second(AutogradContext* ctx, const Tensor& g, const Tensor& x,
+                                      const std::optional<Tensor>& w, const Mask& mask) {
+  const bool weighted = w && w->defined();
+  note_given(ctx, {true, true, weighted});
+  const bool reads_g = (mask[0] || mask[1]) && (x.requires_grad() || (weighted && w->requires_grad()));
+  return {reads_g ? g : Tensor(), x, optional_value(w)};
 }
 
-// The backward of a normalisation's Function that has saved g, x, w as its first tensors: the second derivative.
+// The backward of such a Function, whose first saved tensors these are: the second derivative.
 //   Norm::double_backward(u, a, b, g, x, w, need)      its derivatives in g, x, w; below autograd
+//   Norm::composed(x, w)                               the ComposedNorm
 //   Norm::bends(u, a)                                  whether there is a derivative in x at all
+//   Norm::statistics_are_constant()                    whether x moves them
 template <class Norm>
 variable_list second_backward(AutogradContext* ctx, const variable_list& saved, const Norm& norm, const Mask& mask,
                               const variable_list& cotangents) {
-  const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
   const auto [u, a, b] = spread(cotangents, mask);
+  const Tensor &x = saved[1], &w = saved[2], &g = saved[0].defined() ? saved[0] : u.defined() ? u : x;
   variable_list result(5);
-  size_t edge = 0;
-  Mask need{needs(ctx, g, edge), needs(ctx, x, edge), needs(ctx, w, edge)};
+  const Mask asked_for = asked<3>(ctx);
   if (!u.defined() && !a.defined() && !b.defined()) return result;
 
-  need[1] = need[1] && norm.bends(u, a);
-  need[2] = need[2] && u.defined();
-  const bool composed = composes(cotangents);
+  const Mask need{asked_for[0], asked_for[1] && norm.bends(u, a), asked_for[2] && u.defined()};
+  // The kernel multiplies what a formula does not have by zero: an infinity there would become NaN.
+  const bool is_sparse = !u.defined() || (a.defined() && norm.statistics_are_constant());
+  const bool composed = is_sparse || composes(cotangents);
   std::optional<at::AutoDispatchBelowADInplaceOrView> below;
   if (!composed) below.emplace();
   const auto [grad_g, grad_x, grad_w] =
-      composed ? composed_second(norm, u, a, b, g, x, w, need) : norm.double_backward(u, a, b, g, x, w, need);
+      composed ? norm.composed(x, w).second(u, a, b, g, need) : norm.double_backward(u, a, b, g, x, w, need);
   if (need[0]) result[0] = grad_g;
   if (need[1]) result[1] = grad_x;
   if (need[2]) result[2] = grad_w;
-  fill_for_compiled_autograd(ctx, result, {g, x, w});
+  fill_for_compiled_autograd(asked_for, result, {g, x, w});
   return result;
 }
 

@@ -22,6 +22,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <optional>
 #include <string>
@@ -41,6 +42,12 @@ bool materializes_zeros();    // derivatives that are identically zero come as z
 bool uses_stock_kernels();    // inside a UseStock
 bool under_functorch_grad();  // a torch.func transform that differentiates is running: Function::apply would refuse
 bool being_compiled(const Tensor& t);  // a fake or functional tensor: torch.compile or make_fx is tracing
+// A tensor with memory or a shape of its own.  Not a subclass that answers for itself (DTensor and whatever else has a
+// __torch_dispatch__), nor nested, nor sparse: those know PyTorch's operators only.
+bool is_known(const Tensor& t);
+// A torch.utils.checkpoint is recording or repeating what it runs: both have to save the same tensors, whether or not
+// second derivatives are replaced by then.
+bool in_checkpoint();
 // Carries more than numbers: a tangent of forward mode, or a level of a torch.func transform that differentiates.  A kernel
 // would lose it, so whatever is given such a cotangent is computed in differentiable operators.
 bool is_differentiated(const Tensor& t);
@@ -79,6 +86,22 @@ bool wants_grad(const T&) {
   return false;
 }
 
+inline bool is_known(const Tensor& t) { return !t.defined() || rk::aten::is_known(t); }
+inline bool is_known(const std::optional<Tensor>& t) { return !t || is_known(*t); }
+template <class T>
+bool is_known(const T&) {
+  return true;
+}
+
+// PyTorch calls some backwards without a cotangent, and gets nothing back.
+template <class First, class... Rest>
+bool has_cotangent(const First& first, const Rest&...) {
+  if constexpr (std::is_same_v<First, Tensor>)
+    return first.defined();
+  else
+    return true;
+}
+
 inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
 inline bool has_tangent(const std::optional<Tensor>& t) { return t && has_tangent(*t); }
 template <class T>
@@ -92,7 +115,8 @@ bool has_tangent(const T&) {
 template <class... Args>
 bool serves(const Args&... args) {
   return enabled() && at::GradMode::is_enabled() && (detail::wants_grad(args) || ...) && !uses_stock_kernels() &&
-         !under_functorch_grad() && !(detail::has_tangent(args) || ...);
+         !under_functorch_grad() && !(detail::has_tangent(args) || ...) && (detail::is_known(args) && ...) &&
+         detail::has_cotangent(args...);
 }
 
 template <class Op, class Schema = typename Op::schema>
@@ -100,9 +124,15 @@ struct Replacement;
 
 template <class Op, class R, class... Args>
 struct Replacement<Op, R(Args...)> {
+  // A forward saves what PyTorch's does, or leaves it to that: see saves_through_hooks().
+  template <R (*ours)(Args...)>
+  static R forward_kernel(c10::DispatchKeySet keys, Args... args) {
+    if (serves(args...)) return ours(std::forward<Args>(args)...);
+    return Op::redispatch(stock_keys<Op>(keys), std::forward<Args>(args)...);
+  }
   template <R (*ours)(Args...)>
   static R kernel(c10::DispatchKeySet keys, Args... args) {
-    if (serves(args...)) return ours(std::forward<Args>(args)...);
+    if (serves(args...) && !in_checkpoint()) return ours(std::forward<Args>(args)...);
     return Op::redispatch(stock_keys<Op>(keys), std::forward<Args>(args)...);
   }
 
@@ -110,7 +140,7 @@ struct Replacement<Op, R(Args...)> {
   // can be differentiated, and which is needed only for that.
   template <R (*ours)(Args...)>
   static R decomposed_kernel(c10::DispatchKeySet keys, Args... args) {
-    if (serves(args...)) return ours(std::forward<Args>(args)...);
+    if (serves(args...) && !in_checkpoint()) return ours(std::forward<Args>(args)...);
     const bool differentiable = (at::GradMode::is_enabled() && (detail::wants_grad(args) || ...)) ||
                                 (detail::has_tangent(args) || ...) || under_functorch_grad();
     return Op::redispatch(differentiable ? stock_keys<Op>(keys) : keys & c10::after_autograd_keyset,
@@ -129,6 +159,10 @@ class Registrar {
   template <class Op, auto ours>
   void replace(const char* kernel = nullptr) {
     add<Op, Replacement<Op>::template kernel<ours>>(kernel);
+  }
+  template <class Op, auto ours>
+  void replace_forward(const char* kernel = nullptr) {
+    add<Op, Replacement<Op>::template forward_kernel<ours>>(kernel);
   }
   template <class Op, auto ours>
   void replace_decomposed(const char* kernel = nullptr) {
@@ -161,27 +195,45 @@ class Registrar {
   std::vector<std::string> on_cpu_, on_cuda_;
 };
 
-// Whether a second backward with these cotangents is differentiated itself: backwards, for a third order, or forwards.
+// Whether a second backward with these cotangents is differentiated itself, backwards, for a third order, or forwards; or
+// is for operators that the cotangents know.
 inline bool composes(const variable_list& cotangents) {
-  return at::GradMode::is_enabled() || std::any_of(cotangents.begin(), cotangents.end(), is_differentiated);
+  return at::GradMode::is_enabled() || std::any_of(cotangents.begin(), cotangents.end(), [](const Tensor& t) {
+           return t.defined() && (is_differentiated(t) || !is_known(t));
+         });
 }
 
 // Whether a backward is run not by its node but by what compiled autograd has made of one: that adds up the results
 // without asking whether they are defined, so that zeros must be tensors there.
 inline bool in_compiled_autograd() { return !torch::autograd::get_current_node(); }
 
-// In a Function's backward: whether the i-th tensor input's gradient is asked for.  Counts as Function::apply does,
-// which skips undefined and absent tensors.
-inline bool needs(AutogradContext* ctx, const Tensor& saved, size_t& edge) {
-  return saved.defined() && ctx->needs_input_grad(edge++);
+// Which of its tensor inputs a Function was given, kept without keeping the tensors.
+inline void note_given(AutogradContext* ctx, std::initializer_list<bool> given) {
+  int64_t bits = 0, bit = 1;
+  for (const bool one : given) {
+    if (one) bits |= bit;
+    bit <<= 1;
+  }
+  ctx->saved_data["given"] = bits;
 }
 
-// Zeros for the gradients that are asked for and that a backward left undefined, where that is no way to say zero.
-inline void fill_for_compiled_autograd(AutogradContext* ctx, variable_list& grads, const variable_list& inputs) {
+// In the Function's backward: whether the gradient of each of them is asked for.
+template <size_t N>
+std::array<bool, N> asked(AutogradContext* ctx) {
+  const int64_t given = ctx->saved_data["given"].toInt();
+  std::array<bool, N> result{};
+  for (size_t i = 0, edge = 0; i < N; ++i)  // as Function::apply counts, which skips what is absent
+    if (given & int64_t{1} << i) result[i] = ctx->needs_input_grad(edge++);
+  return result;
+}
+
+// Zeros, like `like`, for the gradients that are asked for and that a backward left undefined, where that is no way to say
+// zero.
+template <size_t N>
+void fill_for_compiled_autograd(const std::array<bool, N>& asked, variable_list& grads, const variable_list& like) {
   if (!in_compiled_autograd()) return;
-  size_t edge = 0;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    if (needs(ctx, inputs[i], edge) && !grads[i].defined()) grads[i] = at::zeros_like(inputs[i]);
+  for (size_t i = 0; i < N; ++i)
+    if (asked[i] && !grads[i].defined()) grads[i] = at::zeros_like(like[i]);
 }
 
 // Undefined if absent.
@@ -190,7 +242,7 @@ inline Tensor optional_value(const std::optional<Tensor>& t) { return t.value_or
 // Whether fused kernels can read `t`: a strided tensor of one of their dtypes, that holds numbers.
 inline bool is_plain(const Tensor& t) {
   const auto dtype = t.scalar_type();
-  return t.layout() == at::kStrided && !t.is_nested() && !being_compiled(t) &&
+  return is_known(t) && !being_compiled(t) &&
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16);
 }
 

@@ -49,7 +49,7 @@ class Rows {
 std::tuple<Tensor, Tensor> composed(bool log, const Tensor& u, const Tensor& g, const Tensor& output, int64_t dim,
                                     bool need_grad, bool need_output) {
   const auto dtype = accumulation_type(output.scalar_type());
-  const Tensor wide_u = u.to(dtype), wide_g = g.to(dtype), o = output.to(dtype);
+  const Tensor wide_u = u.to(dtype), wide_g = g.defined() ? g.to(dtype) : g, o = output.to(dtype);
   const auto total = [&](const Tensor& t) { return t.sum(dim, /*keepdim=*/true); };
   Tensor grad_g, grad_output;
   if (log) {
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> composed(bool log, const Tensor& u, const Tensor& g, 
 
 struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& output, int64_t dim, bool log) {
-    ctx->save_for_backward({g, output});
+    ctx->save_for_backward({output.requires_grad() ? g : Tensor(), output});
     ctx->set_materialize_grads(false);
     ctx->saved_data["dim"] = dim;
     ctx->saved_data["log"] = log;
@@ -93,7 +93,8 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
             .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>();
     const at::AutoDispatchBelowADInplaceOrView below;
     const Rows rows(output, dim);
-    const auto [gg_grad, grad_output] = op.call(rows.of(u), rows.of(g), rows.of(output), log, need_grad, need_output);
+    const auto [gg_grad, grad_output] =
+        op.call(rows.of(u), rows.of(g.defined() ? g : u), rows.of(output), log, need_grad, need_output);
     return {need_grad ? rows.back(gg_grad) : Tensor(), need_output ? rows.back(grad_output) : Tensor(), Tensor(),
             Tensor()};
   }

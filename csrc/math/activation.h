@@ -18,6 +18,7 @@
 //   tanh        none
 //   sigmoid     none
 //
+// A NaN falls on the side of each comparison where it falls in PyTorch: the slopes of elu and hardswish are finite there.
 // Everything is written in exp(-|v|), so that nothing overflows, and without branches or calls, so that loops over it
 // become vector code.
 #pragma once
@@ -173,22 +174,22 @@ struct ActivationSlopes<Activation::kElu, A> : ExponentialOnly {
   static RK_HOST_DEVICE A exponent(A x, const ActivationParameters<A>& p) { return p.input_scale * at_most(x, A(0)); }
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A> terms, const ActivationParameters<A>& p) {
     const A slope = p.input_scale * p.alpha * p.scale * terms.e;
-    return {x > A(0) ? p.scale : slope, x >= A(0) ? A(0) : p.input_scale * slope};
+    return {x <= A(0) ? slope : p.scale, x < A(0) ? p.input_scale * slope : A(0)};
   }
 };
 
 template <class A>
 struct ActivationSlopes<Activation::kEluResult, A> : NoTerms {
   static RK_HOST_DEVICE Slopes<A> at(A y, ActivationTerms<A>, const ActivationParameters<A>& p) {
-    return {y > A(0) ? p.scale : p.input_scale * (y + p.alpha * p.scale), y >= A(0) ? A(0) : p.input_scale};
+    return {y <= A(0) ? p.input_scale * (y + p.alpha * p.scale) : p.scale, y < A(0) ? p.input_scale : A(0)};
   }
 };
 
 template <class A>
 struct ActivationSlopes<Activation::kHardswish, A> : NoTerms {
   static RK_HOST_DEVICE Slopes<A> at(A x, ActivationTerms<A>, const ActivationParameters<A>&) {
-    const bool below = x <= A(-3), above = x >= A(3);
-    return {below ? A(0) : above ? A(1) : x / A(3) + A(0.5), below | above ? A(0) : A(1) / A(3)};
+    const bool inside = (x > A(-3)) & (x < A(3));
+    return {inside ? x / A(3) + A(0.5) : x <= A(-3) ? A(0) : A(1), inside ? A(1) / A(3) : A(0)};
   }
 };
 

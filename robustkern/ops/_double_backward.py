@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library
-from robustkern.ops._register import refuse_third_order, register_fake
+from robustkern.ops._register import refuse_derivatives, register_fake
 
 Outputs = tuple[Tensor, ...]
 
@@ -70,7 +70,12 @@ def register_double_backward(
         return
     register_fake(name)(fake)
     operator = getattr(torch.ops.robustkern, name)
-    refuse_third_order(operator)
+    # Under install() a node of C++ differentiates it.  Without one it is a call that make_fx has recorded.
+    refuse_derivatives(
+        operator,
+        "a recorded derivative cannot be differentiated, since make_fx detaches what a backward pass has saved; "
+        "record the penalty and its gradients together, or differentiate the function itself",
+    )
     register_looped_vmap(operator)
 
 

@@ -71,18 +71,18 @@ def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:
     torch.library.register_vmap(op.default, rule)
 
 
-def refuse_derivatives(op: Any, order: str) -> None:
-    """Makes differentiating `op` an error rather than a zero; `order` is what its derivatives are called."""
+def refuse_derivatives(op: Any, why: str) -> None:
+    """Makes differentiating `op` an error rather than a zero."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{op}: {order} derivatives are not supported; use impl='reference'")
+        raise RuntimeError(f"{op}: {why}")
 
     torch.library.register_autograd(op.default, backward, setup_context=setup_context)
 
 
-def refuse_third_order(op: Any) -> None:
-    """Makes differentiating the end of a chain of three operators an error."""
-    refuse_derivatives(op, "third-order")
+def refuse_order(op: Any, order: str) -> None:
+    """Makes differentiating the end of a chain of operators an error; `order` is what its derivatives are called."""
+    refuse_derivatives(op, f"{order} derivatives are not supported; use impl='reference'")

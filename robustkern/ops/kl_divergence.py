@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
-from robustkern.ops._register import refuse_third_order, register_fake, register_row_vmap
+from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
@@ -119,7 +119,7 @@ def _register() -> None:
         return gg_grad, grad_p if need_p else None, grad_q if need_q else None, None, None, None, None
 
     torch.library.register_autograd("robustkern::kl_divergence_backward", double_backward, setup_context=setup_backward)
-    refuse_third_order(ops.kl_divergence_double_backward)
+    refuse_order(ops.kl_divergence_double_backward, "third-order")
 
     register_row_vmap(ops.kl_divergence, (True, True, False))
     register_row_vmap(ops.kl_divergence_backward, (True, True, True, True, False, False, False))

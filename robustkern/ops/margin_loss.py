@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
-from robustkern.ops._register import refuse_derivatives, register_fake, register_row_vmap
+from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
@@ -97,7 +97,7 @@ def _register() -> None:
 
     torch.library.register_autograd("robustkern::margin_loss", backward, setup_context=setup)
     # Its second derivative in the logits is zero for cw, but not for dlr, and the slopes do not tell.
-    refuse_derivatives(ops.margin_loss_backward, "second-order")
+    refuse_order(ops.margin_loss_backward, "second-order")
     register_row_vmap(ops.margin_loss, (True, True, True, False))
     register_row_vmap(ops.margin_loss_backward, (True, True))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustkern import _library, reference
 from robustkern._arguments import check_choice, check_generator, check_integer
 from robustkern.ops._double_backward import register_looped_vmap
-from robustkern.ops._register import refuse_derivatives, register_fake
+from robustkern.ops._register import refuse_order, register_fake
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.random_cotangents import draw_seed
@@ -128,7 +128,7 @@ def _register() -> None:
         return ops.random_cotangents_backward(grad, outputs, seed, ctx.law), None, None, None, None
 
     torch.library.register_autograd("robustkern::random_cotangents", backward, setup_context=setup)
-    refuse_derivatives(ops.random_cotangents_backward, "second-order")
+    refuse_order(ops.random_cotangents_backward, "second-order")
 
     # Every mapped call draws the same v from its seed, as a loop would: not one call on all rows.
     register_looped_vmap(ops.random_cotangents)

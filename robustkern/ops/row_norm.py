@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
-from robustkern.ops._register import refuse_third_order, register_fake, register_row_vmap
+from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
@@ -153,7 +153,7 @@ def _register() -> None:
         return gg_grad, None if _is_flat(ctx.p) else grad_x, None, None, None, None, None
 
     torch.library.register_autograd("robustkern::row_norm_backward", double_backward, setup_context=setup_backward)
-    refuse_third_order(ops.row_norm_double_backward)
+    refuse_order(ops.row_norm_double_backward, "third-order")
 
     register_row_vmap(ops.row_norm, (True, False, False, False, False))
     register_row_vmap(ops.row_norm_backward, (True, True, True, False, False, False, False))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
-from robustkern.ops._register import refuse_third_order, register_fake, register_row_vmap
+from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
 from robustkern.ops._samples import Sample, make_tensor
 from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
 
@@ -143,7 +143,7 @@ def _register() -> None:
     torch.library.register_autograd(
         "robustkern::softmax_cross_entropy_backward", double_backward, setup_context=setup_backward
     )
-    refuse_third_order(ops.softmax_cross_entropy_double_backward)
+    refuse_order(ops.softmax_cross_entropy_double_backward, "third-order")
 
     options = (False, False, False)
     register_row_vmap(ops.softmax_cross_entropy, (True, True, *options))

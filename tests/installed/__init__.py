@@ -21,6 +21,7 @@ class Case:
     # The same where PyTorch gets the third derivative of `function`'s own wrong.
     third: Callable[..., Tensor] | None = None
     half: bool = True  # also in float16 and bfloat16
+    crashes: bool = False  # PyTorch itself, in some of the gradients
 
     def __str__(self) -> str:
         return self.name

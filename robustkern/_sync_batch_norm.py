@@ -1,0 +1,136 @@
+"""The second derivative of torch.nn.SyncBatchNorm, which PyTorch does not have.
+
+    xh = (x - mean) r,   P(v) = v - mean(v) - xh mean(v xh)
+    first backward    grad_x = w r P(g)   grad_w = sum g xh   grad_b = sum g          cotangents of these: u, a, b
+    second backward   grad_g = w r P(u) + a xh + b
+                      grad_x = -w r^2 [mean(u P(g)) xh + mean(g xh) P(u) + mean(u xh) P(g)] + r P(a g)
+                      grad_w = r sum g P(u)
+
+Means run over all processes; sums, and a and b, belong to one.  grad_x is the derivative of the sum of all processes'
+losses, as PyTorch's first backward takes it, and grad_w is one process's share of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules import _functions
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes, of which every process has a share in the derivative of each."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, dist.ReduceOp.SUM, group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(grad.contiguous(), ctx.group), None
+
+
+class _SyncBatchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, w: Tensor | None, saved: tuple[Tensor, ...], group: Any, needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        mean, invstd, counts = saved
+        ctx.save_for_backward(g, x, w, mean, invstd, counts)
+        ctx.set_materialize_grads(False)
+        ctx.group = group
+        node = SimpleNamespace(saved_tensors=(x, w, mean, invstd, counts), process_group=group, needs_input_grad=needs)
+        grads = _original()(node, g)
+        # Of no samples PyTorch gives None, and a process without a node would not take part in what follows.
+        return tuple(
+            torch.zeros_like(like) if grad is None and needed and like is not None else grad
+            for grad, like, needed in zip(grads, (x, w, w), needs)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, w, mean, invstd, counts = ctx.saved_tensors
+        grads = _second_backward(u, a, b, g, x, w, mean, invstd, counts.sum(), ctx.group)
+        asked = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
+        return (*asked, None, None, None)
+
+
+def _second_backward(
+    u: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    group: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cotangents of the first backward's gradients in those of grad, x and weight; differentiable once more."""
+    others = [d for d in range(x.dim()) if d != 1]
+    wide = mean.dtype
+
+    def spread(t: Tensor) -> Tensor:
+        return t.to(wide).view(-1, *[1] * (x.dim() - 2))
+
+    def total(*terms: Tensor) -> Tensor:
+        """[len(terms), C], over all processes."""
+        return _AllReduce.apply(torch.stack([t.sum(others) for t in terms]), group)
+
+    g, v = grad.to(wide), x.to(wide)
+    center, r = spread(mean), spread(invstd)
+    if torch.is_grad_enabled():  # the statistics as functions of x, of the values that they have
+        own = spread(total(v)[0] / count)
+        center = own + (center - own).detach()
+        variance = spread(total((v - center).square())[0] / count)
+        r = (variance + (r.pow(-2) - variance).detach()).rsqrt()
+    xh = (v - center) * r
+    w = spread(weight) if weight is not None else torch.ones_like(center)
+    cotangent = u.to(wide) if u is not None else torch.zeros_like(g)
+    of_weight = spread(a) * g if a is not None else torch.zeros_like(g)
+
+    terms = (cotangent, cotangent * xh, g, g * xh, cotangent * g, of_weight, of_weight * xh)
+    mean_u, mean_ux, mean_g, mean_gx, mean_ug, mean_a, mean_ax = (spread(t / count) for t in total(*terms))
+    projected_u = cotangent - mean_u - xh * mean_ux
+    projected_g = g - mean_g - xh * mean_gx
+    bend = (mean_ug - mean_u * mean_g - mean_ux * mean_gx) * xh + mean_gx * projected_u + mean_ux * projected_g
+    grad_x = r * (of_weight - mean_a - xh * mean_ax) - w * r * r * bend
+    grad_g = w * r * projected_u
+    if a is not None:
+        grad_g = grad_g + spread(a) * xh
+    if b is not None:
+        grad_g = grad_g + spread(b)
+    grad_w = (r * g * projected_u).sum(others).to(weight.dtype) if weight is not None else None
+    return grad_g.to(grad.dtype), grad_x.to(x.dtype), grad_w
+
+
+@functools.cache
+def _original() -> Callable[..., tuple[Tensor | None, ...]]:
+    return _functions.SyncBatchNorm.backward
+
+
+@functools.cache
+def replace(enabled: Callable[[], bool]) -> None:
+    """Gives SyncBatchNorm's backward a derivative wherever `enabled` while a graph is built."""
+    if not dist.is_available():
+        return
+    original = _original()
+
+    @functools.wraps(original)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not enabled():
+            return original(ctx, grad)
+        x, weight, *saved = ctx.saved_tensors
+        grads = _SyncBatchNormBackward.apply(grad, x, weight, tuple(saved), ctx.process_group, ctx.needs_input_grad[:3])
+        return (*grads, *[None] * 6)
+
+    _functions.SyncBatchNorm.backward = staticmethod(backward)

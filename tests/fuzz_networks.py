@@ -27,6 +27,7 @@ import random
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -437,6 +438,8 @@ def make_case(seed: int, **given: Any) -> tuple[Case, Counter[str]]:
         features = {k: v for k, v in features.items() if k in ("nonfinite", "autocast", "frozen")}
     elif layers[0] in OVERWRITING:
         features.setdefault("nonleaf", "x * 1.0")
+    if features.get("saved_tensors_hooks", ("",))[0] == "identity":
+        features.pop("write", None)  # nothing would notice it
     if "checkpoint" in features and (how, order) != ("backward", 1):
         features["checkpoint"] = (*features["checkpoint"][:2], False)  # the other kind has no second derivative
     layout = pick(r, dict.fromkeys(LAYOUTS, 1) | {"contiguous": 3, "channels_last": 3 if len(shape) > 3 else 0})
@@ -691,14 +694,15 @@ class Run:
             total = total + self.loss(1.5 * x)
         return total
 
-    def random_like(self, t: Tensor, *batch: int) -> Tensor:
-        c = torch.randn(*batch, *t.shape, generator=self.generator, dtype=torch.float64)
+    def random_like(self, name: str, t: Tensor, *batch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.case.seed} {name}".encode()))
+        c = torch.randn(*batch, *t.shape, generator=generator, dtype=torch.float64)
         return LAYOUTS["reversed"](c).to(t.dtype) if t.dim() > 1 else c.to(t.dtype)
 
-    def objective(self, tensors: list[Tensor]) -> Tensor:
+    def objective(self, tensors: dict[str, Tensor]) -> Tensor:
         if self.case.reduce == "linear":
-            return sum((t * self.random_like(t)).sum() for t in tensors)
-        return sum((t.square() if self.case.reduce == "square" else t.sin()).sum() for t in tensors)
+            return sum((t * self.random_like(name, t)).sum() for name, t in tensors.items())
+        return sum((t.square() if self.case.reduce == "square" else t.sin()).sum() for t in tensors.values())
 
     def by_autograd(self, stack: ExitStack) -> None:
         kind, extent = self.features.get("saved_tensors_hooks", ("", ""))
@@ -711,7 +715,7 @@ class Run:
                 stack.enter_context(hooks.pop_all())
         self.write("forward")
         only, order = self.features.get("only"), self.case.order
-        outputs = [total]
+        outputs = {"loss": total}
         for k in range(1, order + 1):
             if not total.requires_grad:
                 self.results.update({f"order {i} {name}": None for i in range(k, order + 1) for name in self.wanted})
@@ -722,25 +726,25 @@ class Run:
             if k == 1:
                 self.write("first")
             chosen = {name: g for name, g in grads.items() if g is not None and (not only or matches(name, only))}
-            outputs = [g for g in chosen.values() if g.requires_grad]
+            outputs = {name: g for name, g in chosen.items() if g.requires_grad}
             mixed = total if "mixed" in self.features else 0
-            total = self.objective(list(chosen.values())) + mixed
+            total = self.objective(chosen) + mixed
             if not isinstance(total, Tensor):
                 total = torch.zeros(())
 
-    def backward(self, k: int, total: Tensor, outputs: list[Tensor], last: bool) -> dict[str, Tensor | None]:
+    def backward(self, k: int, total: Tensor, outputs: dict[str, Tensor], last: bool) -> dict[str, Tensor | None]:
         inputs = list(self.wanted.values())
         how, stage = self.features.get("batched", ("", 0))
         retain = not last or "retain" in self.features
         options: dict[str, Any] = {"create_graph": not last, "retain_graph": retain, "allow_unused": True}
         if stage == k and outputs:
-            cotangents = [self.random_like(t, 2) for t in outputs]
+            values, cotangents = list(outputs.values()), [self.random_like(name, t, 2) for name, t in outputs.items()]
             if how == "is_grads_batched":
-                return dict(zip(self.wanted, torch.autograd.grad(outputs, inputs, cotangents, **options, is_grads_batched=True)))
+                return dict(zip(self.wanted, torch.autograd.grad(values, inputs, cotangents, **options, is_grads_batched=True)))
             absent: list[bool] = []
 
             def pull(*cotangents: Tensor) -> tuple[Tensor, ...]:
-                grads = torch.autograd.grad(outputs, inputs, cotangents, **options)
+                grads = torch.autograd.grad(values, inputs, cotangents, **options)
                 absent[:] = [g is None for g in grads]
                 return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads))
 
@@ -786,7 +790,7 @@ class Run:
             found = gradient(f)(*args)
         elif how == "func.jvp":
             f = gradient(scalar if order < 3 else norm(gradient(scalar)))
-            found = torch.func.jvp(f, args, tuple(self.random_like(t) for t in args))[1]
+            found = torch.func.jvp(f, args, tuple(self.random_like(name, t) for name, t in zip(names, args)))[1]
         elif how == "func.hessian":
             f = torch.func.hessian(lambda x: scalar(x, *args[1:]))
             found = (torch.func.grad(lambda x: f(x).sin().sum()) if order == 3 else f)(args[0])
@@ -802,7 +806,7 @@ class Run:
                 (found,) = torch.autograd.grad(found.sin().sum(), x, allow_unused=True) if found.requires_grad else (None,)
         elif how == "forward_ad":
             with forward_ad.dual_level():
-                duals = tuple(forward_ad.make_dual(t.clone().requires_grad_(), self.random_like(t)) for t in args)
+                duals = tuple(forward_ad.make_dual(t.clone().requires_grad_(), self.random_like(name, t)) for name, t in zip(names, args))
                 grads = torch.autograd.grad(scalar(*duals), duals, create_graph=order > 2, allow_unused=True)
                 found = tuple(None if g is None else forward_ad.unpack_dual(g).tangent for g in grads)
         else:  # make_fx
@@ -854,7 +858,7 @@ class Judge:
 
     def __init__(self, case: Case) -> None:
         self.case, self.basis, self.expected, self.strict = case, "stock", attempt(case), True
-        if isinstance(self.expected, Exception):
+        if isinstance(self.expected, Exception) and not {"write", "checkpoint"} <= set(case.features):
             # Whether installed must work: where PyTorch has no more than no derivative of an operator that is replaced.
             missing = "derivative for" in str(self.expected) and case.how in AUTOGRAD
             self.strict = missing and "switch" not in case.features and "subclass" not in case.features
@@ -906,7 +910,7 @@ class Judge:
             if self.basis == "stock" and ours.dtype != theirs.dtype:
                 return f"is {ours.dtype}, stock's {theirs.dtype}"
             lost = int((torch.isfinite(theirs) & ~torch.isfinite(ours)).sum())
-            if self.basis == "stock" and lost:
+            if self.basis == "stock" and lost and ("nonfinite" in self.case.features or self.case.dtype != "float16"):
                 return f"is not finite in {lost} of {ours.numel()} places where stock is"
         eps = torch.finfo(getattr(torch, self.case.dtype)).eps
         tolerance = 1e-9 if self.case.dtype == "float64" else 4 * eps
@@ -918,8 +922,11 @@ class Judge:
         exact = self.exact.get(name)
         error, stock_error = difference(ours, exact), difference(theirs, exact)
         noise = max((difference(run.get(name), exact) for run in self.roundings), default=0)
-        if error <= 4 * stock_error + 10 * noise + tolerance * size:
+        # Formulas that PyTorch does not have may round more than once where elementary operators do, in cancelling terms.
+        if error <= 4 * stock_error + (10 if self.basis == "stock" else 1000) * noise + tolerance * size:
             return None
+        if self.basis != "stock" and "0" in self.case.features.get("switch", ""):
+            return None  # PyTorch's own derivatives took part
         figures = f"installed {error:.2g}, {self.basis} {stock_error:.2g}, roundings {noise:.2g}, size {size:.2g}"
         return f"differs by {apart:.2g}; errors: {figures}"
 

@@ -902,7 +902,7 @@ class Judge:
     def compare(self, name: str, ours: Tensor | None, theirs: Tensor | None, nones: bool) -> str | None:
         if ours is None and theirs is None:
             return None
-        if nones and (ours is None) != (theirs is None):
+        if nones and (ours is None) != (theirs is None) and not norm(theirs if ours is None else ours):
             return f"is {'None' if ours is None else 'a tensor'}, stock's is {'None' if theirs is None else 'a tensor'}"
         if ours is not None and theirs is not None:
             if ours.shape != theirs.shape:

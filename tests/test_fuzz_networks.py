@@ -10,7 +10,8 @@ import pytest
 
 import robustkern as rk
 from tests import fuzz_networks
-from tests.fuzz_networks import FEATURES, HOWS, LAYERS, LAYOUTS, Case, check, make_case, shrink
+from tests.fuzz_networks import check, shrink
+from tests.random_networks import FEATURES, HOWS, LAYERS, LAYOUTS, Case, make_case
 
 SEEDS = range(300)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+import torch
 
 import robustkern as rk
 from tests import fuzz_networks
@@ -17,12 +18,15 @@ SEEDS = range(300)
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """PyTorch warns of its own slow paths; each case says itself when it installs."""
+def alone() -> Iterator[None]:
+    """Each case says itself when it installs; PyTorch warns of its own slow paths; a second thread is only waited for."""
     rk.uninstall()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+    torch.set_num_threads(threads)
     assert not rk.is_installed()
 
 

@@ -19,7 +19,7 @@ SEEDS = range(300)
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
-    """Each case says itself when it installs; PyTorch warns of its own slow paths; a second thread is only waited for."""
+    """Each case installs by itself.  PyTorch warns of its own slow paths; a second thread would only be waited for."""
     rk.uninstall()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,6 +35,44 @@ def test_network(seed, not_emulated):
     case, _ = make_case(seed)
     _, wrong = check(case)
     assert wrong is None, f"{wrong}\n{case}"
+
+
+# One of each kind of fault that random seeds have found, as small as it still failed.
+FOUND = [
+    Case(layers=("x.sigmoid()", "F.silu(x, inplace=True)"), order=1, features={"checkpoint": (0, 2, False)}),
+    Case(
+        layers=("nn.Linear(4, 4)", "F.silu(x, inplace=True)", "nn.Linear(4, 4)"),
+        features={"checkpoint": (1, 2, False), "nonleaf": "x * 1.0", "saved_tensors_hooks": ("identity", "all")},
+    ),
+    Case(layers=("nn.RMSNorm(4)",), order=1, features={"checkpoint": (0, 1, False), "switch": "101"}),
+    Case(layers=("nn.GroupNorm(2, 4)",), order=1, features={"checkpoint": (0, 1, False), "switch": "s0"}),
+    Case(layers=("nn.BatchNorm1d(4)",), order=1, features={"write": ("between", "*.bias"), "twice": True}),
+    Case(layers=("nn.BatchNorm1d(4)",), features={"write": ("first", "*.bias")}),
+    Case(layers=("nn.GroupNorm(2, 4)",), order=1, features={"inference": "*.bias"}),
+    Case(layers=("nn.LayerNorm(4)",), features={"subclass": True}),
+    Case(layers=("nn.RMSNorm(4)",), order=1, features={"subclass": True}),
+    Case(shape=(1, 1, 4), layers=("Attention(4, 1, 1, 1, None, True)", "Stop.apply(x)"), loss="y.sum()"),
+    Case(shape=(2, 4, 3, 3), layout="channels_last", layers=("nn.GroupNorm(2, 4)",), features={"batched": ("vmap", 2)}),
+    Case(shape=(2, 4, 3), layers=("nn.BatchNorm1d(4)",), loss="y.sum()", how="functional.hessian", order=3),
+    Case(
+        shape=(3, 1, 5, 3),
+        layers=("nn.RMSNorm((3,))", "Fn('x * w', w=(1, 5, 3))"),
+        loss="y.sum()",
+        features={"frozen": ("x",), "nonfinite": ("0.*", "inf")},
+    ),
+    Case(
+        shape=(2, 4, 3, 3),
+        layers=("nn.BatchNorm2d(4)",),
+        loss="F.cross_entropy(y, labels(y), reduction='none').square().sum()",
+        order=3,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FOUND, ids=repr)
+def test_what_was_found(case):
+    basis, wrong = check(case)
+    assert wrong is None and basis.startswith("stock")
 
 
 def test_the_seeds_reach_everything():

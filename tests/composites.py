@@ -21,7 +21,8 @@ def rounded(t, phase=0):
 
 def normalized(x, dims, eps, centred=True):
     d = rounded(rounded(x, 1) - rounded(x.mean(dims, True), 2), 3) if centred else rounded(x, 1)
-    return d * rounded((d.square().mean(dims, True) + eps).rsqrt(), 4)
+    # Twice, so that gradients are rounded before they are added up.
+    return rounded(d, 5) * rounded((rounded(d, 6).square().mean(dims, True) + eps).rsqrt(), 4)
 
 
 def affine(y, w, b, first):

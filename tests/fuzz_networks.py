@@ -104,7 +104,7 @@ class Network(nn.Module):
         for i, layer in enumerate(self.layers[first:last], first):
             h = layer(h)
             if self.features.get("tensor_hook") == i and h.requires_grad:
-                h.register_hook(lambda g: g * 2)
+                h.register_hook(lambda g: None if g is None else g * 2)
             h = composites.rounded(h, i)
         return h
 

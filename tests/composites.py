@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 noise = 0.0  # relative: what stands for a rounding after each step of a normalisation, and wherever `rounded` is called
+least = 1  # how many values there must be to a mean
 _batch_norm, _instance_norm = F.batch_norm, F.instance_norm
 
 
@@ -15,13 +16,17 @@ def rounded(t, phase=0):
     """t, as if each element had been rounded by up to `noise`; so are its gradients."""
     if not noise:
         return t
-    waves = torch.arange(t.numel(), dtype=t.dtype).mul(1.7).add(1e15 * noise + phase).cos()
+    i = torch.arange(t.numel(), dtype=t.dtype)
+    waves = (1.7 * i + 0.61 * i * i + 1e15 * noise + phase).cos()
     return t * (1 + noise * waves.view(t.shape))
 
 
 def normalized(x, dims, eps, centred=True):
+    if math.prod(x.shape[d] for d in dims) < least:
+        raise ValueError(f"fewer than {least} values to normalise")
     d = rounded(rounded(x, 1) - rounded(x.mean(dims, True), 2), 3) if centred else rounded(x, 1)
-    return d * rounded((d.square().mean(dims, True) + eps).rsqrt(), 4)
+    # Twice, so that gradients are rounded before they are added up.
+    return rounded(d, 5) * rounded((rounded(d, 6).square().mean(dims, True) + eps).rsqrt(), 4)
 
 
 def affine(y, w, b, first):

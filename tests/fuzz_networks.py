@@ -104,7 +104,7 @@ class Network(nn.Module):
         for i, layer in enumerate(self.layers[first:last], first):
             h = layer(h)
             if self.features.get("tensor_hook") == i and h.requires_grad:
-                h.register_hook(lambda g: g * 2)
+                h.register_hook(lambda g: None if g is None else g * 2)
             h = composites.rounded(h, i)
         return h
 
@@ -295,7 +295,7 @@ class Run:
 
 def contiguous_if_frozen(x: Tensor, *args: Any, group_norm: Any = F.group_norm) -> Tensor:
     """GroupNorm, whose backward crashes in PyTorch for channels_last images that need no gradient."""
-    return group_norm(x if x.requires_grad else x.contiguous(), *args)
+    return group_norm(x if x.requires_grad else x.clone(memory_format=torch.contiguous_format), *args)
 
 
 def attempt(case: Case, mode: str | None = None, functions: dict[str, Any] | None = None, exact: bool = False,
@@ -340,6 +340,12 @@ class Judge:
                 if not isinstance(self.expected, Exception):
                     break
 
+    @property
+    def of_stock(self) -> bool:
+        """Whether some derivatives are PyTorch's own in any case."""
+        third = self.case.order == 3 and {"checkpoint", "saved_tensors_hooks"} & set(self.case.features)
+        return "0" in self.case.features.get("switch", "") or bool(third)
+
     def in_float64(self, noise: float = 0) -> Results:
         for case in self.case, self.case.without("write"):  # which autocast hides in its copies
             found = attempt(case, functions=composites.ALL, exact=True, noise=noise)
@@ -365,7 +371,7 @@ class Judge:
                 return "both raise", None
             return self.basis, f"{mode}: raises where {self.basis} works: {error}"
         for name in self.expected:
-            nones = mode == "zeros" and self.basis == "stock" and self.case.shape[0] > 0  # PyTorch skips no samples
+            nones = mode == "zeros" and self.basis == "stock" and not self.loses(ours)
             wrong = self.compare(name, ours.get(name), nones)
             if wrong:
                 return self.basis, f"{mode}: {name} {wrong}"
@@ -373,6 +379,10 @@ class Judge:
             errors = [distance(t, self.exact.get(name)) / (1 + norm(t)) for name, t in ours.items()]
             return "as wrong as stock" if max(errors, default=0) > 1e-6 else self.basis, None
         return self.basis, None
+
+    def loses(self, ours: Results) -> bool:
+        """Whether PyTorch finds None where there is something: for no samples, and for norms with a bias alone."""
+        return self.case.shape[0] == 0 or any(t is None and norm(ours[name]) for name, t in self.expected.items())
 
     def compare(self, name: str, ours: Tensor | None, nones: bool) -> str | None:
         theirs = self.expected[name]
@@ -389,7 +399,7 @@ class Judge:
                 return f"is not finite in {lost} of {ours.numel()} places where stock is"
         order = name.rpartition(" ")[0]
         size = 1 + max(norm(t) for other, t in self.expected.items() if other.rpartition(" ")[0] == order)
-        tolerance = size * (1e-9 if self.eps < 1e-9 else 4 * self.eps)
+        tolerance = size * (1e-9 if self.eps < 1e-9 else 16 * self.eps)
         apart = distance(ours, theirs)
         if apart <= tolerance:
             return None
@@ -399,10 +409,11 @@ class Judge:
         # Formulas that PyTorch does not have may round in terms that cancel, where elementary operators have none.
         if error <= 4 * own_error + (30 if self.basis == "stock" else 1000) * noise + tolerance:
             return None
-        if self.basis != "stock" and "0" in self.case.features.get("switch", ""):
-            return None  # PyTorch's own derivatives took part
-        if self.case.order == 3 and self.exact is self.expected:
-            return None  # which PyTorch has wrong for most normalisations
+        third, short = self.case.order == 3, self.eps > 1e-9
+        if self.basis != "stock" and (short or self.of_stock or (third and self.case.how in FUNCTIONAL)):
+            return None  # in another precision than ours, or with derivatives of PyTorch's in the middle
+        if (third or short) and self.exact is self.expected:
+            return None  # there is no truth; PyTorch's third derivatives of most normalisations are wrong
         errors = f"installed {error:.2g}, {self.basis} {own_error:.2g}, roundings {noise:.2g}"
         return f"differs by {apart:.2g}, of {size:.2g}; errors: {errors}"
 

@@ -81,6 +81,13 @@ def pytest_runtest_setup(item):
     pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def however_small():
+    """Replaced derivatives also for tensors so small that PyTorch's are as fast, which is what tests are made of."""
+    if _library.aten_extension() is not None:
+        _library.aten_extension().however_small(True)
+
+
 @pytest.fixture
 def emulated() -> bool:
     """Whether CPU tensors are served by the emulated CUDA kernels."""

@@ -121,26 +121,25 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v,
                                const std::optional<Tensor>& bias, const Settings& s, const Stock& stock) {
     ctx->save_for_backward({g, q, k, v, optional_value(bias)});
-    note_given(ctx, {true, true, true, true, bias && bias->defined()});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["causal"] = s.causal;
-    ctx->saved_data["scale"] = s.scale;
-    ctx->saved_data["dropout"] = s.dropout;
+    Kept kept;
+    kept.put(given_bits({true, true, true, true, bias && bias->defined()})).put(s.causal);
+    kept.put_number(s.scale).put_number(s.dropout).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return stock();
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto in = ctx->get_saved_variables();
-    auto& data = ctx->saved_data;
-    const Settings s{data["causal"].toBool(), data["scale"].toDouble(), data["dropout"].toDouble()};
+    Kept kept(ctx);
+    auto need = asked<5>(ctx, kept.integer());
+    const Settings s{kept.flag(), kept.number(), kept.number()};
     TORCH_CHECK_NOT_IMPLEMENTED(s.dropout == 0,
                                 "robustkern: the second derivative of scaled_dot_product_attention with dropout needs "
                                 "sdpa_kernel(SDPBackend.MATH) around the forward");
     Tensor gg[4];
     std::copy(cotangents.begin(), cotangents.end(), gg);
     variable_list result(7);
-    auto need = asked<5>(ctx);
     const auto asked_for = need;
     if (std::none_of(gg, gg + 4, [](const Tensor& t) { return t.defined(); })) return result;
 

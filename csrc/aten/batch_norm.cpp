@@ -50,10 +50,10 @@ struct BatchNorm {
   std::array<Tensor, 2> statistics() const {
     return training ? std::array{mean.value(), invstd.value()} : std::array{running_mean.value(), running_var.value()};
   }
-  static BatchNorm of(AutogradContext* ctx, const Tensor& center, const Tensor& scale) {
+  static BatchNorm of(Kept& kept, const Tensor& center, const Tensor& scale) {
     BatchNorm norm;
-    norm.training = ctx->saved_data["training"].toBool();
-    norm.eps = ctx->saved_data["eps"].toDouble();
+    norm.training = kept.flag();
+    norm.eps = kept.number();
     norm.mean = norm.running_mean = center;  // PyTorch asks for both, and reads those of its mode
     norm.invstd = norm.running_var = scale;
     return norm;
@@ -110,22 +110,22 @@ struct BatchNorm {
 struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
                                const BatchNorm& norm, Mask mask) {
-    auto tensors = saved_for_second(ctx, g, x, w, mask);
+    auto tensors = saved_for_second(g, x, w, mask);
     const auto statistics = norm.statistics();
     tensors.insert(tensors.end(), statistics.begin(), statistics.end());
     ctx->save_for_backward(tensors);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["training"] = norm.training;
-    ctx->saved_data["eps"] = norm.eps;
-    ctx->saved_data["mask"] = to_bits(mask);
+    kept_for_second(w, mask).put(norm.training).put_number(norm.eps).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return pick(norm.backward(g, x, w, mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const auto norm = BatchNorm::of(ctx, saved[3], saved[4]);
-    return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
+    Kept kept(ctx);
+    const int64_t given = kept.integer(), mask = kept.integer();
+    const auto norm = BatchNorm::of(kept, saved[3], saved[4]);
+    return second_backward(asked<3>(ctx, given), saved, norm, from_bits(mask), cotangents);
   }
 };
 
@@ -157,10 +157,8 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, invstd] = at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
     ctx->save_for_backward({x, optional_value(w), training ? mean : *running_mean, training ? invstd : *running_var});
-    note_given(ctx, {true, w && w->defined(), b && b->defined()});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["eps"] = eps;
+    Kept().put(given_bits({true, w && w->defined(), b && b->defined()})).put(training).put_number(eps).save(ctx);
     *statistics = {mean, invstd};
     return y;
   }
@@ -171,8 +169,9 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1];
-    const Mask mask = asked<3>(ctx);
-    const auto norm = BatchNorm::of(ctx, saved[2], saved[3]);
+    Kept kept(ctx);
+    const Mask mask = asked<3>(ctx, kept.integer());
+    const auto norm = BatchNorm::of(kept, saved[2], saved[3]);
     if (mask == Mask{true, false, false})
       if (const auto several = for_several(g, [&](const Tensor& cotangents) {
             return BatchNormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0];
@@ -182,6 +181,7 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
       }
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(g);
+    const BelowAutogradIf below(is_final(g));
     std::tie(result[0], result[1], result[2]) =
         composed ? norm.composed(x, w).first(g, mask) : norm.backward(g, x, if_defined(w), mask);
     drop_unasked(result, mask);
@@ -192,7 +192,7 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
 Triple native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
                          const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
                          bool training, double momentum, double eps) {
-  if (!is_plain(x) || saves_through_hooks()) {
+  if (!is_plain(x) || is_small(x, 1 << 15) || saves_through_hooks()) {
     const UseStock guard;
     return at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
   }

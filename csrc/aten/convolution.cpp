@@ -20,20 +20,12 @@ struct Geometry {
   bool transposed;
   SymInt groups;
 
-  void save(AutogradContext* ctx) const {
-    auto& data = ctx->saved_data;
-    data["stride"] = c10::IValue(SymIntArrayRef(stride));
-    data["padding"] = c10::IValue(SymIntArrayRef(padding));
-    data["dilation"] = c10::IValue(SymIntArrayRef(dilation));
-    data["output_padding"] = c10::IValue(SymIntArrayRef(output_padding));
-    data["transposed"] = transposed;
-    data["groups"] = groups;
+  Kept put_into(Kept kept) const {
+    for (const auto* list : {&stride, &padding, &dilation, &output_padding}) kept.put_list(*list);
+    return kept.put(transposed).put(groups);
   }
-  static Geometry load(AutogradContext* ctx) {
-    auto& data = ctx->saved_data;
-    return {data["stride"].toSymIntVector(),   data["padding"].toSymIntVector(),
-            data["dilation"].toSymIntVector(), data["output_padding"].toSymIntVector(),
-            data["transposed"].toBool(),       data["groups"].toSymInt()};
+  static Geometry of(Kept& kept) {
+    return {kept.list(), kept.list(), kept.list(), kept.list(), kept.flag(), kept.symbol()};
   }
 
   Tensor convolve(const Tensor& x, const Tensor& w) const {
@@ -79,6 +71,18 @@ Tensor in_parts(const Geometry& geometry, const Tensor& g, const Tensor& u, cons
   return result;
 }
 
+// Whether PyTorch's way to the weight gradient, a convolution with the feature map as its kernel, is as fast on the CPU: where
+// kernels are large, and oneDNN's weight gradient of depthwise ones is slow.
+bool stock_is_as_fast(const Tensor& x, const Tensor& w, const SymInt& groups) {
+  if (!x.is_cpu() || being_compiled(x) || being_compiled(w) || however_small()) return false;
+  const auto product_of = [](at::IntArrayRef sizes) { return c10::multiply_integers(sizes.slice(2)); };
+  const int64_t area = product_of(w.sizes()), positions = product_of(x.sizes());
+  if (area >= 196 || (area == 1 && is_small(x, 1 << 12))) return true;
+  if (groups == 1 || w.size(1) != 1) return false;
+  if (x.dim() != 4) return area >= (x.dim() == 3 ? 31 : 100);
+  return x.is_contiguous() && area >= 49 && area * positions >= 40'000;
+}
+
 struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& w,
                                const at::OptionalSymIntArrayRef& bias_sizes, const Geometry& geometry,
@@ -86,8 +90,7 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     const bool of_input_alone = mask[0] && !mask[1] && !mask[2];  // linear in g and w
     ctx->save_for_backward({g, of_input_alone ? Tensor() : x, w});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["mask"] = (mask[0] ? 1 : 0) + (mask[1] ? 2 : 0) + (mask[2] ? 4 : 0);
-    geometry.save(ctx);
+    geometry.put_into(Kept().put(given_bits({mask[0], mask[1], mask[2]}))).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [grad_x, grad_w, grad_b] = geometry.backward(g, x, w, bias_sizes, mask);
     variable_list outputs;
@@ -100,8 +103,9 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
-    const auto geometry = Geometry::load(ctx);
-    const int64_t mask = ctx->saved_data["mask"].toInt();
+    Kept kept(ctx);
+    const int64_t mask = kept.integer();
+    const auto geometry = Geometry::of(kept);
     size_t next = 0;
     const Tensor u = mask & 1 ? cotangents[next++] : Tensor();
     const Tensor a = mask & 2 ? cotangents[next++] : Tensor();
@@ -133,6 +137,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& g, const T
                                                         SymIntArrayRef padding, SymIntArrayRef dilation,
                                                         bool transposed, SymIntArrayRef output_padding, SymInt groups,
                                                         std::array<bool, 3> mask) {
+  if (stock_is_as_fast(x, w, groups)) {
+    const UseStock guard;
+    return at::convolution_backward_symint(g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding,
+                                           groups, mask);
+  }
   const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
   const auto outputs = ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask);
   Tensor result[3];

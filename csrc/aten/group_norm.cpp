@@ -51,21 +51,9 @@ struct GroupNorm {
   int64_t groups;
   Tensor mean, rstd;
 
-  void save(AutogradContext* ctx) const {
-    auto& data = ctx->saved_data;
-    data["samples"] = samples;
-    data["channels"] = channels;
-    data["positions"] = positions;
-    data["groups"] = groups;
-  }
-  static GroupNorm load(AutogradContext* ctx, const Tensor& mean, const Tensor& rstd) {
-    auto& data = ctx->saved_data;
-    return {data["samples"].toSymInt(),
-            data["channels"].toSymInt(),
-            data["positions"].toSymInt(),
-            data["groups"].toInt(),
-            mean.detach(),
-            rstd.detach()};
+  Kept put_into(Kept kept) const { return kept.put(samples).put(channels).put(positions).put(groups); }
+  static GroupNorm of(Kept& kept, const Tensor& mean, const Tensor& rstd) {
+    return {kept.symbol(), kept.symbol(), kept.symbol(), kept.integer(), mean.detach(), rstd.detach()};
   }
 
   // [N, C, S], a view of both layouts.
@@ -82,18 +70,19 @@ struct GroupNorm {
   // for), and in a penalised step, since it takes two thirds of the time.
   Triple plain_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask, bool penalised) const {
     const bool bias_alone = mask[2] && !w.defined();
-    const bool innermost = x.is_cpu() && !x.is_contiguous();
+    const bool innermost = x.is_cpu() && x.suggest_memory_format() != at::MemoryFormat::Contiguous;
     // Nor can PyTorch's be asked under vmap where channels lie innermost.
     if (innermost && is_batched(g)) return composed(x, w).first(g, mask);
+    const BelowAutogradIf below(is_final(g));
     const bool ours = bias_alone || (innermost && (!mask[0] || (penalised && !is_batched(g))));
     if (!ours || being_compiled(x)) return stock_backward(g, x, w, mask);
-    const at::AutoDispatchBelowADInplaceOrView below;
     return backward(g, x, w, mask);
   }
   Triple stock_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
     const auto format = x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
-    return at::native_group_norm_backward_symint(g.contiguous(format), x.contiguous(format), mean, rstd, if_defined(w),
-                                                 samples, channels, positions, groups, mask);
+    const Tensor same = g.to(x.scalar_type());  // a batched one may be wider under autocast
+    return at::native_group_norm_backward_symint(same.contiguous(format), x.contiguous(format), mean, rstd,
+                                                 if_defined(w), samples, channels, positions, groups, mask);
   }
 
   // Below autograd.
@@ -149,20 +138,21 @@ struct GroupNorm {
 struct GroupNormBackward : torch::autograd::Function<GroupNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
                                const GroupNorm& norm, Mask mask) {
-    auto tensors = saved_for_second(ctx, g, x, w, mask);
+    auto tensors = saved_for_second(g, x, w, mask);
     tensors.insert(tensors.end(), {norm.mean, norm.rstd});
     ctx->save_for_backward(tensors);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["mask"] = to_bits(mask);
-    norm.save(ctx);
+    norm.put_into(kept_for_second(w, mask)).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return pick(norm.backward(g, x, optional_value(w), mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const GroupNorm norm = GroupNorm::load(ctx, saved[3], saved[4]);
-    return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
+    Kept kept(ctx);
+    const int64_t given = kept.integer(), mask = kept.integer();
+    const GroupNorm norm = GroupNorm::of(kept, saved[3], saved[4]);
+    return second_backward(asked<3>(ctx, given), saved, norm, from_bits(mask), cotangents);
   }
 };
 
@@ -174,25 +164,23 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
         at::native_group_norm_symint(x, w, b, norm.samples, norm.channels, norm.positions, norm.groups, eps);
     ctx->save_for_backward(
         {x, optional_value(w), mean, rstd});  // as PyTorch's node, in its order: a checkpoint counts them
-    note_given(ctx, {true, w && w->defined(), b && b->defined()});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["penalised"] = false;
-    norm.save(ctx);
+    norm.put_into(Kept().put(given_bits({true, w && w->defined(), b && b->defined()})).put_number(eps)).save(ctx);
     return {y, mean, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1], &g = cotangents[0];
-    const GroupNorm norm = GroupNorm::load(ctx, saved[2], saved[3]);
+    Kept kept(ctx);
+    const Mask mask = asked<3>(ctx, kept.integer());
+    const double eps = kept.number();
+    const GroupNorm norm = GroupNorm::of(kept, saved[2], saved[3]);
     variable_list result(5);
-    const Mask mask = asked<3>(ctx);
     const bool of_statistics = cotangents[1].defined() || cotangents[2].defined();
     if (!g.defined() && !of_statistics) return result;
 
     if (of_statistics) {
-      const double eps = ctx->saved_data["eps"].toDouble();
       const auto forward = [&](const variable_list& in) -> variable_list {
         const auto [y, mean, rstd] = at::native_group_norm_symint(
             in[0], if_defined(in[1]), if_defined(in[2]), norm.samples, norm.channels, norm.positions, norm.groups, eps);
@@ -208,17 +196,13 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     Triple grads;
     if (at::GradMode::is_enabled())
       ctx->saved_data["penalised"] = true;  // the engine runs a node in one thread at a time
-    if (is_differentiated(g))
+    const bool builds_graph = at::GradMode::is_enabled();
+    if (is_differentiated(g) || (builds_graph && (is_batched(g) || under_functorch_grad())))
       grads = norm.composed(x, w).first(g, mask);
-    else if (!at::GradMode::is_enabled())
-      grads = norm.plain_backward(g, x, w, mask, ctx->saved_data["penalised"].toBool());
-    else if (under_functorch_grad() || (is_batched(g) && (!enabled() || !x.is_contiguous())))
-      grads = norm.composed(x, w).first(g, mask);
-    else if (is_batched(g))
-      grads = at::native_group_norm_backward_symint(g, x, norm.mean, norm.rstd, if_defined(w), norm.samples,
-                                                    norm.channels, norm.positions, norm.groups, mask);
-    else
+    else if (builds_graph)
       grads = spread(GroupNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
+    else
+      grads = norm.plain_backward(g, x, w, mask, ctx->saved_data.count("penalised") > 0);
     if (mask[0]) result[0] = std::get<0>(grads);
     if (mask[1]) result[1] = std::get<1>(grads);
     if (mask[2]) result[2] = std::get<2>(grads);
@@ -228,7 +212,7 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
 
 Triple native_group_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
                          SymInt samples, SymInt channels, SymInt positions, int64_t groups, double eps) {
-  if (!has_kernel(x, w)) {
+  if (!has_kernel(x, w) || is_small(x, 1 << 14)) {
     const UseStock guard;
     return at::native_group_norm_symint(x, w, b, samples, channels, positions, groups, eps);
   }

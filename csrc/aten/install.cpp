@@ -25,6 +25,7 @@ namespace {
 std::atomic<int> scopes{0};
 std::atomic<bool> installed{false};
 std::atomic<bool> zeros{false};
+std::atomic<bool> small{false};
 thread_local bool stock = false;
 
 Registrar& registrar() {
@@ -40,6 +41,7 @@ Registrar& registrar() {
 
 bool enabled() { return installed.load(std::memory_order_relaxed) || scopes.load(std::memory_order_relaxed) > 0; }
 bool materializes_zeros() { return zeros.load(std::memory_order_relaxed); }
+bool however_small() { return small.load(std::memory_order_relaxed); }
 bool uses_stock_kernels() { return stock; }
 
 UseStock::UseStock() : before_(stock) { stock = true; }
@@ -105,6 +107,7 @@ PYBIND11_MODULE(_aten, m) {
   m.def("leave", [] { --scopes; });
   m.def("enabled", &enabled);
   m.def("materialize_zeros", [](bool value) { return zeros.exchange(value); });
+  m.def("however_small", [](bool value) { return small.exchange(value); });
   m.def("folds", &folds);
   m.def("operators", [](bool cuda) { return registrar().names(cuda); });
 }

@@ -83,20 +83,21 @@ struct LayerNorm {
 struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
                                const LayerNorm& norm, Mask mask) {
-    auto tensors = saved_for_second(ctx, g, x, w, mask);
+    auto tensors = saved_for_second(g, x, w, mask);
     tensors.insert(tensors.end(), {norm.mean, norm.rstd});
     ctx->save_for_backward(tensors);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(norm.shape));
-    ctx->saved_data["mask"] = to_bits(mask);
+    kept_for_second(w, mask).put_list(norm.shape).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return pick(norm.backward(g, x, optional_value(w), mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
-    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), saved[3], saved[4]};
-    return second_backward(ctx, saved, norm, from_bits(ctx->saved_data["mask"].toInt()), cotangents);
+    Kept kept(ctx);
+    const int64_t given = kept.integer(), mask = kept.integer();
+    const LayerNorm norm{kept.list(), saved[3], saved[4]};
+    return second_backward(asked<3>(ctx, given), saved, norm, from_bits(mask), cotangents);
   }
 };
 
@@ -132,10 +133,11 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, rstd] = at::native_layer_norm_symint(x, shape, w, b, eps);
     ctx->save_for_backward({x, optional_value(w), mean, rstd});
-    if (b && b->defined()) ctx->saved_data["bias"] = b->scalar_type();
-    note_given(ctx, {true, w && w->defined(), b && b->defined()});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
+    const bool biased = b && b->defined();
+    Kept kept;
+    kept.put(given_bits({true, w && w->defined(), biased})).put(static_cast<int64_t>((biased ? *b : x).scalar_type()));
+    kept.put_list(shape).save(ctx);
     *statistics = {mean, rstd};
     return y;
   }
@@ -146,17 +148,20 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1];
-    const Mask mask = asked<3>(ctx);
-    const auto shape = ctx->saved_data["shape"].toSymIntVector();
+    Kept kept(ctx);
+    const Mask mask = asked<3>(ctx, kept.integer());
+    const auto bias_type = static_cast<at::ScalarType>(kept.integer());
+    const auto shape = kept.list();
     LayerNorm norm{shape, saved[2], saved[3]};
     if (mask[2])  // of whose bias PyTorch's operator reads shape and type
-      norm.bias = at::empty({1}, x.options().dtype(ctx->saved_data["bias"].toScalarType())).expand_symint(shape);
+      norm.bias = at::empty({1}, x.options().dtype(bias_type)).expand_symint(shape);
     if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
       result[0] = *grad_x;
       return result;
     }
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(g);
+    const BelowAutogradIf below(is_final(g));
     std::tie(result[0], result[1], result[2]) =
         composed ? norm.composed(x, w).first(g, mask)
                  : at::native_layer_norm_backward_symint(g, x, shape, norm.mean, norm.rstd, if_defined(w),
@@ -168,7 +173,7 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
 
 Triple native_layer_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w,
                          const std::optional<Tensor>& b, double eps) {
-  if (!is_plain(x) || !has_kernel(x, w) || saves_through_hooks()) {
+  if (!is_plain(x) || !has_kernel(x, w) || is_small(x, 1 << 15) || saves_through_hooks()) {
     const UseStock guard;
     return at::native_layer_norm_symint(x, shape, w, b, eps);
   }
@@ -183,9 +188,8 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, rstd] = at::_fused_rms_norm(x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(shape)), w, eps);
     ctx->save_for_backward({x, optional_value(w), rstd});
-    note_given(ctx, {true, w && w->defined()});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["shape"] = c10::IValue(SymIntArrayRef(shape));
+    Kept().put(given_bits({true, w && w->defined()})).put_list(shape).save(ctx);
     return y;
   }
 
@@ -195,8 +199,9 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     if (!g.defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1];
-    const LayerNorm norm{ctx->saved_data["shape"].toSymIntVector(), Tensor(), saved[2]};
-    const auto [need_x, need_w] = asked<2>(ctx);
+    Kept kept(ctx);
+    const auto [need_x, need_w] = asked<2>(ctx, kept.integer());
+    const LayerNorm norm{kept.list(), Tensor(), saved[2]};
     const Mask mask{need_x, need_w, false};
 
     if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
@@ -209,11 +214,8 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     } else if (!at::GradMode::is_enabled()) {
       const at::AutoDispatchBelowADInplaceOrView below;
       grads = norm.backward(g, x, w, mask);
-    } else if (under_functorch_grad() || (is_batched(g) && !enabled())) {
+    } else if (under_functorch_grad() || is_batched(g)) {
       grads = norm.composed(x, w).first(g, mask);
-    } else if (is_batched(g)) {
-      std::tie(std::get<0>(grads), std::get<1>(grads)) = at::_fused_rms_norm_backward(
-          g, x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(norm.shape)), norm.rstd, if_defined(w), {mask[0], mask[1]});
     } else {
       grads = spread(LayerNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
     }
@@ -241,7 +243,9 @@ Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tenso
   const auto format = x.suggest_memory_format();
   const bool fused = (!w || !w->defined() || w->scalar_type() == x.scalar_type()) &&
                      format != at::MemoryFormat::ChannelsLast && format != at::MemoryFormat::ChannelsLast3d;
-  if (!has_kernel(x, w) || (!x.is_cpu() && !fused) || saves_through_hooks()) {
+  // Where x needs no gradient, PyTorch does not keep it.
+  if (!has_kernel(x, w) || (!x.is_cpu() && !fused) || saves_through_hooks() || !x.requires_grad() ||
+      is_small(x, 1 << 12)) {
     const UseStock guard;
     return at::rms_norm_symint(x, shape, w, eps);
   }

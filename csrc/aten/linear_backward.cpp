@@ -5,6 +5,8 @@
 namespace rk::aten {
 namespace {
 
+using torch::autograd::Node;
+
 // What torch.autograd.grad gives for an input that nothing defined has reached.
 class ZerosIfUndefined : public torch::autograd::GraphTask::ExecInfo::Capture::GradCaptureHook {
  public:
@@ -15,14 +17,24 @@ class ZerosIfUndefined : public torch::autograd::GraphTask::ExecInfo::Capture::G
   const torch::autograd::InputMetadata& input_;  // of a node that outlives the pass
 };
 
-// A zero that is left out is missed only by whoever asked for a gradient by name and would be told that it was not used.
-// Once for each pass; on the device at hand alone, whose thread is this one.
-void zeros_for_whom_it_concerns(const at::Device& device) {
+bool has_hooks(Node& node) {
+  const bool accumulates = node.num_outputs() == 0;  // those of DistributedDataParallel take what there is
+  return !node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || (!accumulates && !node.post_hooks().empty());
+}
+
+// Whether somebody would miss a zero that is left out of the pass at hand: a hook, which would be given None.  Whoever asked
+// torch.autograd.grad for a gradient by name gets zeros in any case.  Looked for once in each pass; captures only on the
+// device at hand, whose thread is this one.
+bool somebody_looks_on(const at::Device& device) {
   thread_local int last_pass = -1;
+  thread_local bool hooked = false;
   const int pass = torch::autograd::get_current_graph_task_id();
-  const auto* const nodes = torch::autograd::get_current_graph_task_exec_info();
-  if (!nodes || pass == last_pass) return;
+  if (pass == last_pass) return hooked;
   last_pass = pass;
+  const auto* const graph = torch::autograd::get_current_graph_task_nodes_in_graph();
+  hooked = graph && std::any_of(graph->begin(), graph->end(), [](Node* node) { return has_hooks(*node); });
+  const auto* const nodes = torch::autograd::get_current_graph_task_exec_info();
+  if (!nodes || hooked) return hooked;
   for (const auto& [node, info] : *nodes) {
     if (!info.captures_) continue;
     for (auto& capture : *info.captures_) {
@@ -31,18 +43,20 @@ void zeros_for_whom_it_concerns(const at::Device& device) {
         capture.DO_NOT_USE_DEPRECATED_register_capture_hook(std::make_unique<ZerosIfUndefined>(input));
     }
   }
+  return false;
 }
 
 struct LinearBackward : torch::autograd::Function<LinearBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor&, const Tensor&, const LinearMap& map) {
     ctx->save_for_backward(map.arguments.tensors);
     ctx->set_materialize_grads(false);
-    auto& data = ctx->saved_data;
-    // In a list: a number by itself is a variable to compiled autograd.
-    data["transposed"] = std::vector<int64_t>{reinterpret_cast<int64_t>(map.transposed)};
-    data["integers"] = c10::IValue(SymIntArrayRef(map.arguments.integers));
-    data["numbers"] = map.arguments.numbers;
-    data["zeros"] = materializes_zeros();  // a graph keeps the derivatives it was built with
+    const auto& [tensors, integers, numbers] = map.arguments;
+    Kept kept;
+    // a graph keeps the derivatives it was built with
+    kept.put(materializes_zeros()).put(static_cast<int64_t>(reinterpret_cast<intptr_t>(map.transposed)));
+    kept.put_list(integers).put(static_cast<int64_t>(numbers.size()));
+    for (const double number : numbers) kept.put_number(number);
+    kept.save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return map.first();
   }
@@ -50,19 +64,19 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const Tensor& u = cotangents[0];
     if (!u.defined()) return {Tensor(), Tensor(), Tensor()};
-    auto& data = ctx->saved_data;
+    Kept kept(ctx);
+    const bool zeros = kept.flag();
     Tensor grad_g, grad_x;
     if (ctx->needs_input_grad(0)) {
-      const auto transposed = reinterpret_cast<Transposed>(data["transposed"].toIntVector()[0]);
-      grad_g = transposed(
-          u, {ctx->get_saved_variables(), data["integers"].toSymIntVector(), data["numbers"].toDoubleVector()});
+      const auto transposed = reinterpret_cast<Transposed>(static_cast<intptr_t>(kept.integer()));
+      MapArguments arguments{ctx->get_saved_variables(), kept.list(), {}};
+      arguments.numbers.resize(kept.integer());
+      for (double& number : arguments.numbers) number = kept.number();
+      const BelowAutogradIf below(is_final(u));
+      grad_g = transposed(u, arguments);
     }
-    if (ctx->needs_input_grad(1)) {
-      if (data["zeros"].toBool() || in_compiled_autograd())
-        grad_x = at::zeros_like(u);  // which is of x's shape
-      else
-        zeros_for_whom_it_concerns(u.device());
-    }
+    if (ctx->needs_input_grad(1) && (zeros || in_compiled_autograd() || somebody_looks_on(u.device())))
+      grad_x = at::zeros_like(u);  // which is of x's shape
     return {grad_g, grad_x, Tensor()};
   }
 };

@@ -220,12 +220,15 @@ class ComposedNorm {
 };
 
 // What the Function of a first backward saves of g, x, w: what the second backward reads.
-inline variable_list saved_for_second(AutogradContext* ctx, const Tensor& g, const Tensor& x,
-                                      const std::optional<Tensor>& w, const Mask& mask) {
+inline variable_list saved_for_second(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                                      const Mask& mask) {
   const bool weighted = w && w->defined();
-  note_given(ctx, {true, true, weighted});
   const bool reads_g = (mask[0] || mask[1]) && (x.requires_grad() || (weighted && w->requires_grad()));
   return {reads_g ? g : Tensor(), x, optional_value(w)};
+}
+
+inline Kept kept_for_second(const std::optional<Tensor>& w, const Mask& mask) {
+  return Kept().put(given_bits({true, true, w && w->defined()})).put(to_bits(mask));
 }
 
 // The backward of such a Function, whose first saved tensors these are: the second derivative.
@@ -234,12 +237,11 @@ inline variable_list saved_for_second(AutogradContext* ctx, const Tensor& g, con
 //   Norm::bends(u, a)                                  whether there is a derivative in x at all
 //   Norm::statistics_are_constant()                    whether x moves them
 template <class Norm>
-variable_list second_backward(AutogradContext* ctx, const variable_list& saved, const Norm& norm, const Mask& mask,
+variable_list second_backward(const Mask& asked_for, const variable_list& saved, const Norm& norm, const Mask& mask,
                               const variable_list& cotangents) {
   const auto [u, a, b] = spread(cotangents, mask);
   const Tensor &x = saved[1], &w = saved[2], &g = saved[0].defined() ? saved[0] : u.defined() ? u : x;
   variable_list result(5);
-  const Mask asked_for = asked<3>(ctx);
   if (!u.defined() && !a.defined() && !b.defined()) return result;
 
   const Mask need{asked_for[0], asked_for[1] && norm.bends(u, a), asked_for[2] && u.defined()};

@@ -23,6 +23,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <functional>
 #include <optional>
 #include <string>
@@ -38,6 +39,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 bool enabled();               // robustkern.install() or a scope of fused_double_backward() is in force
+bool however_small();         // fused derivatives also where PyTorch's are faster: for tests
 bool materializes_zeros();    // derivatives that are identically zero come as zeros rather than as None
 bool uses_stock_kernels();    // inside a UseStock
 bool under_functorch_grad();  // a torch.func transform that differentiates is running: Function::apply would refuse
@@ -207,20 +209,59 @@ inline bool composes(const variable_list& cotangents) {
 // without asking whether they are defined, so that zeros must be tensors there.
 inline bool in_compiled_autograd() { return !torch::autograd::get_current_node(); }
 
-// Which of its tensor inputs a Function was given, kept without keeping the tensors.
-inline void note_given(AutogradContext* ctx, std::initializer_list<bool> given) {
+// What a Function keeps besides tensors, written and read in the same order.  All in one entry: many of them take longer
+// than the kernels of a small layer.
+class Kept {
+ public:
+  Kept() = default;
+  explicit Kept(AutogradContext* ctx) : values_(ctx->saved_data["kept"].toSymIntVector()) {}
+  void save(AutogradContext* ctx) const { ctx->saved_data["kept"] = c10::IValue(SymIntArrayRef(values_)); }
+
+  Kept& put(const SymInt& value) {
+    values_.push_back(value);
+    return *this;
+  }
+  Kept& put_number(double value) {
+    const auto bits = std::bit_cast<uint64_t>(value);  // in halves, which every SymInt holds
+    return put(static_cast<int64_t>(bits >> 32)).put(static_cast<int64_t>(bits & 0xffffffff));
+  }
+  Kept& put_list(SymIntArrayRef list) {
+    put(static_cast<int64_t>(list.size()));
+    values_.insert(values_.end(), list.begin(), list.end());
+    return *this;
+  }
+
+  SymInt symbol() { return values_[next_++]; }
+  int64_t integer() { return symbol().expect_int(); }
+  bool flag() { return integer() != 0; }
+  double number() {
+    const auto high = static_cast<uint64_t>(integer());
+    return std::bit_cast<double>(high << 32 | static_cast<uint64_t>(integer()));
+  }
+  std::vector<SymInt> list() {
+    const auto begin = values_.begin() + static_cast<int64_t>(next_ + 1), end = begin + integer();
+    next_ = static_cast<size_t>(end - values_.begin());
+    return {begin, end};
+  }
+
+ private:
+  std::vector<SymInt> values_;
+  size_t next_ = 0;
+};
+
+// Which of its tensor inputs a Function was given, for a graph that does not keep them all.
+inline int64_t given_bits(std::initializer_list<bool> given) {
   int64_t bits = 0, bit = 1;
   for (const bool one : given) {
     if (one) bits |= bit;
     bit <<= 1;
   }
-  ctx->saved_data["given"] = bits;
+  return bits;
 }
 
 // In the Function's backward: whether the gradient of each of them is asked for.
 template <size_t N>
-std::array<bool, N> asked(AutogradContext* ctx) {
-  const int64_t given = ctx->saved_data["given"].toInt();
+std::array<bool, N> asked(AutogradContext* ctx, int64_t given) {
   std::array<bool, N> result{};
   for (size_t i = 0, edge = 0; i < N; ++i)  // as Function::apply counts, which skips what is absent
     if (given & int64_t{1} << i) result[i] = ctx->needs_input_grad(edge++);
@@ -234,6 +275,20 @@ void fill_for_compiled_autograd(const std::array<bool, N>& asked, variable_list&
   if (!in_compiled_autograd()) return;
   for (size_t i = 0; i < N; ++i)
     if (asked[i] && !grads[i].defined()) grads[i] = at::zeros_like(like[i]);
+}
+
+// Without autograd's keys where nothing is to be differentiated: PyTorch's own kernels at once.
+class BelowAutogradIf {
+ public:
+  explicit BelowAutogradIf(bool condition) {
+    if (condition) guard_.emplace();
+  }
+
+ private:
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
+};
+inline bool is_final(const Tensor& g) {
+  return !at::GradMode::is_enabled() && !is_differentiated(g) && !g.key_set().has(c10::DispatchKey::FuncTorchBatched);
 }
 
 // Undefined if absent.
@@ -250,6 +305,12 @@ inline bool is_plain(const Tensor& t) {
 // lost.  An operator called through the dispatcher is called for each of them.
 inline bool is_batched(const Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Batched) || t.key_set().has(c10::DispatchKey::FuncTorchBatched);
+}
+
+// Whether PyTorch's own derivative of a tensor of so few elements is as fast: what a graph of ours costs more than PyTorch's,
+// a microsecond or two, is then all that is left of the difference.
+inline bool is_small(const Tensor& t, int64_t limit) {
+  return t.is_cpu() && !being_compiled(t) && t.numel() < limit && !however_small();
 }
 
 // float32 for 16- and 32-bit data, float64 for float64.

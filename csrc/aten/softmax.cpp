@@ -69,8 +69,7 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& output, int64_t dim, bool log) {
     ctx->save_for_backward({output.requires_grad() ? g : Tensor(), output});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["dim"] = dim;
-    ctx->saved_data["log"] = log;
+    Kept().put(dim).put(log).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return first_backward(log, g, output, dim, output.scalar_type());
   }
@@ -80,8 +79,9 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
     if (!u.defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = saved[0], &output = saved[1];
-    const int64_t dim = ctx->saved_data["dim"].toInt();
-    const bool log = ctx->saved_data["log"].toBool();
+    Kept kept(ctx);
+    const int64_t dim = kept.integer();
+    const bool log = kept.flag();
     const bool need_grad = ctx->needs_input_grad(0), need_output = ctx->needs_input_grad(1);
     if (composes(cotangents)) {
       const auto [grad_g, grad_output] = composed(log, u, g, output, dim, need_grad, need_output);
@@ -103,7 +103,7 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
 template <bool kLog>
 Tensor softmax_backward(const Tensor& g, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
   if (is_plain(output) && is_plain(g) && g.scalar_type() == output.scalar_type() &&
-      input_dtype == output.scalar_type() && g.sizes() == output.sizes())
+      input_dtype == output.scalar_type() && g.sizes() == output.sizes() && !is_small(output, kLog ? 1 << 14 : 1 << 15))
     return SoftmaxBackward::apply(g, output, at::maybe_wrap_dim(dim, output.dim()), kLog);
   const UseStock guard;
   return first_backward(kLog, g, output, dim, input_dtype);

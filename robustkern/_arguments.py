@@ -8,8 +8,17 @@ import operator
 import torch
 
 
+def shown(value: object) -> str:
+    """repr(value) on one line, at most 100 characters of it: for messages."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # an integer of 5000 digits, or anybody's class
+        text = f"a {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def check_integer(function: str, name: str, value: object, least: int, otherwise: str = "") -> int:
-    """`value` as an int; ValueError unless it is an integer of at least `least` (not a bool, not 2.0).
+    """`value` as an int; ValueError unless it is an integer of at least `least`, of 64 bits (not a bool, not 2.0).
 
     `otherwise`: what else the argument may be, for the message.
     """
@@ -17,9 +26,10 @@ def check_integer(function: str, name: str, value: object, least: int, otherwise
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
-    if number is None or number < least:
-        expected = f"an integer of at least {least}" + (f" {otherwise}" if otherwise else "")
-        raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
+    if number is None or not least <= number < 2**63:
+        expected = f"an integer of at least {least}" + (" and below 2^63" if number and number > least else "")
+        expected += f" {otherwise}" if otherwise else ""
+        raise ValueError(f"{function}: {name} must be {expected}, got {shown(value)}")
     return number
 
 
@@ -28,26 +38,26 @@ def check_number(
 ) -> float:
     """`value` as a float; ValueError unless it is a finite number in [least, most] or, `open_below`, (least, most]."""
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several
         number = math.nan
     if not (least <= number <= most and math.isfinite(number)) or (open_below and number == least):
         interval = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if math.isinf(most) else ']'}"
-        raise ValueError(f"{function}: {name} must be a number in {interval}, got {value!r}")
+        raise ValueError(f"{function}: {name} must be a number in {interval}, got {shown(value)}")
     return number
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
-def check_generator(function: str, generator: object, device: torch.device) -> None:
+def check_generator(function: str, generator: object, device: torch.device, like: str = "outputs") -> None:
     """TypeError or ValueError unless it is None or a torch.Generator on that kind of device."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{function}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != device.type:
-        raise ValueError(f"{function}: generator must be on {device} like outputs, got {generator.device}")
+        raise ValueError(f"{function}: generator must be on {device} like {like}, got {generator.device}")

@@ -166,7 +166,7 @@ def term_panels(
         other = axes.twinx()
         other.plot(epochs, [row["smoothness"] for row in rows], color=_COLORS[2])
         other.tick_params(axis="y", colors=_COLORS[2], labelsize=7)
-        other.set_ylim(bottom=min(0.0, *(row["smoothness"] for row in rows)))
+        other.set_ylim(bottom=min(0.0, *(row["smoothness"] or 0.0 for row in rows)))
         other.spines["top"].set_visible(False)
         caption = (captions or {}).get(name)
         axes.set_title(name + (f"\nsmoothness: {caption}" if caption else ""), fontsize=8)

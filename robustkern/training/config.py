@@ -28,7 +28,7 @@ class TrainingConfig:
         eps: Radius of the attack that measures robustness, and of methods that need one, in units of the images.
         epochs: Passes over the training set.
         batch_size: Samples per step, those of all processes together; the last, smaller batch of an epoch is trained
-            on as well.
+            on as well, and a single sample left over joins the batch before.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Decoupled for AdamW, L2 for SGD.

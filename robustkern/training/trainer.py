@@ -116,7 +116,7 @@ def train(
             remove_stale(out)
             _check_claim(config, out, resume)
 
-        def load() -> tuple[datasets.Dataset, datasets.Dataset]:
+        def load() -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset]:
             train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
             if config.shuffle_labels:
                 train_set = train_set.with_shuffled_labels(config.seed)
@@ -124,16 +124,18 @@ def train(
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
             check_options(config.method, config.options, train_set)
-            return train_set, test_set
+            train_set, validation_set = split(train_set, config.validation, config.seed)
+            _check_batches(config, train_set, group.size)
+            return train_set, validation_set, test_set
 
         theirs = group.broadcast(config)
         group.on_all(lambda: _check_agreement(group, theirs, config))
         # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
         loss = group.on_all(prepare)
         with threads(config.threads), deterministic(config.device):
-            train_set, test_set = group.on_all(load)
+            train_set, validation_set, test_set = group.on_all(load)
             group.on_main(claim)
-            run = _Run(config, out, train_set, test_set, loss, observer, stop, group, draw)
+            run = _Run(config, out, train_set, validation_set, test_set, loss, observer, stop, group, draw)
             return run.finish()
 
 
@@ -149,6 +151,34 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
     changed = _completed(read_config(out)).differences(_completed(config))
     if changed:
         raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
+
+
+def batches(count: int, size: int) -> list[tuple[int, int]]:
+    """Begin and end of the batches of an epoch; a single sample at the end joins the batch before.
+
+    A batch of one has no statistics for BatchNorm, and its gradient is noise.
+    """
+    begins = list(range(0, count, size))
+    if size > 1 and len(begins) > 1 and begins[-1] == count - 1:
+        begins.pop()
+    return list(zip(begins, [*begins[1:], count], strict=True))
+
+
+def _check_batches(config: TrainingConfig, train_set: datasets.Dataset, processes: int) -> None:
+    """Raises UsageError if a batch, or a process's part of it, is too small for the model to be trained on."""
+    parts = [max(1, (end - begin) // processes) for begin, end in batches(len(train_set), config.batch_size)]
+    if min(parts) > 1 or (processes > 1 and config.sync_batch_norm):
+        return
+    shape = train_set.in_shape
+    with torch.device("meta"):  # shapes alone
+        model = models.create(config.model, train_set.num_classes, shape)
+        try:
+            model.train()(torch.empty(1, *shape))
+        except ValueError as error:
+            raise UsageError(
+                f"model {config.model} cannot be trained on {list(shape)} images one at a time ({len(train_set)} "
+                f"samples, batch_size {config.batch_size}, processes {processes}): {str(error).split(', got')[0]}"
+            ) from error
 
 
 def _completed(config: TrainingConfig) -> TrainingConfig:
@@ -180,6 +210,7 @@ class _Run:
         config: TrainingConfig,
         out: Path,
         train_set: datasets.Dataset,
+        validation_set: datasets.Dataset | None,
         test_set: datasets.Dataset,
         loss: Any,
         observer: Observer,
@@ -189,9 +220,9 @@ class _Run:
     ) -> None:
         self.config, self.out, self.observer, self.stop, self.group = config, out, observer, stop, group
         self.draw = draw
-        self.train_set, validation_set = split(train_set, config.validation, config.seed)
-        self.test_set = test_set
-        self.steps_per_epoch = -(-len(self.train_set) // config.batch_size)
+        self.train_set, self.test_set = train_set, test_set
+        self.batches = batches(len(train_set), config.batch_size)
+        self.steps_per_epoch = len(self.batches)
         self.steps = self.steps_per_epoch * config.epochs
         self.stopping = False  # agreed upon by all processes, unlike `stop`
         self.augmentation = datasets.augmentation(config.data)
@@ -231,6 +262,7 @@ class _Run:
                 self._end_epoch()
             self._agree_on_stopping()
             self._check_stop()
+            self._check_learnt()
             accuracies = self.judge.final()
         except Interrupted:
             self._save()
@@ -242,13 +274,21 @@ class _Run:
         self.group.on_main(lambda: self._report(accuracies))
         return Result(self.out, self.model, self.progress.rows, accuracies)
 
+    def _check_learnt(self) -> None:
+        progress = self.progress
+        if sum(row["skipped"] or 0 for row in progress.rows) == progress.step:
+            raise TrainingError(
+                f"nothing was learnt: the loss or its gradient was not finite in any of the {progress.step} steps, so "
+                "that the weights are those of the beginning: lower the learning rate or the weight"
+            )
+
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
         order = datasets.epoch_order(config.seed, progress.epoch, len(self.train_set))
         self.model.train()
         for step in range(progress.step - progress.epoch * self.steps_per_epoch, self.steps_per_epoch):
             self._check_stop()
-            indices = order[step * config.batch_size : (step + 1) * config.batch_size]
+            indices = order[slice(*self.batches[step])]
             started = time.perf_counter()
             self._step(indices)
             progress.sums["seconds"] += time.perf_counter() - started
@@ -300,13 +340,12 @@ class _Run:
 
     def _end_epoch(self) -> None:
         progress, sums = self.progress, self.progress.sums
-        samples = max(1.0, sums["samples"])
         row: Row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "learning_rate": self.stepper.learning_rate(progress.step - 1, self.steps),
-            "orientation": sums["orientation"] / samples,
-            "smoothness": sums["smoothness"] / max(1.0, sums["penalised"]),
+            "orientation": _mean(sums["orientation"], sums["samples"]),
+            "smoothness": _mean(sums["smoothness"], sums["penalised"]),
             "clean_accuracy": None,
             "robust_accuracy": None,
             "ms_per_step": 1e3 * sums["seconds"] / max(1.0, sums["steps"]),
@@ -377,6 +416,11 @@ class _Run:
 
         figures.curves(self.out / "curves.png", {self.config.method: self.progress.rows}, self.config.eps)
         figures.gradients(self.out / "gradients.png", self.test_set, {self.config.method: self.model})
+
+
+def _mean(total: float, count: float) -> float | None:
+    """None where nothing was measured."""
+    return total / count if count else None
 
 
 def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -21,7 +21,17 @@ from .folder import load_folder
 from .idx import find_idx, load_idx
 from .randomness import CropFlip, epoch_order, generator
 
-__all__ = ["NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "augmentation", "epoch_order", "generator", "load"]
+__all__ = [
+    "NAMES",
+    "CropFlip",
+    "DataError",
+    "DataWarning",
+    "Dataset",
+    "augmentation",
+    "epoch_order",
+    "generator",
+    "load",
+]
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
 

@@ -13,7 +13,7 @@ import pickletools
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def _unpickle(content: bytes) -> Any:
     """The object in a pickle, unless it needs more instructions, or more places to remember things, than a batch."""
     # Ahead of the unpickler, which makes room for whatever number a pickle names.
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-        if count > _MOST_INSTRUCTIONS or ("PUT" in instruction.name and int(argument) > _MOST_INSTRUCTIONS):
+        if count > _MOST_INSTRUCTIONS or ("PUT" in instruction.name and int(argument or 0) > _MOST_INSTRUCTIONS):
             raise pickle.UnpicklingError(f"more than {_MOST_INSTRUCTIONS} instructions")
     return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 
@@ -143,7 +143,9 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{label}: not a CIFAR-10 batch: {len(pixels)} images without a list of as many labels")
     for value in labels:
         if type(value) is not int or not 0 <= value < len(CLASSES):
-            raise DataError(f"{label}: not a CIFAR-10 batch: a label must be 0 to {len(CLASSES) - 1}, got {brief(value)}")
+            raise DataError(
+                f"{label}: not a CIFAR-10 batch: a label must be 0 to {len(CLASSES) - 1}, got {brief(value)}"
+            )
     return pixels, np.array(labels, dtype=np.uint8)
 
 
@@ -182,7 +184,7 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
         found: dict[str, bytes] = {}
         try:
             # Members are read in memory: nothing in the archive decides where a file is written.
-            with gzip.open(path) as unpacked, tarfile.open(fileobj=_Bounded(unpacked), mode="r|") as archive:
+            with gzip.open(path) as unpacked, tarfile.open(None, "r|", _Bounded(unpacked)) as archive:  # type: ignore[call-overload]
                 for member in archive:
                     base = member.name.rsplit("/", 1)[-1]
                     if base in wanted and member.isfile() and member.size <= _MOST_BYTES:
@@ -205,7 +207,7 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
 class _Bounded:
     """The stream of an archive: a few bytes may unpack to any number of them."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: gzip.GzipFile) -> None:
         self._stream, self._left = stream, _MOST_UNPACKED
 
     def read(self, size: int) -> bytes:

@@ -28,9 +28,10 @@ def load_folder(root: Path, split: str) -> Dataset:
     """A split of an image folder. All images must have one size; grey and colour may not be mixed.
 
     PNG, JPEG, BMP, WebP and PPM (PGM, PBM), whatever Pillow calls their mode: grey stays grey, [1, H, W], everything
-    else becomes RGB, [3, H, W]; RGB with three equal channels counts as grey beside images that are grey.  8 bits v are v / 255, 16 bits of grey v / 65535; of 16 bits of colour Pillow keeps the
-    upper 8.  EXIF's orientation is applied.  An alpha channel, or a transparent colour, must be opaque throughout: what
-    a transparent pixel shows depends on what lies behind it, so such an image is refused.
+    else becomes RGB, [3, H, W]; RGB with three equal channels counts as grey beside images that are grey.  8 bits v are
+    v / 255, 16 bits of grey v / 65535; of 16 bits of colour Pillow keeps the upper 8.  EXIF's orientation is applied.
+    An alpha channel, or a transparent colour, must be opaque throughout: what a transparent pixel shows depends on what
+    lies behind it, so such an image is refused.
 
     The images come in a random order that a fixed seed decides, the same at each call as long as no file is added or
     removed: the first so many of them are a sample of all classes.
@@ -90,7 +91,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 def _read(files: list[tuple[Path, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels, in the order that the seed decides."""
     order = torch.randperm(len(files), generator=generator(_SEED, "folder"))
-    images = np.empty(0, np.float32)
+    images: Any = np.empty(0, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about oddities of a file that it can read all the same
         for (path, _), place in zip(files, order.argsort().tolist(), strict=True):

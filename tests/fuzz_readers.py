@@ -7,15 +7,12 @@ The suite feeds it by Hypothesis (`test_readers.py`).  By hand, guided by covera
 
 import contextlib
 import functools
-import gzip
 import hashlib
 import io
-import json
 import os
 import pickle
 import struct
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -25,11 +22,18 @@ FUZZED_ALONE = __name__ == "__main__" and sys.argv[1:] != []
 if FUZZED_ALONE:
     import atheris
 
-    watch = atheris.instrument_imports(include=["robustkern", "yaml", "PIL", "tarfile", "gzip", "pickletools", "json"])
+    watch = atheris.instrument_imports(
+        include=["robustkern", "yaml", "PIL", "tarfile", "gzip", "pickletools", "json", "zipfile"]
+    )
 else:
     watch = contextlib.nullcontext()
 
 with watch:
+    import gzip
+    import json
+    import tarfile
+    import zipfile
+
     import PIL.Image
     import torch
     import yaml  # noqa: F401
@@ -92,8 +96,6 @@ def pickled(content: bytes) -> None:
 
 
 def zipped(content: bytes) -> bytes:
-    import zipfile
-
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(state().to_bytes())) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
@@ -181,8 +183,6 @@ def seeds(reader: str) -> list[bytes]:
     facts = {"format": 3, "step": 1, "epoch": 0, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest(),
              "fingerprint": "", "config": settings, "torch": "2"}  # fmt: skip
     row = {"epoch": 1, "step": 1, "orientation": 0.5, "smoothness": 0.0}
-    import zipfile
-
     with zipfile.ZipFile(io.BytesIO(whole)) as opened:
         (inner,) = (opened.read(name) for name in opened.namelist() if name.endswith("data.pkl"))
     measures = {

@@ -42,7 +42,7 @@ from robustkern.training import (
     teacher_recipe,
     train,
 )
-from robustkern.training.files import write_atomically
+from robustkern.training.files import refuse_foreign, write_atomically
 from robustkern.training.weights import load_model_for, read_tensors
 
 from . import results
@@ -56,6 +56,7 @@ _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, se
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
 _TERMS = ("epoch", "orientation", "smoothness")  # of a row of metrics, for the figures
+_PARTS = ("models", "judges", "measures", "study.json", "report.html", "tables.md", "figures")
 _NAMES = (*MEASURES, _CURVE)
 _MOST_PLAN, _MOST_METRICS = 1 << 16, 64 << 20  # bytes
 
@@ -144,6 +145,7 @@ def run(
     for entry in entries:
         if entry.source:  # before anything is trained
             load_given(entry.source, test)
+    refuse_foreign(folder, _PARTS, "a study", marker="plan.json")
     folder.mkdir(parents=True, exist_ok=True)
     _claim(plan, folder)
     # Seed by seed, so that a study that was stopped has something of everything.

@@ -8,10 +8,12 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+
+from robustkern._text import brief
 
 from .errors import TrainingError, UsageError
 
@@ -62,6 +64,23 @@ def sync_directory(folder: Path) -> None:
 def names_in(folder: Path) -> list[str]:
     """What lies in a folder beside the lock and temporary files of ours, which may be left of a process that died."""
     return sorted(path.name for path in folder.iterdir() if path.name != _LOCK and not _STALE.fullmatch(path.name))
+
+
+def refuse_foreign(folder: Path, ours: Collection[str], kind: str, marker: str | None = None) -> None:
+    """UsageError if a folder is there and is neither empty nor one that we wrote.
+
+    Args:
+        folder: The folder.
+        ours: Names of what we write into it.
+        kind: What we call such a folder.
+        marker: Where this file is, everything else may be there too.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder")
+    names = names_in(folder) if folder.exists() else []
+    strange = [name for name in names if name not in ours] if marker not in names else []
+    if strange:
+        raise UsageError(f"{folder} is neither empty nor {kind}, it holds {brief(strange[0])}: choose another folder")
 
 
 def remove_stale(folder: Path) -> None:

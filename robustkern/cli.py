@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from robustkern import data as datasets
 from robustkern import models
+from robustkern._text import loosen_streams, plain, terminal
 from robustkern.ops.random_cotangents import LAWS
 from robustkern.training import (
     METHODS,
@@ -226,7 +228,8 @@ def train_command(
                 highlight=False,
                 soft_wrap=True,
             )
-        console.print(f"[green]done[/green]: {result.out}/ holds model.safetensors, metrics.jsonl and the figures")
+        files = f"{terminal(result.out)}/ holds model.safetensors, metrics.jsonl and the figures"
+        console.print(f"[green]done[/green]: {files}", highlight=False, soft_wrap=True)
 
 
 def _assignments(texts: list[str]) -> dict[str, Any]:
@@ -361,9 +364,20 @@ def info() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Errors that a user can do something about become one line on stderr and an exit status."""
+    """Errors that a user can do something about become one line on stderr and an exit status; warnings a line."""
+    rank = os.environ.get("RANK", "0")
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, datasets.DataWarning):
+            shown(message, category, *where, **more)
+        elif rank == "0":
+            print(f"robustkern: {plain(message)}", file=sys.stderr)
+
+    loosen_streams()
     try:
-        yield
+        with warnings.catch_warnings():
+            shown, warnings.showwarning = warnings.showwarning, show
+            yield
     except UsageError as error:
         status, message = WRONG_USE, str(error)
     except (datasets.DataError, TrainingError) as error:
@@ -374,7 +388,6 @@ def _one_line_errors() -> Iterator[None]:
         status, message = FAILED, f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
     else:
         return
-    rank = os.environ.get("RANK", "0")
     if rank == "0" or status == FAILED:  # of what is the same for all processes, the first one tells
-        print(f"robustkern: {message}", file=sys.stderr)
+        print(f"robustkern: {plain(message)}", file=sys.stderr)
     raise typer.Exit(status)

@@ -254,10 +254,10 @@ def test_a_stored_image_outside_the_ball_is_flagged(model, digits, tmp_path, mon
     save = safetensors.torch.save
     blank = int((report.x[0].flatten() == 0).nonzero()[0])  # a pixel of the margin, which no class depends on
 
-    def tampered(tensors):
+    def tampered(tensors, metadata):
         image = tensors[moved].clone()
         image[0].view(-1)[blank] = 0.25
-        return save({**tensors, moved: image})
+        return save({**tensors, moved: image}, metadata)
 
     monkeypatch.setattr(safetensors.torch, "save", tampered)
     monkeypatch.setattr(module, "figure", lambda *args: None)
@@ -352,7 +352,24 @@ def test_a_model_of_another_number_of_classes_is_refused(model, digits):
         evaluate(narrow, digits, Settings(EPS, samples=5, attacks=("pgd",)))
 
 
-def test_a_report_is_written_whole_or_not_at_all(model, digits, tmp_path, monkeypatch):
+def test_images_of_another_evaluation_are_flagged(model, digits, tmp_path, monkeypatch):
+    """Accuracies and balls may agree by chance; the identity does not."""
+    from robustkern.evaluation import report as module
+
+    settings = Settings(EPS, samples=10, attacks=("pgd",), pgd_steps=1, check_samples=5)
+    reports = [evaluate(model, digits, settings) for _ in range(2)]
+    monkeypatch.setattr(module, "figure", lambda *args: None)
+    write_report(reports[0], model, tmp_path, {})
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["identity"] == reports[0].identity and written["finished"] is True
+    monkeypatch.setattr(module, "_write_adversaries", lambda report, out: None)  # another process was quicker
+    write_report(reports[1], model, tmp_path, {})
+    first, second = (report.checks[-1] for report in reports)
+    assert first.passed and not second.passed
+    assert second.finding == f"the file belongs to another evaluation, {reports[0].identity}"
+
+
+def test_no_trouble_with_a_picture_costs_the_numbers(model, digits, tmp_path, monkeypatch):
     from robustkern.evaluation import report as module
 
     report = evaluate(model, digits, Settings(EPS, samples=10, attacks=("pgd",), pgd_steps=1, check_samples=5))
@@ -363,7 +380,8 @@ def test_a_report_is_written_whole_or_not_at_all(model, digits, tmp_path, monkey
     monkeypatch.setattr(module, "figure", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(report, model, tmp_path, {})
-    assert not (tmp_path / "evaluation.json").exists()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["worst"] == report.worst.to_dict()
+    assert (tmp_path / "adversaries.safetensors").exists()
 
 
 def test_classes_without_images_are_neither_weakest_nor_drawn(model, digits, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ A file is: two zero bytes, a type code (8 for unsigned bytes), the number of dim
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -14,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from robustkern._files import read_bytes
+
 from .dataset import DataError, Dataset
 
 _UNSIGNED_BYTE = 0x08
+_MOST_BYTES = 256 << 20  # unpacked; MNIST's have 47 MB
 _SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
            "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 
@@ -29,23 +34,29 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         dimensions: How many dimensions it must have.
 
     Raises:
-        DataError: The file is not such an IDX file, or is truncated.
+        DataError: The file is not such an IDX file, is truncated, or would hold more than 256 MiB.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, _MOST_BYTES)
         if path.suffix == ".gz":
-            content = gzip.decompress(content)
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:  # a few bytes may unpack to any number of them
+                content = file.read(_MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read, truncated or not gzip ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read, truncated or not gzip ({reason})") from error
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
         raise DataError(
             f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions (begins with {content[:4].hex()})"
         )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + math.prod(shape)
+    if max(expected, len(content)) > _MOST_BYTES:
+        raise DataError(f"{path}: more than the {_MOST_BYTES} bytes that such a file may have")
     if len(content) != expected:
         raise DataError(f"{path}: {len(content)} bytes where its header promises {expected}: truncated or corrupt")
+    if not math.prod(shape):
+        raise DataError(f"{path}: holds nothing, its header says {' x '.join(map(str, shape))}")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,7 @@ class Report:
         adversaries: For each attack, its adversarial images.  [N, C, H, W]
         x: The clean images.
         y: Their labels.
+        identity: Of this evaluation, in each of its files: files of two evaluations can be told apart.
     """
 
     settings: Settings
@@ -124,6 +126,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     adversaries: dict[str, Tensor] = field(default_factory=dict)
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def sound(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkern._text import brief
 from robustkern.attacks import APGD, PGD, attacked
 from robustkern.data import Dataset
 
@@ -35,6 +36,7 @@ def evaluate(
     *,
     device: str = "cpu",
     on_stage: Callable[[str, int, int], None] | None = None,
+    on_attack: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measure a classifier's robustness, and whether the measurement can be believed.
 
@@ -46,6 +48,7 @@ def evaluate(
         settings: What is measured.
         device: Where the model is.
         on_stage: Called with the name of what is being measured, and how many of how many samples are done.
+        on_attack: Called with the report so far whenever an attack is finished.
 
     Raises:
         MissingPackage: AutoAttack is asked for and pyautoattack is not installed.
@@ -77,7 +80,9 @@ def evaluate(
             standing = right & ~fooled
             survivors &= standing
             report.attacks.append(Accuracy(name, int(standing.sum()), len(x), time.perf_counter() - started))
-    report.worst = Accuracy("worst case", int(survivors.sum()), len(x)) if report.attacks else None
+            report.worst = Accuracy("worst case", int(survivors.sum()), len(x))
+            if on_attack is not None:
+                on_attack(report)
     for label, name in enumerate(data.classes):
         members = y == label
         count = int(members.sum())
@@ -101,14 +106,19 @@ def evaluate(
     return report
 
 
-def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor]) -> Check:
-    """The stored images must give the accuracies that were reported, and be in the ball around each other.
+def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor], identity: str | None = None) -> Check:
+    """The stored images must be of this evaluation, give its accuracies, and be in the ball around the clean ones.
 
     Args:
         report: What was found.
         model: The model it was found on.
         stored: What `adversaries.safetensors` holds: "clean", "labels", and for each attack its adversarial images.
+        identity: What its metadata call the evaluation that it belongs to; None: the same.
     """
+    if identity not in (None, report.identity):
+        return Check("reproduced from file", False, f"the file belongs to another evaluation, {brief(identity)}")
+    if missing := {"clean", "labels", *(attack.name for attack in report.attacks)} - set(stored):
+        return Check("reproduced from file", False, f"the file has no {min(missing)}")
     stored = {name: tensor.to(report.x.device) for name, tensor in stored.items()}
     x, y = stored.pop("clean"), stored.pop("labels")
     right = _correct(model, x, y, report.settings.batch_size)

@@ -131,7 +131,7 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
         color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
         radii = [point["eps"] for point in points]
         axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, linestyle=style, marker="o", markersize=3,
-                  label=name)  # fmt: skip
+                  label=f" {name}" if name.startswith("_") else name)  # fmt: skip
         axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
                           alpha=0.12, linewidth=0)  # fmt: skip
     axes.set_xlabel("radius of the ℓ∞ ball")

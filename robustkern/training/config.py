@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from robustkern._text import brief
+
 from .errors import UsageError
-from .yaml_files import dump_yaml, load_yaml
+from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
@@ -162,24 +164,31 @@ def parse_settings(text: str) -> dict[str, Any]:
     _require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
     unknown = sorted(str(name) for name in set(values) - set(fields))
-    _require(not unknown, f"unknown setting {', '.join(unknown)}")
+    _require(not unknown, f"unknown setting {brief(', '.join(unknown))}")
     for name, value in values.items():
         kind = str(fields[name].type)
         if kind == "float" and isinstance(value, str):
             values[name] = value = parse_fraction(value)
         fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
-        _require(fits, f"{name} must be {kind}, got {value!r}")
+        fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
+        _require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
     if "milestones" in values:
-        numbers = all(isinstance(epoch, int) and not isinstance(epoch, bool) for epoch in values["milestones"])
-        _require(numbers, f"milestones must be a list of epochs, got {values['milestones']!r}")
+        numbers = all(type(epoch) is int and abs(epoch) < 1 << 63 for epoch in values["milestones"])
+        _require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
         values["milestones"] = tuple(values["milestones"])
+    options = values.get("options", {})
+    for name, value in options.items():
+        plain = isinstance(name, str) and (value is None or type(value) in (str, int, float, bool))
+        _require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
     return values
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """`parse_settings` of a file; errors name it."""
     try:
-        return parse_settings(Path(path).read_text())
+        # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
+        with open(path, "rb") as file:
+            return parse_settings(file.read(4 * MOST_BYTES + 1).decode())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, UsageError) as error:
@@ -192,7 +201,7 @@ def parse_fraction(text: str) -> float:
     try:
         return float(numerator) / float(denominator) if slash else float(numerator)
     except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
+        raise UsageError(f"{brief(repr(text))} is neither a number nor a fraction such as 8/255") from None
 
 
 def _require(condition: bool, message: str) -> None:

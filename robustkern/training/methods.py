@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustkern import Terms, losses
+from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.data import Dataset
 from robustkern.losses.projected_penalty import ProjectedPenalty
@@ -21,7 +22,7 @@ from robustkern.ops.random_cotangents import LAWS
 
 from .config import parse_fraction
 from .errors import UsageError
-from .weights import load_model
+from .weights import load_model, load_model_for
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
 Attack = FGSM | NFGSM | PGD
@@ -51,7 +52,7 @@ class Method:
 
     def complete(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """All options, the missing ones from the defaults; unknown names and wrong types are refused."""
-        unknown = sorted(set(options) - set(self.options))
+        unknown = sorted(map(brief, set(options) - set(self.options)))
         if unknown:
             known = ", ".join(self.options) or "none"
             raise UsageError(f"method {name} has no option {unknown[0]} (it has: {known})")
@@ -62,7 +63,9 @@ class Method:
                 completed[option] = _converted(value, type(default))
             except (TypeError, UsageError) as error:
                 kind = _KINDS[type(default)]
-                raise UsageError(f"option {option} of method {name} must be {kind}, got {value!r}") from error
+                raise UsageError(
+                    f"option {option} of method {name} must be {kind}, got {brief(repr(value))}"
+                ) from error
         return completed
 
 
@@ -98,17 +101,7 @@ def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) ->
 
 
 def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
-    description = load_model(teacher)[1]
-    shape, classes = tuple(description["in_shape"]), tuple(description["classes"])
-    _require(
-        shape == data.in_shape and classes == data.classes,
-        f"teacher {teacher} was trained on images {list(shape)} of {_names(classes)}, {data.name} has "
-        f"{list(data.in_shape)} of {_names(data.classes)}",
-    )
-
-
-def _names(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} classes ({', '.join(classes[:3])}, ...)"
+    load_model_for(teacher, data)
 
 
 def _gradient_penalty(

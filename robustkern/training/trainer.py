@@ -23,21 +23,24 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern import models
+from robustkern._files import read_bytes
+from robustkern._text import brief
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
-from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
+from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, manifests, save_checkpoint
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
-from .files import RunLock, remove_stale, write_atomically
+from .files import RunLock, names_in, remove_stale, write_atomically
 from .judge import Judge, split
 from .methods import METHODS, build_loss, check_options
 from .observer import Observer
 from .signals import StopOnSignal
 from .step import Stepper
 from .weights import save_weights
+from .yaml_files import MOST_BYTES
 
 _SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
 
@@ -80,7 +83,7 @@ def train(
 
     Args:
         config: What to train.
-        out: The run directory; made if missing. Only the first process's counts.
+        out: The run directory, empty or a run to go on with; made if missing. Only the first process's counts.
         root: Where the files of the data set are, on each machine.
         resume: Go on with the run in `out`, which must have the same configuration. Without one there, start. The
             number of processes may be another one.
@@ -89,7 +92,8 @@ def train(
         draw: Write `curves.png` and `gradients.png` as well.
 
     Raises:
-        UsageError: The configuration makes no sense, differs from the run's, or another process works in `out`.
+        UsageError: The configuration makes no sense, differs from the run's or from its checkpoints', `out` is neither
+            empty nor a run, or another process works in it.
         DataError: The data set is missing or damaged.
         TrainingError: Losses stay non-finite, nothing can be saved, or another process of the run ended.
         Interrupted: SIGINT or SIGTERM, sent to any of the processes; the state was saved.
@@ -112,9 +116,10 @@ def train(
             if out.exists() and not out.is_dir():
                 raise UsageError(f"{out} is a file, not a folder")
             out.mkdir(parents=True, exist_ok=True)
+            _check_claim(config, out, resume)  # nothing is written into the folder of somebody else
             lock.enter_context(RunLock(out))
+            _check_claim(config, out, resume)  # another process may have been quicker
             remove_stale(out)
-            _check_claim(config, out, resume)
 
         def load() -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset]:
             train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
@@ -142,15 +147,27 @@ def train(
 def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
     """Refuse a folder whose run is not the one to be started or resumed."""
     path = out / "config.yaml"
-    if (out / "config.json").exists() and not path.exists():
-        raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
-    if not path.exists():
+    names = names_in(out)
+    if path.name not in names:
+        if "config.json" in names:
+            raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
+        if manifests(out):
+            raise UsageError(
+                f"{out} holds checkpoints, but not their config.yaml: put it back, or choose another --out"
+            )
+        if names:
+            raise UsageError(f"{out} is neither empty nor a run, it holds {brief(names[0])}: choose another --out")
         return
     if not resume:
         raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
-    changed = _completed(read_config(out)).differences(_completed(config))
-    if changed:
+    if changed := _differences(read_config(out), config):
         raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
+    if not manifests(out) and (weights := [name for name in names if name.endswith(".safetensors")]):
+        raise UsageError(f"{out} holds {weights[0]}, but no checkpoint to go on from: choose another --out")
+
+
+def _differences(written: TrainingConfig, config: TrainingConfig) -> list[str]:
+    return _completed(written).differences(_completed(config))
 
 
 def batches(count: int, size: int) -> list[tuple[int, int]]:
@@ -197,8 +214,10 @@ def read_config(out: str | Path) -> TrainingConfig:
     """The configuration of a run directory."""
     path = Path(out) / "config.yaml"
     try:
-        return TrainingConfig.from_yaml(path.read_text())
-    except (OSError, UnicodeDecodeError, UsageError) as error:
+        return TrainingConfig.from_yaml(read_bytes(path, 4 * MOST_BYTES).decode())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, UsageError) as error:
         raise UsageError(f"{path}: {error}") from error
 
 
@@ -241,7 +260,11 @@ class _Run:
         average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = TrainState(progress, self.model, optimizer, average)
         self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
-        for problem in group.on_main(lambda: load_latest(out, self.state, self.fingerprint)):
+
+        def restore() -> list[str]:
+            return load_latest(out, self.state, self.fingerprint, lambda written: _differences(written, config))
+
+        for problem in group.on_main(restore):
             observer.on_message(f"{problem}; going back to the one before it")
         if group.size > 1:
             content = group.broadcast(self.state.to_bytes() if group.main else b"")
@@ -376,7 +399,7 @@ class _Run:
             raise Interrupted(f"stopped by {name} after step {self.progress.step}")
 
     def _save(self) -> None:
-        self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint) and None)
+        self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint, self.config) and None)
 
     def _save_weights(self) -> None:
         description = {

@@ -85,7 +85,7 @@ def test_the_command_refuses_in_one_line(run, tmp_path, monkeypatch):
         ((tmp_path / "nothing",), 1, "no such file"),
         ((folder, "--data", "digits-28"), 2, "takes images"),
         ((folder, "--attacks", "magic"), 2, "no attack 'magic'"),
-        ((folder, "--eps", "0"), 2, "eps must be positive"),
+        ((folder, "--eps", "0"), 2, "'--eps': must be a number in (0, inf), got '0'"),
     ):
         done = command(*arguments)
         assert done.exit_code == status and message in done.output + done.stderr, (arguments, done.output)

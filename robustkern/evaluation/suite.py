@@ -156,7 +156,7 @@ def _attacks(settings: Settings, classes: int) -> Iterator[tuple[str, Attack]]:
     eps, norm, seed = settings.eps, settings.norm, settings.seed
 
     def starts(x: Tensor, stream: int) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed(seed * 1000 + stream)
+        return torch.Generator(x.device).manual_seed((seed * 1000 + stream) % 2**63)
 
     if "pgd" in settings.attacks:
         pgd = PGD(

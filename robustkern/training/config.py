@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from robustkern._arguments import RADII, SEEDS, THREADS, Range, counts, shown
 from robustkern._text import brief
 
 from .errors import UsageError
@@ -16,6 +17,26 @@ from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
 WATCHES = ("warn", "stop", "off")
+RANGES = {
+    "eps": RADII,
+    "epochs": counts(),
+    "batch_size": counts(),
+    "lr": Range(0, open="()"),
+    "weight_decay": Range(0),
+    "gamma": Range(0, 1, open="("),
+    "ramp": Range(0, 1, open=""),
+    "clip": Range(0),
+    "ema": Range(0, 1),
+    "seed": SEEDS,
+    "threads": THREADS,
+    "train_samples": counts(0),
+    "validation": Range(0),
+    "eval_samples": counts(0),
+    "eval_every": counts(),
+    "pgd_steps": counts(),
+    "checkpoint_every": counts(0),
+    "max_skipped": counts(0),
+}
 
 
 @dataclass(frozen=True)
@@ -97,17 +118,11 @@ class TrainingConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "pgd_steps", "eval_every", "threads"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("train_samples", "eval_samples", "checkpoint_every", "max_skipped", "weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(0 < self.lr < float("inf"), f"lr must be positive, got {self.lr}")
-        _require(0 < self.eps <= 1, f"eps must be in (0, 1], got {self.eps}: images are in [0, 1], write 8/255")
-        _require(0 <= self.ramp <= 1, f"ramp is a share of the training, 0 to 1, got {self.ramp}")
-        _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
-        _require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
-        valid = self.validation >= 0 and (self.validation < 1 or self.validation == int(self.validation))
-        _require(valid, f"validation must be a share below 1 or a number of samples, got {self.validation}")
+        for name, valid in RANGES.items():
+            value = getattr(self, name)
+            _require(value in valid, f"{name} must be {valid}, got {shown(value)}")
+        whole = self.validation < 1 or self.validation == int(self.validation)
+        _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
         bounds = (0, *self.milestones, self.epochs)

@@ -1,0 +1,98 @@
+"""Values and errors of the command line: a value is checked when it is read, and what is wrong is one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from robustkern._arguments import Range, shown
+from robustkern._text import plain
+from robustkern.training import UsageError
+from robustkern.training.config import parse_fraction
+
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer has click's inside, or takes the package
+
+
+class OneLineErrors(TyperGroup):
+    """Commands whose wrong use is one line on stderr that names the option, and exit status 2."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        if not extra.get("standalone_mode", True):
+            return super().main(*args, **extra)
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
+                error.show()
+            else:
+                print(f"robustkern: {plain(' '.join(error.format_message().split()))}", file=sys.stderr)
+            status = error.exit_code
+        sys.exit(status or 0)
+
+
+def number(valid: Range) -> Callable[[Any], Any]:
+    """Reads a number, or a fraction such as 8/255, of a range."""
+
+    def read(value: Any) -> Any:
+        try:
+            found = int(str(value)) if valid.integer else parse_fraction(str(value))
+        except (ValueError, UsageError):
+            found = None
+        if found not in valid:
+            raise typer.BadParameter(f"must be {valid}, got {shown(value)}")
+        return found
+
+    return read
+
+
+def text(value: Any) -> str:
+    """Reads a text that is not empty."""
+    if not str(value).strip() or "\0" in str(value):
+        raise typer.BadParameter(f"must be a text that is not empty, got {shown(value)}")
+    return str(value)
+
+
+def path(value: Any) -> Path:
+    """Reads a path that is not empty: an empty one would be the working directory."""
+    return Path(text(value))
+
+
+def one_of(*choices: str) -> Callable[[Any], str]:
+    """Reads one of some texts."""
+
+    def read(value: Any) -> str:
+        if value not in choices:
+            raise typer.BadParameter(f"must be one of {', '.join(choices)}, got {shown(value)}")
+        return str(value)
+
+    return read
+
+
+def names(value: Any) -> str:
+    """Reads names with commas, none of them empty."""
+    if not all(part.strip() for part in text(value).split(",")):
+        raise typer.BadParameter(f"must be names with commas, got {shown(value)}")
+    return str(value)
+
+
+def assignment(value: Any) -> str:
+    """Reads NAME=VALUE."""
+    name, sign, given = text(value).partition("=")
+    if not (name.strip() and sign and given.strip()):
+        raise typer.BadParameter(f"must be of the form NAME=VALUE, got {shown(value)}")
+    return str(value)
+
+
+def epochs(value: Any) -> Any:
+    """Reads epochs with commas: 100,150."""
+    if isinstance(value, tuple):
+        return value
+    try:
+        return tuple(int(epoch) for epoch in text(value).split(","))
+    except ValueError:
+        raise typer.BadParameter(f"must be epochs with commas such as 100,150, got {shown(value)}") from None

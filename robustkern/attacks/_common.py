@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -52,6 +53,12 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def box_diameter(norm: str, shape: Sequence[int]) -> float:
+    """How far two images of a shape, with values in [0, 1], can be apart."""
+    entries = math.prod(shape)
+    return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries)}[norm]
+
+
 def check_batch(
     name: str,
     model: Model,
@@ -79,8 +86,7 @@ def check_batch(
                 f"{name}: indices must be {list(y.shape)} int64 on {x.device} like x, got {list(indices.shape)} "
                 f"{str(indices.dtype).removeprefix('torch.')} on {indices.device}"
             )
-    entries = x.shape[1:].numel()
-    widest = {"linf": 1.0, "l2": entries**0.5, "l1": float(entries)}[norm]
+    widest = box_diameter(norm, x.shape[1:])
     if norm != "linf" and float(eps) > widest * (1 + 1e-6):
         raise ValueError(
             f"{name}: eps must be at most {widest:g}, the {norm} diameter of the box of {list(x.shape[1:])} images in "

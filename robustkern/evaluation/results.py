@@ -112,6 +112,7 @@ class Report:
         steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
             constant is what an attack found: a lower bound.
         checks: Reasons to doubt the accuracies, sought.
+        unchecked: Why there was nothing to check, if there was not.
         warnings: What the attacks' packages warned of.
         adversaries: For each attack, its adversarial images.  [N, C, H, W]
         x: The clean images.
@@ -130,11 +131,12 @@ class Report:
     curve: list[dict[str, float]] = field(default_factory=list)
     steepness: dict[str, dict[str, float | None]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    unchecked: str = ""
     warnings: list[str] = field(default_factory=list)
     adversaries: dict[str, Tensor] = field(default_factory=dict)
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def sound(self) -> bool:
-        """Whether no check found a reason to doubt the accuracies."""
-        return all(check.passed for check in self.checks)
+        """Whether the accuracies were checked, and no check found a reason to doubt them."""
+        return not self.unchecked and all(check.passed for check in self.checks)

@@ -113,7 +113,7 @@ def perturbations(
     for name, network in networks.items():
         device = next(network.parameters()).device
         goal = (y + 1) % data.num_classes if targeted else y
-        attack = PGD(eps, steps=40, random_start=False, targeted=targeted)
+        attack = PGD(min(eps, 1.0), steps=40, random_start=False, targeted=targeted)
         rows[name] = _mosaic(attack(network, x.to(device), goal.to(device)).cpu(), len(x))
     _panels(path, rows, 2, f"attacked with ε = {eps_text(eps)}\n{_classes(data)}")
 

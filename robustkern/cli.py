@@ -472,7 +472,7 @@ def _one_line_errors() -> Iterator[None]:
     except Interrupted as error:
         status, message = STOPPED, str(error)
     except OSError as error:
-        status, message = FAILED, f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+        status, message = FAILED, f"{error.filename2 or error.filename or ''}: {error.strerror or error}".lstrip(": ")
     else:
         return
     if rank == "0" or status == FAILED:  # of what is the same for all processes, the first one tells

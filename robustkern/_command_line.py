@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from robustkern._arguments import Range, shown
-from robustkern._text import plain
+from robustkern._text import brief
 from robustkern.training import UsageError
 from robustkern.training.config import parse_fraction
 
@@ -30,9 +30,14 @@ class OneLineErrors(TyperGroup):
             if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
                 error.show()
             else:
-                print(f"robustkern: {plain(' '.join(error.format_message().split()))}", file=sys.stderr)
+                print_error(" ".join(error.format_message().split()))
             status = error.exit_code
         sys.exit(status or 0)
+
+
+def print_error(sentence: str) -> None:
+    """On stderr, on one line, whatever it quotes."""
+    print(f"robustkern: {brief(sentence, 1000)}", file=sys.stderr)
 
 
 def number(valid: Range) -> Callable[[Any], Any]:

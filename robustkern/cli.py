@@ -21,7 +21,7 @@ from rich.console import Console
 from robustkern import data as datasets
 from robustkern import models
 from robustkern._arguments import SEEDS, THREADS, Range, counts
-from robustkern._command_line import OneLineErrors, assignment, names, number, one_of, path, text
+from robustkern._command_line import OneLineErrors, assignment, names, number, one_of, path, print_error, text
 from robustkern._command_line import epochs as epochs_of
 from robustkern._text import loosen_streams, plain, terminal
 from robustkern.evaluation.results import RANGES as EVALUATED
@@ -396,6 +396,8 @@ def evaluate_command(
             attacks=tuple(name.strip() for name in attacks.split(",") if name.strip()),
         )  # fmt: skip
     if strict and not report.sound:
+        failed = ", ".join(check.name for check in report.checks if not check.passed)
+        print_error(f"--strict: {report.unchecked or f'not to be trusted: {failed}'}")
         raise typer.Exit(FAILED)
 
 
@@ -476,5 +478,5 @@ def _one_line_errors() -> Iterator[None]:
     else:
         return
     if rank == "0" or status == FAILED:  # of what is the same for all processes, the first one tells
-        print(f"robustkern: {plain(message)}", file=sys.stderr)
+        print_error(message)
     raise typer.Exit(status)

@@ -244,7 +244,7 @@ def fault_of(result: typing.Any, words: list[str], place: Path, before: dict[str
     lines = [line for line in sentence.split("\n") if line.startswith("robustkern: ")]
     if len(lines) != 1 or sentence.split("\n")[-1] != lines[0]:
         return f"not one line: {sentence[:500]!r}"
-    if len(lines[0]) > 700:
+    if len(lines[0]) > 1100:
         return f"{len(lines[0])} characters: {lines[0][:300]!r}"
     return None if _names_something(lines[0], words) else f"names no argument: {lines[0]!r}"
 
@@ -269,7 +269,8 @@ def _names_something(line: str, words: list[str]) -> bool:
     known |= {"run", "model", "batch", "command", "argument", "option", "teacher", "learnt", "config.yaml"}
     if any(re.search(rf"\b{re.escape(name.replace('_', ' '))}\b", plain) for name in known):
         return True
-    return any(len(word) > 2 and word.strip("-") in line for word in words)
+    given = [part for word in words for part in (word, word.partition("=")[2])]
+    return any(len(word) > 2 and word.strip("-") in line for word in given)
 
 
 def snapshot(place: Path) -> dict[str, bytes]:

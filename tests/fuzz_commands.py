@@ -253,8 +253,8 @@ def _undone(result: typing.Any, words: list[str], place: Path, before: dict[str,
     if "--help" in words or words[0] not in DONE:
         return None if result.stdout.strip() else "nothing was printed"
     again = "--resume" in words  # what is done already stays as it is
-    written = {path: before.get(str(path.relative_to(place))) for path in place.rglob(DONE[words[0]])}
-    made = [path for path, content in written.items() if again or content != path.read_bytes()]
+    found = [path for path in place.rglob(DONE[words[0]]) if path.is_file()]
+    made = [path for path in found if again or before.get(str(path.relative_to(place))) != path.read_bytes()]
     if not made:
         return f"exit code 0 without {DONE[words[0]]}"
     for path in made:

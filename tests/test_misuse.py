@@ -235,9 +235,20 @@ def test_any_callable_is_a_model(name, kind):
     torch.testing.assert_close(result(EVERY[name](), model, x, y), result(EVERY[name](), net, x, y))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_part_leaves_the_others_their_eval_mode():
+    from robustkern.attacks import attacked
+
+    x, _ = batch()
+    exported = torch.export.export(nn.Flatten().eval(), (x,)).module()
+    model = nn.Sequential(exported, nn.Linear(48, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Dropout()), nn.Linear(8, 5))
+    with attacked(model):
+        assert not any(module.training for module in model[1:].modules())
+    assert all(module.training for module in model[1:].modules())
+
+
 @over_losses
-@pytest.mark.parametrize("function", [False, True])
-def test_a_function_of_a_network_is_trained_as_the_network_is(name, function):
+def test_a_function_of_a_network_is_trained_as_the_network_is(name):
     (x, y), net = batch(), network()
     if name in (*ONLY_MODULES, "CrossLipschitz of a part"):
         return

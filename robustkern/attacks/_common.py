@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,14 +26,13 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     Every module's mode, every parameter's requires_grad and every buffer is put back on the way out, whatever happened
     inside.  A function that is no `nn.Module` is called as it is, and so is an exported program, which has one mode.
     """
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    modes = [(module, module.training) for module in module.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    seen = model if isinstance(model, nn.Module) else nn.Module()
+    modes = [(module, module.training) for module in seen.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in seen.parameters()]
     with torch.no_grad():
-        buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in module.buffers()]
+        buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in seen.buffers()]
     try:
-        with suppress(NotImplementedError):  # of what torch.export made
-            module.eval()
+        _evaluating(seen)
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
@@ -47,6 +46,14 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
             for buffer, version, value in buffers:
                 if version is None or _version(buffer) != version:
                     buffer.copy_(value)
+
+
+def _evaluating(module: nn.Module) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:  # of what torch.export made, which may be a part of the model
+        for child in module.children():
+            _evaluating(child)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -95,17 +102,15 @@ def check_batch(
     x, y = x.detach(), y.detach()
     largest = None
     if x.numel() and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        # At once: a GPU is waited for.
-        ends = torch.stack([end.double() for end in (*torch.aminmax(x), *torch.aminmax(y))])
-        low, high, least, largest = ends.tolist()
+        low, high = (float(end) for end in torch.aminmax(x))
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(
                 f"{name}: x must be in [0, 1], got values from {low:.9g} to {high:.9g}; clamp what rounding left "
                 "outside, and put the normalisation into the model (robustkern.models.Normalize), so that eps is in "
                 "units of the image"
             )
-        check_least(name, int(least))
-        largest = int(largest)
+        least, largest = (int(end) for end in torch.aminmax(y))
+        check_least(name, least)
 
     # DistributedDataParallel itself would wait for parameter gradients that never come.
     bare = model.module if isinstance(model, DistributedDataParallel) else model

@@ -77,7 +77,8 @@ class Progress:
         _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
         rows = isinstance(self.rows, list) and all(_is_row(row) and set(row) >= _COLUMNS for row in self.rows)
         _require(rows and len(self.rows) == self.epoch, "rows")
-        _require(self.best is None or (isinstance(self.best, dict) and set(self.best) >= _OF_THE_BEST), "best")
+        best = {name: None if isinstance(value, str) else value for name, value in (self.best or {}).items()}
+        _require(self.best is None or (_is_row(best) and set(best) >= _OF_THE_BEST), "best")
         _require(isinstance(self.ended, bool), "ended")
 
 
@@ -319,6 +320,13 @@ def _check_buffers(state: Any, optimizer: torch.optim.Optimizer) -> None:
     """ValueError unless every tensor of an optimizer's state is of the size of its parameter, or a single number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _require(set(state) == {"state", "param_groups"}, "parts of an optimizer's state")
+    # Shallow: what containers hold may be larger than the file by any factor.
+    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+        for name in set(group) - {"params"}:
+            kinds = (int, float) if type(group[name]) in (int, float) else (type(group[name]),)
+            _require(type(saved[name]) in kinds, f"{name} of the parameters")
+            numbers = saved[name] if isinstance(saved[name], tuple) else ()
+            _require(all(type(number) is float for number in numbers), f"{name} of the parameters")
     for number, buffers in state["state"].items():
         for name, buffer in buffers.items():
             sizes = ((), parameters[number].shape)

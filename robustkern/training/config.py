@@ -106,7 +106,7 @@ class TrainingConfig:
         _require(0 <= self.ramp <= 1, f"ramp is a share of the training, 0 to 1, got {self.ramp}")
         _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         _require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
-        valid = self.validation >= 0 and (self.validation < 1 or self.validation == int(self.validation))
+        valid = self.validation >= 0 and (self.validation < 1 or float(self.validation).is_integer())
         _require(valid, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")

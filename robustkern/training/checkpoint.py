@@ -32,7 +32,7 @@ _FORMAT = 3
 _KEEP = 2  # one that is being written over by nobody, and one more in case it does not verify
 _NAME = re.compile(r"checkpoint-(\d{9})\.json")
 _MOST_MANIFEST = 1 << 17  # bytes; it has a hundredth of that
-_MOST_PICKLE = 64 << 20  # bytes; numbers and names, most of them in the rows of metrics
+_MOST_PICKLE = 8 << 20  # bytes; numbers and names, most of them in the rows of metrics
 # What `torch.save` needs for tensors and containers.
 _HARMLESS = re.compile(r"collections OrderedDict|torch(\._utils _rebuild_tensor_v2| \w+Storage|\.storage \w+Storage)")
 
@@ -290,9 +290,8 @@ def check_archive(content: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        _require(
-            stored and sum(entry.file_size for entry in entries) <= len(content), "entries, larger than they are stored"
-        )
+        fits = sum(entry.file_size for entry in entries) <= len(content)
+        _require(stored and fits, "entries, larger than they are stored")
         (pickled,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
         _require(pickled.file_size <= _MOST_PICKLE, f"numbers and names, more than {_MOST_PICKLE} bytes of them")
         for instruction, argument, _ in pickletools.genops(archive.read(pickled)):

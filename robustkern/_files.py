@@ -6,24 +6,22 @@ import errno
 import json
 import os
 import stat
-from typing import Any
+from typing import IO, Any
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """A file to read from; OSError for a pipe or a device, which may never end."""
+    # Without O_NONBLOCK a pipe that nobody writes to would wait for ever before it could be seen to be one.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return file
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """What a regular file holds.
-
-    Args:
-        path: The file. A pipe or a device, which may never end, is refused.
-        most: Bytes that it may have.
-
-    Raises:
-        OSError: It cannot be read, is larger or no regular file.
-    """
-    # Without O_NONBLOCK a pipe that nobody writes to would wait for ever before it could be seen to be one.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    """What a regular file of at most so many bytes holds; OSError if it cannot be read, is larger or another file."""
+    with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"larger than the {most} bytes that such a file may have", os.fspath(path))

@@ -80,9 +80,10 @@ def literal(figure: Any) -> Iterator[None]:
 
     for text in figure.findobj(Text):
         text.set(parse_math=False, usetex=False, text="\n".join(map(plain, text.get_text().split("\n"))))
-    # Labels of ticks are made while it draws.  Names may have letters that the font lacks: they are drawn as boxes.
+    # Labels of ticks are made while it draws.  Names may have letters that the font lacks, which are drawn as boxes, or
+    # be too long for any layout.
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        warnings.filterwarnings("ignore", "Glyph .* missing from|constrained_layout not applied", UserWarning)
         yield
 
 

@@ -455,11 +455,13 @@ def info() -> None:
 def _one_line_errors() -> Iterator[None]:
     """Errors that a user can do something about become one line on stderr and an exit status; warnings a line."""
     rank = os.environ.get("RANK", "0")
+    told: set[str] = set()  # a study loads its data for every model
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if not issubclass(category, datasets.DataWarning):
             shown(message, category, *where, **more)
-        elif rank == "0":
+        elif rank == "0" and str(message) not in told:
+            told.add(str(message))
             print(f"robustkern: {plain(message)}", file=sys.stderr)
 
     loosen_streams()

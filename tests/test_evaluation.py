@@ -369,6 +369,20 @@ def test_images_of_another_evaluation_are_flagged(model, digits, tmp_path, monke
     assert second.finding == f"the file belongs to another evaluation, {reports[0].identity}"
 
 
+def test_numbers_that_json_lacks_cost_none_of_the_others(digits, tmp_path):
+    class Poisoned(nn.Module):
+        def forward(self, x):
+            logits = 9 * F.one_hot(digits.labels[: len(x)], 10) + 0 * x.sum((1, 2, 3)).unsqueeze(1)
+            return torch.cat([logits[:-1], logits[-1:] * float("nan")])
+
+    report = evaluate(Poisoned(), digits, Settings(EPS, samples=9, attacks=("pgd",), pgd_steps=1, check_samples=9))
+    write_report(report, Poisoned(), tmp_path, {})
+    text = (tmp_path / "evaluation.json").read_text()
+    found = {check["name"]: check for check in json.loads(text)["checks"]}
+    assert "NaN" not in text and "Infinity" not in text
+    assert found["deterministic"]["values"] == {"spread": None} and not found["deterministic"]["passed"]
+
+
 def test_no_trouble_with_a_picture_costs_the_numbers(model, digits, tmp_path, monkeypatch):
     from robustkern.evaluation import report as module
 

@@ -143,9 +143,9 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{label}: not a CIFAR-10 batch: {len(pixels)} images without a list of as many labels")
     for value in labels:
         if type(value) is not int or not 0 <= value < len(CLASSES):
-            raise DataError(
-                f"{label}: not a CIFAR-10 batch: a label must be 0 to {len(CLASSES) - 1}, got {brief(value)}"
-            )
+            # Not what is inside of a container: its text may be larger than the file by any factor.
+            got = brief(value) if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+            raise DataError(f"{label}: not a CIFAR-10 batch: a label must be 0 to {len(CLASSES) - 1}, got {got}")
     return pixels, np.array(labels, dtype=np.uint8)
 
 

@@ -83,8 +83,11 @@ def load_folder(root: Path, split: str) -> Dataset:
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the folders and of everything else in a folder, sorted, without hidden ones."""
-    with os.scandir(folder) as entries:
-        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    try:
+        with os.scandir(folder) as entries:
+            seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}") from error
     return [name for name, is_folder in seen if is_folder], [name for name, is_folder in seen if not is_folder]
 
 
@@ -148,9 +151,9 @@ def _pixels(image: Any, path: Path) -> np.ndarray:
     # The further pictures of a photograph (MPO) are previews and depths, those of an animation are not.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise DataError(f"{path}: an animation of {image.n_frames} pictures")
-    stored = image.tile[0].args if image.tile else ""  # before Pillow made 8 bits of it
+    stored = image.tile[0][3] if image.tile else ""  # before Pillow made 8 bits of it
     transparent = False
-    if image.has_transparency_data:
+    if image.mode.endswith("A") or "transparency" in image.info:
         # Pillow compares a transparent colour with pixels of 8 bits, whatever number of bits it has.
         transparent = "transparency" in image.info and stored in ("L;2", "L;4", "I;16B", "RGB;16B")
         transparent = transparent or image.convert("RGBA").getchannel("A").getextrema()[0] < 255

@@ -23,7 +23,7 @@ from robustkern.training.weights import load_model_for
 
 from .report import FILES, export_state_dict, print_report, write_partial, write_report
 from .results import Report, Settings
-from .suite import MissingPackage, evaluate
+from .suite import MissingPackage, autoattack_package, evaluate
 
 
 def evaluate_run(
@@ -78,6 +78,11 @@ def evaluate_run(
         raise UsageError(
             f"eps must be at most {widest:g}, the {chosen.norm} diameter of the images' box, got {chosen.eps}"
         )
+    if "autoattack" in chosen.attacks:
+        try:
+            autoattack_package()
+        except MissingPackage as error:
+            raise TrainingError(str(error)) from error
     folder = out or (run / "evaluation" if run.is_dir() else run.parent / f"evaluation-{run.stem}")
     source = {"run": str(run), "data": str(name), "model": description["model"], "weights": description["sha256"]}
     model = model.to(device)
@@ -95,8 +100,6 @@ def evaluate_run(
             with _Bar(console) as bar:
                 report = evaluate(model, test, chosen, device=device, on_stage=bar.on_stage, on_attack=keep)
             write_report(report, model, folder, source)
-        except MissingPackage as error:
-            raise TrainingError(str(error)) from error
         except KeyboardInterrupt:
             kept = f"{folder}/ has what was finished ({', '.join(finished)})" if finished else "no attack was finished"
             raise Interrupted("stopped by a signal", f"{kept}; the same command begins anew") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -70,7 +71,16 @@ def _write_adversaries(report: Report, out: Path) -> None:
 
 
 def _write_json(out: Path, values: dict[str, Any]) -> None:
-    write_atomically(out / FILES[0], json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_atomically(out / FILES[0], json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """With null for numbers that JSON lacks: one such, of a model that gives NaN, may not cost the others."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:

@@ -175,8 +175,8 @@ def write_tables(study: Study, to: Path | None = None) -> Path:
     if study.correlations:
         first, *others = _rank_rows(study)
         ranks = [first, ["---", *["---:"] * (len(first) - 1)], *others]
-        lines = "\n".join(f"| {' | '.join(map(in_markdown, row))} |" for row in ranks)
-        parts += [f"## {_RANKS}", _ranks_note(study), lines]
+        table = "\n".join(f"| {' | '.join(map(in_markdown, row))} |" for row in ranks)
+        parts += [f"## {_RANKS}", _ranks_note(study), table]
     path = (to or study.folder) / "tables.md"
     write_atomically(path, "\n\n".join(parts) + "\n")
     return path

@@ -263,9 +263,8 @@ def read_plan(path: Path) -> dict[str, Any]:
     try:
         plan = parse_json(read_bytes(path, _MOST_PLAN))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: {brief(getattr(error, 'strerror', None) or error)}: not the plan of a study"
-        ) from error
+        reason = brief(getattr(error, "strerror", None) or error)
+        raise UsageError(f"{path}: not the plan of a study ({reason})") from error
     if not isinstance(plan, dict):
         raise UsageError(f"{path}: not the plan of a study")
     return plan

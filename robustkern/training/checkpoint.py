@@ -32,7 +32,7 @@ _FORMAT = 3
 _KEEP = 2  # one that is being written over by nobody, and one more in case it does not verify
 _NAME = re.compile(r"checkpoint-(\d{9})\.json")
 _MOST_MANIFEST = 1 << 17  # bytes; it has a hundredth of that
-_MOST_PICKLE = 64 << 20  # bytes; numbers and names, most of them in the rows of metrics
+_MOST_PICKLE = 8 << 20  # bytes; numbers and names, most of them in the rows of metrics
 # What `torch.save` needs for tensors and containers.
 _HARMLESS = re.compile(r"collections OrderedDict|torch(\._utils _rebuild_tensor_v2| \w+Storage|\.storage \w+Storage)")
 
@@ -77,7 +77,8 @@ class Progress:
         _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
         rows = isinstance(self.rows, list) and all(_is_row(row) and set(row) >= _COLUMNS for row in self.rows)
         _require(rows and len(self.rows) == self.epoch, "rows")
-        _require(self.best is None or (isinstance(self.best, dict) and set(self.best) >= _OF_THE_BEST), "best")
+        best = {name: None if isinstance(value, str) else value for name, value in (self.best or {}).items()}
+        _require(self.best is None or (_is_row(best) and set(best) >= _OF_THE_BEST), "best")
         _require(isinstance(self.ended, bool), "ended")
 
 
@@ -289,9 +290,8 @@ def check_archive(content: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        _require(
-            stored and sum(entry.file_size for entry in entries) <= len(content), "entries, larger than they are stored"
-        )
+        fits = sum(entry.file_size for entry in entries) <= len(content)
+        _require(stored and fits, "entries, larger than they are stored")
         (pickled,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
         _require(pickled.file_size <= _MOST_PICKLE, f"numbers and names, more than {_MOST_PICKLE} bytes of them")
         for instruction, argument, _ in pickletools.genops(archive.read(pickled)):
@@ -319,6 +319,13 @@ def _check_buffers(state: Any, optimizer: torch.optim.Optimizer) -> None:
     """ValueError unless every tensor of an optimizer's state is of the size of its parameter, or a single number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _require(set(state) == {"state", "param_groups"}, "parts of an optimizer's state")
+    # Shallow: what containers hold may be larger than the file by any factor.
+    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+        for name in set(group) - {"params"}:
+            kinds = (int, float) if type(group[name]) in (int, float) else (type(group[name]),)
+            _require(type(saved[name]) in kinds, f"{name} of the parameters")
+            numbers = saved[name] if isinstance(saved[name], tuple) else ()
+            _require(all(type(number) is float for number in numbers), f"{name} of the parameters")
     for number, buffers in state["state"].items():
         for name, buffer in buffers.items():
             sizes = ((), parameters[number].shape)

@@ -19,9 +19,7 @@ from .errors import TrainingError, UsageError
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"
 # Of files that we write; the end is `tempfile.mkstemp`'s.
-_STALE = re.compile(
-    r"\.tmp-((config\.yaml|metrics\.jsonl|[\w-]+\.(json|safetensors|png|html|md)|checkpoint-\d{9}\.(pt|json))-)?[a-z0-9_]{8}"
-)
+_STALE = re.compile(r"\.tmp-(probe|[\w-]+\.(yaml|jsonl?|pt|safetensors|png|html|md))-[a-z0-9_]{8}")
 _OWNER = re.compile(rb"\s*\d*\s*")
 
 
@@ -97,7 +95,7 @@ def make_writable(folder: Path) -> None:
         OSError: They cannot.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
+    descriptor, name = tempfile.mkstemp(prefix=f"{_TEMPORARY}probe-", dir=folder)
     os.close(descriptor)
     os.unlink(name)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import models
-from robustkern._files import parse_json
+from robustkern._files import parse_json, read_bytes
 from robustkern._text import brief
 from robustkern.data import Dataset
 
@@ -21,6 +21,7 @@ from .errors import UsageError
 from .files import write_atomically
 
 KEY = "robustkern"  # of our metadata
+_MOST_BYTES = 16 << 30
 
 
 def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -60,7 +61,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         # Without memory of its own: what the file says decides how large it is.
         with torch.device("meta"):
             model = models.create(header["model"], len(header["classes"]), tuple(header["in_shape"]))
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
     if _digest(state) != header.get("sha256"):
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one it was saved with")
@@ -101,14 +102,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: It is none, or cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
-    # PyTorch has no tensors of some shapes that the format can describe.
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        # Not `safe_open`, which takes no names that are not UTF-8.
+        content = read_bytes(path, _MOST_BYTES)
+        tensors = load(content)
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, header.get("__metadata__", {})
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    # PyTorch has no tensors of some types and shapes that the format can describe.
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or not a safetensors file ({brief(error)})") from error
 
 

@@ -114,4 +114,9 @@ def _dumper() -> Any:
     class Dumper(yaml.SafeDumper):
         """Puts quotes around what either version of YAML would take for something else than a text."""
 
+    # Between other quotes PyYAML writes line breaks of Unicode that it does not read again.
+    def text(dumper: Any, value: str) -> Any:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+    Dumper.add_representer(str, text)
     return _resolved(Dumper)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from robustkern._arguments import Range, shown
-from robustkern._text import brief
-from robustkern.training import UsageError
+from robustkern._text import brief, loosen_streams, plain
+from robustkern.data import DataError, DataWarning
+from robustkern.training import Interrupted, TrainingError, UsageError
 from robustkern.training.config import parse_fraction
+
+FAILED, WRONG_USE, STOPPED = 1, 2, 75
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer has click's inside, or takes the package
 
@@ -29,7 +35,7 @@ class OneLineErrors(TyperGroup):
         except _UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
                 error.show()
-            else:
+            elif os.environ.get("RANK", "0") == "0":  # what is the same for all processes, the first one tells
                 print_error(" ".join(error.format_message().split()))
             status = error.exit_code
         sys.exit(status or 0)
@@ -38,6 +44,39 @@ class OneLineErrors(TyperGroup):
 def print_error(sentence: str) -> None:
     """On stderr, on one line, whatever it quotes."""
     print(f"robustkern: {brief(sentence, 1000)}", file=sys.stderr)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that a user can do something about become one line on stderr and an exit status; warnings a line."""
+    rank = os.environ.get("RANK", "0")
+    told: set[str] = set()  # a study loads its data for every model
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, DataWarning):
+            before(message, category, *where, **more)
+        elif rank == "0" and str(message) not in told:
+            told.add(str(message))
+            print(f"robustkern: {plain(message)}", file=sys.stderr)
+
+    loosen_streams()
+    try:
+        with warnings.catch_warnings():
+            before, warnings.showwarning = warnings.showwarning, show
+            yield
+    except UsageError as error:
+        status, message = WRONG_USE, str(error)
+    except (DataError, TrainingError) as error:
+        status, message = FAILED, str(error)
+    except Interrupted as error:
+        status, message = STOPPED, str(error)
+    except OSError as error:
+        status, message = FAILED, f"{error.filename2 or error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    else:
+        return
+    if rank == "0" or status == FAILED:
+        print_error(message)
+    raise typer.Exit(status)
 
 
 def number(valid: Range) -> Callable[[Any], Any]:
@@ -93,7 +132,7 @@ def assignment(value: Any) -> str:
     return str(value)
 
 
-def epochs(value: Any) -> Any:
+def milestone_epochs(value: Any) -> Any:
     """Reads epochs with commas: 100,150."""
     if isinstance(value, tuple):
         return value

@@ -6,12 +6,7 @@ system can start the same command again with `--resume`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,31 +16,26 @@ from rich.console import Console
 from robustkern import data as datasets
 from robustkern import models
 from robustkern._arguments import SEEDS, THREADS, Range, counts
-from robustkern._command_line import OneLineErrors, assignment, names, number, one_of, path, print_error, text
-from robustkern._command_line import epochs as epochs_of
-from robustkern._text import loosen_streams, plain, terminal
+from robustkern._command_line import (
+    FAILED,
+    OneLineErrors,
+    assignment,
+    milestone_epochs,
+    names,
+    number,
+    one_line_errors,
+    one_of,
+    path,
+    print_error,
+    text,
+)
 from robustkern.evaluation.results import RANGES as EVALUATED
 from robustkern.ops.random_cotangents import LAWS
 from robustkern.study.plan import RANGES as PLANNED
-from robustkern.training import (
-    METHODS,
-    Interrupted,
-    Observers,
-    TrainingConfig,
-    TrainingError,
-    UsageError,
-    read_config,
-    read_settings,
-    recipe,
-    train,
-)
+from robustkern.training import METHODS
+from robustkern.training.command import train_run
 from robustkern.training.config import RANGES as SETTINGS
 from robustkern.training.config import SCHEDULES
-from robustkern.training.tensorboard import TensorBoard
-
-from ._progress import TrainingProgress
-
-FAILED, WRONG_USE, STOPPED = 1, 2, 75
 
 app = typer.Typer(
     name="robustkern",
@@ -57,16 +47,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 _DATA_HELP = f"{', '.join(datasets.NAMES)}, or a folder with train/CLASS/*.png and test/CLASS/*.png."
 _ROOT_HELP = "Folder with the data set's files."
 _NAMED_OPTIONS = {"weight", "norm", "projections", "law", "every", "fraction", "label_smoothing"}
 _OTHER_OPTIONS = sorted({name for method in METHODS.values() for name in method.options} - _NAMED_OPTIONS)
 _WHAT, _METHOD, _OPTIMIZATION = "What is trained", "Options of the method", "Optimization"
 _MEASURING, _RUN = "Validation and measuring", "The run"
-
-
-_METHOD_RANGES = {
+_RANGES = {
+    **SETTINGS,
     "weight": Range(0),
     "norm": Range(1, open=""),
     "projections": counts(0, 10**6),
@@ -77,7 +65,9 @@ _METHOD_RANGES = {
 
 
 def _option(help: str, *names: str, panel: str | None = None, read: Any = text, show: bool = False) -> Any:
-    """An option whose values `read` reads; a range is read as a number of it, None stands for a flag."""
+    """An option whose values `read` reads: a function, a range or the name of one in `_RANGES`; None for a flag."""
+    if isinstance(read, str):
+        read = _RANGES[read]
     parser = number(read) if isinstance(read, Range) else read
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=show, parser=parser)
 
@@ -93,9 +83,7 @@ def train_command(
     model: Annotated[str | None, _option(f"{', '.join(models.MODELS)}.", panel=_WHAT)] = None,
     eps: Annotated[
         float | None,
-        _option(
-            "Radius in units of the images: 8/255 or 0.1. Default: per data set.", panel=_WHAT, read=SETTINGS["eps"]
-        ),
+        _option("Radius in units of the images: 8/255 or 0.1. Default: per data set.", panel=_WHAT, read="eps"),
     ] = None,
     config: Annotated[
         Path | None,
@@ -105,9 +93,7 @@ def train_command(
             read=path,
         ),
     ] = None,
-    weight: Annotated[
-        float | None, _option("Weight of the smoothness term.", panel=_METHOD, read=_METHOD_RANGES["weight"])
-    ] = None,
+    weight: Annotated[float | None, _option("Weight of the smoothness term.", panel=_METHOD, read="weight")] = None,
     norm: Annotated[
         float | None,
         _option(
@@ -115,30 +101,24 @@ def train_command(
             "--norm",
             "-p",
             panel=_METHOD,
-            read=_METHOD_RANGES["norm"],
+            read="norm",
         ),
     ] = None,
     projections: Annotated[
         int | None,
         _option(
-            "Random projections of the Jacobian for each sample; 0: its exact norm.",
-            panel=_METHOD,
-            read=_METHOD_RANGES["projections"],
+            "Random projections of the Jacobian for each sample; 0: its exact norm.", panel=_METHOD, read="projections"
         ),
     ] = None,
     law: Annotated[str | None, _option(f"Of the projections: {', '.join(LAWS)}.", panel=_METHOD)] = None,
     every: Annotated[
-        int | None,
-        _option(
-            "Penalise one step of so many, at as many times the weight.", panel=_METHOD, read=_METHOD_RANGES["every"]
-        ),
+        int | None, _option("Penalise one step of so many, at as many times the weight.", panel=_METHOD, read="every")
     ] = None,
     fraction: Annotated[
-        float | None,
-        _option("Penalise the Jacobian of that share of a batch.", panel=_METHOD, read=_METHOD_RANGES["fraction"]),
+        float | None, _option("Penalise the Jacobian of that share of a batch.", panel=_METHOD, read="fraction")
     ] = None,
     label_smoothing: Annotated[
-        float | None, _option("Label smoothing, 0 to 1.", panel=_METHOD, read=_METHOD_RANGES["label_smoothing"])
+        float | None, _option("Label smoothing, 0 to 1.", panel=_METHOD, read="label_smoothing")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -149,44 +129,34 @@ def train_command(
             read=assignment,
         ),
     ] = None,
-    epochs: Annotated[
-        int | None, _option("Passes over the training set.", panel=_OPTIMIZATION, read=SETTINGS["epochs"])
-    ] = None,
+    epochs: Annotated[int | None, _option("Passes over the training set.", panel=_OPTIMIZATION, read="epochs")] = None,
     batch_size: Annotated[
         int | None,
-        _option("Samples per step, those of all processes together.", panel=_OPTIMIZATION, read=SETTINGS["batch_size"]),
+        _option("Samples per step, those of all processes together.", panel=_OPTIMIZATION, read="batch_size"),
     ] = None,
     optimizer: Annotated[str | None, _option("sgd (Nesterov momentum 0.9) or adamw.", panel=_OPTIMIZATION)] = None,
-    lr: Annotated[float | None, _option("Peak learning rate.", panel=_OPTIMIZATION, read=SETTINGS["lr"])] = None,
-    weight_decay: Annotated[
-        float | None, _option("Weight decay.", panel=_OPTIMIZATION, read=SETTINGS["weight_decay"])
-    ] = None,
+    lr: Annotated[float | None, _option("Peak learning rate.", panel=_OPTIMIZATION, read="lr")] = None,
+    weight_decay: Annotated[float | None, _option("Weight decay.", panel=_OPTIMIZATION, read="weight_decay")] = None,
     schedule: Annotated[str | None, _option(f"{', '.join(SCHEDULES)}.", panel=_OPTIMIZATION)] = None,
     milestones: Annotated[
         str | None,
-        _option("For schedule step: epochs after which the rate falls, 100,150.", panel=_OPTIMIZATION, read=epochs_of),
+        _option(
+            "For schedule step: epochs after which the rate falls, 100,150.", panel=_OPTIMIZATION, read=milestone_epochs
+        ),
     ] = None,
     gamma: Annotated[
-        float | None, _option("What it is multiplied with there.", panel=_OPTIMIZATION, read=SETTINGS["gamma"])
+        float | None, _option("What it is multiplied with there.", panel=_OPTIMIZATION, read="gamma")
     ] = None,
     ramp: Annotated[
         float | None,
-        _option(
-            "Share of the training over which the weight grows from 0 to full.",
-            panel=_OPTIMIZATION,
-            read=SETTINGS["ramp"],
-        ),
+        _option("Share of the training over which the weight grows from 0 to full.", panel=_OPTIMIZATION, read="ramp"),
     ] = None,
     clip: Annotated[
-        float | None, _option("Largest gradient norm; 0: no clipping.", panel=_OPTIMIZATION, read=SETTINGS["clip"])
+        float | None, _option("Largest gradient norm; 0: no clipping.", panel=_OPTIMIZATION, read="clip")
     ] = None,
     ema: Annotated[
         float | None,
-        _option(
-            "Decay of a moving average of the weights, such as 0.995; 0: none.",
-            panel=_OPTIMIZATION,
-            read=SETTINGS["ema"],
-        ),
+        _option("Decay of a moving average of the weights, such as 0.995; 0: none.", panel=_OPTIMIZATION, read="ema"),
     ] = None,
     amp: Annotated[
         bool | None, _option("Forward passes in bfloat16.", "--amp/--no-amp", panel=_OPTIMIZATION, read=None)
@@ -205,38 +175,30 @@ def train_command(
         _option(
             "Hold out that share, or number, of the training samples; keep the best weights.",
             panel=_MEASURING,
-            read=SETTINGS["validation"],
+            read="validation",
         ),
     ] = None,
     eval_samples: Annotated[
         int | None,
-        _option(
-            "Attack the first N test or validation samples; 0: all.", panel=_MEASURING, read=SETTINGS["eval_samples"]
-        ),
+        _option("Attack the first N test or validation samples; 0: all.", panel=_MEASURING, read="eval_samples"),
     ] = None,
     eval_every: Annotated[
-        int | None,
-        _option("Epochs between attacks; the last is always measured.", panel=_MEASURING, read=SETTINGS["eval_every"]),
+        int | None, _option("Epochs between attacks; the last is always measured.", panel=_MEASURING, read="eval_every")
     ] = None,
-    pgd_steps: Annotated[
-        int | None, _option("Steps of the attack.", panel=_MEASURING, read=SETTINGS["pgd_steps"])
-    ] = None,
+    pgd_steps: Annotated[int | None, _option("Steps of the attack.", panel=_MEASURING, read="pgd_steps")] = None,
     watch: Annotated[
-        str | None,
-        _option("What to do about catastrophic overfitting: warn, stop or off.", panel=_MEASURING),
+        str | None, _option("What to do about catastrophic overfitting: warn, stop or off.", panel=_MEASURING)
     ] = None,
     tensorboard: Annotated[
         bool,
         _option("Write scalars for TensorBoard into the run directory.", "--tensorboard", panel=_MEASURING, read=None),
     ] = False,
-    seed: Annotated[int | None, _option("Seed of everything random.", panel=_RUN, read=SETTINGS["seed"])] = None,
+    seed: Annotated[int | None, _option("Seed of everything random.", panel=_RUN, read="seed")] = None,
     impl: Annotated[str | None, _option("auto, kernel or reference: which ops to use.", panel=_RUN)] = None,
     device: Annotated[str | None, _option("cpu or cuda.", panel=_RUN, read=one_of("cpu", "cuda"))] = None,
-    threads: Annotated[
-        int | None, _option("CPU threads of each process.", panel=_RUN, read=SETTINGS["threads"])
-    ] = None,
+    threads: Annotated[int | None, _option("CPU threads of each process.", panel=_RUN, read="threads")] = None,
     train_samples: Annotated[
-        int | None, _option("Train on the first N samples; 0: all.", panel=_RUN, read=SETTINGS["train_samples"])
+        int | None, _option("Train on the first N samples; 0: all.", panel=_RUN, read="train_samples")
     ] = None,
     shuffle_labels: Annotated[
         bool | None,
@@ -244,19 +206,11 @@ def train_command(
     ] = None,
     checkpoint_every: Annotated[
         int | None,
-        _option(
-            "Steps between checkpoints inside an epoch; 0: only at its end.",
-            panel=_RUN,
-            read=SETTINGS["checkpoint_every"],
-        ),
+        _option("Steps between checkpoints inside an epoch; 0: only at its end.", panel=_RUN, read="checkpoint_every"),
     ] = None,
     max_skipped: Annotated[
         int | None,
-        _option(
-            "Steps in a row that may be skipped for a loss that is not finite.",
-            panel=_RUN,
-            read=SETTINGS["max_skipped"],
-        ),
+        _option("Steps in a row that may be skipped for a loss that is not finite.", panel=_RUN, read="max_skipped"),
     ] = None,
     out: Annotated[Path | None, _option("Run directory. Default: runs/DATA-METHOD.", panel=_RUN, read=path)] = None,
     root: Annotated[Path | None, _option(_ROOT_HELP, panel=_RUN, read=path)] = None,
@@ -287,34 +241,11 @@ def train_command(
         "weight": weight, "norm": norm, "projections": projections, "law": law, "every": every, "fraction": fraction,
         "label_smoothing": label_smoothing, **_assignments(set_ or []),
     }  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
-    options = {name: value for name, value in options.items() if value is not None}
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    with _one_line_errors():
-        if config is not None:
-            settings = read_settings(config)
-            data, method = data or settings.pop("data", None), method or settings.pop("method", None)
-            options = {**settings.pop("options", {}), **options}
-            given = {**{name: value for name, value in settings.items() if name not in ("data", "method")}, **given}
-        if out is None:
-            out = Path("runs") / f"{Path(data or 'digits').name}-{method or 'gradient-penalty'}"
-        if resume and (out / "config.yaml").exists():
-            settings_of_run = _resumed(read_config(out), data, method, options, given)
-        else:
-            settings_of_run = recipe(data or "digits", method or "gradient-penalty", options=options, **given)
-        with TrainingProgress(console) as progress:
-            observer = Observers(progress, TensorBoard(out)) if tensorboard else progress
-            result = train(settings_of_run, out, root=root, resume=resume, observer=observer, timeout=timeout)
-        for name, row in result.accuracies.items():
-            robust = f"{100 * row['robust_accuracy']:.1f} %"
-            console.print(
-                f"{name:>4} weights (epoch {row['epoch']}): test accuracy {100 * row['clean_accuracy']:.1f} %, "
-                f"under PGD-{settings_of_run.pgd_steps} {robust}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        files = f"{terminal(result.out)}/ holds model.safetensors, metrics.jsonl and the figures"
-        console.print(f"[green]done[/green]: {files}", highlight=False, soft_wrap=True)
+    with one_line_errors():
+        train_run(
+            Console(quiet=os.environ.get("RANK", "0") != "0"), out, data=data, method=method, config=config, root=root,
+            resume=resume, tensorboard=tensorboard, timeout=timeout, options=options, settings=given,
+        )  # fmt: skip
 
 
 def _assignments(texts: list[str]) -> dict[str, Any]:
@@ -323,27 +254,12 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
     return {name.strip().replace("-", "_"): value.strip() for name, value in pairs}
 
 
-def _resumed(
-    stored: TrainingConfig, data: str | None, method: str | None, options: dict[str, Any], given: dict[str, Any]
-) -> TrainingConfig:
-    """The stored configuration with what was given on the command line; `train` refuses if that changes anything."""
-    if data is not None and data not in datasets.NAMES:
-        data = str(Path(data).resolve())
-    method = method or stored.method
-    options = {**stored.options, **options}
-    if method in METHODS:
-        options = METHODS[method].complete(method, options)
-    return dataclasses.replace(stored, **given, data=data or stored.data, method=method, options=options)
-
-
 @app.command()
 def demo(
     out: Annotated[Path, _shown("Where both runs and the figures go.", read=path)] = Path("runs/demo"),
     data: Annotated[str, _shown(_DATA_HELP)] = "digits-28",
     root: Annotated[Path | None, _shown(_ROOT_HELP, read=path)] = None,
-    epochs: Annotated[
-        int | None, _shown("Epochs of each training. Default: per data set.", read=SETTINGS["epochs"])
-    ] = None,
+    epochs: Annotated[int | None, _shown("Epochs of each training. Default: per data set.", read="epochs")] = None,
     seed: Annotated[int, _shown("Seed of everything random.", read=SEEDS)] = 0,
     threads: Annotated[int | None, _shown("CPU threads.", read=THREADS)] = None,
 ) -> None:
@@ -352,7 +268,7 @@ def demo(
 
     console = Console()
     given = {"epochs": epochs, "seed": seed, "threads": threads}
-    with _one_line_errors():
+    with one_line_errors():
         run_demo(out, data, console, root=root, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -388,7 +304,7 @@ def evaluate_command(
     from robustkern.evaluation.command import evaluate_run
 
     console = Console()
-    with _one_line_errors():
+    with one_line_errors():
         report = evaluate_run(
             run, console, data=data, root=root, out=out, export=export, device=device, threads=threads,
             eps=eps, norm=norm, samples=samples, pgd_steps=pgd_steps,
@@ -419,7 +335,7 @@ def study_command(
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
-        _shown("NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated.", read=assignment),
+        _shown("NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."),
     ] = None,
     jobs: Annotated[
         int | None,
@@ -435,7 +351,7 @@ def study_command(
     """Train every method and measure what its input gradients show; stopped at any moment, the same command goes on."""
     from robustkern.study.command import run_study
 
-    with _one_line_errors():
+    with one_line_errors():
         run_study(
             out or Path("runs") / f"study-{Path(data).name}", Console(), data=data, methods=methods, seeds=seeds,
             sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
@@ -449,36 +365,3 @@ def info() -> None:
     from robustkern._info import run
 
     raise typer.Exit(run([]))
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors that a user can do something about become one line on stderr and an exit status; warnings a line."""
-    rank = os.environ.get("RANK", "0")
-    told: set[str] = set()  # a study loads its data for every model
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, datasets.DataWarning):
-            shown(message, category, *where, **more)
-        elif rank == "0" and str(message) not in told:
-            told.add(str(message))
-            print(f"robustkern: {plain(message)}", file=sys.stderr)
-
-    loosen_streams()
-    try:
-        with warnings.catch_warnings():
-            shown, warnings.showwarning = warnings.showwarning, show
-            yield
-    except UsageError as error:
-        status, message = WRONG_USE, str(error)
-    except (datasets.DataError, TrainingError) as error:
-        status, message = FAILED, str(error)
-    except Interrupted as error:
-        status, message = STOPPED, str(error)
-    except OSError as error:
-        status, message = FAILED, f"{error.filename2 or error.filename or ''}: {error.strerror or error}".lstrip(": ")
-    else:
-        return
-    if rank == "0" or status == FAILED:  # of what is the same for all processes, the first one tells
-        print_error(message)
-    raise typer.Exit(status)

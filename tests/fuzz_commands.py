@@ -29,6 +29,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from robustkern import cli
+from robustkern._command_line import FAILED, WRONG_USE
 from robustkern.evaluation import report as evaluation_report
 from robustkern.study import demo as demo_module
 from robustkern.study import figures as study_figures
@@ -38,9 +39,6 @@ from robustkern.training import figures as training_figures
 from robustkern.training import trainer as trainer_module
 
 STARTED = 75  # what a study that would begin to train exits with here
-
-
-# --- the options ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +74,6 @@ def commands() -> dict[str, tuple[Parameter, ...]]:
     return found
 
 
-# --- a world ----------------------------------------------------------------------------------------------------------
-
-
 TINY = ["--data", "digits", "--train-samples", "24", "--batch-size", "12", "--epochs", "1", "--eval-samples", "4",
         "--pgd-steps", "1", "--threads", "1"]  # fmt: skip
 EVALUATE = ["--attacks", "pgd", "--samples", "4", "--pgd-steps", "1", "--restarts", "1", "--check-samples", "2",
@@ -103,8 +98,7 @@ def quick() -> Iterator[None]:
             (study_module, "in_parallel", stop),
         ):
             stack.enter_context(mock.patch.object(module, name, replacement))
-        measure = demo_module.step_cost.measure
-        short = lambda *args, **options: measure(*args, **{**options, "seconds": 0.0})  # noqa: E731
+        short = functools.partial(demo_module.step_cost.measure, seconds=0.0)
         stack.enter_context(mock.patch.object(demo_module.step_cost, "measure", short))
         yield
 
@@ -238,7 +232,7 @@ def fault_of(result: typing.Any, words: list[str], place: Path, before: dict[str
         return _undone(result, words, place, before)
     if result.exit_code == STARTED and words[0] == "study":
         return None
-    if result.exit_code not in (cli.FAILED, cli.WRONG_USE):
+    if result.exit_code not in (FAILED, WRONG_USE):
         return f"exit code {result.exit_code}"
     sentence = result.stderr.strip("\n")
     lines = [line for line in sentence.split("\n") if line.startswith("robustkern: ")]
@@ -380,7 +374,7 @@ def try_folder(seed: int) -> str | None:
         result = invoke(*words)
         fault = fault_of(result, words, place, before)
         # A training that fails in the end may have written weights.
-        refused = result.exit_code == cli.WRONG_USE or (result.exit_code == cli.FAILED and words[0] != "train")
+        refused = result.exit_code == WRONG_USE or (result.exit_code == FAILED and words[0] != "train")
         if fault is None and refused and before != (after := snapshot(place)):
             changed = sorted(name for name in before if before[name] != after.get(name)) or sorted(
                 set(after) - set(before)

@@ -19,6 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from robustkern import _info, cli
+from robustkern._command_line import STOPPED
 from robustkern.study import demo as demo_module
 from robustkern.study import step_cost
 from robustkern.training import build_loss
@@ -102,7 +103,7 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
         (["--norm", "0.5"], 2, "'--norm' / '-p': must be a number in [1, inf], got '0.5'"),
         (["--weight", "-1"], 2, "Invalid value for '--weight': must be a number in [0, inf), got '-1'"),
         (["--method", "jacobian", "--projections", "-1"], 2, "'--projections': must be an integer from 0 to 1000000"),
-        (["--method", "fisher", "--law", "uniform"], 2, "no law 'uniform': choose one of sphere, gaussian"),
+        (["--method", "fisher", "--law", "uniform"], 2, "law must be one of 'sphere', 'gaussian'"),
         (["--method", "jacobian", "--every", "0"], 2, "'--every': must be an integer from 1 to 2147483647"),
         (["--method", "cross-lipschitz", "--fraction", "0"], 2, "'--fraction': must be a number in (0, 1], got '0'"),
         (["--method", "jacobian", "--norm", "2"], 2, "method jacobian has no option norm"),
@@ -195,7 +196,7 @@ def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
     arguments = ["train", "--epochs", "4", "--train-samples", "512", "--eval-samples", "20", "--resume"]
     whole = process(*arguments, "--out", tmp_path / "whole")
     out = tmp_path / "stopped"
-    for number, status in ((signal.SIGTERM, cli.STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+    for number, status in ((signal.SIGTERM, STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
         stopped = process(*arguments, "--out", out)
         before = sorted(out.glob("checkpoint-*.json"))
         while stopped.poll() is None and sorted(out.glob("checkpoint-*.json")) == before:

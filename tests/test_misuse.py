@@ -243,8 +243,8 @@ def test_an_exported_part_leaves_the_others_their_eval_mode():
     exported = torch.export.export(nn.Flatten().eval(), (x,)).module()
     model = nn.Sequential(exported, nn.Linear(48, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Dropout()), nn.Linear(8, 5))
     with attacked(model):
-        assert not any(module.training for module in model[1:].modules())
-    assert all(module.training for module in model[1:].modules())
+        assert not any(module.training for part in list(model)[1:] for module in part.modules())
+    assert all(module.training for part in list(model)[1:] for module in part.modules())
 
 
 @over_losses

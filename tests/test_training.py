@@ -201,61 +201,6 @@ def test_an_epoch_without_a_penalised_step_has_no_smoothness(tmp_path):
     assert [row["smoothness"] is None for row in train(config, tmp_path).rows] == [False, True, True, False]
 
 
-# --- batches of one ---------------------------------------------------------------------------------------------------
-
-
-def test_batches_are_a_partition_without_a_single_sample():
-    for count in range(1, 40):
-        for size in range(1, 12):
-            bounds = trainer_module.batches(count, size)
-            assert [i for begin, end in bounds for i in range(begin, end)] == list(range(count))
-            sizes = [end - begin for begin, end in bounds]
-            assert all(n == size for n in sizes[:-1]) and sizes[-1] <= size + (size > 1)
-            assert 1 not in sizes or size == 1 or count == 1
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_single_sample_at_the_end_joins_the_batch_before(tmp_path, monkeypatch):
-    seen = []
-    batch = trainer_module._Run._batch
-    monkeypatch.setattr(trainer_module._Run, "_batch", lambda self, i: seen.append(len(i)) or batch(self, i))
-    train(small(model="preact-resnet18", epochs=1, batch_size=8, train_samples=17, eval_samples=5), tmp_path)
-    assert seen == [8, 9]
-
-
-@pytest.mark.parametrize("model", list(models.MODELS))
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 12])
-@pytest.mark.parametrize(("count", "batch"), [(1, 8), (3, 1), (2, 2)])
-def test_batches_too_small_for_batch_norm_are_refused_before_training(model, size, count, batch):
-    """Exactly those on which PyTorch would raise."""
-    data = datasets.Dataset("tiny", torch.rand(count, 3, size, size), torch.arange(count) % 2, ("a", "b"))
-    config = recipe("digits", model=model, batch_size=batch)
-    with torch.device("meta"):
-        network = models.create(model, 2, data.in_shape).train()
-        try:
-            for begin, end in trainer_module.batches(count, batch):
-                network(torch.empty(end - begin, *data.in_shape))
-        except ValueError:
-            message = (
-                rf"model {model} cannot be trained on \[3, {size}, {size}\] images one at a time .* batch_size {batch}"
-            )
-            with pytest.raises(UsageError, match=message):
-                trainer_module._check_batches(config, data, 1)
-            return
-    trainer_module._check_batches(config, data, 1)
-
-
-def test_a_process_that_gets_one_sample_is_refused_too(tmp_path):
-    data = datasets.load("digits").first(64)
-    config = recipe("digits", model="preact-resnet18", batch_size=8)
-    trainer_module._check_batches(config, data, 4)
-    with pytest.raises(UsageError, match="processes 8"):
-        trainer_module._check_batches(config, data, 8)
-    with pytest.raises(UsageError, match="one at a time"):
-        train(small(model="preact-resnet18", batch_size=1, train_samples=3), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     model = models.create("small-cnn", 10, (1, 8, 8))
     with torch.no_grad():
@@ -324,6 +269,13 @@ def test_numbers_in_yaml_are_numbers():
         ({"ramp": 2.0}, "ramp"),
         ({"impl": "cuda"}, "impl"),
         ({"clip": -1.0}, "clip"),
+        ({"amp": "no"}, "amp must be bool, got 'no'"),
+        ({"optimizer": 0}, "optimizer must be str, got 0"),
+        ({"schedule": "step", "milestones": [3]}, r"milestones must be tuple\[int, ...\], got \[3\]"),
+        ({"epochs": 2.0}, "epochs must be an integer from 1 to 2147483647, got 2.0"),
+        ({"seed": 2**63}, "seed must be an integer from 0 to 9223372036854775807"),
+        ({"threads": 1025}, "threads must be an integer from 1 to 1024, got 1025"),
+        ({"validation": math.inf}, "validation must be a number in"),
         ({"options": {"beta": 6.0}}, "has no option beta"),
         ({"options": {"label_smoothing": "much"}}, "must be a number"),
     ],

@@ -39,6 +39,9 @@ RANGES = {
 }
 
 
+_PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple}
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Everything that decides the result of a run.
@@ -121,7 +124,10 @@ class TrainingConfig:
         for name, valid in RANGES.items():
             value = getattr(self, name)
             _require(value in valid, f"{name} must be {valid}, got {shown(value)}")
-        whole = self.validation < 1 or self.validation == int(self.validation)
+        for setting in dataclasses.fields(self):
+            value, kind = getattr(self, setting.name), _PLAIN.get(str(setting.type), object)
+            _require(isinstance(value, kind), f"{setting.name} must be {setting.type}, got {shown(value)}")
+        whole = self.validation < 1 or float(self.validation).is_integer()
         _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")

@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,23 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern import models
-from robustkern._files import read_bytes
-from robustkern._text import brief
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
-from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, manifests, save_checkpoint
+from .batches import batches, check_batches
+from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
+from .claim import check_claim, differences
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
-from .files import RunLock, names_in, remove_stale, write_atomically
+from .files import RunLock, remove_stale, write_atomically
 from .judge import Judge, split
-from .methods import METHODS, build_loss, check_options
+from .methods import build_loss, check_options
 from .observer import Observer
 from .signals import StopOnSignal
 from .step import Stepper
 from .weights import save_weights
-from .yaml_files import MOST_BYTES
 
 _SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
 
@@ -116,9 +115,9 @@ def train(
             if out.exists() and not out.is_dir():
                 raise UsageError(f"{out} is a file, not a folder")
             out.mkdir(parents=True, exist_ok=True)
-            _check_claim(config, out, resume)  # nothing is written into the folder of somebody else
+            check_claim(config, out, resume)  # nothing is written into the folder of somebody else
             lock.enter_context(RunLock(out))
-            _check_claim(config, out, resume)  # another process may have been quicker
+            check_claim(config, out, resume)  # another process may have been quicker
             remove_stale(out)
 
         def load() -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset]:
@@ -130,7 +129,7 @@ def train(
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
             check_options(config.method, config.options, train_set)
             train_set, validation_set = split(train_set, config.validation, config.seed)
-            _check_batches(config, train_set, group.size)
+            check_batches(config, train_set, group.size)
             return train_set, validation_set, test_set
 
         theirs = group.broadcast(config)
@@ -144,81 +143,10 @@ def train(
             return run.finish()
 
 
-def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
-    """Refuse a folder whose run is not the one to be started or resumed."""
-    path = out / "config.yaml"
-    names = names_in(out)
-    if path.name not in names:
-        if "config.json" in names:
-            raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
-        if manifests(out):
-            raise UsageError(
-                f"{out} holds checkpoints, but not their config.yaml: put it back, or choose another --out"
-            )
-        if names:
-            raise UsageError(f"{out} is neither empty nor a run, it holds {brief(names[0])}: choose another --out")
-        return
-    if not resume:
-        raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
-    if changed := _differences(read_config(out), config):
-        raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
-    if not manifests(out) and (weights := [name for name in names if name.endswith(".safetensors")]):
-        raise UsageError(f"{out} holds {weights[0]}, but no checkpoint to go on from: choose another --out")
-
-
-def _differences(written: TrainingConfig, config: TrainingConfig) -> list[str]:
-    return _completed(written).differences(_completed(config))
-
-
-def batches(count: int, size: int) -> list[tuple[int, int]]:
-    """Begin and end of the batches of an epoch; a single sample at the end joins the batch before.
-
-    A batch of one has no statistics for BatchNorm, and its gradient is noise.
-    """
-    begins = list(range(0, count, size))
-    if size > 1 and len(begins) > 1 and begins[-1] == count - 1:
-        begins.pop()
-    return list(zip(begins, [*begins[1:], count], strict=True))
-
-
-def _check_batches(config: TrainingConfig, train_set: datasets.Dataset, processes: int) -> None:
-    """Raises UsageError if a batch, or a process's part of it, is too small for the model to be trained on."""
-    parts = [max(1, (end - begin) // processes) for begin, end in batches(len(train_set), config.batch_size)]
-    if min(parts) > 1 or (processes > 1 and config.sync_batch_norm):
-        return
-    shape = train_set.in_shape
-    with torch.device("meta"):  # shapes alone
-        model = models.create(config.model, train_set.num_classes, shape)
-        try:
-            model.train()(torch.empty(1, *shape))
-        except ValueError as error:
-            raise UsageError(
-                f"model {config.model} cannot be trained on {list(shape)} images one at a time ({len(train_set)} "
-                f"samples, batch_size {config.batch_size}, processes {processes}): {str(error).split(', got')[0]}"
-            ) from error
-
-
-def _completed(config: TrainingConfig) -> TrainingConfig:
-    """With the options left out, such as those that are younger than the run."""
-    defaults = METHODS[config.method].options if config.method in METHODS else {}
-    return replace(config, options={**defaults, **config.options})
-
-
 def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig) -> None:
     changed = theirs.differences(mine)
     if changed:
         raise UsageError(f"process {group.rank} was started with other settings than process 0: {', '.join(changed)}")
-
-
-def read_config(out: str | Path) -> TrainingConfig:
-    """The configuration of a run directory."""
-    path = Path(out) / "config.yaml"
-    try:
-        return TrainingConfig.from_yaml(read_bytes(path, 4 * MOST_BYTES).decode())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 class _Run:
@@ -262,7 +190,7 @@ class _Run:
         self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
 
         def restore() -> list[str]:
-            return load_latest(out, self.state, self.fingerprint, lambda written: _differences(written, config))
+            return load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
 
         for problem in group.on_main(restore):
             observer.on_message(f"{problem}; going back to the one before it")

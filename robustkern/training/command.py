@@ -14,6 +14,7 @@ from robustkern._text import terminal
 
 from .claim import read_config
 from .config import TrainingConfig, read_settings
+from .errors import UsageError
 from .methods import METHODS
 from .observer import Observers
 from .recipes import recipe
@@ -55,7 +56,10 @@ def train_run(
     """
     settings, options = ({n: v for n, v in given.items() if v is not None} for given in (settings, options))
     if config is not None:
-        read = read_settings(config)
+        try:
+            read = read_settings(config)
+        except UsageError as error:
+            raise UsageError(f"--config {error}") from error
         data, method = data or read.pop("data", None), method or read.pop("method", None)
         options = {**read.pop("options", {}), **options}
         settings = {**{name: value for name, value in read.items() if name not in ("data", "method")}, **settings}

@@ -204,7 +204,7 @@ def train_command(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     options = {name: value for name, value in options.items() if value is not None}
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
     with _one_line_errors():
         if config is not None:
             settings = read_settings(config)
@@ -268,7 +268,7 @@ def demo(
     """Train one network with cross-entropy alone and with the gradient penalty, and look at both."""
     from robustkern.study.demo import run_demo
 
-    console = Console()
+    console = Console(emoji=False)
     given = {"epochs": epochs, "seed": seed, "threads": threads}
     with _one_line_errors():
         run_demo(out, data, console, root=root, **{name: value for name, value in given.items() if value is not None})
@@ -303,7 +303,7 @@ def evaluate_command(
     """Attack a trained classifier, and check whether the result can be believed."""
     from robustkern.evaluation.command import evaluate_run
 
-    console = Console()
+    console = Console(emoji=False)
     with _one_line_errors():
         report = evaluate_run(
             run, console, data=data, root=root, out=out, export=export, device=device, threads=threads,
@@ -346,11 +346,12 @@ def study_command(
     """Train every method and measure what its input gradients show; stopped at any moment, the same command goes on."""
     from robustkern.study.command import run_study
 
+    console = Console(emoji=False)
     with _one_line_errors():
         run_study(
-            out or Path("runs") / f"study-{Path(data).name}", Console(), data=data, methods=methods, seeds=seeds,
-            sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
-            root=root, jobs=jobs, report=report, checkpoints=tuple(checkpoint or ()),
+            out or Path("runs") / f"study-{Path(data).name}", console, data=data, methods=methods, seeds=seeds, sweep=sweep,
+            two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device, root=root, jobs=jobs,
+            report=report, checkpoints=tuple(checkpoint or ()),
         )  # fmt: skip
 
 

@@ -349,9 +349,9 @@ def study_command(
     console = Console(emoji=False)
     with _one_line_errors():
         run_study(
-            out or Path("runs") / f"study-{Path(data).name}", console, data=data, methods=methods, seeds=seeds, sweep=sweep,
-            two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device, root=root, jobs=jobs,
-            report=report, checkpoints=tuple(checkpoint or ()),
+            out or Path("runs") / f"study-{Path(data).name}", console, data=data, methods=methods, seeds=seeds,
+            sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
+            root=root, jobs=jobs, report=report, checkpoints=tuple(checkpoint or ()),
         )  # fmt: skip
 
 

@@ -128,7 +128,10 @@ BOMBS = {
     "a memo of 2^31 places": ("cifar", lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "more than 200000 instructions"),
     "a string of 2^62 bytes": ("cifar", lambda: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.", "read safely"),
     "a million lists": ("cifar", lambda: b"\x80\x02" + b"]" * 1_000_000 + b".", "more than 200000 instructions"),
-    "lists of shared lists": ("cifar", lambda: shared_lists(), "a label must be"),
+    "lists of shared lists": ("cifar", lambda: shared_lists(), "it makes more than"),
+    "a key of shared tuples": ("cifar", lambda: b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", "it makes more than"),
+    "a key of remembered tuples": ("cifar", lambda: b"\x80\x02}" + remembered() + b"K\x01s.", "it makes more than"),
+    "a key in a checkpoint": ("pickled", lambda: b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", "it makes more than"),
     "state for a function": ("cifar", lambda: b"\x80\x02c_codecs\nencode\n}b.", "change a function"),
     "aliases of aliases": ("yaml", lambda: LAUGHS.encode(), "anchors, aliases and tags are not read"),
     "a deep flow": ("yaml", lambda: b"[" * 60_000, "levels"),
@@ -153,6 +156,11 @@ def twice():
         for _ in range(2):
             file.addfile(tarfile.TarInfo("test_batch"))
     return out.getvalue()
+
+
+def remembered():
+    """Sixty tuples, each of the one before it twice."""
+    return b"K\x01q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
 
 
 def shared():

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustkern._files import parse_json, read_bytes
+from robustkern._pickles import check_pickle
 from robustkern.training import CheckpointError, UsageError, checkpoint, config
 from robustkern.training.yaml_files import dump_yaml, load_yaml
 
@@ -291,3 +292,18 @@ def test_buffers_of_another_size_are_refused_before_anything_is_loaded():
         assert "\n" not in str(caught.value)
         assert all(torch.equal(kept[name], value) for name, value in state.model.state_dict().items())
     assert stored["progress"]["step"] == 0
+
+
+@given(ANYTHING, st.integers(0, 5))
+def test_pickles_that_make_little_are_taken(value, protocol):
+    assert check_pickle(pickle.dumps([value, (value, value), {"a": value}], protocol), 1000) == set()
+
+
+def test_what_a_pickle_makes_is_counted():
+    inner = ()
+    for _ in range(9):
+        inner = (inner, inner)
+    with pytest.raises(ValueError, match="it makes more than 1000 objects"):
+        check_pickle(pickle.dumps(inner), 100)
+    assert check_pickle(pickle.dumps(inner), 1000) == set()
+    assert check_pickle(pickle.dumps(os.mkdir, 2), 10) == {"posix mkdir"}

@@ -23,7 +23,7 @@ def check_pickle(content: bytes, most: int) -> set[str]:
     memo: dict[int, list[int]] = {}
     imported: set[str] = set()
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-        name = instruction.name
+        name, place = instruction.name, 0
         if name == "GLOBAL":
             imported.add(str(argument))
         if name == "MEMOIZE" or name.endswith("PUT"):
@@ -37,7 +37,7 @@ def check_pickle(content: bytes, most: int) -> set[str]:
         elif name == "DUP":
             stack.append(_top(stack))
         else:
-            place, taken = 0, []
+            taken = []
             for needed in reversed(instruction.stack_before):
                 if needed is pickletools.stackslice:
                     while stack and stack[-1] is not None:

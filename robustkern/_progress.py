@@ -89,8 +89,7 @@ class TrainingProgress(training.Observer):
         clean, robust = row[f"{self._prefix}clean_accuracy"], row[f"{self._prefix}robust_accuracy"]
         line = _COLUMNS.format(
             f"{epoch}/{self._epochs}",
-            f"{row['orientation']:.4f}",
-            f"{row['smoothness']:.4f}",
+            *("" if row[term] is None else f"{row[term]:.4f}" for term in ("orientation", "smoothness")),
             "" if clean is None else f"{100 * clean:.1f} %",
             "" if robust is None else f"{100 * robust:.1f} %",
             f"{row['ms_per_step']:.1f}",

@@ -336,9 +336,9 @@ def test_without_autoattack_it_says_what_to_install(model, digits, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"eps": 0.0}, "eps must be positive"), ({"norm": "l3"}, "norm must be one of"),
-        ({"attacks": ("pgd", "square")}, "no attack 'square'"), ({"restarts": 0}, "restarts must be at least 1"),
-        ({"samples": -1}, "samples must not be negative"),
+        ({"eps": 0.0}, "eps must be a number in"), ({"norm": "l3"}, "norm must be one of"),
+        ({"attacks": ("pgd", "square")}, "no attack 'square'"), ({"restarts": 0}, "restarts must be an integer from 1"),
+        ({"samples": -1}, "samples must be an integer from 0"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(options, message):

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from robustkern import data as datasets
 from robustkern._text import terminal
+from robustkern.attacks._common import box_diameter
 from robustkern.training import Interrupted, TrainingError, UsageError, load_model
 from robustkern.training.files import RunLock, make_writable, refuse_foreign, remove_stale
 from robustkern.training.weights import load_model_for
@@ -72,6 +73,11 @@ def evaluate_run(
         chosen = Settings(**settings)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    widest = box_diameter(chosen.norm, test.in_shape)
+    if chosen.eps > widest:
+        raise UsageError(
+            f"eps must be at most {widest:g}, the {chosen.norm} diameter of the images' box, got {chosen.eps}"
+        )
     if "autoattack" in chosen.attacks:
         try:
             autoattack_package()

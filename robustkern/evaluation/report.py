@@ -44,7 +44,8 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
     out.mkdir(parents=True, exist_ok=True)
     _write_adversaries(report, out)
     stored, metadata = read_tensors(out / FILES[1])
-    report.checks.append(recheck(report, model, stored, metadata.get(_IDENTITY, "")))
+    if report.clean.right:
+        report.checks.append(recheck(report, model, stored, metadata.get(_IDENTITY, "")))
     _write_json(out, to_dict(report, source))
     figure(out / FILES[2], report)  # after the numbers: no trouble with a picture may cost them
 
@@ -102,6 +103,7 @@ def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
         "curve": report.curve,
         "steepness": report.steepness,
         "checks": [dataclasses.asdict(check) for check in report.checks],
+        "unchecked": report.unchecked or None,
         "sound": report.sound,
     }
 
@@ -138,7 +140,10 @@ def print_report(report: Report, console: Console, name: str) -> None:
         yes, no = ("✓", "✗") if console.encoding.startswith("utf") else ("ok", "NO")
         mark = f"[green]{yes}[/green]" if check.passed else f"[bold red]{no}[/bold red]"
         checks.add_row(mark, terminal(check.name), terminal(check.finding))
-    console.print(checks)
+    if report.checks:
+        console.print(checks)
+    if report.unchecked:
+        console.print(f"\nnothing to check: {report.unchecked}", highlight=False)
     flags = [check.name for check in report.checks if not check.passed]
     if flags:
         console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustkern._text import brief
 from robustkern.attacks import APGD, PGD, attacked
+from robustkern.attacks._common import box_diameter
 from robustkern.data import Dataset
 
 from .checks import Check, Subject, correct, run_checks
@@ -97,12 +98,16 @@ def evaluate(
     _measure_steepness(report, model, report_stage)
     report_stage("checks", 0, 1)
     few = settings.check_samples
-    reported = float(survivors[:few].float().mean()) if report.attacks else None
-    subject = Subject(model, x[:few], y[:few], settings.eps, settings.norm, seed=settings.seed, reported=reported)
-    report.checks = run_checks(subject, training)
-    report.checks.append(_in_ball(settings, x, report.adversaries))
-    if "autoattack" in settings.attacks:
-        report.checks.append(_autoattack_flags(report))
+    if not right[:few].any():  # attacks had nothing to do there, and every check would pass
+        report.unchecked = f"none of the first {len(right[:few])} images is classified right"
+    else:
+        reported = float(survivors[:few].float().mean()) if report.attacks else None
+        subject = Subject(model, x[:few], y[:few], settings.eps, settings.norm, seed=settings.seed, reported=reported)
+        report.checks = run_checks(subject, training)
+    if right.any() and report.attacks:
+        report.checks.append(_in_ball(settings, x, report.adversaries))
+        if "autoattack" in settings.attacks:
+            report.checks.append(_autoattack_flags(report))
     return report
 
 
@@ -156,7 +161,7 @@ def _attacks(settings: Settings, classes: int) -> Iterator[tuple[str, Attack]]:
     eps, norm, seed = settings.eps, settings.norm, settings.seed
 
     def starts(x: Tensor, stream: int) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed(seed * 1000 + stream)
+        return torch.Generator(x.device).manual_seed((seed * 1000 + stream) % 2**63)
 
     if "pgd" in settings.attacks:
         pgd = PGD(
@@ -233,10 +238,11 @@ def _measure_curve(report: Report, model: nn.Module, report_stage: Callable[[str
     settings = report.settings
     x, y = report.x[:_CURVE_SAMPLES], report.y[:_CURVE_SAMPLES]
     right = _correct(model, x, y, settings.batch_size)
+    widest = box_diameter(settings.norm, x.shape[1:])
     for place, multiple in enumerate(_CURVE):
         report_stage("accuracy against eps", place, len(_CURVE))
         eps = multiple * settings.eps
-        pgd = PGD(eps, steps=20, norm=settings.norm, early_exit=True)
+        pgd = PGD(min(eps, widest), steps=20, norm=settings.norm, early_exit=True)
         standing = right
         if eps:
             seed = settings.seed

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from robustkern._arguments import RADII, SEEDS, THREADS, Range, counts, shown
 from robustkern._text import brief
 
 from .errors import UsageError
@@ -16,6 +17,29 @@ from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
 WATCHES = ("warn", "stop", "off")
+RANGES = {
+    "eps": RADII,
+    "epochs": counts(),
+    "batch_size": counts(),
+    "lr": Range(0, open="()"),
+    "weight_decay": Range(0),
+    "gamma": Range(0, 1, open="("),
+    "ramp": Range(0, 1, open=""),
+    "clip": Range(0),
+    "ema": Range(0, 1),
+    "seed": SEEDS,
+    "threads": THREADS,
+    "train_samples": counts(0),
+    "validation": Range(0),
+    "eval_samples": counts(0),
+    "eval_every": counts(),
+    "pgd_steps": counts(),
+    "checkpoint_every": counts(0),
+    "max_skipped": counts(0),
+}
+
+
+_PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple}
 
 
 @dataclass(frozen=True)
@@ -30,7 +54,7 @@ class TrainingConfig:
         eps: Radius of the attack that measures robustness, and of methods that need one, in units of the images.
         epochs: Passes over the training set.
         batch_size: Samples per step, those of all processes together; the last, smaller batch of an epoch is trained
-            on as well.
+            on as well, and a single sample left over joins the batch before.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Decoupled for AdamW, L2 for SGD.
@@ -97,17 +121,14 @@ class TrainingConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "pgd_steps", "eval_every", "threads"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("train_samples", "eval_samples", "checkpoint_every", "max_skipped", "weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(0 < self.lr < float("inf"), f"lr must be positive, got {self.lr}")
-        _require(0 < self.eps <= 1, f"eps must be in (0, 1], got {self.eps}: images are in [0, 1], write 8/255")
-        _require(0 <= self.ramp <= 1, f"ramp is a share of the training, 0 to 1, got {self.ramp}")
-        _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
-        _require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
-        valid = self.validation >= 0 and (self.validation < 1 or float(self.validation).is_integer())
-        _require(valid, f"validation must be a share below 1 or a number of samples, got {self.validation}")
+        for name, valid in RANGES.items():
+            value = getattr(self, name)
+            _require(value in valid, f"{name} must be {valid}, got {shown(value)}")
+        for setting in dataclasses.fields(self):
+            value, kind = getattr(self, setting.name), _PLAIN.get(str(setting.type), object)
+            _require(isinstance(value, kind), f"{setting.name} must be {setting.type}, got {shown(value)}")
+        whole = self.validation < 1 or float(self.validation).is_integer()
+        _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
         bounds = (0, *self.milestones, self.epochs)

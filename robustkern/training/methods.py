@@ -18,7 +18,6 @@ from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.data import Dataset
 from robustkern.losses.projected_penalty import ProjectedPenalty
-from robustkern.ops.random_cotangents import LAWS
 
 from .config import parse_fraction
 from .errors import UsageError
@@ -108,7 +107,6 @@ def _gradient_penalty(
     *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float, every: int
 ) -> Loss:
     _check_smoothing(label_smoothing)
-    _check_weight(weight)
     _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
     penalty = losses.GradientPenalty(
         weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl, estimator=estimator, h=h
@@ -122,7 +120,6 @@ def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float, 
 
 
 def _lazy(loss: Loss, every: int) -> Loss:
-    _check_every(every)
     return loss if every == 1 else losses.Lazy(loss, every)
 
 
@@ -179,11 +176,6 @@ def _projected(
     label_smoothing: float,
 ) -> Loss:
     _check_smoothing(label_smoothing)
-    _check_weight(weight)
-    _require(projections >= 0, f"projections must be 1 or more, or 0 for the exact norm, got {projections}")
-    _require(law in LAWS, f"no law {law!r}: choose one of {', '.join(LAWS)}")
-    _check_every(every)
-    _require(0 < fraction <= 1, f"fraction must be in (0, 1], got {fraction:g}")
     return penalty(
         weight=weight, projections=projections or "exact", eps=eps, law=law, every=every, fraction=fraction,
         label_smoothing=label_smoothing, impl=impl,
@@ -309,14 +301,6 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_smoothing(label_smoothing: float) -> None:
     _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
-
-
-def _check_every(every: int) -> None:
-    _require(every >= 1, f"every must be at least 1, got {every}")
-
-
-def _check_weight(weight: float) -> None:
-    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
 
 
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:

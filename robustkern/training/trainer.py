@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,23 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern import models
-from robustkern._files import read_bytes
-from robustkern._text import brief
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
-from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, manifests, save_checkpoint
+from .batches import batches, check_batches
+from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
+from .claim import check_claim, differences
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
-from .files import RunLock, names_in, remove_stale, write_atomically
+from .files import RunLock, remove_stale, write_atomically
 from .judge import Judge, split
-from .methods import METHODS, build_loss, check_options
+from .methods import build_loss, check_options
 from .observer import Observer
 from .signals import StopOnSignal
 from .step import Stepper
 from .weights import save_weights
-from .yaml_files import MOST_BYTES
 
 _SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
 
@@ -116,12 +115,12 @@ def train(
             if out.exists() and not out.is_dir():
                 raise UsageError(f"{out} is a file, not a folder")
             out.mkdir(parents=True, exist_ok=True)
-            _check_claim(config, out, resume)  # nothing is written into the folder of somebody else
+            check_claim(config, out, resume)  # nothing is written into the folder of somebody else
             lock.enter_context(RunLock(out))
-            _check_claim(config, out, resume)  # another process may have been quicker
+            check_claim(config, out, resume)  # another process may have been quicker
             remove_stale(out)
 
-        def load() -> tuple[datasets.Dataset, datasets.Dataset]:
+        def load() -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset]:
             train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
             if config.shuffle_labels:
                 train_set = train_set.with_shuffled_labels(config.seed)
@@ -129,66 +128,25 @@ def train(
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
             check_options(config.method, config.options, train_set)
-            return train_set, test_set
+            train_set, validation_set = split(train_set, config.validation, config.seed)
+            check_batches(config, train_set, group.size)
+            return train_set, validation_set, test_set
 
         theirs = group.broadcast(config)
         group.on_all(lambda: _check_agreement(group, theirs, config))
         # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
         loss = group.on_all(prepare)
         with threads(config.threads), deterministic(config.device):
-            train_set, test_set = group.on_all(load)
+            train_set, validation_set, test_set = group.on_all(load)
             group.on_main(claim)
-            run = _Run(config, out, train_set, test_set, loss, observer, stop, group, draw)
+            run = _Run(config, out, train_set, validation_set, test_set, loss, observer, stop, group, draw)
             return run.finish()
-
-
-def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
-    """Refuse a folder whose run is not the one to be started or resumed."""
-    path = out / "config.yaml"
-    names = names_in(out)
-    if path.name not in names:
-        if "config.json" in names:
-            raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
-        if manifests(out):
-            raise UsageError(
-                f"{out} holds checkpoints, but not their config.yaml: put it back, or choose another --out"
-            )
-        if names:
-            raise UsageError(f"{out} is neither empty nor a run, it holds {brief(names[0])}: choose another --out")
-        return
-    if not resume:
-        raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
-    if changed := _differences(read_config(out), config):
-        raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
-    if not manifests(out) and (weights := [name for name in names if name.endswith(".safetensors")]):
-        raise UsageError(f"{out} holds {weights[0]}, but no checkpoint to go on from: choose another --out")
-
-
-def _differences(written: TrainingConfig, config: TrainingConfig) -> list[str]:
-    return _completed(written).differences(_completed(config))
-
-
-def _completed(config: TrainingConfig) -> TrainingConfig:
-    """With the options left out, such as those that are younger than the run."""
-    defaults = METHODS[config.method].options if config.method in METHODS else {}
-    return replace(config, options={**defaults, **config.options})
 
 
 def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig) -> None:
     changed = theirs.differences(mine)
     if changed:
         raise UsageError(f"process {group.rank} was started with other settings than process 0: {', '.join(changed)}")
-
-
-def read_config(out: str | Path) -> TrainingConfig:
-    """The configuration of a run directory."""
-    path = Path(out) / "config.yaml"
-    try:
-        return TrainingConfig.from_yaml(read_bytes(path, 4 * MOST_BYTES).decode())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 class _Run:
@@ -199,6 +157,7 @@ class _Run:
         config: TrainingConfig,
         out: Path,
         train_set: datasets.Dataset,
+        validation_set: datasets.Dataset | None,
         test_set: datasets.Dataset,
         loss: Any,
         observer: Observer,
@@ -208,9 +167,9 @@ class _Run:
     ) -> None:
         self.config, self.out, self.observer, self.stop, self.group = config, out, observer, stop, group
         self.draw = draw
-        self.train_set, validation_set = split(train_set, config.validation, config.seed)
-        self.test_set = test_set
-        self.steps_per_epoch = -(-len(self.train_set) // config.batch_size)
+        self.train_set, self.test_set = train_set, test_set
+        self.batches = batches(len(train_set), config.batch_size)
+        self.steps_per_epoch = len(self.batches)
         self.steps = self.steps_per_epoch * config.epochs
         self.stopping = False  # agreed upon by all processes, unlike `stop`
         self.augmentation = datasets.augmentation(config.data)
@@ -231,7 +190,7 @@ class _Run:
         self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
 
         def restore() -> list[str]:
-            return load_latest(out, self.state, self.fingerprint, lambda written: _differences(written, config))
+            return load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
 
         for problem in group.on_main(restore):
             observer.on_message(f"{problem}; going back to the one before it")
@@ -254,6 +213,7 @@ class _Run:
                 self._end_epoch()
             self._agree_on_stopping()
             self._check_stop()
+            self._check_learnt()
             accuracies = self.judge.final()
         except Interrupted:
             self._save()
@@ -265,13 +225,21 @@ class _Run:
         self.group.on_main(lambda: self._report(accuracies))
         return Result(self.out, self.model, self.progress.rows, accuracies)
 
+    def _check_learnt(self) -> None:
+        progress = self.progress
+        if sum(row["skipped"] or 0 for row in progress.rows) == progress.step:
+            raise TrainingError(
+                f"nothing was learnt: the loss or its gradient was not finite in any of the {progress.step} steps, so "
+                "that the weights are those of the beginning: lower the learning rate or the weight"
+            )
+
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
         order = datasets.epoch_order(config.seed, progress.epoch, len(self.train_set))
         self.model.train()
         for step in range(progress.step - progress.epoch * self.steps_per_epoch, self.steps_per_epoch):
             self._check_stop()
-            indices = order[step * config.batch_size : (step + 1) * config.batch_size]
+            indices = order[slice(*self.batches[step])]
             started = time.perf_counter()
             self._step(indices)
             progress.sums["seconds"] += time.perf_counter() - started
@@ -323,13 +291,12 @@ class _Run:
 
     def _end_epoch(self) -> None:
         progress, sums = self.progress, self.progress.sums
-        samples = max(1.0, sums["samples"])
         row: Row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "learning_rate": self.stepper.learning_rate(progress.step - 1, self.steps),
-            "orientation": sums["orientation"] / samples,
-            "smoothness": sums["smoothness"] / max(1.0, sums["penalised"]),
+            "orientation": _mean(sums["orientation"], sums["samples"]),
+            "smoothness": _mean(sums["smoothness"], sums["penalised"]),
             "clean_accuracy": None,
             "robust_accuracy": None,
             "ms_per_step": 1e3 * sums["seconds"] / max(1.0, sums["steps"]),
@@ -400,6 +367,11 @@ class _Run:
 
         figures.curves(self.out / "curves.png", {self.config.method: self.progress.rows}, self.config.eps)
         figures.gradients(self.out / "gradients.png", self.test_set, {self.config.method: self.model})
+
+
+def _mean(total: float, count: float) -> float | None:
+    """None where nothing was measured."""
+    return total / count if count else None
 
 
 def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

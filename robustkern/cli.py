@@ -241,9 +241,10 @@ def train_command(
         "weight": weight, "norm": norm, "projections": projections, "law": law, "every": every, "fraction": fraction,
         "label_smoothing": label_smoothing, **_assignments(set_ or []),
     }  # fmt: skip
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", emoji=False)
     with one_line_errors():
         train_run(
-            Console(quiet=os.environ.get("RANK", "0") != "0"), out, data=data, method=method, config=config, root=root,
+            console, out, data=data, method=method, config=config, root=root,
             resume=resume, tensorboard=tensorboard, timeout=timeout, options=options, settings=given,
         )  # fmt: skip
 
@@ -266,7 +267,7 @@ def demo(
     """Train one network with cross-entropy alone and with the gradient penalty, and look at both."""
     from robustkern.study.demo import run_demo
 
-    console = Console()
+    console = Console(emoji=False)
     given = {"epochs": epochs, "seed": seed, "threads": threads}
     with one_line_errors():
         run_demo(out, data, console, root=root, **{name: value for name, value in given.items() if value is not None})
@@ -303,7 +304,7 @@ def evaluate_command(
     """Attack a trained classifier, and check whether the result can be believed."""
     from robustkern.evaluation.command import evaluate_run
 
-    console = Console()
+    console = Console(emoji=False)
     with one_line_errors():
         report = evaluate_run(
             run, console, data=data, root=root, out=out, export=export, device=device, threads=threads,
@@ -351,9 +352,10 @@ def study_command(
     """Train every method and measure what its input gradients show; stopped at any moment, the same command goes on."""
     from robustkern.study.command import run_study
 
+    console = Console(emoji=False)
     with one_line_errors():
         run_study(
-            out or Path("runs") / f"study-{Path(data).name}", Console(), data=data, methods=methods, seeds=seeds,
+            out or Path("runs") / f"study-{Path(data).name}", console, data=data, methods=methods, seeds=seeds,
             sweep=sweep, two_by_two=two_by_two, samples=samples, epochs=epochs, threads=threads, device=device,
             root=root, jobs=jobs, report=report, checkpoints=tuple(checkpoint or ()),
         )  # fmt: skip

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustkern._files import parse_json, read_bytes
+from robustkern._pickles import check_pickle
 from robustkern.training import CheckpointError, UsageError, checkpoint, config
 from robustkern.training.yaml_files import dump_yaml, load_yaml
 
@@ -128,7 +129,10 @@ BOMBS = {
     "a memo of 2^31 places": ("cifar", lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "more than 200000 instructions"),
     "a string of 2^62 bytes": ("cifar", lambda: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.", "read safely"),
     "a million lists": ("cifar", lambda: b"\x80\x02" + b"]" * 1_000_000 + b".", "more than 200000 instructions"),
-    "lists of shared lists": ("cifar", lambda: shared_lists(), "a label must be"),
+    "lists of shared lists": ("cifar", lambda: shared_lists(), "it makes more than"),
+    "a key of shared tuples": ("cifar", lambda: b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", "it makes more than"),
+    "a key of remembered tuples": ("cifar", lambda: b"\x80\x02}" + remembered() + b"K\x01s.", "it makes more than"),
+    "a key in a checkpoint": ("pickled", lambda: b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", "it makes more than"),
     "state for a function": ("cifar", lambda: b"\x80\x02c_codecs\nencode\n}b.", "change a function"),
     "aliases of aliases": ("yaml", lambda: LAUGHS.encode(), "anchors, aliases and tags are not read"),
     "a deep flow": ("yaml", lambda: b"[" * 60_000, "levels"),
@@ -153,6 +157,11 @@ def twice():
         for _ in range(2):
             file.addfile(tarfile.TarInfo("test_batch"))
     return out.getvalue()
+
+
+def remembered():
+    """Sixty tuples, each of the one before it twice."""
+    return b"K\x01q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
 
 
 def shared():
@@ -283,3 +292,18 @@ def test_buffers_of_another_size_are_refused_before_anything_is_loaded():
         assert "\n" not in str(caught.value)
         assert all(torch.equal(kept[name], value) for name, value in state.model.state_dict().items())
     assert stored["progress"]["step"] == 0
+
+
+@given(ANYTHING, st.integers(0, 5))
+def test_pickles_that_make_little_are_taken(value, protocol):
+    assert check_pickle(pickle.dumps([value, (value, value), {"a": value}], protocol), 1000) == set()
+
+
+def test_what_a_pickle_makes_is_counted():
+    inner = ()
+    for _ in range(9):
+        inner = (inner, inner)
+    with pytest.raises(ValueError, match="it makes more than 1000 objects"):
+        check_pickle(pickle.dumps(inner), 100)
+    assert check_pickle(pickle.dumps(inner), 1000) == set()
+    assert check_pickle(pickle.dumps(os.mkdir, 2), 10) == {"posix mkdir"}

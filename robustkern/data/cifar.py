@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
-import pickletools
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from robustkern._files import read_bytes
+from robustkern._pickles import check_pickle
 from robustkern._text import brief
 
 from .dataset import DataError, Dataset
@@ -80,14 +80,14 @@ class _Uint8:
 
 def _dtype(code: str | bytes, *flags: object) -> _Uint8:
     if code not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"an array of type {brief(code)}")
+        raise pickle.UnpicklingError("an array of another type than bytes")
     return _Uint8()
 
 
 def _latin1(text: str, encoding: str) -> bytes:
     # How Python 3 writes bytes in protocol 2. Any other codec could do work of its own.
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the codec {brief(encoding)}")
+        raise pickle.UnpicklingError("another codec than latin1")
     return text.encode("latin1")
 
 
@@ -105,15 +105,6 @@ _GLOBALS = {
 }
 
 
-def _unpickle(content: bytes) -> Any:
-    """The object in a pickle, unless it needs more instructions, or more places to remember things, than a batch."""
-    # Ahead of the unpickler, which makes room for whatever number a pickle names.
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-        if count > _MOST_INSTRUCTIONS or ("PUT" in instruction.name and int(argument or 0) > _MOST_INSTRUCTIONS):
-            raise pickle.UnpicklingError(f"more than {_MOST_INSTRUCTIONS} instructions")
-    return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-
-
 def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [N, 3072] and labels [N], uint8, of one batch file of either version.
 
@@ -129,7 +120,9 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
         records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + _PIXELS)
         return records[:, 1:], records[:, 0]
     try:
-        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in _unpickle(content).items()}
+        check_pickle(content, _MOST_INSTRUCTIONS)
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         array, labels = batch["data"], batch["labels"]
     # A pickle is a program: a damaged one can fail with nearly any exception.
     except Exception as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkern._files import parse_json, read_bytes
+from robustkern._pickles import check_pickle
 from robustkern._text import brief
 
 from .averaging import WeightAverage
@@ -32,6 +32,7 @@ _FORMAT = 3
 _KEEP = 2  # one that is being written over by nobody, and one more in case it does not verify
 _NAME = re.compile(r"checkpoint-(\d{9})\.json")
 _MOST_MANIFEST = 1 << 17  # bytes; it has a hundredth of that
+_MOST_INSTRUCTIONS = 1 << 20  # of a pickle; a thousand epochs take a twentieth of that
 _MOST_PICKLE = 8 << 20  # bytes; numbers and names, most of them in the rows of metrics
 # What `torch.save` needs for tensors and containers.
 _HARMLESS = re.compile(r"collections OrderedDict|torch(\._utils _rebuild_tensor_v2| \w+Storage|\.storage \w+Storage)")
@@ -294,9 +295,9 @@ def check_archive(content: bytes) -> None:
         _require(stored and fits, "entries, larger than they are stored")
         (pickled,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
         _require(pickled.file_size <= _MOST_PICKLE, f"numbers and names, more than {_MOST_PICKLE} bytes of them")
-        for instruction, argument, _ in pickletools.genops(archive.read(pickled)):
-            if instruction.name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument)):
-                raise ValueError(f"it wants to import {argument}")
+        for name in check_pickle(archive.read(pickled), _MOST_INSTRUCTIONS):
+            if not _HARMLESS.fullmatch(name):
+                raise ValueError(f"it wants to import {brief(name)}")
 
 
 def check_layout(saved: Any, current: Mapping[str, Tensor], source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,18 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         header = parse_json(metadata[KEY])
         _check_description(header)
-        # Without memory of its own: what the file says decides how large it is.
-        with torch.device("meta"):
-            model = models.create(header["model"], len(header["classes"]), tuple(header["in_shape"]))
+        create = partial(models.create, header["model"], len(header["classes"]), tuple(header["in_shape"]))
+        with torch.device("meta"):  # without memory: how large it would be, the file decides
+            expected = create().state_dict()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
     if _digest(state) != header.get("sha256"):
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one it was saved with")
-    check_layout(state, model.state_dict(), str(path))
-    model.load_state_dict(state, assign=True)
+    check_layout(state, expected, str(path))
+    # The initial weights are overwritten at once; the caller's generator must not notice them.
+    with torch.random.fork_rng(devices=[]):
+        model = create()
+    model.load_state_dict(state)
     return model.eval(), header
 
 

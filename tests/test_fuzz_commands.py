@@ -11,7 +11,6 @@ pytest.importorskip("safetensors")
 
 import fuzz_commands
 from fuzz_commands import Parameter, commands, invoke, try_command, try_folder
-
 from robustkern.training import command as training_command
 
 OPTIONS = [(name, parameter) for name, parameters in commands().items() for parameter in parameters]

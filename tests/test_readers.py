@@ -14,13 +14,13 @@ import tracemalloc
 import zipfile
 import zlib
 
-import fuzz_readers
 import pytest
 import torch
-from fuzz_readers import READERS, check, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fuzz_readers
+from fuzz_readers import READERS, check, seeds
 from robustkern._files import parse_json, read_bytes
 from robustkern._pickles import check_pickle
 from robustkern.training import CheckpointError, UsageError, checkpoint, config

@@ -42,7 +42,10 @@ class Draws:
             return
         with torch.random.fork_rng(devices=[device for device in self._states if device.type == "cuda"]):
             for device, state in self._states.items():
-                torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
+                if device.type == "cpu":
+                    torch.set_rng_state(state)
+                else:
+                    torch.cuda.set_rng_state(state, device)
             yield
 
 

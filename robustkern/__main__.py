@@ -10,6 +10,9 @@ _EXTRAS = ("typer", "rich", "matplotlib", "sklearn", "safetensors", "yaml")
 
 def main() -> None:
     """Run the command line. `info` needs PyTorch alone; everything else needs the packages of the extra `train`."""
+    from robustkern._text import loosen_streams
+
+    loosen_streams()
     arguments = sys.argv[1:]
     if arguments[:1] == ["info"] and not {"-h", "--help"} & set(arguments):
         from robustkern._info import run

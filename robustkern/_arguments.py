@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
 
+def shown(value: object) -> str:
+    """repr(value) on one line, at most 100 characters of it: for messages."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # an integer of 5000 digits, or anybody's class
+        text = f"a {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def check_integer(function: str, name: str, value: object, least: int, otherwise: str = "") -> int:
-    """`value` as an int; ValueError unless it is an integer of at least `least` (not a bool, not 2.0).
+    """`value` as an int; ValueError unless it is an integer of at least `least`, of 64 bits (not a bool, not 2.0).
 
     `otherwise`: what else the argument may be, for the message.
     """
@@ -17,9 +29,10 @@ def check_integer(function: str, name: str, value: object, least: int, otherwise
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
-    if number is None or number < least:
-        expected = f"an integer of at least {least}" + (f" {otherwise}" if otherwise else "")
-        raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
+    if number is None or not least <= number < 2**63:
+        expected = f"an integer of at least {least}" + (" and below 2^63" if number and number > least else "")
+        expected += f" {otherwise}" if otherwise else ""
+        raise ValueError(f"{function}: {name} must be {expected}, got {shown(value)}")
     return number
 
 
@@ -28,26 +41,68 @@ def check_number(
 ) -> float:
     """`value` as a float; ValueError unless it is a finite number in [least, most] or, `open_below`, (least, most]."""
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several
         number = math.nan
     if not (least <= number <= most and math.isfinite(number)) or (open_below and number == least):
         interval = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if math.isinf(most) else ']'}"
-        raise ValueError(f"{function}: {name} must be a number in {interval}, got {value!r}")
+        raise ValueError(f"{function}: {name} must be a number in {interval}, got {shown(value)}")
     return number
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
-def check_generator(function: str, generator: object, device: torch.device) -> None:
+def check_generator(function: str, generator: object, device: torch.device, like: str = "outputs") -> None:
     """TypeError or ValueError unless it is None or a torch.Generator on that kind of device."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{function}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != device.type:
-        raise ValueError(f"{function}: generator must be on {device} like outputs, got {generator.device}")
+        raise ValueError(f"{function}: generator must be on {device} like {like}, got {generator.device}")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be: of one kind, between two ends.
+
+    Attributes:
+        least: The smallest one.
+        most: The largest one.
+        integer: Whether it must be an integer.
+        open: Ends that do not belong to it: "", "(", ")" or "()".
+        unit: What they measure, for messages.
+    """
+
+    least: float
+    most: float = math.inf
+    integer: bool = False
+    open: str = ")"
+    unit: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
+            return False
+        number: Any = value  # mypy knows no order of a Real
+        ends = [end for end, mark in ((self.least, "("), (self.most, ")")) if mark in self.open]
+        return self.least <= number <= self.most and number not in ends
+
+    def __str__(self) -> str:
+        if self.integer:
+            return f"an integer from {self.least} to {self.most}{self.unit}"
+        before, after = "(" if "(" in self.open else "[", ")" if ")" in self.open else "]"
+        return f"a number in {before}{self.least:g}, {self.most:g}{after}{self.unit}"
+
+
+def counts(least: int = 1, most: int = 2**31 - 1) -> Range:
+    """The integers from `least` to `most`."""
+    return Range(least, most, integer=True, open="")
+
+
+SEEDS = counts(0, 2**63 - 1)
+THREADS = counts(1, 1024)
+RADII = Range(0, 1, open="(", unit=" in units of images in [0, 1], such as 8/255")

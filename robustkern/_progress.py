@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from robustkern import training
+from robustkern._text import terminal
 from robustkern.training import TrainingConfig
 from robustkern.training.figures import eps_text
 
@@ -51,12 +52,12 @@ class TrainingProgress(training.Observer):
 
     def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: training.Progress) -> None:
         options = "".join(
-            f", {name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
+            f", {name.replace('_', ' ')} {terminal(value) if isinstance(value, str) else format(value, 'g')}"
             for name, value in config.options.items()
             if value
         )
         self._console.print(
-            f"[bold]{config.method}[/bold] on {config.data}: {config.model}, {config.epochs} epochs of "
+            f"[bold]{config.method}[/bold] on {terminal(config.data)}: {config.model}, {config.epochs} epochs of "
             f"{steps_per_epoch} steps, eps {eps_text(config.eps)}{options}",
             highlight=False,
             soft_wrap=True,
@@ -88,8 +89,7 @@ class TrainingProgress(training.Observer):
         clean, robust = row[f"{self._prefix}clean_accuracy"], row[f"{self._prefix}robust_accuracy"]
         line = _COLUMNS.format(
             f"{epoch}/{self._epochs}",
-            f"{row['orientation']:.4f}",
-            f"{row['smoothness']:.4f}",
+            *("" if row[term] is None else f"{row[term]:.4f}" for term in ("orientation", "smoothness")),
             "" if clean is None else f"{100 * clean:.1f} %",
             "" if robust is None else f"{100 * robust:.1f} %",
             f"{row['ms_per_step']:.1f}",
@@ -97,4 +97,4 @@ class TrainingProgress(training.Observer):
         self._console.print(line + skipped, highlight=False, soft_wrap=True)
 
     def on_message(self, message: str) -> None:
-        self._console.print(f"[yellow]{message}[/yellow]", highlight=False, soft_wrap=True)
+        self._console.print(f"[yellow]{terminal(message)}[/yellow]", highlight=False, soft_wrap=True)

@@ -29,8 +29,17 @@ class Terms(NamedTuple):
         Args:
             inputs: accumulate gradients into these only, such as model.parameters().  Without it the gradient with
                 respect to the input batch is computed once more and thrown away.
+
+        Raises:
+            ValueError: The total has no graph.
         """
-        self.total.backward(inputs=None if inputs is None else list(inputs))
+        total = self.total
+        if not total.requires_grad:
+            raise ValueError(
+                "Terms: total must have a graph, got one without: the model was called under torch.no_grad(), "
+                "its outputs were detached, or all of its parameters are frozen"
+            )
+        total.backward(inputs=None if inputs is None else list(inputs))
 
     def detach(self) -> Terms:
         """The same values, without the graph: for logging."""

@@ -44,7 +44,7 @@ def build(name, options, *, eps, impl):
     )
 
 
-# An odd batch, so that the parts differ; a last one of a single sample, of which the second process has nothing.
+# An odd batch, so that the parts differ; of the last one, a single sample, the batch before is made longer.
 SETTINGS = {"epochs": 2, "batch_size": 33, "train_samples": 67, "eval_samples": 30, "pgd_steps": 2, "threads": 1,
             "lr": 0.02, "ramp": 0.5}  # fmt: skip
 

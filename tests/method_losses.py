@@ -92,7 +92,7 @@ def _cure(model, x, y, found, loss):
 def _grad_align(model, x, y, found, loss):
     from robustkern.ops import attack_start
 
-    image, first = found
+    image, first, _ = found
     probe = attack_start(x, eps=EPS, generator=loss.generator, samples=loss._samples(x))
     _, second = input_gradient(model, probe, y)
     cosine = F.cosine_similarity(first.flatten(1), second.flatten(1))

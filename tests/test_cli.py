@@ -19,6 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from robustkern import _info, cli
+from robustkern._command_line import STOPPED
 from robustkern.study import demo as demo_module
 from robustkern.study import step_cost
 from robustkern.training import build_loss
@@ -97,20 +98,20 @@ def test_resume_takes_its_settings_from_the_run_and_refuses_others(tmp_path):
         (["--data", "imagenet"], 2, "no data set 'imagenet'"),
         (["--method", "magic"], 2, "no method 'magic'"),
         (["--model", "vgg"], 2, "no model 'vgg'"),
-        (["--eps", "8"], 2, "write 8/255"),
+        (["--eps", "8"], 2, "such as 8/255"),
         (["--method", "standard", "--weight", "1"], 2, "no option weight"),
-        (["--norm", "0.5"], 2, "norm must be"),
-        (["--weight", "-1"], 2, "weight must not be negative"),
-        (["--method", "jacobian", "--projections", "-1"], 2, "projections must be 1 or more, or 0 for the exact norm"),
-        (["--method", "fisher", "--law", "uniform"], 2, "no law 'uniform': choose one of sphere, gaussian"),
-        (["--method", "jacobian", "--every", "0"], 2, "every must be at least 1"),
-        (["--method", "cross-lipschitz", "--fraction", "0"], 2, "fraction must be in (0, 1], got 0"),
+        (["--norm", "0.5"], 2, "'--norm' / '-p': must be a number in [1, inf], got '0.5'"),
+        (["--weight", "-1"], 2, "Invalid value for '--weight': must be a number in [0, inf), got '-1'"),
+        (["--method", "jacobian", "--projections", "-1"], 2, "'--projections': must be an integer from 0 to 1000000"),
+        (["--method", "fisher", "--law", "uniform"], 2, "law must be one of 'sphere', 'gaussian'"),
+        (["--method", "jacobian", "--every", "0"], 2, "'--every': must be an integer from 1 to 2147483647"),
+        (["--method", "cross-lipschitz", "--fraction", "0"], 2, "'--fraction': must be a number in (0, 1], got '0'"),
         (["--method", "jacobian", "--norm", "2"], 2, "method jacobian has no option norm"),
         (["--method", "pgd", "--set", "step=2/255"], 2, "method pgd has no option step (it has: steps, step_size"),
         (["--method", "pgd", "--set", "steps=many"], 2, "option steps of method pgd must be an integer, got 'many'"),
         (["--method", "pgd", "--set", "steps=7.9"], 2, "option steps of method pgd must be an integer, got '7.9'"),
         (["--method", "jacobian", "--projections", "20"], 2, "projections must be at most 10 for law orthonormal"),
-        (["--epochs", "0"], 2, "epochs must be at least 1"),
+        (["--epochs", "0"], 2, "'--epochs': must be an integer from 1 to 2147483647, got '0'"),
         (["--optimizer", "lion"], 2, "no optimizer"),
         (["--impl", "fast"], 2, "impl"),
         (["--data", "cifar10"], 1, "cifar-10-python.tar.gz"),
@@ -135,7 +136,7 @@ def test_a_teacher_of_other_images_or_classes_is_refused(tmp_path):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
             image_module.new("L", (8, 8)).save(tmp_path / "pets" / split / name / "1.png")
     other = run(*command, "--data", tmp_path / "pets", "--out", tmp_path / "run")
-    assert other.exit_code == 2 and "of 2 classes (cat, dog, ...)" in one_line(other)
+    assert other.exit_code == 2 and "of 2 classes (cat, dog)" in one_line(other)
     assert not (tmp_path / "run").exists()
     assert run(*command, "--out", tmp_path / "run").exit_code == 0
 
@@ -151,10 +152,6 @@ def test_the_out_path_must_be_a_folder_that_can_be_written(tmp_path):
     assert run("train", *FAST, "--out", tmp_path / "file").exit_code == 2
     below = run("train", *FAST, "--out", tmp_path / "file" / "run")
     assert below.exit_code == 1 and "Not a directory" in one_line(below)
-
-
-def test_eps_is_parsed():
-    assert cli.parse_eps("8/255") == 8 / 255 and cli.parse_eps("0.1") == 0.1 and cli.parse_eps("1e-2") == 0.01
 
 
 def test_demo_shows_both_rows(tmp_path, monkeypatch):
@@ -199,7 +196,7 @@ def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
     arguments = ["train", "--epochs", "4", "--train-samples", "512", "--eval-samples", "20", "--resume"]
     whole = process(*arguments, "--out", tmp_path / "whole")
     out = tmp_path / "stopped"
-    for number, status in ((signal.SIGTERM, cli.STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+    for number, status in ((signal.SIGTERM, STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
         stopped = process(*arguments, "--out", out)
         before = sorted(out.glob("checkpoint-*.json"))
         while stopped.poll() is None and sorted(out.glob("checkpoint-*.json")) == before:

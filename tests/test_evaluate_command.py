@@ -85,7 +85,7 @@ def test_the_command_refuses_in_one_line(run, tmp_path, monkeypatch):
         ((tmp_path / "nothing",), 1, "no such file"),
         ((folder, "--data", "digits-28"), 2, "takes images"),
         ((folder, "--attacks", "magic"), 2, "no attack 'magic'"),
-        ((folder, "--eps", "0"), 2, "eps must be positive"),
+        ((folder, "--eps", "0"), 2, "'--eps': must be a number in (0, inf), got '0'"),
     ):
         done = command(*arguments)
         assert done.exit_code == status and message in done.output + done.stderr, (arguments, done.output)
@@ -107,3 +107,28 @@ def test_strict_fails_where_a_check_does(run, monkeypatch):
     assert command(*arguments).exit_code == 0
     report = evaluate_run(folder, Console(quiet=True), samples=5, attacks=("pgd",), pgd_steps=1, check_samples=5)
     assert not report.sound
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_where_nothing_is_right_nothing_is_checked(tmp_path, some):
+    """Of a constant network: right for none of the images, or for none of those that the checks attack."""
+    labels = data.load("digits", split="test").labels[:30].tolist()
+    constant = models.create("small-cnn", 10, (1, 8, 8))
+    chosen = next(label for label in range(10) if label not in labels[:5] and label in labels)
+    samples = 30 if some else labels.index(chosen)
+    with torch.no_grad():
+        last = constant.network.classifier[-1]
+        last.weight.zero_()
+        last.bias.copy_(torch.eye(10)[chosen])
+    classes = [str(i) for i in range(10)]
+    description = {"model": "small-cnn", "classes": classes, "in_shape": [1, 8, 8], "data": "digits", "eps": 0.07}
+    save_weights(tmp_path / "model.safetensors", constant, description)
+    options = ["--samples", samples, "--attacks", "pgd", "--pgd-steps", 1, "--restarts", 1, "--check-samples", 5]
+    done = command(tmp_path, *options)
+    assert done.exit_code == 0 and "nothing to check: none of the first 5 images is classified right" in done.output
+    written = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert (written["clean"]["right"] > 0) == some
+    assert written["sound"] is False and written["unchecked"] == "none of the first 5 images is classified right"
+    marks = ["in the ball", "reproduced from file"] if some else []  # what the attacks on the others left
+    assert [check["name"] for check in written["checks"]] == marks and ("✓" in done.output) == some
+    assert command(tmp_path, *options, "--strict").exit_code == 1

@@ -11,6 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bad_models import (
+    AdaptsItsInput,
+    BatchStatistics,
+    ChangesItsInput,
+    Random,
+    Rounded,
+    Saturated,
+    Softmax,
+    Vanishing,
+    Wavy,
+)
 from robustkern import data, models
 from robustkern.evaluation import (
     MissingPackage,
@@ -116,67 +127,6 @@ def test_what_has_no_number_is_null_in_the_report(digits):
     assert not report.sound
 
 
-class Wrapped(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = copy.deepcopy(model)
-
-
-class Saturated(Wrapped):
-    def forward(self, x):
-        return 1000 * self.model(x)
-
-
-class Vanishing(Wrapped):
-    def forward(self, x):
-        return 1e-9 * self.model(x)
-
-
-class Rounded(Wrapped):
-    def forward(self, x):
-        return self.model((4 * x).round() / 4)
-
-
-class Random(Wrapped):
-    def forward(self, x):
-        return self.model(x) + 0.3 * torch.randn(len(x), 10)
-
-
-class Softmax(Wrapped):
-    def forward(self, x):
-        return self.model(x).softmax(1)
-
-
-class BatchStatistics(Wrapped):
-    def forward(self, x):
-        z = self.model(x)
-        return z - 0.5 * z.mean(0)
-
-
-class AdaptsItsInput(Wrapped):
-    def forward(self, x):
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            z = self.model(leaf)
-            (grad,) = torch.autograd.grad(z.logsumexp(1).sum() - z.amax(1).sum(), leaf)
-        return self.model(x - 0.05 * grad.sign())
-
-
-class Wavy(Wrapped):
-    """Ripples of a grey level's length: gradients are true at the images, and lead nowhere off them."""
-
-    def forward(self, x):
-        levels = 2 * torch.pi * 16
-        return self.model(x + 4 * (levels * x).sin() / levels)
-
-
-class ChangesItsInput(Wrapped):
-    def forward(self, x):
-        with torch.no_grad():
-            x.clamp_(0.1, 0.9)
-        return self.model(x)
-
-
 @pytest.mark.parametrize(
     "bad, flag",
     [
@@ -254,10 +204,10 @@ def test_a_stored_image_outside_the_ball_is_flagged(model, digits, tmp_path, mon
     save = safetensors.torch.save
     blank = int((report.x[0].flatten() == 0).nonzero()[0])  # a pixel of the margin, which no class depends on
 
-    def tampered(tensors):
+    def tampered(tensors, metadata):
         image = tensors[moved].clone()
         image[0].view(-1)[blank] = 0.25
-        return save({**tensors, moved: image})
+        return save({**tensors, moved: image}, metadata)
 
     monkeypatch.setattr(safetensors.torch, "save", tampered)
     monkeypatch.setattr(module, "figure", lambda *args: None)
@@ -336,9 +286,9 @@ def test_without_autoattack_it_says_what_to_install(model, digits, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"eps": 0.0}, "eps must be positive"), ({"norm": "l3"}, "norm must be one of"),
-        ({"attacks": ("pgd", "square")}, "no attack 'square'"), ({"restarts": 0}, "restarts must be at least 1"),
-        ({"samples": -1}, "samples must not be negative"),
+        ({"eps": 0.0}, "eps must be a number in"), ({"norm": "l3"}, "norm must be one of"),
+        ({"attacks": ("pgd", "square")}, "no attack 'square'"), ({"restarts": 0}, "restarts must be an integer from 1"),
+        ({"samples": -1}, "samples must be an integer from 0"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(options, message):
@@ -352,7 +302,38 @@ def test_a_model_of_another_number_of_classes_is_refused(model, digits):
         evaluate(narrow, digits, Settings(EPS, samples=5, attacks=("pgd",)))
 
 
-def test_a_report_is_written_whole_or_not_at_all(model, digits, tmp_path, monkeypatch):
+def test_images_of_another_evaluation_are_flagged(model, digits, tmp_path, monkeypatch):
+    """Accuracies and balls may agree by chance; the identity does not."""
+    from robustkern.evaluation import report as module
+
+    settings = Settings(EPS, samples=10, attacks=("pgd",), pgd_steps=1, check_samples=5)
+    reports = [evaluate(model, digits, settings) for _ in range(2)]
+    monkeypatch.setattr(module, "figure", lambda *args: None)
+    write_report(reports[0], model, tmp_path, {})
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["identity"] == reports[0].identity and written["finished"] is True
+    monkeypatch.setattr(module, "_write_adversaries", lambda report, out: None)  # another process was quicker
+    write_report(reports[1], model, tmp_path, {})
+    first, second = (report.checks[-1] for report in reports)
+    assert first.passed and not second.passed
+    assert second.finding == f"the file belongs to another evaluation, {reports[0].identity}"
+
+
+def test_numbers_that_json_lacks_cost_none_of_the_others(digits, tmp_path):
+    class Poisoned(nn.Module):
+        def forward(self, x):
+            logits = 9 * F.one_hot(digits.labels[: len(x)], 10) + 0 * x.sum((1, 2, 3)).unsqueeze(1)
+            return torch.cat([logits[:-1], logits[-1:] * float("nan")])
+
+    report = evaluate(Poisoned(), digits, Settings(EPS, samples=9, attacks=("pgd",), pgd_steps=1, check_samples=9))
+    write_report(report, Poisoned(), tmp_path, {})
+    text = (tmp_path / "evaluation.json").read_text()
+    found = {check["name"]: check for check in json.loads(text)["checks"]}
+    assert "NaN" not in text and "Infinity" not in text
+    assert found["deterministic"]["values"] == {"spread": None} and not found["deterministic"]["passed"]
+
+
+def test_no_trouble_with_a_picture_costs_the_numbers(model, digits, tmp_path, monkeypatch):
     from robustkern.evaluation import report as module
 
     report = evaluate(model, digits, Settings(EPS, samples=10, attacks=("pgd",), pgd_steps=1, check_samples=5))
@@ -363,7 +344,8 @@ def test_a_report_is_written_whole_or_not_at_all(model, digits, tmp_path, monkey
     monkeypatch.setattr(module, "figure", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(report, model, tmp_path, {})
-    assert not (tmp_path / "evaluation.json").exists()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["worst"] == report.worst.to_dict()
+    assert (tmp_path / "adversaries.safetensors").exists()
 
 
 def test_classes_without_images_are_neither_weakest_nor_drawn(model, digits, tmp_path, monkeypatch):

@@ -91,12 +91,12 @@ def test_training_at_the_adversary_has_no_ramp_unless_asked():
     ("method", "options", "message"),
     [
         ("distillation", {}, "distillation needs the option teacher: the run directory of a trained network"),
-        ("trades", {"steps": 0}, "method trades: TRADES: steps must be at least 1, got 0"),
+        ("trades", {"steps": 0}, "method trades: TRADES: steps must be an integer of at least 1, got 0"),
         ("pgd", {"weight": -1.0}, "method pgd: AdversarialTraining: weight must be"),
         ("label-smoothing", {"weight": 2.0}, "method label-smoothing: LabelSmoothing: weight must be"),
         ("mart", {"awp": -1.0}, "method mart: AWP: gamma must be"),
         ("gradient-penalty", {"estimator": "fd"}, "GradientPenalty: estimator must be one of"),
-        ("vat", {"xi": 0.0}, "method vat: VAT: xi must be positive"),
+        ("vat", {"xi": 0.0}, r"method vat: VAT: xi must be a number in \(0, inf\), got 0.0"),
         ("cure", {"steps": 3}, "method cure has no option steps"),
     ],
 )

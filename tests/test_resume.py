@@ -318,9 +318,9 @@ def test_forged_states_are_refused(crashed, state):
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "other", partial(models.SmallCNN, width=8))
-    train(config(model="other", epochs=1), tmp_path)
-    (tmp_path / "config.yaml").write_text(config().to_yaml())
+    with monkeypatch.context() as patch:
+        patch.setitem(models.MODELS, "small-cnn", partial(models.SmallCNN, width=8))
+        train(config(), tmp_path)
     with pytest.raises(CheckpointError, match="belongs to another architecture"):
         train(config(), tmp_path, resume=True)
 
@@ -376,7 +376,7 @@ def test_a_full_disk_keeps_the_old_checkpoints(tmp_path, monkeypatch, uninterrup
     def full(path, content):
         if path.name == "checkpoint-000000008.pt":
             # Half of it fits.
-            (path.parent / ".tmp-half").write_bytes(content[: len(content) // 2])
+            (path.parent / ".tmp-checkpoint-000000008.pt-a1b2c3d4").write_bytes(content[: len(content) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, content)
 

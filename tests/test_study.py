@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Judges, Protocol, measure, summarise
 from robustkern.study.plan import OURS, PAPER, Plan, configuration
 from robustkern.study.study import run
-from robustkern.training import METHODS, UsageError, recipe, recipes, teacher_recipe, train
+from robustkern.training import METHODS, TrainingError, UsageError, recipe, recipes, teacher_recipe, train
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 SMALL = {"data": "digits", "methods": ("standard", "fgsm"), "seeds": 1, "sweep": (3.0,), "samples": 12, "epochs": 1}
@@ -111,6 +112,32 @@ def test_what_is_there_is_not_made_again(done, monkeypatch):
         run(Plan(**SMALL), folder)
 
 
+def test_damaged_files_of_a_study_are_made_again_or_named(done, tmp_path):
+    folder = shutil.copytree(done[0], tmp_path / "study")
+    unit = module.Unit(next(entry for entry in Plan(**SMALL).entries() if entry.name == "fgsm"))
+    measures = folder / "measures" / "fgsm-0.safetensors"
+    whole = measures.read_bytes()
+    for content, there in ((whole, True), (whole[:-9], False), (b"\x05\0\0\0\0\0\0\0[1,2]", False), (b"", False)):
+        measures.write_bytes(content)
+        assert module._is_there(unit, Plan(**SMALL), folder, data.load("digits", split="test")) == there
+    rows, plan = folder / "models" / "fgsm-0" / "metrics.jsonl", folder / "plan.json"
+    for path, content, message in (
+        (rows, b'{"epoch": "one"}\n', "metrics.jsonl: not the metrics of a run"),
+        (rows, b"", "metrics.jsonl: no rows"),
+        (rows, b"\xff", "metrics.jsonl: 'utf-8' codec"),
+        (plan, b"[1]", "plan.json: not the plan of a study"),
+        (plan, b'{"data": {"a": []}}', "holds another study"),
+        (plan, b"[" * 50_000, "plan.json: not the plan of a study (nested too deeply)"),
+        (plan, b" " * 100_000, "plan.json: not the plan of a study (larger"),
+    ):
+        path.write_bytes(content)
+        read = partial(module._rows, rows.parent) if path == rows else partial(module._claim, Plan(**SMALL), folder)
+        with pytest.raises((UsageError, TrainingError), match=re.escape(message)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+        shutil.copy(done[0] / path.relative_to(folder), path)
+
+
 def test_a_folder_belongs_to_one_study(done):
     folder, _ = done
     with pytest.raises(UsageError, match=r"holds another study \(epochs 1 -> 2\): choose another folder"):
@@ -121,13 +148,13 @@ def test_a_folder_belongs_to_one_study(done):
     ("options", "message"),
     [
         (["--methods", "standard,magic"], "no method 'magic' in the study"),
-        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--seeds", "0"], "'--seeds': must be an integer from 1 to 1000, got '0'"),
         (["--sweep", "1,x"], "--sweep: numbers with commas, or none"),
         (["--sweep", "-1"], "multiples must be positive"),
         (["--sweep", "inf"], "multiples must be positive"),
-        (["--epochs", 0], "epochs must be at least 1, got 0"),
-        (["--samples", -5], "samples must be at least 1, got -5"),
-        (["--threads", 0], "threads must be at least 1, got 0"),
+        (["--epochs", 0], "'--epochs': must be an integer from 1 to 2147483647, got '0'"),
+        (["--samples", -5], "'--samples': must be an integer from 1 to 2147483647, got '-5'"),
+        (["--threads", 0], "'--threads': must be an integer from 1 to 1024, got '0'"),
         (["--checkpoint", "a=:f"], "--checkpoint: NAME=RUN or NAME=module:function, got 'a=:f'"),
         (["--checkpoint", "a=x:f", "--checkpoint", "a=x:g"], "two of the networks that are given have the same name"),
         (["--checkpoint", "gradient-penalty=x:f"], "train the gradient penalty themselves: give yours another name"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustkern import ops
-from robustkern.reference.attack_step import NORMS
+from robustkern._classifier import check_call, check_least, check_logits, gradient_of
 
 LOSSES = ("ce", "cw", "dlr")
+Model = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def attacked(model: nn.Module) -> Iterator[None]:
+def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The model as an attack must see it: in eval mode, so that BatchNorm is fixed, and with no parameter gradients.
 
     Every module's mode, every parameter's requires_grad and every buffer is put back on the way out, whatever happened
-    inside.
+    inside.  A function that is no `nn.Module` is called as it is, and so is an exported program, which has one mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    seen = model if isinstance(model, nn.Module) else nn.Module()
+    modes = [(module, module.training) for module in seen.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in seen.parameters()]
     with torch.no_grad():
-        buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in model.buffers()]
+        buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in seen.buffers()]
     try:
-        model.eval()
+        _evaluating(seen)
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
@@ -46,73 +48,80 @@ def attacked(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def _evaluating(module: nn.Module) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:  # of what torch.export made, which may be a part of the model
+        for child in module.children():
+            _evaluating(child)
+
+
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model without DistributedDataParallel, which would wait for parameter gradients that never come."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def box_diameter(norm: str, shape: Sequence[int]) -> float:
+    """How far two images of a shape, with values in [0, 1], can be apart."""
+    entries = math.prod(shape)
+    return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries)}[norm]
 
 
-def check_options(
+def check_batch(
     name: str,
-    eps: Tensor | float,
-    norm: str,
-    loss: str,
-    losses: tuple[str, ...] = LOSSES,
-    step_size: Tensor | float | None = None,
-    **counts: int,
-) -> None:
-    """Raises ValueError, naming the attack, unless its options make sense."""
-    if norm not in NORMS:
-        raise ValueError(f"{name}: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
-    if loss not in losses:
-        raise ValueError(f"{name}: loss must be one of {', '.join(map(repr, losses))}, got {loss!r}")
-    if min(counts.values(), default=1) < 1:
-        values = " and ".join(str(v) for v in counts.values())
-        raise ValueError(f"{name}: {' and '.join(counts)} must be at least 1, got {values}")
-    check_eps(name, eps)
-    shape = list(torch.as_tensor(eps).shape)
-    if norm != "linf" and math.prod(shape) != 1:
-        raise ValueError(f"{name}: eps must be one number for norm {norm!r}, got shape {shape}")
-    if step_size is not None and not bool((torch.as_tensor(step_size) > 0).all()):
-        raise ValueError(f"{name}: step_size must be positive, got {step_size}")
-
-
-def check_eps(name: str, eps: float | Tensor) -> None:
-    """Raises ValueError unless the radius, or each of them, is a number that is not negative."""
-    if isinstance(eps, str) or not bool((torch.as_tensor(eps) >= 0).all()):
-        raise ValueError(f"{name}: eps must not be negative or NaN, got {eps}")
-
-
-def check_batch(name: str, x: Tensor, y: Tensor, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x and y as an attack works on them: without history, and not of inference mode.
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator | None = None,
+    indices: Tensor | None = None,
+    *,
+    eps: Tensor | float = 0.0,
+    norm: str = "linf",
+) -> tuple[Model, Tensor, Tensor]:
+    """The model with its logits checked, x and y as an attack works on them: without history, not of inference mode.
 
     Raises:
-        TypeError: x is not floating-point or y is not integer.
-        ValueError: x is not in [0, 1], or y or indices do not count its samples.
+        TypeError: x is not floating-point, y is not integer, or another argument is of a wrong type.
+        ValueError: x is not in [0, 1], y or indices do not count its samples or are no classes, or no two images are
+            eps apart.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be floating-point images in [0, 1], got {x.dtype}; divide bytes by 255")
-    if y.is_floating_point() or y.is_complex():
-        raise TypeError(f"{name}: y must be integer classes, got {y.dtype}")
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"{name}: y must have shape {list(x.shape[:1])}, got {list(y.shape)}")
-    if indices is not None and (indices.dtype != torch.int64 or indices.shape != x.shape[:1]):
+    y = check_call(name, model, x, y, generator)
+    if indices is not None:
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"{name}: indices must be a tensor, got {type(indices).__name__}")
+        if indices.dtype != torch.int64 or indices.shape != y.shape or indices.device != x.device:
+            raise ValueError(
+                f"{name}: indices must be {list(y.shape)} int64 on {x.device} like x, got {list(indices.shape)} "
+                f"{str(indices.dtype).removeprefix('torch.')} on {indices.device}"
+            )
+    widest = box_diameter(norm, x.shape[1:])
+    if norm != "linf" and float(eps) > widest * (1 + 1e-6):
         raise ValueError(
-            f"{name}: indices must be {list(x.shape[:1])} int64, got {list(indices.shape)} {indices.dtype}"
+            f"{name}: eps must be at most {widest:g}, the {norm} diameter of the box of {list(x.shape[1:])} images in "
+            f"[0, 1], got {eps}"
         )
     x, y = x.detach(), y.detach()
+    largest = None
     if x.numel() and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        low, high = (float(v) for v in torch.aminmax(x))
+        low, high = (float(end) for end in torch.aminmax(x))
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(
-                f"{name}: x must be in [0, 1], got values from {low:g} to {high:g}; put the normalisation into the "
-                "model (robustkern.models.Normalize), so that eps is in units of the image"
+                f"{name}: x must be in [0, 1], got values from {low:.9g} to {high:.9g}; clamp what rounding left "
+                "outside, and put the normalisation into the model (robustkern.models.Normalize), so that eps is in "
+                "units of the image"
             )
+        least, largest = (int(end) for end in torch.aminmax(y))
+        check_least(name, least)
+
+    # DistributedDataParallel itself would wait for parameter gradients that never come.
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+
+    def checked(images: Tensor) -> Tensor:
+        logits = bare(images)
+        check_logits(name, logits, len(images), largest)
+        return logits
+
     with torch.inference_mode(False):
-        return (x.clone() if x.is_inference() else x), (y.clone() if y.is_inference() else y)
+        return checked, (x.clone() if x.is_inference() else x), (y.clone() if y.is_inference() else y)
 
 
 def losses_of(kind: str, logits: Tensor, y: Tensor, towards: Tensor | None = None, impl: str = "auto") -> Tensor:
@@ -123,7 +132,8 @@ def losses_of(kind: str, logits: Tensor, y: Tensor, towards: Tensor | None = Non
 
 
 def evaluate(
-    model: nn.Module,
+    name: str,
+    model: Model,
     adversary: Tensor,
     y: Tensor,
     loss: str,
@@ -140,12 +150,9 @@ def evaluate(
     with torch.enable_grad() if need_grad else torch.no_grad():
         leaf = adversary.detach().requires_grad_(need_grad)
         logits = model(leaf)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(y):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"attack: the model must give logits [{len(y)}, classes], got {got}")
         value = losses_of(loss, logits, y, towards, impl)
         value = -value if targeted else value
-        grad = torch.autograd.grad(value.sum(), leaf)[0] if need_grad else None
+        grad = gradient_of(name, value, leaf) if need_grad else None
     value, hit = value.detach(), logits.detach().argmax(1) == y
     return value, (hit if targeted else ~hit) | value.isnan(), grad
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern import ops
-from robustkern.attacks._common import LOSSES, Best, attacked, bare, check_batch, check_options, evaluate
+from robustkern._options import check_options
+from robustkern.attacks._common import LOSSES, Best, Model, attacked, check_batch, evaluate
 from robustkern.reference.random_cotangents import draw_seed
 
 _MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
@@ -30,7 +31,8 @@ class APGD:
     Threat model: white box; x and x' in [0, 1], eps in the same units (8/255), normalisation inside the model.
 
     Attributes:
-        eps: Radius of the ball; for norm "linf" also a tensor that broadcasts over a sample, such as [C, 1, 1].
+        eps: Radius of the ball, at most that of the box; for norm "linf" also a tensor, array or list that broadcasts
+            over a sample, such as [C, 1, 1].
         steps: Number of steps.
         restarts: Number of random starts; for loss "dlr-targeted", of the classes that are aimed at: the runner-up
             first, then the next.
@@ -49,14 +51,11 @@ class APGD:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        losses = (*LOSSES, "dlr-targeted")
-        check_options("APGD", self.eps, self.norm, self.loss, losses, steps=self.steps, restarts=self.restarts)
-        if self.norm == "l1":
-            raise ValueError("APGD: norm must be 'linf' or 'l2', got 'l1'; use PGD")
+        check_options(self, box=True, loss=(*LOSSES, "dlr-targeted"), norm=("linf", "l2"))
 
     def __call__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         generator: torch.Generator | None = None,
@@ -66,19 +65,25 @@ class APGD:
         """Adversarial examples for a batch.
 
         Args:
-            model: Maps images to logits.  It leaves as it came, and its parameters get no gradients.
+            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
+                no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels.  [B]
+            y: Their labels, of any integer dtype.  [B]
             generator: Where the random starts come from, on the device of x; by default PyTorch's own.
             indices: Numbers of the samples, [B] int64, on which their starts depend; by default 0, 1, 2, ...
 
         Returns:
             Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
+
+        Raises:
+            TypeError: An argument of another type or dtype.
+            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
+                on x.
         """
-        x, y = check_batch("APGD", x, y, indices)
+        logits, x, y = check_batch("APGD", model, x, y, generator, indices, eps=self.eps, norm=self.norm)
         seed = draw_seed(x, generator) if self.random_start else None
         with torch.inference_mode(False), attacked(model):
-            classes = self._classes(bare(model), x, y) if self.loss == "dlr-targeted" and len(x) else None
+            classes = self._classes(logits, x, y) if self.loss == "dlr-targeted" and len(x) else None
             best = Best(x)
             for restart in range(self.restarts):
                 rows = (~best.fooled).nonzero().squeeze(1)
@@ -86,11 +91,11 @@ class APGD:
                     break
                 towards = None if classes is None else classes[rows, restart]
                 samples = rows if indices is None else indices[rows]
-                adversary, loss, fooled = self._ascend(bare(model), x[rows], y[rows], towards, seed, samples, restart)
+                adversary, loss, fooled = self._ascend(logits, x[rows], y[rows], towards, seed, samples, restart)
                 best.update(adversary, loss, fooled, rows)
         return best.adversary
 
-    def _classes(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def _classes(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         """The classes but y, the likeliest first.  [B, restarts]"""
         with torch.no_grad():
             logits = model(x).clone()
@@ -104,7 +109,7 @@ class APGD:
 
     def _ascend(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         towards: Tensor | None,
@@ -119,7 +124,7 @@ class APGD:
         if seed is not None:
             current = ops.attack_start(x, seed=seed, samples=samples, restart=restart, **options)
         found = Best(x)  # what the attack returns: an adversary that fools comes first
-        loss, fooled, grad = evaluate(model, current, y, kind, need_grad=True, towards=towards, impl=self.impl)
+        loss, fooled, grad = evaluate("APGD", model, current, y, kind, need_grad=True, towards=towards, impl=self.impl)
         assert grad is not None
         found.update(current, loss, fooled)
         # What it ascends from: the highest loss, whether it fools or not.
@@ -138,7 +143,7 @@ class APGD:
                 ops.attack_step(z, x, **options)
             previous, current, last_loss = current, z, loss
             loss, fooled, new_grad = evaluate(
-                model, current, y, kind, need_grad=t + 1 < self.steps, towards=towards, impl=self.impl
+                "APGD", model, current, y, kind, need_grad=t + 1 < self.steps, towards=towards, impl=self.impl
             )
             found.update(current, loss, fooled)
             if new_grad is None:

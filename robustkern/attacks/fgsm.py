@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern import ops
-from robustkern.attacks._common import attacked, bare, check_batch, check_options, evaluate
+from robustkern._options import check_options
+from robustkern.attacks._common import LOSSES, Model, attacked, check_batch, evaluate
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class FGSM:
     Threat model: white box; x and x' in [0, 1], eps in the same units (8/255), normalisation inside the model.
 
     Attributes:
-        eps: Radius of the ball; for norm "linf" also a tensor that broadcasts over a sample, such as [C, 1, 1].
+        eps: Radius of the ball, at most that of the box; for norm "linf" also a tensor, array or list that broadcasts
+            over a sample, such as [C, 1, 1].
         step_size: Length of the step in the norm; by default 1.25 eps with a random start, eps without.
         norm: "linf", "l2" or "l1".
         random_start: Start at a uniformly random point of the ball (True) or at x (False).
@@ -43,11 +45,11 @@ class FGSM:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_options("FGSM", self.eps, self.norm, self.loss, step_size=self.step_size, coordinates=self.coordinates)
+        check_options(self, box=True, loss=LOSSES)
 
     def __call__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         generator: torch.Generator | None = None,
@@ -57,19 +59,24 @@ class FGSM:
         """Adversarial examples for a batch.
 
         Args:
-            model: Maps images to logits.  It leaves as it came, and its parameters get no gradients.
+            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
+                no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels, or the targets.  [B]
+            y: Their labels, or the targets; of any integer dtype.  [B]
             generator: Where the random start comes from, on the device of x; by default PyTorch's own.
             indices: Numbers of the samples, [B] int64, on which their starts depend; by default 0, 1, 2, ...
 
         Returns:
             Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
+
+        Raises:
+            TypeError: An argument of another type or dtype.
+            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
+                on x.
         """
-        clean, y = check_batch("FGSM", x, y, indices)
         step = (1.25 if self.random_start else 1.0) * self.eps if self.step_size is None else self.step_size
         start = self.eps if self.random_start else None
-        return _one_step(self, model, clean, y, generator, indices, start, self.eps, step)
+        return _one_step(self, model, x, y, generator, indices, start, self.eps, step)
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,11 @@ class NFGSM:
     coordinates = 1
 
     def __post_init__(self) -> None:
-        check_options("NFGSM", self.eps, self.norm, self.loss, step_size=self.step_size)
-        if not self.noise >= 0.0:
-            raise ValueError(f"NFGSM: noise must not be negative, got {self.noise}")
+        check_options(self, box=True, loss=LOSSES)
 
     def __call__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         generator: torch.Generator | None = None,
@@ -113,15 +118,14 @@ class NFGSM:
         indices: Tensor | None = None,
     ) -> Tensor:
         """Adversarial examples for a batch; arguments and result are those of `FGSM`."""
-        clean, y = check_batch("NFGSM", x, y, indices)
         step = self.eps if self.step_size is None else self.step_size
         # The box alone holds x': a ball of radius 1 around x contains it.
-        return _one_step(self, model, clean, y, generator, indices, self.noise * self.eps, 1.0, step)
+        return _one_step(self, model, x, y, generator, indices, self.noise * self.eps, 1.0, step)
 
 
 def _one_step(
     attack: FGSM | NFGSM,
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     y: Tensor,
     generator: torch.Generator | None,
@@ -130,6 +134,8 @@ def _one_step(
     radius: float | Tensor,
     step: float | Tensor,
 ) -> Tensor:
+    name = type(attack).__name__
+    logits, x, y = check_batch(name, model, x, y, generator, indices, eps=attack.eps, norm=attack.norm)
     with torch.inference_mode(False), attacked(model):
         adversary = x.clone()
         if start is not None:
@@ -137,7 +143,7 @@ def _one_step(
                 x, eps=start, norm=attack.norm, generator=generator, samples=indices, impl=attack.impl
             )
         _, _, grad = evaluate(
-            bare(model), adversary, y, attack.loss, need_grad=True, targeted=attack.targeted, impl=attack.impl
+            name, logits, adversary, y, attack.loss, need_grad=True, targeted=attack.targeted, impl=attack.impl
         )
         return ops.attack_step(
             adversary,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern import ops
-from robustkern.attacks._common import Best, attacked, bare, check_batch, check_options, evaluate, keep_rows
+from robustkern._options import check_options
+from robustkern.attacks._common import LOSSES, Best, Model, attacked, check_batch, evaluate, keep_rows
 from robustkern.reference.random_cotangents import draw_seed
 
 
@@ -25,7 +26,8 @@ class PGD:
     Threat model: white box; x and x' in [0, 1], eps in the same units (8/255), normalisation inside the model.
 
     Attributes:
-        eps: Radius of the ball; for norm "linf" also a tensor that broadcasts over a sample, such as [C, 1, 1].
+        eps: Radius of the ball, at most that of the box; for norm "linf" also a tensor, array or list that broadcasts
+            over a sample, such as [C, 1, 1].
         step_size: Length of a step in the norm; by default 2.5 eps / steps, which lets a sample cross the ball.
         steps: Number of steps.
         restarts: Number of random starts.
@@ -52,12 +54,11 @@ class PGD:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_options("PGD", self.eps, self.norm, self.loss, steps=self.steps, restarts=self.restarts)
-        check_options("PGD", self.eps, self.norm, self.loss, step_size=self.step_size, coordinates=self.coordinates)
+        check_options(self, box=True, loss=LOSSES)
 
     def __call__(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         generator: torch.Generator | None = None,
@@ -67,17 +68,23 @@ class PGD:
         """Adversarial examples for a batch.
 
         Args:
-            model: Maps images to logits.  It leaves as it came, and its parameters get no gradients.
+            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
+                no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels, or the targets.  [B]
+            y: Their labels, or the targets; of any integer dtype.  [B]
             generator: Where the random starts come from, on the device of x; by default PyTorch's own.
             indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
                 the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
 
         Returns:
             Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
+
+        Raises:
+            TypeError: An argument of another type or dtype.
+            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
+                on x.
         """
-        clean, y = check_batch("PGD", x, y, indices)
+        logits, clean, y = check_batch("PGD", model, x, y, generator, indices, eps=self.eps, norm=self.norm)
         seed = draw_seed(clean, generator) if self.random_start else None
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         with torch.inference_mode(False), attacked(model):
@@ -86,12 +93,12 @@ class PGD:
                 rows = (~best.fooled).nonzero().squeeze(1) if self.early_exit else None
                 if rows is not None and not len(rows):
                     break
-                self._ascend(bare(model), clean, y, best, step, seed, indices, restart, rows)
+                self._ascend(logits, clean, y, best, step, seed, indices, restart, rows)
         return best.adversary
 
     def _ascend(
         self,
-        model: nn.Module,
+        model: Model,
         x: Tensor,
         y: Tensor,
         best: Best,
@@ -113,7 +120,7 @@ class PGD:
             )
         for t in range(self.steps + 1):
             loss, fooled, grad = evaluate(
-                model, adversary, y, self.loss, need_grad=t < self.steps, targeted=self.targeted, impl=self.impl
+                "PGD", model, adversary, y, self.loss, need_grad=t < self.steps, targeted=self.targeted, impl=self.impl
             )
             best.update(adversary, loss, fooled, rows)
             if grad is None:

@@ -16,12 +16,22 @@ import torch
 import torch.nn.functional as F
 
 from .cifar import load_cifar10
-from .dataset import DataError, Dataset
+from .dataset import DataError, Dataset, DataWarning
 from .folder import load_folder
 from .idx import find_idx, load_idx
 from .randomness import CropFlip, epoch_order, generator
 
-__all__ = ["NAMES", "CropFlip", "DataError", "Dataset", "augmentation", "epoch_order", "generator", "load"]
+__all__ = [
+    "NAMES",
+    "CropFlip",
+    "DataError",
+    "DataWarning",
+    "Dataset",
+    "augmentation",
+    "epoch_order",
+    "generator",
+    "load",
+]
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
 

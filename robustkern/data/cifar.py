@@ -6,15 +6,20 @@ NumPy array of bytes and nothing else.
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from robustkern._files import read_bytes
+from robustkern._pickles import check_pickle
+from robustkern._text import brief
 
 from .dataset import DataError, Dataset
 
@@ -25,47 +30,79 @@ _FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")
 _STEMS = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
-_MAX_BYTES = 64 << 20  # a batch file is 31 MB; anything larger is not one
+_MOST_BYTES = 64 << 20  # a batch file is 31 MB; anything larger is not one
+_MOST_UNPACKED = 512 << 20  # of an archive; the published ones unpack to 185 MB
+_MOST_INSTRUCTIONS = 200_000  # of a pickle; the published ones have a third
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Rebuilds containers, strings, numbers and NumPy arrays of bytes; refuses every other global."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}:
-            return _reconstruct
-        if (module, name) == ("numpy", "ndarray"):
-            return _NdarrayMarker
-        if (module, name) == ("numpy", "dtype"):
-            return _uint8
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
+        if (module, name) not in _GLOBALS:
+            raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
+        return _GLOBALS[module, name]
 
 
-class _NdarrayMarker:
-    """Stands for numpy.ndarray: nothing in the file can call the real one."""
+class _Global:
+    """What stands for a global of the file: can be called and nothing else, not even be given another state."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("it wants to change a function")
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
-    # As NumPy pickles an array: an empty one first, whose content comes with the BUILD instruction.
-    if kind is not _NdarrayMarker:
-        raise pickle.UnpicklingError("an array subclass")
-    return np.empty((0,), dtype=np.uint8)
+class _Array:
+    """An array of bytes, as NumPy pickles one: made empty, its content comes with the BUILD instruction."""
+
+    pixels: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, columns_first, content = state
+        if not isinstance(dtype, _Uint8) or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array of other things than bytes")
+        self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if columns_first else "C")
 
 
-def _uint8(code: str | bytes, *flags: bool) -> np.dtype:
-    # The published files hold no other type.
+class _Uint8:
+    """The dtype of the published files' arrays, the only one."""
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _dtype(code: str | bytes, *flags: object) -> _Uint8:
     if code not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"an array of type {code!r}")
-    return np.dtype(np.uint8)
+        raise pickle.UnpicklingError("an array of another type than bytes")
+    return _Uint8()
 
 
 def _latin1(text: str, encoding: str) -> bytes:
     # How Python 3 writes bytes in protocol 2. Any other codec could do work of its own.
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the codec {encoding}")
+        raise pickle.UnpicklingError("another codec than latin1")
     return text.encode("latin1")
+
+
+def _no_call(*arguments: object) -> None:
+    raise pickle.UnpicklingError("it wants to call numpy.ndarray")
+
+
+_RECONSTRUCT = _Global(lambda kind, shape, typecode: _Array())
+_GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): _Global(_no_call),
+    ("numpy", "dtype"): _Global(_dtype),
+    ("_codecs", "encode"): _Global(_latin1),
+}
 
 
 def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,15 +120,26 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
         records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + _PIXELS)
         return records[:, 1:], records[:, 0]
     try:
+        check_pickle(content, _MOST_INSTRUCTIONS)
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        pixels, labels = np.asarray(batch["data"]), np.asarray(batch["labels"])
+        array, labels = batch["data"], batch["labels"]
     # A pickle is a program: a damaged one can fail with nearly any exception.
     except Exception as error:
-        raise DataError(f"{label}: not a CIFAR-10 batch that can be read safely ({error})") from error
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != _PIXELS or labels.shape != pixels.shape[:1]:
-        raise DataError(f"{label}: not a CIFAR-10 batch: data {pixels.dtype} {pixels.shape}, labels {labels.shape}")
-    return pixels, labels
+        reason = brief(error) or type(error).__name__
+        raise DataError(f"{label}: not a CIFAR-10 batch that can be read safely ({reason})") from error
+    pixels = array.pixels if isinstance(array, _Array) else None
+    if pixels is None or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
+        shape = type(array).__name__ if pixels is None else list(pixels.shape)
+        raise DataError(f"{label}: not a CIFAR-10 batch: data must be bytes [N, {_PIXELS}], got {shape}")
+    if not isinstance(labels, list) or len(labels) != len(pixels):
+        raise DataError(f"{label}: not a CIFAR-10 batch: {len(pixels)} images without a list of as many labels")
+    for value in labels:
+        if type(value) is not int or not 0 <= value < len(CLASSES):
+            # Not what is inside of a container: its text may be larger than the file by any factor.
+            got = brief(value) if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+            raise DataError(f"{label}: not a CIFAR-10 batch: a label must be 0 to {len(CLASSES) - 1}, got {got}")
+    return pixels, np.array(labels, dtype=np.uint8)
 
 
 def load_cifar10(folders: list[Path], split: str) -> Dataset | None:
@@ -112,7 +160,10 @@ def _from_files(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
             missing = [path for path in paths if not path.is_file()]
             if missing:
                 raise DataError(f"{missing[0]}: missing beside {paths[0].name}")
-            return [(str(path), path.read_bytes()) for path in paths]
+            try:
+                return [(str(path), read_bytes(path, _MOST_BYTES)) for path in paths]
+            except OSError as error:
+                raise DataError(f"{error.filename}: {error.strerror}") from error
     return None
 
 
@@ -126,20 +177,38 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
         found: dict[str, bytes] = {}
         try:
             # Members are read in memory: nothing in the archive decides where a file is written.
-            with tarfile.open(path, "r:gz") as archive:
+            with gzip.open(path) as unpacked, tarfile.open(None, "r|", _Bounded(unpacked)) as archive:  # type: ignore[call-overload]
                 for member in archive:
                     base = member.name.rsplit("/", 1)[-1]
-                    if base in wanted and member.isfile() and member.size <= _MAX_BYTES:
+                    if base in wanted and member.isfile() and member.size <= _MOST_BYTES:
+                        if base in found:
+                            raise tarfile.ReadError(f"{base} stands twice")
                         stream = archive.extractfile(member)
                         assert stream is not None  # isfile() above
                         found[base] = stream.read()
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: cannot be read, truncated or not the CIFAR-10 archive ({error})") from error
+        # Of a damaged header tarfile may stumble over anything.
+        except Exception as error:
+            reason = brief(error) or type(error).__name__
+            raise DataError(f"{path}: cannot be read, truncated or not the CIFAR-10 archive ({reason})") from error
         missing = [base for base in wanted if base not in found]
         if missing:
             raise DataError(f"{path}: has no {missing[0]}: not the CIFAR-10 archive, or truncated")
         return [(f"{path}:{base}", found[base]) for base in wanted]
     return None
+
+
+class _Bounded:
+    """The stream of an archive: a few bytes may unpack to any number of them."""
+
+    def __init__(self, stream: gzip.GzipFile) -> None:
+        self._stream, self._left = stream, _MOST_UNPACKED
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise tarfile.ReadError(f"it unpacks to more than {_MOST_UNPACKED} bytes")
+        return content
 
 
 def _assemble(contents: list[tuple[str, bytes]]) -> Dataset:

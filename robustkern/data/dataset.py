@@ -14,6 +14,10 @@ class DataError(RuntimeError):
     """A data set is missing, truncated or not what it should be; the message is one sentence for the user."""
 
 
+class DataWarning(UserWarning):
+    """A data set was loaded, but not all that lies there; the message is one sentence for the user."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One split of a data set, in memory.
@@ -35,6 +39,8 @@ class Dataset:
             raise DataError(
                 f"{self.name}: images must be float32 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}"
             )
+        if not all(self.images.shape[1:]):
+            raise DataError(f"{self.name}: images of {list(self.images.shape[1:])} have no pixels")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise DataError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):

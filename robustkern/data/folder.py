@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from .dataset import DataError, Dataset
+from robustkern._text import brief, plain
+
+from .dataset import DataError, Dataset, DataWarning
 from .randomness import generator
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # others of Pillow's readers call other programs
+_MOST_BYTES = 64 << 20  # of an image file
+_MOST_PIXELS = 1 << 24
+_ORIENTATION = 0x0112  # of EXIF
 _SEED = 0
 
 
 def load_folder(root: Path, split: str) -> Dataset:
     """A split of an image folder. All images must have one size; grey and colour may not be mixed.
 
-    They come in a random order that a fixed seed decides, the same at each call as long as no file is added or removed:
-    the first so many of them are a sample of all classes.
+    PNG, JPEG, BMP, WebP and PPM (PGM, PBM), whatever Pillow calls their mode: grey stays grey, [1, H, W], everything
+    else becomes RGB, [3, H, W]; RGB with three equal channels counts as grey beside images that are grey.  8 bits v are
+    v / 255, 16 bits of grey v / 65535; of 16 bits of colour Pillow keeps the upper 8.  EXIF's orientation is applied.
+    An alpha channel, or a transparent colour, must be opaque throughout: what a transparent pixel shows depends on what
+    lies behind it, so such an image is refused.
+
+    The images come in a random order that a fixed seed decides, the same at each call as long as no file is added or
+    removed: the first so many of them are a sample of all classes.
+
+    The classes are the folders in `train/`.  Whatever has a name that begins with a dot is ignored.  Other files, and
+    folders inside those of the classes, are skipped with a `DataWarning` that names and counts them.
+
+    Raises:
+        DataError: A class of the training set has no image, or one of the images cannot be read, has another size, is
+            transparent or larger than 2^24 pixels or 64 MiB.
     """
     try:
-        from PIL import Image
+        import PIL  # noqa: F401
     except ImportError as error:
         raise DataError("reading image folders needs Pillow: pip install 'robustkern[train]'") from error
     folder = root / split
@@ -29,34 +52,121 @@ def load_folder(root: Path, split: str) -> Dataset:
         raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")
     # The classes are those of train/, so that a class without test images keeps its index.
     base = root / "train" if (root / "train").is_dir() else folder
-    classes = tuple(sorted(path.name for path in base.iterdir() if path.is_dir()))
+    classes = tuple(_entries(base)[0])
     if len(classes) < 2:
         raise DataError(f"{base}: needs at least two class folders, has {len(classes)}")
-    strangers = {path.name for path in folder.iterdir() if path.is_dir()} - set(classes)
-    if strangers:
-        raise DataError(f"{folder}: class {sorted(strangers)[0]} does not occur in {base}")
-    arrays: list[np.ndarray] = []
-    labels: list[int] = []
+    found, skipped = _entries(folder)
+    if strangers := set(found) - set(classes):
+        raise DataError(f"{folder}: class {min(strangers)} does not occur in {base}")
+    files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         # A class may have no test images, and then its folder may be missing.
-        files = sorted((folder / name).iterdir()) if (folder / name).is_dir() else []
-        for path in files:
-            if path.suffix.lower() not in _SUFFIXES:
-                continue
-            try:
-                with Image.open(path) as image:
-                    grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
-                    array = np.asarray(image.convert("L" if grey else "RGB"))
-            # Pillow's decoders raise many kinds of error on damaged files, SyntaxError among them.
-            except Exception as error:
-                raise DataError(f"{path}: not a readable PNG or JPEG image ({error})") from error
-            array = array.reshape(*array.shape[:2], -1)
-            if arrays and array.shape != arrays[0].shape:
-                raise DataError(f"{path}: size {array.shape}, but the first image is {arrays[0].shape} (H, W, C)")
-            arrays.append(array)
-            labels.append(label)
-    if not arrays:
-        raise DataError(f"{folder}: no PNG or JPEG images in its class folders")
-    order = torch.randperm(len(labels), generator=generator(_SEED, "folder"))
-    pixels = torch.from_numpy(np.stack([arrays[i] for i in order.tolist()])).permute(0, 3, 1, 2)
-    return Dataset(str(root), (pixels.float() / 255).contiguous(), torch.tensor(labels)[order], classes)
+        nested, inside = _entries(folder / name) if name in found else ([], [])
+        images = [file for file in inside if file.lower().endswith(_SUFFIXES)]
+        if not images and folder == base:
+            raise DataError(f"{folder / name}: a class without an image ({', '.join(_SUFFIXES)})")
+        files += [(folder / name / file, label) for file in images]
+        skipped += [f"{name}/{other}/" for other in nested]
+        skipped += [f"{name}/{file}" for file in inside if not file.lower().endswith(_SUFFIXES)]
+    if not files:
+        raise DataError(f"{folder}: no images in its class folders ({', '.join(_SUFFIXES)})")
+    if skipped:
+        names = ", ".join([plain(name) for name in skipped[:3]] + ["..."] * (len(skipped) > 3))
+        warnings.warn(
+            f"{folder}: skipped {len(skipped)} that {'is' if len(skipped) == 1 else 'are'} no image in the folder of a "
+            f"class: {names}",
+            DataWarning,
+            stacklevel=3,
+        )
+    return Dataset(str(root), *_read(files), classes)
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of everything else in a folder, sorted, without hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}") from error
+    return [name for name, is_folder in seen if is_folder], [name for name, is_folder in seen if not is_folder]
+
+
+def _read(files: list[tuple[Path, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels, in the order that the seed decides."""
+    order = torch.randperm(len(files), generator=generator(_SEED, "folder"))
+    images: Any = np.empty(0, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about oddities of a file that it can read all the same
+        for (path, _), place in zip(files, order.argsort().tolist(), strict=True):
+            image = read_image(path).transpose(2, 0, 1)
+            if not images.size:
+                try:
+                    images = np.zeros((len(files), *image.shape), np.float32)
+                except MemoryError as error:
+                    raise DataError(f"{len(files)} images such as {path} do not fit into memory") from error
+            if image.shape[0] > images.shape[1] and _is_grey(image[None]):
+                image = image[:1]
+            elif image.shape[0] < images.shape[1] and _is_grey(images):
+                images = images[:, :1].copy()
+            if image.shape != images.shape[1:]:
+                raise DataError(
+                    f"{path}: size {list(image.shape)}, but those before it are {list(images.shape[1:])} [C, H, W]"
+                )
+            images[place] = image
+    return torch.from_numpy(images), torch.tensor([label for _, label in files])[order]
+
+
+def _is_grey(images: np.ndarray) -> bool:
+    """Whether the channels of images, [N, C, H, W], are the same: WebP and some writers know no other grey."""
+    return bool((images == images[:, :1]).all())
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image in [0, 1], [H, W, 1] or [H, W, 3], float32.
+
+    Args:
+        path: The file; what it holds counts, not its suffix.
+    """
+    from PIL import Image
+
+    try:
+        status = os.stat(path)  # before it is opened: a pipe may never end
+        if status.st_size > _MOST_BYTES or not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, or no regular file")
+        with Image.open(path, formats=_FORMATS) as image:
+            return _pixels(image, path)
+    except DataError:
+        raise
+    # Pillow's decoders raise many kinds of error on damaged files, SyntaxError among them.
+    except Exception as error:
+        reason = brief(getattr(error, "strerror", None) or error)
+        raise DataError(f"{path}: not a readable image ({reason})") from error
+
+
+def _pixels(image: Any, path: Path) -> np.ndarray:
+    from PIL import ImageOps
+
+    if image.width * image.height > _MOST_PIXELS:
+        raise DataError(f"{path}: {image.width} x {image.height} are more than {_MOST_PIXELS} pixels")
+    # The further pictures of a photograph (MPO) are previews and depths, those of an animation are not.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise DataError(f"{path}: an animation of {image.n_frames} pictures")
+    stored = image.tile[0][3] if image.tile else ""  # before Pillow made 8 bits of it
+    transparent = False
+    if image.mode.endswith("A") or "transparency" in image.info:
+        # Pillow compares a transparent colour with pixels of 8 bits, whatever number of bits it has.
+        transparent = "transparency" in image.info and stored in ("L;2", "L;4", "I;16B", "RGB;16B")
+        transparent = transparent or image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    if transparent:
+        raise DataError(f"{path}: partly transparent, and its looks depend on what lies behind: put it on a background")
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.asarray(image).astype(np.float32) / np.float32(1 if image.mode == "F" else 65535)
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise DataError(f"{path}: values outside the range of 16 bits, or of [0, 1] for floating point")
+    else:
+        grey = image.mode in ("1", "L", "LA") or stored == "LA;16B"
+        mode = "L" if grey else "RGB"
+        array = np.asarray(image if image.mode == mode else image.convert(mode)) / np.float32(255)
+    return array.reshape(*array.shape[:2], -1)

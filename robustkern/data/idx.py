@@ -7,6 +7,7 @@ A file is: two zero bytes, a type code (8 for unsigned bytes), the number of dim
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -14,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from robustkern._files import open_regular
+
 from .dataset import DataError, Dataset
 
 _UNSIGNED_BYTE = 0x08
+_MOST_BYTES = 256 << 20  # unpacked; MNIST's have 47 MB
 _SPLITS = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
            "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 
@@ -29,24 +33,30 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         dimensions: How many dimensions it must have.
 
     Raises:
-        DataError: The file is not such an IDX file, or is truncated.
+        DataError: The file is not such an IDX file, is truncated, or would hold more than 256 MiB.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read, truncated or not gzip ({error})") from error
     header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
-        raise DataError(
-            f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions (begins with {content[:4].hex()})"
-        )
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    try:
+        with open_regular(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as stream:
+            begin = stream.read(header)
+            if len(begin) < header or begin[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)):
+                raise DataError(
+                    f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions (begins with "
+                    f"{begin[:4].hex()})"
+                )
+            shape = struct.unpack(f">{dimensions}I", begin[4:])
+            expected = math.prod(shape)
+            if not 0 < expected <= _MOST_BYTES:
+                sizes = " x ".join(map(str, shape))
+                raise DataError(f"{path}: its header promises {sizes} bytes, none or more than {_MOST_BYTES}")
+            content = stream.read(expected + 1)  # a few bytes may unpack to any number of them
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read, truncated or not gzip ({reason})") from error
     if len(content) != expected:
-        raise DataError(f"{path}: {len(content)} bytes where its header promises {expected}: truncated or corrupt")
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+        has = f"more than {expected}" if len(content) > expected else len(content)
+        raise DataError(f"{path}: {has} bytes where its header promises {expected}: truncated or corrupt")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def find_idx(folders: list[Path], split: str) -> tuple[Path, Path] | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from robustkern import ops
 from robustkern.attacks import FGSM, PGD, attacked
+from robustkern.attacks._common import box_diameter
 
 _FLAT = 1e-8  # an input gradient with no entry above is taken for zero
 _FEW_POINTS = 0.01  # by so much may an attack that should be weaker come out stronger: chance
@@ -222,7 +223,7 @@ def scale(subject: Subject) -> Check:
 
 def radii(subject: Subject) -> Check:
     """Accuracy must be the clean one at radius 0, fall with the radius, and be nothing where any image is in reach."""
-    everything = 1.0 if subject.norm == "linf" else float(subject.x[0].numel()) ** (0.5 if subject.norm == "l2" else 1)
+    everything = box_diameter(subject.norm, subject.x.shape[1:])
     chosen = sorted({0.0, 0.5 * subject.eps, subject.eps, min(2 * subject.eps, everything), everything})
     accuracies = {eps: subject.accuracy(subject.pgd(eps=eps)) for eps in chosen}
     ordered = list(accuracies.values())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,11 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from robustkern import data as datasets
-from robustkern.training import TrainingError, UsageError, load_model
+from robustkern._text import terminal
+from robustkern.attacks._common import box_diameter
+from robustkern.training import Interrupted, TrainingError, UsageError, load_model
+from robustkern.training.files import RunLock, make_writable, refuse_foreign, remove_stale
+from robustkern.training.weights import load_model_for
 
-from .report import export_state_dict, print_report, write_report
+from .report import FILES, export_state_dict, print_report, write_partial, write_report
 from .results import Report, Settings
-from .suite import MissingPackage, evaluate
+from .suite import MissingPackage, autoattack_package, evaluate
 
 
 def evaluate_run(
@@ -45,44 +53,93 @@ def evaluate_run(
         **settings: Of `Settings`; eps by default the one the run was trained with.
 
     Raises:
-        UsageError: The data set has other images or classes, or a setting makes no sense.
+        UsageError: The data set has other images or classes, a setting makes no sense, or the folder is neither empty
+            nor an evaluation, or in use.
         TrainingError: The run cannot be read, or a package is missing.
+        Interrupted: SIGINT or SIGTERM; the attacks that were finished are in the files.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no CUDA device")
     if threads is not None:
         torch.set_num_threads(threads)
-    model, description = load_model(run)
-    name = data or description.get("data")
+    name = data or load_model(run)[1].get("data")
     if not name:
         raise UsageError(f"{run} does not say what it was trained on: give --data")
     test = datasets.load(str(name), root, "test")
-    if list(test.in_shape) != list(description["in_shape"]) or len(test.classes) != len(description["classes"]):
-        raise UsageError(
-            f"{run} takes images {list(description['in_shape'])} of {len(description['classes'])} classes, {name} has "
-            f"{list(test.in_shape)} of {len(test.classes)}"
-        )
+    model, description = load_model_for(run, test)
     if settings.get("eps") is None:
         settings["eps"] = description.get("eps", 8 / 255)
     try:
         chosen = Settings(**settings)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    widest = box_diameter(chosen.norm, test.in_shape)
+    if chosen.eps > widest:
+        raise UsageError(
+            f"eps must be at most {widest:g}, the {chosen.norm} diameter of the images' box, got {chosen.eps}"
+        )
+    if "autoattack" in chosen.attacks:
+        try:
+            autoattack_package()
+        except MissingPackage as error:
+            raise TrainingError(str(error)) from error
     folder = out or (run / "evaluation" if run.is_dir() else run.parent / f"evaluation-{run.stem}")
-    model = model.to(device)
-    try:
-        with _Bar(console) as bar:
-            report = evaluate(model, test, chosen, device=device, on_stage=bar.on_stage)
-    except MissingPackage as error:
-        raise TrainingError(str(error)) from error
     source = {"run": str(run), "data": str(name), "model": description["model"], "weights": description["sha256"]}
-    write_report(report, model, folder, source)
+    model = model.to(device)
+    # Whatever can go wrong with files does so now, and not after hours of attacks.
+    with _claimed(folder), _termination_as_interrupt():
+        if export is not None:
+            export_state_dict(model, export)
+        finished: list[str] = []
+
+        def keep(report: Report) -> None:
+            write_partial(report, folder, source)
+            finished[:] = [accuracy.name for accuracy in report.attacks]
+
+        try:
+            with _Bar(console) as bar:
+                report = evaluate(model, test, chosen, device=device, on_stage=bar.on_stage, on_attack=keep)
+            write_report(report, model, folder, source)
+        except KeyboardInterrupt:
+            kept = f"{folder}/ has what was finished ({', '.join(finished)})" if finished else "no attack was finished"
+            raise Interrupted("stopped by a signal", f"{kept}; the same command begins anew") from None
     print_report(report, console, str(run))
-    console.print(f"\n{folder}/ holds evaluation.json, evaluation.png and adversaries.safetensors", highlight=False)
+    files = f"\n{terminal(folder)}/ holds evaluation.json, evaluation.png and adversaries.safetensors"
+    console.print(files, highlight=False, soft_wrap=True)
     if export is not None:
-        export_state_dict(model, export)
-        console.print(f"{export}: the weights, for loaders that take a state_dict", highlight=False)
+        console.print(f"{terminal(export)}: the weights, for loaders that take a state_dict", highlight=False)
     return report
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """The right to write an evaluation into a folder, which is empty or holds one, and the certainty that it can be."""
+
+    def check() -> None:
+        refuse_foreign(folder, FILES, "an evaluation", marker=FILES[0])
+        for name in FILES:
+            if (folder / name).is_dir():
+                raise UsageError(f"{folder / name} is a folder, not a file of an evaluation")
+
+    check()
+    make_writable(folder)
+    with RunLock(folder):
+        check()
+        remove_stale(folder)
+        yield
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM does what SIGINT does: it raises KeyboardInterrupt, in the midst of an attack too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Bar:

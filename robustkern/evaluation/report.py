@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,19 +16,24 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from robustkern._text import literal, plain, terminal
 from robustkern._version import __version__
 from robustkern.training.figures import eps_text
 from robustkern.training.files import write_atomically
+from robustkern.training.weights import read_tensors
 
 from .results import Accuracy, Report
 from .suite import recheck
+
+FILES = ("evaluation.json", "adversaries.safetensors", "evaluation.png")
+_IDENTITY = "evaluation"  # of the metadata of the adversarial images
 
 
 def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, Any]) -> None:
     """Write `adversaries.safetensors`, `evaluation.json` and `evaluation.png` into a folder, each atomically.
 
     The images are read back, measured and evaluated once more before the accuracies are written down; the outcome is
-    one of the report's checks.
+    one of the report's checks. Both files carry the report's identity.
 
     Args:
         report: What was found.
@@ -35,20 +41,53 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
         out: The folder; made if it is not there.
         source: What was evaluated, for the JSON file: path, data set and so on.
     """
-    from safetensors.torch import load_file, save
-
     out.mkdir(parents=True, exist_ok=True)
+    _write_adversaries(report, out)
+    stored, metadata = read_tensors(out / FILES[1])
+    if report.clean.right:
+        report.checks.append(recheck(report, model, stored, metadata.get(_IDENTITY, "")))
+    _write_json(out, to_dict(report, source))
+    figure(out / FILES[2], report)  # after the numbers: no trouble with a picture may cost them
+
+
+def write_partial(report: Report, out: Path, source: dict[str, Any]) -> None:
+    """Write what there is after some of the attacks: `adversaries.safetensors`, and `evaluation.json` without checks.
+
+    Args:
+        report: What was found so far.
+        out: The folder.
+        source: As for `write_report`.
+    """
+    _write_adversaries(report, out)
+    _write_json(out, {**to_dict(report, source), "finished": False, "sound": None})
+
+
+def _write_adversaries(report: Report, out: Path) -> None:
+    from safetensors.torch import save
+
     images = {name: adversary.cpu().contiguous() for name, adversary in report.adversaries.items()}
     stored = {"clean": report.x.cpu().contiguous(), "labels": report.y.cpu().contiguous(), **images}
-    write_atomically(out / "adversaries.safetensors", save(stored))
-    report.checks.append(recheck(report, model, load_file(out / "adversaries.safetensors")))
-    figure(out / "evaluation.png", report)
-    write_atomically(out / "evaluation.json", json.dumps(to_dict(report, source), indent=2, allow_nan=False) + "\n")
+    write_atomically(out / FILES[1], save(stored, metadata={_IDENTITY: report.identity}))
+
+
+def _write_json(out: Path, values: dict[str, Any]) -> None:
+    write_atomically(out / FILES[0], json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """With null for numbers that JSON lacks: one such, of a model that gives NaN, may not cost the others."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
     """All figures of a report, and where they come from, in JSON's types."""
     return {
+        "identity": report.identity,
+        "finished": True,
         "source": source,
         "robustkern": __version__,
         "torch": torch.__version__,
@@ -64,6 +103,7 @@ def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
         "curve": report.curve,
         "steepness": report.steepness,
         "checks": [dataclasses.asdict(check) for check in report.checks],
+        "unchecked": report.unchecked or None,
         "sound": report.sound,
     }
 
@@ -72,7 +112,7 @@ def print_report(report: Report, console: Console, name: str) -> None:
     """The table: accuracies with their intervals, then what the checks found."""
     settings = report.settings
     ball = {"linf": "Linf", "l2": "L2"}[settings.norm]
-    title = f"{name}: {ball}, eps {eps_text(settings.eps)}, the first {len(report.y)} test images"
+    title = f"{terminal(name)}: {ball}, eps {eps_text(settings.eps)}, the first {len(report.y)} test images"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("", "accuracy", "95 % interval", "right", "time"):
         table.add_column(column, justify="left" if not column else "right")
@@ -84,7 +124,7 @@ def print_report(report: Report, console: Console, name: str) -> None:
     if report.worst is not None:
         weakest = min(_with_images(report), key=lambda row: row["worst"]["accuracy"])
         console.print(
-            f"weakest class: {weakest['class']}, {100 * weakest['worst']['accuracy']:.1f} % of "
+            f"weakest class: {terminal(weakest['class'])}, {100 * weakest['worst']['accuracy']:.1f} % of "
             f"{weakest['worst']['samples']}",
             highlight=False,
         )
@@ -97,9 +137,13 @@ def print_report(report: Report, console: Console, name: str) -> None:
     console.print(steepness)
     checks = Table(title="\nchecks", title_justify="left", box=None, pad_edge=False, show_header=False)
     for check in report.checks:
-        mark = "[green]✓[/green]" if check.passed else "[bold red]✗[/bold red]"
-        checks.add_row(mark, check.name, check.finding)
-    console.print(checks)
+        yes, no = ("✓", "✗") if console.encoding.startswith("utf") else ("ok", "NO")
+        mark = f"[green]{yes}[/green]" if check.passed else f"[bold red]{no}[/bold red]"
+        checks.add_row(mark, terminal(check.name), terminal(check.finding))
+    if report.checks:
+        console.print(checks)
+    if report.unchecked:
+        console.print(f"\nnothing to check: {report.unchecked}", highlight=False)
     flags = [check.name for check in report.checks if not check.passed]
     if flags:
         console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)
@@ -142,7 +186,7 @@ def figure(path: Path, report: Report) -> None:
                   [100 * r["worst"]["high"] - h for h, r in zip(heights, rows)]]  # fmt: skip
         classes.bar([p + 0.2 for p in places], heights, 0.4, color="#c8553d", label="worst case", yerr=errors,
                     error_kw={"linewidth": 0.8, "ecolor": "#5f2417"})  # fmt: skip
-    names = [row["class"] for row in rows]
+    names = [plain(row["class"]) for row in rows]
     long = max(map(len, names)) > 2
     classes.set_xticks(places, names, rotation=40 if long else 0, ha="right" if long else "center", fontsize=8)
     classes.set_title(f"by class, ε = {eps_text(report.settings.eps)}", fontsize=10)
@@ -155,7 +199,8 @@ def figure(path: Path, report: Report) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=160, facecolor="white")
+    with literal(picture):
+        picture.savefig(buffer, format="png", dpi=160, facecolor="white")
     write_atomically(path, buffer.getvalue())
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from robustkern._arguments import RADII, SEEDS, Range, counts, shown
 
 from .checks import Check
 from .intervals import wilson_interval
 
 ATTACKS = ("pgd", "apgd", "autoattack")
 NORMS = ("linf", "l2")
+RANGES = {
+    "eps": Range(0, open="()"),
+    "samples": counts(0),
+    "seed": SEEDS,
+    **dict.fromkeys(("pgd_steps", "restarts", "apgd_steps", "check_samples", "batch_size"), counts()),
+}
 
 
 @dataclass(frozen=True)
@@ -44,15 +53,13 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pgd_steps", "restarts", "apgd_steps", "check_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.samples < 0:
-            raise ValueError(f"samples must not be negative, got {self.samples}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, got {self.eps}")
+        for name, valid in RANGES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} must be {valid}, got {shown(getattr(self, name))}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.norm == "linf" and self.eps not in RADII:
+            raise ValueError(f"eps must be {RADII}, got {self.eps}")
         for attack in self.attacks:
             if attack not in ATTACKS:
                 raise ValueError(f"no attack {attack!r}: choose among {', '.join(ATTACKS)}")
@@ -105,10 +112,12 @@ class Report:
         steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
             constant is what an attack found: a lower bound.
         checks: Reasons to doubt the accuracies, sought.
+        unchecked: Why there was nothing to check, if there was not.
         warnings: What the attacks' packages warned of.
         adversaries: For each attack, its adversarial images.  [N, C, H, W]
         x: The clean images.
         y: Their labels.
+        identity: Of this evaluation, in each of its files: files of two evaluations can be told apart.
     """
 
     settings: Settings
@@ -122,10 +131,12 @@ class Report:
     curve: list[dict[str, float]] = field(default_factory=list)
     steepness: dict[str, dict[str, float | None]] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    unchecked: str = ""
     warnings: list[str] = field(default_factory=list)
     adversaries: dict[str, Tensor] = field(default_factory=dict)
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def sound(self) -> bool:
-        """Whether no check found a reason to doubt the accuracies."""
-        return all(check.passed for check in self.checks)
+        """Whether the accuracies were checked, and no check found a reason to doubt them."""
+        return not self.unchecked and all(check.passed for check in self.checks)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkern._text import brief
 from robustkern.attacks import APGD, PGD, attacked
+from robustkern.attacks._common import box_diameter
 from robustkern.data import Dataset
 
 from .checks import Check, Subject, correct, run_checks
@@ -35,6 +37,7 @@ def evaluate(
     *,
     device: str = "cpu",
     on_stage: Callable[[str, int, int], None] | None = None,
+    on_attack: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measure a classifier's robustness, and whether the measurement can be believed.
 
@@ -46,6 +49,7 @@ def evaluate(
         settings: What is measured.
         device: Where the model is.
         on_stage: Called with the name of what is being measured, and how many of how many samples are done.
+        on_attack: Called with the report so far whenever an attack is finished.
 
     Raises:
         MissingPackage: AutoAttack is asked for and pyautoattack is not installed.
@@ -77,7 +81,9 @@ def evaluate(
             standing = right & ~fooled
             survivors &= standing
             report.attacks.append(Accuracy(name, int(standing.sum()), len(x), time.perf_counter() - started))
-    report.worst = Accuracy("worst case", int(survivors.sum()), len(x)) if report.attacks else None
+            report.worst = Accuracy("worst case", int(survivors.sum()), len(x))
+            if on_attack is not None:
+                on_attack(report)
     for label, name in enumerate(data.classes):
         members = y == label
         count = int(members.sum())
@@ -92,23 +98,32 @@ def evaluate(
     _measure_steepness(report, model, report_stage)
     report_stage("checks", 0, 1)
     few = settings.check_samples
-    reported = float(survivors[:few].float().mean()) if report.attacks else None
-    subject = Subject(model, x[:few], y[:few], settings.eps, settings.norm, seed=settings.seed, reported=reported)
-    report.checks = run_checks(subject, training)
-    report.checks.append(_in_ball(settings, x, report.adversaries))
-    if "autoattack" in settings.attacks:
-        report.checks.append(_autoattack_flags(report))
+    if not right[:few].any():  # attacks had nothing to do there, and every check would pass
+        report.unchecked = f"none of the first {len(right[:few])} images is classified right"
+    else:
+        reported = float(survivors[:few].float().mean()) if report.attacks else None
+        subject = Subject(model, x[:few], y[:few], settings.eps, settings.norm, seed=settings.seed, reported=reported)
+        report.checks = run_checks(subject, training)
+    if right.any() and report.attacks:
+        report.checks.append(_in_ball(settings, x, report.adversaries))
+        if "autoattack" in settings.attacks:
+            report.checks.append(_autoattack_flags(report))
     return report
 
 
-def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor]) -> Check:
-    """The stored images must give the accuracies that were reported, and be in the ball around each other.
+def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor], identity: str | None = None) -> Check:
+    """The stored images must be of this evaluation, give its accuracies, and be in the ball around the clean ones.
 
     Args:
         report: What was found.
         model: The model it was found on.
         stored: What `adversaries.safetensors` holds: "clean", "labels", and for each attack its adversarial images.
+        identity: What its metadata call the evaluation that it belongs to; None: the same.
     """
+    if identity not in (None, report.identity):
+        return Check("reproduced from file", False, f"the file belongs to another evaluation, {brief(identity)}")
+    if missing := {"clean", "labels", *(attack.name for attack in report.attacks)} - set(stored):
+        return Check("reproduced from file", False, f"the file has no {min(missing)}")
     stored = {name: tensor.to(report.x.device) for name, tensor in stored.items()}
     x, y = stored.pop("clean"), stored.pop("labels")
     right = _correct(model, x, y, report.settings.batch_size)
@@ -146,7 +161,7 @@ def _attacks(settings: Settings, classes: int) -> Iterator[tuple[str, Attack]]:
     eps, norm, seed = settings.eps, settings.norm, settings.seed
 
     def starts(x: Tensor, stream: int) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed(seed * 1000 + stream)
+        return torch.Generator(x.device).manual_seed((seed * 1000 + stream) % 2**63)
 
     if "pgd" in settings.attacks:
         pgd = PGD(
@@ -223,10 +238,11 @@ def _measure_curve(report: Report, model: nn.Module, report_stage: Callable[[str
     settings = report.settings
     x, y = report.x[:_CURVE_SAMPLES], report.y[:_CURVE_SAMPLES]
     right = _correct(model, x, y, settings.batch_size)
+    widest = box_diameter(settings.norm, x.shape[1:])
     for place, multiple in enumerate(_CURVE):
         report_stage("accuracy against eps", place, len(_CURVE))
         eps = multiple * settings.eps
-        pgd = PGD(eps, steps=20, norm=settings.norm, early_exit=True)
+        pgd = PGD(min(eps, widest), steps=20, norm=settings.norm, early_exit=True)
         standing = right
         if eps:
             seed = settings.seed

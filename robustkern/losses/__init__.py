@@ -1,4 +1,13 @@
-"""Losses for robust training.  Each takes (model, x, y) and returns `Terms(orientation, smoothness, weight)`."""
+"""Losses for robust training.  Each takes (model, x, y) and returns `Terms(orientation, smoothness, weight)`.
+
+The model is any callable that gives logits [B, C >= 2]; y are classes of any integer dtype.  What makes no sense is a
+TypeError or ValueError of one sentence; numbers in x and y are looked at on the CPU, where nothing is waited for, and
+on a GPU by losses with an attack inside.
+
+In training mode all passes of one call draw the same random numbers from PyTorch's generators, so that what a loss
+compares is one function: dropout with the same masks.  The generators end as after one pass.  Random numbers of Python
+or NumPy are out of reach, and in a step that torch.compile traces or a CUDA graph captures each pass draws its own.
+"""
 
 from robustkern.losses.adversarial_training import AdversarialTraining
 from robustkern.losses.alp import ALP

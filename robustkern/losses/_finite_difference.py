@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from robustkern._input_gradient import input_gradient
-from robustkern.losses._passes import frozen_statistics
 
 
 class EstimatorError(NamedTuple):
@@ -64,15 +63,3 @@ def _dual(w: Tensor, p: float) -> Tensor:
         powers = share ** (p - 1.0)
         length = (share**p).sum(1, keepdim=True) ** ((p - 1.0) / p)
     return (flat.sign() * powers / length.clamp(min=1.0)).view_as(w)
-
-
-def frozen_loss(
-    model: Callable[[Tensor], Tensor], loss_of_logits: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """Images to losses, without a trace in the running statistics."""
-
-    def loss_of(images: Tensor) -> Tensor:
-        with frozen_statistics(model):
-            return loss_of_logits(model(images))
-
-    return loss_of

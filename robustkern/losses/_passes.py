@@ -1,4 +1,4 @@
-"""What losses that look at a batch more than once share: whose statistics count, and what a second look costs."""
+"""What losses that look at a batch more than once share: statistics, random numbers, and what a second look costs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,42 @@ from torch import Tensor, nn
 Model = Callable[[Tensor], Tensor]
 
 
-def leaf(name: str, x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
     """x as something to differentiate by: itself if it requires grad, which is what torch.compile of a step needs."""
-    check_images(name, x)
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def check_images(name: str, x: Tensor) -> None:
-    """Raises TypeError unless x is floating point."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must be a floating-point tensor, got {x.dtype}")
+class Draws:
+    """What a forward pass that comes next draws from PyTorch's default generators, such as dropout's masks.
 
+    Two passes that are compared must be of one function: each of them but the first runs within `again()`, which draws
+    the same numbers and leaves the generators as it found them, as after one pass.  They are those of the CPU and of
+    the GPUs that x and the model's parameters are on; those of Python and NumPy are out of reach, and in what
+    torch.compile traces or a CUDA graph captures nothing is repeated.
+    """
 
-def check_weight(name: str, weight: float, argument: str = "weight") -> None:
-    """Raises ValueError unless the weight is a number that is not negative."""
-    if isinstance(weight, str) or not 0 <= weight < float("inf"):
-        raise ValueError(f"{name}: {argument} must be a number that is not negative, got {weight!r}")
+    def __init__(self, model: Model, x: Tensor) -> None:
+        self._states: dict[torch.device, Tensor] = {}
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._states[torch.device("cpu")] = torch.get_rng_state()
+        if x.is_cuda:
+            parameters = model.parameters() if isinstance(model, nn.Module) else ()
+            for device in {x.device, *(p.device for p in parameters if p.is_cuda)}:
+                self._states[device] = torch.cuda.get_rng_state(device)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        if not self._states:
+            yield
+            return
+        with torch.random.fork_rng(devices=[device for device in self._states if device.type == "cuda"]):
+            for device, state in self._states.items():
+                if device.type == "cpu":
+                    torch.set_rng_state(state)
+                else:
+                    torch.cuda.set_rng_state(state, device)
+            yield
 
 
 @contextmanager
@@ -60,26 +80,27 @@ def forgotten_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def value_without_graph(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: Tensor, draws: Draws) -> Tensor:
     """function(model(x)), one forward pass without a graph; its backward pass makes up for it, if anybody asks.
 
     A loss that shows a term which its total does not depend on pays for the value alone: where the gradient that
-    arrives is zero nothing is computed, and where it is not, forward and backward pass are.  Running statistics stay as
-    they are.  Differentiable once.
+    arrives is zero nothing is computed, and where it is not, forward and backward pass are, with the same `draws`.
+    Running statistics stay as they are.  Differentiable once.  A model that is no `nn.Module`, whose parameters cannot
+    be seen, gets its graph at once.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if not torch.is_grad_enabled() or not parameters:
         with frozen_statistics(model):
             return function(model(x))
-    value: Tensor = _Deferred.apply(model, function, x, *parameters)
+    value: Tensor = _Deferred.apply(model, function, x, draws, *parameters)
     return value
 
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, model, function, x, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, model, function, x, draws, *parameters):  # type: ignore[no-untyped-def]
         device = x.device.type
-        ctx.model, ctx.function, ctx.parameters = model, function, parameters
+        ctx.model, ctx.function, ctx.draws, ctx.parameters = model, function, draws, parameters
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x)
         with frozen_statistics(model), forgotten_casts():
@@ -87,13 +108,18 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        nothing = (None,) * (3 + len(ctx.parameters))
+        nothing = (None,) * (4 + len(ctx.parameters))
         if torch.is_grad_enabled():
             raise RuntimeError("the clean term of an adversarial loss is differentiable once, not with create_graph")
         if not bool(grad.any()):
             return nothing
         (x,) = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled), frozen_statistics(ctx.model):
+        with (
+            torch.enable_grad(),
+            torch.autocast(device, dtype, enabled),
+            frozen_statistics(ctx.model),
+            ctx.draws.again(),
+        ):
             value = ctx.function(ctx.model(x.detach()))
-        return nothing[:3] + torch.autograd.grad(value, ctx.parameters, grad, allow_unused=True)
+        return nothing[:4] + torch.autograd.grad(value, ctx.parameters, grad, allow_unused=True)

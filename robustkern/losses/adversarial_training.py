@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from robustkern._classifier import logits_of
+from robustkern._options import check_options
 from robustkern.attacks import FGSM, NFGSM, PGD
-from robustkern.losses._passes import check_weight, value_without_graph
+from robustkern.losses._passes import Draws, value_without_graph
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
@@ -49,9 +51,7 @@ class AdversarialTraining(AttackLoss):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_weight("AdversarialTraining", self.weight)
-        if not callable(self.attack):
-            raise TypeError(f"AdversarialTraining: attack must be callable, got {type(self.attack).__name__}")
+        check_options(self)
 
     def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self.attack(model, x, y, self.generator, indices=self._samples(x))
@@ -60,5 +60,8 @@ class AdversarialTraining(AttackLoss):
         def cross_entropy(logits: Tensor) -> Tensor:
             return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
 
-        orientation = value_without_graph(model, cross_entropy, x.detach())
-        return Terms(orientation, cross_entropy(model(adversary)) - orientation, self.weight)
+        draws = Draws(model, x)
+        orientation = value_without_graph(model, cross_entropy, x.detach(), draws)
+        with draws.again():
+            attacked = logits_of("AdversarialTraining", model, adversary, y)
+        return Terms(orientation, cross_entropy(attacked) - orientation, self.weight)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustkern._classifier import logits_of
+from robustkern._options import check_options
 from robustkern.attacks import FGSM, NFGSM, PGD
-from robustkern.losses._passes import check_weight
+from robustkern.losses._passes import Draws
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.ops._select import accumulation_dtype
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -48,15 +50,16 @@ class ALP(AttackLoss):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_weight("ALP", self.weight)
-        if not callable(self.attack):
-            raise TypeError(f"ALP: attack must be callable, got {type(self.attack).__name__}")
+        check_options(self)
 
     def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self.attack(model, x, y, self.generator, indices=self._samples(x))
 
     def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        clean, attacked = model(x), model(adversary)
+        draws = Draws(model, x)
+        clean = logits_of("ALP", model, x, y)
+        with draws.again():
+            attacked = logits_of("ALP", model, adversary, y)
         orientation = softmax_cross_entropy(attacked, y, impl=self.impl).mean()
         dtype: torch.dtype = accumulation_dtype(clean.dtype)
         return Terms(orientation, (clean.to(dtype) - attacked.to(dtype)).square().sum(1).mean(), self.weight)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._classifier import check_call, gradient_of
+from robustkern._options import check_options
 from robustkern.attacks import attacked
-from robustkern.attacks._common import check_batch, check_options
+from robustkern.attacks._common import Model, check_batch
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
 
@@ -34,6 +36,7 @@ class AttackLoss:
     shard: Shard | None = field(default=None, kw_only=True)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Terms:
+        y = check_call(type(self).__name__, model, x, y, self.generator)
         return self.terms(model, x, self.adversaries(model, x, y), y)
 
     def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Any:
@@ -78,23 +81,21 @@ class AscentLoss(AttackLoss):
     impl: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        check_options(name, self.eps, self.norm, "ce", step_size=self.step_size, steps=self.steps)
-        if self.start not in STARTS:
-            raise ValueError(f"{name}: start must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}")
+        check_options(self, box=True, start=STARTS)
 
     def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x, y = check_batch(type(self).__name__, x, y)
+        name = type(self).__name__
+        logits, x, y = check_batch(name, model, x, y, self.generator, eps=self.eps, norm=self.norm)
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         with torch.inference_mode(False), attacked(model):
-            objective = self._objective(model, x, y)
+            objective = self._objective(logits, x, y)
             adversary = self._start(x)
             for _ in range(self.steps):
-                grad = gradient(objective, adversary)
+                grad = gradient(name, objective, adversary)
                 ops.attack_step(adversary, x, grad, eps=self.eps, step_size=step, norm=self.norm, impl=self.impl)
         return adversary
 
-    def _objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         """What is to be maximised, [B], as a function of the images; the model is in eval mode."""
         raise NotImplementedError
 
@@ -108,9 +109,8 @@ class AscentLoss(AttackLoss):
         return ops.attack_step(start, x, eps=self.eps, norm=self.norm, impl=self.impl)
 
 
-def gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of each sample's objective, without history."""
+def gradient(name: str, objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of each sample's objective, without history; `name` is that of the loss, for messages."""
     with torch.enable_grad():
         probe = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(objective(probe).sum(), probe)
-    return grad
+        return gradient_of(name, objective(probe), probe)

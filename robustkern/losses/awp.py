@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern._classifier import check_call
+from robustkern._input_gradient import check_graph
+from robustkern._options import check_options
+from robustkern.losses._passes import Draws, frozen_statistics
 from robustkern.losses._wrapper import Loss, Wrapper
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.sharding import Shard
@@ -37,8 +40,8 @@ class AWP(Wrapper):
     The perturbation is that of the loss at its own weight: who replaces `Terms.weight`, as a ramp does, changes the
     total at the perturbed weights, and not where they are.
 
-    `generator`, `shard` and `step` are those of the loss.  A loss that draws random numbers draws the same ones at both
-    weights if it has a generator of its own.
+    `generator`, `shard` and `step` are those of the loss, which draws the same random numbers at both weights, as do
+    layers such as dropout.
 
     The call takes an nn.Module, x and y as the loss does.  Passes: those of the loss but for its attack once more (4
     for adversarial training), then those of the loss.  BatchNorm: the pass that gives v leaves the running statistics
@@ -50,14 +53,15 @@ class AWP(Wrapper):
     gamma: float = 0.01
 
     def __post_init__(self) -> None:
-        check_weight("AWP", self.gamma, "gamma")
+        check_options(self)
         self._shard: Shard | None = getattr(self.loss, "shard", None)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Terms:
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise TypeError(f"AWP: model must be an nn.Module, whose weights it perturbs, got {type(model).__name__}")
         if self.gamma == 0.0:
             return self.loss(model, x, y)
+        y = check_call("AWP", model, x, y, soft=True)
         loss: Callable[[nn.Module], Terms]
         if isinstance(self.loss, AttackLoss):
             found = self.loss.adversaries(model, x, y)
@@ -65,12 +69,13 @@ class AWP(Wrapper):
             loss = lambda perturbed: attack_loss.terms(perturbed, x, found, y)  # noqa: E731
         else:
             loss = lambda perturbed: self.loss(perturbed, x, y)  # noqa: E731
-        with torch.enable_grad(), self._rewound(), frozen_statistics(model):
+        with torch.enable_grad(), self._rewound(), Draws(model, x).again(), frozen_statistics(model):
             offsets = self._offsets(model, loss(model).total)
         return loss(_Perturbed(model, offsets))
 
     def _offsets(self, model: nn.Module, total: Tensor) -> dict[str, Tensor]:
         """v, by the name of the weight."""
+        check_graph("AWP", "total", total)
         weights = {name: w for name, w in model.named_parameters() if w.requires_grad and w.dim() > 1}
         grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True, materialize_grads=True)
         if self._shard is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern._classifier import check_call, logits_of
+from robustkern._options import check_options
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
@@ -30,9 +32,14 @@ class CrossEntropy:
     temperature: float = 1.0
     impl: str = "auto"
 
+    def __post_init__(self) -> None:
+        check_options(self)
+
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
+        y = check_call("CrossEntropy", model, x, y, soft=True)
+        logits = logits_of("CrossEntropy", model, x, y)
         loss = softmax_cross_entropy(
-            model(x), y, label_smoothing=self.label_smoothing, temperature=self.temperature, impl=self.impl
+            logits, y, label_smoothing=self.label_smoothing, temperature=self.temperature, impl=self.impl
         )
         orientation = loss.mean()
         return Terms(orientation, orientation.new_zeros(()), 0.0)

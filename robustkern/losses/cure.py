@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustkern._classifier import check_call, logits_of
 from robustkern._input_gradient import check_differentiable, input_gradient
-from robustkern.attacks._common import check_eps
+from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._passes import check_weight, frozen_statistics, leaf
+from robustkern.losses._passes import Draws, frozen_statistics, leaf
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
@@ -52,15 +53,15 @@ class CURE:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_weight("CURE", self.weight)
-        check_eps("CURE", self.eps)
+        check_options(self)
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        x = leaf("CURE", x)
+        y = check_call("CURE", model, x, y, soft=True)
+        x, draws = leaf(x), Draws(model, x)
         with fused_where_possible(self.impl):
             loss, grad = self._gradient(model, x, y)
             probe = (x + self.eps * grad.sign()).detach().to(x.dtype).requires_grad_()
-            with frozen_statistics(model):
+            with frozen_statistics(model), draws.again():
                 _, moved = self._gradient(model, probe, y)
             change = row_norm(moved - grad, 2, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), change.mean(), self.weight)
@@ -68,7 +69,8 @@ class CURE:
     def _gradient(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            loss = softmax_cross_entropy(model(x), y, label_smoothing=self.label_smoothing, impl=self.impl)
+            logits = logits_of("CURE", model, x, y)
+            loss = softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
             grad = input_gradient("CURE", "loss", loss.sum(), x, create_graph=differentiable)
         if differentiable:
             check_differentiable("CURE", "loss", grad)

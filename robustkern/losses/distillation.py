@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robustkern._classifier import check_call, check_logits
+from robustkern._options import check_options
 from robustkern.attacks import attacked
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
@@ -43,14 +45,15 @@ class Distillation:
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, nn.Module):
             raise TypeError(f"Distillation: teacher must be a module, got {type(self.teacher).__name__}")
-        if not self.temperature > 0.0:
-            raise ValueError(f"Distillation: temperature must be positive, got {self.temperature}")
+        check_options(self)
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
+        check_call("Distillation", model, x, y, soft=True)
         teacher = self.teacher.to(x.device)
         with torch.no_grad(), attacked(teacher):
             taught = (teacher(x).float() / self.temperature).softmax(1)
         logits = model(x)
+        check_logits("Distillation", logits, len(x))
         if logits.shape != taught.shape:
             raise ValueError(
                 f"Distillation: teacher gives logits of shape {list(taught.shape)}, the model {list(logits.shape)}"

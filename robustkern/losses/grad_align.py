@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._classifier import logits_of
 from robustkern._input_gradient import check_differentiable, input_gradient
-from robustkern.attacks._common import check_batch, check_options
+from robustkern._options import check_options
+from robustkern.attacks._common import Model, check_batch
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.losses._passes import Draws, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
 from robustkern.ops._select import accumulation_dtype
 from robustkern.ops.row_norm import row_norm
@@ -54,30 +56,30 @@ class GradAlign(AttackLoss):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_weight("GradAlign", self.weight)
-        check_options("GradAlign", self.eps, "linf", "ce", step_size=self.step_size)
+        check_options(self, box=True)
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of FGSM, and the gradient at x."""
-        x, y = check_batch("GradAlign", x, y)
-        step = self.eps if self.step_size is None else self.step_size
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Draws]:
+        """Those of FGSM, the gradient at x, and what the pass that gave it drew."""
+        logits, x, y = check_batch("GradAlign", model, x, y, self.generator)
+        step, draws = self.eps if self.step_size is None else self.step_size, Draws(model, x)
         with frozen_statistics(model):
-            grad = gradient(lambda v: self._cross_entropy(model, v, y), x)
+            grad = gradient("GradAlign", lambda v: self._cross_entropy(logits, v, y), x)
         adversary = ops.attack_step(x.clone(), x, grad, eps=self.eps, step_size=step, impl=self.impl)
-        return adversary, grad
+        return adversary, grad, draws
 
-    def terms(self, model: nn.Module, x: Tensor, adversary: tuple[Tensor, Tensor], y: Tensor) -> Terms:
-        image, first = adversary
+    def terms(self, model: nn.Module, x: Tensor, adversary: tuple[Tensor, Tensor, Draws], y: Tensor) -> Terms:
+        image, first, draws = adversary
         probe = ops.attack_start(
             x.detach(), eps=self.eps, generator=self.generator, samples=self._samples(x), impl=self.impl
         ).requires_grad_()
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad(), fused_where_possible(self.impl), frozen_statistics(model):
+        with torch.enable_grad(), fused_where_possible(self.impl), frozen_statistics(model), draws.again():
             loss = self._cross_entropy(model, probe, y)
             second = input_gradient("GradAlign", "loss", loss.sum(), probe, create_graph=differentiable)
         if differentiable:
             check_differentiable("GradAlign", "loss", second)
-        orientation = self._cross_entropy(model, image, y).mean()
+        with draws.again():
+            orientation = self._cross_entropy(model, image, y).mean()
         return Terms(orientation, self._misalignment(first, second).mean(), self.weight)
 
     def _misalignment(self, first: Tensor, second: Tensor) -> Tensor:
@@ -90,5 +92,5 @@ class GradAlign(AttackLoss):
         cosine = (unit * second.to(dtype)).flatten(1).sum(1) / torch.where(defined, lengths[1], 1.0)
         return torch.where(defined, 1.0 - cosine, 0.0)
 
-    def _cross_entropy(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return softmax_cross_entropy(model(x), y, impl=self.impl)
+    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        return softmax_cross_entropy(logits_of("GradAlign", model, x, y), y, impl=self.impl)

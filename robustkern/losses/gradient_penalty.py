@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkern.attacks._common import check_eps
+from robustkern._classifier import check_call, logits_of
+from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._finite_difference import EstimatorError, difference_quotient, frozen_loss
-from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.losses._finite_difference import EstimatorError, difference_quotient
+from robustkern.losses._passes import Draws, frozen_statistics, leaf
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
@@ -67,34 +68,31 @@ class GradientPenalty:
     h: float = 0.1
 
     def __post_init__(self) -> None:
-        check_weight("GradientPenalty", self.weight)
-        check_eps("GradientPenalty", self.eps)
-        if not self.p >= 1.0:
-            raise ValueError(f"GradientPenalty: p must be 1, 2, inf or any number >= 1, got {self.p}")
+        check_options(self, estimator=ESTIMATORS)
         if self.squared and self.p != 2.0:
             raise ValueError(f"GradientPenalty: squared needs p = 2, got p = {self.p}")
-        if self.estimator not in ESTIMATORS:
-            known = ", ".join(map(repr, ESTIMATORS))
-            raise ValueError(f"GradientPenalty: estimator must be one of {known}, got {self.estimator!r}")
-        if not self.h > 0.0:
-            raise ValueError(f"GradientPenalty: h must be positive, got {self.h}")
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        if not x.is_floating_point():
-            raise TypeError(f"GradientPenalty: x must be a floating-point tensor, got {x.dtype}")
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        y = check_call("GradientPenalty", model, x, y, soft=True)
+        x = leaf(x)
         if self.estimator == "finite-difference":
+            draws = Draws(model, x)
+
+            def loss_of(images: Tensor) -> Tensor:
+                with frozen_statistics(model), draws.again():
+                    return self._cross_entropy(model, images, y)
+
             with torch.enable_grad():
-                loss = self._cross_entropy(model(x), y)
-            loss_of = frozen_loss(model, lambda logits: self._cross_entropy(logits, y))
+                loss = self._cross_entropy(model, x, y)
             norm = difference_quotient(loss_of, loss, x, self.p, self.eps, self.h)
             return Terms(loss.mean(), (norm.square() if self.squared else norm).mean(), self.weight)
         with fused_where_possible(self.impl):
-            loss = self._cross_entropy(model(x), y)
+            loss = self._cross_entropy(model, x, y)
             norm = gradient_norm(loss, x, self.p, weight=self.eps, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), norm.mean(), self.weight)
 
-    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+    def _cross_entropy(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = logits_of("GradientPenalty", model, x, y)
         return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
 
     def finite_difference_error(
@@ -103,15 +101,17 @@ class GradientPenalty:
         """How far finite differences are from the exact penalty, for each step h: value and parameter gradient.
 
         Args:
-            model: as in the call, with parameters that require grad; running statistics and gradients stay as they are.
+            model: as in the call, with parameters that require grad; running statistics, gradients and the random
+                generators stay as they are.
             x: images.
             y: their targets.
             steps: values of h.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        draws = Draws(model, x)
 
         def smoothness(**options: Any) -> tuple[float, Tensor]:
-            with frozen_statistics(model):
+            with frozen_statistics(model), draws.again():
                 term = replace(self, **options)(model, x, y).smoothness
             grads = torch.autograd.grad(term, parameters, allow_unused=True, materialize_grads=True)
             return term.item(), torch.cat([grad.flatten() for grad in grads])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern._classifier import check_call, logits_of
+from robustkern._options import check_options
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
@@ -34,10 +36,12 @@ class LabelSmoothing:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"LabelSmoothing: weight must be in [0, 1], got {self.weight}")
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        logits = model(x)
+        y = check_call("LabelSmoothing", model, x, y, soft=True)
+        logits = logits_of("LabelSmoothing", model, x, y)
         certain, uniform = (softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
         return Terms((1.0 - self.weight) * certain.mean(), uniform.mean(), self.weight)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from robustkern._arguments import check_integer
+from robustkern._options import check_options
 from robustkern.losses._wrapper import Loss, Wrapper
 from robustkern.losses.cross_entropy import CrossEntropy
 from robustkern.terms import Terms
@@ -41,7 +41,7 @@ class Lazy(Wrapper):
     step: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("Lazy", "every", self.every, 1)
+        check_options(self)
         if self.orientation is None:
             inner = self.loss
             while isinstance(inner, Wrapper):

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from robustkern._classifier import gradient_of, logits_of
 from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern.attacks._common import Model
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._passes import check_weight, frozen_statistics, leaf
+from robustkern.losses._passes import Draws, frozen_statistics, leaf
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
@@ -50,35 +52,30 @@ class LocalLinearity(AscentLoss):
     steps: int = field(default=2, kw_only=True)
     start: str = field(default="uniform", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight("LocalLinearity", self.weight)
-        check_weight("LocalLinearity", self.ratio, "ratio")
-
-    def _objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.enable_grad():
             center = x.detach().requires_grad_()
             loss = self._cross_entropy(model, center, y)
-            (grad,) = torch.autograd.grad(loss.sum(), center)
+            grad = gradient_of("LocalLinearity", loss, center)
         loss = loss.detach()
         return lambda v: (self._cross_entropy(model, v, y) - loss - _dot(v - x, grad)).abs()
 
     def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        x, differentiable = leaf("LocalLinearity", x), torch.is_grad_enabled()
+        x, draws, differentiable = leaf(x), Draws(model, x), torch.is_grad_enabled()
         with fused_where_possible(self.impl):
             with torch.enable_grad():
                 loss = self._cross_entropy(model, x, y)
                 grad = input_gradient("LocalLinearity", "loss", loss.sum(), x, create_graph=differentiable)
             if differentiable:
                 check_differentiable("LocalLinearity", "loss", grad)
-            with frozen_statistics(model):
+            with frozen_statistics(model), draws.again():
                 moved = self._cross_entropy(model, adversary, y)
         linear = _dot(adversary - x.detach(), grad)
         gap = (moved - loss - linear).abs()
         return Terms(loss.mean(), (gap + self.ratio * linear.abs()).mean(), self.weight)
 
-    def _cross_entropy(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return softmax_cross_entropy(model(x), y, impl=self.impl)
+    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        return softmax_cross_entropy(logits_of("LocalLinearity", model, x, y), y, impl=self.impl)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

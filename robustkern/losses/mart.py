@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from robustkern.losses._passes import check_weight
+from robustkern._classifier import logits_of
+from robustkern.attacks._common import Model
+from robustkern.losses._passes import Draws
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -43,15 +45,14 @@ class MART(AscentLoss):
 
     weight: float = 5.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight("MART", self.weight)
-
-    def _objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda adversary: softmax_cross_entropy(model(adversary), y, impl=self.impl)
 
     def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        clean, attacked = model(x), model(adversary)
+        draws = Draws(model, x)
+        clean = logits_of("MART", model, x, y)
+        with draws.again():
+            attacked = logits_of("MART", model, adversary, y)
         boosted = softmax_cross_entropy(attacked, y, impl=self.impl) - _log_without_runner_up(attacked, y)
         doubt = 1.0 - (-softmax_cross_entropy(clean, y, impl=self.impl)).exp()
         divergence = kl_divergence(clean, attacked, impl=self.impl)
@@ -61,5 +62,5 @@ class MART(AscentLoss):
 def _log_without_runner_up(logits: Tensor, y: Tensor) -> Tensor:
     """log(1 - max_{k != y} p_k), [B]: of the classes but that one, the log of their share."""
     z = logits if logits.dtype.itemsize == 8 else logits.float()
-    runner_up = z.detach().scatter(1, y[:, None], float("-inf")).argmax(1, keepdim=True)
+    runner_up = z.detach().scatter(1, y[:, None].long(), float("-inf")).argmax(1, keepdim=True)
     return z.scatter(1, runner_up, float("-inf")).logsumexp(1) - z.logsumexp(1)

@@ -9,13 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from robustkern._arguments import check_choice, check_integer, check_number
-from robustkern.attacks._common import check_eps
+from robustkern._classifier import check_call, logits_of
+from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
 from robustkern.jacobian import jacobian_norm
-from robustkern.losses._passes import check_weight
-from robustkern.ops._select import IMPLS
-from robustkern.ops.random_cotangents import LAWS
+from robustkern.losses._passes import leaf
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
@@ -71,25 +69,13 @@ class ProjectedPenalty:
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        check_weight(name, self.weight)
-        check_eps(name, self.eps)
-        if self.projections != "exact":
-            check_integer(name, "projections", self.projections, 1, 'or "exact"')
-        check_choice(name, "law", self.law, LAWS)
-        check_choice(name, "impl", self.impl, IMPLS)
-        check_integer(name, "every", self.every, 1)
-        check_number(name, "fraction", self.fraction, 0, 1, open_below=True)
+        check_options(self)
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
         name = type(self).__name__
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: x must be a floating-point tensor, got {kind}")
-        if len(y) != len(x):
-            raise ValueError(f"{name}: y must have the {len(x)} rows of x, got {len(y)}")
+        y = check_call(name, model, x, y, self.generator, soft=True)
         if not self._is_due():
-            orientation = self._cross_entropy(model(x), y)
+            orientation = self._cross_entropy(logits_of(name, model, x, y), y)
             return Terms(orientation, orientation.new_zeros(()), 0.0)
         if self.shard is not None and self.shard.size != len(x):
             raise ValueError(f"{name}: shard has {self.shard.size} rows, x has {len(x)}")
@@ -97,19 +83,20 @@ class ProjectedPenalty:
         count = min(total, max(1, round(self.fraction * total)))
         with fused_where_possible(self.impl):
             if count == total:
-                x = _leaf(x)
-                logits = model(x)
+                x = leaf(x)
+                logits = logits_of(name, model, x, y)
                 norm = self._norm(logits, x, offset)
             elif _needs_the_batch_whole(model):
-                x = _leaf(x)
-                logits = model(x)
+                x = leaf(x)
+                logits = logits_of(name, model, x, y)
                 norm = self._norm(logits, x, offset)[self._draw(len(x), offset, total, count, x.device)[0]]
             else:
                 mine, others, first = self._draw(len(x), offset, total, count, x.device)
-                chosen = _leaf(x[mine])
-                outputs = model(chosen)
+                chosen = leaf(x[mine])
+                outputs = logits_of(name, model, chosen, y[mine])
                 norm = self._norm(outputs, chosen, first)
-                logits, y = torch.cat([outputs, model(x[others])]), torch.cat([y[mine], y[others]])
+                rest = logits_of(name, model, x[others], y[others])
+                logits, y = torch.cat([outputs, rest]), torch.cat([y[mine], y[others]])
             orientation = self._cross_entropy(logits, y)
         # The mean over those chosen, be they here or elsewhere, as a mean over the rows here.
         mean = norm.mean() if len(x) == total else norm.sum() * (total / (count * len(x)))
@@ -144,14 +131,10 @@ class ProjectedPenalty:
         return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x if x.requires_grad else x.detach().requires_grad_()
-
-
 def _needs_the_batch_whole(model: Callable[[Tensor], Tensor]) -> bool:
     """Whether two parts of a batch would give other outputs, or other running statistics, than the batch does."""
-    if not isinstance(model, nn.Module):
-        return True  # what it calls cannot be seen
+    if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
+        return True  # what it calls cannot be seen, or is of one batch size
     for module in model.modules():
         tracks = getattr(module, "running_mean", None) is not None
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustkern.losses._passes import check_weight
+from robustkern._classifier import logits_of
+from robustkern.attacks._common import Model
+from robustkern.losses._passes import Draws
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -40,16 +42,15 @@ class TRADES(AscentLoss):
 
     weight: float = 6.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight("TRADES", self.weight)
-
-    def _objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             clean = model(x)
         return lambda adversary: kl_divergence(clean, model(adversary), impl=self.impl)
 
     def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        clean = model(x)
+        draws = Draws(model, x)
+        clean = logits_of("TRADES", model, x, y)
+        with draws.again():
+            attacked = logits_of("TRADES", model, adversary, y)
         orientation = softmax_cross_entropy(clean, y, impl=self.impl).mean()
-        return Terms(orientation, kl_divergence(clean, model(adversary), impl=self.impl).mean(), self.weight)
+        return Terms(orientation, kl_divergence(clean, attacked, impl=self.impl).mean(), self.weight)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._classifier import logits_of
+from robustkern._options import check_options
 from robustkern.attacks import attacked
-from robustkern.attacks._common import check_batch, check_options
-from robustkern.losses._passes import check_weight, frozen_statistics
+from robustkern.attacks._common import check_batch
+from robustkern.losses._passes import Draws, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
 from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -54,30 +56,26 @@ class VAT(AttackLoss):
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_weight("VAT", self.weight)
-        check_options("VAT", self.eps, self.norm, "ce", steps=self.steps)
-        if self.norm == "l1":
-            raise ValueError("VAT: norm must be 'l2' or 'linf', got 'l1'")
-        if not self.xi > 0.0:
-            raise ValueError(f"VAT: xi must be positive, got {self.xi}")
+        check_options(self, box=True, norm=("l2", "linf"))
 
     def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x, y = check_batch("VAT", x, y)
+        logits, x, y = check_batch("VAT", model, x, y, self.generator, eps=self.eps, norm=self.norm)
         with torch.inference_mode(False), attacked(model):
             with torch.no_grad():
-                clean = model(x)
+                clean = logits(x)
             direction = self._noise(x).to(x.dtype)
             for _ in range(self.steps):
                 probe = self._moved(x, direction, self.xi, "l2")
-                direction = gradient(lambda v: kl_divergence(clean, model(v), impl=self.impl), probe)
+                direction = gradient("VAT", lambda v: kl_divergence(clean, logits(v), impl=self.impl), probe)
             return self._moved(x, direction, self.eps, self.norm)
 
     def _moved(self, x: Tensor, direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
         return ops.attack_step(x.clone(), x, direction, eps=length, step_size=length, norm=norm, impl=self.impl)
 
     def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        clean = model(x)
+        draws = Draws(model, x)
+        clean = logits_of("VAT", model, x, y)
         orientation = softmax_cross_entropy(clean, y, impl=self.impl).mean()
-        with frozen_statistics(model):
-            moved = model(adversary)
+        with frozen_statistics(model), draws.again():
+            moved = logits_of("VAT", model, adversary, y)
         return Terms(orientation, kl_divergence(clean.detach(), moved, impl=self.impl).mean(), self.weight)

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from robustkern._text import terminal
 from robustkern.training import UsageError
-from robustkern.training.files import write_atomically
+from robustkern.training.files import make_writable, write_atomically
 
 from .given import parse_given
 from .measures import MEASURES
@@ -56,8 +57,10 @@ def run_study(
 
     def on_unit(name: str, number: int, count: int, left: float) -> None:
         remaining = f", about {left / 60:.0f} min left" if left else ""
-        console.print(f"[dim]{number}/{count}[/dim] {name}{remaining}", highlight=False)
+        console.print(f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}", highlight=False)
 
+    if report is not None:
+        make_writable(report)  # or all that is trained would be for nothing
     study = run(chosen, out, root=root, jobs=_cores(chosen) if jobs is None else jobs, on_unit=on_unit)
     console.print("[dim]drawing[/dim]")
     page = write_report(study, draw(study, report), report)
@@ -70,9 +73,10 @@ def run_study(
         table.add_column(MEASURES[measure][0], justify="right", max_width=18)
     for name, measures in study.summary.items():
         means = [measures[measure]["value"] for measure in _SHOWN]
-        table.add_row(name, *("-" if mean is None else f"{mean:.3f}" for mean in means))
+        table.add_row(terminal(name), *("-" if mean is None else f"{mean:.3f}" for mean in means))
     console.print(table)
-    console.print(f"{page} holds every figure and number; figures/ and study.json beside it", highlight=False)
+    files = f"{terminal(page)} holds every figure and number; figures/ and study.json beside it"
+    console.print(files, highlight=False, soft_wrap=True)
     return study
 
 

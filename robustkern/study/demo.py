@@ -15,8 +15,9 @@ from rich.table import Table
 from robustkern import _library
 from robustkern import data as datasets
 from robustkern._progress import TrainingProgress
+from robustkern._text import terminal
 from robustkern.training import TrainingConfig, build_loss, figures, recipe, train
-from robustkern.training.files import write_atomically
+from robustkern.training.files import refuse_foreign, write_atomically
 from robustkern.training.trainer import Result
 
 from . import step_cost
@@ -44,6 +45,7 @@ def run_demo(
         The rows, as written to `results.json`.
     """
     started = time.perf_counter()
+    refuse_foreign(out, (*_METHODS, "gradients.png", "curves.png", "results.json"), "a demo")
     results: dict[str, Result] = {}
     for method in _METHODS:
         with TrainingProgress(console, every=5) as progress:
@@ -65,7 +67,7 @@ def run_demo(
     write_atomically(out / "results.json", json.dumps(record, indent=2) + "\n")
     console.print(_table(config, rows))
     console.print(
-        f"{out}/gradients.png shows what each network looks at, {out}/curves.png how it got there "
+        f"{terminal(out)}/gradients.png shows what each network looks at, {terminal(out)}/curves.png how it got there "
         f"({time.perf_counter() - started:.0f} s in all).",
         highlight=False,
         soft_wrap=True,
@@ -104,9 +106,8 @@ def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset
 
 
 def _table(config: TrainingConfig, rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table(
-        title=f"{config.data}, attacked by PGD-{config.pgd_steps} in the Linf ball of {figures.eps_text(config.eps)}"
-    )
+    attack = f"attacked by PGD-{config.pgd_steps} in the Linf ball of {figures.eps_text(config.eps)}"
+    table = Table(title=f"{terminal(config.data)}, {attack}")
     table.add_column("trained with", no_wrap=True)
     for head in ("clean", "attacked", "stock PyTorch", "robustkern"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -119,5 +120,5 @@ def _table(config: TrainingConfig, rows: dict[str, dict[str, Any]]) -> Table:
     table.caption = "accuracy on test images; time of a step, and how many times the stock step without penalty"
     if _library.extension() is None:
         reason = _library.why_unavailable()
-        table.caption += f"\nthe extension is not loaded, both times are plain PyTorch's: {reason}"
+        table.caption += f"\nthe extension is not loaded, both times are plain PyTorch's: {terminal(reason)}"
     return table

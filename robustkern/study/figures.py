@@ -113,7 +113,7 @@ def perturbations(
     for name, network in networks.items():
         device = next(network.parameters()).device
         goal = (y + 1) % data.num_classes if targeted else y
-        attack = PGD(eps, steps=40, random_start=False, targeted=targeted)
+        attack = PGD(min(eps, 1.0), steps=40, random_start=False, targeted=targeted)
         rows[name] = _mosaic(attack(network, x.to(device), goal.to(device)).cpu(), len(x))
     _panels(path, rows, 2, f"attacked with ε = {eps_text(eps)}\n{_classes(data)}")
 
@@ -131,7 +131,7 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
         color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
         radii = [point["eps"] for point in points]
         axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, linestyle=style, marker="o", markersize=3,
-                  label=name)  # fmt: skip
+                  label=f" {name}" if name.startswith("_") else name)  # fmt: skip
         axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
                           alpha=0.12, linewidth=0)  # fmt: skip
     axes.set_xlabel("radius of the ℓ∞ ball")
@@ -166,7 +166,7 @@ def term_panels(
         other = axes.twinx()
         other.plot(epochs, [row["smoothness"] for row in rows], color=_COLORS[2])
         other.tick_params(axis="y", colors=_COLORS[2], labelsize=7)
-        other.set_ylim(bottom=min(0.0, *(row["smoothness"] for row in rows)))
+        other.set_ylim(bottom=min(0.0, *(row["smoothness"] or 0.0 for row in rows)))
         other.spines["top"].set_visible(False)
         caption = (captions or {}).get(name)
         axes.set_title(name + (f"\nsmoothness: {caption}" if caption else ""), fontsize=8)

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from robustkern._text import brief
 from robustkern.attacks import attacked
 from robustkern.data import Dataset
-from robustkern.training import UsageError, load_model
+from robustkern.training import UsageError
+from robustkern.training.weights import load_model_for
 
 
 def parse_given(text: str) -> tuple[str, str]:
@@ -47,7 +49,7 @@ def load_given(source: str, data: Dataset) -> nn.Module:
     """
     path = Path(source)
     if path.exists():
-        model = load_model(path)[0]
+        model = load_model_for(path, data)[0]
     elif ":" in source:
         model = _call(*source.split(":", 1))
     else:
@@ -57,7 +59,7 @@ def load_given(source: str, data: Dataset) -> nn.Module:
         with attacked(model), torch.no_grad():
             shape = tuple(getattr(model(data.images[:2].to(_device(model))), "shape", ()))
     except Exception as error:  # whatever a stranger's module raises
-        raise UsageError(f"{source} does not take images of {data.name}, {data.in_shape}: {error}") from error
+        raise UsageError(f"{source} does not take images of {data.name}, {data.in_shape}: {brief(error)}") from error
     if shape != (2, data.num_classes):
         raise UsageError(
             f"{source} gives {shape} for two images, {data.name} takes logits of {data.num_classes} classes"
@@ -71,7 +73,7 @@ def _call(module: str, function: str) -> nn.Module:
     try:
         made = getattr(importlib.import_module(module), function)()
     except Exception as error:  # it is anybody's code
-        raise UsageError(f"{module}:{function}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{module}:{function}: {type(error).__name__}: {brief(error)}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"{module}:{function} returned a {type(made).__name__}, not a torch.nn.Module")
     return made

@@ -180,7 +180,7 @@ def accuracy_curve(
     columns = []
     for eps in radii:
         if eps:
-            attack = PGD(eps, steps=steps, early_exit=True)
+            attack = PGD(min(eps, 1.0), steps=steps, early_exit=True)
             chosen = standing.nonzero().squeeze(1)
             adversary = attack(model, x[chosen], y[chosen], _generator(seed, x.device), indices=chosen)
             standing = standing.clone()

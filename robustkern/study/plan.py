@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robustkern._arguments import THREADS, counts, shown
 from robustkern.training import METHODS, TrainingConfig, UsageError, recipe
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
@@ -25,6 +26,7 @@ TWO_BY_TWO = {
 # and 20 times.
 _OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
 _OF_ENTRIES = 784
+RANGES = {"seeds": counts(1, 1000), "samples": counts(), "epochs": counts(), "threads": THREADS}
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ class Plan:
                 raise UsageError(f"no method {method!r} in the study: choose among {', '.join(PAPER + OURS)}")
         if self.epochs is None:
             object.__setattr__(self, "epochs", max(1, recipe(self.data).epochs // 2))
-        for name in ("seeds", "samples", "epochs", "threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, valid in RANGES.items():
+            if getattr(self, name) not in valid:
+                raise UsageError(f"{name} must be {valid}, got {shown(getattr(self, name))}")
         if not all(0 < factor < math.inf for factor in self.sweep):
             raise UsageError(f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
         object.__setattr__(self, "sweep", tuple(dict.fromkeys(self.sweep)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import html
 from pathlib import Path
 from typing import Any
 
 from robustkern import __version__
+from robustkern._text import command_line, in_html, in_markdown, markdown_code
 from robustkern.training import METHODS
 from robustkern.training.figures import eps_text, gradients
 from robustkern.training.files import write_atomically
@@ -122,30 +122,30 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | No
     """
     plan = study.plan
     parts = [
-        f"<h1>What a classifier learns to see: {html.escape(plan.data)}</h1>",
+        f"<h1>What a classifier learns to see: {in_html(plan.data)}</h1>",
         f"<p>{plan.seeds} model{'s' * (plan.seeds > 1)} of each kind, measured on the first {plan.samples} test "
         f"images; attacks and penalties with ε = {eps_text(_eps(study))} (ℓ∞). robustkern {__version__}. Made again by "
-        f"<code>{html.escape(command(study))}</code>.</p>",
+        f"<code>{in_html(command(study))}</code>.</p>",
         "<p>Means over images and seeds; below each, the 95 % bootstrap interval over images, in which an image comes "
         "with all its seeds. Inversions are judged by two networks of another seed: one adversarially trained, the "
         "nearer stand-in for a person, and one of standard training, which patterns that no person sees may move as "
         "they move the network that made them.</p>",
-        *([f"<p>{html.escape(judges_note(study))}</p>"] if study.judges else []),
+        *([f"<p>{in_html(judges_note(study))}</p>"] if study.judges else []),
     ]
     for title, note, lines in sections(study):
-        parts += [f"<h2>{html.escape(title)}</h2>", *([f"<p>{html.escape(note)}</p>"] if note else []), _table(lines)]
+        parts += [f"<h2>{in_html(title)}</h2>", *([f"<p>{in_html(note)}</p>"] if note else []), _table(lines)]
     if study.correlations:
-        parts += [f"<h2>{_RANKS}</h2>", f"<p>{html.escape(_ranks_note(study))}</p>", _correlations(study)]
+        parts += [f"<h2>{_RANKS}</h2>", f"<p>{in_html(_ranks_note(study))}</p>", _correlations(study)]
     parts.append("<h2>Figures</h2>")
     for path, caption in drawn.values():
         picture = base64.b64encode(path.read_bytes()).decode()
         parts.append(
-            f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+            f'<figure><img alt="{in_html(caption)}" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{in_html(caption)}</figcaption></figure>"
         )
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>robustkern study: {html.escape(plan.data)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>robustkern study: {in_html(plan.data)}</title><style>{_STYLE}</style></head><body>"
         + "\n".join(parts)
         + "</body></html>\n"
     )
@@ -161,19 +161,22 @@ def write_tables(study: Study, to: Path | None = None) -> Path:
         study: A finished study.
         to: Its folder, by default the study's own.
     """
-    head = [_bars(text) for text, _ in MEASURES.values()]
-    parts = [f"# {study.plan.data}: tables", f"Means over images and seeds, 95 % intervals. `{command(study)}`"]
+    head = [in_markdown(text) for text, _ in MEASURES.values()]
+    made_by = markdown_code(command(study))
+    parts = [f"# {in_markdown(study.plan.data)}: tables", f"Means over images and seeds, 95 % intervals. {made_by}"]
     parts += [judges_note(study)] if study.judges else []
     for title, note, lines in sections(study):
         rows = [["", *head], ["---", *["---:"] * len(head)]]
         for name, measures in lines.items():
             cells = (_cell(measure, measures[measure]) for measure in MEASURES)
-            rows.append([name, *(cell.replace("<small>", " (").replace("</small>", ")") for cell in cells)])
+            numbers = (cell.replace("<small>", " (").replace("</small>", ")") for cell in cells)
+            rows.append([in_markdown(name), *numbers])
         parts += [f"## {title}", *([note] if note else []), "\n".join(f"| {' | '.join(row)} |" for row in rows)]
     if study.correlations:
         first, *others = _rank_rows(study)
         ranks = [first, ["---", *["---:"] * (len(first) - 1)], *others]
-        parts += [f"## {_RANKS}", _ranks_note(study), "\n".join(f"| {' | '.join(map(_bars, row))} |" for row in ranks)]
+        table = "\n".join(f"| {' | '.join(map(in_markdown, row))} |" for row in ranks)
+        parts += [f"## {_RANKS}", _ranks_note(study), table]
     path = (to or study.folder) / "tables.md"
     write_atomically(path, "\n\n".join(parts) + "\n")
     return path
@@ -202,10 +205,6 @@ def sections(study: Study) -> list[tuple[str, str, dict[str, dict[str, dict[str,
     return found
 
 
-def _bars(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def _ranks_note(study: Study) -> str:
     return (
         f"Spearman's, over the {len(_matrix(study.plan))} kinds of networks in the first table. Smoother is less of "
@@ -227,17 +226,19 @@ def judges_note(study: Study) -> str:
 def command(study: Study) -> str:
     """What makes the study again."""
     plan = study.plan
-    words = ["robustkern study", f"--data {plan.data}", f"--seeds {plan.seeds}", f"--samples {plan.samples}"]
+    words: list[object] = ["robustkern", "study", "--data", plan.data, "--seeds", plan.seeds, "--samples", plan.samples]
     if plan.epochs != type(plan)(plan.data).epochs:
-        words.append(f"--epochs {plan.epochs}")
+        words += ["--epochs", plan.epochs]
     if plan.methods != type(plan)().methods:
-        words.append("--methods " + ",".join(plan.methods))
+        words += ["--methods", ",".join(plan.methods) or "none"]
     if plan.sweep != type(plan)().sweep:
-        words.append("--sweep " + (",".join(f"{factor:g}" for factor in plan.sweep) or "none"))
-    words += [f"--checkpoint {name}={source}" for name, source in plan.given]
-    words += [f"--{name} {value}" for name, value in (("threads", plan.threads), ("device", plan.device))
-              if value != getattr(type(plan)(plan.data), name)]  # fmt: skip
-    return " ".join([*words, *(["--no-two-by-two"] if not plan.two_by_two else [])])
+        words += ["--sweep", ",".join(f"{factor:g}" for factor in plan.sweep) or "none"]
+    for name, source in plan.given:
+        words += ["--checkpoint", f"{name}={source}"]
+    for option, value in (("threads", plan.threads), ("device", plan.device)):
+        if value != getattr(type(plan)(plan.data), option):
+            words += [f"--{option}", value]
+    return command_line([*words, *(["--no-two-by-two"] if not plan.two_by_two else [])])
 
 
 def _matrix(plan: Plan) -> list[str]:
@@ -274,17 +275,17 @@ def _rank_rows(study: Study) -> list[list[str]]:
 
 def _correlations(study: Study) -> str:
     head, *rows = _rank_rows(study)
-    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    top = "".join(f"<th>{in_html(text)}</th>" for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _table(lines: dict[str, dict[str, dict[str, Any]]]) -> str:
-    head = "".join(f"<th>{html.escape(text)}</th>" for text, _ in MEASURES.values())
+    head = "".join(f"<th>{in_html(text)}</th>" for text, _ in MEASURES.values())
     rows = []
     for name, measures in lines.items():
         cells = "".join(f"<td>{_cell(measure, measures[measure])}</td>" for measure in MEASURES)
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{in_html(name)}</td>{cells}</tr>")
     body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table>{body}</table></div>'
 

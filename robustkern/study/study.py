@@ -26,20 +26,24 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import data as datasets
+from robustkern._files import parse_json, read_bytes
+from robustkern._text import brief
 from robustkern.data import Dataset
 from robustkern.evaluation.checks import correct
 from robustkern.training import (
+    CheckpointError,
     Interrupted,
     Observer,
     TrainingConfig,
+    TrainingError,
     UsageError,
-    load_model,
     read_config,
     recipe,
     teacher_recipe,
     train,
 )
-from robustkern.training.files import write_atomically
+from robustkern.training.files import refuse_foreign, write_atomically
+from robustkern.training.weights import load_model_for, read_tensors
 
 from . import results
 from .given import load_given
@@ -51,6 +55,10 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accu
 _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
+_TERMS = ("epoch", "orientation", "smoothness")  # of a row of metrics, for the figures
+_PARTS = ("models", "judges", "measures", "study.json", "report.html", "tables.md", "figures")
+_NAMES = (*MEASURES, _CURVE)
+_MOST_PLAN, _MOST_METRICS = 1 << 16, 64 << 20  # bytes
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Study:
         source = dict(self.plan.given).get(name)
         if source is not None:
             return load_given(source, self.data).to(self.plan.device)
-        return load_model(self.folder / "models" / folder_name(name, seed))[0].to(self.plan.device)
+        return load_model_for(self.folder / "models" / folder_name(name, seed), self.data)[0].to(self.plan.device)
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,7 @@ def run(
     for entry in entries:
         if entry.source:  # before anything is trained
             load_given(entry.source, test)
+    refuse_foreign(folder, _PARTS, "a study", marker="plan.json")
     folder.mkdir(parents=True, exist_ok=True)
     _claim(plan, folder)
     # Seed by seed, so that a study that was stopped has something of everything.
@@ -187,19 +196,19 @@ def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
     if unit.entry.source:  # what lies behind the name may be another network by now
         return False
     out = folder / "models" / folder_name(unit.entry.name, unit.seed)
-    if not (out / "results.json").exists() or not _holds_everything(_values_path(folder, unit)):
+    if not (out / "results.json").exists() or read_values(_values_path(folder, unit)) is None:
         return False
     return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
 
 
-def _holds_everything(path: Path) -> bool:
-    """Whether measures are there, and those of today: an earlier version may have written fewer."""
-    from safetensors import safe_open
-
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        return {*MEASURES, _CURVE} <= set(file.keys())
+def read_values(path: Path) -> dict[str, Tensor] | None:
+    """The measures of a model; None if they are not there, damaged, or not all: an earlier version wrote fewer."""
+    try:
+        values = read_tensors(path)[0]
+    except CheckpointError:
+        return None
+    whole = all(name in values and values[name].numel() and values[name].is_floating_point() for name in _NAMES)
+    return values if whole and values[_CURVE].dim() == 2 and values[_CURVE].shape[1] == len(RADII) else None
 
 
 def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:
@@ -218,8 +227,8 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
             config = teacher_recipe(plan.data, seed=unit.seed, **training_settings(plan))
             _train(config, teacher_folder(folder, unit.seed), root, observer)
         _train(configuration(plan, unit.entry, unit.seed, folder, test.in_shape), out, root, observer)
-        network = load_model(out)[0]
-    judges = Judges(**{judge: load_model(_judge(folder, judge))[0].to(plan.device) for judge in _JUDGES})
+        network = load_model_for(out, test)[0]
+    judges = Judges(**{judge: load_model_for(_judge(folder, judge), test)[0].to(plan.device) for judge in _JUDGES})
     network.to(plan.device)
     eps = recipe(plan.data, "standard").eps
     values = measure(network, test, judges, Protocol(eps, samples=plan.samples))
@@ -240,11 +249,25 @@ def _claim(plan: Plan, folder: Path) -> None:
     mine = {"data": plan.data, "epochs": plan.epochs, "samples": plan.samples, "threads": plan.threads}
     path = folder / "plan.json"
     if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = [f"{name} {theirs.get(name)} -> {value}" for name, value in mine.items() if theirs.get(name) != value]
+        theirs = read_plan(path)
+        changed = [
+            f"{name} {brief(theirs.get(name))} -> {value}" for name, value in mine.items() if theirs.get(name) != value
+        ]
         if changed:
             raise UsageError(f"{folder} holds another study ({', '.join(changed)}): choose another folder")
     write_atomically(path, json.dumps(mine, indent=1) + "\n")
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """What a study's `plan.json` holds; UsageError if that is none."""
+    try:
+        plan = parse_json(read_bytes(path, _MOST_PLAN))
+    except (OSError, ValueError) as error:
+        reason = brief(getattr(error, "strerror", None) or error)
+        raise UsageError(f"{path}: not the plan of a study ({reason})") from error
+    if not isinstance(plan, dict):
+        raise UsageError(f"{path}: not the plan of a study")
+    return plan
 
 
 def _judge(folder: Path, judge: str) -> Path:
@@ -265,14 +288,19 @@ def _write_values(path: Path, values: dict[str, Tensor]) -> None:
 
 def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
     """A study from the files of its models."""
-    from safetensors.torch import load_file
-
     study = Study(plan, test, folder)
     radii = [multiple * recipe(plan.data, "standard").eps for multiple in RADII]
     models: dict[str, list[dict[str, Tensor]]] = {}
+    shapes: dict[str, torch.Size] = {}
     for entry in plan.entries():
         seeds = range(1 if entry.source else plan.seeds)
-        models[entry.name] = [load_file(_values_path(folder, Unit(entry, seed))) for seed in seeds]
+        models[entry.name] = []
+        for path in (_values_path(folder, Unit(entry, seed)) for seed in seeds):
+            values = read_values(path) or {}
+            shapes = shapes or {name: values[name].shape for name in values if name in _NAMES}
+            if not values or any(values[name].shape != shape for name, shape in shapes.items()):
+                raise TrainingError(f"{path}: damaged, or measured otherwise: remove it, and the same command makes it")
+            models[entry.name].append(values)
         study.summary[entry.name] = results.summary(models[entry.name])
         study.curves[entry.name] = results.curve([values[_CURVE] for values in models[entry.name]], radii)
         if NOISE_INVERSIONS in models[entry.name][0]:
@@ -286,11 +314,30 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
         if found := results.rank_correlations(matrix, smoothness):
             study.correlations[smoothness] = found
     for judge in _JUDGES:
-        network = load_model(_judge(folder, judge))[0]
+        network = load_model_for(_judge(folder, judge), test)[0]
         parts = zip(test.images.split(500), test.labels.split(500), strict=True)
         study.judges[judge] = float(torch.cat([correct(network, x, y) for x, y in parts]).float().mean())
     return study
 
 
 def _rows(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    path = run_folder / "metrics.jsonl"
+    try:
+        return parse_rows(read_bytes(path, _MOST_METRICS))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path}: {brief(getattr(error, 'strerror', None) or error)}") from error
+
+
+def parse_rows(content: bytes) -> list[dict[str, Any]]:
+    """Rows of a run's metrics, with the numbers that figures need; ValueError if it holds something else."""
+    rows = [parse_json(line) for line in content.splitlines()]
+    for row in rows:
+        if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in _TERMS):
+            raise ValueError("not the metrics of a run: a row without epoch, orientation or smoothness")
+    if not rows:
+        raise ValueError("no rows of metrics")
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300

@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkern._files import parse_json, read_bytes
+from robustkern._pickles import check_pickle
+from robustkern._text import brief
+
 from .averaging import WeightAverage
-from .errors import TrainingError
+from .config import TrainingConfig
+from .errors import TrainingError, UsageError
 from .files import sync_directory, write_atomically
 
-_FORMAT = 2
+_FORMAT = 3
 _KEEP = 2  # one that is being written over by nobody, and one more in case it does not verify
 _NAME = re.compile(r"checkpoint-(\d{9})\.json")
+_MOST_MANIFEST = 1 << 17  # bytes; it has a hundredth of that
+_MOST_INSTRUCTIONS = 1 << 20  # of a pickle; a thousand epochs take a twentieth of that
+_MOST_PICKLE = 8 << 20  # bytes; numbers and names, most of them in the rows of metrics
+# What `torch.save` needs for tensors and containers.
+_HARMLESS = re.compile(r"collections OrderedDict|torch(\._utils _rebuild_tensor_v2| \w+Storage|\.storage \w+Storage)")
 
+
+# What every row of metrics and every record of the best weights has at least.
+_COLUMNS = {"epoch", "step", "orientation", "smoothness", "clean_accuracy", "robust_accuracy", "ms_per_step", "skipped"}
+_OF_THE_BEST = {"epoch", "weights", "validation_clean_accuracy", "validation_robust_accuracy"}
 
 Row = dict[str, float | None]  # the metrics of one epoch; None where something was not measured
 
@@ -55,6 +70,17 @@ class Progress:
     rows: list[Row]
     best: dict[str, Any] | None = None
     ended: bool = False
+
+    def check(self) -> None:
+        """ValueError unless everything has the type that it should have."""
+        for name in ("step", "epoch", "skipped"):
+            _require(type(getattr(self, name)) is int and 0 <= getattr(self, name) < 1 << 62, name)
+        _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
+        rows = isinstance(self.rows, list) and all(_is_row(row) and set(row) >= _COLUMNS for row in self.rows)
+        _require(rows and len(self.rows) == self.epoch, "rows")
+        best = {name: None if isinstance(value, str) else value for name, value in (self.best or {}).items()}
+        _require(self.best is None or (_is_row(best) and set(best) >= _OF_THE_BEST), "best")
+        _require(isinstance(self.ended, bool), "ended")
 
 
 @dataclass
@@ -101,27 +127,33 @@ class TrainState:
             CheckpointError: It is something else, or of another model, optimizer or version.
         """
         try:
+            check_archive(content)
             # weights_only: tensors and containers, no code, even from a file whose manifest was forged with it.
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds on a file it refuses
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = brief(str(error).strip().partition("\n")[0]) or type(error).__name__
             raise CheckpointError(f"{source} is not a checkpoint that can be loaded safely ({reason})") from error
         if not isinstance(state, dict) or set(state) != {"progress", "model", "optimizer", "average", "best"}:
             raise CheckpointError(f"{source} is not a robustkern checkpoint")
         current = self.model.state_dict()
-        _check_layout(state["model"], current, source)
+        check_layout(state["model"], current, source)
         try:
             progress = Progress(**state["progress"])
+            progress.check()
+            _require(set(progress.sums) == set(self.progress.sums), "sums")
             if (state["average"] is None) != (self.average is None):
                 raise ValueError("one has an average of the weights, the other has not")
             if self.average is not None:
-                _check_layout(state["average"]["model"], current, source)
-                updates = int(state["average"]["updates"])
+                check_layout(state["average"]["model"], current, source)
+                updates = state["average"]["updates"]
+                _require(type(updates) is int and updates >= 0, "updates of the average")
             if state["best"] is not None:
-                _check_layout(state["best"], current, source)
+                check_layout(state["best"], current, source)
+            _check_buffers(state["optimizer"], self.optimizer)
             self.optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{source} belongs to another optimizer or version ({error})") from error
+        # Of any type may be what should have been a mapping.
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{source} belongs to another optimizer or version ({brief(error)})") from error
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"]["model"])
@@ -129,13 +161,14 @@ class TrainState:
         self.progress, self.best = progress, state["best"]
 
 
-def save_checkpoint(folder: Path, state: TrainState, fingerprint: str) -> Path:
+def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, config: TrainingConfig) -> Path:
     """Write a checkpoint, then remove those older than the last two.
 
     Args:
         folder: The run directory.
         state: What to save.
         fingerprint: What the checkpoint belongs to; loading under another one is refused.
+        config: Of the run; loading under another one is refused.
 
     Raises:
         TrainingError: A weight is not finite, or the disk is full; older checkpoints are left alone.
@@ -151,6 +184,7 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str) -> Path:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "fingerprint": fingerprint,
+        "config": config.to_yaml(),
         "torch": torch.__version__,
     }
     path = folder / f"checkpoint-{progress.step:09d}.pt"
@@ -163,29 +197,40 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str) -> Path:
         raise TrainingError(
             f"cannot write {path} ({error.strerror or error}); the checkpoints before it are intact"
         ) from error
-    for manifest_path in _manifests(folder)[_KEEP:]:
+    for manifest_path in manifests(folder)[_KEEP:]:
         manifest_path.unlink(missing_ok=True)
-    kept = {manifest_path.with_suffix(".pt") for manifest_path in _manifests(folder)}
+    kept = {manifest_path.with_suffix(".pt") for manifest_path in manifests(folder)}
     for orphan in set(folder.glob("checkpoint-*.pt")) - kept:
         orphan.unlink(missing_ok=True)
     sync_directory(folder)
     return path
 
 
-def load_latest(folder: Path, state: TrainState, fingerprint: str) -> list[str]:
+def load_latest(
+    folder: Path, state: TrainState, fingerprint: str, differences: Callable[[TrainingConfig], list[str]]
+) -> list[str]:
     """Restore the newest checkpoint that verifies; if the folder holds none at all, leave the state as it is.
+
+    Args:
+        folder: The run directory.
+        state: What to restore.
+        fingerprint: As for `save_checkpoint`.
+        differences: From the configuration that a checkpoint was written with to that of this run.
 
     Returns:
         One sentence for each checkpoint that was passed over.
 
     Raises:
         CheckpointError: There are checkpoints, and none can be used.
+        UsageError: One was written with other settings.
     """
     problems: list[str] = []
-    for manifest_path in _manifests(folder):
+    # Weights, their average, the best ones and two buffers of an optimizer, twice over, and room for metrics.
+    most = 10 * sum(value.nbytes for value in state.model.state_dict().values()) + _MOST_PICKLE
+    for manifest_path in manifests(folder):
         path = manifest_path.with_suffix(".pt")
         try:
-            state.load_bytes(_read_verified(manifest_path, fingerprint), str(path))
+            state.load_bytes(_read_verified(manifest_path, fingerprint, differences, most), str(path))
             return problems
         except CheckpointError as error:
             problems.append(str(error))
@@ -202,44 +247,102 @@ def check_finite(model: nn.Module | Mapping[str, Tensor]) -> None:
             raise TrainingError(f"{name} is not finite any more: nothing was saved over the last checkpoint")
 
 
-def _manifests(folder: Path) -> list[Path]:
+def manifests(folder: Path) -> list[Path]:
     """Manifests, newest first."""
     return sorted((path for path in folder.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def _read_verified(manifest_path: Path, fingerprint: str) -> bytes:
+def _read_verified(
+    manifest_path: Path, fingerprint: str, differences: Callable[[TrainingConfig], list[str]], most: int
+) -> bytes:
     path = manifest_path.with_suffix(".pt")
     try:
-        manifest = json.loads(manifest_path.read_text())
-        expected_bytes, expected_hash = int(manifest["bytes"]), str(manifest["sha256"])
-        written_format, written_fingerprint = manifest["format"], manifest["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = parse_json(read_bytes(manifest_path, _MOST_MANIFEST))
+        written_format = manifest["format"]
+        if written_format == _FORMAT:
+            expected_bytes, expected_hash = manifest["bytes"], manifest["sha256"]
+            written_fingerprint = manifest["fingerprint"]
+            written_config = TrainingConfig.from_yaml(manifest["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest_path} is damaged ({type(error).__name__})") from error
     if written_format != _FORMAT:
-        raise CheckpointError(f"{path} has format {written_format}, this version reads {_FORMAT}")
+        raise CheckpointError(f"{path} has format {brief(written_format)}, this version reads {_FORMAT}")
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, most)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if len(content) != expected_bytes:
-        raise CheckpointError(f"{path} is truncated: {len(content)} of {expected_bytes} bytes")
+        raise CheckpointError(f"{path} is truncated: {len(content)} of {brief(expected_bytes)} bytes")
     if hashlib.sha256(content).hexdigest() != expected_hash:
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one in its manifest")
+    if changed := differences(written_config):
+        raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
     if written_fingerprint != fingerprint:
         raise CheckpointError(f"{path} belongs to another architecture or data set")
     return content
 
 
-def _check_layout(saved: Mapping[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:
+def check_archive(content: bytes) -> None:
+    """ValueError unless it is an archive of `torch.save` that loading makes no larger than it is.
+
+    Entries could be compressed, and the pickle may call what `weights_only` takes for harmless, such as
+    bytearray(10**12).
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        fits = sum(entry.file_size for entry in entries) <= len(content)
+        _require(stored and fits, "entries, larger than they are stored")
+        (pickled,) = (entry for entry in entries if entry.filename.endswith("data.pkl"))
+        _require(pickled.file_size <= _MOST_PICKLE, f"numbers and names, more than {_MOST_PICKLE} bytes of them")
+        for name in check_pickle(archive.read(pickled), _MOST_INSTRUCTIONS):
+            if not _HARMLESS.fullmatch(name):
+                raise ValueError(f"it wants to import {brief(name)}")
+
+
+def check_layout(saved: Any, current: Mapping[str, Tensor], source: str) -> None:
     """Refuse a state whose tensors are not those of the model."""
-    for name in sorted(set(saved) ^ set(current)):
-        raise CheckpointError(f"{source} belongs to another architecture: {name} is in only one of the two")
+    if not isinstance(saved, Mapping) or not all(isinstance(value, Tensor) for value in saved.values()):
+        raise CheckpointError(f"{source} holds something else than the tensors of a model")
+    for name in sorted(map(str, set(saved) ^ set(current))):
+        raise CheckpointError(f"{source} belongs to another architecture: {brief(name)} is in only one of the two")
     for name, value in current.items():
         if saved[name].shape != value.shape or saved[name].dtype != value.dtype:
             raise CheckpointError(
-                f"{source} belongs to another architecture: {name} is {list(saved[name].shape)} there "
-                f"and {list(value.shape)} here"
+                f"{source} belongs to another architecture: {name} is {saved[name].dtype} {list(saved[name].shape)} "
+                f"there and {value.dtype} {list(value.shape)} here"
             )
+        if saved[name].layout != torch.strided:
+            raise CheckpointError(f"{source} belongs to another architecture: {name} is {saved[name].layout}")
+
+
+def _check_buffers(state: Any, optimizer: torch.optim.Optimizer) -> None:
+    """ValueError unless every tensor of an optimizer's state is of the size of its parameter, or a single number."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _require(set(state) == {"state", "param_groups"}, "parts of an optimizer's state")
+    # Shallow: what containers hold may be larger than the file by any factor.
+    for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+        for name in set(group) - {"params"}:
+            kinds = (int, float) if type(group[name]) in (int, float) else (type(group[name]),)
+            _require(type(saved[name]) in kinds, f"{name} of the parameters")
+            numbers = saved[name] if isinstance(saved[name], tuple) else ()
+            _require(all(type(number) is float for number in numbers), f"{name} of the parameters")
+    for number, buffers in state["state"].items():
+        for name, buffer in buffers.items():
+            sizes = ((), parameters[number].shape)
+            fits = buffer is None or (isinstance(buffer, Tensor) and buffer.layout == torch.strided)
+            _require(fits and (buffer is None or tuple(buffer.shape) in sizes), f"{name} of parameter {number}")
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict) and all(
+        isinstance(name, str) and (value is None or type(value) in (int, float)) for name, value in row.items()
+    )
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"it has unexpected {what}")
 
 
 def fingerprint(model: nn.Module, classes: tuple[str, ...]) -> str:

@@ -8,12 +8,38 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from robustkern._arguments import RADII, SEEDS, THREADS, Range, counts, shown
+from robustkern._text import brief
+
 from .errors import UsageError
-from .yaml_files import dump_yaml, load_yaml
+from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
 WATCHES = ("warn", "stop", "off")
+RANGES = {
+    "eps": RADII,
+    "epochs": counts(),
+    "batch_size": counts(),
+    "lr": Range(0, open="()"),
+    "weight_decay": Range(0),
+    "gamma": Range(0, 1, open="("),
+    "ramp": Range(0, 1, open=""),
+    "clip": Range(0),
+    "ema": Range(0, 1),
+    "seed": SEEDS,
+    "threads": THREADS,
+    "train_samples": counts(0),
+    "validation": Range(0),
+    "eval_samples": counts(0),
+    "eval_every": counts(),
+    "pgd_steps": counts(),
+    "checkpoint_every": counts(0),
+    "max_skipped": counts(0),
+}
+
+
+_PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple}
 
 
 @dataclass(frozen=True)
@@ -28,7 +54,7 @@ class TrainingConfig:
         eps: Radius of the attack that measures robustness, and of methods that need one, in units of the images.
         epochs: Passes over the training set.
         batch_size: Samples per step, those of all processes together; the last, smaller batch of an epoch is trained
-            on as well.
+            on as well, and a single sample left over joins the batch before.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Decoupled for AdamW, L2 for SGD.
@@ -95,17 +121,14 @@ class TrainingConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "pgd_steps", "eval_every", "threads"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("train_samples", "eval_samples", "checkpoint_every", "max_skipped", "weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
-        _require(0 < self.lr < float("inf"), f"lr must be positive, got {self.lr}")
-        _require(0 < self.eps <= 1, f"eps must be in (0, 1], got {self.eps}: images are in [0, 1], write 8/255")
-        _require(0 <= self.ramp <= 1, f"ramp is a share of the training, 0 to 1, got {self.ramp}")
-        _require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
-        _require(0 < self.gamma <= 1, f"gamma must be in (0, 1], got {self.gamma}")
-        valid = self.validation >= 0 and (self.validation < 1 or self.validation == int(self.validation))
-        _require(valid, f"validation must be a share below 1 or a number of samples, got {self.validation}")
+        for name, valid in RANGES.items():
+            value = getattr(self, name)
+            _require(value in valid, f"{name} must be {valid}, got {shown(value)}")
+        for setting in dataclasses.fields(self):
+            value, kind = getattr(self, setting.name), _PLAIN.get(str(setting.type), object)
+            _require(isinstance(value, kind), f"{setting.name} must be {setting.type}, got {shown(value)}")
+        whole = self.validation < 1 or float(self.validation).is_integer()
+        _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
         _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
         bounds = (0, *self.milestones, self.epochs)
@@ -162,24 +185,31 @@ def parse_settings(text: str) -> dict[str, Any]:
     _require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
     unknown = sorted(str(name) for name in set(values) - set(fields))
-    _require(not unknown, f"unknown setting {', '.join(unknown)}")
+    _require(not unknown, f"unknown setting {brief(', '.join(unknown))}")
     for name, value in values.items():
         kind = str(fields[name].type)
         if kind == "float" and isinstance(value, str):
             values[name] = value = parse_fraction(value)
         fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
-        _require(fits, f"{name} must be {kind}, got {value!r}")
+        fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
+        _require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
     if "milestones" in values:
-        numbers = all(isinstance(epoch, int) and not isinstance(epoch, bool) for epoch in values["milestones"])
-        _require(numbers, f"milestones must be a list of epochs, got {values['milestones']!r}")
+        numbers = all(type(epoch) is int and abs(epoch) < 1 << 63 for epoch in values["milestones"])
+        _require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
         values["milestones"] = tuple(values["milestones"])
+    options = values.get("options", {})
+    for name, value in options.items():
+        plain = isinstance(name, str) and (value is None or type(value) in (str, int, float, bool))
+        _require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
     return values
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """`parse_settings` of a file; errors name it."""
     try:
-        return parse_settings(Path(path).read_text())
+        # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
+        with open(path, "rb") as file:
+            return parse_settings(file.read(4 * MOST_BYTES + 1).decode())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, UsageError) as error:
@@ -192,7 +222,7 @@ def parse_fraction(text: str) -> float:
     try:
         return float(numerator) / float(denominator) if slash else float(numerator)
     except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
+        raise UsageError(f"{brief(repr(text))} is neither a number nor a fraction such as 8/255") from None
 
 
 def _require(condition: bool, message: str) -> None:

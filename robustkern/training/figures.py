@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustkern._text import literal
 from robustkern.data import Dataset
 
 from .checkpoint import Row
@@ -62,7 +63,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
     terms.set_ylim(bottom=0)
     accuracy.set_ylabel(f"{images} accuracy (%)")
     accuracy.set_ylim(-2, 102)
-    accuracy.set_title(f"attack: PGD, $\\ell_\\infty$, ε = {eps_text(eps)}", fontsize=10)
+    accuracy.set_title(f"attack: PGD, ℓ∞, ε = {eps_text(eps)}", fontsize=10)
     terms.set_title("the two terms of the loss", fontsize=10)
     for axes in (terms, accuracy):
         axes.set_xlabel("epoch")
@@ -169,7 +170,8 @@ def save_png(path: Path, figure: Any, dpi: int = _DPI) -> None:
     from PIL import Image
 
     full, reduced = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=dpi, facecolor="white")
+    with literal(figure):
+        figure.savefig(full, format="png", dpi=dpi, facecolor="white")
     with Image.open(full) as picture:
         colours = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours.save(reduced, "PNG", optimize=True)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from .errors import UsageError
+from robustkern._text import brief
 
-_TEMPORARY = ".tmp-"
+from .errors import TrainingError, UsageError
+
+_TEMPORARY, _LOCK = ".tmp-", ".lock"
+# Of files that we write; the end is `tempfile.mkstemp`'s.
+_STALE = re.compile(r"\.tmp-(probe|[\w-]+\.(yaml|jsonl?|pt|safetensors|png|html|md))-[a-z0-9_]{8}")
+_OWNER = re.compile(rb"\s*\d*\s*")
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
@@ -51,10 +59,45 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder beside the lock and temporary files of ours, which may be left of a process that died."""
+    return sorted(path.name for path in folder.iterdir() if path.name != _LOCK and not _STALE.fullmatch(path.name))
+
+
+def refuse_foreign(folder: Path, ours: Collection[str], kind: str, marker: str | None = None) -> None:
+    """UsageError if a folder is there and is neither empty nor one that we wrote.
+
+    Args:
+        folder: The folder.
+        ours: Names of what we write into it.
+        kind: What we call such a folder.
+        marker: Where this file is, everything else may be there too.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder")
+    names = names_in(folder) if folder.exists() else []
+    strange = [name for name in names if name not in ours] if marker not in names else []
+    if strange:
+        raise UsageError(f"{folder} is neither empty nor {kind}, it holds {brief(strange[0])}: choose another folder")
+
+
 def remove_stale(folder: Path) -> None:
     """Remove the temporary files of writers that were killed. Only for the process that holds the folder's lock."""
-    for path in folder.glob(_TEMPORARY + "*"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _STALE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is not there, and find out now whether files can be written into it.
+
+    Raises:
+        OSError: They cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f"{_TEMPORARY}probe-", dir=folder)
+    os.close(descriptor)
+    os.unlink(name)
 
 
 def _umask() -> int:
@@ -64,30 +107,51 @@ def _umask() -> int:
 
 
 class RunLock:
-    """The right to write into a run directory; the system takes it back when the process ends, however it ends."""
+    """The right to write into a folder of ours; the system takes it back when the process ends, however it ends.
+
+    The file is neither followed, if it is a link, nor cut, nor written over unless it holds the number of a process.
+
+    Raises:
+        UsageError: Another process has it, or the file is none of ours.
+        TrainingError: The file system has no locks.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: IO[str] | None = None
+        self._descriptor: int | None = None
 
     def __enter__(self) -> RunLock:
-        file = open(self._folder / ".lock", "a+")
+        path = self._folder / _LOCK
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # O_NONBLOCK: a pipe would wait for somebody at its other end.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            raise UsageError(f"{self._folder} is in use by another process (pid {owner})") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        self._file = file
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise UsageError(f"{path} is no file of ours, but a link or something else") from error
+            raise
+        try:
+            status = os.fstat(descriptor)
+            content = os.pread(descriptor, 64, 0) if stat.S_ISREG(status.st_mode) else b"?"
+            if status.st_nlink > 1 or not _OWNER.fullmatch(content):
+                raise UsageError(f"{path} is no file of ours: it holds something else than the number of a process")
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = content.decode().strip() or "unknown"
+                raise UsageError(f"{self._folder} is in use by another process (pid {owner})") from error
+            except OSError as error:
+                reason = f"cannot be locked ({error.strerror}): its file system has no locks, choose another folder"
+                raise TrainingError(f"{path} {reason}") from error
+            os.pwrite(descriptor, f"{os.getpid():<20}\n".encode(), 0)  # over any number that was there before
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustkern import Terms, losses
+from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.data import Dataset
 from robustkern.losses.projected_penalty import ProjectedPenalty
-from robustkern.ops.random_cotangents import LAWS
 
 from .config import parse_fraction
 from .errors import UsageError
-from .weights import load_model
+from .weights import load_model, load_model_for
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
 Attack = FGSM | NFGSM | PGD
@@ -51,7 +51,7 @@ class Method:
 
     def complete(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """All options, the missing ones from the defaults; unknown names and wrong types are refused."""
-        unknown = sorted(set(options) - set(self.options))
+        unknown = sorted(map(brief, set(options) - set(self.options)))
         if unknown:
             known = ", ".join(self.options) or "none"
             raise UsageError(f"method {name} has no option {unknown[0]} (it has: {known})")
@@ -62,7 +62,9 @@ class Method:
                 completed[option] = _converted(value, type(default))
             except (TypeError, UsageError) as error:
                 kind = _KINDS[type(default)]
-                raise UsageError(f"option {option} of method {name} must be {kind}, got {value!r}") from error
+                raise UsageError(
+                    f"option {option} of method {name} must be {kind}, got {brief(repr(value))}"
+                ) from error
         return completed
 
 
@@ -98,24 +100,13 @@ def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) ->
 
 
 def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
-    description = load_model(teacher)[1]
-    shape, classes = tuple(description["in_shape"]), tuple(description["classes"])
-    _require(
-        shape == data.in_shape and classes == data.classes,
-        f"teacher {teacher} was trained on images {list(shape)} of {_names(classes)}, {data.name} has "
-        f"{list(data.in_shape)} of {_names(data.classes)}",
-    )
-
-
-def _names(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} classes ({', '.join(classes[:3])}, ...)"
+    load_model_for(teacher, data)
 
 
 def _gradient_penalty(
     *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float, every: int
 ) -> Loss:
     _check_smoothing(label_smoothing)
-    _check_weight(weight)
     _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
     penalty = losses.GradientPenalty(
         weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl, estimator=estimator, h=h
@@ -129,7 +120,6 @@ def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float, 
 
 
 def _lazy(loss: Loss, every: int) -> Loss:
-    _check_every(every)
     return loss if every == 1 else losses.Lazy(loss, every)
 
 
@@ -186,11 +176,6 @@ def _projected(
     label_smoothing: float,
 ) -> Loss:
     _check_smoothing(label_smoothing)
-    _check_weight(weight)
-    _require(projections >= 0, f"projections must be 1 or more, or 0 for the exact norm, got {projections}")
-    _require(law in LAWS, f"no law {law!r}: choose one of {', '.join(LAWS)}")
-    _check_every(every)
-    _require(0 < fraction <= 1, f"fraction must be in (0, 1], got {fraction:g}")
     return penalty(
         weight=weight, projections=projections or "exact", eps=eps, law=law, every=every, fraction=fraction,
         label_smoothing=label_smoothing, impl=impl,
@@ -316,14 +301,6 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_smoothing(label_smoothing: float) -> None:
     _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
-
-
-def _check_every(every: int) -> None:
-    _require(every >= 1, f"every must be at least 1, got {every}")
-
-
-def _check_weight(weight: float) -> None:
-    _require(0 <= weight < float("inf"), f"weight must not be negative, got {weight:g}")
 
 
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:

@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from robustkern import models
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
+from .batches import batches, check_batches
 from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
+from .claim import check_claim, differences
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
 from .files import RunLock, remove_stale, write_atomically
 from .judge import Judge, split
-from .methods import METHODS, build_loss, check_options
+from .methods import build_loss, check_options
 from .observer import Observer
 from .signals import StopOnSignal
 from .step import Stepper
@@ -80,7 +82,7 @@ def train(
 
     Args:
         config: What to train.
-        out: The run directory; made if missing. Only the first process's counts.
+        out: The run directory, empty or a run to go on with; made if missing. Only the first process's counts.
         root: Where the files of the data set are, on each machine.
         resume: Go on with the run in `out`, which must have the same configuration. Without one there, start. The
             number of processes may be another one.
@@ -89,7 +91,8 @@ def train(
         draw: Write `curves.png` and `gradients.png` as well.
 
     Raises:
-        UsageError: The configuration makes no sense, differs from the run's, or another process works in `out`.
+        UsageError: The configuration makes no sense, differs from the run's or from its checkpoints', `out` is neither
+            empty nor a run, or another process works in it.
         DataError: The data set is missing or damaged.
         TrainingError: Losses stay non-finite, nothing can be saved, or another process of the run ended.
         Interrupted: SIGINT or SIGTERM, sent to any of the processes; the state was saved.
@@ -112,11 +115,12 @@ def train(
             if out.exists() and not out.is_dir():
                 raise UsageError(f"{out} is a file, not a folder")
             out.mkdir(parents=True, exist_ok=True)
+            check_claim(config, out, resume)  # nothing is written into the folder of somebody else
             lock.enter_context(RunLock(out))
+            check_claim(config, out, resume)  # another process may have been quicker
             remove_stale(out)
-            _check_claim(config, out, resume)
 
-        def load() -> tuple[datasets.Dataset, datasets.Dataset]:
+        def load() -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset]:
             train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
             if config.shuffle_labels:
                 train_set = train_set.with_shuffled_labels(config.seed)
@@ -124,52 +128,25 @@ def train(
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
             check_options(config.method, config.options, train_set)
-            return train_set, test_set
+            train_set, validation_set = split(train_set, config.validation, config.seed)
+            check_batches(config, train_set, group.size)
+            return train_set, validation_set, test_set
 
         theirs = group.broadcast(config)
         group.on_all(lambda: _check_agreement(group, theirs, config))
         # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
         loss = group.on_all(prepare)
         with threads(config.threads), deterministic(config.device):
-            train_set, test_set = group.on_all(load)
+            train_set, validation_set, test_set = group.on_all(load)
             group.on_main(claim)
-            run = _Run(config, out, train_set, test_set, loss, observer, stop, group, draw)
+            run = _Run(config, out, train_set, validation_set, test_set, loss, observer, stop, group, draw)
             return run.finish()
-
-
-def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
-    """Refuse a folder whose run is not the one to be started or resumed."""
-    path = out / "config.yaml"
-    if (out / "config.json").exists() and not path.exists():
-        raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
-    if not path.exists():
-        return
-    if not resume:
-        raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
-    changed = _completed(read_config(out)).differences(_completed(config))
-    if changed:
-        raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
-
-
-def _completed(config: TrainingConfig) -> TrainingConfig:
-    """With the options left out, such as those that are younger than the run."""
-    defaults = METHODS[config.method].options if config.method in METHODS else {}
-    return replace(config, options={**defaults, **config.options})
 
 
 def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig) -> None:
     changed = theirs.differences(mine)
     if changed:
         raise UsageError(f"process {group.rank} was started with other settings than process 0: {', '.join(changed)}")
-
-
-def read_config(out: str | Path) -> TrainingConfig:
-    """The configuration of a run directory."""
-    path = Path(out) / "config.yaml"
-    try:
-        return TrainingConfig.from_yaml(path.read_text())
-    except (OSError, UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error
 
 
 class _Run:
@@ -180,6 +157,7 @@ class _Run:
         config: TrainingConfig,
         out: Path,
         train_set: datasets.Dataset,
+        validation_set: datasets.Dataset | None,
         test_set: datasets.Dataset,
         loss: Any,
         observer: Observer,
@@ -189,9 +167,9 @@ class _Run:
     ) -> None:
         self.config, self.out, self.observer, self.stop, self.group = config, out, observer, stop, group
         self.draw = draw
-        self.train_set, validation_set = split(train_set, config.validation, config.seed)
-        self.test_set = test_set
-        self.steps_per_epoch = -(-len(self.train_set) // config.batch_size)
+        self.train_set, self.test_set = train_set, test_set
+        self.batches = batches(len(train_set), config.batch_size)
+        self.steps_per_epoch = len(self.batches)
         self.steps = self.steps_per_epoch * config.epochs
         self.stopping = False  # agreed upon by all processes, unlike `stop`
         self.augmentation = datasets.augmentation(config.data)
@@ -210,7 +188,11 @@ class _Run:
         average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = TrainState(progress, self.model, optimizer, average)
         self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
-        for problem in group.on_main(lambda: load_latest(out, self.state, self.fingerprint)):
+
+        def restore() -> list[str]:
+            return load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
+
+        for problem in group.on_main(restore):
             observer.on_message(f"{problem}; going back to the one before it")
         if group.size > 1:
             content = group.broadcast(self.state.to_bytes() if group.main else b"")
@@ -231,6 +213,7 @@ class _Run:
                 self._end_epoch()
             self._agree_on_stopping()
             self._check_stop()
+            self._check_learnt()
             accuracies = self.judge.final()
         except Interrupted:
             self._save()
@@ -242,13 +225,21 @@ class _Run:
         self.group.on_main(lambda: self._report(accuracies))
         return Result(self.out, self.model, self.progress.rows, accuracies)
 
+    def _check_learnt(self) -> None:
+        progress = self.progress
+        if sum(row["skipped"] or 0 for row in progress.rows) == progress.step:
+            raise TrainingError(
+                f"nothing was learnt: the loss or its gradient was not finite in any of the {progress.step} steps, so "
+                "that the weights are those of the beginning: lower the learning rate or the weight"
+            )
+
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
         order = datasets.epoch_order(config.seed, progress.epoch, len(self.train_set))
         self.model.train()
         for step in range(progress.step - progress.epoch * self.steps_per_epoch, self.steps_per_epoch):
             self._check_stop()
-            indices = order[step * config.batch_size : (step + 1) * config.batch_size]
+            indices = order[slice(*self.batches[step])]
             started = time.perf_counter()
             self._step(indices)
             progress.sums["seconds"] += time.perf_counter() - started
@@ -300,13 +291,12 @@ class _Run:
 
     def _end_epoch(self) -> None:
         progress, sums = self.progress, self.progress.sums
-        samples = max(1.0, sums["samples"])
         row: Row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "learning_rate": self.stepper.learning_rate(progress.step - 1, self.steps),
-            "orientation": sums["orientation"] / samples,
-            "smoothness": sums["smoothness"] / max(1.0, sums["penalised"]),
+            "orientation": _mean(sums["orientation"], sums["samples"]),
+            "smoothness": _mean(sums["smoothness"], sums["penalised"]),
             "clean_accuracy": None,
             "robust_accuracy": None,
             "ms_per_step": 1e3 * sums["seconds"] / max(1.0, sums["steps"]),
@@ -337,7 +327,7 @@ class _Run:
             raise Interrupted(f"stopped by {name} after step {self.progress.step}")
 
     def _save(self) -> None:
-        self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint) and None)
+        self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint, self.config) and None)
 
     def _save_weights(self) -> None:
         description = {
@@ -377,6 +367,11 @@ class _Run:
 
         figures.curves(self.out / "curves.png", {self.config.method: self.progress.rows}, self.config.eps)
         figures.gradients(self.out / "gradients.png", self.test_set, {self.config.method: self.model})
+
+
+def _mean(total: float, count: float) -> float | None:
+    """None where nothing was measured."""
+    return total / count if count else None
 
 
 def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

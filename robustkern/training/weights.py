@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import models
+from robustkern._files import parse_json, read_bytes
+from robustkern._text import brief
+from robustkern.data import Dataset
 
-from .checkpoint import CheckpointError, check_finite
+from .checkpoint import CheckpointError, check_finite, check_layout
+from .errors import UsageError
 from .files import write_atomically
 
-_KEY = "robustkern"
+KEY = "robustkern"  # of our metadata
+_MOST_BYTES = 16 << 30
 
 
 def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -33,7 +39,7 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], descriptio
     values = model.state_dict() if isinstance(model, nn.Module) else model
     state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
     header = {**description, "sha256": _digest(state)}
-    write_atomically(path, save(state, metadata={_KEY: json.dumps(header, sort_keys=True)}))
+    write_atomically(path, save(state, metadata={KEY: json.dumps(header, sort_keys=True)}))
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -45,29 +51,91 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         CheckpointError: The file is missing, truncated, corrupt or not one of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a run writes it at the end of each epoch")
+    state, metadata = read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_KEY])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({error})") from error
+        header = parse_json(metadata[KEY])
+        _check_description(header)
+        create = partial(models.create, header["model"], len(header["classes"]), tuple(header["in_shape"]))
+        with torch.device("meta"):  # without memory: how large it would be, the file decides
+            expected = create().state_dict()
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
     if _digest(state) != header.get("sha256"):
         raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one it was saved with")
+    check_layout(state, expected, str(path))
     # The initial weights are overwritten at once; the caller's generator must not notice them.
     with torch.random.fork_rng(devices=[]):
-        model = models.create(header["model"], len(header["classes"]), tuple(header["in_shape"]))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path}: not the weights of a {header['model']} ({reason})") from error
+        model = create()
+    model.load_state_dict(state)
     return model.eval(), header
+
+
+def load_model_for(path: str | Path, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_model`, of a model that takes the images of `data` and means the same by its classes.
+
+    Raises:
+        CheckpointError: As `load_model`.
+        UsageError: The images have another shape, or the classes other names.
+    """
+    model, header = load_model(path)
+    theirs, mine = (tuple(header["in_shape"]), tuple(header["classes"])), (data.in_shape, data.classes)
+    if theirs != mine:
+        (shape, classes), (in_shape, names) = theirs, mine
+        raise UsageError(
+            f"{path} takes images {list(shape)} of {_names(classes, names)}, {data.name} has {list(in_shape)} of "
+            f"{_names(names, classes)}"
+        )
+    return model, header
+
+
+def _names(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
+    """How many, and the first names, at least up to where two lists of them part."""
+    parting = next((i for i, (a, b) in enumerate(zip(classes, others)) if a != b), 0)
+    shown = classes[max(0, parting - 2) : parting + 3]
+    dots = ["..."] * (parting > 2), ["..."] * (parting + 3 < len(classes))
+    return f"{len(classes)} classes ({', '.join([*dots[0], *map(brief, shown), *dots[1]])})"
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a safetensors file holds: tensors and metadata.
+
+    Raises:
+        CheckpointError: It is none, or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        # Not `safe_open`, which takes no names that are not UTF-8.
+        content = read_bytes(path, _MOST_BYTES)
+        tensors = load(content)
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, header.get("__metadata__", {})
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    # PyTorch has no tensors of some types and shapes that the format can describe.
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: truncated, corrupt or not a safetensors file ({brief(error)})") from error
+
+
+def _check_description(header: Any) -> None:
+    """ValueError unless it is what `save_weights` was given for a model of ours."""
+    if not isinstance(header, dict) or header.get("model") not in tuple(models.MODELS):
+        raise ValueError(f"it names none of the models {', '.join(models.MODELS)}")
+    classes, shape, eps = header.get("classes"), header.get("in_shape"), header.get("eps", 1.0)
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of two names or more")
+    sizes = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and 0 < n < 1 << 16 for n in shape)
+    if not sizes:
+        raise ValueError("its in_shape is not [C, H, W]")
+    if type(eps) not in (int, float) or not 0 < eps <= 1:
+        raise ValueError("its eps is not in (0, 1]")
+    if not all(isinstance(header.get(name, ""), str) for name in ("data", "method", "sha256")):
+        raise ValueError("its data, method or sha256 is no text")
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

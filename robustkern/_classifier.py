@@ -1,0 +1,112 @@
+"""What every attack and every loss is called with: a model, images, labels; and the logits that come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustkern._arguments import check_generator
+
+
+def check_call(name: str, model: object, x: Any, y: Any, generator: object = None, *, soft: bool = False) -> Tensor:
+    """y, as int64 if it holds classes.  What is in x and y is looked at on the CPU only: a GPU would be waited for.
+
+    Args:
+        name: the attack or loss, for messages.
+        model: any callable.
+        x: images.  [B, ...]
+        y: classes, of any integer dtype.  [B]
+        generator: None, or one on the device of x.
+        soft: y may also be probabilities of the classes, floating point.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: another shape or device, an x that is not finite, a negative class.
+    """
+    if not callable(model):
+        raise TypeError(f"{name}: model must be callable, got {type(model).__name__}")
+    for argument, value in (("x", x), ("y", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x must be a floating-point tensor, got {x.dtype}; divide bytes by 255")
+    if x.dim() == 0:
+        raise ValueError(f"{name}: x must be a batch [B, ...], got a scalar")
+    probabilities = soft and y.is_floating_point()
+    if not probabilities and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+        expected = "integer classes or floating-point probabilities" if soft else "integer classes"
+        raise TypeError(f"{name}: y must be {expected}, got {y.dtype}")
+    if y.shape[:1] != x.shape[:1] or (y.dim() < 2 if probabilities else y.dim() != 1):
+        shape = f"[{len(x)}, classes]" if probabilities else f"[{len(x)}]"
+        raise ValueError(f"{name}: y must have shape {shape}, got {list(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{name}: y must be on {x.device} like x, got {y.device}")
+    check_generator(name, generator, x.device, "x")
+    if is_readable(x) and x.numel() and not bool(x.detach().sum().isfinite()) and not bool(x.isfinite().all()):
+        raise ValueError(f"{name}: x must be finite, got values that are NaN or infinite")
+    y = y if probabilities else y.long()
+    if not probabilities and len(y) and is_readable(y):
+        check_least(name, int(y.min()))
+    return y
+
+
+def check_least(name: str, least: int) -> None:
+    """Raises ValueError if the least class is negative."""
+    if least < 0:
+        raise ValueError(f"{name}: y must be classes from 0 on, got {least}")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at without waiting for a device, a compiler or a transform."""
+    if torch.compiler.is_compiling() or torch._C._functorch.get_interpreter_stack():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+
+
+def logits_of(name: str, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """model(x), if it is logits [B, C] of two classes or more, and y are some of them."""
+    logits = model(x)
+    classes = None if y.is_floating_point() or not len(y) or not is_readable(y) else int(y.max())
+    check_logits(name, logits, len(x), classes)
+    if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        raise ValueError(_independent(name))
+    if y.is_floating_point() and y.shape != logits.shape:
+        raise ValueError(
+            f"{name}: y must be probabilities of shape {list(logits.shape)} like the logits, got {list(y.shape)}"
+        )
+    return logits
+
+
+def check_logits(name: str, logits: Any, count: int, largest: int | None = None) -> None:
+    """Raises unless they are logits [count, C], with C >= 2 and more than the largest class."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{name}: model must give logits [{count}, classes], got {got}")
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: model must give floating-point logits, got {logits.dtype}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"{name}: model must give a logit for each of two classes or more, got {logits.shape[1]}")
+    if largest is not None and largest >= logits.shape[1]:
+        raise ValueError(f"{name}: y must be classes from 0 to {logits.shape[1] - 1}, got {largest}")
+
+
+def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:
+    """d sum(values) / d x, without history.
+
+    Raises:
+        ValueError: The values do not depend on x by a graph.
+    """
+    grad = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    if grad is None:
+        raise ValueError(_independent(name))
+    return grad
+
+
+def _independent(name: str) -> str:
+    return (
+        f"{name}: model must be differentiable in x, got logits that do not depend on it: called under "
+        "torch.no_grad(), or detached"
+    )

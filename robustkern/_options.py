@@ -1,0 +1,132 @@
+"""Options of attacks and losses, checked by their names: what has one name means the same everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustkern._arguments import check_choice, check_integer, check_number, shown
+from robustkern.ops._select import IMPLS
+from robustkern.ops.random_cotangents import LAWS
+from robustkern.reference.attack_step import NORMS
+
+
+def check_options(options: Any, *, box: bool = False, **choices: tuple[str, ...]) -> None:
+    """Raises ValueError (TypeError for what must be callable), naming class and option, unless every field makes sense.
+
+    Numbers become floats, and lists and arrays of them tensors.
+
+    Args:
+        options: an attack or a loss, a dataclass.
+        box: whether `eps` and `step_size` are of a ball in [0, 1]: in the Linf norm more than 1 makes no sense.
+        **choices: by the name of a field, the texts that it may be.
+    """
+    owner = type(options).__name__
+    for field in dataclasses.fields(options):
+        name, value = field.name, getattr(options, field.name)
+        if name in choices or name in _CHOICES:
+            check_choice(owner, name, value, choices.get(name, _CHOICES.get(name, ())))
+        elif name in _CHECKS:
+            object.__setattr__(options, name, _CHECKS[name](owner, name, value))
+    if not box:
+        return
+    norm = getattr(options, "norm", "linf")
+    for name in ("eps", "step_size"):
+        value = getattr(options, name, None)
+        if value is None:
+            continue
+        if norm != "linf" and isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{owner}: {name} must be one number for norm {norm!r}, got shape {list(value.shape)}")
+        if norm == "linf" and bool((torch.as_tensor(value) > 1).any()):
+            raise ValueError(
+                f"{owner}: {name} must be at most 1, the side of the box [0, 1], got {shown(value)}; write 8/255 for 8 "
+                "grey levels"
+            )
+
+
+def _magnitude(owner: str, name: str, value: Any, *, positive: bool = False) -> float | Tensor:
+    """`value` as a float, or as a tensor if it is one, a list or an array; finite, and not negative or `positive`."""
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        if isinstance(value, Tensor):
+            number: float | Tensor = value.detach()
+        else:
+            number = float(value) if isinstance(value, Real) else torch.from_numpy(np.array(value, dtype=np.float64))
+        tensor = torch.as_tensor(number)
+        sign = tensor > 0 if positive else tensor >= 0
+        valid = tensor.dtype != torch.bool and tensor.numel() > 0 and bool((tensor.isfinite() & sign).all())
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of complex numbers
+        valid = False
+    if not valid:
+        expected = "positive" if positive else "not negative"
+        raise ValueError(f"{owner}: {name} must be finite and {expected}, a number or a tensor, got {shown(value)}")
+    return number
+
+
+def _flag(owner: str, name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{owner}: {name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def _weight(owner: str, name: str, value: object) -> float:
+    return check_number(owner, name, value, 0)
+
+
+def _norm_order(owner: str, name: str, value: Any) -> float:
+    try:
+        order = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:  # an integer without end
+        order = math.nan
+    if not order >= 1.0:
+        raise ValueError(f"{owner}: {name} must be 1, 2, inf or any number >= 1, got {shown(value)}")
+    return order
+
+
+def _positive(owner: str, name: str, value: object) -> float:
+    return check_number(owner, name, value, 0, open_below=True)
+
+
+def _share(owner: str, name: str, value: object) -> float:
+    return check_number(owner, name, value, 0, 1)
+
+
+def _count(owner: str, name: str, value: object) -> int:
+    return check_integer(owner, name, value, 1)
+
+
+def _projections(owner: str, name: str, value: Any) -> Any:
+    exact = isinstance(value, str) and value == "exact"
+    return value if exact else check_integer(owner, name, value, 1, 'or "exact"')
+
+
+def _function(owner: str, name: str, value: object) -> object:
+    if not callable(value):
+        raise TypeError(f"{owner}: {name} must be callable, got {type(value).__name__}")
+    return value
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {"impl": IMPLS, "law": LAWS, "norm": NORMS}
+_CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
+    "eps": _magnitude,
+    "step_size": lambda owner, name, value: None if value is None else _magnitude(owner, name, value, positive=True),
+    "fraction": lambda owner, name, value: check_number(owner, name, value, 0, 1, open_below=True),
+    "orientation": lambda owner, name, value: None if value is None else _function(owner, name, value),
+    "step": lambda owner, name, value: check_integer(owner, name, value, 0),
+    "projections": _projections,
+    "p": _norm_order,
+    **dict.fromkeys(("steps", "restarts", "coordinates", "every"), _count),
+    **dict.fromkeys(("random_start", "targeted", "early_exit", "squared"), _flag),
+    **dict.fromkeys(("weight", "ratio", "gamma", "noise"), _weight),
+    **dict.fromkeys(("xi", "h", "temperature"), _positive),
+    "label_smoothing": _share,
+    **dict.fromkeys(("attack", "loss"), _function),
+}

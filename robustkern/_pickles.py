@@ -1,0 +1,59 @@
+"""Pickles, looked at before they are run: what a pickle makes may be larger than itself by any factor."""
+
+from __future__ import annotations
+
+import pickletools
+
+_IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+
+
+def check_pickle(content: bytes, most: int) -> set[str]:
+    """What it imports by GLOBAL instructions, each "module name".
+
+    Args:
+        content: A pickle.
+        most: Instructions that it may have, and places to remember things. Ten times that may be the elements of what
+            it makes, as seen by whoever walks through it: a tuple of a tuple twice, and so on forty times over, takes
+            years to be hashed.
+
+    Raises:
+        ValueError: It is no pickle, or makes more.
+    """
+    stack: list[list[int] | None] = []  # the size of each object, in a list that its names share; None: a mark
+    memo: dict[int, list[int]] = {}
+    imported: set[str] = set()
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
+        name, place = instruction.name, 0
+        if name == "GLOBAL":
+            imported.add(str(argument))
+        if name == "MEMOIZE" or name.endswith("PUT"):
+            place = len(memo) if argument is None else int(argument)
+            memo[place] = _top(stack)
+        elif name.endswith("GET"):
+            place = int(argument or 0)
+            stack.append(memo.get(place, [1]))
+        elif name == "MARK":
+            stack.append(None)
+        elif name == "DUP":
+            stack.append(_top(stack))
+        else:
+            taken = []
+            for needed in reversed(instruction.stack_before):
+                if needed is pickletools.stackslice:
+                    while stack and stack[-1] is not None:
+                        taken.append(stack.pop())
+                elif stack:
+                    taken.append(stack.pop())
+            sizes = [size for size in reversed(taken) if size is not None]
+            made = sizes[0] if name in _IN_PLACE and sizes else [1]
+            made[0] += sum(size[0] for size in sizes if size is not made)
+            stack += [made] * len(instruction.stack_after)
+            if made[0] > 10 * most:
+                raise ValueError(f"it makes more than {10 * most} objects")
+        if count > most or place > most:
+            raise ValueError(f"more than {most} instructions")
+    return imported
+
+
+def _top(stack: list[list[int] | None]) -> list[int]:
+    return next((size for size in reversed(stack) if size is not None), [1])

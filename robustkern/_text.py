@@ -1,0 +1,94 @@
+"""Text from outside, such as names of files and classes, on its way out: one function for each place it goes to.
+
+What cannot be printed (control characters and terminal escapes, bytes of a name that are not UTF-8, marks that turn the
+direction of writing) is everywhere shown as Python's repr shows it.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def plain(text: object) -> str:
+    """One line that any place can print, whatever `text` holds."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def brief(text: object, most: int = 160) -> str:
+    """`plain`, with the middle left out of what is longer than `most` characters: for messages."""
+    try:
+        text = str(text)
+    except ValueError:  # of an integer with thousands of digits
+        return f"a {type(text).__name__} too long to be shown"
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 3 :]}"
+    return plain(text)
+
+
+def terminal(text: object) -> str:
+    """For Rich: nothing in it is markup."""
+    from rich.markup import escape
+
+    return escape(plain(text))
+
+
+def in_html(text: object) -> str:
+    """For HTML, attributes included."""
+    return html.escape(plain(text))
+
+
+def in_markdown(text: object) -> str:
+    """For Markdown, cells of tables included."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain(text))
+
+
+def markdown_code(text: object) -> str:
+    """For Markdown, as code; not in a table."""
+    text = plain(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def command_line(words: Sequence[object]) -> str:
+    """A line that a shell splits into these words again."""
+    return " ".join(map(_word, map(str, words)))
+
+
+def _word(text: str) -> str:
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = (chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in os.fsencode(text))
+    return f"$'{''.join(escaped)}'"
+
+
+@contextmanager
+def literal(figure: Any) -> Iterator[None]:
+    """While it is open, Matplotlib draws what the figure's texts say: a $ in a name begins no formula, nor TeX."""
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set(parse_math=False, usetex=False, text="\n".join(map(plain, text.get_text().split("\n"))))
+    # Labels of ticks are made while it draws.  Names may have letters that the font lacks, which are drawn as boxes, or
+    # be too long for any layout.
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from|constrained_layout not applied", UserWarning)
+        yield
+
+
+def loosen_streams() -> None:
+    """Let stdout and stderr print what their encoding lacks as escapes: an ASCII terminal is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

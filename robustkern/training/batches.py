@@ -1,0 +1,39 @@
+"""The batches of an epoch, and whether a model can be trained on them."""
+
+from __future__ import annotations
+
+import torch
+
+from robustkern import models
+from robustkern.data import Dataset
+
+from .config import TrainingConfig
+from .errors import UsageError
+
+
+def batches(count: int, size: int) -> list[tuple[int, int]]:
+    """Begin and end of the batches of an epoch; a single sample at the end joins the batch before.
+
+    A batch of one has no statistics for BatchNorm, and its gradient is noise.
+    """
+    begins = list(range(0, count, size))
+    if size > 1 and len(begins) > 1 and begins[-1] == count - 1:
+        begins.pop()
+    return list(zip(begins, [*begins[1:], count], strict=True))
+
+
+def check_batches(config: TrainingConfig, train_set: Dataset, processes: int) -> None:
+    """Raises UsageError if a batch, or a process's part of it, is too small for the model to be trained on."""
+    parts = [max(1, (end - begin) // processes) for begin, end in batches(len(train_set), config.batch_size)]
+    if min(parts) > 1 or (processes > 1 and config.sync_batch_norm):
+        return
+    shape = train_set.in_shape
+    with torch.device("meta"):  # shapes alone
+        model = models.create(config.model, train_set.num_classes, shape)
+        try:
+            model.train()(torch.empty(1, *shape))
+        except ValueError as error:
+            raise UsageError(
+                f"model {config.model} cannot be trained on {list(shape)} images one at a time ({len(train_set)} "
+                f"samples, batch_size {config.batch_size}, processes {processes}): {str(error).split(', got')[0]}"
+            ) from error

@@ -119,7 +119,7 @@ struct GroupNorm {
         [*this, x, grouped](const Tensor& t) {
           return grouped(vector(t, x)->unsqueeze(1).expand_symint({channels, positions}));
         },
-        [*this](const Tensor& t) { return flat(t).sum({0, 2}); },
+        [*this](const Tensor& t) { return flat(t).sum(at::IntArrayRef{0, 2}); },
         [](const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()).reshape_symint(like.sym_sizes()); }};
   }
   Normalized normalized(const Tensor& x) const {

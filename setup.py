@@ -101,6 +101,7 @@ aten = CppExtension(
     "robustkern._aten",
     sources("aten/*.cpp"),
     include_dirs=[pybind11.get_include()],
+    define_macros=[("RK_TORCH_VERSION", f'"{torch.__version__}"')],
     # PyTorch's headers warn under -Wextra.
     extra_compile_args={"cxx": [flag for flag in CXX_FLAGS if flag != "-Wextra"]},
 )

@@ -92,6 +92,9 @@ def fused_where_possible(impl: str = "auto") -> AbstractContextManager[None]:
 
     What torch.compile traces is fused by `install()`: tracing cannot enter a scope halfway.
     """
+    missing = _library.aten_why_unavailable()
+    if missing and impl != "reference" and not torch.compiler.is_compiling() and not _library.why_unavailable():
+        _library.warn_once(f"PyTorch's own second derivatives run: {missing}")
     if impl == "reference" or torch.compiler.is_compiling() or _library.aten_extension() is None or is_installed():
         return nullcontext()
     return fused_double_backward()

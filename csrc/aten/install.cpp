@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
 
 #include <atomic>
 #include <memory>
@@ -16,6 +15,9 @@
 
 namespace rk::aten {
 namespace {
+
+// robustkern/_library.py reads it from the file: only the PyTorch of this version may load the module.
+[[gnu::used]] constexpr char kBuiltWith[] = "robustkern._aten built with PyTorch " RK_TORCH_VERSION;
 
 // Kernels stay registered once they are: taking one out of PyTorch's tables while another thread looks it up would be
 // a race, a flag is not.  A call that finds the flag down costs one more jump.
@@ -69,7 +71,6 @@ bool is_differentiated(const Tensor& t) {
 PYBIND11_MODULE(_aten, m) {
   using namespace rk::aten;
   m.doc() = "Fused second derivatives for PyTorch's own operators.";
-  m.attr("torch") = TORCH_VERSION;
   m.def("install", [] {
     registrar();
     installed.store(true);

@@ -91,11 +91,46 @@ def cuda_why_unavailable() -> str | None:
     return _CUDA_MISSING
 
 
+def architectures() -> tuple[str, ...]:
+    """What robustkern._cuda holds code for: images such as "sm_90", and PTX such as "compute_120"."""
+    return tuple(getattr(_CUDA, "architectures", "").split())
+
+
+def why_no_image(index: int) -> str | None:
+    """Why robustkern._cuda, which is loaded, cannot run on the CUDA device of this index; None if it can."""
+    gpu = torch.cuda.get_device_properties(index)
+    if any(_runs_on(architecture, gpu.major, gpu.minor) for architecture in architectures()):
+        return None
+    return (
+        f"robustkern._cuda holds code for {', '.join(architectures())}, none of which runs on {gpu.name} "
+        f"(sm_{gpu.major}{gpu.minor}); rebuild it with: TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor} {BUILD}"
+    )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether a GPU runs such code: an image if it is of the same major version and no older, PTX if no older."""
+    code, number, specific = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", architecture).groups()  # type: ignore[union-attr]
+    built_for = divmod(int(number), 10)
+    if specific == "a":
+        return built_for == (major, minor)
+    return built_for <= (major, minor) and (built_for[0] == major or (code == "compute" and not specific))
+
+
+def runs_on_cuda(index: int) -> bool:
+    """Whether the kernels run on the CUDA device of this index; says once if not.  robustkern._aten asks it."""
+    missing = why_no_image(index)
+    if missing is not None:
+        warn_once(f"robustkern leaves PyTorch's own derivatives on cuda:{index}: {missing}")
+    return missing is None
+
+
 def why_no_kernel(tensor: torch.Tensor) -> str | None:
     """Why there is no kernel for this tensor's device; None if there is one."""
     kind = tensor.device.type
     if kind == "cuda":
-        return cuda_why_unavailable()
+        missing = cuda_why_unavailable()
+        # Without a GPU there are fake tensors only.
+        return why_no_image(tensor.get_device()) if missing is None and torch.cuda.is_available() else missing
     if kind in ("cpu", "meta"):
         return why_unavailable()
     return f"robustkern has no kernels for {kind} tensors"

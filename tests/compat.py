@@ -18,8 +18,9 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from described import ROOT, defines, extensions
 from setuptools import Extension
+
+from described import ROOT, defines, extensions
 
 VERSIONS = ("2.10.0", "2.12.1", "2.14.1", "2.15.0")  # README names them
 CACHE = ROOT / "build" / "compat"
@@ -89,7 +90,9 @@ def main() -> None:
         wrong = complaints(version)
         sources = sum(len(extension.sources) for extension in EXTENSIONS.values())
         outcome = f"{len(wrong)} of {sources} files do not compile" if wrong else f"all {sources} files compile"
-        print(f"compat: PyTorch {version}: {outcome}; {time.perf_counter() - start:.0f} s", *wrong, sep="\n", flush=True)
+        print(
+            f"compat: PyTorch {version}: {outcome}; {time.perf_counter() - start:.0f} s", *wrong, sep="\n", flush=True
+        )
         failed |= bool(wrong)
     sys.exit(failed)
 

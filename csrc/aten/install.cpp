@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <mutex>
 
@@ -43,6 +45,18 @@ bool uses_stock_kernels() { return stock; }
 
 UseStock::UseStock() : before_(stock) { stock = true; }
 UseStock::~UseStock() { stock = before_; }
+
+bool runs_on_cuda(c10::DeviceIndex device) {
+  enum : signed char { kUnknown, kRuns, kDoesNot };
+  static std::array<std::atomic<signed char>, std::numeric_limits<c10::DeviceIndex>::max() + 1> known{};
+  auto& answer = known.at(device);
+  if (answer == kUnknown) {
+    const pybind11::gil_scoped_acquire gil;
+    const auto library = pybind11::module_::import("robustkern._library");
+    answer = library.attr("runs_on_cuda")(static_cast<int>(device)).cast<bool>() ? kRuns : kDoesNot;
+  }
+  return answer == kRuns;
+}
 
 bool under_functorch_grad() {
   const auto& transforms = at::functorch::functorchTLSAccessor();
@@ -85,5 +99,6 @@ PYBIND11_MODULE(_aten, m) {
   m.def("enabled", &enabled);
   m.def("materialize_zeros", [](bool value) { return zeros.exchange(value); });
   m.def("folds", &folds);
+  m.def("runs_on_cuda", [](int device) { return runs_on_cuda(static_cast<c10::DeviceIndex>(device)); });
   m.def("operators", [](bool cuda) { return registrar().names(cuda); });
 }

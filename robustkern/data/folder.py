@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from robustkern._packages import pip_install
+
 from .dataset import DataError, Dataset
 from .randomness import generator
 
@@ -23,7 +25,7 @@ def load_folder(root: Path, split: str) -> Dataset:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError("reading image folders needs Pillow: pip install 'robustkern[train]'") from error
+        raise DataError(f"reading image folders needs Pillow: {pip_install('PIL')}") from error
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")

@@ -30,10 +30,11 @@ except ImportError as missing:
     torch = None
 
 VERSION = re.search(r'"(.+?)"', Path("robustkern/_version.py").read_text().split("__version__")[1])[1]
-# An image runs on its GPU and on later ones of the same major version, PTX on any later one: 7.5 is the oldest that the
-# kernels are written for.
+# An image runs on its GPU and on later ones of the same major version, PTX on any later one.  The images are assembled
+# from the PTX of 8.0: no kernel uses what came after it, and nvcc compiles once instead of four times.  7.5 is the oldest
+# that the kernels are written for.
 CUDA_IMAGES = ["80", "90", "100", "120"]
-OLDEST_PTX = "75"
+CUDA_PTX = ["75", "80"]
 
 DEFINES = [
     # Kernels use PyTorch's stable ABI as of 2.10: one binary serves every later version.
@@ -73,17 +74,16 @@ def find_cuda() -> Path | None:
 
 
 def architecture_flags(cuda: Path) -> list[str]:
-    """nvcc's flags for $TORCH_CUDA_ARCH_LIST, by default for images of CUDA_IMAGES, as far as this nvcc knows them, and
-    for PTX of OLDEST_PTX and of the newest image."""
+    """nvcc's flags for $TORCH_CUDA_ARCH_LIST, by default for CUDA_IMAGES, as far as this nvcc knows them, and CUDA_PTX."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return cpp_extension._get_cuda_arch_flags()
     listed = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
     images = [number for number in CUDA_IMAGES if f"compute_{number}" in listed.stdout.split()]
-    if lacking := sorted(set(CUDA_IMAGES) - set(images), key=int):
-        print(f"robustkern: this nvcc does not know {', '.join(f'sm_{number}' for number in lacking)}", file=sys.stderr)
+    if lacking := [f"sm_{number}" for number in CUDA_IMAGES if number not in images]:
+        print(f"robustkern: this nvcc does not know {', '.join(lacking)}", file=sys.stderr)
     return [
-        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in images),
-        *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in (OLDEST_PTX, images[-1])),
+        *(f"-gencode=arch=compute_80,code=sm_{number}" for number in images),
+        *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in CUDA_PTX),
     ]
 
 

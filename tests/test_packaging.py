@@ -115,7 +115,7 @@ def test_what_code_runs_where(architecture, runs, does_not):
 def gpu(monkeypatch):
     """Makes believe that there is a GPU of this compute capability, and CUDA kernels compiled for others."""
 
-    def of(capability, architectures="sm_80 sm_90 sm_100 sm_120 compute_75 compute_120"):
+    def of(capability, architectures="sm_80 sm_90 sm_100 sm_120 compute_75 compute_80"):
         major, minor = capability
         properties = {"major": major, "minor": minor, "name": "Some GPU", "total_memory": 2**34}
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: type("Properties", (), properties))

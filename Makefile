@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 JOBS ?= 2
 ARCHITECTURES ?= # of cuda-compile, such as 90; all by default
+VERSIONS ?= # of PyTorch for compat, such as 2.10.0; all by default
 
 OTHER := build/torch-$(TORCH)
 
@@ -78,7 +79,7 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
 
 compat: $(VENV)/.installed
-	$(BIN)/python tests/compat.py
+	$(BIN)/python tests/compat.py $(VERSIONS)
 
 cuda-compile: build
 	$(BIN)/python tests/cuda_compile.py $(ARCHITECTURES)

@@ -30,9 +30,9 @@ except ImportError as missing:
     torch = None
 
 VERSION = re.search(r'"(.+?)"', Path("robustkern/_version.py").read_text().split("__version__")[1])[1]
-# An image runs on its GPU and on later ones of the same major version, PTX on any later one.  The images are assembled
-# from the PTX of 8.0: no kernel uses what came after it, and nvcc compiles once instead of four times.  7.5 is the oldest
-# that the kernels are written for.
+# An image runs on its GPU and on later ones of the same major version, PTX on any later one; 7.5 is the oldest that the
+# kernels are written for.  The images are assembled from the PTX of 8.0: no kernel uses what came after it, and nvcc
+# compiles once instead of four times.
 CUDA_IMAGES = ["80", "90", "100", "120"]
 CUDA_PTX = ["75", "80"]
 
@@ -74,7 +74,7 @@ def find_cuda() -> Path | None:
 
 
 def architecture_flags(cuda: Path) -> list[str]:
-    """nvcc's flags for $TORCH_CUDA_ARCH_LIST, by default for CUDA_IMAGES, as far as this nvcc knows them, and CUDA_PTX."""
+    """nvcc's flags for $TORCH_CUDA_ARCH_LIST; by default for CUDA_PTX and those of CUDA_IMAGES that this nvcc knows."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return cpp_extension._get_cuda_arch_flags()
     listed = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)

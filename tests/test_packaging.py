@@ -1,6 +1,7 @@
 """What is built, for whom, and what users are told to install."""
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
@@ -164,6 +165,38 @@ def test_aten_asks_once_for_each_gpu(gpu):
     gpu((9, 0))
     assert not _library.aten_extension().runs_on_cuda(101)
     assert _library.aten_extension().runs_on_cuda(102)
+
+
+DISPATCH = """
+import json, sys, torch, robustkern
+from robustkern import _library
+from torch._subclasses import FakeTensorMode
+
+kernels = torch.library.Library("robustkern", "IMPL", "CUDA")  # as if robustkern._cuda were loaded
+for name in torch._C._dispatch_get_all_op_names():
+    if name.startswith("robustkern::") and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        kernels.impl(name.removeprefix("robustkern::"), lambda *arguments: None)
+asked = []
+_library.runs_on_cuda = lambda index: asked.append(index)
+robustkern.install()
+aten, graphs = torch.ops.aten, torch.version.cuda is not None  # without CUDA, PyTorch builds no graph of its tensors
+with FakeTensorMode():
+    g, x = (torch.empty(4, 6, device="cuda", requires_grad=graphs) for _ in range(2))
+    mean = torch.empty(4, 1, device="cuda")
+    made = [
+        aten.gelu_backward(g, x), aten.silu_backward(g, x), aten._softmax_backward_data(g, x, 1, torch.float32),
+        aten.native_layer_norm_backward(g, x, [6], mean, mean, None, None, [True, False, False])[0],
+        aten.native_group_norm_backward(g, x, mean, mean, None, 4, 6, 1, 1, [True, False, False])[0],
+    ]
+print(json.dumps([asked, [t.grad_fn.name() for t in made if t.grad_fn]]))
+"""
+
+
+def test_replacements_that_call_kernels_ask_before_they_do():
+    done = subprocess.run([sys.executable, "-c", DISPATCH], capture_output=True, text=True, check=True)
+    asked, nodes = json.loads(done.stdout)
+    assert asked == [0]
+    assert not [name for name in nodes if "rk::" in name]
 
 
 # ------------------------------------------------------------------ what is shipped, and what is asked for

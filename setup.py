@@ -74,16 +74,16 @@ def find_cuda() -> Path | None:
 
 
 def architecture_flags(cuda: Path) -> list[str]:
-    """nvcc's flags for $TORCH_CUDA_ARCH_LIST; by default for CUDA_PTX and those of CUDA_IMAGES that this nvcc knows."""
+    """nvcc's flags for $TORCH_CUDA_ARCH_LIST; by default for what it knows of CUDA_IMAGES and CUDA_PTX."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return cpp_extension._get_cuda_arch_flags()
     listed = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    images = [number for number in CUDA_IMAGES if f"compute_{number}" in listed.stdout.split()]
-    if lacking := [f"sm_{number}" for number in CUDA_IMAGES if number not in images]:
+    known = {line.removeprefix("compute_") for line in listed.stdout.split()}
+    if lacking := [f"sm_{number}" for number in CUDA_IMAGES if number not in known]:
         print(f"robustkern: this nvcc does not know {', '.join(lacking)}", file=sys.stderr)
     return [
-        *(f"-gencode=arch=compute_80,code=sm_{number}" for number in images),
-        *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in CUDA_PTX),
+        *(f"-gencode=arch=compute_80,code=sm_{number}" for number in CUDA_IMAGES if number in known),
+        *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in CUDA_PTX if number in known),
     ]
 
 

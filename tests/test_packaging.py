@@ -10,8 +10,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from torch.utils import cpp_extension
 
+import described
 from robustkern import _info, _library, _packages, double_backward
 from robustkern._library import _runs_on, why_no_image, why_no_kernel
 
@@ -110,6 +113,31 @@ def test_what_says_so(another_pytorch, monkeypatch):
 def test_what_code_runs_where(architecture, runs, does_not):
     assert all(_runs_on(architecture, *gpu) for gpu in runs)
     assert not any(_runs_on(architecture, *gpu) for gpu in does_not)
+
+
+@pytest.mark.parametrize(
+    "knows, built_for",
+    [
+        ("75 80 86 90 100 103 120", "sm_80 sm_90 sm_100 sm_120 compute_75 compute_80"),
+        ("50 60 70 75 80 86 90", "sm_80 sm_90 compute_75 compute_80"),
+        ("80 90 100 120 130", "sm_80 sm_90 sm_100 sm_120 compute_80"),
+    ],
+)
+def test_what_is_compiled_with_nvcc_of_any_age(monkeypatch, tmp_path, knows, built_for):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {knows}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.chdir(ROOT)  # what described.extensions changes is put back
+    for name in ("ROBUSTKERN_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setuptools, "setup", setuptools.setup)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
+    extension = described.extensions(cuda=True)["robustkern._cuda"]
+    flags = [flag for flag in extension.extra_compile_args["nvcc"] if "gencode" in flag]
+    assert [flag.split("code=")[-1] for flag in flags] == built_for.split()
+    assert ("RK_CUDA_ARCHITECTURES", f'"{built_for}"') in extension.define_macros
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """What is built, for whom, and what users are told to install."""
 
 import contextlib
+import importlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -263,6 +265,23 @@ def test_the_sdist_needs_no_torch_and_holds_all_that_is_tracked(tmp_path):
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     assert tracked - shipped <= {".gitignore"}
     assert not [name for name in shipped if name.endswith((".so", ".pyc"))]
+
+
+def test_a_wheel_is_built_with_the_pytorch_that_is_installed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    backend = importlib.import_module("build_backend")
+    for required in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        assert f"torch=={torch.__version__.split('+')[0]}" in required()
+    monkeypatch.setattr(backend.metadata, "distributions", lambda **where: iter(()))
+    assert "torch>=2.10" in backend.get_requires_for_build_wheel()
+
+
+def test_building_without_pytorch_says_what_to_install(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    with pytest.raises(SystemExit, match=r"install torch>=2\.10, .*then run: pip install --no-build-isolation -e \.$"):
+        runpy.run_path("setup.py")
 
 
 def test_nobody_is_sent_to_an_index_for_robustkern():

@@ -2,6 +2,7 @@
 # make test   set up .venv, build, and run every test
 # make build  set up .venv and build, nothing more
 # make help   the other targets
+# make test TORCH=2.14.1   the same with that PyTorch, in a copy of the tree: build/torch-2.14.1
 # Everything needs only Python >= 3.10 with venv, a C++20 compiler and make: no root, no GPU, no nvcc.
 
 PYTHON ?= python3
@@ -11,16 +12,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 JOBS ?= 2
 ARCHITECTURES ?= # of cuda-compile, such as 90; all by default
+VERSIONS ?= # of PyTorch for compat, such as 2.10.0; all by default
 
-.PHONY: help build demo test lint format bench render cuda-compile test-cuda-emulated clean
+OTHER := build/torch-$(TORCH)
+
+.PHONY: help build demo test lint format bench render compat cuda-compile test-cuda-emulated clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo                train with and without the penalty on real data (sets up and builds first)"
-	@echo "make test                every test"
+	@echo "make test                every test; with TORCH=2.14.1 against that PyTorch, in a copy of the tree and a venv of its own"
 	@echo "make build               set up .venv and build"
 	@echo "make lint                ruff, mypy and clang-format, nothing changed"
 	@echo "make format              ruff and clang-format, in place"
+	@echo "make compat              compile without making code against the headers of every PyTorch that README names"
 	@echo "make cuda-compile        compile the CUDA kernels with nvcc, on any machine; fails on a register spill"
 	@echo "make test-cuda-emulated  run the CUDA kernels on the CPU: plain, under ASan + UBSan, under TSan"
 	@echo "make bench               benchmarks of this machine; make render puts them into README.md"
@@ -51,8 +56,16 @@ build: $(VENV)/.built
 demo: build
 	$(BIN)/robustkern demo --out demo
 
+ifdef TORCH
+test:
+	mkdir -p $(OTHER)
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -pu --parents -t $(OTHER)
+	sed -i 's/^torch==.*/torch==$(TORCH)/' $(OTHER)/constraints.txt
+	$(MAKE) -C $(OTHER) TORCH= test
+else
 test: build $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -64,6 +77,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+
+compat: $(VENV)/.installed
+	$(BIN)/python tests/compat.py $(VERSIONS)
 
 cuda-compile: build
 	$(BIN)/python tests/cuda_compile.py $(ARCHITECTURES)

@@ -3,30 +3,45 @@
 robustkern._C     operator schemas and CPU kernels, always built
 robustkern._aten  second derivatives for PyTorch's own operators, always built; serves the PyTorch it was built with
 robustkern._cuda  CUDA kernels: built when nvcc is found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it
-                  out
+                  out; TORCH_CUDA_ARCH_LIST chooses the GPUs
+
+Nothing is compiled for an sdist, which therefore needs no PyTorch.
 """
 
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
-import torch
 from setuptools import Extension, setup
-from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as missing:
+    if not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+        raise SystemExit(
+            f"robustkern is compiled against the PyTorch that it will run with ({missing}): install torch>=2.10, ninja "
+            "and pybind11, then run: pip install --no-build-isolation -e ."
+        ) from missing
+    torch = None
 
 VERSION = re.search(r'"(.+?)"', Path("robustkern/_version.py").read_text().split("__version__")[1])[1]
-CUDA_ARCHITECTURES = ["80", "90", "120"]  # the last one also as PTX, for whatever comes after it
+# An image runs on its GPU and on later ones of the same major version, PTX on any later one; 7.5 is the oldest that the
+# kernels are written for.  The images are assembled from the PTX of 8.0: no kernel uses what came after it, and nvcc
+# compiles once instead of four times.
+CUDA_IMAGES = ["80", "90", "100", "120"]
+CUDA_PTX = ["75", "80"]
 
 DEFINES = [
     # Kernels use PyTorch's stable ABI as of 2.10: one binary serves every later version.
     ("TORCH_TARGET_VERSION", "0x020a000000000000ull"),
     ("RK_VERSION", f'"{VERSION}"'),
-    ("RK_TORCH_VERSION", f'"{torch.__version__}"'),
 ]
+BUILT_WITH = [("RK_TORCH_VERSION", f'"{torch.__version__}"')] if torch else []
 # Neither changes a value: they let the compiler vectorise comparisons and square roots, whose exception flags
 # nobody reads.
 VALUE_SAFE = ["-fno-math-errno", "-fno-trapping-math"]
@@ -58,6 +73,20 @@ def find_cuda() -> Path | None:
     return Path(nvcc).resolve().parent.parent if nvcc else None
 
 
+def architecture_flags(cuda: Path) -> list[str]:
+    """nvcc's flags for $TORCH_CUDA_ARCH_LIST; by default for what it knows of CUDA_IMAGES and CUDA_PTX."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return cpp_extension._get_cuda_arch_flags()
+    listed = subprocess.run([cuda / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = {line.removeprefix("compute_") for line in listed.stdout.split()}
+    if lacking := [f"sm_{number}" for number in CUDA_IMAGES if number not in known]:
+        print(f"robustkern: this nvcc does not know {', '.join(lacking)}", file=sys.stderr)
+    return [
+        *(f"-gencode=arch=compute_80,code=sm_{number}" for number in CUDA_IMAGES if number in known),
+        *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in CUDA_PTX if number in known),
+    ]
+
+
 def cuda_extension() -> Extension | None:
     """The CUDA half, or None; says on stderr which and why."""
     wish, cuda = os.environ.get("ROBUSTKERN_CUDA", "auto"), find_cuda()
@@ -71,41 +100,45 @@ def cuda_extension() -> Extension | None:
         return None
     print(f"robustkern: building CUDA kernels with {cuda}/bin/nvcc", file=sys.stderr)
     cpp_extension.CUDA_HOME = str(cuda)  # PyTorch leaves it empty where it has no CUDA itself
-    arch_flags = []
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        arch_flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        arch_flags.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1]))
+    flags = architecture_flags(cuda)
+    built_for = " ".join(re.findall(r",code=(\w+)", " ".join(flags)))
     return Extension(
         "robustkern._cuda",
         ["csrc/cuda/module.cpp", *sources("cuda/*.cu")],
         include_dirs=[*cpp_extension.include_paths(), str(cuda / "include")],
         library_dirs=[*cpp_extension.library_paths(), str(cuda / "lib64")],
         libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
-        define_macros=[*DEFINES, ("USE_CUDA", None)],
+        define_macros=[*DEFINES, ("USE_CUDA", None), ("RK_CUDA_ARCHITECTURES", f'"{built_for}"')],
         extra_compile_args={
             "cxx": CXX_FLAGS,
-            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=--warn-on-spills", "--threads=2", *arch_flags],
+            "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=--warn-on-spills", "--threads=2", *flags],
         },
         language="c++",
     )
 
 
-cpu = CppExtension(
-    "robustkern._C",
-    ["csrc/ops.cpp", "csrc/bindings.cpp", *sources("cpu/*.cpp")],
-    include_dirs=[pybind11.get_include()],
-    define_macros=DEFINES,
-    extra_compile_args={"cxx": CXX_FLAGS},
-)
-aten = CppExtension(
-    "robustkern._aten",
-    sources("aten/*.cpp"),
-    include_dirs=[pybind11.get_include()],
-    # PyTorch's headers warn under -Wextra.
-    extra_compile_args={"cxx": [flag for flag in CXX_FLAGS if flag != "-Wextra"]},
-)
-setup(
-    version=VERSION,
-    ext_modules=[extension for extension in (cpu, aten, cuda_extension()) if extension],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
-)
+def extensions() -> list[Extension]:
+    """All that can be built here."""
+    cpu = cpp_extension.CppExtension(
+        "robustkern._C",
+        ["csrc/ops.cpp", "csrc/bindings.cpp", *sources("cpu/*.cpp")],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[*DEFINES, *BUILT_WITH],
+        extra_compile_args={"cxx": CXX_FLAGS},
+    )
+    aten = cpp_extension.CppExtension(
+        "robustkern._aten",
+        sources("aten/*.cpp"),
+        include_dirs=[pybind11.get_include()],
+        define_macros=BUILT_WITH,
+        # PyTorch's headers warn under -Wextra.
+        extra_compile_args={"cxx": [flag for flag in CXX_FLAGS if flag != "-Wextra"]},
+    )
+    return [extension for extension in (cpu, aten, cuda_extension()) if extension]
+
+
+if torch:
+    build_ext = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
+    setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": build_ext})
+else:
+    setup(version=VERSION)

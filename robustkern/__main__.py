@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from robustkern._packages import pip_install
+
 _EXTRAS = ("typer", "rich", "matplotlib", "sklearn", "safetensors", "yaml")
 
 
@@ -20,7 +22,7 @@ def main() -> None:
         sys.exit(run(arguments[1:]))
     missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"robustkern: {', '.join(missing)} not installed: pip install 'robustkern[train]'", file=sys.stderr)
+        print(f"robustkern: {', '.join(missing)} not installed: {pip_install(*missing)}", file=sys.stderr)
         sys.exit(1)
     from robustkern.cli import app
 

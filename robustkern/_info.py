@@ -64,6 +64,8 @@ def _extensions() -> dict[str, str]:
         facts["  built with"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
     why_not = _library.cuda_why_unavailable()
     facts["robustkern._cuda"] = "loaded" if why_not is None else f"not loaded: {why_not}"
+    if why_not is None:
+        facts["  built for"] = ", ".join(_library.architectures())
     why_none = _library.aten_why_unavailable()
     facts["robustkern._aten"] = "loaded" if why_none is None else f"not loaded: {why_none}"
     facts.update(_replaced())
@@ -144,11 +146,16 @@ def _vector_level() -> str:
 def _gpus() -> str:
     import torch
 
+    from robustkern import _library
+
     if not torch.cuda.is_available():
         return "none that PyTorch can use"
     names = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
+        missing = _library.why_no_image(index) if _library.cuda_extension() is not None else None
         names.append(f"{properties.name} (sm_{properties.major}{properties.minor}, {memory:.0f} GiB)")
+        if missing is not None:
+            names[-1] += f", PyTorch's own derivatives: {missing}"
     return ", ".join(names)

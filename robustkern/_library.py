@@ -4,25 +4,58 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import re
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
+
+BUILD = "pip install --no-build-isolation --no-deps -e . (in robustkern's source folder)"
 
 
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module(f"robustkern.{name}")
     except ModuleNotFoundError:
-        return None, f"robustkern.{name} is not built; build it with: pip install --no-build-isolation -e ."
+        return None, f"robustkern.{name} is not built; build it with: {BUILD}"
     except ImportError as error:  # built for another PyTorch, Python or machine
-        return None, f"robustkern.{name} is built but does not load with PyTorch {torch.__version__}: {error}"
+        return None, (
+            f"robustkern.{name} is built but does not load with PyTorch {torch.__version__}: {error}; "
+            f"rebuild it with: {BUILD}"
+        )
     return module, None
+
+
+def _load_aten() -> tuple[ModuleType | None, str | None]:
+    """Like _load, but loads nothing that was built with another PyTorch: it uses PyTorch's C++ classes, whose layout
+    and symbols change from version to version, and would crash rather than fail."""
+    found = importlib.util.find_spec("robustkern._aten")
+    if found is None or found.origin is None:
+        return _load("_aten")
+    mark = re.search(rb"robustkern\._aten built with PyTorch ([^\0]+)\0", Path(found.origin).read_bytes())
+    built_with = mark[1].decode() if mark else "of unknown version"
+    module, error = None, None
+    if _release(built_with) == _release(torch.__version__):
+        try:
+            module = importlib.import_module("robustkern._aten")
+        except ImportError as failed:
+            error = failed
+    return module, None if module else (
+        f"robustkern._aten was built with PyTorch {built_with} and does not load with PyTorch {torch.__version__}"
+        f"{f' ({error})' if error else ''}; rebuild it with: {BUILD}"
+    )
+
+
+def _release(version: str) -> str:
+    """The version without its local part: builds for the CPU and for CUDA of one version share their C++ classes."""
+    return version.split("+")[0]
 
 
 # Loaded once, at import: the operators must exist before anything is traced or differentiated.
 _C, _C_MISSING = _load("_C")
-_ATEN, _ATEN_MISSING = _load("_aten") if _C is not None else (None, _C_MISSING)
+_ATEN, _ATEN_MISSING = _load_aten() if _C is not None else (None, _C_MISSING)
 _CUDA, _CUDA_MISSING = _load("_cuda") if _C is not None else (None, _C_MISSING)
 
 
@@ -58,11 +91,46 @@ def cuda_why_unavailable() -> str | None:
     return _CUDA_MISSING
 
 
+def architectures() -> tuple[str, ...]:
+    """What robustkern._cuda holds code for: images such as "sm_90", and PTX such as "compute_120"."""
+    return tuple(getattr(_CUDA, "architectures", "").split())
+
+
+def why_no_image(index: int) -> str | None:
+    """Why robustkern._cuda, which is loaded, cannot run on the CUDA device of this index; None if it can."""
+    gpu = torch.cuda.get_device_properties(index)
+    if any(_runs_on(architecture, gpu.major, gpu.minor) for architecture in architectures()):
+        return None
+    return (
+        f"robustkern._cuda holds code for {', '.join(architectures())}, none of which runs on {gpu.name} "
+        f"(sm_{gpu.major}{gpu.minor}); rebuild it with: TORCH_CUDA_ARCH_LIST={gpu.major}.{gpu.minor} {BUILD}"
+    )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether a GPU runs such code: an image if it is of the same major version and no older, PTX if no older."""
+    code, number, specific = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", architecture).groups()  # type: ignore[union-attr]
+    built_for = divmod(int(number), 10)
+    if specific == "a":
+        return built_for == (major, minor)
+    return built_for <= (major, minor) and (built_for[0] == major or (code == "compute" and not specific))
+
+
+def runs_on_cuda(index: int) -> bool:
+    """Whether the kernels run on the CUDA device of this index; says once if not.  robustkern._aten asks it."""
+    missing = why_no_image(index)
+    if missing is not None:
+        warn_once(f"robustkern leaves PyTorch's own derivatives on cuda:{index}: {missing}")
+    return missing is None
+
+
 def why_no_kernel(tensor: torch.Tensor) -> str | None:
     """Why there is no kernel for this tensor's device; None if there is one."""
     kind = tensor.device.type
     if kind == "cuda":
-        return cuda_why_unavailable()
+        missing = cuda_why_unavailable()
+        # Without a GPU there are fake tensors only.
+        return why_no_image(tensor.get_device()) if missing is None and torch.cuda.is_available() else missing
     if kind in ("cpu", "meta"):
         return why_unavailable()
     return f"robustkern has no kernels for {kind} tensors"

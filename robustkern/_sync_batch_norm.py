@@ -133,4 +133,4 @@ def replace(enabled: Callable[[], bool]) -> None:
         grads = _SyncBatchNormBackward.apply(grad, x, weight, tuple(saved), ctx.process_group, ctx.needs_input_grad[:3])
         return (*grads, *[None] * 6)
 
-    _functions.SyncBatchNorm.backward = staticmethod(backward)
+    _functions.SyncBatchNorm.backward = staticmethod(backward)  # type: ignore[method-assign]

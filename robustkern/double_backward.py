@@ -21,7 +21,7 @@ def install(*, materialize_zeros: bool = False) -> None:
     Nothing about a model changes.  Where a graph is built that can be differentiated again (`create_graph=True`), the
     operators that `robustkern info` lists remember their inputs, and their second backward is one fused kernel instead
     of a chain of small ones; SyncBatchNorm, which PyTorch cannot differentiate twice, gets a second backward.
-    Everywhere else (no grad mode, plain training steps, torch.func transforms, forward-mode differentiation, derivatives
+    Everywhere else (no grad mode, plain training steps, torch.func, forward-mode differentiation, derivatives that are
     taken inside a torch.utils.checkpoint, DTensor and other tensors with a `__torch_dispatch__` of their own) PyTorch's
     own kernels run, but for RMSNorm's backward, which PyTorch composes of a dozen operators.
 
@@ -95,6 +95,9 @@ def fused_where_possible(impl: str = "auto") -> AbstractContextManager[None]:
 
     What torch.compile traces is fused by `install()`: tracing cannot enter a scope halfway.
     """
+    missing = _library.aten_why_unavailable()
+    if missing and impl != "reference" and not torch.compiler.is_compiling() and not _library.why_unavailable():
+        _library.warn_once(f"PyTorch's own second derivatives run: {missing}")
     if impl == "reference" or torch.compiler.is_compiling() or _library.aten_extension() is None or is_installed():
         return nullcontext()
     return fused_double_backward()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,24 +20,12 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import setuptools
 from setuptools import Extension
 
-ROOT = Path(__file__).resolve().parent.parent
+from described import ROOT, defines, extensions, run
+
 OUT = ROOT / "build" / "cuda"
-
-
-def cuda_extension() -> Extension:
-    """The extension as setup.py describes it, so that there is one list of sources and flags."""
-    os.chdir(ROOT)
-    os.environ["ROBUSTKERN_CUDA"] = "1"
-    os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
-    described: dict[str, Any] = {}
-    setuptools.setup = described.update
-    runpy.run_path("setup.py")
-    return next(e for e in described["ext_modules"] if e.name == "robustkern._cuda")
 
 
 def keep_architectures(extension: Extension, chosen: list[str]) -> None:
@@ -60,27 +47,16 @@ def find_nvcc(extension: Extension) -> str:
     return os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
 
 
-def run(command: list[str]) -> str:
-    """The command's output; exits with it if the command fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
-
-
 def compile_source(source: str, extension: Extension, nvcc: str) -> tuple[Path, str]:
     """Compiles one file; returns the object and ptxas's report."""
     target = OUT / (Path(source).name + ".o")
-    defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in extension.define_macros]
     includes = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
     includes += ["-isystem", sysconfig.get_paths()["include"]]
     if source.endswith(".cu"):
         flags = [*extension.extra_compile_args["nvcc"], "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall"]
-        return target, run([nvcc, "-c", source, "-o", str(target), *flags, *defines, *includes])
-    compiler = os.environ.get("CXX", "c++")
-    return target, run(
-        [compiler, "-c", source, "-o", str(target), "-fPIC", *extension.extra_compile_args["cxx"], *defines, *includes]
-    )
+        return target, run([nvcc, "-c", source, "-o", str(target), *flags, *defines(extension), *includes])
+    flags = ["-fPIC", *extension.extra_compile_args["cxx"], *defines(extension), *includes]
+    return target, run([os.environ.get("CXX", "c++"), "-c", source, "-o", str(target), *flags])
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -114,7 +90,7 @@ def parse(report: str) -> dict[str, dict[str, tuple[int, int, int]]]:
 def main() -> None:
     """Compile, report, link, load."""
     try:
-        extension = cuda_extension()
+        extension = extensions(cuda=True)["robustkern._cuda"]
     except SystemExit as missing:
         print(f"cuda-compile: skipped: {missing}")
         return

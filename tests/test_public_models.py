@@ -14,12 +14,12 @@ IN_TURN, REVERSED = torch.arange(BATCH), torch.arange(BATCH).flip(0)
 
 
 def preresnet():
-    package = pytest.importorskip("pytorchcv.models.preresnet_cifar", reason="pip install robustkern[models]")
+    package = pytest.importorskip("pytorchcv.models.preresnet_cifar", reason="pip install -e '.[models]'")
     return package.preresnet20_cifar10()
 
 
 def vit():
-    package = pytest.importorskip("x_transformers", reason="pip install robustkern[models]")
+    package = pytest.importorskip("x_transformers", reason="pip install -e '.[models]'")
     layers = package.Encoder(dim=32, depth=2, heads=2, attn_flash=False)
     return package.ViTransformerWrapper(image_size=32, patch_size=8, num_classes=10, attn_layers=layers)
 

@@ -5,9 +5,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
 
+#include <array>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <mutex>
 
@@ -19,6 +20,9 @@ namespace py = pybind11;
 
 namespace rk::aten {
 namespace {
+
+// robustkern/_library.py reads it from the file: only the PyTorch of this version may load the module.
+[[gnu::used]] constexpr char kBuiltWith[] = "robustkern._aten built with PyTorch " RK_TORCH_VERSION;
 
 // Kernels stay registered once they are: taking one out of PyTorch's tables while another thread looks it up would be
 // a race, a flag is not.  A call that finds the flag down costs one more jump.
@@ -46,6 +50,18 @@ bool uses_stock_kernels() { return stock; }
 
 UseStock::UseStock() : before_(stock) { stock = true; }
 UseStock::~UseStock() { stock = before_; }
+
+bool runs_on_cuda(c10::DeviceIndex device) {
+  enum : signed char { kUnknown, kRuns, kDoesNot };
+  static std::array<std::atomic<signed char>, std::numeric_limits<c10::DeviceIndex>::max() + 1> known{};
+  auto& answer = known.at(device);
+  if (answer == kUnknown) {
+    const pybind11::gil_scoped_acquire gil;
+    const auto library = pybind11::module_::import("robustkern._library");
+    answer = library.attr("runs_on_cuda")(static_cast<int>(device)).cast<bool>() ? kRuns : kDoesNot;
+  }
+  return answer == kRuns;
+}
 
 bool under_functorch_grad() {
   const auto& transforms = at::functorch::functorchTLSAccessor();
@@ -93,7 +109,6 @@ bool is_differentiated(const Tensor& t) {
 PYBIND11_MODULE(_aten, m) {
   using namespace rk::aten;
   m.doc() = "Fused second derivatives for PyTorch's own operators.";
-  m.attr("torch") = TORCH_VERSION;
   m.def("install", [] {
     registrar();
     installed.store(true);
@@ -109,5 +124,6 @@ PYBIND11_MODULE(_aten, m) {
   m.def("materialize_zeros", [](bool value) { return zeros.exchange(value); });
   m.def("however_small", [](bool value) { return small.exchange(value); });
   m.def("folds", &folds);
+  m.def("runs_on_cuda", [](int device) { return runs_on_cuda(static_cast<c10::DeviceIndex>(device)); });
   m.def("operators", [](bool cuda) { return registrar().names(cuda); });
 }

@@ -43,7 +43,8 @@ bool however_small();         // fused derivatives also where PyTorch's are fast
 bool materializes_zeros();    // derivatives that are identically zero come as zeros rather than as None
 bool uses_stock_kernels();    // inside a UseStock
 bool under_functorch_grad();  // a torch.func transform that differentiates is running: Function::apply would refuse
-bool being_compiled(const Tensor& t);  // a fake or functional tensor: torch.compile or make_fx is tracing
+bool runs_on_cuda(c10::DeviceIndex device);  // robustkern._cuda holds code for this GPU; says once if not
+bool being_compiled(const Tensor& t);        // a fake or functional tensor: torch.compile or make_fx is tracing
 // A tensor with memory or a shape of its own.  Not a subclass that answers for itself (DTensor and whatever else has a
 // __torch_dispatch__), nor nested, nor sparse: those know PyTorch's operators only.
 bool is_known(const Tensor& t);
@@ -150,6 +151,30 @@ struct Replacement<Op, R(Args...)> {
   }
 };
 
+namespace detail {
+
+inline bool lacks_image(const Tensor& t) { return t.defined() && t.is_cuda() && !runs_on_cuda(t.get_device()); }
+inline bool lacks_image(const std::optional<Tensor>& t) { return t && lacks_image(*t); }
+template <class T>
+bool lacks_image(const T&) {
+  return false;
+}
+
+}  // namespace detail
+
+// A replacement that calls our kernels, for CUDA: PyTorch's own on a GPU that they were not compiled for.
+template <auto replacement, class Signature = decltype(replacement)>
+struct WhereCompiled;
+
+template <auto replacement, class R, class... Args>
+struct WhereCompiled<replacement, R (*)(c10::DispatchKeySet, Args...)> {
+  static R kernel(c10::DispatchKeySet keys, Args... args) {
+    if (!(detail::lacks_image(args) || ...)) return replacement(keys, std::forward<Args>(args)...);
+    const UseStock stock;
+    return replacement(keys, std::forward<Args>(args)...);
+  }
+};
+
 // For a replacement that CUDA has no use for: no operator has this name.
 constexpr char kOnCpuOnly[] = "robustkern::none";
 
@@ -177,7 +202,11 @@ class Registrar {
     cpu_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
     if (kernel && !has_cuda_kernel(kernel)) return;
     on_cuda_.emplace_back(Op::name);
-    cuda_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
+    if (kernel) {
+      cuda_.impl(full_name<Op>().c_str(), TORCH_FN(WhereCompiled<replacement>::kernel));
+    } else {
+      cuda_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
+    }
   }
   const std::vector<std::string>& names(bool cuda) const { return cuda ? on_cuda_ : on_cpu_; }
 

@@ -1,8 +1,11 @@
-// The Python module robustkern._cuda: importing it registers the CUDA kernels.  It has no functions of its own.
+// The Python module robustkern._cuda: importing it registers the CUDA kernels; `architectures` names the code it holds,
+// such as "sm_90 compute_120".
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_cuda", "CUDA kernels of robustkern.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* const created = PyModule_Create(&module);
+  if (created) PyModule_AddStringConstant(created, "architectures", RK_CUDA_ARCHITECTURES);
+  return created;
 }

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from robustkern._packages import pip_install
+
 from .cifar import load_cifar10
 from .dataset import DataError, Dataset, DataWarning
 from .folder import load_folder
@@ -92,7 +94,7 @@ def _digits(folders: list[Path], split: str) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("the digits data set needs scikit-learn: pip install 'robustkern[train]'") from error
+        raise DataError(f"the digits data set needs scikit-learn: {pip_install('sklearn')}") from error
     bunch = load_digits()
     labels = torch.from_numpy(bunch.target).long()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
@@ -125,8 +127,8 @@ def _idx(name: str, classes: tuple[str, ...]) -> Callable[[list[Path], str], Dat
 
 
 _SOURCES = {
-    "digits": _Source(_digits, "pip install 'robustkern[train]'"),
-    "digits-28": _Source(_enlarged_digits, "pip install 'robustkern[train]'"),
+    "digits": _Source(_digits, pip_install("sklearn")),
+    "digits-28": _Source(_enlarged_digits, pip_install("sklearn")),
     "fashion-mnist": _Source(
         _idx("fashion-mnist", _FASHION),
         "run `apt-get install dataset-fashion-mnist`, or put the four files of "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robustkern._packages import pip_install
 from robustkern._text import brief, plain
 
 from .dataset import DataError, Dataset, DataWarning
@@ -46,7 +47,7 @@ def load_folder(root: Path, split: str) -> Dataset:
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise DataError("reading image folders needs Pillow: pip install 'robustkern[train]'") from error
+        raise DataError(f"reading image folders needs Pillow: {pip_install('PIL')}") from error
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")

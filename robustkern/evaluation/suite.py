@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkern._packages import pip_install
 from robustkern._text import brief
 from robustkern.attacks import APGD, PGD, attacked
 from robustkern.attacks._common import box_diameter
@@ -151,7 +152,7 @@ def autoattack_package() -> Any:
         import pyautoattack
     except ImportError as error:
         raise MissingPackage(
-            "AutoAttack needs the package pyautoattack: pip install 'robustkern[eval]', or leave it out with "
+            f"AutoAttack needs the package pyautoattack: {pip_install('pyautoattack')}, or leave it out with "
             "--attacks pgd,apgd"
         ) from error
     return pyautoattack

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from robustkern._packages import pip_install
+
 from .checkpoint import Progress, Row
 from .config import TrainingConfig
 from .errors import UsageError
@@ -28,7 +30,7 @@ class TensorBoard(Observer):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError(
-                "TensorBoard's scalars take the package tensorboard: pip install 'robustkern[tensorboard]'"
+                f"TensorBoard's scalars take the package tensorboard: {pip_install('tensorboard')}"
             ) from error
         self._make, self._folder = SummaryWriter, Path(out) / "tensorboard"
         self._writer: Any = None

@@ -33,7 +33,7 @@ def orders_of(stem):
 CHAINS = {stem + order for stem in STEMS for order in orders_of(stem)}
 # Derivatives of PyTorch's own operators, whose chains PyTorch begins.
 ENDS = [name for name in SCHEMAS if name not in CHAINS]
-LONGEST_FILE = 400
+LONGEST_FILE = 600  # a question, not a wall: one thing may take as many
 
 over_operators = pytest.mark.parametrize("op", STEMS)
 over_differentiable = pytest.mark.parametrize("op", [op for op in STEMS if op not in ops.IN_PLACE])

@@ -18,6 +18,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/PythonDispatcherTLS.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -337,9 +338,11 @@ inline bool is_batched(const Tensor& t) {
 }
 
 // Whether PyTorch's own derivative of a tensor of so few elements is as fast: what a graph of ours costs more than PyTorch's,
-// a microsecond or two, is then all that is left of the difference.
+// a microsecond or two, is then all that is left of the difference.  Not for what is traced, of which nobody knows how large it
+// will be.
 inline bool is_small(const Tensor& t, int64_t limit) {
-  return t.is_cpu() && !being_compiled(t) && t.numel() < limit && !however_small();
+  return t.is_cpu() && !being_compiled(t) && !c10::impl::dispatch_mode_enabled() && t.numel() < limit &&
+         !however_small();
 }
 
 // float32 for 16- and 32-bit data, float64 for float64.

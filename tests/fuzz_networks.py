@@ -153,7 +153,7 @@ class Run:
             self.named[name].requires_grad_(False)
 
     def __call__(self) -> Results:
-        # As users get it in one case of four; else fused derivatives for tensors as small as these.  Batches are not for
+        # As users get it in one case of four; else fused derivatives for tensors as small as these. Batches are not for
         # PyTorch's GroupNorm.
         always = self.case.seed % 4 > 0 or "batched" in self.features
         before = _library.aten_extension().however_small(always)

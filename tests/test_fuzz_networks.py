@@ -72,7 +72,9 @@ FOUND = [
 @pytest.mark.parametrize("case", FOUND, ids=repr)
 def test_what_was_found(case):
     basis, wrong = check(case)
-    assert wrong is None and basis.startswith("stock")
+    assert wrong is None and basis.startswith(
+        ("stock", "composites")
+    )  # later PyTorch refuses third orders that are wrong
 
 
 def test_the_seeds_reach_everything():

@@ -71,8 +71,9 @@ struct GroupNorm {
   Triple plain_backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask, bool penalised) const {
     const bool bias_alone = mask[2] && !w.defined();
     const bool innermost = x.is_cpu() && x.suggest_memory_format() != at::MemoryFormat::Contiguous;
-    // Nor can PyTorch's be asked under vmap where channels lie innermost.
-    if (innermost && is_batched(g)) return composed(x, w).first(g, mask);
+    // Nor can PyTorch's be asked under vmap where channels lie innermost, or where the weight is of another type.
+    const bool mixed = w.defined() && w.scalar_type() != x.scalar_type();
+    if (is_batched(g) && (innermost || mixed)) return composed(x, w).first(g, mask);
     const BelowAutogradIf below(is_final(g));
     const bool ours = bias_alone || (innermost && (!mask[0] || (penalised && !is_batched(g))));
     if (!ours || being_compiled(x)) return stock_backward(g, x, w, mask);

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules import _functions
 
+_ORIGINAL: Callable[..., tuple[Tensor | None, ...]] = _functions.SyncBatchNorm.backward
+
 
 class _AllReduce(torch.autograd.Function):
     """The sum over all processes, of which every process has a share in the derivative of each."""
@@ -48,7 +50,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.group = group
         node = SimpleNamespace(saved_tensors=(x, w, mean, invstd, counts), process_group=group, needs_input_grad=needs)
-        grads = _original()(node, g)
+        grads = _ORIGINAL(node, g)
         # Of no samples PyTorch gives None, and a process without a node would not take part in what follows.
         return tuple(
             torch.zeros_like(like) if grad is None and needed and like is not None else grad
@@ -114,21 +116,15 @@ def _second_backward(
 
 
 @functools.cache
-def _original() -> Callable[..., tuple[Tensor | None, ...]]:
-    return _functions.SyncBatchNorm.backward
-
-
-@functools.cache
 def replace(enabled: Callable[[], bool]) -> None:
     """Gives SyncBatchNorm's backward a derivative wherever `enabled` while a graph is built."""
     if not dist.is_available():
         return
-    original = _original()
 
-    @functools.wraps(original)
+    @functools.wraps(_ORIGINAL)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not enabled():
-            return original(ctx, grad)
+            return _ORIGINAL(ctx, grad)
         x, weight, *saved = ctx.saved_tensors
         grads = _SyncBatchNormBackward.apply(grad, x, weight, tuple(saved), ctx.process_group, ctx.needs_input_grad[:3])
         return (*grads, *[None] * 6)

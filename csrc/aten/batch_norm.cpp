@@ -72,13 +72,13 @@ struct BatchNorm {
     const auto per_channel = [&](const Tensor& t) {
       return t.to(accumulation_type(x.scalar_type())).reshape_symint({1, channels, 1});
     };
-    const Tensor scale = training ? *invstd : (*running_var + eps).rsqrt();
+    const Tensor scale = training ? per_channel(*invstd) : (per_channel(*running_var) + eps).rsqrt();
     return {
         {{x.sym_size(0), channels, product(x.sym_sizes().slice(2))}, {channels, 1}, {channels}, {-3, -1}, {}, {-3, -1}},
         x,
         w,
         per_channel(training ? *mean : *running_mean),
-        per_channel(scale),
+        scale,
         !training};
   }
 

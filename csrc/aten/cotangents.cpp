@@ -37,11 +37,6 @@ bool is_known(const Node& node) {
   return names.count(node.name()) > 0;
 }
 
-bool has_hooks(Node& node) {
-  return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
-         !node.retains_grad_hooks().empty();
-}
-
 // Bytes of the largest gradient that a node is given.
 int64_t largest_gradient(const Node& node) {
   int64_t bytes = 0;
@@ -91,6 +86,11 @@ std::vector<Node*> nodes_between(Node* root, const Node* leaf) {
 }
 
 }  // namespace
+
+bool has_hooks(torch::autograd::Node& node) {
+  return !node.pre_hooks().empty() || !node.post_hooks().empty() || !node.tensor_pre_hooks().empty() ||
+         !node.retains_grad_hooks().empty();
+}
 
 void add_folding(std::type_index node, Folding folding) { ours()[node] = folding; }
 

@@ -56,6 +56,9 @@ inline void note_hooks(AutogradContext* ctx) {
   if (saves_through_hooks()) ctx->saved_data["hooks"] = true;
 }
 
+// Whether somebody sees the gradients that this node is given or gives.
+bool has_hooks(torch::autograd::Node& node);
+
 // Says of a Function's backward that it works on several cotangents at least as well as on one after the other, if what it
 // saved went through no hooks: on the CPU in any case, or as long as it is small.
 struct Folding {

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/graph_task.h>
 
+#include "cotangents.h"
+
 namespace rk::aten {
 namespace {
 
@@ -17,9 +19,10 @@ class ZerosIfUndefined : public torch::autograd::GraphTask::ExecInfo::Capture::G
   const torch::autograd::InputMetadata& input_;  // of a node that outlives the pass
 };
 
-bool has_hooks(Node& node) {
-  const bool accumulates = node.num_outputs() == 0;  // those of DistributedDataParallel take what there is
-  return !node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || (!accumulates && !node.post_hooks().empty());
+// The hooks of an accumulating node, such as DistributedDataParallel's, take what there is.
+bool would_miss_zeros(Node& node) {
+  const bool accumulates = node.num_outputs() == 0;
+  return accumulates ? !node.tensor_pre_hooks().empty() : has_hooks(node);
 }
 
 // Whether somebody would miss a zero that is left out of the pass at hand: a hook, which would be given None.  Whoever asked
@@ -32,7 +35,7 @@ bool somebody_looks_on(const at::Device& device) {
   if (pass == last_pass) return hooked;
   last_pass = pass;
   const auto* const graph = torch::autograd::get_current_graph_task_nodes_in_graph();
-  hooked = graph && std::any_of(graph->begin(), graph->end(), [](Node* node) { return has_hooks(*node); });
+  hooked = graph && std::any_of(graph->begin(), graph->end(), [](Node* node) { return would_miss_zeros(*node); });
   const auto* const nodes = torch::autograd::get_current_graph_task_exec_info();
   if (!nodes || hooked) return hooked;
   for (const auto& [node, info] : *nodes) {

@@ -60,8 +60,8 @@ inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
 struct NormView {
   std::vector<SymInt> shape, parameter;
   std::vector<SymInt> weight;  // the shape of a parameter itself
-  std::vector<int64_t> along,
-      across;                   // what a statistic is taken over: where one parameter holds, and from one to the next
+  // What a statistic is taken over: where one parameter holds, and from one to the next.
+  std::vector<int64_t> along, across;
   std::vector<int64_t> others;  // what a parameter's gradient is summed over
 
   Tensor of(const Tensor& t, const Tensor& x) const {
@@ -71,6 +71,13 @@ struct NormView {
   }
   Tensor of_parameter(const Tensor& w, const Tensor& x) const {
     return w.to(accumulation_type(x.scalar_type())).reshape_symint(parameter);
+  }
+  // How many elements a statistic is taken over.
+  SymInt count() const {
+    SymInt result = 1;
+    for (const auto* dims : {&along, &across})
+      for (const int64_t d : *dims) result = result * shape[shape.size() + d];
+    return result;
   }
 };
 
@@ -184,15 +191,16 @@ class ComposedNorm {
   };
   Tensor weighted(const Tensor& t) const { return w_.defined() ? weight_ * t : t; }
 
-  // Means over what a statistic is taken over; with a parameter before each, as few large products as there can be.
+  // Means over what a statistic is taken over; with a parameter before each, as few large products as there can be.  As
+  // sums that are divided: the derivative of a sum is a view, that of a mean as large as what it was taken of.
   Tensor mean_of(const Tensor& t) const {
     auto dims = view_.along;
     dims.insert(dims.end(), view_.across.begin(), view_.across.end());
-    return t.mean(dims, /*keepdim=*/true);
+    return t.sum(dims, /*keepdim=*/true) / at::Scalar(view_.count());
   }
   Tensor mean_times(const Tensor& parameter, const Tensor& t) const {
-    const Tensor products = parameter * (view_.along.empty() ? t : t.mean(view_.along, /*keepdim=*/true));
-    return view_.across.empty() ? products : products.mean(view_.across, /*keepdim=*/true);
+    const Tensor products = parameter * (view_.along.empty() ? t : t.sum(view_.along, /*keepdim=*/true));
+    return (view_.across.empty() ? products : products.sum(view_.across, /*keepdim=*/true)) / at::Scalar(view_.count());
   }
   Tensor weighted_mean_of(const Tensor& t) const { return w_.defined() ? mean_times(weight_, t) : mean_of(t); }
 

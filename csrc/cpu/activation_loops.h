@@ -31,8 +31,8 @@ RK_HOST_DEVICE void activation_piece(const ActivationPiece<A>& w, const Activati
     if constexpr (Function::kTail) terms.tail = tail[j];
     const Slopes<A> s = Function::at(x[j], terms, p);
     const A u = gg_x[j];
-    gg_grad[j] = s.slope * u;
-    grad_x[j] = s.bend * u * grad[j];
+    gg_grad[j] = times_slope<kFunction>(s, u);
+    grad_x[j] = times_bend<kFunction>(s, u, grad[j]);
   }
 }
 

@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         const A u_k = load(u.element[k]);
-        gg_grad.element[k] = store<S>(slopes[k].slope * u_k);
-        sum[k] += slopes[k].bend * u_k * load(g.element[k]);
+        gg_grad.element[k] = store<S>(times_slope<kFunction>(slopes[k], u_k));
+        sum[k] += times_bend<kFunction>(slopes[k], u_k, load(g.element[k]));
       }
       if (c.gg_grad) store_vector(c.gg_grad + at, gg_grad, is_aligned(c.gg_grad + at));
     }
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
     for (std::int64_t i = 0; i < c.cotangents; ++i) {
       const std::int64_t at = i * c.elements + j;
       const A u = load(c.gg_x[at]);
-      if (c.gg_grad) c.gg_grad[at] = store<S>(s.slope * u);
-      if (c.grad_x) sum += s.bend * u * load(c.grad[at]);
+      if (c.gg_grad) c.gg_grad[at] = store<S>(times_slope<kFunction>(s, u));
+      if (c.grad_x) sum += times_bend<kFunction>(s, u, load(c.grad[at]));
     }
     if (c.grad_x) c.grad_x[j] = store<S>(sum);
   }

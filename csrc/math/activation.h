@@ -207,6 +207,16 @@ struct ActivationSlopes<Activation::kSigmoid, A> : NoTerms {
   }
 };
 
+// The derivatives' products.  Hardswish selects, as PyTorch does: an infinity where it is flat does not become NaN.
+template <Activation kFunction, class A>
+RK_HOST_DEVICE A times_slope(const Slopes<A>& s, A u) {
+  return kFunction == Activation::kHardswish && s.slope == A(0) ? A(0) : s.slope * u;
+}
+template <Activation kFunction, class A>
+RK_HOST_DEVICE A times_bend(const Slopes<A>& s, A u, A g) {
+  return kFunction == Activation::kHardswish && s.bend == A(0) ? A(0) : s.bend * u * g;
+}
+
 template <Activation kFunction, class A>
 RK_HOST_DEVICE Slopes<A> activation_slopes(A x, const ActivationParameters<A>& p) {
   using Function = ActivationSlopes<kFunction, A>;

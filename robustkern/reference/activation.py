@@ -37,7 +37,12 @@ def activation_double_backward(
     product = gg_x * grad
     if gg_x.dim() > x.dim():
         product = product.sum(0)
-    return slope * gg_x if need_grad else x.new_empty([0]), bend * product if need_x else x.new_empty([0])
+
+    def times(factor: Tensor, t: Tensor) -> Tensor:
+        """Where hardswish is flat it selects, as in PyTorch: zero, whatever t."""
+        return torch.where(factor == 0, torch.zeros_like(t), factor * t) if function == "hardswish" else factor * t
+
+    return times(slope, gg_x) if need_grad else x.new_empty([0]), times(bend, product) if need_x else x.new_empty([0])
 
 
 def _gelu(x: Tensor) -> Slopes:
@@ -83,12 +88,12 @@ def _elu(x: Tensor, alpha: float, scale: float, input_scale: float, is_result: f
     else:
         slope = input_scale * alpha * scale * torch.exp(input_scale * x.clamp(max=0))
         bend = input_scale * slope
-    return torch.where(x > 0, torch.full_like(x, scale), slope), torch.where(x >= 0, torch.zeros_like(x), bend)
+    return torch.where(x <= 0, slope, torch.full_like(x, scale)), torch.where(x < 0, bend, torch.zeros_like(x))
 
 
 def _hardswish(x: Tensor) -> Slopes:
-    bend = torch.where(x.abs() >= 3, torch.zeros_like(x), torch.full_like(x, 1 / 3))
-    return torch.where(x <= -3, torch.zeros_like(x), torch.where(x >= 3, torch.ones_like(x), x / 3 + 0.5)), bend
+    bend = torch.where(x.abs() < 3, torch.full_like(x, 1 / 3), torch.zeros_like(x))
+    return torch.where(x.abs() < 3, x / 3 + 0.5, torch.where(x <= -3, torch.zeros_like(x), torch.ones_like(x))), bend
 
 
 def _tanh(y: Tensor) -> Slopes:

@@ -36,7 +36,8 @@ def install(*, materialize_zeros: bool = False) -> None:
         materialize_zeros: give derivatives that are identically zero, such as that of ReLU's gradient in its input, as
             tensors of zeros, as PyTorch does.  By default they are not computed at all: after `.backward()` a
             parameter that a penalty does not depend on has `.grad` None instead of zeros, which optimizers with
-            momentum or weight decay and DistributedDataParallel (`find_unused_parameters`) can tell apart.
+            momentum or weight decay and DistributedDataParallel (`find_unused_parameters`) can tell apart; behind
+            tensors of less than 16,384 elements on the CPU PyTorch's zeros stay.
             `torch.autograd.grad(outputs, inputs)` gives zeros for the inputs that it is asked for either way.
 
     Raises:

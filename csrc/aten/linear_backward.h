@@ -29,9 +29,10 @@ struct LinearMap {
   std::function<Tensor()> first;  // M g
   Transposed transposed;
   MapArguments arguments;
+  bool differentiable = true;  // by PyTorch too, which has no second derivative of hardsigmoid
 };
 
-// The result of map.first, as a function of g and x.
+// The result of map.first, as a function of g and x.  PyTorch's own, zeros and all, where x is small.
 Tensor linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map);
 
 }  // namespace rk::aten

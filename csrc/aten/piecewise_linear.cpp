@@ -7,10 +7,12 @@ namespace {
 
 // `backward` as a function of the cotangent, x and its numbers: a first backward, and its own transpose.
 template <class Backward>
-Tensor masked(const Tensor& g, const Tensor& x, const std::vector<double>& numbers, const Backward& backward) {
+Tensor masked(const Tensor& g, const Tensor& x, const std::vector<double>& numbers, const Backward& backward,
+              bool differentiable = true) {
   static_assert(std::is_empty_v<Backward>, "the function is made anew from its type");
   const auto transposed = [](const Tensor& u, const MapArguments& a) { return Backward{}(u, a.tensors[0], a.numbers); };
-  return linear_backward(g, x, {[&] { return backward(g, x, numbers); }, transposed, {{x}, {}, numbers}});
+  return linear_backward(g, x,
+                         {[&] { return backward(g, x, numbers); }, transposed, {{x}, {}, numbers}, differentiable});
 }
 using Numbers = std::vector<double>;
 
@@ -31,8 +33,9 @@ Tensor hardtanh_backward(const Tensor& g, const Tensor& x, const at::Scalar& low
   });
 }
 Tensor hardsigmoid_backward(const Tensor& g, const Tensor& x) {
-  return masked(g, x, {},
-                [](const Tensor& v, const Tensor& at, const Numbers&) { return at::hardsigmoid_backward(v, at); });
+  return masked(
+      g, x, {}, [](const Tensor& v, const Tensor& at, const Numbers&) { return at::hardsigmoid_backward(v, at); },
+      /*differentiable=*/false);
 }
 Tensor hardshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
   return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {

@@ -208,6 +208,21 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, uninterrupted):
     assert outcome(tmp_path) == uninterrupted
 
 
+def test_what_is_saved_is_not_written_again(tmp_path):
+    """While it is, a second signal would leave weights without a checkpoint, which nothing goes on from."""
+    train(config(epochs=1, checkpoint_every=0), tmp_path)
+    (saved,) = tmp_path.glob("checkpoint-*.pt")
+    before = saved.stat().st_ino
+
+    class SendSignal(training.Observer):
+        def on_start(self, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(config(epochs=1, checkpoint_every=0), tmp_path, resume=True, observer=SendSignal())
+    assert saved.stat().st_ino == before
+
+
 def test_metrics_beyond_the_checkpoint_are_cut_off(tmp_path, uninterrupted):
     with pytest.raises(_Crash):
         train(config(), tmp_path, observer=_CrashAt(9))

@@ -198,11 +198,16 @@ class _Run:
             content = group.broadcast(self.state.to_bytes() if group.main else b"")
             if not group.main:
                 self.state.load_bytes(content, "what process 0 sent")
+        self.saved = self._position
         group.on_main(lambda: write_atomically(out / "config.yaml", config.to_yaml()))
 
     @property
     def progress(self) -> Progress:
         return self.state.progress
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.progress.step, self.progress.epoch
 
     def finish(self) -> Result:
         self._write_metrics()  # rows that a killed process wrote after its last checkpoint are not part of the run
@@ -216,7 +221,9 @@ class _Run:
             self._check_learnt()
             accuracies = self.judge.final()
         except Interrupted:
-            self._save()
+            # While a checkpoint is replaced there is none, and a second signal may come.
+            if self.saved != self._position:
+                self._save()
             raise
         finally:
             self.observer.on_end()
@@ -328,6 +335,7 @@ class _Run:
 
     def _save(self) -> None:
         self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint, self.config) and None)
+        self.saved = self._position
 
     def _save_weights(self) -> None:
         description = {

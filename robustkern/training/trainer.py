@@ -127,6 +127,9 @@ def train(
             test_set = datasets.load(config.data, root, "test")
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
+            if train_set.in_shape != test_set.in_shape:
+                shapes = f"[C, H, W] are {list(train_set.in_shape)}, but those to test on {list(test_set.in_shape)}"
+                raise datasets.DataError(f"{config.data}: images to train on {shapes}")
             check_options(config.method, config.options, train_set)
             train_set, validation_set = split(train_set, config.validation, config.seed)
             check_batches(config, train_set, group.size)
@@ -178,7 +181,7 @@ class _Run:
             model = models.create(
                 config.model, self.train_set.num_classes, self.train_set.in_shape, *self.train_set.statistics()
             )
-        self.fingerprint = fingerprint(model, self.train_set.classes)
+        self.fingerprint = fingerprint(model, self.train_set)
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(config.device)

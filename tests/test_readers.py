@@ -125,6 +125,7 @@ BOMBS = {
     "no pixels": ("idx", lambda: struct.pack(">BBBB3I", 0, 0, 8, 3, 0, 1 << 31, 4), "none or more"),
     "archive of zeros": ("archive", zeros, "unpacks to more than"),
     "a name of 40 MB": ("archive", lambda: gzip.compress(long_name(), 1), "has no test_batch"),
+    "members without end": ("archive", lambda: members(), "more than 10000 members"),
     "a batch twice": ("packed", lambda: twice(), "stands twice"),
     "a memo of 2^31 places": ("cifar", lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "more than 200000 instructions"),
     "a string of 2^62 bytes": ("cifar", lambda: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.", "read safely"),
@@ -151,6 +152,10 @@ BOMBS = {
 def long_name():
     member = tarfile.TarInfo("x" * (40 << 20))
     return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def members():
+    return gzip.compress(tarfile.TarInfo("a").tobuf() * 20_000, 1)
 
 
 def twice():

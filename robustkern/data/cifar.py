@@ -32,6 +32,7 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 64 << 20  # a batch file is 31 MB; anything larger is not one
 _MOST_UNPACKED = 512 << 20  # of an archive; the published ones unpack to 185 MB
+_MOST_MEMBERS = 10_000  # of an archive; the published ones have eight
 _MOST_INSTRUCTIONS = 200_000  # of a pickle; the published ones have a third
 
 
@@ -185,7 +186,9 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
         try:
             # Members are read in memory: nothing in the archive decides where a file is written.
             with gzip.open(path) as unpacked, tarfile.open(None, "r|", _Bounded(unpacked)) as archive:  # type: ignore[call-overload]
-                for member in archive:
+                for number, member in enumerate(archive):
+                    if number == _MOST_MEMBERS:  # half a kilobyte each, all of which tarfile remembers
+                        raise tarfile.ReadError(f"more than {_MOST_MEMBERS} members")
                     base = member.name.rsplit("/", 1)[-1]
                     if base in wanted and member.isfile() and member.size <= _MOST_BYTES:
                         if base in found:

@@ -332,6 +332,24 @@ def test_forged_states_are_refused(crashed, state):
     assert watch.start == 6 and len(watch.messages) == 1
 
 
+@pytest.mark.parametrize("value", ["high", None, [0.5]], ids=str)
+def test_a_forged_record_of_the_best_is_refused(crashed, value):
+    state = torch.load(crashed / "checkpoint-000000008.pt", weights_only=True)
+    accuracies = dict.fromkeys(("validation_clean_accuracy", "validation_robust_accuracy"), value)
+    forge(crashed, 8, state | {"progress": state["progress"] | {"best": {"epoch": 1, "weights": "last", **accuracies}}})
+    watch = _Messages()
+    train(config(), crashed, resume=True, observer=watch)
+    assert watch.start == 6 and "it has unexpected best" in watch.messages[0]
+
+
+@pytest.mark.parametrize("step", [0, 5, 13, 10**6])
+def test_a_forged_step_outside_of_its_epoch_is_refused(crashed, step):
+    state = torch.load(crashed / "checkpoint-000000008.pt", weights_only=True)
+    forge(crashed, 8, state | {"progress": state["progress"] | {"step": step}})
+    with pytest.raises(CheckpointError, match=f"step {step} of its checkpoint is not in its epoch"):
+        train(config(), crashed, resume=True)
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(models.MODELS, "small-cnn", partial(models.SmallCNN, width=8))

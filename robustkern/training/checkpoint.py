@@ -41,7 +41,7 @@ _HARMLESS = re.compile(r"collections OrderedDict|torch(\._utils _rebuild_tensor_
 
 # What every row of metrics and every record of the best weights has at least.
 _COLUMNS = {"epoch", "step", "orientation", "smoothness", "clean_accuracy", "robust_accuracy", "ms_per_step", "skipped"}
-_OF_THE_BEST = {"epoch", "weights", "validation_clean_accuracy", "validation_robust_accuracy"}
+_OF_THE_BEST = {"epoch", "validation_clean_accuracy", "validation_robust_accuracy"}
 
 Row = dict[str, float | None]  # the metrics of one epoch; None where something was not measured
 
@@ -79,8 +79,11 @@ class Progress:
         _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
         rows = isinstance(self.rows, list) and all(_is_row(row) and set(row) >= _COLUMNS for row in self.rows)
         _require(rows and len(self.rows) == self.epoch, "rows")
-        best = {name: None if isinstance(value, str) else value for name, value in (self.best or {}).items()}
-        _require(self.best is None or (_is_row(best) and set(best) >= _OF_THE_BEST), "best")
+        if self.best is not None:
+            best = dict(self.best)
+            weights = best.pop("weights", None)
+            _require(weights in ("last", "ema") and set(best) == _OF_THE_BEST, "best")
+            _require(_is_row(best) and None not in best.values(), "best")
         _require(isinstance(self.ended, bool), "ended")
 
 

@@ -27,7 +27,7 @@ from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
 from .batches import batches, check_batches
-from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
+from .checkpoint import CheckpointError, Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
 from .claim import check_claim, differences
 from .config import TrainingConfig
 from .distributed import Group, process_group
@@ -193,7 +193,11 @@ class _Run:
         self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
 
         def restore() -> list[str]:
-            return load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
+            problems = load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
+            begin = self.progress.epoch * self.steps_per_epoch
+            if self.progress.epoch > config.epochs or not 0 <= self.progress.step - begin <= self.steps_per_epoch:
+                raise CheckpointError(f"{out}: step {self.progress.step} of its checkpoint is not in its epoch")
+            return problems
 
         for problem in group.on_main(restore):
             observer.on_message(f"{problem}; going back to the one before it")

@@ -12,9 +12,9 @@ def check_pickle(content: bytes, most: int) -> set[str]:
 
     Args:
         content: A pickle.
-        most: Instructions that it may have, and places to remember things. Ten times that may be the elements of what
-            it makes, as seen by whoever walks through it: a tuple of a tuple twice, and so on forty times over, takes
-            years to be hashed.
+        most: Instructions that it may have, and places to remember things. Ten times that may be the elements of all
+            that it makes, as seen by whoever walks through it: a tuple of a tuple twice, and so on forty times over,
+            takes years to be hashed, and so does a smaller one as the key of many mappings.
 
     Raises:
         ValueError: It is no pickle, or makes more.
@@ -22,6 +22,7 @@ def check_pickle(content: bytes, most: int) -> set[str]:
     stack: list[list[int] | None] = []  # the size of each object, in a list that its names share; None: a mark
     memo: dict[int, list[int]] = {}
     imported: set[str] = set()
+    total = 0
     for count, (instruction, argument, _) in enumerate(pickletools.genops(content)):
         name, place = instruction.name, 0
         if name == "GLOBAL":
@@ -46,9 +47,11 @@ def check_pickle(content: bytes, most: int) -> set[str]:
                     taken.append(stack.pop())
             sizes = [size for size in reversed(taken) if size is not None]
             made = sizes[0] if name in _IN_PLACE and sizes else [1]
-            made[0] += sum(size[0] for size in sizes if size is not made)
+            added = sum(size[0] for size in sizes if size is not made)
+            made[0] += added
+            total += added
             stack += [made] * len(instruction.stack_after)
-            if made[0] > 10 * most:
+            if total > 10 * most:
                 raise ValueError(f"it makes more than {10 * most} objects")
         if count > most or place > most:
             raise ValueError(f"more than {most} instructions")

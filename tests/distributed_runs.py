@@ -66,6 +66,8 @@ CASES = {
     "lazy": small("llr", options={"every": 2, "awp": 0.01}),
     "a fraction": small("fisher", options={"projections": 2, "fraction": 0.1}),
     "exact": small("cross-lipschitz", options={"projections": 0, "fraction": 0.5}),
+    "no row for one": small("trades", options={"steps": 2, "awp": 0.01}, batch_size=1, train_samples=5),
+    "no row, a fraction": small("fisher", options={"projections": 2, "fraction": 0.1}, batch_size=1, train_samples=5),
     "everything else": small(
         optimizer="adamw", lr=3e-3, weight_decay=0.1, ema=0.9, validation=9, clip=0.1, schedule="triangular", epochs=3
     ),
@@ -79,7 +81,7 @@ FLOAT32 = {"pgd in float32", "lazy in float32"}
 # What takes no sign of a gradient. The others turn on the signs of gradients that are nearly zero, which another
 # division of the batch rounds to the other side in float32: they are compared in float64.
 SMOOTH = {"standard", "label-smoothing", "distillation", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz",
-          "few projections", "a fraction", "exact", "everything else"}  # fmt: skip
+          "few projections", "a fraction", "no row, a fraction", "exact", "everything else"}  # fmt: skip
 
 
 @contextmanager

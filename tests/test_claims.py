@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 pytest.importorskip("yaml")
+pytest.importorskip("PIL")
 
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -178,6 +180,37 @@ def test_a_run_without_checkpoints_is_not_begun_anew(tmp_path):
     with pytest.raises(UsageError, match="holds model.safetensors, but no checkpoint to go on from"):
         train(config(), tmp_path, resume=True)
     assert contents(tmp_path) == before
+
+
+def put_images(folder, classes="ab", size=8, mode="L"):
+    """Two of each class; gives the folder."""
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new(mode, (size, size), number).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_a_run_does_not_go_on_with_other_samples(tmp_path):
+    """Its order of the samples, and how many steps an epoch has, would be other ones."""
+    for split in ("train", "test"):
+        put_images(tmp_path / "data" / split)
+    settings = recipe(str(tmp_path / "data"), "standard", epochs=1, pgd_steps=1, threads=1)
+    train(settings, tmp_path / "run")
+    (tmp_path / "data" / "train" / "a" / "1.png").rename(tmp_path / "data" / "train" / "b" / "2.png")
+    before = contents(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"checkpoint-000000001.pt belongs to another architecture or data set"):
+        train(settings, tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("test", [{"size": 9}, {"mode": "RGB"}], ids=str)
+def test_images_of_two_shapes_are_refused_before_training(tmp_path, test):
+    put_images(tmp_path / "data" / "train")
+    put_images(tmp_path / "data" / "test", **test)
+    with pytest.raises(data.DataError, match=r"to train on \[C, H, W\] are \[1, 8, 8\], but those to test on \["):
+        train(recipe(str(tmp_path / "data"), "standard", epochs=1, pgd_steps=1, threads=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_manifest_without_a_configuration_is_refused(tmp_path):

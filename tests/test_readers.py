@@ -125,6 +125,7 @@ BOMBS = {
     "no pixels": ("idx", lambda: struct.pack(">BBBB3I", 0, 0, 8, 3, 0, 1 << 31, 4), "none or more"),
     "archive of zeros": ("archive", zeros, "unpacks to more than"),
     "a name of 40 MB": ("archive", lambda: gzip.compress(long_name(), 1), "has no test_batch"),
+    "members without end": ("archive", lambda: members(), "more than 10000 members"),
     "a batch twice": ("packed", lambda: twice(), "stands twice"),
     "a memo of 2^31 places": ("cifar", lambda: b"\x80\x02]r\xff\xff\xff\x7f.", "more than 200000 instructions"),
     "a string of 2^62 bytes": ("cifar", lambda: b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"x.", "read safely"),
@@ -132,6 +133,8 @@ BOMBS = {
     "lists of shared lists": ("cifar", lambda: shared_lists(), "it makes more than"),
     "a key of shared tuples": ("cifar", lambda: b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", "it makes more than"),
     "a key of remembered tuples": ("cifar", lambda: b"\x80\x02}" + remembered() + b"K\x01s.", "it makes more than"),
+    "a key of many mappings": ("cifar", lambda: many_mappings(), "it makes more than"),
+    "a text encoded again and again": ("cifar", lambda: encoded_again(), "more bytes than it has"),
     "a key in a checkpoint": ("pickled", lambda: b"\x80\x02}K\x01" + b"2\x86" * 60 + b"K\x01s.", "it makes more than"),
     "state for a function": ("cifar", lambda: b"\x80\x02c_codecs\nencode\n}b.", "change a function"),
     "aliases of aliases": ("yaml", lambda: LAUGHS.encode(), "anchors, aliases and tags are not read"),
@@ -151,6 +154,10 @@ def long_name():
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
+def members():
+    return gzip.compress(tarfile.TarInfo("a").tobuf() * 20_000, 1)
+
+
 def twice():
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as file:
@@ -159,9 +166,21 @@ def twice():
     return out.getvalue()
 
 
-def remembered():
-    """Sixty tuples, each of the one before it twice."""
-    return b"K\x01q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+def remembered(count=60):
+    """So many tuples, each of the one before it twice."""
+    return b"K\x01q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(count))
+
+
+def many_mappings():
+    """Thirty thousand, each with half a million elements to be hashed."""
+    return b"\x80\x02" + remembered(18) + b"}h\x12K\x01s0" * 30_000 + b"N."
+
+
+def encoded_again():
+    """Bytes as Python 3 writes them in protocol 2, four megabytes ten thousand times."""
+    text = b"X" + struct.pack("<I", 4 << 20) + b"a" * (4 << 20)
+    calls = b"](" + b"h\0h\1h\2\x86R" * 10_000 + b"e."
+    return b"\x80\x02c_codecs\nencode\nq\0" + text + b"q\1X\6\0\0\0latin1q\2" + calls
 
 
 def shared():

@@ -208,6 +208,21 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, uninterrupted):
     assert outcome(tmp_path) == uninterrupted
 
 
+def test_what_is_saved_is_not_written_again(tmp_path):
+    """While it is, a second signal would leave weights without a checkpoint, which nothing goes on from."""
+    train(config(epochs=1, checkpoint_every=0), tmp_path)
+    (saved,) = tmp_path.glob("checkpoint-*.pt")
+    before = saved.stat().st_ino
+
+    class SendSignal(training.Observer):
+        def on_start(self, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(config(epochs=1, checkpoint_every=0), tmp_path, resume=True, observer=SendSignal())
+    assert saved.stat().st_ino == before
+
+
 def test_metrics_beyond_the_checkpoint_are_cut_off(tmp_path, uninterrupted):
     with pytest.raises(_Crash):
         train(config(), tmp_path, observer=_CrashAt(9))
@@ -315,6 +330,24 @@ def test_forged_states_are_refused(crashed, state):
     watch = _Messages()
     train(config(), crashed, resume=True, observer=watch)
     assert watch.start == 6 and len(watch.messages) == 1
+
+
+@pytest.mark.parametrize("value", ["high", None, [0.5]], ids=str)
+def test_a_forged_record_of_the_best_is_refused(crashed, value):
+    state = torch.load(crashed / "checkpoint-000000008.pt", weights_only=True)
+    accuracies = dict.fromkeys(("validation_clean_accuracy", "validation_robust_accuracy"), value)
+    forge(crashed, 8, state | {"progress": state["progress"] | {"best": {"epoch": 1, "weights": "last", **accuracies}}})
+    watch = _Messages()
+    train(config(), crashed, resume=True, observer=watch)
+    assert watch.start == 6 and "it has unexpected best" in watch.messages[0]
+
+
+@pytest.mark.parametrize("step", [0, 5, 13, 10**6])
+def test_a_forged_step_outside_of_its_epoch_is_refused(crashed, step):
+    state = torch.load(crashed / "checkpoint-000000008.pt", weights_only=True)
+    forge(crashed, 8, state | {"progress": state["progress"] | {"step": step}})
+    with pytest.raises(CheckpointError, match=f"step {step} of its checkpoint is not in its epoch"):
+        train(config(), crashed, resume=True)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, monkeypatch):

@@ -32,16 +32,32 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 _MOST_BYTES = 64 << 20  # a batch file is 31 MB; anything larger is not one
 _MOST_UNPACKED = 512 << 20  # of an archive; the published ones unpack to 185 MB
+_MOST_MEMBERS = 10_000  # of an archive; the published ones have eight
 _MOST_INSTRUCTIONS = 200_000  # of a pickle; the published ones have a third
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Rebuilds containers, strings, numbers and NumPy arrays of bytes; refuses every other global."""
 
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._left = len(content)
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _Global(self._latin1)
         if (module, name) not in _GLOBALS:
             raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
         return _GLOBALS[module, name]
+
+    def _latin1(self, text: str, encoding: str) -> bytes:
+        # How Python 3 writes bytes in protocol 2. Any other codec could do work of its own.
+        if encoding != "latin1":
+            raise pickle.UnpicklingError("another codec than latin1")
+        self._left -= len(text)
+        if self._left < 0:  # one text, encoded again and again
+            raise pickle.UnpicklingError("it makes more bytes than it has")
+        return text.encode("latin1")
 
 
 class _Global:
@@ -84,13 +100,6 @@ def _dtype(code: str | bytes, *flags: object) -> _Uint8:
     return _Uint8()
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    # How Python 3 writes bytes in protocol 2. Any other codec could do work of its own.
-    if encoding != "latin1":
-        raise pickle.UnpicklingError("another codec than latin1")
-    return text.encode("latin1")
-
-
 def _no_call(*arguments: object) -> None:
     raise pickle.UnpicklingError("it wants to call numpy.ndarray")
 
@@ -101,7 +110,6 @@ _GLOBALS = {
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): _Global(_no_call),
     ("numpy", "dtype"): _Global(_dtype),
-    ("_codecs", "encode"): _Global(_latin1),
 }
 
 
@@ -121,7 +129,7 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
         return records[:, 1:], records[:, 0]
     try:
         check_pickle(content, _MOST_INSTRUCTIONS)
-        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = _ArrayUnpickler(content).load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         array, labels = batch["data"], batch["labels"]
     # A pickle is a program: a damaged one can fail with nearly any exception.
@@ -178,7 +186,9 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
         try:
             # Members are read in memory: nothing in the archive decides where a file is written.
             with gzip.open(path) as unpacked, tarfile.open(None, "r|", _Bounded(unpacked)) as archive:  # type: ignore[call-overload]
-                for member in archive:
+                for number, member in enumerate(archive):
+                    if number == _MOST_MEMBERS:  # half a kilobyte each, all of which tarfile remembers
+                        raise tarfile.ReadError(f"more than {_MOST_MEMBERS} members")
                     base = member.name.rsplit("/", 1)[-1]
                     if base in wanted and member.isfile() and member.size <= _MOST_BYTES:
                         if base in found:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from robustkern._files import parse_json, read_bytes
 from robustkern._pickles import check_pickle
 from robustkern._text import brief
+from robustkern.data import Dataset
 
 from .averaging import WeightAverage
 from .config import TrainingConfig
@@ -40,7 +41,7 @@ _HARMLESS = re.compile(r"collections OrderedDict|torch(\._utils _rebuild_tensor_
 
 # What every row of metrics and every record of the best weights has at least.
 _COLUMNS = {"epoch", "step", "orientation", "smoothness", "clean_accuracy", "robust_accuracy", "ms_per_step", "skipped"}
-_OF_THE_BEST = {"epoch", "weights", "validation_clean_accuracy", "validation_robust_accuracy"}
+_OF_THE_BEST = {"epoch", "validation_clean_accuracy", "validation_robust_accuracy"}
 
 Row = dict[str, float | None]  # the metrics of one epoch; None where something was not measured
 
@@ -78,8 +79,11 @@ class Progress:
         _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
         rows = isinstance(self.rows, list) and all(_is_row(row) and set(row) >= _COLUMNS for row in self.rows)
         _require(rows and len(self.rows) == self.epoch, "rows")
-        best = {name: None if isinstance(value, str) else value for name, value in (self.best or {}).items()}
-        _require(self.best is None or (_is_row(best) and set(best) >= _OF_THE_BEST), "best")
+        if self.best is not None:
+            best = dict(self.best)
+            weights = best.pop("weights", None)
+            _require(weights in ("last", "ema") and set(best) == _OF_THE_BEST, "best")
+            _require(_is_row(best) and None not in best.values(), "best")
         _require(isinstance(self.ended, bool), "ended")
 
 
@@ -345,7 +349,7 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(f"it has unexpected {what}")
 
 
-def fingerprint(model: nn.Module, classes: tuple[str, ...]) -> str:
-    """What a checkpoint belongs to: names, shapes and types of the state, and the classes."""
+def fingerprint(model: nn.Module, data: Dataset) -> str:
+    """What a checkpoint belongs to: names, shapes and types of the state, the classes, and every sample's label."""
     layout = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
-    return hashlib.sha256(json.dumps([layout, classes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([layout, data.classes, data.labels.tolist()]).encode()).hexdigest()

@@ -27,7 +27,7 @@ from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
 from .batches import batches, check_batches
-from .checkpoint import Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
+from .checkpoint import CheckpointError, Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
 from .claim import check_claim, differences
 from .config import TrainingConfig
 from .distributed import Group, process_group
@@ -127,6 +127,9 @@ def train(
             test_set = datasets.load(config.data, root, "test")
             if not len(train_set) or not len(test_set):
                 raise datasets.DataError(f"{config.data}: no images to train or test on")
+            if train_set.in_shape != test_set.in_shape:
+                shapes = f"[C, H, W] are {list(train_set.in_shape)}, but those to test on {list(test_set.in_shape)}"
+                raise datasets.DataError(f"{config.data}: images to train on {shapes}")
             check_options(config.method, config.options, train_set)
             train_set, validation_set = split(train_set, config.validation, config.seed)
             check_batches(config, train_set, group.size)
@@ -178,7 +181,7 @@ class _Run:
             model = models.create(
                 config.model, self.train_set.num_classes, self.train_set.in_shape, *self.train_set.statistics()
             )
-        self.fingerprint = fingerprint(model, self.train_set.classes)
+        self.fingerprint = fingerprint(model, self.train_set)
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(config.device)
@@ -190,7 +193,11 @@ class _Run:
         self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
 
         def restore() -> list[str]:
-            return load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
+            problems = load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
+            begin = self.progress.epoch * self.steps_per_epoch
+            if self.progress.epoch > config.epochs or not 0 <= self.progress.step - begin <= self.steps_per_epoch:
+                raise CheckpointError(f"{out}: step {self.progress.step} of its checkpoint is not in its epoch")
+            return problems
 
         for problem in group.on_main(restore):
             observer.on_message(f"{problem}; going back to the one before it")
@@ -198,11 +205,16 @@ class _Run:
             content = group.broadcast(self.state.to_bytes() if group.main else b"")
             if not group.main:
                 self.state.load_bytes(content, "what process 0 sent")
+        self.saved = self._position
         group.on_main(lambda: write_atomically(out / "config.yaml", config.to_yaml()))
 
     @property
     def progress(self) -> Progress:
         return self.state.progress
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.progress.step, self.progress.epoch
 
     def finish(self) -> Result:
         self._write_metrics()  # rows that a killed process wrote after its last checkpoint are not part of the run
@@ -216,7 +228,9 @@ class _Run:
             self._check_learnt()
             accuracies = self.judge.final()
         except Interrupted:
-            self._save()
+            # While a checkpoint is replaced there is none, and a second signal may come.
+            if self.saved != self._position:
+                self._save()
             raise
         finally:
             self.observer.on_end()
@@ -328,6 +342,7 @@ class _Run:
 
     def _save(self) -> None:
         self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint, self.config) and None)
+        self.saved = self._position
 
     def _save_weights(self) -> None:
         description = {

@@ -389,6 +389,12 @@ def test_grey_levels_are_not_radii(name):
 
 
 @over_every
+def test_options_are_checked_wherever_tensors_are_made(name):
+    with torch.device("meta"):
+        EVERY[name]()
+
+
+@over_every
 @pytest.mark.parametrize("kind", [np.float32, np.array, lambda e: [e], lambda e: np.full((1, 1, 1), e), torch.tensor])
 def test_radii_of_every_kind(name, kind):
     if not any(field.name == "eps" for field in dataclasses.fields(EVERY[name]())):

@@ -16,18 +16,14 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 try:
     import pybind11
     import torch
     from torch.utils import cpp_extension
-except ImportError as missing:
-    if not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
-        raise SystemExit(
-            f"robustkern is compiled against the PyTorch that it will run with ({missing}): install torch>=2.10, ninja "
-            "and pybind11, then run: pip install --no-build-isolation -e ."
-        ) from missing
-    torch = None
+except ImportError as error:
+    torch, missing = None, str(error)
 
 VERSION = re.search(r'"(.+?)"', Path("robustkern/_version.py").read_text().split("__version__")[1])[1]
 # An image runs on its GPU and on later ones of the same major version, PTX on any later one; 7.5 is the oldest that the
@@ -137,8 +133,18 @@ def extensions() -> list[Extension]:
     return [extension for extension in (cpu, aten, cuda_extension()) if extension]
 
 
+class WithoutPyTorch(build_ext):
+    """Refuses to compile; an sdist does not."""
+
+    def run(self) -> None:
+        raise SystemExit(
+            f"robustkern is compiled against the PyTorch that it will run with ({missing}): install torch>=2.10, ninja "
+            "and pybind11, then run: pip install --no-build-isolation -e ."
+        )
+
+
 if torch:
-    build_ext = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
-    setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": build_ext})
+    with_pytorch = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=False)
+    setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": with_pytorch})
 else:
-    setup(version=VERSION)
+    setup(version=VERSION, ext_modules=[Extension("robustkern._C", [])], cmdclass={"build_ext": WithoutPyTorch})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkern._arguments import check_generator
+from robustkern.ops._select import DTYPES
 
 
 def check_call(name: str, model: object, x: Any, y: Any, generator: object = None, *, soft: bool = False) -> Tensor:
@@ -20,22 +22,26 @@ def check_call(name: str, model: object, x: Any, y: Any, generator: object = Non
         x: images.  [B, ...]
         y: classes, of any integer dtype.  [B]
         generator: None, or one on the device of x.
-        soft: y may also be probabilities of the classes, floating point.
+        soft: y may also be probabilities of the classes, floating point; they need not sum to one.
 
     Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: another shape or device, an x that is not finite, a negative class.
+        TypeError: a wrong type, dtype or layout.
+        ValueError: another shape or device, an x that is not finite, a negative class or probability.
     """
     if not callable(model):
         raise TypeError(f"{name}: model must be callable, got {type(model).__name__}")
     for argument, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: {argument} must be a dense tensor, got {value.layout}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: x must be a floating-point tensor, got {x.dtype}; divide bytes by 255")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() == 0:
         raise ValueError(f"{name}: x must be a batch [B, ...], got a scalar")
-    probabilities = soft and y.is_floating_point()
+    probabilities = soft and y.dtype in DTYPES
     if not probabilities and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
         expected = "integer classes or floating-point probabilities" if soft else "integer classes"
         raise TypeError(f"{name}: y must be {expected}, got {y.dtype}")
@@ -45,11 +51,18 @@ def check_call(name: str, model: object, x: Any, y: Any, generator: object = Non
     if y.device != x.device:
         raise ValueError(f"{name}: y must be on {x.device} like x, got {y.device}")
     check_generator(name, generator, x.device, "x")
-    if is_readable(x) and x.numel() and not bool(x.detach().sum().isfinite()) and not bool(x.isfinite().all()):
+    # The sum shows it at a fraction of the cost, but may overflow.
+    if is_readable(x) and not math.isfinite(x.detach().sum().item()) and not bool(x.isfinite().all()):
         raise ValueError(f"{name}: x must be finite, got values that are NaN or infinite")
     y = y if probabilities else y.long()
-    if not probabilities and len(y) and is_readable(y):
-        check_least(name, int(y.min()))
+    if y.numel() and is_readable(y):
+        least, largest = (end.item() for end in torch.aminmax(y.detach()))
+        if not probabilities:
+            check_least(name, int(least))
+        elif not 0.0 <= least <= largest < math.inf:
+            raise ValueError(
+                f"{name}: y must be classes or probabilities, finite and not negative, got {least:g} to {largest:g}"
+            )
     return y
 
 

@@ -44,7 +44,7 @@ def check_options(options: Any, *, box: bool = False, **choices: tuple[str, ...]
             continue
         if norm != "linf" and isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{owner}: {name} must be one number for norm {norm!r}, got shape {list(value.shape)}")
-        if norm == "linf" and bool((torch.as_tensor(value) > 1).any()):
+        if norm == "linf" and bool((torch.as_tensor(value, device="cpu") > 1).any()):
             raise ValueError(
                 f"{owner}: {name} must be at most 1, the side of the box [0, 1], got {shown(value)}; write 8/255 for 8 "
                 "grey levels"
@@ -60,7 +60,7 @@ def _magnitude(owner: str, name: str, value: Any, *, positive: bool = False) -> 
             number: float | Tensor = value.detach()
         else:
             number = float(value) if isinstance(value, Real) else torch.from_numpy(np.array(value, dtype=np.float64))
-        tensor = torch.as_tensor(number)
+        tensor = torch.as_tensor(number, device="cpu")  # not the default device, which may be "meta"
         sign = tensor > 0 if positive else tensor >= 0
         valid = tensor.dtype != torch.bool and tensor.numel() > 0 and bool((tensor.isfinite() & sign).all())
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of complex numbers

@@ -116,16 +116,37 @@ def test_labels_of_every_integer_dtype_are_classes(name, dtype):
         lambda y: y[:, None],
         lambda y: nn.functional.one_hot(y),
         lambda y: y.to("meta"),
+        lambda y: y.to_sparse(),
         lambda y: torch.where(y == 2, -100, y),
         lambda y: torch.where(y == 2, -1, y),
         lambda y: torch.where(y == 2, CLASSES, y),
         lambda y: torch.where(y == 2, 2**40, y),
     ],
-    ids=["bool", "float", "list", "numpy", "None", "few", "column", "one-hot", "meta", "-100", "-1", "C", "huge"],
+    ids=[
+        "bool",
+        "float",
+        "list",
+        "numpy",
+        "None",
+        "few",
+        "column",
+        "one-hot",
+        "meta",
+        "sparse",
+        "-100",
+        "-1",
+        "C",
+        "huge",
+    ],
 )
 def test_wrong_labels(name, wrong):
     (x, y), model = batch(), network()
-    if name == NEEDS_NO_LABELS and torch.is_tensor(wrong(y)) and wrong(y).is_cpu and wrong(y).max() >= CLASSES:
+    if (
+        name == NEEDS_NO_LABELS
+        and torch.is_tensor(wrong(y))
+        and wrong(y).is_cpu
+        and wrong(y).to_dense().max() >= CLASSES
+    ):
         return
     refused(name, "y", model, x, wrong(y))
 
@@ -142,12 +163,23 @@ def test_wrong_labels(name, wrong):
         lambda x: x.clone().index_fill_(0, torch.tensor([2]), math.inf),
         lambda x: x.clone().index_fill_(0, torch.tensor([2]), -math.inf).half(),
         lambda x: x.to(torch.complex64),
+        lambda x: x.to(torch.float8_e4m3fn),
+        lambda x: x.to_sparse(),
     ],
-    ids=["bytes", "numpy", "None", "scalar", "nan", "inf", "-inf", "complex"],
+    ids=["bytes", "numpy", "None", "scalar", "nan", "inf", "-inf", "complex", "float8", "sparse"],
 )
 def test_wrong_images(name, wrong):
     x, y = batch()
     refused(name, "x", network(), wrong(x), y)
+
+
+@over_losses
+@pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
+def test_wrong_probabilities(name, wrong):
+    x, y = batch()
+    soft = nn.functional.one_hot(y, CLASSES).float()
+    soft[2, 1] = wrong
+    refused(name, "y", network(), x, soft)
 
 
 @over_every
@@ -354,6 +386,12 @@ def test_grey_levels_are_not_radii(name):
         with pytest.raises(ValueError, match=f"eps must be at most {diameter}, the {make().norm} diameter"):
             make(eps=64)(network(), *batch())
     assert "eps" not in options or make(eps=1.0)
+
+
+@over_every
+def test_options_are_checked_wherever_tensors_are_made(name):
+    with torch.device("meta"):
+        EVERY[name]()
 
 
 @over_every

@@ -240,13 +240,20 @@ def tracked_files():
 
 
 SDIST = """
-import sys
+import runpy, sys
 sys.modules.update(dict.fromkeys(("torch", "pybind11", "numpy")))
 sys.path.insert(0, ".")
 folder = sys.argv[1]
 import build_backend
 assert not any("torch" in name for name in build_backend.get_requires_for_build_sdist())
 assert any("torch" in name for name in build_backend.get_requires_for_build_wheel())
+for words in (["bdist_wheel"], ["sdist", "bdist_wheel"]):  # nothing is built without its extensions
+    sys.argv = ["setup.py", *words]
+    try:
+        runpy.run_path("setup.py")
+        raise AssertionError(words)
+    except SystemExit as refusal:
+        assert "install torch>=2.10" in str(refusal), refusal
 print(build_backend.build_sdist(folder))
 """
 

@@ -121,8 +121,7 @@ def test_checkpoint_under_a_moving_switch(case, before, after, device):
         value = case.function(*args)
         return value.sum() + penalty(value, args)
 
-    # GroupNorm's node is PyTorch's in what it saves, but its derivative is not, and attention has none in PyTorch.
-    twice = case.stock is None and "GroupNorm" not in case.name
+    twice = case.stock is None  # attention has no second derivative in PyTorch
     for function in (case.function, doubled) if twice else (case.function,):
 
         def run(recompute: bool, function: Callable[..., Tensor] = function) -> list[Tensor]:

@@ -3,6 +3,7 @@
 // Under create_graph PyTorch's first backward is not its operator native_group_norm_backward, which has no derivative,
 // but a chain of 27 kernels.  So the forward is replaced: it runs PyTorch's own below autograd, and its backward is that
 // operator, or, where a graph is built for a second derivative, ours.  Formulas: math/group_norm.h.
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -12,8 +13,21 @@
 namespace rk::aten {
 namespace {
 
+// Tensors are saved past the hooks of a checkpoint.
+class WithoutHooks {
+ public:
+  WithoutHooks() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
+  ~WithoutHooks() { at::SavedTensorDefaultHooks::set_tracing(before_); }
+  WithoutHooks(const WithoutHooks&) = delete;
+  WithoutHooks& operator=(const WithoutHooks&) = delete;
+
+ private:
+  bool before_;
+};
+
 // The gradients of `outputs` in those of `inputs` that are wanted, themselves differentiable to any order: PyTorch's
-// forward is run once more and differentiated.  For cotangents of mean and rstd, which native_group_norm returns too.
+// forward is run once more and differentiated.  For cotangents of mean and rstd, which native_group_norm returns too, and in
+// a checkpoint, which counts what PyTorch's derivative saves.
 //   forward    from tensors standing for `inputs` to the outputs, in the order of `cotangents`
 variable_list derivative_of_forward(const std::function<variable_list(const variable_list&)>& forward,
                                     const variable_list& inputs, const variable_list& cotangents,
@@ -28,6 +42,7 @@ variable_list derivative_of_forward(const std::function<variable_list(const vari
   variable_list outputs, grads;
   {
     const UseStock guard;
+    const WithoutHooks nothing_is_counted;
     for (auto& output : forward(stand_ins)) outputs.push_back(output);
   }
   variable_list roots;
@@ -181,7 +196,8 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     const bool of_statistics = cotangents[1].defined() || cotangents[2].defined();
     if (!g.defined() && !of_statistics) return result;
 
-    if (of_statistics) {
+    const bool builds_graph = at::GradMode::is_enabled();
+    if (of_statistics || (builds_graph && in_checkpoint())) {
       const auto forward = [&](const variable_list& in) -> variable_list {
         const auto [y, mean, rstd] = at::native_group_norm_symint(
             in[0], if_defined(in[1]), if_defined(in[2]), norm.samples, norm.channels, norm.positions, norm.groups, eps);
@@ -195,9 +211,7 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
       return result;
     }
     Triple grads;
-    if (at::GradMode::is_enabled())
-      ctx->saved_data["penalised"] = true;  // the engine runs a node in one thread at a time
-    const bool builds_graph = at::GradMode::is_enabled();
+    if (builds_graph) ctx->saved_data["penalised"] = true;  // the engine runs a node in one thread at a time
     if (is_differentiated(g) || (builds_graph && (is_batched(g) || under_functorch_grad())))
       grads = norm.composed(x, w).first(g, mask);
     else if (builds_graph)

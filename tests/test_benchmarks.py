@@ -35,6 +35,14 @@ def test_suites():
     python("-m", "pytest", "benchmarks", "-q", *options)
 
 
+def test_programs_that_only_print():
+    orders = python("-m", "benchmarks.bench_orders", "--only", "rms_norm", "--seconds", "0.001", "--limit", "99")
+    assert orders.count("| rms_norm |") == 15 and "0 above 99.0" in orders
+    options = ("--size", "tiny", "--rounds", "2", "--limit", "99", "--only", "RMSNorm", "entropy")
+    trees = python("-m", "benchmarks.compare", str(ROOT), *options)
+    assert trees.count("\n| ") == 5 and "second backward: RMSNorm" in trees
+
+
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
     out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]

@@ -39,6 +39,10 @@ from robustkern.training import METHODS, TrainingConfig, recipe, teacher_recipe,
 from . import harness
 from .markdown import Row, table
 
+INTRODUCTION = (
+    "Each row is trained by `robustkern train` with the recipe of the data set, and attacked by `robustkern evaluate`. "
+    "Worst case: the images that withstood every attack. Tables are written by `python -m benchmarks.render`."
+)
 RESULTS = harness.ROOT / "docs" / "robustness.json"
 _CHECKS = (
     "gradients: the loss has none at some images, and attacks nothing to follow. radii: accuracy does not fall to "
@@ -159,7 +163,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def document(everything: list[Row]) -> str:
     """docs/robustness.md: a table for each data set, a line for each method, means over the seeds."""
-    parts = ["# Robust accuracy of every method", "", __doc__.split("\n\n")[2].strip(), ""]
+    parts = ["# Robust accuracy of every method", "", INTRODUCTION, ""]
     for data in dict.fromkeys(row["data"] for row in everything):
         chosen = [row for row in everything if row["data"] == data]
         first = chosen[0]

@@ -350,7 +350,9 @@ class Judge:
     def of_stock(self) -> bool:
         """Whether some derivatives are PyTorch's own in any case."""
         third = self.case.order == 3 and {"checkpoint", "saved_tensors_hooks"} & set(self.case.features)
-        return "0" in self.case.features.get("switch", "") or bool(third)
+        # PyTorch's first backward of BatchNorm is wrong for one channels_last image in a view, as hooks make it.
+        view = self.case.shape[0] == 1 and self.case.layout == "channels_last" and "batch_norm" in str(self.case)
+        return "0" in self.case.features.get("switch", "") or bool(third) or view
 
     def in_float64(self, noise: float = 0) -> Results:
         for case in self.case, self.case.without("write"):  # which autocast hides in its copies
@@ -376,7 +378,8 @@ class Judge:
             kept = "modified by an inplace operation" in error and "rms_norm" in str(self.case).lower().replace(
                 "rmsn", "rms_n"
             )
-            if not self.strict or kept or "a recorded derivative cannot be differentiated" in error:
+            lost = "vmap" in error and self.is_lossy  # the rules for vmap that PyTorch does not have it does not meet
+            if not self.strict or kept or lost or "a recorded derivative cannot be differentiated" in error:
                 return "both raise", None  # PyTorch composes RMSNorm, and keeps other tensors
             return self.basis, f"{mode}: raises where {self.basis} works: {error}"
         for name in self.expected:
@@ -389,11 +392,14 @@ class Judge:
             return "as wrong as stock" if max(errors, default=0) > 1e-6 else self.basis, None
         return self.basis, None
 
-    def loses(self, ours: Results) -> bool:
+    @property
+    def is_lossy(self) -> bool:
         """Whether PyTorch finds None where there is something: for no samples, and for norms with a bias alone."""
         bias_alone = "w=None, b=(" in str(self.case) or "None, b)" in str(self.case)
-        lost = any(t is None and norm(ours.get(name)) for name, t in self.expected.items())
-        return self.case.shape[0] == 0 or bias_alone or lost
+        return self.case.shape[0] == 0 or bias_alone
+
+    def loses(self, ours: Results) -> bool:
+        return self.is_lossy or any(t is None and norm(ours.get(name)) for name, t in self.expected.items())
 
     def compare(self, name: str, ours: Tensor | None, nones: bool) -> str | None:
         theirs = self.expected[name]
@@ -406,7 +412,9 @@ class Judge:
                 return f"is {ours.dtype}, stock's {theirs.dtype}"
             lost = int((torch.isfinite(theirs) & ~torch.isfinite(ours)).sum())
             overflows = self.case.dtype == "float16" and "nonfinite" not in self.case.features
-            if lost and self.basis == "stock" and not overflows:
+            # Whether an infinity meets the zeros of a padding is a matter of the algorithm, also among PyTorch's own.
+            padded = "Conv" in str(self.case) and "padding=0" not in str(self.case)
+            if lost and self.basis == "stock" and not overflows and not padded:
                 return f"is not finite in {lost} of {ours.numel()} places where stock is"
         order = name.rpartition(" ")[0]
         size = 1 + max(norm(t) for other, t in self.expected.items() if other.rpartition(" ")[0] == order)
@@ -436,7 +444,10 @@ def check(case: Case) -> tuple[str, str | None]:
     """What a case was compared with, and what is wrong with it."""
     judge = Judge(case)
     for mode in "default", "zeros":
-        basis, wrong = judge.judge(mode, attempt(case, mode))
+        ours = attempt(case, mode)
+        if judge.case is not case and not isinstance(ours, Exception):
+            ours = attempt(judge.case, mode)  # what is expected is found without writes
+        basis, wrong = judge.judge(mode, ours)
         if wrong:
             break
     if wrong and basis == "stock" and not reproducible(case):

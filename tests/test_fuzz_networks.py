@@ -39,6 +39,32 @@ def test_network(seed, not_emulated):
 
 # One of each kind of fault that random seeds have found, as small as it still failed.
 FOUND = [
+    Case(
+        seed=4005948,
+        dtype="float32",
+        shape=(3, 4, 4),
+        layers=(
+            "nn.TransformerEncoderLayer(4, 4, 3, dropout=0, activation='gelu', batch_first=True, norm_first=True)",
+        ),
+        loss="y.sum()",
+        order=3,
+        features={"batched": ("vmap", 1)},
+    ),
+    Case(
+        seed=2019358,
+        shape=(1, 6, 5, 3),
+        layers=("Fn('F.group_norm(x, 2, w, b)', w=(6,), b=None)",),
+        loss="y.sum()",
+        features={"checkpoint": (0, 3, False), "frozen": ("x", "*.weight"), "write": ("first", "?.*")},
+    ),
+    Case(
+        seed=4005441,
+        shape=(3, 3, 3),
+        layers=("nn.RMSNorm((3, 3), eps=1e-5, elementwise_affine=True)", "Fn('x * w', w=(3, 3))"),
+        loss="y.sum()",
+        order=3,
+        features={"nonfinite": ("x", "inf"), "only": "*.weight"},
+    ),
     Case(layers=("x.sigmoid()", "F.silu(x, inplace=True)"), order=1, features={"checkpoint": (0, 2, False)}),
     Case(
         layers=("nn.Linear(4, 4)", "F.silu(x, inplace=True)", "nn.Linear(4, 4)"),

@@ -166,7 +166,8 @@ struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
     const bool need_grad = ctx->needs_input_grad(0), need_x = ctx->needs_input_grad(1);
     if (composes(cotangents)) {
       Tensor grad_g, grad_x;
-      if (need_grad) grad_g = choice.backward(u, x);
+      // PyTorch's own does not broadcast GELU in float32.
+      if (need_grad) grad_g = choice.backward(u, are_several(u, x) ? x.expand_as(u) : x);
       if (need_x) {
         const auto dtype = accumulation_type(x.scalar_type());
         grad_x = choice.bent(u.to(dtype), g.to(dtype), x.to(dtype)).to(x.scalar_type());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <limits>
 
 #include "replacement.h"
 
@@ -57,6 +58,8 @@ inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
 
 // How a normalisation sees its tensors: x as `shape`, which a parameter reshaped to `parameter` multiplies.  Dimensions are
 // counted from the end, since several cotangents have one more in front.
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 struct NormView {
   std::vector<SymInt> shape, parameter;
   std::vector<SymInt> weight;  // the shape of a parameter itself
@@ -100,7 +103,8 @@ class ComposedNorm {
       shift_ = shift_ - shift_.detach();
       variance = variance - shift_ * shift_;
     }
-    r_ = (variance + (rstd.pow(-2) - variance).detach()).rsqrt();
+    const Tensor found = (rstd.pow(-2) - variance).detach();  // not a number where both are infinite
+    r_ = (variance + found.nan_to_num(0.0, kInfinity, -kInfinity)).rsqrt();
   }
 
   Triple first(const Tensor& grad, const Mask& mask) const {
@@ -232,7 +236,8 @@ inline variable_list saved_for_second(const Tensor& g, const Tensor& x, const st
                                       const Mask& mask) {
   const bool weighted = w && w->defined();
   const bool reads_g = (mask[0] || mask[1]) && (x.requires_grad() || (weighted && w->requires_grad()));
-  return {reads_g ? g : Tensor(), x, optional_value(w)};
+  const bool reads_w = mask[0];  // only grad_x has it
+  return {reads_g ? g : Tensor(), x, reads_w ? optional_value(w) : Tensor()};
 }
 
 inline Kept kept_for_second(const std::optional<Tensor>& w, const Mask& mask) {

@@ -40,6 +40,23 @@ def test_network(seed, not_emulated):
 # One of each kind of fault that random seeds have found, as small as it still failed.
 FOUND = [
     Case(
+        dtype="float32",
+        shape=(1, 6, 3, 3, 2),
+        layout="channels_last",
+        layers=("nn.GroupNorm(3, 6)", "nn.InstanceNorm3d(6, track_running_stats=True).eval()", "F.softsign(x)"),
+        loss="y.sum()",
+        features={"switch": "101"},
+        seed=1,
+    ),
+    Case(
+        seed=4,
+        shape=(2, 4, 3, 3, 2),
+        layout="channels_last",
+        layers=("nn.GroupNorm(4, 4, affine=False)",),
+        loss="F.cross_entropy(y, labels(y), reduction='none').square().sum()",
+        order=3,
+    ),
+    Case(
         seed=4005948,
         dtype="float32",
         shape=(3, 4, 4),

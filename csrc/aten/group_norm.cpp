@@ -110,7 +110,7 @@ struct GroupNorm {
         c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::group_norm_backward", "").typed<Signature>();
     auto [grad_x, grad_w, grad_b] = op.call(flat(g), flat(x), vector(w, x), statistic(mean, x), statistic(rstd, x),
                                             groups, mask[0], mask[1], mask[2]);
-    if (mask[0]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+    if (mask[0]) grad_x = unflattened(grad_x, x);
     const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
     if (mask[1]) grad_w = grad_w.to(dtype);
     if (mask[2]) grad_b = grad_b.to(dtype);
@@ -144,8 +144,8 @@ struct GroupNorm {
     const auto flat_u = u.defined() ? std::make_optional(flat(u)) : std::nullopt;
     auto [grad_g, grad_x, grad_w] = op.call(flat_u, vector(a, x), vector(b, x), flat(g), flat(x), vector(w, x),
                                             statistic(mean, x), statistic(rstd, x), groups, need[0], need[1], need[2]);
-    if (need[0]) grad_g = grad_g.reshape_symint(g.sym_sizes());
-    if (need[1]) grad_x = grad_x.reshape_symint(x.sym_sizes());
+    if (need[0]) grad_g = unflattened(grad_g, g);
+    if (need[1]) grad_x = unflattened(grad_x, x);
     if (need[2]) grad_w = grad_w.to(w.scalar_type());
     return {grad_g, grad_x, grad_w};
   }

@@ -29,7 +29,7 @@ struct LinearMap {
   std::function<Tensor()> first;  // M g
   Transposed transposed;
   MapArguments arguments;
-  bool differentiable = true;  // by PyTorch too, which has no second derivative of hardsigmoid
+  bool differentiable = true;  // by PyTorch too: hardsigmoid is not, nll_loss2d not of every layout
 };
 
 // The result of map.first, as a function of g and x.  PyTorch's own, zeros and all, where x is small.

@@ -26,7 +26,8 @@ Tensor nll_loss2d_backward(const Tensor& g, const Tensor& x, const Tensor& targe
       g, x,
       {[&] { return at::nll_loss2d_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
        transposed,
-       {{target, optional_value(weight)}, {reduction, ignore_index}, {}}});
+       {{target, optional_value(weight)}, {reduction, ignore_index}, {}},
+       /*differentiable=*/false});
 }
 
 }  // namespace

@@ -35,6 +35,15 @@ inline Triple spread(const variable_list& picked, const Mask& mask) {
   return {result[0], result[1], result[2]};
 }
 
+// t in the shape of `like`.  A single sample also gets its layout, and the first stride that dense images have: PyTorch's BatchNorm
+// takes a gradient that differs in that for contiguous.
+inline Tensor unflattened(const Tensor& t, const Tensor& like) {
+  const Tensor result = t.reshape_symint(like.sym_sizes());
+  if (result.dim() < 3 || is_batched(result) || is_batched(like) || result.sym_size(0) != 1) return result;
+  if (like.is_contiguous()) return result.contiguous();
+  return result.sym_stride(1) == 1 ? result.squeeze(0).movedim(0, -1).unsqueeze(0).movedim(-1, 1) : result;
+}
+
 // In forward mode PyTorch's operators give more than they are asked for, which a Function must not.
 inline void drop_unasked(variable_list& grads, const Mask& mask) {
   for (size_t i = 0; i < 3; ++i)
@@ -56,10 +65,10 @@ inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
   return !w || !w->defined() || w->scalar_type() == dtype || w->scalar_type() == accumulation_type(dtype);
 }
 
-// How a normalisation sees its tensors: x as `shape`, which a parameter reshaped to `parameter` multiplies.  Dimensions are
-// counted from the end, since several cotangents have one more in front.
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+// How a normalisation sees its tensors: x as `shape`, which a parameter reshaped to `parameter` multiplies.  Dimensions are
+// counted from the end, since several cotangents have one more in front.
 struct NormView {
   std::vector<SymInt> shape, parameter;
   std::vector<SymInt> weight;  // the shape of a parameter itself
@@ -221,9 +230,7 @@ class ComposedNorm {
     const auto dtype = w_.defined() ? w_.scalar_type() : x_.scalar_type();
     return t.sum(view_.others).reshape_symint(view_.weight).to(dtype);
   }
-  Tensor back(const Tensor& t, const Tensor& like) const {
-    return t.to(like.scalar_type()).reshape_symint(like.sym_sizes());
-  }
+  Tensor back(const Tensor& t, const Tensor& like) const { return unflattened(t.to(like.scalar_type()), like); }
 
   NormView view_;
   Tensor x_, w_;

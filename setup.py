@@ -124,7 +124,7 @@ def extensions() -> list[Extension]:
     )
     aten = cpp_extension.CppExtension(
         "robustkern._aten",
-        sources("aten/*.cpp"),
+        sources("aten/**/*.cpp"),
         include_dirs=[pybind11.get_include()],
         define_macros=BUILT_WITH,
         # PyTorch's headers warn under -Wextra.

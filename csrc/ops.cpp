@@ -23,21 +23,18 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target, float "
-      "label_smoothing, "
-      "float temperature, int ignore_index) -> Tensor");
+      "label_smoothing, float temperature, int ignore_index) -> Tensor");
   // -> (gg_grad [B], grad_logits [B, C])
   m.def(
       "softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits, Tensor statistics, Tensor "
-      "target, "
-      "float label_smoothing, float temperature, int ignore_index) -> (Tensor, Tensor)");
+      "target, float label_smoothing, float temperature, int ignore_index) -> (Tensor, Tensor)");
 
   // p_logits, q_logits: [B, C] -> kl [B], statistics [B, 5], see KlRow in math/kl_divergence.h
   m.def("kl_divergence(Tensor p_logits, Tensor q_logits, float temperature) -> (Tensor, Tensor)");
   // -> (grad_p, grad_q) [B, C]; one that is not needed is [0]
   m.def(
       "kl_divergence_backward(Tensor grad, Tensor p_logits, Tensor q_logits, Tensor statistics, float temperature, "
-      "bool "
-      "need_p, bool need_q) -> (Tensor, Tensor)");
+      "bool need_p, bool need_q) -> (Tensor, Tensor)");
   // An absent cotangent is zero.  -> (gg_grad [B], grad_p, grad_q [B, C], or [0] where not needed)
   m.def(
       "kl_divergence_double_backward(Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p_logits, Tensor q_logits, Tensor "
@@ -56,8 +53,7 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
   // step_size: [1], [C] or [N] in the accumulation type, entry (j / inner) % C belongs to column j; scale: [B].
   m.def(
       "attack_step(Tensor(a!) adversary, Tensor x, Tensor? grad, Tensor eps, Tensor step_size, Tensor? scale, int "
-      "inner, "
-      "int norm, int coordinates) -> ()");
+      "inner, int norm, int coordinates) -> ()");
   // seed: [1] int64; samples: [B] int64
   m.def(
       "attack_start(Tensor(a!) adversary, Tensor x, Tensor eps, Tensor seed, Tensor? samples, int inner, int norm, int "
@@ -72,9 +68,8 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
   // -> (gg_grad like x, grad_x like x, grad_weight [C])
   m.def(
       "batch_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
-      "weight, "
-      "Tensor mean, Tensor invstd, bool training, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, "
-      "Tensor)");
+      "weight, Tensor mean, Tensor invstd, bool training, bool need_grad, bool need_x, bool need_weight) -> (Tensor, "
+      "Tensor, Tensor)");
   // x: [B, D] rows; weight: [D]; mean (none: RMSNorm), rstd: [B] -> (grad_x [B, D], grad_weight [D], grad_bias [D])
   m.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, bool need_x, bool "
@@ -83,8 +78,7 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
   // -> (gg_grad [B, D], grad_x [B, D], grad_weight [D])
   m.def(
       "layer_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
-      "weight, "
-      "Tensor? mean, Tensor rstd, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
+      "weight, Tensor? mean, Tensor rstd, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
   // x: [N, C, S], contiguous or with the channels innermost; weight: [C]; mean, rstd: [N, groups]
   // -> (grad_x like x, grad_weight [C], grad_bias [C])
   m.def(
@@ -94,15 +88,13 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
   // -> (gg_grad like x, grad_x like x, grad_weight [C])
   m.def(
       "group_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
-      "weight, "
-      "Tensor mean, Tensor rstd, int groups, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, "
-      "Tensor)");
+      "weight, Tensor mean, Tensor rstd, int groups, bool need_grad, bool need_x, bool need_weight) -> (Tensor, "
+      "Tensor, Tensor)");
   // x: any shape, the input (for tanh and sigmoid: the output); parameters: see math/activation.h
   // -> (gg_grad like x, grad_x like x)
   m.def(
       "activation_double_backward(Tensor gg_x, Tensor grad, Tensor x, str function, float[] parameters, bool "
-      "need_grad, "
-      "bool need_x) -> (Tensor, Tensor)");
+      "need_grad, bool need_x) -> (Tensor, Tensor)");
   // output: [B, C, S], of softmax or log_softmax over C -> (gg_grad, grad_output), both like output
   m.def(
       "softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad, bool need_output) -> "

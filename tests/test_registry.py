@@ -3,6 +3,7 @@
 csrc/README.md says how an operator is added; each message names the step that is missing.
 """
 
+import graphlib
 import importlib
 import inspect
 import re
@@ -79,7 +80,8 @@ def test_derivatives_of_pytorch_operators(schema):
         ("FuncTorchBatched", "rule"),
     ):
         assert has_kernel(schema, key), f"register a {key} {step} of {schema}"
-    kernels = [p for p in sources(f"csrc/cuda/{stem}*.cu", f"csrc/aten/{stem}*.cpp") if f'"{schema}"' in p.read_text()]
+    written = sources(f"csrc/cuda/{stem}*.cu", f"csrc/aten/kernels/{stem}*.cpp")
+    kernels = [p for p in written if f'"{schema}"' in p.read_text()]
     assert kernels, f"register a CUDA kernel of {schema}"
     assert schema in reference.__all__
     assert entry.reference is getattr(reference, schema)
@@ -310,9 +312,42 @@ def test_no_tolerance_is_typed_by_hand():
                 pytest.fail(f"{path.name}:{number}: use robustkern.testing.assert_as_accurate_as_reference\n{line}")
 
 
+# What each folder of csrc may include from, besides itself.
+FLOORS = {
+    "": ["cpu"],
+    "math": [],
+    "arguments": ["math"],
+    "cpu": ["arguments", "math"],
+    "cuda": ["arguments", "math"],
+    "aten/kernels": ["cpu", "arguments", "math"],
+    "aten": ["aten/kernels", "arguments", "math"],
+}
+
+
+def test_nothing_in_csrc_includes_upward_or_in_a_circle():
+    graph = {}
+    for path in sources("csrc/**/*"):
+        if path.suffix not in {".h", ".cpp", ".cu", ".cuh"}:
+            continue
+        floor = path.parent.relative_to(ROOT / "csrc").as_posix().strip(".")
+        included = [(path.parent / name).resolve() for name in re.findall(r'#include "([^"]+)"', path.read_text())]
+        graph[path] = {header for header in included if header.name != "cuda_emulator.h"}  # in place of CUDA's
+        for header in graph[path]:
+            below = header.parent.relative_to(ROOT / "csrc").as_posix().strip(".")
+            assert below in {floor, *FLOORS[floor]}, f"{path.relative_to(ROOT)} includes {header.relative_to(ROOT)}"
+    graphlib.TopologicalSorter(graph).prepare()  # or CycleError
+
+
+def test_paths_in_the_readme_of_csrc_exist():
+    for name in re.findall(r"`([\w.<>*/]+)`", text_of("csrc/README.md", "write it")):
+        if re.search(r"/|\.(h|cpp|cuh?|py|md)$", name) and not name.startswith("torch/"):
+            pattern = re.sub(r"<\w+>", "*", name).rstrip("/")
+            assert any(any(folder.glob(pattern)) for folder in (ROOT, ROOT / "csrc")), f"{name} does not exist"
+
+
 def test_kernels_use_stable_headers_only():
     """So that one binary serves every later PyTorch, and the CUDA half compiles without a CUDA build of it."""
     allowed = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")
-    for path in sources("csrc/*.cpp", "csrc/*.h", "csrc/math/*", "csrc/cpu/*", "csrc/cuda/*"):
+    for path in sources("csrc/*.cpp", "csrc/*.h", "csrc/arguments/*", "csrc/math/*", "csrc/cpu/*", "csrc/cuda/*"):
         for header in re.findall(r"#include <((?:torch|ATen|c10)[^>]*)>", path.read_text()):
             assert allowed.match(header), f"{path.name} includes {header}"

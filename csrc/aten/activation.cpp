@@ -5,10 +5,7 @@
 //
 // PyTorch has a first backward of one kernel for silu and mish, but takes it apart where it is to be differentiated.
 // Here the forward is replaced too, by one whose backward is that kernel.
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <algorithm>
-#include <numeric>
 
 #include "cotangents.h"
 #include "replacement.h"
@@ -45,16 +42,12 @@ struct Choice {
   void save(AutogradContext* ctx) const {
     Kept kept;
     kept.put(std::find(std::begin(kFunctions), std::end(kFunctions), function) - std::begin(kFunctions));
-    kept.put(static_cast<int64_t>(parameters.size()));
-    for (const double p : parameters) kept.put_number(p);
-    kept.save(ctx);
+    kept.put_numbers(parameters).save(ctx);
   }
   static Choice load(AutogradContext* ctx) {
     Kept kept(ctx);
-    Choice choice{kFunctions[kept.integer()], {}};
-    choice.parameters.resize(kept.integer());
-    for (double& p : choice.parameters) p = kept.number();
-    return choice;
+    const auto function = kFunctions[kept.integer()];
+    return {function, kept.numbers()};
   }
 
   // Elements; measured in second and third derivatives on a thread of an AMD EPYC with AVX-512.
@@ -123,28 +116,23 @@ struct Choice {
 
 std::tuple<Tensor, Tensor> call_kernel(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
                                        bool need_grad, bool need_x) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow(kKernel, "")
-                             .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                               c10::string_view, at::ArrayRef<double>, bool, bool)>();
-  return op.call(u, g, x, choice.function, choice.parameters, need_grad, need_x);
+  return call_operator<kKernel, std::tuple<Tensor, Tensor>>(u, g, x, choice.function,
+                                                            at::ArrayRef<double>(choice.parameters), need_grad, need_x);
 }
 
 // Several cotangents [K, *x.shape] are contiguous to the kernel: they are shown to it in the order of memory of x.
 std::tuple<Tensor, Tensor> double_backward(const Tensor& u, const Tensor& g, const Tensor& x, const Choice& choice,
                                            bool need_grad, bool need_x) {
   if (!are_several(g, x)) return call_kernel(u, g, x, choice, need_grad, need_x);
-  std::vector<int64_t> order(x.dim()), back(x.dim()), orders{0}, backs{0};
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-  for (int64_t d = 0; d < x.dim(); ++d) back[order[d]] = d;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    orders.push_back(order[d] + 1);
-    backs.push_back(back[d] + 1);
-  }
-  auto [gg_grad, grad_x] =
-      call_kernel(u.permute(orders), g.permute(orders), x.permute(order), choice, need_grad, need_x);
-  return {need_grad ? gg_grad.permute(backs) : gg_grad, need_x ? grad_x.permute(back) : grad_x};
+  const auto [order, back] = MemoryOrder(x);
+  const auto of_several = [](const std::vector<int64_t>& dims) {
+    std::vector<int64_t> result{0};
+    for (const int64_t d : dims) result.push_back(d + 1);
+    return result;
+  };
+  auto [gg_grad, grad_x] = call_kernel(u.permute(of_several(order)), g.permute(of_several(order)), x.permute(order),
+                                       choice, need_grad, need_x);
+  return {need_grad ? gg_grad.permute(of_several(back)) : gg_grad, need_x ? grad_x.permute(back) : grad_x};
 }
 
 struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
@@ -181,60 +169,58 @@ struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
   }
 };
 
-Tensor apply(const Tensor& g, const Tensor& x, const Choice& choice) {
+std::optional<Tensor> apply(const Tensor& g, const Tensor& x, const Choice& choice) {
   const bool fused = is_plain(x) && is_plain(g) && g.scalar_type() == x.scalar_type() && g.sizes() == x.sizes() &&
                      !is_small(x, choice.pays_from());
-  if (fused) return ActivationBackward::apply(g, x, choice);
-  const UseStock guard;
-  return choice.backward(g, x);
+  return fused ? std::make_optional(ActivationBackward::apply(g, x, choice)) : std::nullopt;
 }
 
-Tensor gelu_backward(const Tensor& g, const Tensor& x, c10::string_view approximate) {
+std::optional<Tensor> gelu_backward(const Tensor& g, const Tensor& x, c10::string_view approximate) {
   return apply(g, x, {approximate == "tanh" ? "gelu_tanh" : "gelu", {}});
 }
-Tensor softplus_backward(const Tensor& g, const Tensor& x, const at::Scalar& beta, const at::Scalar& threshold) {
+std::optional<Tensor> softplus_backward(const Tensor& g, const Tensor& x, const at::Scalar& beta,
+                                        const at::Scalar& threshold) {
   return apply(g, x, {"softplus", {beta.toDouble(), threshold.toDouble()}});
 }
-Tensor elu_backward(const Tensor& g, const at::Scalar& alpha, const at::Scalar& scale, const at::Scalar& input_scale,
-                    bool is_result, const Tensor& x) {
+std::optional<Tensor> elu_backward(const Tensor& g, const at::Scalar& alpha, const at::Scalar& scale,
+                                   const at::Scalar& input_scale, bool is_result, const Tensor& x) {
   const Choice choice{"elu", {alpha.toDouble(), scale.toDouble(), input_scale.toDouble(), is_result ? 1.0 : 0.0}};
-  if (choice.parameters[2] >= 0.0) return apply(g, x, choice);
-  const UseStock guard;  // an exponential that grows
-  return choice.backward(g, x);
+  const bool grows = choice.parameters[2] < 0.0;  // an exponential that PyTorch does
+  return grows ? std::nullopt : apply(g, x, choice);
 }
-Tensor tanh_backward(const Tensor& g, const Tensor& y) { return apply(g, y, {"tanh", {}}); }
-Tensor sigmoid_backward(const Tensor& g, const Tensor& y) { return apply(g, y, {"sigmoid", {}}); }
-Tensor hardswish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"hardswish", {}}); }
-Tensor silu_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"silu", {}}); }
-Tensor mish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"mish", {}}); }
+std::optional<Tensor> tanh_backward(const Tensor& g, const Tensor& y) { return apply(g, y, {"tanh", {}}); }
+std::optional<Tensor> sigmoid_backward(const Tensor& g, const Tensor& y) { return apply(g, y, {"sigmoid", {}}); }
+std::optional<Tensor> hardswish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"hardswish", {}}); }
+std::optional<Tensor> silu_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"silu", {}}); }
+std::optional<Tensor> mish_backward(const Tensor& g, const Tensor& x) { return apply(g, x, {"mish", {}}); }
 
 // gelu, silu and mish: operators that leave the input alone, and for the last two their twins that overwrite it.
 struct Gelu {
-  static constexpr const char* name = "gelu";
+  static constexpr c10::string_view name = "gelu";
   static Tensor forward(const Tensor& x) { return at::gelu(x, "none"); }
-  static Tensor backward(const Tensor& g, const Tensor& x) { return at::gelu_backward(g, x, "none"); }
 };
 struct GeluTanh {
-  static constexpr const char* name = "gelu_tanh";
+  static constexpr c10::string_view name = "gelu_tanh";
   static Tensor forward(const Tensor& x) { return at::gelu(x, "tanh"); }
-  static Tensor backward(const Tensor& g, const Tensor& x) { return at::gelu_backward(g, x, "tanh"); }
 };
 struct Silu {
-  static constexpr const char* name = "silu";
+  static constexpr c10::string_view name = "silu";
   static Tensor forward(const Tensor& x) { return at::silu(x); }
   static Tensor& forward_(Tensor& x) { return at::silu_(x); }
-  static Tensor backward(const Tensor& g, const Tensor& x) {
-    return at::GradMode::is_enabled() && in_checkpoint() ? composed_silu_backward(g, x) : at::silu_backward(g, x);
-  }
 };
 struct Mish {
-  static constexpr const char* name = "mish";
+  static constexpr c10::string_view name = "mish";
   static Tensor forward(const Tensor& x) { return at::mish(x); }
   static Tensor& forward_(Tensor& x) { return at::mish_(x); }
-  static Tensor backward(const Tensor& g, const Tensor& x) {
-    return at::GradMode::is_enabled() && in_checkpoint() ? composed_mish_backward(g, x) : first_mish_backward(g, x);
-  }
 };
+
+template <class Activation>
+Tensor first_backward(const Tensor& g, const Tensor& x) {
+  if constexpr (std::is_same_v<Activation, Silu> || std::is_same_v<Activation, Mish>)
+    if (at::GradMode::is_enabled() && in_checkpoint())
+      return std::is_same_v<Activation, Silu> ? composed_silu_backward(g, x) : composed_mish_backward(g, x);
+  return Choice{Activation::name, {}}.backward(g, x);
+}
 
 template <class Activation>
 struct Forward : torch::autograd::Function<Forward<Activation>> {
@@ -253,7 +239,7 @@ struct Forward : torch::autograd::Function<Forward<Activation>> {
       return ActivationBackward::apply(cotangents, x, Choice{Activation::name, {}});
     });
     const BelowAutogradIf below(is_final(g));
-    return {several ? *several : Activation::backward(g, x)};
+    return {several ? *several : first_backward<Activation>(g, x)};
   }
 };
 
@@ -269,36 +255,30 @@ struct ForwardInPlace : torch::autograd::Function<ForwardInPlace<Activation>> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return {Tensor(), Tensor()};
-    return {Activation::backward(grads[0], ctx->get_saved_variables()[0]), Tensor()};
+    return {first_backward<Activation>(grads[0], ctx->get_saved_variables()[0]), Tensor()};
   }
 };
 
 template <class Activation>
-Tensor forward(const Tensor& x) {
-  if (is_plain(x) && !is_small(x, 1 << 14)) return Forward<Activation>::apply(x);
-  const UseStock guard;
-  return Activation::forward(x);
+std::optional<Tensor> forward(const Tensor& x) {
+  if (!is_plain(x) || is_small(x, 1 << 14)) return std::nullopt;
+  return Forward<Activation>::apply(x);
 }
 
-Tensor gelu(const Tensor& x, c10::string_view approximate) {
-  if (!saves_through_hooks()) {
-    if (approximate == "tanh") return forward<GeluTanh>(x);
-    if (approximate == "none") return forward<Gelu>(x);
-  }
-  const UseStock guard;  // PyTorch has an error message for other approximations
-  return at::gelu(x, approximate);
+std::optional<Tensor> gelu(const Tensor& x, c10::string_view approximate) {
+  if (saves_through_hooks()) return std::nullopt;
+  if (approximate == "tanh") return forward<GeluTanh>(x);
+  if (approximate == "none") return forward<Gelu>(x);
+  return std::nullopt;  // PyTorch has an error message for other approximations
 }
 
 template <class Activation>
-Tensor& forward_(Tensor& self) {
+Tensor* forward_(Tensor& self) {
   // A checkpoint that repeats its forward stops at the last tensor to be saved: PyTorch saves before it overwrites, a Function
   // after that.  And PyTorch has an error message for leaves.
-  if (is_plain(self) && !self.is_leaf() && !is_small(self, 1 << 14) && !saves_through_hooks()) {
-    ForwardInPlace<Activation>::apply(self.clone(), self);
-    return self;
-  }
-  const UseStock guard;
-  return Activation::forward_(self);
+  if (!is_plain(self) || self.is_leaf() || is_small(self, 1 << 14) || saves_through_hooks()) return nullptr;
+  ForwardInPlace<Activation>::apply(self.clone(), self);
+  return &self;
 }
 
 }  // namespace

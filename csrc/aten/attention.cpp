@@ -6,13 +6,14 @@
 // backward takes memory linear in the sequence; a third order, or second derivatives in a bias, go through the scores
 // of all heads, as PyTorch's own MATH backend does.
 #include <cmath>
+#include <functional>
 
-#include "operators.h"
+#include "replacement.h"
 
 namespace rk::aten {
 namespace {
 
-constexpr const char* kOperator = "robustkern::attention_double_backward";
+constexpr char kOperator[] = "robustkern::attention_double_backward";
 
 struct Settings {
   bool causal;
@@ -102,17 +103,12 @@ variable_list second_backward(const Tensor* gg, const variable_list& in, const S
   return narrowed(grads, in);
 }
 
-std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
-
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Results double_backward(const Tensor* gg, const variable_list& in, const Settings& s, const std::array<bool, 5>& need) {
-  using Signature = Results(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                            const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                            bool, double, bool, bool, bool, bool);
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kOperator, "").typed<Signature>();
-  return op.call(optional(gg[0]), optional(gg[1]), optional(gg[2]), in[0], in[1], in[2], in[3], optional(in[4]),
-                 s.causal, s.scale, need[0], need[1], need[2], need[3]);
+Results double_backward(const Tensor* gg, const variable_list& in, const Settings& s, const MaskOf<5>& need) {
+  return call_operator<kOperator, Results>(if_defined(gg[0]), if_defined(gg[1]), if_defined(gg[2]), in[0], in[1], in[2],
+                                           in[3], if_defined(in[4]), s.causal, s.scale, need[0], need[1], need[2],
+                                           need[3]);
 }
 
 using Stock = std::function<variable_list()>;  // PyTorch's first backward
@@ -123,7 +119,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     ctx->save_for_backward({g, q, k, v, optional_value(bias)});
     ctx->set_materialize_grads(false);
     Kept kept;
-    kept.put(given_bits({true, true, true, true, bias && bias->defined()})).put(s.causal);
+    kept.put(to_bits({true, true, true, true, bias && bias->defined()})).put(s.causal);
     kept.put_number(s.scale).put_number(s.dropout).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return stock();
@@ -154,11 +150,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
 
     const at::AutoDispatchBelowADInplaceOrView below;
     need[3] = need[3] && (gg[0].defined() || gg[1].defined());  // v is linear
-    const auto [grad_g, grad_q, grad_k, grad_v] = double_backward(gg, in, s, need);
-    if (need[0]) result[0] = grad_g;
-    if (need[1]) result[1] = grad_q;
-    if (need[2]) result[2] = grad_k;
-    if (need[3]) result[3] = grad_v;
+    assign(result, double_backward(gg, in, s, need), {need[0], need[1], need[2], need[3]});
     fill_for_compiled_autograd(asked_for, result, in);
     return result;
   }
@@ -174,11 +166,6 @@ struct Call {
   std::optional<Tensor> bias;
   Settings settings;
 };
-
-template <class... T>
-variable_list as_list(const std::tuple<T...>& results) {
-  return std::apply([](const auto&... t) { return variable_list{t...}; }, results);
-}
 
 struct FlashCpu {
   using Op = at::_ops::_scaled_dot_product_flash_attention_for_cpu_backward;
@@ -202,7 +189,7 @@ struct Efficient {
   static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
                    const Tensor&, const Tensor&, const Tensor&, const Tensor&, double dropout, std::array<bool, 4>,
                    bool causal, std::optional<double> scale) {
-    return {g, q, k, v, optional(bias), {causal, scale_of(scale, q), dropout}};
+    return {g, q, k, v, if_defined(bias), {causal, scale_of(scale, q), dropout}};
   }
 };
 
@@ -211,14 +198,9 @@ struct Cudnn {
   static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
                    const Tensor&, const Tensor&, const Tensor& bias, const Tensor&, const Tensor&, const SymInt&,
                    const SymInt&, double dropout, bool causal, std::optional<double> scale) {
-    return {g, q, k, v, optional(bias), {causal, scale_of(scale, q), dropout}};
+    return {g, q, k, v, if_defined(bias), {causal, scale_of(scale, q), dropout}};
   }
 };
-
-template <size_t N>
-auto as_tuple(const std::array<Tensor, N>& t) {
-  return std::apply([](const auto&... each) { return std::tuple(each...); }, t);
-}
 
 // torch.func.grad runs a backward once at each of its levels, from the inside out.  The outer levels are those that
 // differentiate what the inner ones have computed; how many lie above the one at hand:
@@ -245,11 +227,10 @@ struct Attention<Backend, R(Args...)> {
 
   static R kernel(c10::DispatchKeySet keys, Args... args) {
     if (serves(args...)) return fused(args...);
-    const bool ours =
-        enabled() && !uses_stock_kernels() && (detail::is_known(args) && ...) && detail::has_cotangent(args...);
+    const bool ours = enabled() && !uses_stock_kernels() && all_known(args...) && has_cotangent(args...);
     const bool transformed = ours && under_functorch_grad();
     if (transformed && (inner_levels > 0 || of_cotangent_alone(args...))) return composite(args...);
-    if (ours && (detail::has_tangent(args) || ...)) return composite(args...);
+    if (ours && has_tangent(args...)) return composite(args...);
     const InnerLevel level(transformed);
     return Op::redispatch(stock_keys<Op>(keys), args...);
   }
@@ -257,19 +238,14 @@ struct Attention<Backend, R(Args...)> {
  private:
   static R fused(Args... args) {
     const Call c = Backend::call(args...);
-    std::array<bool, kOutputs> present{};
+    MaskOf<kOutputs> present;
     const Stock stock = [&] {
-      variable_list outputs;
-      const auto all = as_list(Op::call(args...));
-      for (size_t i = 0; i < kOutputs; ++i)
-        if ((present[i] = all[i].defined())) outputs.push_back(all[i]);
-      return outputs;
+      const R outputs = Op::call(args...);
+      present = are_defined(outputs);
+      return pick(outputs, present);
     };
     const auto outputs = AttentionBackward::apply(c.g, c.q, c.k, c.v, c.bias, c.settings, stock);
-    std::array<Tensor, kOutputs> results;
-    for (size_t i = 0, next = 0; i < kOutputs; ++i)
-      if (present[i]) results[i] = outputs[next++];
-    return as_tuple(results);
+    return spread(outputs, present);
   }
 
   // Whether a transform differentiates by the cotangent, while the graph is older than the transform.
@@ -283,9 +259,9 @@ struct Attention<Backend, R(Args...)> {
     const Call c = Backend::call(args...);
     if (c.settings.dropout != 0) return Op::call(args...);
     const auto grads = first_backward({c.g, c.q, c.k, c.v, optional_value(c.bias)}, c.settings);
-    std::array<Tensor, kOutputs> results;
-    for (size_t i = 0; i < std::min(kOutputs, grads.size()); ++i) results[i] = grads[i];
-    return as_tuple(results);
+    MaskOf<kOutputs> present{};
+    std::fill_n(present.begin(), std::min(kOutputs, grads.size()), true);
+    return spread(grads, present);
   }
 };
 

@@ -3,9 +3,7 @@
 // The formulas stand in math/batch_norm.h.  Here PyTorch's arguments are brought into the shape that the operator
 // robustkern::batch_norm_double_backward takes: [N, C, S]; channels_last images are [N * H * W, C, 1].  Views only.
 // The forward is replaced too, by a node that can tell several cotangents.
-#include "cotangents.h"
 #include "normalization.h"
-#include "operators.h"
 
 namespace rk::aten {
 namespace {
@@ -50,6 +48,7 @@ struct BatchNorm {
   std::array<Tensor, 2> statistics() const {
     return training ? std::array{mean.value(), invstd.value()} : std::array{running_mean.value(), running_var.value()};
   }
+  Kept put_into(Kept kept) const { return kept.put(training).put_number(eps); }
   static BatchNorm of(Kept& kept, const Tensor& center, const Tensor& scale) {
     BatchNorm norm;
     norm.training = kept.flag();
@@ -59,12 +58,12 @@ struct BatchNorm {
     return norm;
   }
 
-  Triple backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, Mask mask) const {
+  Triple backward(const Tensor& g, const Tensor& x, const Tensor& w, Mask mask) const {
     // w r P is symmetric: what it makes of u in the second backward, it makes of g in the first.
-    if (are_several(g, x)) return double_backward(g, Tensor(), Tensor(), g, x, optional_value(w), {true, false, false});
-    if (reserve)
-      return at::cudnn_batch_norm_backward(x, g, w.value(), running_mean, running_var, mean, invstd, eps, *reserve);
-    return at::native_batch_norm_backward(g, x, w, running_mean, running_var, mean, invstd, training, eps, mask);
+    if (are_several(g, x)) return double_backward(g, Tensor(), Tensor(), g, x, w, {true, false, false});
+    if (reserve) return at::cudnn_batch_norm_backward(x, g, w, running_mean, running_var, mean, invstd, eps, *reserve);
+    return at::native_batch_norm_backward(g, x, if_defined(w), running_mean, running_var, mean, invstd, training, eps,
+                                          mask);
   }
 
   ComposedNorm composed(const Tensor& x, const Tensor& w) const {
@@ -88,18 +87,14 @@ struct BatchNorm {
   // Below autograd.
   Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {
-    using Signature =
-        Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-               const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, bool, bool, bool, bool);
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kKernel, "").typed<Signature>();
     const bool innermost = channels_innermost(x), several = are_several(g, x);
-    const auto flat_u = u.defined() ? std::make_optional(flattened(u, innermost, several)) : std::nullopt;
+    const auto flat_u = if_defined(u, [&](const Tensor& t) { return flattened(t, innermost, several); });
     const auto channels = [&](const Tensor& t) { return in_accumulation_type(t, x.scalar_type()); };
     const Tensor center = *channels(training ? *mean : *running_mean);
     const Tensor scale = training ? *channels(*invstd) : channels(*running_var)->add(eps).rsqrt();
-    auto [grad_g, grad_x, grad_w] =
-        op.call(flat_u, channels(a), channels(b), flattened(g, innermost, several), flattened(x, innermost),
-                channels(w), center, scale, training, need[0], need[1], need[2]);
+    auto [grad_g, grad_x, grad_w] = call_operator<kKernel, Triple>(
+        flat_u, channels(a), channels(b), flattened(g, innermost, several), flattened(x, innermost), channels(w),
+        center, scale, training, need[0], need[1], need[2]);
     if (need[0]) grad_g = unflattened(grad_g, g, innermost, several);
     if (need[1]) grad_x = unflattened(grad_x, x, innermost);
     if (need[2]) grad_w = grad_w.to(w.scalar_type());
@@ -107,45 +102,24 @@ struct BatchNorm {
   }
 };
 
-struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
-                               const BatchNorm& norm, Mask mask) {
-    auto tensors = saved_for_second(g, x, w, mask);
-    const auto statistics = norm.statistics();
-    tensors.insert(tensors.end(), statistics.begin(), statistics.end());
-    ctx->save_for_backward(tensors);
-    ctx->set_materialize_grads(false);
-    kept_for_second(w, mask).put(norm.training).put_number(norm.eps).save(ctx);
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return pick(norm.backward(g, x, w, mask), mask);
-  }
+using BatchNormBackward = NormBackward<BatchNorm>;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    const auto saved = ctx->get_saved_variables();
-    Kept kept(ctx);
-    const int64_t given = kept.integer(), mask = kept.integer();
-    const auto norm = BatchNorm::of(kept, saved[3], saved[4]);
-    return second_backward(asked<3>(ctx, given), saved, norm, from_bits(mask), cotangents);
-  }
-};
-
-Triple apply(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const BatchNorm& norm, Mask mask) {
-  // Without a weight PyTorch still asks for the gradients of both: it computes them, and nobody uses them.
-  return spread(BatchNormBackward::apply(g, x, w, norm, mask), mask);
+// Without a weight PyTorch still asks for the gradients of both: it computes them, and nobody uses them.
+std::optional<Triple> native_batch_norm_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                                                 const std::optional<Tensor>& running_mean,
+                                                 const std::optional<Tensor>& running_var,
+                                                 const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd,
+                                                 bool training, double eps, Mask mask) {
+  return BatchNormBackward::run(g, x, w, {running_mean, running_var, mean, invstd, std::nullopt, training, eps}, mask);
 }
 
-Triple native_batch_norm_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
-                                  const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
-                                  const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd, bool training,
-                                  double eps, Mask mask) {
-  return apply(g, x, w, {running_mean, running_var, mean, invstd, std::nullopt, training, eps}, mask);
-}
-
-Triple cudnn_batch_norm_backward(const Tensor& x, const Tensor& g, const Tensor& w,
-                                 const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
-                                 const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd, double eps,
-                                 const Tensor& reserve) {
-  return apply(g, x, w, {running_mean, running_var, mean, invstd, reserve, true, eps}, {true, true, true});
+std::optional<Triple> cudnn_batch_norm_backward(const Tensor& x, const Tensor& g, const Tensor& w,
+                                                const std::optional<Tensor>& running_mean,
+                                                const std::optional<Tensor>& running_var,
+                                                const std::optional<Tensor>& mean, const std::optional<Tensor>& invstd,
+                                                double eps, const Tensor& reserve) {
+  return BatchNormBackward::run(g, x, w, {running_mean, running_var, mean, invstd, reserve, true, eps},
+                                {true, true, true});
 }
 
 // The statistics are handed over by the side, as LayerNorm's.
@@ -158,7 +132,7 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     const auto [y, mean, invstd] = at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
     ctx->save_for_backward({x, optional_value(w), training ? mean : *running_mean, training ? invstd : *running_var});
     ctx->set_materialize_grads(false);
-    Kept().put(given_bits({true, w && w->defined(), b && b->defined()})).put(training).put_number(eps).save(ctx);
+    Kept().put(to_bits({true, w && w->defined(), b && b->defined()})).put(training).put_number(eps).save(ctx);
     *statistics = {mean, invstd};
     return y;
   }
@@ -172,33 +146,26 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     Kept kept(ctx);
     const Mask mask = asked<3>(ctx, kept.integer());
     const auto norm = BatchNorm::of(kept, saved[2], saved[3]);
-    if (mask == Mask{true, false, false})
-      if (const auto several = for_several(g, [&](const Tensor& cotangents) {
-            return BatchNormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0];
-          })) {
-        result[0] = *several;
-        return result;
-      }
+    if (const auto grad_x = BatchNormBackward::of_several(g, x, w, norm, mask)) {
+      result[0] = *grad_x;
+      return result;
+    }
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(g);
     const BelowAutogradIf below(is_final(g));
-    std::tie(result[0], result[1], result[2]) =
-        composed ? norm.composed(x, w).first(g, mask) : norm.backward(g, x, if_defined(w), mask);
-    drop_unasked(result, mask);
+    assign(result, composed ? norm.composed(x, w).first(g, mask) : norm.backward(g, x, w, mask), mask);
     return result;
   }
 };
 
-Triple native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
-                         const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
-                         bool training, double momentum, double eps) {
-  if (!is_plain(x) || is_small(x, 1 << 15) || saves_through_hooks()) {
-    const UseStock guard;
-    return at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
-  }
+std::optional<Triple> native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+                                        const std::optional<Tensor>& running_mean,
+                                        const std::optional<Tensor>& running_var, bool training, double momentum,
+                                        double eps) {
+  if (!is_plain(x) || is_small(x, 1 << 15) || saves_through_hooks()) return std::nullopt;
   Statistics statistics;
   const Tensor y = ForwardBatchNorm::apply(x, w, b, running_mean, running_var, training, momentum, eps, &statistics);
-  return {y, statistics.mean, statistics.rstd};
+  return Triple{y, statistics.mean, statistics.rstd};
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 // Written in operators that are themselves replaced, so it can be differentiated any number of times.
 #include <algorithm>
 
-#include "operators.h"
+#include "replacement.h"
 
 namespace rk::aten {
 namespace {
@@ -31,8 +31,8 @@ struct Geometry {
   Tensor convolve(const Tensor& x, const Tensor& w) const {
     return at::convolution_symint(x, w, std::nullopt, stride, padding, dilation, transposed, output_padding, groups);
   }
-  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& g, const Tensor& x, const Tensor& w,
-                                              at::OptionalSymIntArrayRef bias_sizes, std::array<bool, 3> mask) const {
+  Triple backward(const Tensor& g, const Tensor& x, const Tensor& w, at::OptionalSymIntArrayRef bias_sizes,
+                  Mask mask) const {
     return at::convolution_backward_symint(g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding,
                                            groups, mask);
   }
@@ -85,36 +85,27 @@ bool stock_is_as_fast(const Tensor& x, const Tensor& w, const SymInt& groups) {
 
 struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& w,
-                               const at::OptionalSymIntArrayRef& bias_sizes, const Geometry& geometry,
-                               std::array<bool, 3> mask) {
+                               const at::OptionalSymIntArrayRef& bias_sizes, const Geometry& geometry, Mask mask) {
     const bool of_input_alone = mask[0] && !mask[1] && !mask[2];  // linear in g and w
     ctx->save_for_backward({g, of_input_alone ? Tensor() : x, w});
     ctx->set_materialize_grads(false);
-    geometry.put_into(Kept().put(given_bits({mask[0], mask[1], mask[2]}))).save(ctx);
+    geometry.put_into(Kept().put(to_bits(mask))).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [grad_x, grad_w, grad_b] = geometry.backward(g, x, w, bias_sizes, mask);
-    variable_list outputs;
-    if (mask[0]) outputs.push_back(grad_x);
-    if (mask[1]) outputs.push_back(grad_w);
-    if (mask[2]) outputs.push_back(grad_b);
-    return outputs;
+    return pick(geometry.backward(g, x, w, bias_sizes, mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = saved[0], &x = saved[1], &w = saved[2];
     Kept kept(ctx);
-    const int64_t mask = kept.integer();
+    const auto [u, a, b] = spread(cotangents, kept.mask<3>());
     const auto geometry = Geometry::of(kept);
-    size_t next = 0;
-    const Tensor u = mask & 1 ? cotangents[next++] : Tensor();
-    const Tensor a = mask & 2 ? cotangents[next++] : Tensor();
-    const Tensor b = mask & 4 ? cotangents[next++] : Tensor();
+    const Mask need = asked<3>(ctx);
 
     Tensor grad_g, grad_x, grad_w;
     // Before grad_g is there, where the step's memory is at its peak.
-    if (ctx->needs_input_grad(2) && u.defined()) grad_w = weight_gradient(geometry, g, u, w);
-    if (ctx->needs_input_grad(0)) {
+    if (need[2] && u.defined()) grad_w = weight_gradient(geometry, g, u, w);
+    if (need[0]) {
       if (u.defined()) grad_g = in_parts(geometry, g, u, w);
       if (a.defined()) grad_g = plus(grad_g, geometry.convolve(x, a));
       if (b.defined()) {
@@ -123,31 +114,20 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
         grad_g = plus(grad_g, b.view_symint(shape).expand_as(g));
       }
     }
-    if (ctx->needs_input_grad(1) && a.defined())
-      grad_x = std::get<0>(geometry.backward(g, x, a, std::nullopt, {true, false, false}));
+    if (need[1] && a.defined()) grad_x = std::get<0>(geometry.backward(g, x, a, std::nullopt, {true, false, false}));
     variable_list grads{grad_g, grad_x, grad_w, Tensor(), Tensor(), Tensor()};
-    const std::array<bool, 3> asked{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    fill_for_compiled_autograd(asked, grads, {g, x.defined() ? x : u, w});
+    fill_for_compiled_autograd(need, grads, {g, x.defined() ? x : u, w});
     return grads;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& g, const Tensor& x, const Tensor& w,
-                                                        at::OptionalSymIntArrayRef bias_sizes, SymIntArrayRef stride,
-                                                        SymIntArrayRef padding, SymIntArrayRef dilation,
-                                                        bool transposed, SymIntArrayRef output_padding, SymInt groups,
-                                                        std::array<bool, 3> mask) {
-  if (stock_is_as_fast(x, w, groups)) {
-    const UseStock guard;
-    return at::convolution_backward_symint(g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding,
-                                           groups, mask);
-  }
+std::optional<Triple> convolution_backward(const Tensor& g, const Tensor& x, const Tensor& w,
+                                           at::OptionalSymIntArrayRef bias_sizes, SymIntArrayRef stride,
+                                           SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
+                                           SymIntArrayRef output_padding, SymInt groups, Mask mask) {
+  if (stock_is_as_fast(x, w, groups)) return std::nullopt;
   const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
-  const auto outputs = ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask);
-  Tensor result[3];
-  for (size_t i = 0, k = 0; i < 3; ++i)
-    if (mask[i]) result[i] = outputs[k++];
-  return {result[0], result[1], result[2]};
+  return spread(ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask), mask);
 }
 
 }  // namespace

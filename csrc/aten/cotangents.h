@@ -2,13 +2,14 @@
 // tensor.  A Function that saves no more than x for all of them takes it apart and works on the K tensors together.
 #pragma once
 
-#include <ATen/SavedTensorHooks.h>
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 
 #include <memory>
 #include <typeindex>
 
-#include "replacement.h"
+#include "gradients.h"
+#include "switch.h"
 
 namespace rk::aten {
 
@@ -45,11 +46,6 @@ std::optional<Tensor> for_several(const Tensor& g, const F& f) {
   }
   return at::functorch::makeBatched(result, 0, batched->level());
 }
-
-// Whether what a graph saves goes through torch.autograd.graph.saved_tensors_hooks, as checkpointing does: it computes the
-// forward again while the backward asks for it, under vmap if that is where the backward runs.  There PyTorch's own nodes
-// are made, which save other tensors than ours.
-inline bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
 // Called by the forward of a Function that folds, below.
 inline void note_hooks(AutogradContext* ctx) {

@@ -4,14 +4,17 @@
 // but a chain of 27 kernels.  So the forward is replaced: it runs PyTorch's own below autograd, and its backward is that
 // operator, or, where a graph is built for a second derivative, ours.  Formulas: math/group_norm.h.
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <functional>
+
 #include "normalization.h"
-#include "operators.h"
 
 namespace rk::aten {
 namespace {
+
+constexpr char kBackward[] = "robustkern::group_norm_backward";
+constexpr char kDoubleBackward[] = "robustkern::group_norm_double_backward";
 
 // Tensors are saved past the hooks of a checkpoint.
 class WithoutHooks {
@@ -66,6 +69,7 @@ struct GroupNorm {
   int64_t groups;
   Tensor mean, rstd;
 
+  std::array<Tensor, 2> statistics() const { return {mean, rstd}; }
   Kept put_into(Kept kept) const { return kept.put(samples).put(channels).put(positions).put(groups); }
   static GroupNorm of(Kept& kept, const Tensor& mean, const Tensor& rstd) {
     return {kept.symbol(), kept.symbol(), kept.symbol(), kept.integer(), mean.detach(), rstd.detach()};
@@ -104,12 +108,8 @@ struct GroupNorm {
   // Below autograd.
   Triple backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
     if (being_compiled(x)) return stock_backward(g, x, w, mask);
-    using Signature = Triple(const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
-                             int64_t, bool, bool, bool);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::group_norm_backward", "").typed<Signature>();
-    auto [grad_x, grad_w, grad_b] = op.call(flat(g), flat(x), vector(w, x), statistic(mean, x), statistic(rstd, x),
-                                            groups, mask[0], mask[1], mask[2]);
+    auto [grad_x, grad_w, grad_b] = call_operator<kBackward, Triple>(
+        flat(g), flat(x), vector(w, x), statistic(mean, x), statistic(rstd, x), groups, mask[0], mask[1], mask[2]);
     if (mask[0]) grad_x = unflattened(grad_x, x);
     const auto dtype = w.defined() ? w.scalar_type() : x.scalar_type();
     if (mask[1]) grad_w = grad_w.to(dtype);
@@ -136,14 +136,10 @@ struct GroupNorm {
   // Below autograd.
   Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {
-    using Signature =
-        Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&,
-               const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, int64_t, bool, bool, bool);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::group_norm_double_backward", "").typed<Signature>();
-    const auto flat_u = u.defined() ? std::make_optional(flat(u)) : std::nullopt;
-    auto [grad_g, grad_x, grad_w] = op.call(flat_u, vector(a, x), vector(b, x), flat(g), flat(x), vector(w, x),
-                                            statistic(mean, x), statistic(rstd, x), groups, need[0], need[1], need[2]);
+    const auto flat_u = if_defined(u, [&](const Tensor& t) { return flat(t); });
+    auto [grad_g, grad_x, grad_w] = call_operator<kDoubleBackward, Triple>(
+        flat_u, vector(a, x), vector(b, x), flat(g), flat(x), vector(w, x), statistic(mean, x), statistic(rstd, x),
+        groups, need[0], need[1], need[2]);
     if (need[0]) grad_g = unflattened(grad_g, g);
     if (need[1]) grad_x = unflattened(grad_x, x);
     if (need[2]) grad_w = grad_w.to(w.scalar_type());
@@ -151,26 +147,7 @@ struct GroupNorm {
   }
 };
 
-struct GroupNormBackward : torch::autograd::Function<GroupNormBackward> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
-                               const GroupNorm& norm, Mask mask) {
-    auto tensors = saved_for_second(g, x, w, mask);
-    tensors.insert(tensors.end(), {norm.mean, norm.rstd});
-    ctx->save_for_backward(tensors);
-    ctx->set_materialize_grads(false);
-    norm.put_into(kept_for_second(w, mask)).save(ctx);
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return pick(norm.backward(g, x, optional_value(w), mask), mask);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    const auto saved = ctx->get_saved_variables();
-    Kept kept(ctx);
-    const int64_t given = kept.integer(), mask = kept.integer();
-    const GroupNorm norm = GroupNorm::of(kept, saved[3], saved[4]);
-    return second_backward(asked<3>(ctx, given), saved, norm, from_bits(mask), cotangents);
-  }
-};
+using GroupNormBackward = NormBackward<GroupNorm>;
 
 struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
@@ -181,7 +158,7 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     ctx->save_for_backward(
         {x, optional_value(w), mean, rstd});  // as PyTorch's node, in its order: a checkpoint counts them
     ctx->set_materialize_grads(false);
-    norm.put_into(Kept().put(given_bits({true, w && w->defined(), b && b->defined()})).put_number(eps)).save(ctx);
+    norm.put_into(Kept().put(to_bits({true, w && w->defined(), b && b->defined()})).put_number(eps)).save(ctx);
     return {y, mean, rstd};
   }
 
@@ -215,45 +192,37 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     if (is_differentiated(g) || (builds_graph && (is_batched(g) || under_functorch_grad())))
       grads = norm.composed(x, w).first(g, mask);
     else if (builds_graph)
-      grads = spread(GroupNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
+      grads = GroupNormBackward::run(g, x, if_defined(w), norm, mask);
     else
       grads = norm.plain_backward(g, x, w, mask, ctx->saved_data.count("penalised") > 0);
-    if (mask[0]) result[0] = std::get<0>(grads);
-    if (mask[1]) result[1] = std::get<1>(grads);
-    if (mask[2]) result[2] = std::get<2>(grads);
+    assign(result, grads, mask);
     return result;
   }
 };
 
-Triple native_group_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
-                         SymInt samples, SymInt channels, SymInt positions, int64_t groups, double eps) {
+std::optional<Triple> native_group_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+                                        SymInt samples, SymInt channels, SymInt positions, int64_t groups, double eps) {
   // Where channels lie innermost PyTorch's own crashes, or knows no batches, as said above.
   const bool small = is_small(x, 1 << 14) && x.suggest_memory_format() == at::MemoryFormat::Contiguous;
-  if (!has_kernel(x, w) || small) {
-    const UseStock guard;
-    return at::native_group_norm_symint(x, w, b, samples, channels, positions, groups, eps);
-  }
+  if (!has_kernel(x, w) || small) return std::nullopt;
   const GroupNorm norm{samples, channels, positions, groups, Tensor(), Tensor()};
   const auto outputs = NativeGroupNorm::apply(x, w, b, norm, eps);
-  return {outputs[0], outputs[1], outputs[2]};
+  return Triple{outputs[0], outputs[1], outputs[2]};
 }
 
-Triple native_group_norm_backward(const Tensor& g, const Tensor& x, const Tensor& mean, const Tensor& rstd,
-                                  const std::optional<Tensor>& w, SymInt samples, SymInt channels, SymInt positions,
-                                  int64_t groups, Mask mask) {
-  if (!has_kernel(x, w)) {
-    const UseStock guard;
-    return at::native_group_norm_backward_symint(g, x, mean, rstd, w, samples, channels, positions, groups, mask);
-  }
+std::optional<Triple> native_group_norm_backward(const Tensor& g, const Tensor& x, const Tensor& mean,
+                                                 const Tensor& rstd, const std::optional<Tensor>& w, SymInt samples,
+                                                 SymInt channels, SymInt positions, int64_t groups, Mask mask) {
+  if (!has_kernel(x, w)) return std::nullopt;
   const GroupNorm norm{samples, channels, positions, groups, mean.detach(), rstd.detach()};
-  return spread(GroupNormBackward::apply(g, x, w, norm, mask), mask);
+  return GroupNormBackward::run(g, x, w, norm, mask);
 }
 
 }  // namespace
 
 void register_group_norm(Registrar& r) {
-  r.replace_forward<at::_ops::native_group_norm, native_group_norm>("robustkern::group_norm_double_backward");
-  r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>("robustkern::group_norm_double_backward");
+  r.replace_forward<at::_ops::native_group_norm, native_group_norm>(kDoubleBackward);
+  r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>(kDoubleBackward);
 }
 
 }  // namespace rk::aten

@@ -4,19 +4,22 @@
 // cotangents.  RMSNorm is a composition of a dozen operators on the CPU and becomes one under create_graph on CUDA; its
 // forward runs PyTorch's own below autograd and keeps 1 / rms.  Where a graph is built for a second derivative, the first one runs our kernel too, which reads each tensor
 // once.  Formulas: math/layer_norm.h.
-#include <ATen/core/dispatch/Dispatcher.h>
-
-#include "cotangents.h"
 #include "normalization.h"
-#include "operators.h"
 
 namespace rk::aten {
 namespace {
+
+constexpr char kBackward[] = "robustkern::layer_norm_backward";
+constexpr char kDoubleBackward[] = "robustkern::layer_norm_double_backward";
 
 // A normalisation over the last dimensions: what its backward is given besides grad, x and weight.
 struct LayerNorm {
   std::vector<SymInt> shape;
   Tensor mean, rstd, bias{};  // mean: undefined for RMSNorm; bias: what the first backward is given
+
+  std::array<Tensor, 2> statistics() const { return {mean, rstd}; }
+  Kept put_into(Kept kept) const { return kept.put_list(shape); }
+  static LayerNorm of(Kept& kept, const Tensor& mean, const Tensor& rstd) { return {kept.list(), mean, rstd}; }
 
   SymInt columns() const { return product(shape); }
   SymInt rows(const Tensor& x) const {
@@ -28,10 +31,10 @@ struct LayerNorm {
     return are_several(g, x) ? g.reshape_symint({g.sym_size(0), rows(x), columns()}) : matrix(g);
   }
   std::optional<Tensor> vector(const Tensor& t, const Tensor& x) const {
-    return t.defined() ? in_accumulation_type(t.reshape_symint({columns()}), x.scalar_type()) : std::nullopt;
+    return in_accumulation_type(t.defined() ? t.reshape_symint({columns()}) : t, x.scalar_type());
   }
   std::optional<Tensor> per_row(const Tensor& t, const Tensor& x) const {
-    return t.defined() ? in_accumulation_type(t.reshape_symint({rows(x)}), x.scalar_type()) : std::nullopt;
+    return in_accumulation_type(t.defined() ? t.reshape_symint({rows(x)}) : t, x.scalar_type());
   }
   Tensor like_weight(const Tensor& t, const Tensor& weight) const {
     return t.reshape_symint(shape).to(weight.scalar_type());
@@ -41,12 +44,8 @@ struct LayerNorm {
   Triple backward(const Tensor& g, const Tensor& x, const Tensor& w, const Mask& mask) const {
     if (mean.defined() && being_compiled(x))
       return at::native_layer_norm_backward_symint(g, x, shape, mean, rstd, if_defined(w), if_defined(bias), mask);
-    using Signature = Triple(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                             const Tensor&, bool, bool, bool);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::layer_norm_backward", "").typed<Signature>();
-    auto [grad_x, grad_w, grad_b] =
-        op.call(matrix(g, x), matrix(x), vector(w, x), per_row(mean, x), *per_row(rstd, x), mask[0], mask[1], mask[2]);
+    auto [grad_x, grad_w, grad_b] = call_operator<kBackward, Triple>(
+        matrix(g, x), matrix(x), vector(w, x), per_row(mean, x), *per_row(rstd, x), mask[0], mask[1], mask[2]);
     if (mask[0]) grad_x = grad_x.reshape_symint(g.sym_sizes());
     if (mask[1]) grad_w = like_weight(grad_w, w);
     if (mask[2]) grad_b = like_weight(grad_b, bias);
@@ -64,15 +63,10 @@ struct LayerNorm {
   // Below autograd.
   Triple double_backward(const Tensor& u, const Tensor& a, const Tensor& b, const Tensor& g, const Tensor& x,
                          const Tensor& w, const Mask& need) const {
-    using Signature = Triple(const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                             const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                             const Tensor&, bool, bool, bool);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("robustkern::layer_norm_double_backward", "").typed<Signature>();
-    const auto rows_of_u = u.defined() ? std::make_optional(matrix(u, x)) : std::nullopt;
-    auto [grad_g, grad_x, grad_w] =
-        op.call(rows_of_u, vector(a, x), vector(b, x), matrix(g, x), matrix(x), vector(w, x), per_row(mean, x),
-                *per_row(rstd, x), need[0], need[1], need[2]);
+    const auto rows_of_u = if_defined(u, [&](const Tensor& t) { return matrix(t, x); });
+    auto [grad_g, grad_x, grad_w] = call_operator<kDoubleBackward, Triple>(
+        rows_of_u, vector(a, x), vector(b, x), matrix(g, x), matrix(x), vector(w, x), per_row(mean, x),
+        *per_row(rstd, x), need[0], need[1], need[2]);
     if (need[0]) grad_g = grad_g.reshape_symint(g.sym_sizes());
     if (need[1]) grad_x = grad_x.reshape_symint(x.sym_sizes());
     if (need[2]) grad_w = like_weight(grad_w, w);
@@ -80,48 +74,17 @@ struct LayerNorm {
   }
 };
 
-struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
-                               const LayerNorm& norm, Mask mask) {
-    auto tensors = saved_for_second(g, x, w, mask);
-    tensors.insert(tensors.end(), {norm.mean, norm.rstd});
-    ctx->save_for_backward(tensors);
-    ctx->set_materialize_grads(false);
-    kept_for_second(w, mask).put_list(norm.shape).save(ctx);
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return pick(norm.backward(g, x, optional_value(w), mask), mask);
-  }
+using LayerNormBackward = NormBackward<LayerNorm>;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    const auto saved = ctx->get_saved_variables();
-    Kept kept(ctx);
-    const int64_t given = kept.integer(), mask = kept.integer();
-    const LayerNorm norm{kept.list(), saved[3], saved[4]};
-    return second_backward(asked<3>(ctx, given), saved, norm, from_bits(mask), cotangents);
-  }
-};
-
-Triple native_layer_norm_backward(const Tensor& g, const Tensor& x, SymIntArrayRef shape, const Tensor& mean,
-                                  const Tensor& rstd, const std::optional<Tensor>& w, const std::optional<Tensor>& bias,
-                                  Mask mask) {
-  if (!has_kernel(x, w)) {
-    const UseStock guard;
-    return at::native_layer_norm_backward_symint(g, x, shape, mean, rstd, w, bias, mask);
-  }
+std::optional<Triple> native_layer_norm_backward(const Tensor& g, const Tensor& x, SymIntArrayRef shape,
+                                                 const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& w,
+                                                 const std::optional<Tensor>& bias, Mask mask) {
+  if (!has_kernel(x, w)) return std::nullopt;
   mask[1] = mask[1] && w && w->defined();
   mask[2] = mask[2] && bias && bias->defined();
   const Tensor plain_bias = bias && bias->defined() ? bias->detach() : Tensor();
   const LayerNorm norm{shape.vec(), mean.detach(), rstd.detach(), plain_bias};
-  return spread(LayerNormBackward::apply(g, x, w, norm, mask), mask);
-}
-
-// grad_x of several cotangents, if g stands for them and nothing else is asked for.
-std::optional<Tensor> backward_of_several(const Tensor& g, const Tensor& x, const Tensor& w, const LayerNorm& norm,
-                                          const Mask& mask) {
-  if (mask != Mask{true, false, false}) return std::nullopt;
-  return for_several(g, [&](const Tensor& cotangents) {
-    return LayerNormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0];
-  });
+  return LayerNormBackward::run(g, x, w, norm, mask);
 }
 
 // The statistics, which nobody differentiates, are handed over by the side: compiled autograd refuses nodes with outputs
@@ -136,7 +99,7 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     ctx->set_materialize_grads(false);
     const bool biased = b && b->defined();
     Kept kept;
-    kept.put(given_bits({true, w && w->defined(), biased})).put(static_cast<int64_t>((biased ? *b : x).scalar_type()));
+    kept.put(to_bits({true, w && w->defined(), biased})).put(static_cast<int64_t>((biased ? *b : x).scalar_type()));
     kept.put_list(shape).save(ctx);
     *statistics = {mean, rstd};
     return y;
@@ -155,31 +118,28 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     LayerNorm norm{shape, saved[2], saved[3]};
     if (mask[2])  // of whose bias PyTorch's operator reads shape and type
       norm.bias = at::empty({1}, x.options().dtype(bias_type)).expand_symint(shape);
-    if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
+    if (const auto grad_x = LayerNormBackward::of_several(g, x, w, norm, mask)) {
       result[0] = *grad_x;
       return result;
     }
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(g);
     const BelowAutogradIf below(is_final(g));
-    std::tie(result[0], result[1], result[2]) =
-        composed ? norm.composed(x, w).first(g, mask)
-                 : at::native_layer_norm_backward_symint(g, x, shape, norm.mean, norm.rstd, if_defined(w),
-                                                         if_defined(norm.bias), mask);
-    drop_unasked(result, mask);
+    assign(result,
+           composed ? norm.composed(x, w).first(g, mask)
+                    : at::native_layer_norm_backward_symint(g, x, shape, norm.mean, norm.rstd, if_defined(w),
+                                                            if_defined(norm.bias), mask),
+           mask);
     return result;
   }
 };
 
-Triple native_layer_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w,
-                         const std::optional<Tensor>& b, double eps) {
-  if (!is_plain(x) || !has_kernel(x, w) || is_small(x, 1 << 15) || saves_through_hooks()) {
-    const UseStock guard;
-    return at::native_layer_norm_symint(x, shape, w, b, eps);
-  }
+std::optional<Triple> native_layer_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w,
+                                        const std::optional<Tensor>& b, double eps) {
+  if (!is_plain(x) || !has_kernel(x, w) || is_small(x, 1 << 15) || saves_through_hooks()) return std::nullopt;
   Statistics statistics;
   const Tensor y = ForwardLayerNorm::apply(x, w, b, shape.vec(), eps, &statistics);
-  return {y, statistics.mean, statistics.rstd};
+  return Triple{y, statistics.mean, statistics.rstd};
 }
 
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
@@ -189,7 +149,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const auto [y, rstd] = at::_fused_rms_norm(x, C10_AS_INTARRAYREF_SLOW(SymIntArrayRef(shape)), w, eps);
     ctx->save_for_backward({x, optional_value(w), rstd});
     ctx->set_materialize_grads(false);
-    Kept().put(given_bits({true, w && w->defined()})).put_list(shape).save(ctx);
+    Kept().put(to_bits({true, w && w->defined()})).put_list(shape).save(ctx);
     return y;
   }
 
@@ -204,7 +164,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const LayerNorm norm{kept.list(), Tensor(), saved[2]};
     const Mask mask{need_x, need_w, false};
 
-    if (const auto grad_x = backward_of_several(g, x, w, norm, mask)) {
+    if (const auto grad_x = LayerNormBackward::of_several(g, x, w, norm, mask)) {
       result[0] = *grad_x;
       return result;
     }
@@ -217,38 +177,34 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     } else if (under_functorch_grad() || is_batched(g)) {
       grads = norm.composed(x, w).first(g, mask);
     } else {
-      grads = spread(LayerNormBackward::apply(g, x, if_defined(w), norm, mask), mask);
+      grads = LayerNormBackward::run(g, x, if_defined(w), norm, mask);
     }
-    if (mask[0]) result[0] = std::get<0>(grads);
-    if (mask[1]) result[1] = std::get<1>(grads);
+    assign(result, grads, mask);
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor> fused_rms_norm_backward(const Tensor& g, const Tensor& x, at::IntArrayRef shape,
-                                                   const Tensor& rstd, const std::optional<Tensor>& w,
-                                                   std::array<bool, 2> wanted) {
-  if (!has_kernel(x, w)) {
-    const UseStock guard;
-    return at::_fused_rms_norm_backward(g, x, shape, rstd, w, wanted);
-  }
+std::optional<std::tuple<Tensor, Tensor>> fused_rms_norm_backward(const Tensor& g, const Tensor& x,
+                                                                  at::IntArrayRef shape, const Tensor& rstd,
+                                                                  const std::optional<Tensor>& w,
+                                                                  std::array<bool, 2> wanted) {
+  if (!has_kernel(x, w)) return std::nullopt;
   const Mask mask{wanted[0], wanted[1] && w && w->defined(), false};
   const LayerNorm norm{c10::fromIntArrayRefSlow(shape).vec(), Tensor(), rstd.detach()};
-  const auto [grad_x, grad_w, none] = spread(LayerNormBackward::apply(g, x, w, norm, mask), mask);
-  return {grad_x, grad_w};
+  const auto [grad_x, grad_w, none] = LayerNormBackward::run(g, x, w, norm, mask);
+  return std::tuple(grad_x, grad_w);
 }
 
-Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w, std::optional<double> eps) {
+std::optional<Tensor> rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tensor>& w,
+                               std::optional<double> eps) {
   // On CUDA PyTorch has its fused kernel only where the types agree, and for no channels_last images.
   const auto format = x.suggest_memory_format();
   const bool fused = (!w || !w->defined() || w->scalar_type() == x.scalar_type()) &&
                      format != at::MemoryFormat::ChannelsLast && format != at::MemoryFormat::ChannelsLast3d;
   // Where x needs no gradient, PyTorch does not keep it.
   if (!has_kernel(x, w) || (!x.is_cpu() && !fused) || saves_through_hooks() || !x.requires_grad() ||
-      is_small(x, 1 << 12)) {
-    const UseStock guard;
-    return at::rms_norm_symint(x, shape, w, eps);
-  }
+      is_small(x, 1 << 12))
+    return std::nullopt;
   // Refuses shapes that do not fit, with PyTorch's own words.
   TORCH_CHECK(x.dim() >= static_cast<int64_t>(shape.size()) && !shape.empty() &&
                   x.sym_sizes().slice(static_cast<size_t>(x.dim()) - shape.size()).equals(shape) &&
@@ -260,13 +216,12 @@ Tensor rms_norm(const Tensor& x, SymIntArrayRef shape, const std::optional<Tenso
 }  // namespace
 
 void register_layer_norm(Registrar& r) {
-  constexpr auto kernel = "robustkern::layer_norm_double_backward";
   add_folding<ForwardLayerNorm>();
   add_folding<RmsNorm>();
-  r.replace_forward<at::_ops::native_layer_norm, native_layer_norm>(kernel);
-  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kernel);
-  r.replace_forward<at::_ops::rms_norm, rms_norm>(kernel);
-  r.replace<at::_ops::_fused_rms_norm_backward, fused_rms_norm_backward>(kernel);
+  r.replace_forward<at::_ops::native_layer_norm, native_layer_norm>(kDoubleBackward);
+  r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kDoubleBackward);
+  r.replace_forward<at::_ops::rms_norm, rms_norm>(kDoubleBackward);
+  r.replace<at::_ops::_fused_rms_norm_backward, fused_rms_norm_backward>(kDoubleBackward);
 }
 
 }  // namespace rk::aten

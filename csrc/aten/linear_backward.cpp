@@ -51,15 +51,12 @@ bool somebody_looks_on(const at::Device& device) {
 
 struct LinearBackward : torch::autograd::Function<LinearBackward> {
   static Tensor forward(AutogradContext* ctx, const Tensor&, const Tensor&, const LinearMap& map) {
-    ctx->save_for_backward(map.arguments.tensors);
+    ctx->save_for_backward(map.tensors);
     ctx->set_materialize_grads(false);
-    const auto& [tensors, integers, numbers] = map.arguments;
     Kept kept;
     // a graph keeps the derivatives it was built with
     kept.put(materializes_zeros()).put(static_cast<int64_t>(reinterpret_cast<intptr_t>(map.transposed)));
-    kept.put_list(integers).put(static_cast<int64_t>(numbers.size()));
-    for (const double number : numbers) kept.put_number(number);
-    kept.save(ctx);
+    kept.put_all_of(map.kept).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return map.first();
   }
@@ -72,11 +69,8 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
     Tensor grad_g, grad_x;
     if (ctx->needs_input_grad(0)) {
       const auto transposed = reinterpret_cast<Transposed>(static_cast<intptr_t>(kept.integer()));
-      MapArguments arguments{ctx->get_saved_variables(), kept.list(), {}};
-      arguments.numbers.resize(kept.integer());
-      for (double& number : arguments.numbers) number = kept.number();
       const BelowAutogradIf below(is_final(u));
-      grad_g = transposed(u, arguments);
+      grad_g = transposed(u, ctx->get_saved_variables(), kept);
     }
     if (ctx->needs_input_grad(1) && (zeros || in_compiled_autograd() || somebody_looks_on(u.device())))
       grad_x = at::zeros_like(u);  // which is of x's shape
@@ -86,10 +80,9 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
 
 }  // namespace
 
-Tensor linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map) {
-  if (!map.differentiable || !is_small(x, 1 << 14)) return LinearBackward::apply(g, x, map);
-  const UseStock guard;
-  return map.first();
+std::optional<Tensor> linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map) {
+  if (map.differentiable && is_small(x, 1 << 14)) return std::nullopt;
+  return LinearBackward::apply(g, x, map);
 }
 
 }  // namespace rk::aten

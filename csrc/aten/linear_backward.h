@@ -14,25 +14,20 @@
 
 namespace rk::aten {
 
-// What M^T is made of, kept in a graph: no function object, which PyTorch's compiled autograd could not tell from others.
-struct MapArguments {
-  variable_list tensors;
-  std::vector<SymInt> integers;
-  std::vector<double> numbers;
-};
-
-// M^T u.  Made of operators that are themselves replaced, so it can be differentiated any number of times.
-using Transposed = Tensor (*)(const Tensor& u, const MapArguments& arguments);
+// M^T u, of the tensors and numbers that a graph keeps: no function object, which PyTorch's compiled autograd could not tell
+// from others.  Made of operators that are themselves replaced, so it can be differentiated any number of times.
+using Transposed = Tensor (*)(const Tensor& u, const variable_list& tensors, Kept& kept);
 
 // What the node of `linear_backward` is made of.
 struct LinearMap {
   std::function<Tensor()> first;  // M g
   Transposed transposed;
-  MapArguments arguments;
+  variable_list tensors;
+  Kept kept;
   bool differentiable = true;  // by PyTorch too: hardsigmoid is not, nll_loss2d not of every layout
 };
 
-// The result of map.first, as a function of g and x.  PyTorch's own, zeros and all, where x is small.
-Tensor linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map);
+// The result of map.first, as a function of g and x.  PyTorch's own, zeros and all, where x is small: then nothing.
+std::optional<Tensor> linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map);
 
 }  // namespace rk::aten

@@ -4,13 +4,11 @@
 //   second backward  grad_a = u b^T   grad_b = a^T u
 //
 // The derivative is PyTorch's, written in the same products: it can be differentiated any number of times.
-#include "matmul_cpu.h"
-
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include "cotangents.h"
-#include "operators.h"
+#include "kernels/matmul_cpu.h"
+#include "replacement.h"
 
 namespace rk::aten {
 namespace {
@@ -51,17 +49,16 @@ struct Matmul : torch::autograd::Function<Matmul> {
 
 // Only while a backward pass runs: the products of a model's forward are PyTorch's, as in a plain step.  A checkpoint, which
 // computes its forward again there, does so under hooks.
-Tensor mm(const Tensor& a, const Tensor& b) {
+std::optional<Tensor> mm(const Tensor& a, const Tensor& b) {
   const bool in_backward = torch::autograd::get_current_graph_task_id() >= 0 && !saves_through_hooks();
-  if (in_backward && has_faster_matmul() && served(a) && served(b) && pays(a, b)) return Matmul::apply(a, b);
-  const UseStock guard;
-  return at::mm(a, b);
+  if (!in_backward || !has_faster_matmul() || !served(a) || !served(b) || !pays(a, b)) return std::nullopt;
+  return Matmul::apply(a, b);
 }
 
 }  // namespace
 
 void register_matmul(Registrar& r) {
-  if (has_faster_matmul()) r.replace<at::_ops::mm, mm>(kOnCpuOnly);
+  if (has_faster_matmul()) r.replace<at::_ops::mm, mm>(nullptr, Devices::kCpu);
 }
 
 }  // namespace rk::aten

@@ -4,37 +4,29 @@
 namespace rk::aten {
 namespace {
 
-Tensor nll_loss_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
-                         int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
-  const auto transposed = [](const Tensor& u, const MapArguments& a) {
-    return at::nll_loss_symint(u, a.tensors[0], a.tensors[1], a.integers[0].expect_int(), a.integers[1]);
+// `loss` of rows or of images, and its first backward.
+template <auto loss, auto first_backward>
+std::optional<Tensor> loss_backward(const Tensor& g, const Tensor& x, const Tensor& target,
+                                    const std::optional<Tensor>& weight, int64_t reduction, SymInt ignore_index,
+                                    const Tensor& total_weight) {
+  const auto transposed = [](const Tensor& u, const variable_list& saved, Kept& kept) {
+    const int64_t reduction = kept.integer();
+    // The loss of images wants the layout that it was given.
+    return loss(u.dim() == 4 ? u.contiguous() : u, saved[0], if_defined(saved[1]), reduction, kept.symbol());
   };
-  return linear_backward(
-      g, x,
-      {[&] { return at::nll_loss_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
-       transposed,
-       {{target, optional_value(weight)}, {reduction, ignore_index}, {}}});
-}
-
-Tensor nll_loss2d_backward(const Tensor& g, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
-                           int64_t reduction, SymInt ignore_index, const Tensor& total_weight) {
-  const auto transposed = [](const Tensor& u, const MapArguments& a) {
-    // Its own derivative wants the layout that it was given.
-    return at::nll_loss2d_symint(u.contiguous(), a.tensors[0], a.tensors[1], a.integers[0].expect_int(), a.integers[1]);
-  };
-  return linear_backward(
-      g, x,
-      {[&] { return at::nll_loss2d_backward_symint(g, x, target, weight, reduction, ignore_index, total_weight); },
-       transposed,
-       {{target, optional_value(weight)}, {reduction, ignore_index}, {}},
-       /*differentiable=*/false});
+  return linear_backward(g, x,
+                         {[&] { return first_backward(g, x, target, weight, reduction, ignore_index, total_weight); },
+                          transposed,
+                          {target, optional_value(weight)},
+                          Kept().put(reduction).put(ignore_index),
+                          /*differentiable=*/x.dim() < 4});
 }
 
 }  // namespace
 
 void register_nll_loss(Registrar& r) {
-  r.replace<at::_ops::nll_loss_backward, nll_loss_backward>();
-  r.replace<at::_ops::nll_loss2d_backward, nll_loss2d_backward>();
+  r.replace<at::_ops::nll_loss_backward, loss_backward<at::nll_loss_symint, at::nll_loss_backward_symint>>();
+  r.replace<at::_ops::nll_loss2d_backward, loss_backward<at::nll_loss2d_symint, at::nll_loss2d_backward_symint>>();
 }
 
 }  // namespace rk::aten

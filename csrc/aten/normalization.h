@@ -1,39 +1,18 @@
 // What the normalisations have in common: both backwards in differentiable operators, for third and higher orders and for
-// forward mode, what calls the fused second one, and the bookkeeping of three gradients of which some are asked for.
+// forward mode, and the Function that calls the fused second one.
 #pragma once
 
-#include <functional>
 #include <limits>
 
+#include "cotangents.h"
 #include "replacement.h"
 
 namespace rk::aten {
-
-using Triple = std::tuple<Tensor, Tensor, Tensor>;
-using Mask = std::array<bool, 3>;
 
 // Of a forward, one of each row.
 struct Statistics {
   Tensor mean, rstd;
 };
-
-inline int64_t to_bits(const Mask& mask) { return (mask[0] ? 1 : 0) + (mask[1] ? 2 : 0) + (mask[2] ? 4 : 0); }
-inline Mask from_bits(int64_t bits) { return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}; }
-
-inline variable_list pick(const Triple& of, const Mask& mask) {
-  variable_list picked;
-  if (mask[0]) picked.push_back(std::get<0>(of));
-  if (mask[1]) picked.push_back(std::get<1>(of));
-  if (mask[2]) picked.push_back(std::get<2>(of));
-  return picked;
-}
-
-inline Triple spread(const variable_list& picked, const Mask& mask) {
-  Tensor result[3];
-  for (size_t i = 0, k = 0; i < 3; ++i)
-    if (mask[i]) result[i] = picked[k++];
-  return {result[0], result[1], result[2]};
-}
 
 // t in the shape of `like`.  A single sample also gets its layout, and the first stride that dense images have: PyTorch's BatchNorm
 // takes a gradient that differs in that for contiguous.
@@ -44,14 +23,6 @@ inline Tensor unflattened(const Tensor& t, const Tensor& like) {
   return result.sym_stride(1) == 1 ? result.squeeze(0).movedim(0, -1).unsqueeze(0).movedim(-1, 1) : result;
 }
 
-// In forward mode PyTorch's operators give more than they are asked for, which a Function must not.
-inline void drop_unasked(variable_list& grads, const Mask& mask) {
-  for (size_t i = 0; i < 3; ++i)
-    if (!mask[i]) grads[i] = Tensor();
-}
-
-inline std::optional<Tensor> if_defined(const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; }
-
 inline SymInt product(SymIntArrayRef sizes) {
   SymInt result = 1;
   for (const auto& size : sizes) result = result * size;
@@ -61,7 +32,7 @@ inline SymInt product(SymIntArrayRef sizes) {
 // The kernels' four types; a weight is of the data's type or of its sums'.
 inline bool has_kernel(const Tensor& x, const std::optional<Tensor>& w) {
   const auto dtype = x.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kHalf && dtype != at::kBFloat16) return false;
+  if (!is_floating_point(dtype)) return false;
   return !w || !w->defined() || w->scalar_type() == dtype || w->scalar_type() == accumulation_type(dtype);
 }
 
@@ -238,45 +209,61 @@ class ComposedNorm {
   Tensor r_, d_, weight_, shift_;  // d: x less the mean that was found; shift: zero, with the derivative of that mean
 };
 
-// What the Function of a first backward saves of g, x, w: what the second backward reads.
-inline variable_list saved_for_second(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
-                                      const Mask& mask) {
-  const bool weighted = w && w->defined();
-  const bool reads_g = (mask[0] || mask[1]) && (x.requires_grad() || (weighted && w->requires_grad()));
-  const bool reads_w = mask[0];  // only grad_x has it
-  return {reads_g ? g : Tensor(), x, reads_w ? optional_value(w) : Tensor()};
-}
-
-inline Kept kept_for_second(const std::optional<Tensor>& w, const Mask& mask) {
-  return Kept().put(given_bits({true, true, w && w->defined()})).put(to_bits(mask));
-}
-
-// The backward of such a Function, whose first saved tensors these are: the second derivative.
+// The Function of a normalisation's first backward.
+//   Norm::statistics(), put_into(kept), Norm::of(kept, mean, rstd)   what a graph keeps of the norm
+//   Norm::backward(g, x, w, mask)                      the first backward; below autograd
 //   Norm::double_backward(u, a, b, g, x, w, need)      its derivatives in g, x, w; below autograd
 //   Norm::composed(x, w)                               the ComposedNorm
 //   Norm::bends(u, a)                                  whether there is a derivative in x at all
 //   Norm::statistics_are_constant()                    whether x moves them
 template <class Norm>
-variable_list second_backward(const Mask& asked_for, const variable_list& saved, const Norm& norm, const Mask& mask,
-                              const variable_list& cotangents) {
-  const auto [u, a, b] = spread(cotangents, mask);
-  const Tensor &x = saved[1], &w = saved[2], &g = saved[0].defined() ? saved[0] : u.defined() ? u : x;
-  variable_list result(5);
-  if (!u.defined() && !a.defined() && !b.defined()) return result;
+struct NormBackward : torch::autograd::Function<NormBackward<Norm>> {
+  static Triple run(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Norm& norm, Mask mask) {
+    return spread(NormBackward::apply(g, x, w, norm, mask), mask);
+  }
 
-  const Mask need{asked_for[0], asked_for[1] && norm.bends(u, a), asked_for[2] && u.defined()};
-  // The kernel multiplies what a formula does not have by zero: an infinity there would become NaN.
-  const bool is_sparse = !u.defined() || (a.defined() && norm.statistics_are_constant());
-  const bool composed = is_sparse || composes(cotangents);
-  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-  if (!composed) below.emplace();
-  const auto [grad_g, grad_x, grad_w] =
-      composed ? norm.composed(x, w).second(u, a, b, g, need) : norm.double_backward(u, a, b, g, x, w, need);
-  if (need[0]) result[0] = grad_g;
-  if (need[1]) result[1] = grad_x;
-  if (need[2]) result[2] = grad_w;
-  fill_for_compiled_autograd(asked_for, result, {g, x, w});
-  return result;
-}
+  // grad_x of several cotangents, if g stands for them and nothing else is asked for.
+  static std::optional<Tensor> of_several(const Tensor& g, const Tensor& x, const Tensor& w, const Norm& norm,
+                                          const Mask& mask) {
+    if (mask != Mask{true, false, false}) return std::nullopt;
+    return for_several(
+        g, [&](const Tensor& cotangents) { return NormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0]; });
+  }
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,
+                               const Norm& norm, Mask mask) {
+    const bool weighted = w && w->defined();
+    const bool reads_g = (mask[0] || mask[1]) && (x.requires_grad() || (weighted && w->requires_grad()));
+    const auto [mean, rstd] = norm.statistics();
+    const bool reads_w = mask[0];  // only grad_x has it
+    ctx->save_for_backward({reads_g ? g : Tensor(), x, reads_w ? optional_value(w) : Tensor(), mean, rstd});
+    ctx->set_materialize_grads(false);
+    norm.put_into(Kept().put(to_bits({true, true, weighted})).put(to_bits(mask))).save(ctx);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return pick(norm.backward(g, x, optional_value(w), mask), mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
+    const auto saved = ctx->get_saved_variables();
+    Kept kept(ctx);
+    const Mask asked_for = asked<3>(ctx, kept.integer());
+    const auto [u, a, b] = spread(cotangents, kept.mask<3>());
+    const Norm norm = Norm::of(kept, saved[3], saved[4]);
+    const Tensor &x = saved[1], &w = saved[2], &g = saved[0].defined() ? saved[0] : u.defined() ? u : x;
+    variable_list result(5);
+    if (!u.defined() && !a.defined() && !b.defined()) return result;
+
+    const Mask need{asked_for[0], asked_for[1] && norm.bends(u, a), asked_for[2] && u.defined()};
+    // The kernel multiplies what a formula does not have by zero: an infinity there would become NaN.
+    const bool is_sparse = !u.defined() || (a.defined() && norm.statistics_are_constant());
+    const bool composed = is_sparse || composes(cotangents);
+    const BelowAutogradIf below(!composed);
+    assign(result,
+           composed ? norm.composed(x, w).second(u, a, b, g, need) : norm.double_backward(u, a, b, g, x, w, need),
+           need);
+    fill_for_compiled_autograd(asked_for, result, {g, x, w});
+    return result;
+  }
+};
 
 }  // namespace rk::aten

@@ -5,44 +5,48 @@
 namespace rk::aten {
 namespace {
 
-// `backward` as a function of the cotangent, x and its numbers: a first backward, and its own transpose.
-template <class Backward>
-Tensor masked(const Tensor& g, const Tensor& x, const std::vector<double>& numbers, const Backward& backward,
-              bool differentiable = true) {
-  static_assert(std::is_empty_v<Backward>, "the function is made anew from its type");
-  const auto transposed = [](const Tensor& u, const MapArguments& a) { return Backward{}(u, a.tensors[0], a.numbers); };
-  return linear_backward(g, x,
-                         {[&] { return backward(g, x, numbers); }, transposed, {{x}, {}, numbers}, differentiable});
-}
 using Numbers = std::vector<double>;
 
-Tensor threshold_backward(const Tensor& g, const Tensor& x, const at::Scalar& threshold) {
+// `backward` as a function of the cotangent, x and its numbers: a first backward, and its own transpose.
+template <class Backward>
+std::optional<Tensor> masked(const Tensor& g, const Tensor& x, const Numbers& numbers, const Backward& backward,
+                             bool differentiable = true) {
+  static_assert(std::is_empty_v<Backward>, "the function is made anew from its type");
+  const auto transposed = [](const Tensor& u, const variable_list& saved, Kept& kept) {
+    return Backward{}(u, saved[0], kept.numbers());
+  };
+  return linear_backward(
+      g, x, {[&] { return backward(g, x, numbers); }, transposed, {x}, Kept().put_numbers(numbers), differentiable});
+}
+
+std::optional<Tensor> threshold_backward(const Tensor& g, const Tensor& x, const at::Scalar& threshold) {
   return masked(g, x, {threshold.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
     return at::threshold_backward(v, at, n[0]);
   });
 }
-Tensor leaky_relu_backward(const Tensor& g, const Tensor& x, const at::Scalar& slope, bool x_is_result) {
+std::optional<Tensor> leaky_relu_backward(const Tensor& g, const Tensor& x, const at::Scalar& slope, bool x_is_result) {
   return masked(g, x, {slope.toDouble(), x_is_result ? 1.0 : 0.0},
                 [](const Tensor& v, const Tensor& at, const Numbers& n) {
                   return at::leaky_relu_backward(v, at, n[0], n[1] != 0);
                 });
 }
-Tensor hardtanh_backward(const Tensor& g, const Tensor& x, const at::Scalar& low, const at::Scalar& high) {
+std::optional<Tensor> hardtanh_backward(const Tensor& g, const Tensor& x, const at::Scalar& low,
+                                        const at::Scalar& high) {
   return masked(g, x, {low.toDouble(), high.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
     return at::hardtanh_backward(v, at, n[0], n[1]);
   });
 }
-Tensor hardsigmoid_backward(const Tensor& g, const Tensor& x) {
+std::optional<Tensor> hardsigmoid_backward(const Tensor& g, const Tensor& x) {
   return masked(
       g, x, {}, [](const Tensor& v, const Tensor& at, const Numbers&) { return at::hardsigmoid_backward(v, at); },
       /*differentiable=*/false);
 }
-Tensor hardshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
+std::optional<Tensor> hardshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
   return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
     return at::hardshrink_backward(v, at, n[0]);
   });
 }
-Tensor softshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
+std::optional<Tensor> softshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
   return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
     return at::softshrink_backward(v, at, n[0]);
   });

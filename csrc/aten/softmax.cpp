@@ -3,10 +3,6 @@
 //   first backward   grad_x = J(output) g                                   cotangent: u
 //   second backward  grad_g = J(output)^T u   grad_output = d <u, J g> / d output
 #include <ATen/WrapDimUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-
-#include <algorithm>
-#include <numeric>
 
 #include "replacement.h"
 
@@ -23,25 +19,21 @@ Tensor first_backward(bool log, const Tensor& g, const Tensor& output, int64_t d
 // A tensor of any layout as [B, C, S] in the order of its memory, where C is dimension `dim`; and the way back.
 class Rows {
  public:
-  Rows(const Tensor& like, int64_t dim) : order_(like.dim()), back_(like.dim()) {
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(),
-                     [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+  Rows(const Tensor& like, int64_t dim) : memory_(like) {
     int64_t* size = &shape_[0];  // of the dimensions outside of `dim`, then of `dim`, then inside
-    for (int64_t i = 0; i < like.dim(); ++i) {
-      const int64_t d = order_[i];
-      back_[d] = i;
+    for (const int64_t d : memory_.order) {
       permuted_.push_back(like.size(d));
       if (d == dim) size = &shape_[1];
       *size *= like.size(d);
       if (d == dim) size = &shape_[2];
     }
   }
-  Tensor of(const Tensor& t) const { return t.permute(order_).reshape(shape_); }  // copies what lies otherwise
-  Tensor back(const Tensor& rows) const { return rows.view(permuted_).permute(back_); }
+  Tensor of(const Tensor& t) const { return t.permute(memory_.order).reshape(shape_); }  // copies what lies otherwise
+  Tensor back(const Tensor& rows) const { return rows.view(permuted_).permute(memory_.back); }
 
  private:
-  std::vector<int64_t> order_, back_, permuted_;
+  MemoryOrder memory_;
+  std::vector<int64_t> permuted_;
   std::array<int64_t, 3> shape_{1, 1, 1};
 };
 
@@ -87,26 +79,21 @@ struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
       const auto [grad_g, grad_output] = composed(log, u, g, output, dim, need_grad, need_output);
       return {grad_g, grad_output, Tensor(), Tensor()};
     }
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow(kKernel, "")
-            .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool, bool, bool)>();
     const at::AutoDispatchBelowADInplaceOrView below;
     const Rows rows(output, dim);
-    const auto [gg_grad, grad_output] =
-        op.call(rows.of(u), rows.of(g.defined() ? g : u), rows.of(output), log, need_grad, need_output);
+    const auto [gg_grad, grad_output] = call_operator<kKernel, std::tuple<Tensor, Tensor>>(
+        rows.of(u), rows.of(g.defined() ? g : u), rows.of(output), log, need_grad, need_output);
     return {need_grad ? rows.back(gg_grad) : Tensor(), need_output ? rows.back(grad_output) : Tensor(), Tensor(),
             Tensor()};
   }
 };
 
 template <bool kLog>
-Tensor softmax_backward(const Tensor& g, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
+std::optional<Tensor> softmax_backward(const Tensor& g, const Tensor& output, int64_t dim, at::ScalarType input_dtype) {
   if (is_plain(output) && is_plain(g) && g.scalar_type() == output.scalar_type() &&
       input_dtype == output.scalar_type() && g.sizes() == output.sizes() && !is_small(output, kLog ? 1 << 14 : 1 << 15))
     return SoftmaxBackward::apply(g, output, at::maybe_wrap_dim(dim, output.dim()), kLog);
-  const UseStock guard;
-  return first_backward(kLog, g, output, dim, input_dtype);
+  return std::nullopt;
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../activation_arguments.h"
+#include "../arguments/activation.h"
 #include "activation_loops.h"
 #include "elements.h"
 

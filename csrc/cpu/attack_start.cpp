@@ -5,7 +5,7 @@
 #include <cmath>
 #include <optional>
 
-#include "../attack_arguments.h"
+#include "../arguments/attack.h"
 #include "attack_rows.h"
 #include "attack_start_loops.h"
 

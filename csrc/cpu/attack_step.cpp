@@ -6,7 +6,7 @@
 #include <functional>
 #include <optional>
 
-#include "../attack_arguments.h"
+#include "../arguments/attack.h"
 #include "attack_rows.h"
 #include "attack_step_loops.h"
 

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../batch_norm_arguments.h"
+#include "../arguments/batch_norm.h"
 #include "batch_norm_sweeps.h"
 
 namespace rk::cpu {

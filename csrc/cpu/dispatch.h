@@ -1,20 +1,14 @@
 // From a run-time dtype to the C++ type of its elements.
 #pragma once
 
-#include "../check.h"
+#include "../arguments/storage.h"
 #include "half.h"
 
 namespace rk::cpu {
 
-// Calls f(S{}) with the storage type of `dtype`; entry points have checked that it is one of the four.
 template <class F>
 RK_HOST_DEVICE void visit_storage(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    default: return f(BFloat16{});
-  }
+  visit_storage_of<Half, BFloat16>(dtype, f);
 }
 
 // Rows a thread should take at least, so that starting it costs less than it saves.

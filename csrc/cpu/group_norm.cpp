@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../group_norm_arguments.h"
+#include "../arguments/group_norm.h"
 #include "pieces.h"
 
 namespace rk::cpu {

@@ -66,15 +66,4 @@ RK_HOST_DEVICE Half store<Half>(float v) {  // to nearest, ties to even
   return {std::uint16_t(sign | result)};
 }
 
-template <class S>
-struct Accumulation {
-  using type = float;
-};
-template <>
-struct Accumulation<double> {
-  using type = double;
-};
-template <class S>
-using accumulation_t = typename Accumulation<S>::type;
-
 }  // namespace rk::cpu

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../kl_divergence_arguments.h"
+#include "../arguments/kl_divergence.h"
 #include "elements.h"
 #include "kl_divergence_loops.h"
 #include "kl_divergence_tiles.h"

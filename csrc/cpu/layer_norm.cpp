@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../layer_norm_arguments.h"
+#include "../arguments/layer_norm.h"
 #include "layer_norm_loops.h"
 #include "pieces.h"
 

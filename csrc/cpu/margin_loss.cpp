@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../margin_loss_arguments.h"
+#include "../arguments/margin_loss.h"
 #include "elements.h"
 
 namespace rk::cpu {

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "../random_cotangents_arguments.h"
+#include "../arguments/random_cotangents.h"
 #include "pieces.h"
 #include "random_frames_loops.h"
 

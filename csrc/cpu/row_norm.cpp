@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../row_norm_arguments.h"
+#include "../arguments/row_norm.h"
 #include "pieces.h"
 #include "row_norm_loops.h"
 

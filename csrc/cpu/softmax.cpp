@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../softmax_arguments.h"
+#include "../arguments/softmax.h"
 #include "elements.h"
 #include "softmax_loops.h"
 

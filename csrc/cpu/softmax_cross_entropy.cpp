@@ -7,7 +7,7 @@
 #include <atomic>
 #include <tuple>
 
-#include "../softmax_cross_entropy_arguments.h"
+#include "../arguments/softmax_cross_entropy.h"
 #include "pieces.h"
 #include "softmax_cross_entropy_loops.h"
 #include "softmax_cross_entropy_tiles.h"

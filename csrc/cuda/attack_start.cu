@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "../attack_arguments.h"
+#include "../arguments/attack.h"
 #include "attack_calls.cuh"
 
 namespace rk::cuda {
@@ -16,19 +16,19 @@ void attack_start(Tensor adversary, Tensor x, Tensor eps, Tensor seed, std::opti
   const DeviceScope scope(adversary);
   const Ball ball = check_attack_start(op, adversary, x, eps, seed, samples, inner, norm, restart);
   if (adversary.numel() == 0) return;
-  x = torch::stable::contiguous(x);
-  if (samples) samples = torch::stable::contiguous(*samples);
-  eps = torch::stable::contiguous(eps);
+  x = contiguous(x);
+  samples = contiguous(samples);
+  eps = contiguous(eps);
   visit_storage(adversary.scalar_type(), [&](auto element) {
     using S = decltype(element);
     AttackStartCall<S> c{};
     c.rows = adversary.size(0);
     c.columns = static_cast<std::uint32_t>(adversary.size(1));
-    c.adversary = static_cast<S*>(adversary.data_ptr());
-    c.x = static_cast<const S*>(x.data_ptr());
+    c.adversary = pointer<S>(adversary);
+    c.x = pointer<const S>(x);
     c.eps = table_of<accumulation_t<S>>(eps, inner, c.columns);
-    c.seed = static_cast<const int64_t*>(seed.data_ptr());
-    c.samples = samples ? static_cast<const int64_t*>(samples->data_ptr()) : nullptr;
+    c.seed = pointer<const int64_t>(seed);
+    c.samples = pointer<const int64_t>(samples);
     c.stream = static_cast<std::uint32_t>(2 * restart);
     check_launch(launch_attack_start(ball, c, scope.stream()), op);
   });

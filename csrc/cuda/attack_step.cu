@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "../attack_arguments.h"
+#include "../arguments/attack.h"
 #include "attack_calls.cuh"
 
 namespace rk::cuda {
@@ -16,23 +16,23 @@ void attack_step(Tensor adversary, Tensor x, std::optional<Tensor> grad, Tensor 
   const DeviceScope scope(adversary);
   const Ball ball = check_attack_step(op, adversary, x, grad, eps, step_size, scale, inner, norm, coordinates);
   if (adversary.numel() == 0) return;
-  x = torch::stable::contiguous(x);
-  if (grad) grad = torch::stable::contiguous(*grad);
-  if (scale) scale = torch::stable::contiguous(*scale);
-  eps = torch::stable::contiguous(eps);
-  step_size = torch::stable::contiguous(step_size);
+  x = contiguous(x);
+  grad = contiguous(grad);
+  scale = contiguous(scale);
+  eps = contiguous(eps);
+  step_size = contiguous(step_size);
   visit_storage(adversary.scalar_type(), [&](auto element) {
     using S = decltype(element);
     using A = accumulation_t<S>;
     AttackStepCall<S> c{};
     c.rows = adversary.size(0);
     c.columns = static_cast<std::uint32_t>(adversary.size(1));
-    c.adversary = static_cast<S*>(adversary.data_ptr());
-    c.x = static_cast<const S*>(x.data_ptr());
-    c.grad = grad ? static_cast<const S*>(grad->data_ptr()) : nullptr;
+    c.adversary = pointer<S>(adversary);
+    c.x = pointer<const S>(x);
+    c.grad = pointer<const S>(grad);
     c.eps = table_of<A>(eps, inner, c.columns);
     c.step = table_of<A>(step_size, inner, c.columns);
-    c.scale = scale ? static_cast<const A*>(scale->data_ptr()) : nullptr;
+    c.scale = pointer<const A>(scale);
     c.coordinates = coordinates;
     check_launch(launch_attack_step(ball, c, scope.stream()), op);
   });

@@ -9,22 +9,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../batch_norm_arguments.h"
+#include "../arguments/batch_norm.h"
 #include "torch.cuh"
 
 namespace rk::cuda {
 namespace {
-
-using torch::stable::Tensor;
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-template <class T>
-T* pointer(const std::optional<Tensor>& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> gg_x,
                                                               std::optional<Tensor> gg_weight,
@@ -37,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
   const int64_t cotangents = check_batch_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
   const auto sizes = sizes_of(x);
   const ScalarType accumulation = accumulation_type(x.scalar_type());
-  const auto u = dense(gg_x), g = dense(grad), dense_x = dense(x), w = dense(weight), a = dense(gg_weight),
-             b = dense(gg_bias), m = dense(mean), r = dense(invstd);
+  const auto u = contiguous(gg_x), w = contiguous(weight), a = contiguous(gg_weight), b = contiguous(gg_bias);
+  const Tensor g = contiguous(grad), dense_x = contiguous(x), m = contiguous(mean), r = contiguous(invstd);
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
   };
@@ -46,8 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
   Tensor grad_weight = output(need_weight, {x.size(1)}, accumulation);
   std::optional<Tensor> partial, coefficients;
 
-  const auto run = [&](auto stored) {
-    using S = decltype(stored);
+  visit_storage(x.scalar_type(), [&](auto element) {
+    using S = decltype(element);
     using A = accumulation_t<S>;
     BatchNormCall<S> c{};
     c.images = x.size(0);
@@ -74,13 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     if (c.shares == 0 && need_weight) torch::stable::zero_(grad_weight);
     if (c.shares == 0 && need_x) torch::stable::zero_(grad_x);
     if (c.shares > 0) check_launch(launch_batch_norm(c, scope.stream()), op);
-  };
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(float{}); break;
-    case ScalarType::Double: run(double{}); break;
-    case ScalarType::Half: run(__half{}); break;
-    default: run(__nv_bfloat16{}); break;
-  }
+  });
   return {gg_grad, grad_x, grad_weight};
 }
 

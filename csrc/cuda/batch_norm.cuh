@@ -258,9 +258,7 @@ __global__ void __launch_bounds__(kBatchNormThreads, 2) batch_norm_coefficients_
         for (int i = 0; i < kBatchNormSums; ++i)
           totals[i] += c.partial[(share * kBatchNormSums + i) * c.channels + channel];
 #pragma unroll
-      for (int i = 0; i < kBatchNormSums; ++i)
-#pragma unroll
-        for (int d = 16; d; d /= 2) totals[i] += __shfl_xor_sync(0xffffffffu, totals[i], d);
+      for (int i = 0; i < kBatchNormSums; ++i) totals[i] = warp_sum(totals[i]);
       if (threadIdx.x % 32 != 0) continue;
       const auto w = coefficients_of(c, channel, {totals[0], totals[1], totals[2], totals[3], totals[4]});
       const A values[kBatchNormCoefficients] = {w.grad_u, w.grad_x, w.grad_1, w.x_u, w.x_g, w.x_x, w.x_1};

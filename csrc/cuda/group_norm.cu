@@ -5,96 +5,52 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "../group_norm_arguments.h"
-#include "torch.cuh"
+#include "../arguments/group_norm.h"
+#include "norm_calls.cuh"
 
 namespace rk::cuda {
 namespace {
 
-using torch::stable::Tensor;
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-// The tensors of one call, kept alive until its kernels are launched.
-struct Tensors {
-  const char* op;
+struct Tensors : NormTensors {
+  bool second, innermost;
   int64_t groups;
-  bool innermost, second;
-  Tensor x, grad, mean, rstd;
-  std::optional<Tensor> weight, gg_x, gg_weight, gg_bias;
-  std::optional<Tensor> gg_grad, grad_x, grad_weight, grad_bias, sums, sample_weight, sample_bias;
+  std::optional<Tensor> channel_sums, sample_weight, sample_bias;
 
   Tensors(const char* name, bool second_derivative, const Tensor& images, const Tensor& g,
           const std::optional<Tensor>& w, const Tensor& means, const Tensor& rstds, int64_t count)
-      : op(name),
-        groups(count),
-        innermost(channels_innermost(images)),
+      : NormTensors{name, images, g, contiguous(rstds), contiguous(means), contiguous(w)},
         second(second_derivative),
-        x(dense_in(innermost, images)),
-        grad(dense_in(innermost, g)),
-        mean(torch::stable::contiguous(means)),
-        rstd(torch::stable::contiguous(rstds)),
-        weight(contiguous(w)) {}
-
-  ScalarType accumulation() const { return accumulation_type(x.scalar_type()); }
-  Tensor like_x() const { return empty_in(innermost, x); }
-  Tensor vector() const { return torch::stable::new_empty(x, {x.size(1)}, accumulation()); }
-  Tensor nothing(bool of_sums) const {
-    return torch::stable::new_empty(x, {0}, of_sums ? accumulation() : x.scalar_type());
+        innermost(channels_innermost(images)),
+        groups(count) {
+    x = dense_in(innermost, images);
+    grad = dense_in(innermost, g);
   }
 
-  template <class T>
-  static T* pointer(const std::optional<Tensor>& t) {
-    return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-  }
-
-  template <class S>
-  void launch_as(cudaStream_t stream) {
-    using A = accumulation_t<S>;
-    GroupNormCall<S> c{};
-    c.second = second;
-    c.samples = x.size(0);
-    c.channels = x.size(1);
-    c.positions = x.size(2);
-    c.groups = groups;
-    const bool rows = innermost || c.positions == 1;  // planes of one position are rows of channels
-    set_units(c, rows);
-    // Named, since nvcc takes the commas of a list in a template's argument for operators.
-    const std::vector<int64_t> sum_sizes{c.samples, c.channels, c.slots, 5}, sample_sizes{c.samples, c.channels};
-    sums = torch::stable::new_empty(x, sum_sizes, accumulation());
-    if (grad_weight) sample_weight = torch::stable::new_empty(x, sample_sizes, accumulation());
-    if (grad_bias) sample_bias = torch::stable::new_empty(x, sample_sizes, accumulation());
-    c.x = static_cast<const S*>(x.data_ptr());
-    c.g = static_cast<const S*>(grad.data_ptr());
-    c.u = pointer<const S>(gg_x);
-    c.weight = pointer<const A>(weight);
-    c.gg_weight = pointer<const A>(gg_weight);
-    c.gg_bias = pointer<const A>(gg_bias);
-    c.mean = static_cast<const A*>(mean.data_ptr());
-    c.rstd = static_cast<const A*>(rstd.data_ptr());
-    c.gg_grad = pointer<S>(gg_grad);
-    c.grad_x = pointer<S>(grad_x);
-    c.sums = pointer<A>(sums);
-    c.sample_weight = pointer<A>(sample_weight);
-    c.sample_bias = pointer<A>(sample_bias);
-    c.grad_weight = pointer<A>(grad_weight);
-    c.grad_bias = pointer<A>(grad_bias);
-    check_launch(launch_group_norm(rows, c, stream), op);
-  }
+  Tensor image() const { return empty_in(innermost, x); }
 
   void launch_on(cudaStream_t stream) {
-    switch (x.scalar_type()) {
-      case ScalarType::Float: return launch_as<float>(stream);
-      case ScalarType::Double: return launch_as<double>(stream);
-      case ScalarType::Half: return launch_as<__half>(stream);
-      default: return launch_as<__nv_bfloat16>(stream);
-    }
+    visit_storage(x.scalar_type(), [&](auto element) {
+      using S = decltype(element);
+      using A = accumulation_t<S>;
+      GroupNormCall<S> c{};
+      c.second = second;
+      c.samples = x.size(0);
+      c.channels = x.size(1);
+      c.positions = x.size(2);
+      c.groups = groups;
+      put_into(c);
+      const bool rows = innermost || c.positions == 1;  // planes of one position are rows of channels
+      set_units(c, rows);
+      // Named, since nvcc takes the commas of a list in a template's argument for operators.
+      const std::vector<int64_t> sum_sizes{c.samples, c.channels, c.slots, 5}, sample_sizes{c.samples, c.channels};
+      channel_sums = sums(sum_sizes);
+      if (grad_weight) sample_weight = sums(sample_sizes);
+      if (grad_bias) sample_bias = sums(sample_sizes);
+      c.sums = pointer<A>(channel_sums);
+      c.sample_weight = pointer<A>(sample_weight);
+      c.sample_bias = pointer<A>(sample_bias);
+      check_launch(launch_group_norm(rows, c, stream), op);
+    });
   }
 };
 
@@ -106,12 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, st
   const char* op = "group_norm_backward";
   check_group_norm(op, none, none, none, grad, x, weight, mean, rstd, groups);
   Tensors call(op, false, x, grad, weight, mean, rstd, groups);
-  if (need_x) call.grad_x = call.like_x();
-  if (need_weight) call.grad_weight = call.vector();
-  if (need_bias) call.grad_bias = call.vector();
+  if (need_x) call.grad_x = call.image();
+  if (need_weight) call.grad_weight = call.sums({x.size(1)});
+  if (need_bias) call.grad_bias = call.sums({x.size(1)});
   call.launch_on(scope.stream());
-  return {call.grad_x.value_or(call.nothing(false)), call.grad_weight.value_or(call.nothing(true)),
-          call.grad_bias.value_or(call.nothing(true))};
+  return call.slopes();
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> gg_x,
@@ -127,12 +82,11 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tens
   if (gg_x) call.gg_x = dense_in(call.innermost, *gg_x);
   call.gg_weight = contiguous(gg_weight);
   call.gg_bias = contiguous(gg_bias);
-  if (need_grad) call.gg_grad = call.like_x();
-  if (need_x) call.grad_x = call.like_x();
-  if (need_weight) call.grad_weight = call.vector();
+  if (need_grad) call.gg_grad = call.image();
+  if (need_x) call.grad_x = call.image();
+  if (need_weight) call.grad_weight = call.sums({x.size(1)});
   call.launch_on(scope.stream());
-  return {call.gg_grad.value_or(call.nothing(false)), call.grad_x.value_or(call.nothing(false)),
-          call.grad_weight.value_or(call.nothing(true))};
+  return call.bends();
 }
 
 }  // namespace

@@ -57,13 +57,6 @@ __device__ __forceinline__ void add_element(ChannelSums<A>& s, A x, A g, A u, A 
 }
 
 template <class A>
-__device__ __forceinline__ A warp_sum(A v) {
-#pragma unroll
-  for (int d = 16; d; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
-
-template <class A>
 __device__ __forceinline__ void put_sums(A* to, const ChannelSums<A>& s) {
   to[0] = s.g;
   to[1] = s.gx;

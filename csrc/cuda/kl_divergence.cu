@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../kl_divergence_arguments.h"
+#include "../arguments/kl_divergence.h"
 #include "attack_calls.cuh"
 
 namespace rk::cuda {
@@ -19,12 +19,7 @@ struct KlOthers {
   std::optional<Tensor> gg_p, gg_q, grad, statistics_in, per_row, statistics, grad_p, grad_q;
 };
 
-template <class T>
-T* pointer(const std::optional<Tensor>& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-}
-
-void launch_on(KlOrder order, const KlTensors& t, double temperature, const KlOthers& o, cudaStream_t stream) {
+void launch_on(Order order, const KlTensors& t, double temperature, const KlOthers& o, cudaStream_t stream) {
   visit_storage(t.p.scalar_type(), [&](auto element) {
     using S = decltype(element);
     using A = accumulation_t<S>;
@@ -32,8 +27,8 @@ void launch_on(KlOrder order, const KlTensors& t, double temperature, const KlOt
     c.rows = t.p.size(0);
     c.classes = t.p.size(1);
     c.inverse_t = static_cast<A>(1.0 / temperature);
-    c.p_logits = static_cast<const S*>(t.p.data_ptr());
-    c.q_logits = static_cast<const S*>(t.q.data_ptr());
+    c.p_logits = pointer<const S>(t.p);
+    c.q_logits = pointer<const S>(t.q);
     c.gg_p = pointer<const S>(o.gg_p);
     c.gg_q = pointer<const S>(o.gg_q);
     c.grad = pointer<const A>(o.grad);
@@ -52,7 +47,7 @@ std::tuple<Tensor, Tensor> kl_divergence(Tensor p_logits, Tensor q_logits, doubl
   KlOthers o;
   o.per_row = t.new_rows();
   o.statistics = t.new_statistics();
-  launch_on(KlOrder::kValue, t, temperature, o, scope.stream());
+  launch_on(Order::kValue, t, temperature, o, scope.stream());
   return {*o.per_row, *o.statistics};
 }
 
@@ -65,7 +60,7 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, 
   o.statistics_in = t.saved(statistics);
   o.grad_p = t.new_logits(need_p);
   o.grad_q = t.new_logits(need_q);
-  launch_on(KlOrder::kBackward, t, temperature, o, scope.stream());
+  launch_on(Order::kBackward, t, temperature, o, scope.stream());
   return {*o.grad_p, *o.grad_q};
 }
 
@@ -83,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<T
   o.per_row = t.new_rows();
   o.grad_p = t.new_logits(need_p);
   o.grad_q = t.new_logits(need_q);
-  launch_on(KlOrder::kDoubleBackward, t, temperature, o, scope.stream());
+  launch_on(Order::kDoubleBackward, t, temperature, o, scope.stream());
   return {*o.per_row, *o.grad_p, *o.grad_q};
 }
 

@@ -145,14 +145,12 @@ __global__ void __launch_bounds__(512, 1) kl_divergence_double_backward_kernel(c
   }
 }
 
-enum class KlOrder { kValue, kBackward, kDoubleBackward };
-
 template <class S>
-cudaError_t launch_kl_divergence(KlOrder order, const KlCall<S>& c, cudaStream_t stream) {
+cudaError_t launch_kl_divergence(Order order, const KlCall<S>& c, cudaStream_t stream) {
   const dim3 block(threads_for<S>(c.classes, 512)), grid = grid_for(c.rows);
   switch (order) {
-    case KlOrder::kValue: return launch(kl_divergence_kernel<S>, grid, block, 0, stream, c);
-    case KlOrder::kBackward: return launch(kl_divergence_backward_kernel<S>, grid, block, 0, stream, c);
+    case Order::kValue: return launch(kl_divergence_kernel<S>, grid, block, 0, stream, c);
+    case Order::kBackward: return launch(kl_divergence_backward_kernel<S>, grid, block, 0, stream, c);
     default: return launch(kl_divergence_double_backward_kernel<S>, grid, block, 0, stream, c);
   }
 }

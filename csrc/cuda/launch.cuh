@@ -34,6 +34,9 @@
 
 namespace rk::cuda {
 
+// Which operator of an op: its value, or one of its derivatives.
+enum class Order { kValue, kBackward, kDoubleBackward };
+
 // Runs `kernel` on `stream`. Arguments are converted to the kernel's parameter types here, on the host.
 //
 // A grid with a zero dimension is an empty batch: nothing is launched and the result is cudaSuccess, where CUDA itself

@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../margin_loss_arguments.h"
+#include "../arguments/margin_loss.h"
 #include "attack_calls.cuh"
 
 namespace rk::cuda {
@@ -19,9 +19,9 @@ std::tuple<Tensor, Tensor> margin_loss(Tensor logits, Tensor target, std::option
   const DeviceScope scope(logits);
   const Margin margin = check_margin_loss(op, logits, target, towards, kind);
   RK_CHECK(logits.size(1) <= 2147483647, op, ": logits must have at most 2^31 - 1 classes, got ", describe(logits));
-  logits = torch::stable::contiguous(logits);
-  target = torch::stable::contiguous(target);
-  if (towards) towards = torch::stable::contiguous(*towards);
+  logits = contiguous(logits);
+  target = contiguous(target);
+  towards = contiguous(towards);
   Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, accumulation_type(logits.scalar_type()));
   Tensor slopes = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   visit_storage(logits.scalar_type(), [&](auto element) {
@@ -30,11 +30,11 @@ std::tuple<Tensor, Tensor> margin_loss(Tensor logits, Tensor target, std::option
     c.rows = logits.size(0);
     c.classes = static_cast<int>(logits.size(1));
     c.kind = margin;
-    c.logits = static_cast<const S*>(logits.data_ptr());
-    c.target = static_cast<const int64_t*>(target.data_ptr());
-    c.towards = towards ? static_cast<const int64_t*>(towards->data_ptr()) : nullptr;
-    c.loss = static_cast<accumulation_t<S>*>(loss.data_ptr());
-    c.slopes = static_cast<S*>(slopes.data_ptr());
+    c.logits = pointer<const S>(logits);
+    c.target = pointer<const int64_t>(target);
+    c.towards = pointer<const int64_t>(towards);
+    c.loss = pointer<accumulation_t<S>>(loss);
+    c.slopes = pointer<S>(slopes);
     check_launch(launch_margin_loss(c, scope.stream()), op);
   });
   return {loss, slopes};
@@ -44,17 +44,17 @@ Tensor margin_loss_backward(Tensor grad, Tensor slopes) {
   constexpr const char* op = "margin_loss_backward";
   const DeviceScope scope(slopes);
   check_margin_loss_backward(op, grad, slopes);
-  grad = torch::stable::contiguous(grad);
-  slopes = torch::stable::contiguous(slopes);
+  grad = contiguous(grad);
+  slopes = contiguous(slopes);
   Tensor result = torch::stable::new_empty(slopes, {slopes.size(0), slopes.size(1)});
   visit_storage(slopes.scalar_type(), [&](auto element) {
     using S = decltype(element);
     MarginBackwardCall<S> c{};
     c.elements = slopes.numel();
     c.classes = slopes.size(1);
-    c.grad = static_cast<const accumulation_t<S>*>(grad.data_ptr());
-    c.slopes = static_cast<const S*>(slopes.data_ptr());
-    c.result = static_cast<S*>(result.data_ptr());
+    c.grad = pointer<const accumulation_t<S>>(grad);
+    c.slopes = pointer<const S>(slopes);
+    c.result = pointer<S>(result);
     check_launch(launch_margin_loss_backward(c, scope.stream()), op);
   });
   return result;

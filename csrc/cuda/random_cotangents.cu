@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../random_cotangents_arguments.h"
+#include "../arguments/random_cotangents.h"
 #include "random_frames.cuh"
 #include "torch.cuh"
 
@@ -29,9 +29,9 @@ class Call {
     CotangentDraws<A>& draws = sums.draws;
     draws = {shape.law,    shape.projections, shape.batch, shape.classes, shape.positions,
              shape.size(), nullptr,           nullptr,     nullptr};
-    draws.seed = static_cast<const int64_t*>(seed.data_ptr());
+    draws.seed = pointer<const int64_t>(seed);
     sums.kind = shape.kind;
-    if (grad) sums.grad = static_cast<const S*>(grad->data_ptr());
+    if (grad) sums.grad = pointer<const S>(*grad);
     if (shape.law == Law::kSphere) {
       A* const scale = workspace<A>(shape.projections * shape.batch);
       check_launch(launch_sphere_scale(draws, scale, stream), op);
@@ -43,7 +43,7 @@ class Call {
     if (shape.kind == Kind::kCentred) sums.mean = workspace<A>(units);
     if (shape.kind == Kind::kFisher) {
       double* const root = workspace<double>(shape.batch * shape.size());
-      const S* const z = static_cast<const S*>(outputs.data_ptr());
+      const S* const z = pointer<const S>(outputs);
       check_launch(launch_roots(shape.batch, shape.classes, shape.positions, z, root, stream), op);
       sums.root = root;
       sums.d = workspace<double>(units);
@@ -58,7 +58,7 @@ class Call {
   T* workspace(int64_t numbers) {
     kept_.push_back(
         torch::stable::new_empty(like_, {numbers}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float));
-    return static_cast<T*>(kept_.back().data_ptr());
+    return pointer<T>(kept_.back());
   }
 
   void make_frames() {
@@ -77,27 +77,16 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-// f(S{}) with the storage type of `dtype`.
-template <class F>
-void visit(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(__half{});
-    default: return f(__nv_bfloat16{});
-  }
-}
-
 Tensor random_cotangents(Tensor outputs, Tensor seed, int64_t projections, int64_t law, int64_t kind) {
   constexpr const char* op = "random_cotangents";
   const DeviceScope scope(outputs);
   const CotangentShape shape(op, outputs, seed, projections, law, kind);
-  const Tensor z = shape.kind == Kind::kFisher ? torch::stable::contiguous(outputs) : outputs;
+  const Tensor z = shape.kind == Kind::kFisher ? contiguous(outputs) : outputs;
   Tensor w = torch::stable::new_empty(outputs, shape.of_cotangents());
-  visit(outputs.scalar_type(), [&](auto storage) {
+  visit_storage(outputs.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     const Call<S> call(op, shape, z, seed, nullptr, scope.stream());
-    check_launch(launch_cotangent_value(call.sums, static_cast<S*>(w.data_ptr()), scope.stream()), op);
+    check_launch(launch_cotangent_value(call.sums, pointer<S>(w), scope.stream()), op);
   });
   return w;
 }
@@ -107,12 +96,12 @@ Tensor random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int6
   const DeviceScope scope(outputs);
   const CotangentShape shape(op, outputs, seed, projections_of(op, grad), law, static_cast<int64_t>(Kind::kFisher));
   check_grad(op, grad, shape, outputs);
-  const Tensor g = torch::stable::contiguous(grad), z = torch::stable::contiguous(outputs);
+  const Tensor g = contiguous(grad), z = contiguous(outputs);
   Tensor grad_outputs = torch::stable::new_empty(outputs, shape.of_outputs);
-  visit(outputs.scalar_type(), [&](auto storage) {
+  visit_storage(outputs.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     const Call<S> call(op, shape, z, seed, &g, scope.stream());
-    check_launch(launch_cotangent_gradient(call.sums, static_cast<S*>(grad_outputs.data_ptr()), scope.stream()), op);
+    check_launch(launch_cotangent_gradient(call.sums, pointer<S>(grad_outputs), scope.stream()), op);
   });
   return grad_outputs;
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../math/random_cotangents.h"
+#include "reduce.cuh"
 #include "vector.cuh"
 
 namespace rk::cuda {
@@ -59,9 +60,7 @@ template <class A, class F>
 __device__ __forceinline__ A warp_sum(std::int64_t n, const F& f) {
   A sum = 0;
   for (std::int64_t block = threadIdx.x % 32; 4 * block < n; block += 32) sum = f(block, sum);
-#pragma unroll
-  for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-  return sum;
+  return warp_reduce(sum, Sum{});
 }
 
 // f(j) for the entries of a block that exist.

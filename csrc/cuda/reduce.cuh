@@ -1,4 +1,4 @@
-// Reductions over a block: a tree of fixed shape, so the same bits on every run, and the result in every thread.
+// Reductions over a warp or a block: trees of fixed shape, so the same bits on every run, and the result in every thread.
 #pragma once
 
 #include "launch.cuh"
@@ -19,21 +19,29 @@ struct Maximum {  // NaN wins
   }
 };
 
+template <class A, class Combine>
+__device__ __forceinline__ A warp_reduce(A v, Combine combine) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) v = combine(v, __shfl_xor_sync(0xffffffffu, v, d));
+  return v;
+}
+
 // blockDim.x is a multiple of 32; `identity` is the neutral element.
 template <class A, class Combine>
 __device__ __forceinline__ A block_reduce(A v, A identity, Combine combine) {
   __shared__ A part[32];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll
-  for (int d = 16; d; d /= 2) v = combine(v, __shfl_xor_sync(0xffffffffu, v, d));
+  v = warp_reduce(v, combine);
   if (warps == 1) return v;
   __syncthreads();  // part may still be read from the reduction before
   if (lane == 0) part[warp] = v;
   __syncthreads();
-  v = lane < warps ? part[lane] : identity;
-#pragma unroll
-  for (int d = 16; d; d /= 2) v = combine(v, __shfl_xor_sync(0xffffffffu, v, d));
-  return v;
+  return warp_reduce(lane < warps ? part[lane] : identity, combine);
+}
+
+template <class A>
+__device__ __forceinline__ A warp_sum(A v) {
+  return warp_reduce(v, Sum{});
 }
 
 template <class A>

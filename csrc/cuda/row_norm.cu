@@ -9,13 +9,11 @@
 #include <optional>
 #include <tuple>
 
-#include "../row_norm_arguments.h"
+#include "../arguments/row_norm.h"
 #include "torch.cuh"
 
 namespace rk::cuda {
 namespace {
-
-using torch::stable::Tensor;
 
 // The tensors of one call, kept alive until its kernels are launched.
 struct Tensors {
@@ -33,7 +31,7 @@ struct Tensors {
     check_matrix(op, "x", rows);
     check_weight(op, weight, inner, rows);
     norm = norm_kind(op, p, squared);
-    if (weight) weight = torch::stable::contiguous(*weight);
+    weight = contiguous(weight);
   }
 
   ScalarType accumulation() const { return accumulation_type(x.scalar_type()); }
@@ -41,51 +39,39 @@ struct Tensors {
   void set_grad(const Tensor& g, const Tensor& n) {
     check_tensor(op, "grad", g, {x.size(0)}, accumulation(), x);
     check_tensor(op, "norm", n, {x.size(0)}, accumulation(), x);
-    grad = torch::stable::contiguous(g);
-    norms = torch::stable::contiguous(n);
-  }
-
-  template <class T>
-  static T* pointer(const std::optional<Tensor>& t) {
-    return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-  }
-
-  template <class S>
-  void launch_as(Order order, cudaStream_t stream) {
-    using A = accumulation_t<S>;
-    RowNormCall<S> c{};
-    c.norm = norm;
-    c.p = static_cast<A>(p);
-    c.rows = x.size(0);
-    c.cols = x.size(1);
-    c.chunks = std::max<int64_t>(1, (c.cols + kChunk - 1) / kChunk);
-    c.x = static_cast<const S*>(x.data_ptr());
-    c.x_stride = x.stride(0);
-    c.gg_x = pointer<const S>(gg_x);
-    c.gg_x_stride = gg_x ? gg_x->stride(0) : 0;
-    c.grad = pointer<const A>(grad);
-    c.norms = pointer<const A>(norms);
-    c.weight = pointer<const A>(weight);
-    c.inner = inner;
-    c.channels = weight ? weight->size(0) : 1;
-    if (c.chunks > 1) {
-      partial = torch::stable::new_empty(x, {c.rows * c.chunks}, accumulation());
-      if (norm == Norm::kInf) ties = torch::stable::new_empty(x, {c.rows * c.chunks}, accumulation());
-    }
-    c.partial = pointer<A>(partial);
-    c.ties = pointer<A>(ties);
-    c.per_row = pointer<A>(per_row);
-    c.out = pointer<S>(out);
-    check_launch(launch_row_norm(order, c, stream), op);
+    grad = contiguous(g);
+    norms = contiguous(n);
   }
 
   void launch_on(Order order, cudaStream_t stream) {
-    switch (x.scalar_type()) {
-      case ScalarType::Float: return launch_as<float>(order, stream);
-      case ScalarType::Double: return launch_as<double>(order, stream);
-      case ScalarType::Half: return launch_as<__half>(order, stream);
-      default: return launch_as<__nv_bfloat16>(order, stream);
-    }
+    visit_storage(x.scalar_type(), [&](auto element) {
+      using S = decltype(element);
+      using A = accumulation_t<S>;
+      RowNormCall<S> c{};
+      c.norm = norm;
+      c.p = static_cast<A>(p);
+      c.rows = x.size(0);
+      c.cols = x.size(1);
+      c.chunks = std::max<int64_t>(1, (c.cols + kChunk - 1) / kChunk);
+      c.x = pointer<const S>(x);
+      c.x_stride = x.stride(0);
+      c.gg_x = pointer<const S>(gg_x);
+      c.gg_x_stride = gg_x ? gg_x->stride(0) : 0;
+      c.grad = pointer<const A>(grad);
+      c.norms = pointer<const A>(norms);
+      c.weight = pointer<const A>(weight);
+      c.inner = inner;
+      c.channels = weight ? weight->size(0) : 1;
+      if (c.chunks > 1) {
+        partial = torch::stable::new_empty(x, {c.rows * c.chunks}, accumulation());
+        if (norm == Norm::kInf) ties = torch::stable::new_empty(x, {c.rows * c.chunks}, accumulation());
+      }
+      c.partial = pointer<A>(partial);
+      c.ties = pointer<A>(ties);
+      c.per_row = pointer<A>(per_row);
+      c.out = pointer<S>(out);
+      check_launch(launch_row_norm(order, c, stream), op);
+    });
   }
 };
 

@@ -238,8 +238,6 @@ __global__ void __launch_bounds__(256, 2) row_norm_double_backward_kernel(const 
   }
 }
 
-enum class Order { kValue, kBackward, kDoubleBackward };
-
 // Launches one call; c.partial (and c.ties for Linf) must hold rows * chunks numbers when chunks > 1.
 template <Norm kNorm, class S>
 cudaError_t launch_row_norm(Order order, const RowNormCall<S>& c, cudaStream_t stream) {

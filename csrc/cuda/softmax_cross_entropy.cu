@@ -8,13 +8,11 @@
 #include <optional>
 #include <tuple>
 
-#include "../softmax_cross_entropy_arguments.h"
+#include "../arguments/softmax_cross_entropy.h"
 #include "torch.cuh"
 
 namespace rk::cuda {
 namespace {
-
-using torch::stable::Tensor;
 
 // The tensors of one call, kept alive until its kernel is launched.
 struct CrossEntropyTensors {
@@ -27,7 +25,7 @@ struct CrossEntropyTensors {
   CrossEntropyTensors(const char* name, const Tensor& z, const Tensor& t, double smoothing, double temp, int64_t ignore)
       : op(name),
         logits(with_dense_rows(z)),
-        target(t.dim() == 2 ? with_dense_rows(t) : torch::stable::contiguous(t)),
+        target(t.dim() == 2 ? with_dense_rows(t) : contiguous(t)),
         label_smoothing(smoothing),
         temperature(temp),
         ignore_index(ignore) {
@@ -40,50 +38,38 @@ struct CrossEntropyTensors {
 
   void set_grad(const Tensor& g, const Tensor& s) {
     check_statistics(op, g, s, logits);
-    grad = torch::stable::contiguous(g);
-    statistics_in = torch::stable::contiguous(s);
+    grad = contiguous(g);
+    statistics_in = contiguous(s);
   }
 
-  template <class T>
-  static T* pointer(const std::optional<Tensor>& t) {
-    return t ? static_cast<T*>(t->data_ptr()) : nullptr;
-  }
-
-  template <class S>
-  void launch_as(CrossEntropyOrder order, cudaStream_t stream) {
-    using A = accumulation_t<S>;
-    CrossEntropyCall<S> c{};
-    c.rows = logits.size(0);
-    c.classes = logits.size(1);
-    c.logits = static_cast<const S*>(logits.data_ptr());
-    c.logits_stride = logits.stride(0);
-    c.gg = pointer<const S>(gg);
-    c.gg_stride = gg ? gg->stride(0) : 0;
-    if (is_index_target(target))
-      c.indices = static_cast<const int64_t*>(target.data_ptr());
-    else if (target.scalar_type() == accumulation())
-      c.wide_target = static_cast<const A*>(target.data_ptr());
-    else
-      c.narrow_target = static_cast<const S*>(target.data_ptr());
-    c.target_stride = target.stride(0);
-    c.ignore_index = ignore_index;
-    c.label_smoothing = static_cast<A>(label_smoothing);
-    c.inverse_t = static_cast<A>(1.0 / temperature);
-    c.grad = pointer<const A>(grad);
-    c.statistics_in = pointer<const A>(statistics_in);
-    c.per_row = pointer<A>(per_row);
-    c.statistics = pointer<A>(statistics);
-    c.out = pointer<S>(out);
-    check_launch(launch_softmax_cross_entropy(order, c, stream), op);
-  }
-
-  void launch_on(CrossEntropyOrder order, cudaStream_t stream) {
-    switch (logits.scalar_type()) {
-      case ScalarType::Float: return launch_as<float>(order, stream);
-      case ScalarType::Double: return launch_as<double>(order, stream);
-      case ScalarType::Half: return launch_as<__half>(order, stream);
-      default: return launch_as<__nv_bfloat16>(order, stream);
-    }
+  void launch_on(Order order, cudaStream_t stream) {
+    visit_storage(logits.scalar_type(), [&](auto element) {
+      using S = decltype(element);
+      using A = accumulation_t<S>;
+      CrossEntropyCall<S> c{};
+      c.rows = logits.size(0);
+      c.classes = logits.size(1);
+      c.logits = pointer<const S>(logits);
+      c.logits_stride = logits.stride(0);
+      c.gg = pointer<const S>(gg);
+      c.gg_stride = gg ? gg->stride(0) : 0;
+      if (is_index_target(target))
+        c.indices = pointer<const int64_t>(target);
+      else if (target.scalar_type() == accumulation())
+        c.wide_target = pointer<const A>(target);
+      else
+        c.narrow_target = pointer<const S>(target);
+      c.target_stride = target.stride(0);
+      c.ignore_index = ignore_index;
+      c.label_smoothing = static_cast<A>(label_smoothing);
+      c.inverse_t = static_cast<A>(1.0 / temperature);
+      c.grad = pointer<const A>(grad);
+      c.statistics_in = pointer<const A>(statistics_in);
+      c.per_row = pointer<A>(per_row);
+      c.statistics = pointer<A>(statistics);
+      c.out = pointer<S>(out);
+      check_launch(launch_softmax_cross_entropy(order, c, stream), op);
+    });
   }
 };
 
@@ -95,7 +81,7 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, d
          statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, call.accumulation());
   call.per_row = loss;
   call.statistics = statistics;
-  call.launch_on(CrossEntropyOrder::kValue, scope.stream());
+  call.launch_on(Order::kValue, scope.stream());
   return {loss, statistics};
 }
 
@@ -107,7 +93,7 @@ Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statist
   call.set_grad(grad, statistics);
   Tensor grad_logits = call.new_logits();
   call.out = grad_logits;
-  call.launch_on(CrossEntropyOrder::kBackward, scope.stream());
+  call.launch_on(Order::kBackward, scope.stream());
   return grad_logits;
 }
 
@@ -124,7 +110,7 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logit
   Tensor gg_grad = call.new_rows(), grad_logits = call.new_logits();
   call.per_row = gg_grad;
   call.out = grad_logits;
-  call.launch_on(CrossEntropyOrder::kDoubleBackward, scope.stream());
+  call.launch_on(Order::kDoubleBackward, scope.stream());
   return {gg_grad, grad_logits};
 }
 

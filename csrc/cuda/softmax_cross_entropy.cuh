@@ -151,15 +151,12 @@ __global__ void __launch_bounds__(512, 1) softmax_cross_entropy_double_backward_
   }
 }
 
-enum class CrossEntropyOrder { kValue, kBackward, kDoubleBackward };
-
 template <class S>
-cudaError_t launch_softmax_cross_entropy(CrossEntropyOrder order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
+cudaError_t launch_softmax_cross_entropy(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
   const dim3 block(threads_for<S>(c.classes, 512)), grid = grid_for(c.rows);
   switch (order) {
-    case CrossEntropyOrder::kValue: return launch(softmax_cross_entropy_kernel<S>, grid, block, 0, stream, c);
-    case CrossEntropyOrder::kBackward:
-      return launch(softmax_cross_entropy_backward_kernel<S>, grid, block, 0, stream, c);
+    case Order::kValue: return launch(softmax_cross_entropy_kernel<S>, grid, block, 0, stream, c);
+    case Order::kBackward: return launch(softmax_cross_entropy_backward_kernel<S>, grid, block, 0, stream, c);
     default: return launch(softmax_cross_entropy_double_backward_kernel<S>, grid, block, 0, stream, c);
   }
 }

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../check.h"
+#include "../arguments/storage.h"
 #include "launch.cuh"
 
 #if defined(__CUDACC__)
@@ -53,6 +53,11 @@ inline cudaStream_t current_stream(int32_t device_index) {
 
 }  // namespace detail
 #endif
+
+template <class F>
+void visit_storage(ScalarType dtype, const F& f) {
+  visit_storage_of<__half, __nv_bfloat16>(dtype, f);
+}
 
 // Makes a tensor's device the current one while in scope, and gives PyTorch's current stream there. Every entry opens
 // one before it allocates or launches. In the emulator there is neither device nor stream.

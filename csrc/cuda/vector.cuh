@@ -2,22 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
+#include "../math/scalar.h"
 #include "launch.cuh"
 
 namespace rk::cuda {
 
-template <class S>
-struct Accumulation {
-  using type = float;
-};
-template <>
-struct Accumulation<double> {
-  using type = double;
-};
-template <class S>
-using accumulation_t = typename Accumulation<S>::type;
+using rk::accumulation_t;
 
 __device__ __forceinline__ float load(float v) { return v; }
 __device__ __forceinline__ double load(double v) { return v; }

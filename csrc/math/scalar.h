@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define RK_HOST_DEVICE __host__ __device__ __forceinline__
@@ -14,6 +15,10 @@
 #endif
 
 namespace rk {
+
+// Of sums: float for 16- and 32-bit storage.
+template <class S>
+using accumulation_t = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // std::numeric_limits as constants, which device code may use.
 template <class A>

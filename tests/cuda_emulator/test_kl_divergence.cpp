@@ -10,7 +10,7 @@ namespace {
 
 using rk::kKlStatistics;
 using rk::cuda::KlCall;
-using rk::cuda::KlOrder;
+using rk::cuda::Order;
 using testing::Buffer;
 using testing::Draw;
 using testing::expect_close;
@@ -54,7 +54,7 @@ struct Problem {
       if (i % classes) a[i] = b[i] = testing::from_double<S>(-INFINITY);
   }
 
-  KlCall<S> call(KlOrder order) {
+  KlCall<S> call(Order order) {
     KlCall<S> c{};
     c.rows = rows;
     c.classes = classes;
@@ -65,10 +65,10 @@ struct Problem {
     if (has_v) c.gg_q = v.data();
     c.grad = grad.data();
     c.statistics_in = statistics_in.data();
-    if (order != KlOrder::kBackward) c.per_row = per_row.data();
-    if (order == KlOrder::kValue) c.statistics = statistics.data();
-    if (order != KlOrder::kValue && need_p) c.grad_p = grad_p.data();
-    if (order != KlOrder::kValue && need_q) c.grad_q = grad_q.data();
+    if (order != Order::kBackward) c.per_row = per_row.data();
+    if (order == Order::kValue) c.statistics = statistics.data();
+    if (order != Order::kValue && need_p) c.grad_p = grad_p.data();
+    if (order != Order::kValue && need_q) c.grad_q = grad_q.data();
     return c;
   }
   std::string text(const char* what, std::int64_t row, std::int64_t j = -1) const {
@@ -117,14 +117,14 @@ template <class S>
 void test_problem(const testing::Options& options, Problem<S>& t) {
   using A = rk::cuda::accumulation_t<S>;
   const double loose = 4000 * testing::epsilon<A>(), store = testing::epsilon<S>(), i = 1.0 / t.temperature;
-  const auto run = [&](KlOrder order, auto&... outputs) {
+  const auto run = [&](Order order, auto&... outputs) {
     const auto call = [&] { return rk::cuda::launch_kl_divergence(order, t.call(order), nullptr); };
     testing::run_in_all_orders(options, t.text("output", 0), call, outputs...);
   };
   std::vector<Row> want;
   for (std::int64_t row = 0; row < t.rows; ++row) want.emplace_back(t, row);
 
-  run(KlOrder::kValue, t.per_row, t.statistics);
+  run(Order::kValue, t.per_row, t.statistics);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     for (int k = 0; k < kKlStatistics; ++k)
       t.statistics_in[kKlStatistics * row + k] = t.statistics[kKlStatistics * row + k];
@@ -132,11 +132,11 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   }
 
   if (t.need_p && t.need_q)
-    run(KlOrder::kBackward, t.grad_p, t.grad_q);
+    run(Order::kBackward, t.grad_p, t.grad_q);
   else if (t.need_p)
-    run(KlOrder::kBackward, t.grad_p);
+    run(Order::kBackward, t.grad_p);
   else if (t.need_q)
-    run(KlOrder::kBackward, t.grad_q);
+    run(Order::kBackward, t.grad_q);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const Row& w = want[row];
     const double factor = t.grad[row] * i, size = std::fabs(factor) * (1.0 + w.kl);
@@ -154,13 +154,13 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   t.grad_p.fill_with_nan();
   t.grad_q.fill_with_nan();
   if (t.need_p && t.need_q)
-    run(KlOrder::kDoubleBackward, t.per_row, t.grad_p, t.grad_q);
+    run(Order::kDoubleBackward, t.per_row, t.grad_p, t.grad_q);
   else if (t.need_p)
-    run(KlOrder::kDoubleBackward, t.per_row, t.grad_p);
+    run(Order::kDoubleBackward, t.per_row, t.grad_p);
   else if (t.need_q)
-    run(KlOrder::kDoubleBackward, t.per_row, t.grad_q);
+    run(Order::kDoubleBackward, t.per_row, t.grad_q);
   else
-    run(KlOrder::kDoubleBackward, t.per_row);
+    run(Order::kDoubleBackward, t.per_row);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const Row& w = want[row];
     const double factor = t.grad[row] * i * i, size = (1.0 + w.kl + std::fabs(w.cross)) * 10.0;
@@ -190,7 +190,7 @@ void test_shapes(const testing::Options& options, Draw& draw, int rows, int clas
 void test_small_grid(Draw& draw) {
   Problem<float> t(draw, 7, 300);
   expect_success(
-      rk::cuda::launch(rk::cuda::kl_divergence_kernel<float>, dim3(2), dim3(96), 0, nullptr, t.call(KlOrder::kValue)));
+      rk::cuda::launch(rk::cuda::kl_divergence_kernel<float>, dim3(2), dim3(96), 0, nullptr, t.call(Order::kValue)));
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const Row want(t, row);
     expect_close(t.per_row[row], want.kl, 1e-4 * (1.0 + want.kl), "divergence in a small grid");
@@ -215,17 +215,17 @@ void test_huge() {
   c.per_row = per_row.data();
   c.statistics = statistics.data();
   cuda_emulator::configuration().first_block = rows - 1;
-  expect_success(rk::cuda::launch_kl_divergence(KlOrder::kValue, c, nullptr));
+  expect_success(rk::cuda::launch_kl_divergence(Order::kValue, c, nullptr));
   expect_close(per_row[rows - 1], std::log(double{classes}), 1e-2, "divergence of the last row");
   c.statistics_in = statistics.data();
   c.statistics = nullptr;
   c.per_row = nullptr;
   c.grad_p = grad_p.data();
   c.grad_q = grad_q.data();
-  expect_success(rk::cuda::launch_kl_divergence(KlOrder::kBackward, c, nullptr));
+  expect_success(rk::cuda::launch_kl_divergence(Order::kBackward, c, nullptr));
   expect_close(to_double(grad_q.last_row()[classes - 1]), -1000.0, 1.0, "grad_q of the last element");
   c.per_row = per_row.data();
-  expect_success(rk::cuda::launch_kl_divergence(KlOrder::kDoubleBackward, c, nullptr));
+  expect_success(rk::cuda::launch_kl_divergence(Order::kDoubleBackward, c, nullptr));
   expect_close(to_double(grad_q.last_row()[classes - 1]), 0.0, 1e-3, "second grad_q of the last element");
   cuda_emulator::configuration().first_block = 0;
 }

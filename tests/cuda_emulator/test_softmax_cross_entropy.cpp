@@ -9,7 +9,7 @@
 namespace {
 
 using rk::cuda::CrossEntropyCall;
-using rk::cuda::CrossEntropyOrder;
+using rk::cuda::Order;
 using testing::Buffer;
 using testing::Draw;
 using testing::expect_close;
@@ -70,7 +70,7 @@ struct Problem {
     return (1.0 - smoothing) * t + smoothing / static_cast<double>(classes);
   }
 
-  CrossEntropyCall<S> call(CrossEntropyOrder order) {
+  CrossEntropyCall<S> call(Order order) {
     CrossEntropyCall<S> c{};
     c.rows = rows;
     c.classes = classes;
@@ -85,9 +85,9 @@ struct Problem {
     c.inverse_t = static_cast<A>(1.0 / temperature);
     c.grad = grad.data();
     c.statistics_in = statistics_in.data();
-    if (order != CrossEntropyOrder::kBackward) c.per_row = per_row.data();
-    if (order == CrossEntropyOrder::kValue) c.statistics = statistics.data();
-    if (order != CrossEntropyOrder::kValue) c.out = out.data();
+    if (order != Order::kBackward) c.per_row = per_row.data();
+    if (order == Order::kValue) c.statistics = statistics.data();
+    if (order != Order::kValue) c.out = out.data();
     return c;
   }
   std::string text(const char* what, std::int64_t row, std::int64_t j = -1) const {
@@ -123,7 +123,7 @@ template <class S>
 void test_problem(const testing::Options& options, Problem<S>& t) {
   using A = rk::cuda::accumulation_t<S>;
   const double loose = 400 * testing::epsilon<A>(), store = testing::epsilon<S>();
-  const auto run = [&](CrossEntropyOrder order, auto&... outputs) {
+  const auto run = [&](Order order, auto&... outputs) {
     const auto call = [&] { return rk::cuda::launch_softmax_cross_entropy(order, t.call(order), nullptr); };
     testing::run_in_all_orders(options, t.text("output", 0), call, outputs...);
   };
@@ -136,7 +136,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   std::vector<Row> want;
   for (std::int64_t row = 0; row < t.rows; ++row) want.emplace_back(t, row);
 
-  run(CrossEntropyOrder::kValue, t.per_row, t.statistics);
+  run(Order::kValue, t.per_row, t.statistics);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const Row& w = want[row];
     t.statistics_in[2 * row] = t.statistics[2 * row];
@@ -148,7 +148,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
     expect_close(t.statistics[2 * row + 1], w.log_sum, loose * scale, t.text("log of the sum", row));
   }
 
-  run(CrossEntropyOrder::kBackward, t.out);
+  run(Order::kBackward, t.out);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const double factor = t.grad[row] / t.temperature;
     for (std::int64_t j = 0; j < t.classes; ++j) {
@@ -161,7 +161,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
   }
 
   t.out.fill_with_nan();
-  run(CrossEntropyOrder::kDoubleBackward, t.per_row, t.out);
+  run(Order::kDoubleBackward, t.per_row, t.out);
   for (std::int64_t row = 0; row < t.rows; ++row) {
     const Row& w = want[row];
     const double scale = (1.0 + w.total_q) / t.temperature;
@@ -188,7 +188,7 @@ void test_shapes(const testing::Options& options, Draw& draw, int rows, int clas
 // Fewer blocks than rows: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
   Problem<float> t(draw, Target::indices, 7, 300);
-  const auto call = t.call(CrossEntropyOrder::kValue);
+  const auto call = t.call(Order::kValue);
   expect_success(rk::cuda::launch(rk::cuda::softmax_cross_entropy_kernel<float>, dim3(2), dim3(96), 0, nullptr, call));
   for (std::int64_t row = 0; row < t.rows; ++row) {
     if (t.is_ignored(row) || t.is_invalid(row)) continue;
@@ -217,17 +217,17 @@ void test_huge() {
   c.per_row = per_row.data();
   c.statistics = statistics.data();
   cuda_emulator::configuration().first_block = rows - 1;
-  expect_success(rk::cuda::launch_softmax_cross_entropy(CrossEntropyOrder::kValue, c, nullptr));
+  expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kValue, c, nullptr));
   expect_close(per_row[rows - 1], std::log(double{classes}), 1e-3, "loss of the last row");
   c.statistics_in = statistics.data();
   c.statistics = nullptr;
   c.per_row = nullptr;
   c.out = out.data();
-  expect_success(rk::cuda::launch_softmax_cross_entropy(CrossEntropyOrder::kBackward, c, nullptr));
+  expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kBackward, c, nullptr));
   expect_close(to_double(out.last_row()[classes - 1]), 1000.0 * (1.0 - 1.0 / classes), 1.0,
                "grad_logits of the last element");
   c.per_row = per_row.data();
-  expect_success(rk::cuda::launch_softmax_cross_entropy(CrossEntropyOrder::kDoubleBackward, c, nullptr));
+  expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kDoubleBackward, c, nullptr));
   expect_close(to_double(out.last_row()[classes - 1]), 0.0, 1e-3, "second grad_logits of the last element");
   cuda_emulator::configuration().first_block = 0;
 }

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "check.h"
-#include "math/attack_step.h"
+#include "../math/attack_step.h"
 
 namespace rk {
 

@@ -1,12 +1,10 @@
 // The arguments of kl_divergence and its derivatives, checked once for both devices.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 
-#include "check.h"
-#include "math/kl_divergence.h"
+#include "storage.h"
+#include "../math/kl_divergence.h"
 
 namespace rk {
 
@@ -42,7 +40,7 @@ struct KlTensors {
   }
   std::optional<Tensor> cotangent(const char* name, const std::optional<Tensor>& t) const {
     check_optional(op, name, t, sizes_of(p), p.scalar_type(), p);
-    return t ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
+    return contiguous(t);
   }
 };
 

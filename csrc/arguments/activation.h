@@ -6,7 +6,7 @@
 
 #include "check.h"
 #include "layout.h"
-#include "math/activation.h"
+#include "../math/activation.h"
 
 namespace rk {
 

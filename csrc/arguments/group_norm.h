@@ -1,9 +1,7 @@
 // The arguments of group_norm_backward and its derivative, checked once for both devices.
 #pragma once
 
-#include <optional>
-
-#include "layer_norm_arguments.h"
+#include "norm.h"
 
 namespace rk {
 
@@ -36,17 +34,13 @@ inline void check_group_norm(const char* op, const std::optional<Tensor>& gg_x, 
                              const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                              int64_t groups) {
   RK_CHECK(x.dim() == 3, op, ": x must have 3 dimensions, got ", describe(x));
-  RK_CHECK(is_floating_point(x.scalar_type()), op, ": x must be float32, float64, float16 or bfloat16, got ",
-           describe(x));
+  check_floating(op, "x", x);
   const ScalarType dtype = x.scalar_type(), accumulation = accumulation_type(dtype);
   const int64_t channels = x.size(1);
   RK_CHECK(groups >= 1 && channels % groups == 0, op, ": groups must divide the ", channels, " channels of x, got ",
            groups);
-  check_tensor(op, "grad", grad, sizes_of(x), dtype, x);
-  check_optional(op, "gg_x", gg_x, sizes_of(x), dtype, x);
-  check_optional(op, "gg_weight", gg_weight, {channels}, accumulation, x);
-  check_optional(op, "gg_bias", gg_bias, {channels}, accumulation, x);
-  check_optional(op, "weight", weight, {channels}, accumulation, x);
+  check_tensor(op, "grad", grad, sizes_of(x), dtype, x);  // of one cotangent
+  check_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, channels);
   check_tensor(op, "mean", mean, {x.size(0), groups}, accumulation, x);
   check_tensor(op, "rstd", rstd, {x.size(0), groups}, accumulation, x);
 }

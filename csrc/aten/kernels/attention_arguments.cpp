@@ -3,7 +3,7 @@
 #include <sstream>
 #include <vector>
 
-#include "../check.h"
+#include "../../arguments/check.h"
 
 namespace rk::aten {
 namespace {
@@ -23,8 +23,6 @@ void check_like(const char* name, const Tensor& t, const std::vector<int64_t>& s
 void check_like(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& sizes, const Tensor& q) {
   if (t) check_like(name, *t, sizes, q);
 }
-
-}  // namespace
 
 AttentionShape check_attention(const AttentionArguments& a) {
   const Tensor &q = a.q, &k = a.k, &v = a.v;
@@ -54,11 +52,44 @@ AttentionShape check_attention(const AttentionArguments& a) {
   return s;
 }
 
+AttentionPlan attention_plan(const AttentionArguments& x, bool grad, bool q, bool k, bool v) {
+  AttentionPlan p{x.gg_q.has_value(), x.gg_k.has_value(), x.gg_v.has_value(), false, false, false, false};
+  const bool any = p.a || p.b || p.c;
+  p.grad = grad && any;
+  p.q = q && any;
+  p.k = k && any;
+  p.v = v && p.tangent();
+  return p;
+}
+
+// Laid out like its tensor, with adjacent columns.
+Tensor attention_result(const Tensor& like, bool asked, bool computed) {
+  if (!asked) return at::empty({0}, like.options());
+  Tensor result = at::empty_like(like);
+  if (like.size(3) > 1 && result.stride(3) != 1) result = at::empty(like.sizes(), like.options());
+  return computed ? result : result.zero_();
+}
+
+}  // namespace
+
+AttentionCall attention_call(const AttentionArguments& in, bool causal, double scale, bool need_grad, bool need_q,
+                             bool need_k, bool need_v) {
+  const AttentionShape shape = check_attention(in);
+  const AttentionPlan plan = shape.empty() ? AttentionPlan{} : attention_plan(in, need_grad, need_q, need_k, need_v);
+  return {in,
+          shape,
+          plan,
+          causal,
+          scale,
+          {attention_result(in.grad, need_grad, plan.grad), attention_result(in.q, need_q, plan.q),
+           attention_result(in.k, need_k, plan.k), attention_result(in.v, need_v, plan.v)}};
+}
+
 Tensor additive_mask(const Tensor& mask, const AttentionShape& shape) {
   Tensor m = mask;
   for (int64_t d = 0; d < m.dim(); ++d)
     if (m.size(d) > 1 && m.stride(d) == 0) m = m.narrow(d, 0, 1);
-  m = m.to(shape.dtype == at::kDouble ? at::kDouble : at::kFloat);
+  m = m.to(accumulation_type(shape.dtype));
   return m.expand({shape.batch, shape.heads, shape.queries, shape.keys});
 }
 

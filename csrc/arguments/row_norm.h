@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "check.h"
-#include "math/row_norm.h"
+#include "../math/row_norm.h"
 
 namespace rk {
 

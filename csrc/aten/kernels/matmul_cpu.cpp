@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cpu/transpose.h"
+#include "../../cpu/transpose.h"
 
 namespace rk::aten {
 namespace {

@@ -21,8 +21,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../cpu/attention_loops.h"
-#include "../cpu/transpose.h"
+#include "../../cpu/attention_loops.h"
+#include "../../cpu/transpose.h"
 #include "attention_arguments.h"
 
 // MKL's, where PyTorch is linked with it.
@@ -71,14 +71,14 @@ Tensor with_adjacent_columns(const Tensor& t) { return t.size(3) <= 1 || t.strid
 struct Task {
   AttentionShape shape;
   AttentionPlan plan;
+  bool causal;
+  double scale;
   Rows gg_q, gg_k, gg_v, grad, q, k, v;            // inputs
   Rows result_grad, result_q, result_k, result_v;  // outputs that the plan has
   Tensor mask;                                     // [B, H, L, S], accumulation type, or undefined
-  bool causal;
-  double scale;
-  int64_t block_rows, blocks;   // rows of q in a block, blocks in a head
-  int64_t splits;               // units that share a head
-  Tensor partial_k, partial_v;  // [B, G, splits, S, D or E] if there are several
+  int64_t block_rows, blocks;                      // rows of q in a block, blocks in a head
+  int64_t splits;                                  // units that share a head
+  Tensor partial_k, partial_v;                     // [B, G, splits, S, D or E] if there are several
 };
 
 template <class A>
@@ -317,22 +317,9 @@ void run_all(const Task& task) {
   if (task.splits > 1) on_threads(heads, [](Worker<A>& worker, int64_t head) { worker.finish(head); });
 }
 
-AttentionResults attention_double_backward(const std::optional<Tensor>& gg_q, const std::optional<Tensor>& gg_k,
-                                           const std::optional<Tensor>& gg_v, const Tensor& grad, const Tensor& q,
-                                           const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                                           bool causal, double scale, bool need_grad, bool need_q, bool need_k,
-                                           bool need_v) {
-  const AttentionArguments arguments{gg_q, gg_k, gg_v, grad, q, k, v, mask};
-  Task task;
-  task.shape = check_attention(arguments);
-  const AttentionShape& s = task.shape;
-  task.plan = s.empty() ? AttentionPlan{} : attention_plan(arguments, need_grad, need_q, need_k, need_v);
-  const AttentionPlan& plan = task.plan;
-  AttentionResults results{attention_result(grad, need_grad, plan.grad), attention_result(q, need_q, plan.q),
-                           attention_result(k, need_k, plan.k), attention_result(v, need_v, plan.v)};
-  if (plan.nothing()) return results;
-  task.causal = causal;
-  task.scale = scale;
+void run(const AttentionCall& call) {
+  const auto& [in, s, plan, causal, scale, results] = call;
+  Task task{s, plan, causal, scale};
   task.blocks = (s.queries * s.keys + kBlockScores - 1) / kBlockScores;
   task.block_rows = std::clamp((s.queries + task.blocks - 1) / task.blocks, kLeastRows, kMostRows);
   task.block_rows = std::min(task.block_rows, s.queries);
@@ -342,27 +329,28 @@ AttentionResults attention_double_backward(const std::optional<Tensor>& gg_q, co
 
   std::vector<Tensor> held;  // copies with adjacent columns
   const auto rows = [&](const Tensor& t) { return Rows(held.emplace_back(with_adjacent_columns(t))); };
-  task.grad = rows(grad);
-  task.q = rows(q);
-  task.k = rows(k);
-  task.v = rows(v);
-  if (gg_q) task.gg_q = rows(*gg_q);
-  if (gg_k) task.gg_k = rows(*gg_k);
-  if (gg_v) task.gg_v = rows(*gg_v);
-  if (mask) task.mask = additive_mask(*mask, s);
+  task.grad = rows(in.grad);
+  task.q = rows(in.q);
+  task.k = rows(in.k);
+  task.v = rows(in.v);
+  if (in.gg_q) task.gg_q = rows(*in.gg_q);
+  if (in.gg_k) task.gg_k = rows(*in.gg_k);
+  if (in.gg_v) task.gg_v = rows(*in.gg_v);
+  if (in.mask) task.mask = additive_mask(*in.mask, s);
   if (plan.grad) task.result_grad = Rows(std::get<0>(results));
   if (plan.q) task.result_q = Rows(std::get<1>(results));
   if (plan.k) task.result_k = Rows(std::get<2>(results));
   if (plan.v) task.result_v = Rows(std::get<3>(results));
-  const auto accumulation = q.options().dtype(s.dtype == at::kDouble ? at::kDouble : at::kFloat);
+  const auto accumulation = in.q.options().dtype(accumulation_type(s.dtype));
   if (task.splits > 1 && plan.k) task.partial_k = at::empty({heads * task.splits, s.keys, s.key_size}, accumulation);
   if (task.splits > 1 && plan.v) task.partial_v = at::empty({heads * task.splits, s.keys, s.value_size}, accumulation);
   s.dtype == at::kDouble ? run_all<double>(task) : run_all<float>(task);
-  return results;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(robustkern, CPU, m) { m.impl("attention_double_backward", TORCH_FN(attention_double_backward)); }
+TORCH_LIBRARY_IMPL(robustkern, CPU, m) {
+  m.impl("attention_double_backward", TORCH_FN(attention_double_backward<run>));
+}
 
 }  // namespace rk::aten

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "check.h"
-#include "math/margin_loss.h"
+#include "../math/margin_loss.h"
 
 namespace rk {
 

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
@@ -14,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "dtype.h"
 
 // Raises RuntimeError in Python with this message and nothing else: STD_TORCH_CHECK would put a C++ file and line in front.
 #define RK_CHECK(condition, ...) ((condition) ? void() : ::rk::fail(__VA_ARGS__))
@@ -27,26 +28,7 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline std::string name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return torch::headeronly::toString(dtype);
-  }
-}
 
 inline std::string device_of(const Tensor& t) {
   const auto device = t.device();
@@ -74,16 +56,6 @@ inline std::string describe(const Tensor& t) {
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.device().type() == b.device().type() && a.device().index() == b.device().index();
-}
-
-inline bool is_floating_point(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
-}
-
-// Sums of 16-bit and 32-bit data are kept in float32, sums of float64 in float64.
-inline ScalarType accumulation_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& t) {

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "check.h"
-#include "math/random_cotangents.h"
+#include "../math/random_cotangents.h"
 
 namespace rk {
 

@@ -1,11 +1,13 @@
-// The arguments of attention_double_backward, checked once for every implementation.
+// attention_double_backward but for its kernels: arguments are checked, results allocated, once for every implementation.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
+
+#include "../../arguments/dtype.h"
 
 namespace rk::aten {
 
@@ -26,8 +28,6 @@ struct AttentionArguments {
   const std::optional<Tensor>& mask;
 };
 
-AttentionShape check_attention(const AttentionArguments& a);
-
 // The mask as [B, H, L, S] in the accumulation type, no entry of a broadcast dimension stored twice.
 Tensor additive_mask(const Tensor& mask, const AttentionShape& shape);
 
@@ -42,25 +42,33 @@ struct AttentionPlan {
   bool nothing() const { return !(grad || q || k || v); }
 };
 
-inline AttentionPlan attention_plan(const AttentionArguments& x, bool grad, bool q, bool k, bool v) {
-  AttentionPlan p{x.gg_q.has_value(), x.gg_k.has_value(), x.gg_v.has_value(), false, false, false, false};
-  const bool any = p.a || p.b || p.c;
-  p.grad = grad && any;
-  p.q = q && any;
-  p.k = k && any;
-  p.v = v && p.tangent();
-  return p;
-}
-
 using AttentionResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // gg_grad, grad_q, grad_k, grad_v
 
-// The gradient's memory: laid out like its tensor, with adjacent columns; zeros where the gradient vanishes, [0] where
-// nobody asks for it.
-inline Tensor attention_result(const Tensor& like, bool asked, bool computed) {
-  if (!asked) return at::empty({0}, like.options());
-  Tensor result = at::empty_like(like);
-  if (like.size(3) > 1 && result.stride(3) != 1) result = at::empty(like.sizes(), like.options());
-  return computed ? result : result.zero_();
+struct AttentionCall {
+  AttentionArguments in;
+  AttentionShape shape;
+  AttentionPlan plan;
+  bool causal;
+  double scale;
+  AttentionResults results;  // the plan's; others are zeros where the gradient vanishes, [0] where nobody asks for it
+};
+
+AttentionCall attention_call(const AttentionArguments& in, bool causal, double scale, bool need_grad, bool need_q,
+                             bool need_k, bool need_v);
+
+// What an implementation registers: `run` writes the results that the plan has.
+template <void (*run)(const AttentionCall&)>
+AttentionResults attention_double_backward(const std::optional<Tensor>& gg_q, const std::optional<Tensor>& gg_k,
+                                           const std::optional<Tensor>& gg_v, const Tensor& grad, const Tensor& q,
+                                           const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                                           bool causal, double scale, bool need_grad, bool need_q, bool need_k,
+                                           bool need_v) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const AttentionCall call =
+      attention_call({gg_q, gg_k, gg_v, grad, q, k, v, mask}, causal, scale, need_grad, need_q, need_k, need_v);
+  if (!call.plan.nothing()) run(call);
+  return call.results;
 }
 
 }  // namespace rk::aten

@@ -21,30 +21,27 @@ Tensor mean_under(const Tensor& p, const Tensor& x) { return (p * x).sum(-1, /*k
 
 class Blocks {
  public:
-  Blocks(const AttentionArguments& in, const AttentionShape& shape, const AttentionPlan& plan, bool causal,
-         double scale)
-      : in_(in), s_(shape), plan_(plan), causal_(causal), scale_(scale) {
-    k_ = flat(in.k);
-    b_ = flat(in.gg_k);
-    v_ = flat(in.v);
-    c_ = flat(in.gg_v);
-    if (in.mask) mask_ = additive_mask(*in.mask, shape);
-    if (plan.k) sum_k_ = at::zeros_like(k_);
-    if (plan.v) sum_v_ = at::zeros_like(v_);
+  explicit Blocks(const AttentionCall& call) : call_(call) {
+    k_ = flat(in_.k);
+    b_ = flat(in_.gg_k);
+    v_ = flat(in_.v);
+    c_ = flat(in_.gg_v);
+    if (in_.mask) mask_ = additive_mask(*in_.mask, s_);
+    if (plan_.k) sum_k_ = at::zeros_like(k_);
+    if (plan_.v) sum_v_ = at::zeros_like(v_);
   }
 
-  void run(const AttentionResults& results) {
+  void run() {
     const int64_t per_row = s_.batch * s_.heads * s_.keys;
     const int64_t rows = std::max(kLeastRows, kBlockScores / per_row);
-    for (int64_t first = 0; first < s_.queries; first += rows)
-      run_block(results, first, std::min(rows, s_.queries - first));
+    for (int64_t first = 0; first < s_.queries; first += rows) run_block(first, std::min(rows, s_.queries - first));
     const auto keep = [&](const Tensor& sum, const Tensor& to) { to.copy_(sum.view(to.sizes())); };
-    if (plan_.k) keep(sum_k_, std::get<2>(results));
-    if (plan_.v) keep(sum_v_, std::get<3>(results));
+    if (plan_.k) keep(sum_k_, std::get<2>(call_.results));
+    if (plan_.v) keep(sum_v_, std::get<3>(call_.results));
   }
 
  private:
-  Tensor wide(const Tensor& t) const { return t.to(s_.dtype == at::kDouble ? at::kDouble : at::kFloat); }
+  Tensor wide(const Tensor& t) const { return t.to(accumulation_type(s_.dtype)); }
 
   // [B G, rows, D]: the heads of q that share a head of k are so many more rows.
   Tensor flat(const Tensor& t) const { return wide(t).reshape({s_.batch * s_.key_heads, -1, t.size(3)}); }
@@ -61,10 +58,10 @@ class Blocks {
   }
 
   Tensor probabilities(const Tensor& q, const Tensor& k, int64_t first, int64_t rows) const {
-    Tensor s = at::bmm(q, k.mT()).mul_(scale_);
+    Tensor s = at::bmm(q, k.mT()).mul_(call_.scale);
     const int64_t cols = k.size(1);
     if (mask_.defined()) per_head(s, rows).add_(mask_.narrow(2, first, rows).narrow(3, 0, cols));
-    if (causal_) {
+    if (call_.causal) {
       const auto hidden = at::ones({rows, cols}, s.options().dtype(at::kBool)).triu_(first + 1);
       per_head(s, rows).masked_fill_(hidden, -kInfinity);
     }
@@ -72,8 +69,8 @@ class Blocks {
     return at::softmax(s, -1).masked_fill_(masked, 0.0);
   }
 
-  void run_block(const AttentionResults& results, int64_t first, int64_t rows) {
-    const int64_t cols = causal_ ? std::min(s_.keys, first + rows) : s_.keys;
+  void run_block(int64_t first, int64_t rows) {
+    const int64_t cols = call_.causal ? std::min(s_.keys, first + rows) : s_.keys;
     const auto head = [&](const Tensor& t) { return t.defined() ? t.narrow(1, 0, cols) : t; };
     const Tensor k = head(k_), b = head(b_), v = head(v_), c = head(c_);
     const Tensor q = rows_of(in_.q, first, rows), a = rows_of(in_.gg_q, first, rows),
@@ -83,7 +80,7 @@ class Blocks {
     if (plan_.tangent()) {
       t = plan_.a ? at::bmm(a, k.mT()) : at::bmm(q, b.mT());
       if (plan_.a && plan_.b) t.baddbmm_(q, b.mT());
-      t.mul_(scale_);
+      t.mul_(call_.scale);
       t.sub_(mean_under(p, t));
     }
     if (plan_.slope()) {
@@ -101,48 +98,34 @@ class Blocks {
     if (plan_.grad) {
       Tensor out = t.defined() ? at::bmm(t, v) : Tensor();
       if (plan_.c) out = out.defined() ? out.baddbmm_(p, c) : at::bmm(p, c);
-      keep(out, std::get<0>(results));
+      keep(out, std::get<0>(call_.results));
     }
     if (plan_.q) {
       Tensor out = at::bmm(bend, k);
       if (plan_.b) out.baddbmm_(slope, b);
-      keep(out.mul_(scale_), std::get<1>(results));
+      keep(out.mul_(call_.scale), std::get<1>(call_.results));
     }
     if (plan_.k) {
       Tensor sum = head(sum_k_);
-      sum.baddbmm_(bend.mT(), q, 1, scale_);
-      if (plan_.a) sum.baddbmm_(slope.mT(), a, 1, scale_);
+      sum.baddbmm_(bend.mT(), q, 1, call_.scale);
+      if (plan_.a) sum.baddbmm_(slope.mT(), a, 1, call_.scale);
     }
     if (plan_.v) head(sum_v_).baddbmm_(t.mT(), g);
   }
 
-  const AttentionArguments& in_;
-  const AttentionShape& s_;
-  const AttentionPlan& plan_;
-  const bool causal_;
-  const double scale_;
+  const AttentionCall& call_;
+  const AttentionArguments& in_ = call_.in;
+  const AttentionShape& s_ = call_.shape;
+  const AttentionPlan& plan_ = call_.plan;
   Tensor k_, b_, v_, c_, mask_, sum_k_, sum_v_;
 };
 
-AttentionResults attention_double_backward(const std::optional<Tensor>& gg_q, const std::optional<Tensor>& gg_k,
-                                           const std::optional<Tensor>& gg_v, const Tensor& grad, const Tensor& q,
-                                           const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                                           bool causal, double scale, bool need_grad, bool need_q, bool need_k,
-                                           bool need_v) {
-  const AttentionArguments arguments{gg_q, gg_k, gg_v, grad, q, k, v, mask};
-  const AttentionShape shape = check_attention(arguments);
-  const AttentionPlan plan =
-      shape.empty() ? AttentionPlan{} : attention_plan(arguments, need_grad, need_q, need_k, need_v);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  AttentionResults results{attention_result(grad, need_grad, plan.grad), attention_result(q, need_q, plan.q),
-                           attention_result(k, need_k, plan.k), attention_result(v, need_v, plan.v)};
-  if (!plan.nothing()) Blocks(arguments, shape, plan, causal, scale).run(results);
-  return results;
-}
+void run(const AttentionCall& call) { Blocks(call).run(); }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(robustkern, CUDA, m) { m.impl("attention_double_backward", TORCH_FN(attention_double_backward)); }
+TORCH_LIBRARY_IMPL(robustkern, CUDA, m) {
+  m.impl("attention_double_backward", TORCH_FN(attention_double_backward<run>));
+}
 
 }  // namespace rk::aten

@@ -1,0 +1,48 @@
+// Tensors as arguments of the kernels of layer_norm and group_norm.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "torch.cuh"
+
+namespace rk::cuda {
+
+// The tensors of one call, kept alive until its kernels are launched.
+struct NormTensors {
+  const char* op;
+  Tensor x, grad, rstd;
+  std::optional<Tensor> mean, weight, gg_x, gg_weight, gg_bias;
+  std::optional<Tensor> gg_grad, grad_x, grad_weight, grad_bias;  // what is needed
+
+  ScalarType accumulation() const { return accumulation_type(x.scalar_type()); }
+  Tensor sums(const std::vector<int64_t>& sizes) const { return torch::stable::new_empty(x, sizes, accumulation()); }
+
+  template <template <class> class Call, class S>
+  void put_into(Call<S>& c) const {
+    using A = accumulation_t<S>;
+    c.x = pointer<const S>(x);
+    c.g = pointer<const S>(grad);
+    c.u = pointer<const S>(gg_x);
+    c.weight = pointer<const A>(weight);
+    c.gg_weight = pointer<const A>(gg_weight);
+    c.gg_bias = pointer<const A>(gg_bias);
+    c.mean = pointer<const A>(mean);
+    c.rstd = pointer<const A>(rstd);
+    c.gg_grad = pointer<S>(gg_grad);
+    c.grad_x = pointer<S>(grad_x);
+    c.grad_weight = pointer<A>(grad_weight);
+    c.grad_bias = pointer<A>(grad_bias);
+  }
+
+  // Of the backward, and of its derivative; [0] where a gradient is not needed.
+  std::tuple<Tensor, Tensor, Tensor> slopes() const { return {like_x(grad_x), sum(grad_weight), sum(grad_bias)}; }
+  std::tuple<Tensor, Tensor, Tensor> bends() const { return {like_x(gg_grad), like_x(grad_x), sum(grad_weight)}; }
+
+ private:
+  Tensor like_x(const std::optional<Tensor>& t) const { return t ? *t : torch::stable::new_empty(x, {0}); }
+  Tensor sum(const std::optional<Tensor>& t) const { return t ? *t : sums({0}); }
+};
+
+}  // namespace rk::cuda

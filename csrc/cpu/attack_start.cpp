@@ -6,11 +6,63 @@
 #include <optional>
 
 #include "../attack_arguments.h"
+#include "../math/attack_start.h"
 #include "attack_rows.h"
-#include "attack_start_loops.h"
 
 namespace rk::cpu {
 namespace {
+
+template <class A>
+RK_MULTIVERSION void draw_uniform(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u,
+                                  int64_t blocks) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const RandomWords w = start_words(key, first + uint32_t(b), sample, stream);
+    u[4 * b] = symmetric<A>(w.w0), u[4 * b + 1] = symmetric<A>(w.w1);
+    u[4 * b + 2] = symmetric<A>(w.w2), u[4 * b + 3] = symmetric<A>(w.w3);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void draw_normal(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const RandomWords w = start_words(key, first + uint32_t(b), sample, stream);
+    const NormalPair<A> p = box_muller<A>(w.w0, w.w1), q = box_muller<A>(w.w2, w.w3);
+    u[4 * b] = p.first, u[4 * b + 1] = p.second, u[4 * b + 2] = q.first, u[4 * b + 3] = q.second;
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void draw_laplace(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u,
+                                  int64_t blocks) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const RandomWords w = start_words(key, first + uint32_t(b), sample, stream);
+    u[4 * b] = laplace<A>(w.w0), u[4 * b + 1] = laplace<A>(w.w1);
+    u[4 * b + 2] = laplace<A>(w.w2), u[4 * b + 3] = laplace<A>(w.w3);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION double squares(const A* u, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA { return double(u[j]) * double(u[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION double sizes(const A* u, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA { return double(absolute(u[j])); });
+}
+
+template <class A>
+RK_MULTIVERSION void offset_uniform(const A* x, const A* u, const A* eps, A* out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const Interval<A> to = linf_interval(x[j], eps[j]);
+    out[j] = clamp(fused(eps[j], u[j], x[j]), to.low, to.high);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void offset(const A* x, const A* u, A scale, A* out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) out[j] = clamp(x[j] + scale * u[j], A(0), A(1));
+}
 
 struct Start {
   Ball ball;
@@ -69,11 +121,9 @@ void attack_start(Tensor adversary, Tensor x, Tensor eps, Tensor seed, std::opti
   if (adversary.numel() == 0) return;
   const Tensor clean = torch::stable::contiguous(x);
   if (samples) samples = torch::stable::contiguous(*samples);
-  const Start call{ball, PhiloxKey(static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()))),
-                   samples ? static_cast<const int64_t*>(samples->data_ptr()) : nullptr,
+  const Start call{ball, PhiloxKey(static_cast<uint64_t>(*pointer<int64_t>(seed))), pointer<int64_t>(samples),
                    static_cast<uint32_t>(2 * restart), adversary.size(1)};
-  adversary.scalar_type() == ScalarType::Double ? run<double>(call, adversary, clean, eps, inner)
-                                                : run<float>(call, adversary, clean, eps, inner);
+  visit_accumulation(adversary.scalar_type(), [&]<class A>(A) { run<A>(call, adversary, clean, eps, inner); });
 }
 
 }  // namespace

@@ -17,6 +17,27 @@ RK_HOST_DEVICE void visit_storage(ScalarType dtype, const F& f) {
   }
 }
 
+// Calls f(A{}) with the accumulation type of `dtype`.
+template <class F>
+void visit_accumulation(ScalarType dtype, const F& f) {
+  dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// Bytes of a stored element.
+inline std::int64_t item_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// The elements of a tensor that stores S; null where there is none.
+template <class S>
+S* pointer(const Tensor& t) {
+  return static_cast<S*>(t.data_ptr());
+}
+template <class S>
+S* pointer(const std::optional<Tensor>& t) {
+  return t ? pointer<S>(*t) : nullptr;
+}
+
 // Rows a thread should take at least, so that starting it costs less than it saves.
 inline std::int64_t rows_per_thread(std::int64_t elements_per_row) {
   const std::int64_t elements = 32768;

@@ -14,9 +14,7 @@ struct Buffer {
 class Input {
  public:
   explicit Input(const Tensor& t)
-      : base_(static_cast<const char*>(t.data_ptr())),
-        dtype_(t.scalar_type()),
-        item_(static_cast<int64_t>(t.element_size())) {}
+      : base_(pointer<char>(t)), dtype_(t.scalar_type()), item_(static_cast<int64_t>(t.element_size())) {}
 
   // Elements [begin, begin + n), n <= kPiece.
   template <class A>
@@ -38,7 +36,7 @@ class Output {
  public:
   // What is not needed goes to the buffer and no further.
   Output(const Tensor& t, bool needed)
-      : base_(needed ? static_cast<char*>(t.data_ptr()) : nullptr),
+      : base_(needed ? pointer<char>(t) : nullptr),
         dtype_(t.scalar_type()),
         item_(static_cast<int64_t>(t.element_size())),
         streamed_(t.numel() * item_ >= kStreamedBytes) {}

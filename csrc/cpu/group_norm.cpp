@@ -4,7 +4,6 @@
 // sample where they are innermost.  One thread sums over a unit and writes its results while the unit is in the cache.
 // Where units are few, threads share their parts, pass by pass; the additions are the same either way, for every number
 // of threads.
-#include "group_norm_loops.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,17 +13,106 @@
 #include <vector>
 
 #include "../group_norm_arguments.h"
+#include "../math/group_norm.h"
+#include "norm_sums.h"
 #include "pieces.h"
 
 namespace rk::cpu {
 namespace {
+
+// Planes: `count` channels of `length` positions each, `stride` apart.  Rows: `count` positions of `length` channels.
+template <class A>
+struct GroupNormPiece {
+  const A *x, *g, *u;
+  int64_t count, length, stride;
+};
+
+// The coefficients of every channel of a sample, as arrays: of ChannelSlopes or ChannelBends.
+template <class A>
+struct GroupNormCoefficients {
+  const A *mean, *r;
+  const A *t_u, *t_x, *t_one, *x_u, *x_g, *x_x, *x_one;
+
+  GroupNormCoefficients from(int64_t c) const {
+    const auto at = [c](const A* p) { return p ? p + c : nullptr; };
+    return {mean + c, r + c, at(t_u), at(t_x), at(t_one), at(x_u), at(x_g), at(x_x), at(x_one)};
+  }
+};
+
+// totals[5 * channel + i] += the i-th of ChannelSums; the last three only where p.u is given.
+template <class A>
+RK_MULTIVERSION void plane_sums(const GroupNormPiece<A>& p, const A* means, const A* rs, double* totals) {
+  for (int64_t c = 0; c < p.count; ++c, totals += 5) {
+    const A *x = p.x + c * p.stride, *g = p.g + c * p.stride, mean = means[c], r = rs[c];
+    if (p.u)
+      norm_sums(NormRow<true, false, A>{x, g, p.u + c * p.stride, nullptr, mean, r}, p.length, totals);
+    else
+      norm_sums(NormRow<false, false, A>{x, g, nullptr, nullptr, mean, r}, p.length, totals);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void plane_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t c = 0; c < p.count; ++c, out += p.stride) {
+    const A *x = p.x + c * p.stride, *u = p.u + c * p.stride;
+    const A mean = k.mean[c], r = k.r[c], t_u = k.t_u[c], t_x = k.t_x[c], t_one = k.t_one[c];
+    for (int64_t j = 0; j < p.length; ++j) out[j] = t_u * u[j] + (t_x * ((x[j] - mean) * r) + t_one);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void plane_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t c = 0; c < p.count; ++c, out += p.stride) {
+    const A *x = p.x + c * p.stride, *g = p.g + c * p.stride;
+    const A mean = k.mean[c], r = k.r[c], x_g = k.x_g[c], x_x = k.x_x[c], x_one = k.x_one[c];
+    if (p.u) {
+      const A *u = p.u + c * p.stride, x_u = k.x_u[c];
+      for (int64_t j = 0; j < p.length; ++j) out[j] = x_u * u[j] + (x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one));
+    } else {
+      for (int64_t j = 0; j < p.length; ++j) out[j] = x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one);
+    }
+  }
+}
+
+// sums: five arrays of p.length
+template <class A>
+RK_MULTIVERSION void row_sums(const GroupNormPiece<A>& p, const A* mean, const A* r, A* sums) {
+  if (p.u)
+    column_sums<true>(p.count, p.length, p.stride, p.x, p.g, p.u, mean, r, sums);
+  else
+    column_sums<false, A>(p.count, p.length, p.stride, p.x, p.g, nullptr, mean, r, sums);
+}
+
+template <class A>
+RK_MULTIVERSION void row_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t i = 0; i < p.count; ++i, out += p.stride) {
+    const A *x = p.x + i * p.stride, *u = p.u + i * p.stride;
+    for (int64_t j = 0; j < p.length; ++j)
+      out[j] = k.t_u[j] * u[j] + (k.t_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.t_one[j]);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void row_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t i = 0; i < p.count; ++i, out += p.stride) {
+    const A *x = p.x + i * p.stride, *g = p.g + i * p.stride;
+    if (p.u) {
+      const A* u = p.u + i * p.stride;
+      for (int64_t j = 0; j < p.length; ++j)
+        out[j] = k.x_u[j] * u[j] + (k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]));
+    } else {
+      for (int64_t j = 0; j < p.length; ++j)
+        out[j] = k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]);
+    }
+  }
+}
 
 constexpr int64_t kSums = 5;              // of ChannelSums
 constexpr int64_t kArrays = 9;            // of GroupNormCoefficients
 constexpr int64_t kPartElements = 65536;  // of channels innermost: with the results, inside a core's L2 cache
 constexpr int64_t kRunningRows = 32;      // that are added in the accumulation type, before double takes over
 
-struct Arguments {
+struct GroupNormArguments {
   ScalarType dtype;
   int64_t item;  // bytes of a stored element
   bool innermost, second, streamed;
@@ -45,7 +133,7 @@ struct Arguments {
 template <class A>
 class Pieces {
  public:
-  explicit Pieces(const Arguments& a) : a_(a), direct_(a.item == sizeof(A)) {}
+  explicit Pieces(const GroupNormArguments& a) : a_(a), direct_(a.item == sizeof(A)) {}
 
   // `count` runs of `length` elements, a run `stride` behind the last in memory.  Converted runs are adjacent.
   GroupNormPiece<A> read(int64_t offset, int64_t count, int64_t length, int64_t stride) {
@@ -70,7 +158,7 @@ class Pieces {
     read_piece(a_.dtype, static_cast<const char*>(base) + offset * a_.item, to, n);
   }
 
-  const Arguments& a_;
+  const GroupNormArguments& a_;
   bool direct_;
   alignas(64) A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
 };
@@ -79,7 +167,7 @@ class Pieces {
 template <class A>
 class Unit {
  public:
-  Unit(const Arguments& a, int64_t index, double* sums, A* arrays)
+  Unit(const GroupNormArguments& a, int64_t index, double* sums, A* arrays)
       : a_(a),
         sample_(a.innermost ? index : index / a.groups),
         first_group_(a.innermost ? 0 : index % a.groups),
@@ -215,14 +303,14 @@ class Unit {
     flush();
   }
 
-  const Arguments& a_;
+  const GroupNormArguments& a_;
   int64_t sample_, first_group_, first_channel_;
   double* sums_;
   A* arrays_;
 };
 
 template <class A>
-void run_as(const Arguments& a) {
+void run_as(const GroupNormArguments& a) {
   const int64_t unit_elements = a.unit_channels * a.positions, sums = a.sums_size(), arrays = kArrays * a.unit_channels;
   if (a.units >= 2 * int64_t(torch::stable::get_num_threads()) || a.parts <= 1) {
     torch::stable::parallel_for(0, a.units, rows_per_thread(unit_elements), [&](int64_t begin, int64_t end) {
@@ -259,33 +347,17 @@ void run_as(const Arguments& a) {
   for_parts([](Unit<A> u, int64_t part, Pieces<A>& pieces) { u.write_part(part, pieces); });
 }
 
-// out[c] = sum over samples of from[., c]
-template <class A>
-void add_samples(const Arguments& a, const void* from, void* out) {
-  constexpr int64_t kColumns = 256;
-  const int64_t units = (a.channels + kColumns - 1) / kColumns;
-  torch::stable::parallel_for(0, units, rows_per_thread(a.samples * kColumns), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t begin = unit * kColumns, n = std::min(a.channels - begin, kColumns);
-      double totals[kColumns] = {};
-      for (int64_t i = 0; i < a.samples; ++i)
-        add_in_double(totals, static_cast<const A*>(from) + i * a.channels + begin, n);
-      for (int64_t c = 0; c < n; ++c) static_cast<A*>(out)[begin + c] = A(totals[c]);
-    }
-  });
-}
-
 // The tensors of one call, in the form that the units read.
-class Call {
+class GroupNormTensors {
  public:
-  Arguments a{};
+  GroupNormArguments a{};
 
-  Call(const Tensor& x, const Tensor& grad, const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight,
-       int64_t groups, bool second) {
+  GroupNormTensors(const Tensor& x, const Tensor& grad, const Tensor& mean, const Tensor& rstd,
+                   const std::optional<Tensor>& weight, int64_t groups, bool second) {
     a.innermost = channels_innermost(x);
     a.second = second;
     a.dtype = x.scalar_type();
-    a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
+    a.item = item_size(a.dtype);
     a.samples = x.size(0);
     a.channels = x.size(1);
     a.positions = x.size(2);
@@ -337,13 +409,16 @@ class Call {
     data = kept_.back().data_ptr();
   }
 
-  void run() { a.dtype == ScalarType::Double ? run_as<double>(a) : run_as<float>(a); }
+  void run() {
+    visit_accumulation(a.dtype, [&]<class A>(A) { run_as<A>(a); });
+  }
 
   Tensor total(bool needed, const void* samples) {
     Tensor out = torch::stable::new_empty(*x_, {needed ? a.channels : 0}, accumulation_type(a.dtype));
     if (!needed) return out;
-    a.dtype == ScalarType::Double ? add_samples<double>(a, samples, out.data_ptr())
-                                  : add_samples<float>(a, samples, out.data_ptr());
+    visit_accumulation(a.dtype, [&]<class A>(A) {
+      add_rows_in_double(a.samples, a.channels, static_cast<const A*>(samples), pointer<A>(out));
+    });
     return out;
   }
 
@@ -357,12 +432,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, st
                                                        bool need_bias) {
   const std::optional<Tensor> none;
   check_group_norm("group_norm_backward", none, none, none, grad, x, weight, mean, rstd, groups);
-  Call call(x, grad, mean, rstd, weight, groups, false);
-  Tensor grad_x = call.like_x(need_x, call.a.grad_x);
-  call.make_samples(need_weight, call.a.sample_weight);
-  call.make_samples(need_bias, call.a.sample_bias);
-  call.run();
-  return {grad_x, call.total(need_weight, call.a.sample_weight), call.total(need_bias, call.a.sample_bias)};
+  GroupNormTensors t(x, grad, mean, rstd, weight, groups, false);
+  Tensor grad_x = t.like_x(need_x, t.a.grad_x);
+  t.make_samples(need_weight, t.a.sample_weight);
+  t.make_samples(need_bias, t.a.sample_bias);
+  t.run();
+  return {grad_x, t.total(need_weight, t.a.sample_weight), t.total(need_bias, t.a.sample_bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> gg_x,
@@ -372,14 +447,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tens
                                                               int64_t groups, bool need_grad, bool need_x,
                                                               bool need_weight) {
   check_group_norm("group_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups);
-  Call call(x, grad, mean, rstd, weight, groups, true);
-  call.a.u = call.dense(gg_x);
-  call.a.gg_weight = call.vector(gg_weight);
-  call.a.gg_bias = call.vector(gg_bias);
-  Tensor gg_grad = call.like_x(need_grad, call.a.gg_grad), grad_x = call.like_x(need_x, call.a.grad_x);
-  call.make_samples(need_weight, call.a.sample_weight);
-  call.run();
-  return {gg_grad, grad_x, call.total(need_weight, call.a.sample_weight)};
+  GroupNormTensors t(x, grad, mean, rstd, weight, groups, true);
+  t.a.u = t.dense(gg_x);
+  t.a.gg_weight = t.vector(gg_weight);
+  t.a.gg_bias = t.vector(gg_bias);
+  Tensor gg_grad = t.like_x(need_grad, t.a.gg_grad), grad_x = t.like_x(need_x, t.a.grad_x);
+  t.make_samples(need_weight, t.a.sample_weight);
+  t.run();
+  return {gg_grad, grad_x, t.total(need_weight, t.a.sample_weight)};
 }
 
 }  // namespace

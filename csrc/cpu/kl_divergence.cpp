@@ -8,19 +8,105 @@
 #include <tuple>
 
 #include "../kl_divergence_arguments.h"
+#include "../math/kl_divergence.h"
 #include "elements.h"
-#include "kl_divergence_loops.h"
 #include "kl_divergence_tiles.h"
 
 namespace rk::cpu {
 namespace {
+
+// One piece of one row: the first logits, what both say, the cotangents of both gradients.
+template <class A>
+struct KlPiece {
+  const A *a, *p, *q, *d, *u, *v;
+  int64_t n;
+};
+
+template <class A>
+RK_MULTIVERSION A kl_largest(const A* z, int64_t n) {
+  return max_over<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A kl_sum_exp(const A* z, int64_t n, A inverse_t, A max) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
+}
+
+template <class A>
+RK_MULTIVERSION void kl_points(const A* a, const A* b, int64_t n, KlRow<A> r, A* __restrict__ p, A* __restrict__ q,
+                               A* __restrict__ d) {
+  for (int64_t j = 0; j < n; ++j) {
+    const KlPoint<A> point(r, a[j], b[j]);
+    p[j] = point.p;
+    q[j] = point.q;
+    d[j] = point.d;
+  }
+}
+
+template <class A>
+RK_MULTIVERSION A kl_sum(const KlPiece<A>& w) {
+  const A *p = w.p, *q = w.q, *d = w.d;
+  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return kl_term(p[j], q[j], d[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION A kl_dot(const A* a, const A* b, int64_t n) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
+}
+
+// the largest d of p's first choices
+template <class A>
+RK_MULTIVERSION A kl_top(const A* a, const A* d, int64_t n, KlRow<A> r) {
+  const A least = -std::numeric_limits<A>::infinity();
+  return max_over<A>(n, least, [=](int64_t j) RK_INLINE_LAMBDA { return kl_is_top(r, a[j]) ? d[j] : least; });
+}
+
+// sum of p e
+template <class A>
+RK_MULTIVERSION A kl_mean(const KlPiece<A>& w, A top) {
+  const A *p = w.p, *d = w.d;
+  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return p[j] * (d[j] - top); });
+}
+
+// sum of (q - p) v: the difference first, since the two sums nearly agree where the predictions do
+template <class A>
+RK_MULTIVERSION A kl_dot_difference(const KlPiece<A>& w) {
+  const A *p = w.p, *q = w.q, *v = w.v;
+  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return (q[j] - p[j]) * v[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A kl_cross(const KlPiece<A>& w, A top, KlSums<A> s) {
+  const A *p = w.p, *d = w.d, *u = w.u;
+  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return kl_cross_term(p[j], d[j] - top, u[j], s); });
+}
+
+template <class A>
+RK_MULTIVERSION void kl_slopes(const KlPiece<A>& w, A grad, A top, A mean_e, A inverse_t, A* __restrict__ grad_p,
+                               A* __restrict__ grad_q) {
+  const A *p = w.p, *q = w.q, *d = w.d;
+  for (int64_t j = 0; j < w.n; ++j) {
+    grad_p[j] = grad * kl_slope_p(p[j], d[j] - top, mean_e, inverse_t);
+    grad_q[j] = grad * kl_slope_q(p[j], q[j], inverse_t);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void kl_bends(const KlPiece<A>& w, A grad, A top, KlSums<A> s, A inverse_t, A* __restrict__ grad_p,
+                              A* __restrict__ grad_q) {
+  const A *p = w.p, *q = w.q, *d = w.d, *u = w.u, *v = w.v;
+  for (int64_t j = 0; j < w.n; ++j) {
+    grad_p[j] = grad * kl_bend_p(p[j], d[j] - top, u[j], v[j], s, inverse_t);
+    grad_q[j] = grad * kl_bend_q(p[j], q[j], u[j], v[j], s, inverse_t);
+  }
+}
 
 template <class A>
 struct Buffers {
   Buffer<A> a, b, p, q, d, u, v, grad_p, grad_q;
 };
 
-struct Call {
+struct KlArguments {
   Input p_logits, q_logits;
   std::optional<Input> gg_p, gg_q;
   int64_t rows, classes;
@@ -31,7 +117,7 @@ struct Call {
   std::optional<Output> out_p, out_q;
   bool need_p = false, need_q = false;
 
-  Call(const KlTensors& t, double temperature)
+  KlArguments(const KlTensors& t, double temperature)
       : p_logits(t.p), q_logits(t.q), rows(t.p.size(0)), classes(t.p.size(1)), inverse_t(1.0 / temperature) {}
 
   void set_outputs(const Tensor& grad_p, bool p, const Tensor& grad_q, bool q) {
@@ -42,13 +128,13 @@ struct Call {
 
 template <class A>
 struct Row {
-  const Call& c;
+  const KlArguments& c;
   Buffers<A>& b;
   int64_t first;  // element
   KlRow<A> r{};
   KlPiece<A> piece{};  // the last one read
 
-  Row(const Call& call, Buffers<A>& buffers, int64_t row) : c(call), b(buffers), first(row * call.classes) {
+  Row(const KlArguments& call, Buffers<A>& buffers, int64_t row) : c(call), b(buffers), first(row * call.classes) {
     r.inverse_t = A(call.inverse_t);
   }
 
@@ -96,7 +182,7 @@ struct Row {
 };
 
 template <class A>
-void value_row(const Call& c, int64_t row, Buffers<A>& b) {
+void value_row(const KlArguments& c, int64_t row, Buffers<A>& b) {
   Row<A> w(c, b, row);
   w.measure(c.p_logits, w.r.p_max, w.r.p_log_sum);
   w.measure(c.q_logits, w.r.q_max, w.r.q_log_sum);
@@ -117,7 +203,7 @@ void value_row(const Call& c, int64_t row, Buffers<A>& b) {
 }
 
 template <class A>
-Row<A> measured_row(const Call& c, int64_t row, Buffers<A>& b) {
+Row<A> measured_row(const KlArguments& c, int64_t row, Buffers<A>& b) {
   Row<A> w(c, b, row);
   const A* const statistics = static_cast<const A*>(c.statistics) + kKlStatistics * row;
   w.r = {statistics[0], statistics[1], statistics[2], statistics[3], statistics[4], w.r.inverse_t};
@@ -126,7 +212,7 @@ Row<A> measured_row(const Call& c, int64_t row, Buffers<A>& b) {
 
 // f(piece, grad_p, grad_q) writes both gradients of a piece.
 template <class A, class F>
-void write(const Call& c, Row<A>& w, const F& f) {
+void write(const KlArguments& c, Row<A>& w, const F& f) {
   w.sweep([&](int64_t begin, const KlPiece<A>& piece) {
     f(piece, c.out_p->open(w.first + begin, w.b.grad_p), c.out_q->open(w.first + begin, w.b.grad_q));
     c.out_p->close(w.first + begin, piece.n, w.b.grad_p);
@@ -135,7 +221,7 @@ void write(const Call& c, Row<A>& w, const F& f) {
 }
 
 template <class A>
-void backward_row(const Call& c, int64_t row, Buffers<A>& b) {
+void backward_row(const KlArguments& c, int64_t row, Buffers<A>& b) {
   Row<A> w = measured_row(c, row, b);
   double mean_e = 0;
   w.sweep([&](int64_t, const KlPiece<A>& piece) { mean_e += kl_mean(piece, w.r.d_top); });
@@ -146,7 +232,7 @@ void backward_row(const Call& c, int64_t row, Buffers<A>& b) {
 }
 
 template <class A>
-void double_backward_row(const Call& c, int64_t row, Buffers<A>& b) {
+void double_backward_row(const KlArguments& c, int64_t row, Buffers<A>& b) {
   Row<A> w = measured_row(c, row, b);
   double mean_e = 0, u_p = 0, v_q = 0, v_difference = 0, cross = 0;
   w.sweep([&](int64_t, const KlPiece<A>& piece) {
@@ -189,7 +275,7 @@ void write_tile(const Output& to, int64_t columns, int64_t first, int64_t rows, 
 }
 
 template <class A>
-void run_tile(const Call& c, Order order, int64_t first, int64_t rows, KlTile<A>& tile, Buffer<A>& buffer) {
+void run_tile(const KlArguments& c, Order order, int64_t first, int64_t rows, KlTile<A>& tile, Buffer<A>& buffer) {
   const auto fill = [&](const std::optional<Input>& from, A* to) {
     if (from)
       fill_tile(*from, c.classes, first, rows, to, buffer);
@@ -210,11 +296,11 @@ void run_tile(const Call& c, Order order, int64_t first, int64_t rows, KlTile<A>
       kl_tile_value(tile);
       rows_out_of_tile(tile.statistics, rows, kKlStatistics, statistics);
       break;
-    case Order::kBackward: kl_tile_backward(tile); break;
+    case Order::kBackward: tile.needs_q ? kl_tile_backward<true>(tile) : kl_tile_backward<false>(tile); break;
     case Order::kDoubleBackward:
       fill(c.gg_p, tile.u);
       if (tile.needs_q) fill(c.gg_q, tile.v);
-      kl_tile_double_backward(tile);
+      tile.needs_q ? kl_tile_double_backward<true>(tile) : kl_tile_double_backward<false>(tile);
       break;
   }
   if (order != Order::kBackward) std::copy_n(tile.per_row, rows, static_cast<A*>(c.per_row) + first);
@@ -223,7 +309,7 @@ void run_tile(const Call& c, Order order, int64_t first, int64_t rows, KlTile<A>
 }
 
 template <class A>
-void run_tiles(const Call& c, Order order) {
+void run_tiles(const KlArguments& c, Order order) {
   const int64_t tiles = (c.rows + kTileRows - 1) / kTileRows;
   torch::stable::parallel_for(0, tiles, rows_per_thread(4 * kTileRows * c.classes), [&](int64_t begin, int64_t end) {
     KlTile<A> tile;
@@ -239,7 +325,7 @@ void run_tiles(const Call& c, Order order) {
 }
 
 template <class A>
-void run_rows(const Call& c, Order order) {
+void run_rows(const KlArguments& c, Order order) {
   if (c.classes <= kTileClasses) return run_tiles<A>(c, order);
   torch::stable::parallel_for(0, c.rows, rows_per_thread(4 * c.classes), [&](int64_t begin, int64_t end) {
     Buffers<A> buffers;
@@ -251,14 +337,14 @@ void run_rows(const Call& c, Order order) {
   });
 }
 
-void run(const KlTensors& t, const Call& c, Order order) {
-  t.accumulation() == ScalarType::Double ? run_rows<double>(c, order) : run_rows<float>(c, order);
+void run(const KlTensors& t, const KlArguments& c, Order order) {
+  visit_accumulation(t.accumulation(), [&]<class A>(A) { run_rows<A>(c, order); });
 }
 
 std::tuple<Tensor, Tensor> kl_divergence(Tensor p_logits, Tensor q_logits, double temperature) {
   const KlTensors t("kl_divergence", p_logits, q_logits, temperature);
   Tensor value = t.new_rows(), statistics = t.new_statistics();
-  Call c(t, temperature);
+  KlArguments c(t, temperature);
   c.per_row = value.data_ptr();
   c.statistics = statistics.data_ptr();
   run(t, c, Order::kValue);
@@ -270,7 +356,7 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, 
   const KlTensors t("kl_divergence_backward", p_logits, q_logits, temperature);
   const Tensor g = t.per_row(grad), s = t.saved(statistics);
   Tensor grad_p = t.new_logits(need_p), grad_q = t.new_logits(need_q);
-  Call c(t, temperature);
+  KlArguments c(t, temperature);
   c.grad = g.data_ptr();
   c.statistics = s.data_ptr();
   c.set_outputs(grad_p, need_p, grad_q, need_q);
@@ -286,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<T
   const Tensor g = t.per_row(grad), s = t.saved(statistics);
   const std::optional<Tensor> u = t.cotangent("gg_p", gg_p), v = t.cotangent("gg_q", gg_q);
   Tensor gg_grad = t.new_rows(), grad_p = t.new_logits(need_p), grad_q = t.new_logits(need_q);
-  Call c(t, temperature);
+  KlArguments c(t, temperature);
   if (u) c.gg_p.emplace(*u);
   if (v) c.gg_q.emplace(*v);
   c.grad = g.data_ptr();

@@ -11,13 +11,76 @@
 #include <vector>
 
 #include "../layer_norm_arguments.h"
-#include "layer_norm_loops.h"
+#include "../math/layer_norm.h"
+#include "norm_sums.h"
 #include "pieces.h"
 
 namespace rk::cpu {
 namespace {
 
-struct Arguments {
+// What a piece of a row is read from; a null gg_weight and gg_bias are both absent, or neither.
+template <class A>
+struct NormPiece {
+  const A *x, *g, *u, *weight, *gg_weight, *gg_bias;
+  int64_t n;
+  A mean, r;
+
+  RK_HOST_DEVICE A normalized(int64_t j) const { return (x[j] - mean) * r; }
+};
+
+// += the sums of w g, w g xh and, if kSecond, of u, u xh, u w g
+template <bool kSecond, class A>
+RK_MULTIVERSION void add_sums(const NormPiece<A>& p, const A* w, double* totals) {
+  norm_sums(NormRow<kSecond, true, A>{p.x, p.g, p.u, w, p.mean, p.r}, p.n, totals);
+}
+
+template <class A>
+RK_MULTIVERSION void write_slopes(const NormPiece<A>& p, NormSlopes<A> c, A* __restrict__ out) {
+  for (int64_t j = 0; j < p.n; ++j) out[j] = c.x_g * (p.weight[j] * p.g[j]) + (c.x_x * p.normalized(j) + c.x_one);
+}
+
+template <class A>
+RK_MULTIVERSION void write_bends(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ out) {
+  if (p.gg_weight) {
+    for (int64_t j = 0; j < p.n; ++j)
+      out[j] =
+          c.x_u * p.u[j] + (c.x_g * p.weight[j] + p.r * p.gg_weight[j]) * p.g[j] + (c.x_x * p.normalized(j) + c.x_one);
+  } else {
+    for (int64_t j = 0; j < p.n; ++j)
+      out[j] = c.x_u * p.u[j] + c.x_g * (p.weight[j] * p.g[j]) + (c.x_x * p.normalized(j) + c.x_one);
+  }
+}
+
+// gg_grad = w t + a xh + b
+template <class A>
+RK_MULTIVERSION void write_gg_grad(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ out) {
+  if (p.gg_weight) {
+    for (int64_t j = 0; j < p.n; ++j)
+      out[j] = p.weight[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one)) +
+               (p.gg_weight[j] * p.normalized(j) + p.gg_bias[j]);
+  } else {
+    for (int64_t j = 0; j < p.n; ++j) out[j] = p.weight[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one));
+  }
+}
+
+// += g t
+template <class A>
+RK_MULTIVERSION void add_weight_bends(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ totals) {
+  for (int64_t j = 0; j < p.n; ++j) totals[j] += p.g[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one));
+}
+
+// += g xh
+template <class A>
+RK_MULTIVERSION void add_weight_slopes(const NormPiece<A>& p, A* __restrict__ totals) {
+  for (int64_t j = 0; j < p.n; ++j) totals[j] += p.g[j] * p.normalized(j);
+}
+
+template <class A>
+RK_MULTIVERSION void add_to(A* __restrict__ totals, const A* from, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) totals[j] += from[j];
+}
+
+struct LayerNormArguments {
   ScalarType dtype;
   int64_t item;  // bytes of a stored element
   int64_t rows, cols, cotangents;
@@ -36,7 +99,7 @@ template <class A>
 class Row {
  public:
   // Of the cotangents and what is like them, the k-th.
-  Row(const Arguments& a, int64_t row, int64_t k)
+  Row(const LayerNormArguments& a, int64_t row, int64_t k)
       : a_(a), row_(row), row_of_k_(k * a.rows + row), direct_(a.item == sizeof(A)), loaded_(-1) {}
 
   NormPiece<A> piece(int64_t begin) {
@@ -87,7 +150,7 @@ class Row {
     return base ? static_cast<const A*>(base) + begin : nullptr;
   }
 
-  const Arguments& a_;
+  const LayerNormArguments& a_;
   int64_t row_, row_of_k_;
   bool direct_;
   int64_t loaded_;
@@ -95,20 +158,24 @@ class Row {
 };
 
 template <class F>
-void for_pieces(const Arguments& a, const F& f) {
+void for_pieces(const LayerNormArguments& a, const F& f) {
   for (int64_t begin = 0; begin < a.cols; begin += kPiece) f(begin);
 }
 
 template <class A>
-A* column_totals(void* partial, const Arguments& a, int64_t row, int64_t begin) {
+A* column_totals(void* partial, const LayerNormArguments& a, int64_t row, int64_t begin) {
   return partial ? static_cast<A*>(partial) + row / a.chunk_rows * a.cols + begin : nullptr;
 }
 
 template <class A>
-void backward_row(const Arguments& a, int64_t i, int64_t k) {
+void backward_row(const LayerNormArguments& a, int64_t i, int64_t k) {
   Row<A> row(a, i, k);
   double sums[2] = {};
-  if (a.grad_x) for_pieces(a, [&](int64_t begin) { slope_sums(row.piece(begin), sums); });
+  if (a.grad_x)
+    for_pieces(a, [&](int64_t begin) {
+      const NormPiece<A> p = row.piece(begin);
+      add_sums<false>(p, p.weight, sums);
+    });
   const double r = double(static_cast<const A*>(a.rstd)[i]);
   const NormSlopes<double> d = norm_slopes(a.mean ? sums[0] : 0.0, sums[1], r, double(a.cols));
   const NormSlopes<A> c{A(d.x_g), A(d.x_x), A(d.x_one)};
@@ -121,12 +188,12 @@ void backward_row(const Arguments& a, int64_t i, int64_t k) {
 }
 
 template <class A>
-NormBends<A> bends_of(const Arguments& a, int64_t i, Row<A>& row) {
+NormBends<A> bends_of(const LayerNormArguments& a, int64_t i, Row<A>& row) {
   double sums[7] = {};
   for_pieces(a, [&](int64_t begin) {
     const NormPiece<A> p = row.piece(begin);
-    bend_sums(p, sums);
-    if (p.gg_weight) affine_sums(p, sums + 5);
+    add_sums<true>(p, p.weight, sums);
+    if (p.gg_weight) add_sums<false>(p, p.gg_weight, sums + 5);
   });
   if (!a.mean) sums[0] = sums[2] = sums[5] = 0;  // of h, u, a g
   const double r = double(static_cast<const A*>(a.rstd)[i]);
@@ -137,7 +204,7 @@ NormBends<A> bends_of(const Arguments& a, int64_t i, Row<A>& row) {
 }
 
 template <class A>
-void double_backward_row(const Arguments& a, int64_t i) {
+void double_backward_row(const LayerNormArguments& a, int64_t i) {
   Row<A> row(a, i, 0);
   const NormBends<A> c = bends_of(a, i, row);
   for_pieces(a, [&](int64_t begin) {
@@ -150,7 +217,7 @@ void double_backward_row(const Arguments& a, int64_t i) {
 
 // Several cotangents: their rows lie in the cache from the sums to the sweep that adds up grad_x.
 template <class A>
-void double_backward_rows(const Arguments& a, int64_t i, NormBends<A>* bends) {
+void double_backward_rows(const LayerNormArguments& a, int64_t i, NormBends<A>* bends) {
   for (int64_t k = 0; k < a.cotangents; ++k) {
     Row<A> row(a, i, k);
     bends[k] = bends_of(a, i, row);
@@ -174,7 +241,7 @@ void double_backward_rows(const Arguments& a, int64_t i, NormBends<A>* bends) {
 
 // Chunks of rows, one thread each; their sums lie in `partial`.
 template <class F>
-void run_chunks(const Arguments& a, const F& f) {
+void run_chunks(const LayerNormArguments& a, const F& f) {
   const int64_t cost = a.chunk_rows * a.cols * a.cotangents;
   torch::stable::parallel_for(0, a.chunks, rows_per_thread(cost), [&](int64_t begin, int64_t end) {
     f(begin * a.chunk_rows, std::min(a.rows, end * a.chunk_rows));
@@ -183,7 +250,7 @@ void run_chunks(const Arguments& a, const F& f) {
 }
 
 template <class A>
-void run_backward(const Arguments& a) {
+void run_backward(const LayerNormArguments& a) {
   run_chunks(a, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t k = 0; k < a.cotangents; ++k) backward_row<A>(a, row, k);
@@ -191,7 +258,7 @@ void run_backward(const Arguments& a) {
 }
 
 template <class A>
-void run_double_backward(const Arguments& a) {
+void run_double_backward(const LayerNormArguments& a) {
   run_chunks(a, [&](int64_t begin, int64_t end) {
     if (a.cotangents == 1) {
       for (int64_t row = begin; row < end; ++row) double_backward_row<A>(a, row);
@@ -202,33 +269,17 @@ void run_double_backward(const Arguments& a) {
   });
 }
 
-// out[j] = sum over chunks of partial[., j]
-template <class A>
-void add_chunks(const Arguments& a, const void* partial, void* out) {
-  constexpr int64_t kColumns = 256;
-  const int64_t units = (a.cols + kColumns - 1) / kColumns;
-  torch::stable::parallel_for(0, units, rows_per_thread(a.chunks * kColumns), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t begin = unit * kColumns, n = std::min(a.cols - begin, kColumns);
-      double totals[kColumns] = {};
-      for (int64_t c = 0; c < a.chunks; ++c)
-        add_in_double(totals, static_cast<const A*>(partial) + c * a.cols + begin, n);
-      for (int64_t j = 0; j < n; ++j) static_cast<A*>(out)[begin + j] = A(totals[j]);
-    }
-  });
-}
-
 // The tensors of one call, in the form that the rows read.
-class Call {
+class LayerNormTensors {
  public:
-  Arguments a{};
+  LayerNormArguments a{};
 
-  Call(int64_t cotangents, const Tensor& x, const Tensor& grad, const std::optional<Tensor>& mean, const Tensor& rstd,
-       const std::optional<Tensor>& weight, bool sums_columns)
+  LayerNormTensors(int64_t cotangents, const Tensor& x, const Tensor& grad, const std::optional<Tensor>& mean,
+                   const Tensor& rstd, const std::optional<Tensor>& weight, bool sums_columns)
       : x_(torch::stable::contiguous(x)), grad_(grad) {
     a.cotangents = cotangents;
     a.dtype = x.scalar_type();
-    a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
+    a.item = item_size(a.dtype);
     a.rows = x.size(0);
     a.cols = x.size(1);
     constexpr int64_t least = 1024;  // bytes of a row that is worth to be written so
@@ -276,8 +327,9 @@ class Call {
   Tensor total(bool needed, const void* partial) {
     Tensor out = torch::stable::new_empty(x_, {needed ? a.cols : 0}, accumulation_type(a.dtype));
     if (!needed) return out;
-    a.dtype == ScalarType::Double ? add_chunks<double>(a, partial, out.data_ptr())
-                                  : add_chunks<float>(a, partial, out.data_ptr());
+    visit_accumulation(a.dtype, [&]<class A>(A) {
+      add_rows_in_double(a.chunks, a.cols, static_cast<const A*>(partial), pointer<A>(out));
+    });
     return out;
   }
 
@@ -293,16 +345,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, st
   const char* op = "layer_norm_backward";
   const int64_t cotangents = check_layer_norm(op, none, none, none, grad, x, weight, mean, rstd);
   check_several(op, cotangents, need_weight || need_bias);
-  Call call(cotangents, x, grad, mean, rstd, weight, need_weight || need_bias);
-  Arguments& a = call.a;
-  Tensor grad_x = call.matrix(need_x, true, a.grad_x);
-  call.make_partial(need_weight, a.partial_weight);
-  call.make_partial(need_bias, a.partial_bias);
-  if (a.dtype == ScalarType::Double)
-    run_backward<double>(a);
-  else
-    run_backward<float>(a);
-  return {grad_x, call.total(need_weight, a.partial_weight), call.total(need_bias, a.partial_bias)};
+  LayerNormTensors t(cotangents, x, grad, mean, rstd, weight, need_weight || need_bias);
+  LayerNormArguments& a = t.a;
+  Tensor grad_x = t.matrix(need_x, true, a.grad_x);
+  t.make_partial(need_weight, a.partial_weight);
+  t.make_partial(need_bias, a.partial_bias);
+  visit_accumulation(a.dtype, [&]<class A>(A) { run_backward<A>(a); });
+  return {grad_x, t.total(need_weight, a.partial_weight), t.total(need_bias, a.partial_bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tensor> gg_x,
@@ -313,21 +362,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tens
                                                               bool need_weight) {
   const int64_t cotangents =
       check_layer_norm("layer_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
-  Call call(cotangents, x, grad, mean, rstd, weight, need_weight);
-  Arguments& a = call.a;
-  a.u = call.keep(gg_x);
-  if (!gg_x || gg_weight || gg_bias) a.zeros = call.filled(0);
+  LayerNormTensors t(cotangents, x, grad, mean, rstd, weight, need_weight);
+  LayerNormArguments& a = t.a;
+  a.u = t.keep(gg_x);
+  if (!gg_x || gg_weight || gg_bias) a.zeros = t.filled(0);
   if (gg_weight || gg_bias) {
-    a.gg_weight = gg_weight ? call.keep(gg_weight) : a.zeros;
-    a.gg_bias = gg_bias ? call.keep(gg_bias) : a.zeros;
+    a.gg_weight = gg_weight ? t.keep(gg_weight) : a.zeros;
+    a.gg_bias = gg_bias ? t.keep(gg_bias) : a.zeros;
   }
-  Tensor gg_grad = call.matrix(need_grad, true, a.gg_grad), grad_x = call.matrix(need_x, false, a.grad_x);
-  call.make_partial(need_weight, a.partial_weight);
-  if (a.dtype == ScalarType::Double)
-    run_double_backward<double>(a);
-  else
-    run_double_backward<float>(a);
-  return {gg_grad, grad_x, call.total(need_weight, a.partial_weight)};
+  Tensor gg_grad = t.matrix(need_grad, true, a.gg_grad), grad_x = t.matrix(need_x, false, a.grad_x);
+  t.make_partial(need_weight, a.partial_weight);
+  visit_accumulation(a.dtype, [&]<class A>(A) { run_double_backward<A>(a); });
+  return {gg_grad, grad_x, t.total(need_weight, a.partial_weight)};
 }
 
 }  // namespace

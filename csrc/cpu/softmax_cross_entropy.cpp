@@ -7,15 +7,78 @@
 #include <atomic>
 #include <tuple>
 
+#include "../math/softmax_cross_entropy.h"
 #include "../softmax_cross_entropy_arguments.h"
 #include "pieces.h"
-#include "softmax_cross_entropy_loops.h"
 #include "softmax_cross_entropy_tiles.h"
 
 namespace rk::cpu {
 namespace {
 
-struct Arguments {
+// One row's numbers.  inverse_t: 1 / temperature.
+template <class A>
+struct RowState {
+  A max, log_sum, total_q, grad, inverse_t, mean_u;
+};
+
+template <class A>
+RK_MULTIVERSION A largest(const A* z, int64_t n) {
+  return max_over<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A sum_exp(const A* z, int64_t n, A inverse_t, A max) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
+}
+
+// sum of q_c and of q_c (max - z_c / T); a null target is one of zeros
+template <class A>
+RK_MULTIVERSION void gaps(const A* z, const A* t, int64_t n, A inverse_t, A max, Smoothing<A> s, A& q_sum, A& gap_sum) {
+  if (t)
+    sums_over<A>(
+        n, q_sum, gap_sum, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); },
+        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.q(t[j]), max - z[j] * inverse_t); });
+  else
+    sums_over<A>(
+        n, q_sum, gap_sum, [=](int64_t) RK_INLINE_LAMBDA { return s.floor; },
+        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.floor, max - z[j] * inverse_t); });
+}
+
+template <class A>
+RK_MULTIVERSION void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
+  for (int64_t j = 0; j < n; ++j) p[j] = softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum);
+}
+
+template <class A>
+RK_MULTIVERSION A dot(const A* a, const A* b, int64_t n) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A dot_q(const A* t, const A* u, int64_t n, Smoothing<A> s) {
+  return t ? sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]) * u[j]; })
+           : sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.floor * u[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A sum_q(const A* t, int64_t n, Smoothing<A> s) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION void slopes(const A* p, const A* t, A* __restrict__ out, int64_t n, Smoothing<A> s, RowState<A> r) {
+  if (t)
+    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.q(t[j]), r.total_q, r.inverse_t);
+  else
+    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.floor, r.total_q, r.inverse_t);
+}
+
+template <class A>
+RK_MULTIVERSION void bends(const A* p, const A* u, A* __restrict__ out, int64_t n, RowState<A> r) {
+  for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+}
+
+struct CrossEntropyArguments {
   ScalarType dtype, target_dtype;
   int64_t rows, classes;
   const void *logits, *target, *gg;                 // gg: cotangent of grad_logits
@@ -26,10 +89,6 @@ struct Arguments {
   void *per_row, *statistics, *out;  // [rows], [rows, 2], [rows, classes]
   std::atomic<int64_t>* bad_row;     // a row whose class index does not exist
 };
-
-inline int64_t item_size(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
 
 // One row of a matrix, read piece by piece in the accumulation type; without a copy where it is stored so.
 template <class A>
@@ -50,7 +109,7 @@ struct Row {
 };
 
 template <class A, class F>
-void write_row_piece(const Arguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
+void write_row_piece(const CrossEntropyArguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
   char* to = static_cast<char*>(a.out) + (row * a.classes + begin) * item_size(a.dtype);
   alignas(64) A buffer[kPiece];
   A* piece = item_size(a.dtype) == sizeof(A) ? reinterpret_cast<A*>(to) : buffer;
@@ -71,7 +130,7 @@ struct Target {
   bool ignored = false;
   Smoothing<A> smoothing;
 
-  Target(const Arguments& a, int64_t row)
+  Target(const CrossEntropyArguments& a, int64_t row)
       : probabilities(a.target_dtype == ScalarType::Long ? nullptr : a.target, a.target_stride, row, a.target_dtype),
         smoothing(A(a.label_smoothing), A(a.classes)) {
     if (a.target_dtype != ScalarType::Long) return;
@@ -95,14 +154,14 @@ struct Target {
 };
 
 template <class A>
-void zero_row(const Arguments& a, int64_t row) {
+void zero_row(const CrossEntropyArguments& a, int64_t row) {
   if (a.out)
     std::memset(static_cast<char*>(a.out) + row * a.classes * item_size(a.dtype), 0, a.classes * item_size(a.dtype));
   if (a.per_row) static_cast<A*>(a.per_row)[row] = A(0);
 }
 
 template <class A>
-void value_row(const Arguments& a, int64_t row) {
+void value_row(const CrossEntropyArguments& a, int64_t row) {
   const Target<A> target(a, row);
   A* statistics = static_cast<A*>(a.statistics) + 2 * row;
   if (target.ignored) {
@@ -140,14 +199,14 @@ void value_row(const Arguments& a, int64_t row) {
 }
 
 template <class A>
-RowState<A> state_of(const Arguments& a, const Target<A>& target, int64_t row) {
+RowState<A> state_of(const CrossEntropyArguments& a, const Target<A>& target, int64_t row) {
   const A* statistics = static_cast<const A*>(a.statistics_in) + 2 * row;
   return {statistics[0],        statistics[1], target.total_q(a.classes), static_cast<const A*>(a.grad)[row],
           A(1 / a.temperature), A(0)};
 }
 
 template <class A>
-void backward_row(const Arguments& a, int64_t row) {
+void backward_row(const CrossEntropyArguments& a, int64_t row) {
   const Target<A> target(a, row);
   if (target.ignored) return zero_row<A>(a, row);
   const RowState<A> r = state_of(a, target, row);
@@ -165,7 +224,7 @@ void backward_row(const Arguments& a, int64_t row) {
 }
 
 template <class A>
-void double_backward_row(const Arguments& a, int64_t row) {
+void double_backward_row(const CrossEntropyArguments& a, int64_t row) {
   const Target<A> target(a, row);
   if (target.ignored) return zero_row<A>(a, row);
   RowState<A> r = state_of(a, target, row);
@@ -204,7 +263,7 @@ void fill_tile(const void* matrix, int64_t stride, ScalarType dtype, int64_t fir
 }
 
 template <class A>
-void write_tile(const Arguments& a, int64_t first, const Tile<A>& tile) {
+void write_tile(const CrossEntropyArguments& a, int64_t first, const Tile<A>& tile) {
   A buffer[kTileClasses * kTileRows];
   char* to = static_cast<char*>(a.out) + first * a.classes * item_size(a.dtype);
   if (item_size(a.dtype) == sizeof(A)) return out_of_tile(tile, reinterpret_cast<A*>(to));
@@ -214,8 +273,17 @@ void write_tile(const Arguments& a, int64_t first, const Tile<A>& tile) {
 
 enum class Order { kValue, kBackward, kDoubleBackward };
 
+template <bool kSoft, class A>
+void compute_tile(Order order, Tile<A>& tile, Smoothing<A> smoothing, A inverse_t) {
+  switch (order) {
+    case Order::kValue: return tile_value<kSoft>(tile, smoothing, inverse_t);
+    case Order::kBackward: return tile_backward<kSoft>(tile, smoothing, inverse_t);
+    case Order::kDoubleBackward: return tile_double_backward<kSoft>(tile, smoothing, inverse_t);
+  }
+}
+
 template <class A>
-void run_tile(const Arguments& a, Order order, int64_t first, int64_t rows) {
+void run_tile(const CrossEntropyArguments& a, Order order, int64_t first, int64_t rows) {
   Tile<A> tile;
   const Smoothing<A> smoothing(A(a.label_smoothing), A(a.classes));
   const A inverse_t = A(1 / a.temperature);
@@ -237,14 +305,9 @@ void run_tile(const Arguments& a, Order order, int64_t first, int64_t rows) {
     tile.log_sum[k] = row_exists ? static_cast<const A*>(a.statistics_in)[2 * (first + k) + 1] : A(0);
     tile.grad[k] = row_exists ? static_cast<const A*>(a.grad)[first + k] : A(0);
   }
-  switch (order) {
-    case Order::kValue: tile_value(tile, smoothing, inverse_t); break;
-    case Order::kBackward: tile_backward(tile, smoothing, inverse_t); break;
-    case Order::kDoubleBackward:
-      fill_tile(a.gg, a.gg_stride, a.dtype, first, tile, tile.u);
-      tile_double_backward(tile, smoothing, inverse_t);
-      break;
-  }
+  if (order == Order::kDoubleBackward) fill_tile(a.gg, a.gg_stride, a.dtype, first, tile, tile.u);
+  tile.soft ? compute_tile<true>(order, tile, smoothing, inverse_t)
+            : compute_tile<false>(order, tile, smoothing, inverse_t);
   if (order != Order::kValue) write_tile(a, first, tile);
   for (int64_t k = 0; k < rows; ++k) {
     if (order == Order::kValue) {
@@ -260,7 +323,7 @@ void run_tile(const Arguments& a, Order order, int64_t first, int64_t rows) {
 }
 
 template <class A>
-void run_row(const Arguments& a, Order order, int64_t row) {
+void run_row(const CrossEntropyArguments& a, Order order, int64_t row) {
   switch (order) {
     case Order::kValue: return value_row<A>(a, row);
     case Order::kBackward: return backward_row<A>(a, row);
@@ -269,7 +332,7 @@ void run_row(const Arguments& a, Order order, int64_t row) {
 }
 
 template <class A>
-void run_rows(const Arguments& a, Order order) {
+void run_rows(const CrossEntropyArguments& a, Order order) {
   // Transposing an output back costs more than the sums across lanes that it saves, but for short rows.
   const int64_t most = order == Order::kValue ? kTileClasses : kTileClasses / 4;
   const int64_t at_once = a.classes <= most ? kTileRows : 1, units = (a.rows + at_once - 1) / at_once;
@@ -282,17 +345,17 @@ void run_rows(const Arguments& a, Order order) {
   });
 }
 
-void run(const Arguments& a, Order order) {
-  a.dtype == ScalarType::Double ? run_rows<double>(a, order) : run_rows<float>(a, order);
+void run(const CrossEntropyArguments& a, Order order) {
+  visit_accumulation(a.dtype, [&]<class A>(A) { run_rows<A>(a, order); });
 }
 
 // The tensors of one call, in the form that the rows read.
-class Call {
+class CrossEntropyTensors {
  public:
-  Arguments a{};
+  CrossEntropyArguments a{};
 
-  Call(const char* op, const Tensor& logits, const Tensor& target, double label_smoothing, double temperature,
-       int64_t ignore_index)
+  CrossEntropyTensors(const char* op, const Tensor& logits, const Tensor& target, double label_smoothing,
+                      double temperature, int64_t ignore_index)
       : op_(op), logits_(with_dense_rows(logits)), target_(dense_target(target)) {
     check_cross_entropy(op, logits, target, label_smoothing, temperature);
     a.dtype = logits.scalar_type();
@@ -308,7 +371,7 @@ class Call {
     a.ignore_index = ignore_index;
     a.bad_row = &bad_row_;
   }
-  Call(const Call&) = delete;
+  CrossEntropyTensors(const CrossEntropyTensors&) = delete;
 
   void set_grad(const Tensor& grad, const Tensor& statistics) {
     check_statistics(op_, grad, statistics, logits_);
@@ -346,25 +409,25 @@ class Call {
 
 std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing,
                                                  double temperature, int64_t ignore_index) {
-  Call call("softmax_cross_entropy", logits, target, label_smoothing, temperature, ignore_index);
+  CrossEntropyTensors t("softmax_cross_entropy", logits, target, label_smoothing, temperature, ignore_index);
   const ScalarType accumulation = accumulation_type(logits.scalar_type());
   Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, accumulation);
   Tensor statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, accumulation);
-  call.a.per_row = loss.data_ptr();
-  call.a.statistics = statistics.data_ptr();
-  run(call.a, Order::kValue);
-  call.raise_if_bad();
+  t.a.per_row = loss.data_ptr();
+  t.a.statistics = statistics.data_ptr();
+  run(t.a, Order::kValue);
+  t.raise_if_bad();
   return {loss, statistics};
 }
 
 Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target,
                                       double label_smoothing, double temperature, int64_t ignore_index) {
-  Call call("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature, ignore_index);
-  call.set_grad(grad, statistics);
+  CrossEntropyTensors t("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature, ignore_index);
+  t.set_grad(grad, statistics);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  call.a.out = grad_logits.data_ptr();
-  run(call.a, Order::kBackward);
-  call.raise_if_bad();
+  t.a.out = grad_logits.data_ptr();
+  run(t.a, Order::kBackward);
+  t.raise_if_bad();
   return grad_logits;
 }
 
@@ -372,15 +435,16 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logit
                                                                  Tensor statistics, Tensor target,
                                                                  double label_smoothing, double temperature,
                                                                  int64_t ignore_index) {
-  Call call("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature, ignore_index);
-  call.set_grad(grad, statistics);
-  call.set_gg(gg_logits);
+  CrossEntropyTensors t("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature,
+                        ignore_index);
+  t.set_grad(grad, statistics);
+  t.set_gg(gg_logits);
   Tensor gg_grad = torch::stable::new_empty(logits, {logits.size(0)}, accumulation_type(logits.scalar_type()));
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  call.a.per_row = gg_grad.data_ptr();
-  call.a.out = grad_logits.data_ptr();
-  run(call.a, Order::kDoubleBackward);
-  call.raise_if_bad();
+  t.a.per_row = gg_grad.data_ptr();
+  t.a.out = grad_logits.data_ptr();
+  run(t.a, Order::kDoubleBackward);
+  t.raise_if_bad();
   return {gg_grad, grad_logits};
 }
 

@@ -73,21 +73,19 @@ RK_HOST_DEVICE void transpose_matrix(const A* from, int64_t from_stride, int64_t
     for (int64_t c = 0; c < columns; ++c) to[c * to_stride + k] = from[k * from_stride + c];
 }
 
-#define RK_TILES(A)                                                                                           \
-  /* Rows of `from`, `stride` elements apart, into the first lanes of a tile. */                              \
-  RK_MULTIVERSION [[maybe_unused]] static void rows_into_tile(const A* from, int64_t stride, int64_t rows,    \
-                                                              int64_t classes, A* __restrict__ to) {          \
-    transpose_matrix(from, stride, rows, classes, to, kTileRows);                                             \
-  }                                                                                                           \
-  /* The first lanes of a tile into adjacent rows. */                                                         \
-  RK_MULTIVERSION [[maybe_unused]] static void rows_out_of_tile(const A* from, int64_t rows, int64_t classes, \
-                                                                A* __restrict__ to) {                         \
-    transpose_matrix(from, kTileRows, classes, rows, to, classes);                                            \
-  }
+// Rows of `from`, `stride` elements apart, into the first lanes of a tile.
+template <class A>
+RK_MULTIVERSION static void rows_into_tile(const A* from, int64_t stride, int64_t rows, int64_t classes,
+                                           A* __restrict__ to) {
+  transpose_matrix(from, stride, rows, classes, to, kTileRows);
+}
 
-RK_TILES(float)
-RK_TILES(double)
-#undef RK_TILES
+// The first lanes of a tile into adjacent rows.
+template <class A>
+RK_MULTIVERSION static void rows_out_of_tile(const A* from, int64_t rows, int64_t classes, A* __restrict__ to) {
+  transpose_matrix(from, kTileRows, classes, rows, to, classes);
+}
+
 #undef RK_SHUFFLE
 
 }  // namespace rk::cpu

@@ -1,7 +1,7 @@
 // Transposition of small matrices that lie in the cache.
 #pragma once
 
-#include "lane_sums.h"
+#include "lanes.h"
 
 namespace rk::cpu {
 
@@ -48,11 +48,11 @@ RK_HOST_DEVICE void transpose_lanes(Lanes<double> (&r)[4]) {
 
 // to[j][i] = from[i][j] for i < rows, j < cols
 template <class A>
-RK_HOST_DEVICE void transpose_of(const A* __restrict__ from, std::int64_t stride, A* __restrict__ to,
-                                 std::int64_t to_stride, std::int64_t rows, std::int64_t cols) {
+RK_MULTIVERSION static void transpose(const A* __restrict__ from, std::int64_t stride, A* __restrict__ to,
+                                      std::int64_t to_stride, std::int64_t rows, std::int64_t cols) {
   std::int64_t whole_rows = 0, whole_cols = 0;
 #ifdef RK_HAS_SHUFFLES
-  constexpr int L = LanesOf<A>::kCount;
+  constexpr int L = kLanes<A>;
   whole_rows = rows / L * L;
   whole_cols = cols / L * L;
   for (std::int64_t i = 0; i < whole_rows; i += L)
@@ -66,14 +66,5 @@ RK_HOST_DEVICE void transpose_of(const A* __restrict__ from, std::int64_t stride
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * to_stride + i] = from[i * stride + j];
 }
-
-#define RK_TRANSPOSE(A)                                                                                          \
-  [[maybe_unused]] RK_MULTIVERSION static void transpose(                                                        \
-      const A* from, std::int64_t stride, A* to, std::int64_t to_stride, std::int64_t rows, std::int64_t cols) { \
-    transpose_of<A>(from, stride, to, to_stride, rows, cols);                                                    \
-  }
-RK_TRANSPOSE(float)
-RK_TRANSPOSE(double)
-#undef RK_TRANSPOSE
 
 }  // namespace rk::cpu

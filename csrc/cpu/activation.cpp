@@ -105,7 +105,7 @@ void run_piece(const CotangentPiece<A>& w) {
 // Elements at a time.  Few, where they are converted, or written past the caches and so wait in the store queue while the
 // next are computed; several cotangents are so many streams that each should go on for a while.
 int64_t elements_of_piece(const ActivationTensors& t) {
-  const int64_t item = static_cast<int64_t>(t.x.element_size());
+  const int64_t item = item_size(t.x.scalar_type());
   const bool few = item < 4 || t.x.numel() * item >= kStreamedBytes;
   return few && t.cotangents == 1 ? 256 : kPiece;
 }

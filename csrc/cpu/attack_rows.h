@@ -63,18 +63,12 @@ struct AttackBuffers {
   Buffer<A> adversary, grad, x, out, low, high;
 };
 
-// f(begin, n) for the pieces of a row.
-template <class F>
-void for_pieces_of(int64_t columns, const F& f) {
-  for (int64_t begin = 0; begin < columns; begin += kPiece) f(begin, std::min(kPiece, columns - begin));
-}
-
 // Where a piece's results go: into the tensor itself, or into a buffer to be rounded.
 template <class A>
 class AttackOutput {
  public:
   explicit AttackOutput(const Tensor& t)
-      : base_(pointer<char>(t)), dtype_(t.scalar_type()), item_(static_cast<int64_t>(t.element_size())) {}
+      : base_(pointer<char>(t)), dtype_(t.scalar_type()), item_(item_size(t.scalar_type())) {}
   bool narrow() const { return item_ == 2; }
   A* open(int64_t begin, AttackBuffers<A>& b) const {
     return narrow() ? b.out.element : reinterpret_cast<A*>(base_ + begin * item_);

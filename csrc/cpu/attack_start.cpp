@@ -12,32 +12,19 @@
 namespace rk::cpu {
 namespace {
 
-template <class A>
-RK_MULTIVERSION void draw_uniform(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u,
-                                  int64_t blocks) {
+// Uniform numbers in [-1, 1], normal ones, or ones with the density of Laplace, as the ball needs them.
+template <Ball kBall, class A>
+RK_MULTIVERSION void draw(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u, int64_t blocks) {
+  const auto number = [](uint32_t word)
+                          RK_INLINE_LAMBDA { return kBall == Ball::kLinf ? symmetric<A>(word) : laplace<A>(word); };
   for (int64_t b = 0; b < blocks; ++b) {
     const RandomWords w = start_words(key, first + uint32_t(b), sample, stream);
-    u[4 * b] = symmetric<A>(w.w0), u[4 * b + 1] = symmetric<A>(w.w1);
-    u[4 * b + 2] = symmetric<A>(w.w2), u[4 * b + 3] = symmetric<A>(w.w3);
-  }
-}
-
-template <class A>
-RK_MULTIVERSION void draw_normal(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u, int64_t blocks) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    const RandomWords w = start_words(key, first + uint32_t(b), sample, stream);
-    const NormalPair<A> p = box_muller<A>(w.w0, w.w1), q = box_muller<A>(w.w2, w.w3);
-    u[4 * b] = p.first, u[4 * b + 1] = p.second, u[4 * b + 2] = q.first, u[4 * b + 3] = q.second;
-  }
-}
-
-template <class A>
-RK_MULTIVERSION void draw_laplace(PhiloxKey key, uint32_t first, int64_t sample, uint32_t stream, A* u,
-                                  int64_t blocks) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    const RandomWords w = start_words(key, first + uint32_t(b), sample, stream);
-    u[4 * b] = laplace<A>(w.w0), u[4 * b + 1] = laplace<A>(w.w1);
-    u[4 * b + 2] = laplace<A>(w.w2), u[4 * b + 3] = laplace<A>(w.w3);
+    if constexpr (kBall == Ball::kL2) {
+      const NormalPair<A> p = box_muller<A>(w.w0, w.w1), q = box_muller<A>(w.w2, w.w3);
+      u[4 * b] = p.first, u[4 * b + 1] = p.second, u[4 * b + 2] = q.first, u[4 * b + 3] = q.second;
+    } else {
+      u[4 * b] = number(w.w0), u[4 * b + 1] = number(w.w1), u[4 * b + 2] = number(w.w2), u[4 * b + 3] = number(w.w3);
+    }
   }
 }
 
@@ -80,19 +67,19 @@ void run_row(const Start& c, int64_t row, const Input& x, const AttackOutput<A>&
   A scale = A(0);
   if (c.ball != Ball::kLinf) {
     drawn.resize(4 * blocks);
-    c.ball == Ball::kL2 ? draw_normal(c.key, 0, sample, c.stream, drawn.data(), blocks)
-                        : draw_laplace(c.key, 0, sample, c.stream, drawn.data(), blocks);
+    c.ball == Ball::kL2 ? draw<Ball::kL2>(c.key, 0, sample, c.stream, drawn.data(), blocks)
+                        : draw<Ball::kL1>(c.key, 0, sample, c.stream, drawn.data(), blocks);
     const double length =
         c.ball == Ball::kL2 ? std::sqrt(squares(drawn.data(), c.columns)) : sizes(drawn.data(), c.columns);
     scale = start_scale(start_words(c.key, 0, sample, c.stream + 1).w0, *eps.at(0), length, c.columns);
   }
-  for_pieces_of(c.columns, [&](int64_t begin, int64_t n) {
+  for_pieces(c.columns, [&](int64_t begin, int64_t n) {
     const int64_t at = row * c.columns + begin;
     const A* const clean = x.read(at, n, b.x);
     A* const to = out.open(at, b);
     if (c.ball == Ball::kLinf) {
       A* const u = b.adversary.element;
-      draw_uniform(c.key, static_cast<uint32_t>(begin / 4), sample, c.stream, u, (n + 3) / 4);
+      draw<Ball::kLinf>(c.key, static_cast<uint32_t>(begin / 4), sample, c.stream, u, (n + 3) / 4);
       offset_uniform(clean, u, eps.at(begin), to, n);
       if (out.narrow()) linf_intervals(clean, eps.at(begin), b.low.element, b.high.element, n);
     } else {

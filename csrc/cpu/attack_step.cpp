@@ -173,7 +173,7 @@ class Step {
 
   L2Sums sums(int64_t row, double scale, A& largest) {
     L2Sums s{};
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       s.dd += sum_dd(w.adversary, w.x, n);
       if (!has_grad_) return;
@@ -196,7 +196,7 @@ class Step {
       s = sums(row, scale, largest);
     }
     const L2Step<A> step(s, step_of(row), double(*eps_.at(0)), scale);
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l2_piece(w, step);
       close(w, row * columns_ + begin);
@@ -206,14 +206,14 @@ class Step {
   void l1(int64_t row) {
     moved_.resize(columns_);
     clean_.resize(columns_);
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       std::copy_n(w.adversary, n, moved_.data() + begin);
       std::copy_n(w.x, n, clean_.data() + begin);
     });
     if (has_grad_) l1_ascend(row);
     const A t = l1_threshold(*eps_.at(0));
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l1_piece(moved_.data() + begin, clean_.data() + begin, t, w.out, n);
       close(w, row * columns_ + begin);
@@ -222,7 +222,7 @@ class Step {
 
   void l1_ascend(int64_t row) {
     size_.resize(columns_);
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l1_sizes(w.adversary, w.grad, size_.data() + begin, n);
     });
@@ -231,7 +231,7 @@ class Step {
     const A least = ordered_[coordinates_ - 1];
     const auto chosen = std::count_if(size_.begin(), size_.end(), [&](A s) { return s >= least && s > A(0); });
     const A step = A(step_of(row) / double(std::max<int64_t>(chosen, 1)));
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l1_move(w.adversary, w.grad, least, step, moved_.data() + begin, n);
     });

@@ -17,10 +17,10 @@ RK_HOST_DEVICE void visit_storage(ScalarType dtype, const F& f) {
   }
 }
 
-// Calls f(A{}) with the accumulation type of `dtype`.
+// f(A{}) with the accumulation type of `dtype`.
 template <class F>
-void visit_accumulation(ScalarType dtype, const F& f) {
-  dtype == ScalarType::Double ? f(double{}) : f(float{});
+auto visit_accumulation(ScalarType dtype, const F& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
 // Bytes of a stored element.

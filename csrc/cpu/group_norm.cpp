@@ -14,8 +14,8 @@
 
 #include "../group_norm_arguments.h"
 #include "../math/group_norm.h"
+#include "elements.h"
 #include "norm_sums.h"
-#include "pieces.h"
 
 namespace rk::cpu {
 namespace {
@@ -112,62 +112,115 @@ constexpr int64_t kArrays = 9;            // of GroupNormCoefficients
 constexpr int64_t kPartElements = 65536;  // of channels innermost: with the results, inside a core's L2 cache
 constexpr int64_t kRunningRows = 32;      // that are added in the accumulation type, before double takes over
 
-struct GroupNormArguments {
-  ScalarType dtype;
-  int64_t item;  // bytes of a stored element
-  bool innermost, second, streamed;
+// The tensors of a call, and how its work is cut; vectors are in the accumulation type.
+template <class A>
+class GroupNormArguments {
+ public:
+  bool innermost, second;
   int64_t samples, channels, positions, groups;
-  const void *x, *g, *u;                                 // [N, C, S] in one layout; u: second derivative only
-  const void *weight, *gg_weight, *gg_bias;              // [C], accumulation type, or null
-  const void *mean, *rstd;                               // [N, groups], accumulation type
-  void *gg_grad, *grad_x, *sample_weight, *sample_bias;  // outputs or null; the last two [N, C], accumulation type
+  Input x, g, u;                                                // [N, C, S] in one layout; u: second derivative only
+  const A *weight, *gg_weight = nullptr, *gg_bias = nullptr;    // [C] or null
+  const A *mean, *rstd;                                         // [N, groups]
+  Output gg_grad, grad_x;                                       // like x
+  A *sample_weight = nullptr, *sample_bias = nullptr;           // [N, C] or null
+  int64_t units, unit_groups, unit_channels, parts, part_size;  // `part_size` channels or positions make a part
 
-  // Of a unit; `part_size` channels or positions make a part.
-  int64_t units, unit_groups, unit_channels, parts, part_size;
+  GroupNormArguments(const Tensor& like_x, const Tensor& grad, const Tensor& m, const Tensor& r,
+                     const std::optional<Tensor>& w, int64_t number, bool is_second)
+      : second(is_second),
+        samples(like_x.size(0)),
+        channels(like_x.size(1)),
+        positions(like_x.size(2)),
+        groups(number),
+        like_x_(like_x),
+        transposed_(channels_innermost(like_x)) {
+    x = dense(like_x);
+    g = dense(grad);
+    mean = vector(m);
+    rstd = vector(r);
+    weight = vector(w);
+    // Planes of one position are rows of channels.
+    innermost = transposed_ || positions == 1;
+    if (innermost) {
+      units = samples;
+      unit_groups = groups;
+      part_size = std::max<int64_t>(1, kPartElements / std::max<int64_t>(1, channels));
+      parts = (positions + part_size - 1) / part_size;
+    } else {
+      units = samples * groups;
+      unit_groups = 1;
+      part_size = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, positions));
+      parts = (group_channels() + part_size - 1) / part_size;
+    }
+    unit_channels = unit_groups * group_channels();
+  }
 
   int64_t group_channels() const { return channels / groups; }
   int64_t sums_size() const { return kSums * unit_channels * (innermost ? parts : 1); }
+
+  const A* vector(const std::optional<Tensor>& t) {
+    return t ? pointer<A>(kept_.emplace_back(torch::stable::contiguous(*t))) : nullptr;
+  }
+  // In the layout of x; zeros for an absent tensor.
+  Input dense(const std::optional<Tensor>& t) {
+    if (t) return Input(kept_.emplace_back(dense_in(transposed_, *t)));
+    return Input(torch::stable::zero_(kept_.emplace_back(empty_in(transposed_, like_x_))));
+  }
+  Tensor result(bool needed, Output& out) const {
+    const Tensor t = needed ? empty_in(transposed_, like_x_) : torch::stable::new_empty(like_x_, {0});
+    out = Output(t, needed);
+    return t;
+  }
+  // Room for the sums of every sample.
+  A* make_samples(bool needed) { return needed ? pointer<A>(kept_.emplace_back(wide({samples, channels}))) : nullptr; }
+  Tensor total(bool needed, const A* sums) const {
+    const Tensor out = wide({needed ? channels : 0});
+    if (needed) add_rows_in_double(samples, channels, sums, pointer<A>(out));
+    return out;
+  }
+
+ private:
+  Tensor wide(const std::vector<int64_t>& sizes) const {
+    return torch::stable::new_empty(like_x_, sizes, accumulation_type(like_x_.scalar_type()));
+  }
+
+  Tensor like_x_;
+  bool transposed_;
+  std::vector<Tensor> kept_;
 };
 
 // Pieces of the three inputs in the accumulation type, and room for a piece of an output.
 template <class A>
 class Pieces {
  public:
-  explicit Pieces(const GroupNormArguments& a) : a_(a), direct_(a.item == sizeof(A)) {}
+  explicit Pieces(const GroupNormArguments<A>& a) : a_(a) {}
 
   // `count` runs of `length` elements, a run `stride` behind the last in memory.  Converted runs are adjacent.
   GroupNormPiece<A> read(int64_t offset, int64_t count, int64_t length, int64_t stride) {
-    if (direct_) return {at(a_.x, offset), at(a_.g, offset), a_.u ? at(a_.u, offset) : nullptr, count, length, stride};
-    convert(a_.x, offset, count * length, x_);
-    convert(a_.g, offset, count * length, g_);
-    if (a_.u) convert(a_.u, offset, count * length, u_);
-    return {x_, g_, a_.u ? u_ : nullptr, count, length, length};
+    const int64_t n = count * length;
+    return {a_.x.read(offset, n, x_),
+            a_.g.read(offset, n, g_),
+            a_.u ? a_.u.read(offset, n, u_) : nullptr,
+            count,
+            length,
+            a_.x.template holds<A>() ? stride : length};
   }
 
   template <class F>
-  void write(void* out, int64_t offset, int64_t n, const F& f) {
-    char* to = static_cast<char*>(out) + offset * a_.item;
-    if (direct_ && !a_.streamed) return f(reinterpret_cast<A*>(to));
-    f(out_);
-    direct_ ? stream_piece(out_, to, n * a_.item) : write_piece(a_.dtype, out_, to, n);
+  void write(const Output& out, int64_t offset, int64_t n, const F& f) {
+    out.write(offset, n, out_, f);
   }
 
  private:
-  static const A* at(const void* base, int64_t offset) { return static_cast<const A*>(base) + offset; }
-  void convert(const void* base, int64_t offset, int64_t n, A* to) {
-    read_piece(a_.dtype, static_cast<const char*>(base) + offset * a_.item, to, n);
-  }
-
-  const GroupNormArguments& a_;
-  bool direct_;
-  alignas(64) A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
+  const GroupNormArguments<A>& a_;
+  Buffer<A> x_, g_, u_, out_;
 };
 
 // What one unit's passes leave for each other.
 template <class A>
 class Unit {
  public:
-  Unit(const GroupNormArguments& a, int64_t index, double* sums, A* arrays)
+  Unit(const GroupNormArguments<A>& a, int64_t index, double* sums, A* arrays)
       : a_(a),
         sample_(a.innermost ? index : index / a.groups),
         first_group_(a.innermost ? 0 : index % a.groups),
@@ -179,8 +232,8 @@ class Unit {
     std::fill_n(sums_, a_.sums_size(), 0.0);
     for (int64_t c = 0; c < a_.unit_channels; ++c) {
       const int64_t row = sample_ * a_.groups + first_group_ + c / a_.group_channels();
-      array(0)[c] = static_cast<const A*>(a_.mean)[row];
-      array(1)[c] = static_cast<const A*>(a_.rstd)[row];
+      array(0)[c] = a_.mean[row];
+      array(1)[c] = a_.rstd[row];
     }
   }
 
@@ -233,7 +286,7 @@ class Unit {
 
  private:
   A* array(int64_t i) const { return arrays_ + i * a_.unit_channels; }
-  double vector(const void* v, int64_t c) const { return v ? double(static_cast<const A*>(v)[first_channel_ + c]) : 0; }
+  double vector(const A* v, int64_t c) const { return v ? double(v[first_channel_ + c]) : 0; }
   double weight(int64_t c) const { return a_.weight ? vector(a_.weight, c) : 1; }
 
   ChannelSums<double> channel_sums(int64_t c) const {
@@ -258,8 +311,8 @@ class Unit {
     for (int i = 0; i < 7; ++i) array(2 + i)[c] = A(values[i]);
     put(a_.sample_weight, c, channel_sums(c).weight_bend(group, r));
   }
-  void put(void* out, int64_t c, double value) const {
-    if (out) static_cast<A*>(out)[sample_ * a_.channels + first_channel_ + c] = A(value);
+  void put(A* out, int64_t c, double value) const {
+    if (out) out[sample_ * a_.channels + first_channel_ + c] = A(value);
   }
 
   // f(channel of the unit, channels, offset, positions): whole planes, or a stretch of one.
@@ -303,14 +356,14 @@ class Unit {
     flush();
   }
 
-  const GroupNormArguments& a_;
+  const GroupNormArguments<A>& a_;
   int64_t sample_, first_group_, first_channel_;
   double* sums_;
   A* arrays_;
 };
 
 template <class A>
-void run_as(const GroupNormArguments& a) {
+void run(const GroupNormArguments<A>& a) {
   const int64_t unit_elements = a.unit_channels * a.positions, sums = a.sums_size(), arrays = kArrays * a.unit_channels;
   if (a.units >= 2 * int64_t(torch::stable::get_num_threads()) || a.parts <= 1) {
     torch::stable::parallel_for(0, a.units, rows_per_thread(unit_elements), [&](int64_t begin, int64_t end) {
@@ -347,114 +400,37 @@ void run_as(const GroupNormArguments& a) {
   for_parts([](Unit<A> u, int64_t part, Pieces<A>& pieces) { u.write_part(part, pieces); });
 }
 
-// The tensors of one call, in the form that the units read.
-class GroupNormTensors {
- public:
-  GroupNormArguments a{};
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-  GroupNormTensors(const Tensor& x, const Tensor& grad, const Tensor& mean, const Tensor& rstd,
-                   const std::optional<Tensor>& weight, int64_t groups, bool second) {
-    a.innermost = channels_innermost(x);
-    a.second = second;
-    a.dtype = x.scalar_type();
-    a.item = item_size(a.dtype);
-    a.samples = x.size(0);
-    a.channels = x.size(1);
-    a.positions = x.size(2);
-    a.streamed = x.numel() * a.item >= kStreamedBytes;
-    a.groups = groups;
-    a.x = keep(dense_in(a.innermost, x));
-    a.g = keep(dense_in(a.innermost, grad));
-    a.mean = vector(mean);
-    a.rstd = vector(rstd);
-    a.weight = vector(weight);
-    x_ = kept_.front();
-    // Planes of one position are rows of channels.
-    a.innermost = a.innermost || a.positions == 1;
-    if (a.innermost) {
-      a.units = a.samples;
-      a.unit_groups = a.groups;
-      a.part_size = std::max<int64_t>(1, kPartElements / std::max<int64_t>(1, a.channels));
-      a.parts = (a.positions + a.part_size - 1) / a.part_size;
-    } else {
-      a.units = a.samples * a.groups;
-      a.unit_groups = 1;
-      a.part_size = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, a.positions));
-      a.parts = (a.group_channels() + a.part_size - 1) / a.part_size;
-    }
-    a.unit_channels = a.unit_groups * a.group_channels();
-  }
-
-  const void* keep(const Tensor& t) {
-    kept_.push_back(t);
-    return t.data_ptr();
-  }
-  const void* vector(const std::optional<Tensor>& t) { return t ? keep(torch::stable::contiguous(*t)) : nullptr; }
-
-  const void* dense(const std::optional<Tensor>& t) {
-    if (t) return keep(dense_in(channels_innermost(*x_), *t));
-    Tensor zeros = empty_in(channels_innermost(*x_), *x_);
-    return keep(torch::stable::zero_(zeros));
-  }
-
-  Tensor like_x(bool needed, void*& data) {
-    Tensor out = needed ? empty_in(channels_innermost(*x_), *x_) : torch::stable::new_empty(*x_, {0});
-    data = needed ? out.data_ptr() : nullptr;
-    return out;
-  }
-
-  void make_samples(bool needed, void*& data) {
-    if (!needed) return;
-    kept_.push_back(torch::stable::new_empty(*x_, {a.samples, a.channels}, accumulation_type(a.dtype)));
-    data = kept_.back().data_ptr();
-  }
-
-  void run() {
-    visit_accumulation(a.dtype, [&]<class A>(A) { run_as<A>(a); });
-  }
-
-  Tensor total(bool needed, const void* samples) {
-    Tensor out = torch::stable::new_empty(*x_, {needed ? a.channels : 0}, accumulation_type(a.dtype));
-    if (!needed) return out;
-    visit_accumulation(a.dtype, [&]<class A>(A) {
-      add_rows_in_double(a.samples, a.channels, static_cast<const A*>(samples), pointer<A>(out));
-    });
-    return out;
-  }
-
- private:
-  std::optional<Tensor> x_;
-  std::vector<Tensor> kept_;
-};
-
-std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean,
-                                                       Tensor rstd, int64_t groups, bool need_x, bool need_weight,
-                                                       bool need_bias) {
+ThreeTensors group_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean, Tensor rstd,
+                                 int64_t groups, bool need_x, bool need_weight, bool need_bias) {
   const std::optional<Tensor> none;
   check_group_norm("group_norm_backward", none, none, none, grad, x, weight, mean, rstd, groups);
-  GroupNormTensors t(x, grad, mean, rstd, weight, groups, false);
-  Tensor grad_x = t.like_x(need_x, t.a.grad_x);
-  t.make_samples(need_weight, t.a.sample_weight);
-  t.make_samples(need_bias, t.a.sample_bias);
-  t.run();
-  return {grad_x, t.total(need_weight, t.a.sample_weight), t.total(need_bias, t.a.sample_bias)};
+  return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
+    GroupNormArguments<A> a(x, grad, mean, rstd, weight, groups, false);
+    const Tensor grad_x = a.result(need_x, a.grad_x);
+    a.sample_weight = a.make_samples(need_weight);
+    a.sample_bias = a.make_samples(need_bias);
+    run(a);
+    return {grad_x, a.total(need_weight, a.sample_weight), a.total(need_bias, a.sample_bias)};
+  });
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> gg_x,
-                                                              std::optional<Tensor> gg_weight,
-                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
-                                                              std::optional<Tensor> weight, Tensor mean, Tensor rstd,
-                                                              int64_t groups, bool need_grad, bool need_x,
-                                                              bool need_weight) {
+ThreeTensors group_norm_double_backward(std::optional<Tensor> gg_x, std::optional<Tensor> gg_weight,
+                                        std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+                                        std::optional<Tensor> weight, Tensor mean, Tensor rstd, int64_t groups,
+                                        bool need_grad, bool need_x, bool need_weight) {
   check_group_norm("group_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups);
-  GroupNormTensors t(x, grad, mean, rstd, weight, groups, true);
-  t.a.u = t.dense(gg_x);
-  t.a.gg_weight = t.vector(gg_weight);
-  t.a.gg_bias = t.vector(gg_bias);
-  Tensor gg_grad = t.like_x(need_grad, t.a.gg_grad), grad_x = t.like_x(need_x, t.a.grad_x);
-  t.make_samples(need_weight, t.a.sample_weight);
-  t.run();
-  return {gg_grad, grad_x, t.total(need_weight, t.a.sample_weight)};
+  return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
+    GroupNormArguments<A> a(x, grad, mean, rstd, weight, groups, true);
+    a.u = a.dense(gg_x);
+    a.gg_weight = a.vector(gg_weight);
+    a.gg_bias = a.vector(gg_bias);
+    const Tensor gg_grad = a.result(need_grad, a.gg_grad), grad_x = a.result(need_x, a.grad_x);
+    a.sample_weight = a.make_samples(need_weight);
+    run(a);
+    return {gg_grad, grad_x, a.total(need_weight, a.sample_weight)};
+  });
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "random_cotangents_loops.h"
-#include "tiles.h"
+#include "transpose.h"
 
 namespace rk::cpu {
 

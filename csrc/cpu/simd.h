@@ -25,17 +25,17 @@ inline constexpr int kPartialSums = 128 / sizeof(A);
 template <class A, class F>
 RK_HOST_DEVICE A sum_over(std::int64_t n, const F& f) {
   constexpr int L = kPartialSums<A>;
-  A lane[L] = {};
+  A partial[L] = {};
   std::int64_t j = 0;
   for (; j + L <= n; j += L)
-    for (int k = 0; k < L; ++k) lane[k] += f(j + k);
-  for (int k = 0; j < n; ++j, ++k) lane[k] += f(j);
+    for (int k = 0; k < L; ++k) partial[k] += f(j + k);
+  for (int k = 0; j < n; ++j, ++k) partial[k] += f(j);
   for (int half = L / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
+    for (int k = 0; k < half; ++k) partial[k] += partial[k + half];
+  return partial[0];
 }
 
-// (sum_j f(j).first, sum_j f(j).second) in one sweep.
+// sum_j f(j) and sum_j g(j) in one sweep.
 template <class A, class F, class G>
 RK_HOST_DEVICE void sums_over(std::int64_t n, A& total_f, A& total_g, const F& f, const G& g) {
   constexpr int L = kPartialSums<A>;
@@ -63,25 +63,25 @@ RK_HOST_DEVICE void sums_over(std::int64_t n, A& total_f, A& total_g, const F& f
 template <class A, class F>
 RK_HOST_DEVICE A max_over(std::int64_t n, A least, const F& f) {
   constexpr int L = kPartialSums<A>;
-  A lane[L];
+  A partial[L];
   A poison[L] = {};  // a comparison drops NaN, so it is kept here
-  for (int k = 0; k < L; ++k) lane[k] = least;
+  for (int k = 0; k < L; ++k) partial[k] = least;
   std::int64_t j = 0;
   for (; j + L <= n; j += L)
     for (int k = 0; k < L; ++k) {
       const A v = f(j + k);
-      lane[k] = v > lane[k] ? v : lane[k];
+      partial[k] = v > partial[k] ? v : partial[k];
       poison[k] = v == v ? poison[k] : v;
     }
   for (int k = 0; j < n; ++j, ++k) {
     const A v = f(j);
-    lane[k] = v > lane[k] ? v : lane[k];
+    partial[k] = v > partial[k] ? v : partial[k];
     poison[k] = v == v ? poison[k] : v;
   }
   A best = least;
   for (int k = 0; k < L; ++k) {
     if (is_nan(poison[k])) return poison[k];
-    best = lane[k] > best ? lane[k] : best;
+    best = partial[k] > best ? partial[k] : best;
   }
   return best;
 }

@@ -10,10 +10,9 @@ namespace rk::cpu {
 
 template <class A>
 struct Tile {
-  int64_t rows, classes;
-  bool soft;                   // the target is a matrix t of probabilities, not a class y
+  int64_t classes;
   TileMatrix<A> z, t, u, out;  // logits, probabilities, cotangent of grad_logits, result
-  TileColumn<A> y;             // class, or -1
+  TileColumn<A> y;             // the class, where there are no probabilities
   TileColumn<A> max, log_sum, grad, per_row, total_q;
 };
 
@@ -92,18 +91,6 @@ RK_MULTIVERSION static void tile_double_backward(Tile<A>& w, Smoothing<A> s, A i
       const A p = w.out[c * kTileRows + k], u = w.u[c * kTileRows + k];
       w.out[c * kTileRows + k] = w.grad[k] * cross_entropy_bend(p, u, mean[k], w.total_q[k], inverse_t);
     }
-}
-
-// Rows of `from`, `stride` elements apart, into a tile; lanes without a row are zero.
-template <class A>
-void into_tile(const A* from, int64_t stride, const Tile<A>& w, A* to) {
-  if (w.rows < kTileRows) std::fill_n(to, w.classes * kTileRows, A(0));
-  rows_into_tile(from, stride, w.rows, w.classes, to);
-}
-
-template <class A>
-void out_of_tile(const Tile<A>& w, A* to) {
-  rows_out_of_tile(w.out, w.rows, w.classes, to);
 }
 
 }  // namespace rk::cpu

@@ -297,6 +297,15 @@ def test_only_the_launcher_launches():
             assert "cudaLaunchKernel" not in text, f"{path.name}: use rk::cuda::launch"
 
 
+def test_macros_hold_no_code():
+    """A debugger and a sanitizer name the lines of functions, not those of macros."""
+    for path in sources("csrc/**/*"):
+        if path.is_file():
+            for name, body in re.findall(r"^#define (\w+)((?:.*\\\n)*.*)", path.read_text(), re.MULTILINE):
+                code = body.count("\n") > 2 or re.search(r"\b(for|while|if|switch) \(", body)
+                assert not code, f"{path.name}: make {name} forward to a function template"
+
+
 def test_no_fast_math():
     for path in ("setup.py", "Makefile"):
         for flag in ("use_fast_math", "ffast-math", "Ofast", "march=native"):

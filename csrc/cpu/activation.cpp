@@ -9,16 +9,103 @@
 #include <vector>
 
 #include "../arguments/activation.h"
-#include "activation_loops.h"
+#include "../math/activation.h"
 #include "elements.h"
+#include "pieces.h"
 
 namespace rk::cpu {
 namespace {
 
+// Of at most kPiece elements.
+template <class A>
+struct ActivationPiece {
+  const A *gg_x, *grad, *x;
+  A *gg_grad, *grad_x;
+  int64_t n;
+};
+
+template <Activation kFunction, class A>
+RK_MULTIVERSION void activation_piece(const ActivationPiece<A>& w, const ActivationParameters<A>& parameters) {
+  const A *gg_x = w.gg_x, *grad = w.grad, *x = w.x;
+  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_x = w.grad_x;
+  const ActivationParameters<A> p = parameters;
+  using Function = ActivationSlopes<kFunction, A>;
+  alignas(64) A e[kPiece], tail[kPiece];
+  if constexpr (Function::kExponential)
+    for (int64_t j = 0; j < w.n; ++j) e[j] = exp_nonpositive(Function::exponent(x[j], p));
+  if constexpr (Function::kTail)
+    for (int64_t j = 0; j < w.n; ++j) tail[j] = normal_tail(absolute(x[j]));
+  for (int64_t j = 0; j < w.n; ++j) {
+    ActivationTerms<A> terms{};
+    if constexpr (Function::kExponential) terms.e = e[j];
+    if constexpr (Function::kTail) terms.tail = tail[j];
+    const Slopes<A> s = Function::at(x[j], terms, p);
+    const A u = gg_x[j];
+    gg_grad[j] = times_slope<kFunction>(s, u);
+    grad_x[j] = times_bend<kFunction>(s, u, grad[j]);
+  }
+}
+
+template <class A>
+void run_piece(Activation function, const ActivationPiece<A>& w, const ActivationParameters<A>& p) {
+  switch (function) {
+    case Activation::kGelu: return activation_piece<Activation::kGelu>(w, p);
+    case Activation::kGeluTanh: return activation_piece<Activation::kGeluTanh>(w, p);
+    case Activation::kSilu: return activation_piece<Activation::kSilu>(w, p);
+    case Activation::kMish: return activation_piece<Activation::kMish>(w, p);
+    case Activation::kSoftplus: return activation_piece<Activation::kSoftplus>(w, p);
+    case Activation::kElu: return activation_piece<Activation::kElu>(w, p);
+    case Activation::kEluResult: return activation_piece<Activation::kEluResult>(w, p);
+    case Activation::kHardswish: return activation_piece<Activation::kHardswish>(w, p);
+    case Activation::kTanh: return activation_piece<Activation::kTanh>(w, p);
+    case Activation::kSigmoid: return activation_piece<Activation::kSigmoid>(w, p);
+  }
+}
+
+// A piece of one of several cotangents: slope and bend are given, grad_x is added to.
+template <class A>
+struct CotangentPiece {
+  const A *slope, *bend, *gg_x, *grad;
+  A *gg_grad, *grad_x;  // or null
+  int64_t n;
+  int64_t gg_x_ahead, grad_ahead;  // elements to where the next pieces lie, too far for the processor to guess
+};
+
+template <bool kGrad, bool kX, class A>
+RK_MULTIVERSION void cotangent_piece(const CotangentPiece<A>& w) {
+  const A *slope = w.slope, *bend = w.bend, *gg_x = w.gg_x, *grad = w.grad;
+  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_x = w.grad_x;
+  const auto run = [=](int64_t begin, int64_t end) RK_INLINE_LAMBDA {
+    for (int64_t j = begin; j < end; ++j) {
+      const A u = gg_x[j];
+      if constexpr (kGrad) gg_grad[j] = slope[j] * u;
+      if constexpr (kX) grad_x[j] += bend[j] * u * grad[j];
+    }
+  };
+  constexpr int64_t line = 64 / sizeof(A);
+  int64_t j = 0;
+  for (; j + line <= w.n; j += line) {
+    __builtin_prefetch(gg_x + j + w.gg_x_ahead);
+    if constexpr (kX) __builtin_prefetch(grad + j + w.grad_ahead);
+    run(j, j + line);
+  }
+  run(j, w.n);
+}
+
+template <class A>
+void run_piece(const CotangentPiece<A>& w) {
+  if (w.gg_grad && w.grad_x)
+    cotangent_piece<true, true>(w);
+  else if (w.gg_grad)
+    cotangent_piece<true, false>(w);
+  else if (w.grad_x)
+    cotangent_piece<false, true>(w);
+}
+
 // Elements at a time.  Few, where they are converted, or written past the caches and so wait in the store queue while the
 // next are computed; several cotangents are so many streams that each should go on for a while.
 int64_t elements_of_piece(const ActivationTensors& t) {
-  const int64_t item = static_cast<int64_t>(t.x.element_size());
+  const int64_t item = item_size(t.x.scalar_type());
   const bool few = item < 4 || t.x.numel() * item >= kStreamedBytes;
   return few && t.cotangents == 1 ? 256 : kPiece;
 }
@@ -108,8 +195,7 @@ std::tuple<Tensor, Tensor> activation_double_backward(Tensor gg_x, Tensor grad, 
   const char* op = "activation_double_backward";
   const ActivationChoice choice = activation_choice(op, function, parameters);
   const ActivationTensors t(op, gg_x, grad, x, need_grad, need_x);
-  t.x.scalar_type() == ScalarType::Double ? run<double>(choice, t, need_grad, need_x)
-                                          : run<float>(choice, t, need_grad, need_x);
+  visit_accumulation(t.x.scalar_type(), [&]<class A>(A) { run<A>(choice, t, need_grad, need_x); });
   return {t.gg_grad, t.grad_x};
 }
 

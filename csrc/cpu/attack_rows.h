@@ -4,10 +4,38 @@
 #include <algorithm>
 #include <vector>
 
-#include "attack_rounding.h"
+#include "../math/attack_step.h"
 #include "elements.h"
 
 namespace rk::cpu {
+
+template <class A>
+RK_MULTIVERSION static void intervals(const A* a, const A* b, A* low, A* high, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) {
+    const Interval<A> to = between(a[j], b[j]);
+    low[j] = to.low, high[j] = to.high;
+  }
+}
+
+template <class A>
+RK_MULTIVERSION static void linf_intervals(const A* x, const A* eps, A* low, A* high, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) {
+    const Interval<A> to = linf_interval(x[j], eps[j]);
+    low[j] = to.low, high[j] = to.high;
+  }
+}
+
+// The nearest 16-bit number within [low, high], 0 <= low: the bits of numbers that are not negative count steps.
+template <class S>
+RK_MULTIVERSION static void write_between(const float* from, const float* low, const float* high, S* to,
+                                          std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) {
+    S s = store<S>(from[j]);
+    const float back = load(s);
+    s.bits = std::uint16_t(s.bits + (back < low[j] ? 1 : 0) - (back > high[j] ? 1 : 0));
+    to[j] = s;
+  }
+}
 
 // A table of [1], [C] or [N] numbers, written out so that a piece that begins anywhere reads adjacent numbers.
 template <class A>
@@ -15,7 +43,7 @@ class Columns {
  public:
   Columns(const Tensor& table, int64_t inner, int64_t columns) {
     const Tensor dense = torch::stable::contiguous(table);
-    const A* const from = static_cast<const A*>(dense.data_ptr());
+    const A* const from = pointer<A>(dense);
     const int64_t count = table.size(0);
     if (count == columns) inner = 1;
     period_ = count == 1 ? 1 : count * inner;
@@ -35,20 +63,12 @@ struct AttackBuffers {
   Buffer<A> adversary, grad, x, out, low, high;
 };
 
-// f(begin, n) for the pieces of a row.
-template <class F>
-void for_pieces_of(int64_t columns, const F& f) {
-  for (int64_t begin = 0; begin < columns; begin += kPiece) f(begin, std::min(kPiece, columns - begin));
-}
-
 // Where a piece's results go: into the tensor itself, or into a buffer to be rounded.
 template <class A>
 class AttackOutput {
  public:
   explicit AttackOutput(const Tensor& t)
-      : base_(static_cast<char*>(t.data_ptr())),
-        dtype_(t.scalar_type()),
-        item_(static_cast<int64_t>(t.element_size())) {}
+      : base_(pointer<char>(t)), dtype_(t.scalar_type()), item_(item_size(t.scalar_type())) {}
   bool narrow() const { return item_ == 2; }
   A* open(int64_t begin, AttackBuffers<A>& b) const {
     return narrow() ? b.out.element : reinterpret_cast<A*>(base_ + begin * item_);

@@ -7,11 +7,105 @@
 #include <optional>
 
 #include "../arguments/attack.h"
+#include "../math/attack_step.h"
 #include "attack_rows.h"
-#include "attack_step_loops.h"
 
 namespace rk::cpu {
 namespace {
+
+// A piece of a row.
+template <class A>
+struct AttackPiece {
+  const A *adversary, *grad, *x;  // grad: null without a step
+  const A *eps, *step;            // for each column
+  A* out;
+  A scale;  // of the steps
+  int64_t n;
+};
+
+template <bool kGrad, class A>
+RK_HOST_DEVICE void linf_loop(const AttackPiece<A>& w) {
+  const A *adversary = w.adversary, *grad = w.grad, *x = w.x, *eps = w.eps, *step = w.step;
+  A* out = w.out;
+  for (int64_t j = 0; j < w.n; ++j) {
+    const Interval<A> to = linf_interval(x[j], eps[j]);
+    out[j] = linf_step(adversary[j], kGrad ? grad[j] : A(0), step[j] * w.scale, to);
+  }
+}
+
+template <bool kGrad, class A>
+RK_HOST_DEVICE void l2_loop(const AttackPiece<A>& w, const L2Step<A>& s) {
+  const A *adversary = w.adversary, *grad = w.grad, *x = w.x;
+  A* out = w.out;
+  for (int64_t j = 0; j < w.n; ++j) out[j] = l2_step(adversary[j], x[j], kGrad ? grad[j] : A(0), s);
+}
+
+template <class A>
+RK_MULTIVERSION void linf_piece(const AttackPiece<A>& w) {
+  w.grad ? linf_loop<true>(w) : linf_loop<false>(w);
+}
+
+template <class A>
+RK_MULTIVERSION void l2_piece(const AttackPiece<A>& w, const L2Step<A>& s) {
+  w.grad ? l2_loop<true>(w, s) : l2_loop<false>(w, s);
+}
+
+template <class A>
+RK_MULTIVERSION double sum_dd(const A* a, const A* x, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA {
+    const double d = double(a[j]) - double(x[j]);
+    return d * d;
+  });
+}
+
+template <class A>
+RK_MULTIVERSION void sum_g(const A* g, const A* a, const A* x, double scale, int64_t n, double& gg, double& gd) {
+  sums_over<double>(
+      n, gg, gd,
+      [=](int64_t j) RK_INLINE_LAMBDA {
+        const double v = double(without_nan(g[j])) * scale;
+        return v * v;
+      },
+      [=](int64_t j) RK_INLINE_LAMBDA { return double(without_nan(g[j])) * scale * (double(a[j]) - double(x[j])); });
+}
+
+template <class A>
+RK_MULTIVERSION A largest_of(const A* g, int64_t n) {
+  return max_over<A>(n, A(0), [=](int64_t j) RK_INLINE_LAMBDA { return absolute(without_nan(g[j])); });
+}
+
+template <class A>
+RK_MULTIVERSION void l1_sizes(const A* a, const A* g, A* size, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) size[j] = l1_size(a[j], g[j]);
+}
+
+template <class A>
+RK_MULTIVERSION void l1_move(const A* a, const A* g, A least, A step, A* moved, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) moved[j] = l1_moved(a[j], g[j], least, step);
+}
+
+template <class A>
+RK_MULTIVERSION double l1_total(const A* moved, const A* x, A t, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA { return double(l1_length(moved[j] - x[j], x[j], t)); });
+}
+
+template <class A>
+RK_MULTIVERSION double l1_inside(const A* moved, const A* x, A t, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA {
+    const A v = moved[j] - x[j], size = absolute(v) - t;
+    return size > A(0) && size < l1_room(v, x[j]) ? 1.0 : 0.0;
+  });
+}
+
+template <class A>
+RK_MULTIVERSION A l1_farthest(const A* moved, const A* x, int64_t n) {
+  return max_over<A>(n, A(0), [=](int64_t j) RK_INLINE_LAMBDA { return absolute(moved[j] - x[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION void l1_piece(const A* moved, const A* x, A t, A* out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) out[j] = l1_point(moved[j], x[j], t);
+}
 
 template <class A>
 class Step {
@@ -28,7 +122,7 @@ class Step {
         has_grad_(grad.has_value()),
         eps_(eps, inner, columns_),
         step_(step, inner, columns_),
-        scale_(scale ? static_cast<const A*>(scale->data_ptr()) : nullptr) {}
+        scale_(pointer<A>(scale)) {}
 
   // Pieces of rows for linf, else whole rows.
   int64_t units(int64_t rows) const { return ball_ == Ball::kLinf ? rows * pieces() : rows; }
@@ -79,7 +173,7 @@ class Step {
 
   L2Sums sums(int64_t row, double scale, A& largest) {
     L2Sums s{};
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       s.dd += sum_dd(w.adversary, w.x, n);
       if (!has_grad_) return;
@@ -102,7 +196,7 @@ class Step {
       s = sums(row, scale, largest);
     }
     const L2Step<A> step(s, step_of(row), double(*eps_.at(0)), scale);
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l2_piece(w, step);
       close(w, row * columns_ + begin);
@@ -112,14 +206,14 @@ class Step {
   void l1(int64_t row) {
     moved_.resize(columns_);
     clean_.resize(columns_);
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       std::copy_n(w.adversary, n, moved_.data() + begin);
       std::copy_n(w.x, n, clean_.data() + begin);
     });
     if (has_grad_) l1_ascend(row);
     const A t = l1_threshold(*eps_.at(0));
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l1_piece(moved_.data() + begin, clean_.data() + begin, t, w.out, n);
       close(w, row * columns_ + begin);
@@ -128,7 +222,7 @@ class Step {
 
   void l1_ascend(int64_t row) {
     size_.resize(columns_);
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l1_sizes(w.adversary, w.grad, size_.data() + begin, n);
     });
@@ -137,7 +231,7 @@ class Step {
     const A least = ordered_[coordinates_ - 1];
     const auto chosen = std::count_if(size_.begin(), size_.end(), [&](A s) { return s >= least && s > A(0); });
     const A step = A(step_of(row) / double(std::max<int64_t>(chosen, 1)));
-    for_pieces_of(columns_, [&](int64_t begin, int64_t n) {
+    for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
       l1_move(w.adversary, w.grad, least, step, moved_.data() + begin, n);
     });
@@ -176,17 +270,6 @@ class Step {
   std::vector<A> moved_, clean_, size_, ordered_;
 };
 
-template <class A>
-void run(const Tensor& adversary, const Tensor& x, const std::optional<Tensor>& grad, const Tensor& eps,
-         const Tensor& step, const std::optional<Tensor>& scale, int64_t inner, Ball ball, int64_t coordinates) {
-  const Step<A> call(adversary, x, grad, eps, step, scale, inner, ball, coordinates);
-  const int64_t units = call.units(adversary.size(0));
-  torch::stable::parallel_for(0, units, rows_per_thread(call.unit_size()), [&](int64_t first, int64_t last) {
-    Step<A> mine = call;
-    mine.run(first, last);
-  });
-}
-
 void attack_step(Tensor adversary, Tensor x, std::optional<Tensor> grad, Tensor eps, Tensor step_size,
                  std::optional<Tensor> scale, int64_t inner, int64_t norm, int64_t coordinates) {
   const Ball ball =
@@ -195,9 +278,14 @@ void attack_step(Tensor adversary, Tensor x, std::optional<Tensor> grad, Tensor 
   const Tensor clean = torch::stable::contiguous(x);
   if (grad) grad = torch::stable::contiguous(*grad);
   if (scale) scale = torch::stable::contiguous(*scale);
-  adversary.scalar_type() == ScalarType::Double
-      ? run<double>(adversary, clean, grad, eps, step_size, scale, inner, ball, coordinates)
-      : run<float>(adversary, clean, grad, eps, step_size, scale, inner, ball, coordinates);
+  visit_accumulation(adversary.scalar_type(), [&]<class A>(A) {
+    const Step<A> step(adversary, clean, grad, eps, step_size, scale, inner, ball, coordinates);
+    torch::stable::parallel_for(0, step.units(adversary.size(0)), rows_per_thread(step.unit_size()),
+                                [&](int64_t first, int64_t last) {
+                                  Step<A> mine = step;
+                                  mine.run(first, last);
+                                });
+  });
 }
 
 }  // namespace

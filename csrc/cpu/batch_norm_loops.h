@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "../math/batch_norm.h"
-#include "lane_sums.h"
+#include "lanes.h"
 
 namespace rk::cpu {
 
@@ -54,26 +54,15 @@ struct SumLanes {
   }
 };
 
-// All lanes of two vectors, in double: no addition waits for more than three others.
-template <class A>
-RK_HOST_DEVICE double total_of_lanes(const Lanes<A>& a, const Lanes<A>& b) {
-  constexpr int L = LanesOf<A>::kCount;
-  double sum[L];
-  for (int k = 0; k < L; ++k) sum[k] = double(a[k]) + double(b[k]);
-  for (int half = L / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
-  return sum[0];
-}
-
 // Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.  Fetches the run behind
 // each, since runs end before the processor has noticed them.
 template <class S, class A>
-RK_HOST_DEVICE void sums_along_of(const S* __restrict__ u, const S* __restrict__ g, const S* __restrict__ x,
-                                  int64_t runs, int64_t stride, int64_t length, A mean, Sums& s) {
-  constexpr int L = LanesOf<A>::kCount;
+RK_MULTIVERSION static void sums_along(const S* __restrict__ u, const S* __restrict__ g, const S* __restrict__ x,
+                                       int64_t runs, int64_t stride, int64_t length, A mean, Sums& s) {
+  constexpr int L = kLanes<A>;
   if (!x) {
     for (int64_t run = 0; run < runs; ++run)
-      s.ug += lane_sum<A>(
+      s.ug += sum_over<A>(
           length, [=](int64_t j) RK_INLINE_LAMBDA { return load(u[run * stride + j]) * load(g[run * stride + j]); });
     return;
   }
@@ -107,16 +96,16 @@ RK_HOST_DEVICE void sums_along_of(const S* __restrict__ u, const S* __restrict__
       second.add(v, w, d - mean);
     }
   }
-  s.u += total_of_lanes<A>(first.u, second.u);
-  s.g += total_of_lanes<A>(first.g, second.g);
-  s.ug += total_of_lanes<A>(first.ug, second.ug);
-  s.ux += total_of_lanes<A>(first.ux, second.ux);
-  s.gx += total_of_lanes<A>(first.gx, second.gx);
+  s.u += horizontal_sum_in_double<A>(first.u, second.u);
+  s.g += horizontal_sum_in_double<A>(first.g, second.g);
+  s.ug += horizontal_sum_in_double<A>(first.ug, second.ug);
+  s.ux += horizontal_sum_in_double<A>(first.ux, second.ux);
+  s.gx += horizontal_sum_in_double<A>(first.gx, second.gx);
 }
 
 template <class A>
-RK_HOST_DEVICE void apply_along_of(const Place<A>& p, int64_t runs, int64_t stride, int64_t length, A mean,
-                                   const BatchNormCoefficients<A>& c) {
+RK_MULTIVERSION static void apply_along(const Place<A>& p, int64_t runs, int64_t stride, int64_t length, A mean,
+                                        const BatchNormCoefficients<A>& c) {
   const A* __restrict__ u = p.u, * __restrict__ g = p.g, * __restrict__ x = p.x;
   A* __restrict__ grad = p.grad, * __restrict__ grad_x = p.grad_x;
   for (int64_t run = 0; run < runs; ++run) {
@@ -141,9 +130,9 @@ RK_HOST_DEVICE void apply_along_of(const Place<A>& p, int64_t runs, int64_t stri
 }
 
 // The same for BFloat16 as it is stored; grad_x is not added to.
-RK_HOST_DEVICE void apply_along_of(const Place<BFloat16>& p, int64_t runs, int64_t stride, int64_t length, float mean,
-                                   const BatchNormCoefficients<float>& c) {
-  constexpr int64_t step = 2 * LanesOf<float>::kCount;
+RK_MULTIVERSION static void apply_along(const Place<BFloat16>& p, int64_t runs, int64_t stride, int64_t length,
+                                        float mean, const BatchNormCoefficients<float>& c) {
+  constexpr int64_t step = 2 * kLanes<float>;
   Lanes<float> v, w = {}, d = {}, v_2, w_2 = {}, d_2 = {};
   for (int64_t run = 0; run < runs; ++run) {
     int64_t j = run * stride;
@@ -172,9 +161,9 @@ RK_HOST_DEVICE void apply_along_of(const Place<BFloat16>& p, int64_t runs, int64
 
 // Adds the sums over `rows` rows to sums[channel], a strip of channels at a time, which stays in registers.
 template <class A>
-RK_HOST_DEVICE void sums_across_of(const A* __restrict__ u, const A* __restrict__ g, const A* __restrict__ x,
-                                   int64_t rows, int64_t channels, const A* __restrict__ mean, Sums* sums) {
-  constexpr int L = LanesOf<A>::kCount;
+RK_MULTIVERSION static void sums_across(const A* __restrict__ u, const A* __restrict__ g, const A* __restrict__ x,
+                                        int64_t rows, int64_t channels, const A* __restrict__ mean, Sums* sums) {
+  constexpr int L = kLanes<A>;
   if (!x) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < channels; ++j) sums[j].ug += u[row * channels + j] * g[row * channels + j];
@@ -229,7 +218,7 @@ struct ChannelCoefficients {
 template <bool kGrad, bool kX, class A>
 RK_HOST_DEVICE void apply_lanes(const Place<A>& p, int64_t o, int64_t j, int64_t width,
                                 const ChannelCoefficients<A>& c) {
-  constexpr int L = LanesOf<A>::kCount;
+  constexpr int L = kLanes<A>;
   const auto get = [=](const A* from) RK_INLINE_LAMBDA {
     Lanes<A> to;
     if (width == L)
@@ -251,7 +240,7 @@ RK_HOST_DEVICE void apply_lanes(const Place<A>& p, int64_t o, int64_t j, int64_t
 
 template <bool kGrad, bool kX, class A>
 RK_HOST_DEVICE void apply_rows(const Place<A>& p, int64_t rows, int64_t channels, const ChannelCoefficients<A>& c) {
-  constexpr int L = LanesOf<A>::kCount;
+  constexpr int L = kLanes<A>;
   for (int64_t o = 0; o < rows * channels; o += channels) {
     int64_t j = 0;
     for (; j + L <= channels; j += L) apply_lanes<kGrad, kX>(p, o, j, L, c);
@@ -260,8 +249,8 @@ RK_HOST_DEVICE void apply_rows(const Place<A>& p, int64_t rows, int64_t channels
 }
 
 template <class A>
-RK_HOST_DEVICE void apply_across_of(const Place<A>& p, int64_t rows, int64_t channels,
-                                    const ChannelCoefficients<A>& c) {
+RK_MULTIVERSION static void apply_across(const Place<A>& p, int64_t rows, int64_t channels,
+                                         const ChannelCoefficients<A>& c) {
   if (!p.x) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < channels; ++j)
@@ -274,31 +263,5 @@ RK_HOST_DEVICE void apply_across_of(const Place<A>& p, int64_t rows, int64_t cha
     apply_rows<false, true>(p, rows, channels, c);
   }
 }
-
-#define RK_BATCH_NORM_ALONG(S, A)                                                                                  \
-  RK_MULTIVERSION static void sums_along(const S* u, const S* g, const S* x, int64_t runs, int64_t stride,         \
-                                         int64_t length, A mean, Sums& s) {                                        \
-    sums_along_of<S, A>(u, g, x, runs, stride, length, mean, s);                                                   \
-  }                                                                                                                \
-  RK_MULTIVERSION static void apply_along(const Place<S>& p, int64_t runs, int64_t stride, int64_t length, A mean, \
-                                          const BatchNormCoefficients<A>& c) {                                     \
-    apply_along_of(p, runs, stride, length, mean, c);                                                              \
-  }
-#define RK_BATCH_NORM_ACROSS(A)                                                                               \
-  RK_MULTIVERSION static void sums_across(const A* u, const A* g, const A* x, int64_t rows, int64_t channels, \
-                                          const A* mean, Sums* sums) {                                        \
-    sums_across_of<A>(u, g, x, rows, channels, mean, sums);                                                   \
-  }                                                                                                           \
-  RK_MULTIVERSION static void apply_across(const Place<A>& p, int64_t rows, int64_t channels,                 \
-                                           const ChannelCoefficients<A>& c) {                                 \
-    apply_across_of<A>(p, rows, channels, c);                                                                 \
-  }
-RK_BATCH_NORM_ALONG(float, float)
-RK_BATCH_NORM_ALONG(double, double)
-RK_BATCH_NORM_ALONG(BFloat16, float)
-RK_BATCH_NORM_ACROSS(float)
-RK_BATCH_NORM_ACROSS(double)
-#undef RK_BATCH_NORM_ALONG
-#undef RK_BATCH_NORM_ACROSS
 
 }  // namespace rk::cpu

@@ -11,6 +11,17 @@ RK_HOST_DEVICE void visit_storage(ScalarType dtype, const F& f) {
   visit_storage_of<Half, BFloat16>(dtype, f);
 }
 
+// f(A{}) with the accumulation type of `dtype`.
+template <class F>
+auto visit_accumulation(ScalarType dtype, const F& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+// Bytes of a stored element.
+inline std::int64_t item_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 // Rows a thread should take at least, so that starting it costs less than it saves.
 inline std::int64_t rows_per_thread(std::int64_t elements_per_row) {
   const std::int64_t elements = 32768;

@@ -4,7 +4,6 @@
 // sample where they are innermost.  One thread sums over a unit and writes its results while the unit is in the cache.
 // Where units are few, threads share their parts, pass by pass; the additions are the same either way, for every number
 // of threads.
-#include "group_norm_loops.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,72 +13,214 @@
 #include <vector>
 
 #include "../arguments/group_norm.h"
-#include "pieces.h"
+#include "../math/group_norm.h"
+#include "elements.h"
+#include "norm_sums.h"
 
 namespace rk::cpu {
 namespace {
+
+// Planes: `count` channels of `length` positions each, `stride` apart.  Rows: `count` positions of `length` channels.
+template <class A>
+struct GroupNormPiece {
+  const A *x, *g, *u;
+  int64_t count, length, stride;
+};
+
+// The coefficients of every channel of a sample, as arrays: of ChannelSlopes or ChannelBends.
+template <class A>
+struct GroupNormCoefficients {
+  const A *mean, *r;
+  const A *t_u, *t_x, *t_one, *x_u, *x_g, *x_x, *x_one;
+
+  GroupNormCoefficients from(int64_t c) const {
+    const auto at = [c](const A* p) { return p ? p + c : nullptr; };
+    return {mean + c, r + c, at(t_u), at(t_x), at(t_one), at(x_u), at(x_g), at(x_x), at(x_one)};
+  }
+};
+
+// totals[5 * channel + i] += the i-th of ChannelSums; the last three only where p.u is given.
+template <class A>
+RK_MULTIVERSION void plane_sums(const GroupNormPiece<A>& p, const A* means, const A* rs, double* totals) {
+  for (int64_t c = 0; c < p.count; ++c, totals += 5) {
+    const A *x = p.x + c * p.stride, *g = p.g + c * p.stride, mean = means[c], r = rs[c];
+    if (p.u)
+      norm_sums(NormRow<true, false, A>{x, g, p.u + c * p.stride, nullptr, mean, r}, p.length, totals);
+    else
+      norm_sums(NormRow<false, false, A>{x, g, nullptr, nullptr, mean, r}, p.length, totals);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void plane_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t c = 0; c < p.count; ++c, out += p.stride) {
+    const A *x = p.x + c * p.stride, *u = p.u + c * p.stride;
+    const A mean = k.mean[c], r = k.r[c], t_u = k.t_u[c], t_x = k.t_x[c], t_one = k.t_one[c];
+    for (int64_t j = 0; j < p.length; ++j) out[j] = t_u * u[j] + (t_x * ((x[j] - mean) * r) + t_one);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void plane_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t c = 0; c < p.count; ++c, out += p.stride) {
+    const A *x = p.x + c * p.stride, *g = p.g + c * p.stride;
+    const A mean = k.mean[c], r = k.r[c], x_g = k.x_g[c], x_x = k.x_x[c], x_one = k.x_one[c];
+    if (p.u) {
+      const A *u = p.u + c * p.stride, x_u = k.x_u[c];
+      for (int64_t j = 0; j < p.length; ++j) out[j] = x_u * u[j] + (x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one));
+    } else {
+      for (int64_t j = 0; j < p.length; ++j) out[j] = x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one);
+    }
+  }
+}
+
+// sums: five arrays of p.length
+template <class A>
+RK_MULTIVERSION void row_sums(const GroupNormPiece<A>& p, const A* mean, const A* r, A* sums) {
+  if (p.u)
+    column_sums<true>(p.count, p.length, p.stride, p.x, p.g, p.u, mean, r, sums);
+  else
+    column_sums<false, A>(p.count, p.length, p.stride, p.x, p.g, nullptr, mean, r, sums);
+}
+
+template <class A>
+RK_MULTIVERSION void row_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t i = 0; i < p.count; ++i, out += p.stride) {
+    const A *x = p.x + i * p.stride, *u = p.u + i * p.stride;
+    for (int64_t j = 0; j < p.length; ++j)
+      out[j] = k.t_u[j] * u[j] + (k.t_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.t_one[j]);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void row_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
+  for (int64_t i = 0; i < p.count; ++i, out += p.stride) {
+    const A *x = p.x + i * p.stride, *g = p.g + i * p.stride;
+    if (p.u) {
+      const A* u = p.u + i * p.stride;
+      for (int64_t j = 0; j < p.length; ++j)
+        out[j] = k.x_u[j] * u[j] + (k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]));
+    } else {
+      for (int64_t j = 0; j < p.length; ++j)
+        out[j] = k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]);
+    }
+  }
+}
 
 constexpr int64_t kSums = 5;              // of ChannelSums
 constexpr int64_t kArrays = 9;            // of GroupNormCoefficients
 constexpr int64_t kPartElements = 65536;  // of channels innermost: with the results, inside a core's L2 cache
 constexpr int64_t kRunningRows = 32;      // that are added in the accumulation type, before double takes over
 
-struct Arguments {
-  ScalarType dtype;
-  int64_t item;  // bytes of a stored element
-  bool innermost, second, streamed;
+// The tensors of a call, and how its work is cut; vectors are in the accumulation type.
+template <class A>
+class GroupNormArguments {
+ public:
+  bool innermost, second;
   int64_t samples, channels, positions, groups;
-  const void *x, *g, *u;                                 // [N, C, S] in one layout; u: second derivative only
-  const void *weight, *gg_weight, *gg_bias;              // [C], accumulation type, or null
-  const void *mean, *rstd;                               // [N, groups], accumulation type
-  void *gg_grad, *grad_x, *sample_weight, *sample_bias;  // outputs or null; the last two [N, C], accumulation type
+  Input x, g, u;                                                // [N, C, S] in one layout; u: second derivative only
+  const A *weight, *gg_weight = nullptr, *gg_bias = nullptr;    // [C] or null
+  const A *mean, *rstd;                                         // [N, groups]
+  Output gg_grad, grad_x;                                       // like x
+  A *sample_weight = nullptr, *sample_bias = nullptr;           // [N, C] or null
+  int64_t units, unit_groups, unit_channels, parts, part_size;  // `part_size` channels or positions make a part
 
-  // Of a unit; `part_size` channels or positions make a part.
-  int64_t units, unit_groups, unit_channels, parts, part_size;
+  GroupNormArguments(const Tensor& like_x, const Tensor& grad, const Tensor& m, const Tensor& r,
+                     const std::optional<Tensor>& w, int64_t number, bool is_second)
+      : second(is_second),
+        samples(like_x.size(0)),
+        channels(like_x.size(1)),
+        positions(like_x.size(2)),
+        groups(number),
+        like_x_(like_x),
+        transposed_(channels_innermost(like_x)) {
+    x = dense(like_x);
+    g = dense(grad);
+    mean = vector(m);
+    rstd = vector(r);
+    weight = vector(w);
+    // Planes of one position are rows of channels.
+    innermost = transposed_ || positions == 1;
+    if (innermost) {
+      units = samples;
+      unit_groups = groups;
+      part_size = std::max<int64_t>(1, kPartElements / std::max<int64_t>(1, channels));
+      parts = (positions + part_size - 1) / part_size;
+    } else {
+      units = samples * groups;
+      unit_groups = 1;
+      part_size = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, positions));
+      parts = (group_channels() + part_size - 1) / part_size;
+    }
+    unit_channels = unit_groups * group_channels();
+  }
 
   int64_t group_channels() const { return channels / groups; }
   int64_t sums_size() const { return kSums * unit_channels * (innermost ? parts : 1); }
+
+  const A* vector(const std::optional<Tensor>& t) {
+    return t ? pointer<A>(kept_.emplace_back(torch::stable::contiguous(*t))) : nullptr;
+  }
+  // In the layout of x; zeros for an absent tensor.
+  Input dense(const std::optional<Tensor>& t) {
+    if (t) return Input(kept_.emplace_back(dense_in(transposed_, *t)));
+    return Input(torch::stable::zero_(kept_.emplace_back(empty_in(transposed_, like_x_))));
+  }
+  Tensor result(bool needed, Output& out) const {
+    const Tensor t = needed ? empty_in(transposed_, like_x_) : torch::stable::new_empty(like_x_, {0});
+    out = Output(t, needed);
+    return t;
+  }
+  // Room for the sums of every sample.
+  A* make_samples(bool needed) { return needed ? pointer<A>(kept_.emplace_back(wide({samples, channels}))) : nullptr; }
+  Tensor total(bool needed, const A* sums) const {
+    const Tensor out = wide({needed ? channels : 0});
+    if (needed) add_rows_in_double(samples, channels, sums, pointer<A>(out));
+    return out;
+  }
+
+ private:
+  Tensor wide(const std::vector<int64_t>& sizes) const {
+    return torch::stable::new_empty(like_x_, sizes, accumulation_type(like_x_.scalar_type()));
+  }
+
+  Tensor like_x_;
+  bool transposed_;
+  std::vector<Tensor> kept_;
 };
 
 // Pieces of the three inputs in the accumulation type, and room for a piece of an output.
 template <class A>
 class Pieces {
  public:
-  explicit Pieces(const Arguments& a) : a_(a), direct_(a.item == sizeof(A)) {}
+  explicit Pieces(const GroupNormArguments<A>& a) : a_(a) {}
 
   // `count` runs of `length` elements, a run `stride` behind the last in memory.  Converted runs are adjacent.
   GroupNormPiece<A> read(int64_t offset, int64_t count, int64_t length, int64_t stride) {
-    if (direct_) return {at(a_.x, offset), at(a_.g, offset), a_.u ? at(a_.u, offset) : nullptr, count, length, stride};
-    convert(a_.x, offset, count * length, x_);
-    convert(a_.g, offset, count * length, g_);
-    if (a_.u) convert(a_.u, offset, count * length, u_);
-    return {x_, g_, a_.u ? u_ : nullptr, count, length, length};
+    const int64_t n = count * length;
+    return {a_.x.read(offset, n, x_),
+            a_.g.read(offset, n, g_),
+            a_.u ? a_.u.read(offset, n, u_) : nullptr,
+            count,
+            length,
+            a_.x.template holds<A>() ? stride : length};
   }
 
   template <class F>
-  void write(void* out, int64_t offset, int64_t n, const F& f) {
-    char* to = static_cast<char*>(out) + offset * a_.item;
-    if (direct_ && !a_.streamed) return f(reinterpret_cast<A*>(to));
-    f(out_);
-    direct_ ? stream_piece(out_, to, n * a_.item) : write_piece(a_.dtype, out_, to, n);
+  void write(const Output& out, int64_t offset, int64_t n, const F& f) {
+    out.write(offset, n, out_, f);
   }
 
  private:
-  static const A* at(const void* base, int64_t offset) { return static_cast<const A*>(base) + offset; }
-  void convert(const void* base, int64_t offset, int64_t n, A* to) {
-    read_piece(a_.dtype, static_cast<const char*>(base) + offset * a_.item, to, n);
-  }
-
-  const Arguments& a_;
-  bool direct_;
-  alignas(64) A x_[kPiece], g_[kPiece], u_[kPiece], out_[kPiece];
+  const GroupNormArguments<A>& a_;
+  Buffer<A> x_, g_, u_, out_;
 };
 
 // What one unit's passes leave for each other.
 template <class A>
 class Unit {
  public:
-  Unit(const Arguments& a, int64_t index, double* sums, A* arrays)
+  Unit(const GroupNormArguments<A>& a, int64_t index, double* sums, A* arrays)
       : a_(a),
         sample_(a.innermost ? index : index / a.groups),
         first_group_(a.innermost ? 0 : index % a.groups),
@@ -91,8 +232,8 @@ class Unit {
     std::fill_n(sums_, a_.sums_size(), 0.0);
     for (int64_t c = 0; c < a_.unit_channels; ++c) {
       const int64_t row = sample_ * a_.groups + first_group_ + c / a_.group_channels();
-      array(0)[c] = static_cast<const A*>(a_.mean)[row];
-      array(1)[c] = static_cast<const A*>(a_.rstd)[row];
+      array(0)[c] = a_.mean[row];
+      array(1)[c] = a_.rstd[row];
     }
   }
 
@@ -145,7 +286,7 @@ class Unit {
 
  private:
   A* array(int64_t i) const { return arrays_ + i * a_.unit_channels; }
-  double vector(const void* v, int64_t c) const { return v ? double(static_cast<const A*>(v)[first_channel_ + c]) : 0; }
+  double vector(const A* v, int64_t c) const { return v ? double(v[first_channel_ + c]) : 0; }
   double weight(int64_t c) const { return a_.weight ? vector(a_.weight, c) : 1; }
 
   ChannelSums<double> channel_sums(int64_t c) const {
@@ -170,8 +311,8 @@ class Unit {
     for (int i = 0; i < 7; ++i) array(2 + i)[c] = A(values[i]);
     put(a_.sample_weight, c, channel_sums(c).weight_bend(group, r));
   }
-  void put(void* out, int64_t c, double value) const {
-    if (out) static_cast<A*>(out)[sample_ * a_.channels + first_channel_ + c] = A(value);
+  void put(A* out, int64_t c, double value) const {
+    if (out) out[sample_ * a_.channels + first_channel_ + c] = A(value);
   }
 
   // f(channel of the unit, channels, offset, positions): whole planes, or a stretch of one.
@@ -215,14 +356,14 @@ class Unit {
     flush();
   }
 
-  const Arguments& a_;
+  const GroupNormArguments<A>& a_;
   int64_t sample_, first_group_, first_channel_;
   double* sums_;
   A* arrays_;
 };
 
 template <class A>
-void run_as(const Arguments& a) {
+void run(const GroupNormArguments<A>& a) {
   const int64_t unit_elements = a.unit_channels * a.positions, sums = a.sums_size(), arrays = kArrays * a.unit_channels;
   if (a.units >= 2 * int64_t(torch::stable::get_num_threads()) || a.parts <= 1) {
     torch::stable::parallel_for(0, a.units, rows_per_thread(unit_elements), [&](int64_t begin, int64_t end) {
@@ -259,127 +400,37 @@ void run_as(const Arguments& a) {
   for_parts([](Unit<A> u, int64_t part, Pieces<A>& pieces) { u.write_part(part, pieces); });
 }
 
-// out[c] = sum over samples of from[., c]
-template <class A>
-void add_samples(const Arguments& a, const void* from, void* out) {
-  constexpr int64_t kColumns = 256;
-  const int64_t units = (a.channels + kColumns - 1) / kColumns;
-  torch::stable::parallel_for(0, units, rows_per_thread(a.samples * kColumns), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t begin = unit * kColumns, n = std::min(a.channels - begin, kColumns);
-      double totals[kColumns] = {};
-      for (int64_t i = 0; i < a.samples; ++i)
-        add_in_double(totals, static_cast<const A*>(from) + i * a.channels + begin, n);
-      for (int64_t c = 0; c < n; ++c) static_cast<A*>(out)[begin + c] = A(totals[c]);
-    }
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+ThreeTensors group_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean, Tensor rstd,
+                                 int64_t groups, bool need_x, bool need_weight, bool need_bias) {
+  const std::optional<Tensor> none;
+  check_group_norm("group_norm_backward", none, none, none, grad, x, weight, mean, rstd, groups);
+  return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
+    GroupNormArguments<A> a(x, grad, mean, rstd, weight, groups, false);
+    const Tensor grad_x = a.result(need_x, a.grad_x);
+    a.sample_weight = a.make_samples(need_weight);
+    a.sample_bias = a.make_samples(need_bias);
+    run(a);
+    return {grad_x, a.total(need_weight, a.sample_weight), a.total(need_bias, a.sample_bias)};
   });
 }
 
-// The tensors of one call, in the form that the units read.
-class Call {
- public:
-  Arguments a{};
-
-  Call(const Tensor& x, const Tensor& grad, const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight,
-       int64_t groups, bool second) {
-    a.innermost = channels_innermost(x);
-    a.second = second;
-    a.dtype = x.scalar_type();
-    a.item = a.dtype == ScalarType::Double ? 8 : a.dtype == ScalarType::Float ? 4 : 2;
-    a.samples = x.size(0);
-    a.channels = x.size(1);
-    a.positions = x.size(2);
-    a.streamed = x.numel() * a.item >= kStreamedBytes;
-    a.groups = groups;
-    a.x = keep(dense_in(a.innermost, x));
-    a.g = keep(dense_in(a.innermost, grad));
-    a.mean = vector(mean);
-    a.rstd = vector(rstd);
-    a.weight = vector(weight);
-    x_ = kept_.front();
-    // Planes of one position are rows of channels.
-    a.innermost = a.innermost || a.positions == 1;
-    if (a.innermost) {
-      a.units = a.samples;
-      a.unit_groups = a.groups;
-      a.part_size = std::max<int64_t>(1, kPartElements / std::max<int64_t>(1, a.channels));
-      a.parts = (a.positions + a.part_size - 1) / a.part_size;
-    } else {
-      a.units = a.samples * a.groups;
-      a.unit_groups = 1;
-      a.part_size = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, a.positions));
-      a.parts = (a.group_channels() + a.part_size - 1) / a.part_size;
-    }
-    a.unit_channels = a.unit_groups * a.group_channels();
-  }
-
-  const void* keep(const Tensor& t) {
-    kept_.push_back(t);
-    return t.data_ptr();
-  }
-  const void* vector(const std::optional<Tensor>& t) { return t ? keep(torch::stable::contiguous(*t)) : nullptr; }
-
-  const void* dense(const std::optional<Tensor>& t) {
-    if (t) return keep(dense_in(channels_innermost(*x_), *t));
-    Tensor zeros = empty_in(channels_innermost(*x_), *x_);
-    return keep(torch::stable::zero_(zeros));
-  }
-
-  Tensor like_x(bool needed, void*& data) {
-    Tensor out = needed ? empty_in(channels_innermost(*x_), *x_) : torch::stable::new_empty(*x_, {0});
-    data = needed ? out.data_ptr() : nullptr;
-    return out;
-  }
-
-  void make_samples(bool needed, void*& data) {
-    if (!needed) return;
-    kept_.push_back(torch::stable::new_empty(*x_, {a.samples, a.channels}, accumulation_type(a.dtype)));
-    data = kept_.back().data_ptr();
-  }
-
-  void run() { a.dtype == ScalarType::Double ? run_as<double>(a) : run_as<float>(a); }
-
-  Tensor total(bool needed, const void* samples) {
-    Tensor out = torch::stable::new_empty(*x_, {needed ? a.channels : 0}, accumulation_type(a.dtype));
-    if (!needed) return out;
-    a.dtype == ScalarType::Double ? add_samples<double>(a, samples, out.data_ptr())
-                                  : add_samples<float>(a, samples, out.data_ptr());
-    return out;
-  }
-
- private:
-  std::optional<Tensor> x_;
-  std::vector<Tensor> kept_;
-};
-
-std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean,
-                                                       Tensor rstd, int64_t groups, bool need_x, bool need_weight,
-                                                       bool need_bias) {
-  const std::optional<Tensor> none;
-  check_group_norm("group_norm_backward", none, none, none, grad, x, weight, mean, rstd, groups);
-  Call call(x, grad, mean, rstd, weight, groups, false);
-  Tensor grad_x = call.like_x(need_x, call.a.grad_x);
-  call.make_samples(need_weight, call.a.sample_weight);
-  call.make_samples(need_bias, call.a.sample_bias);
-  call.run();
-  return {grad_x, call.total(need_weight, call.a.sample_weight), call.total(need_bias, call.a.sample_bias)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> gg_x,
-                                                              std::optional<Tensor> gg_weight,
-                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
-                                                              std::optional<Tensor> weight, Tensor mean, Tensor rstd,
-                                                              int64_t groups, bool need_grad, bool need_x,
-                                                              bool need_weight) {
+ThreeTensors group_norm_double_backward(std::optional<Tensor> gg_x, std::optional<Tensor> gg_weight,
+                                        std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+                                        std::optional<Tensor> weight, Tensor mean, Tensor rstd, int64_t groups,
+                                        bool need_grad, bool need_x, bool need_weight) {
   check_group_norm("group_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups);
-  Call call(x, grad, mean, rstd, weight, groups, true);
-  call.a.u = call.dense(gg_x);
-  call.a.gg_weight = call.vector(gg_weight);
-  call.a.gg_bias = call.vector(gg_bias);
-  Tensor gg_grad = call.like_x(need_grad, call.a.gg_grad), grad_x = call.like_x(need_x, call.a.grad_x);
-  call.make_samples(need_weight, call.a.sample_weight);
-  call.run();
-  return {gg_grad, grad_x, call.total(need_weight, call.a.sample_weight)};
+  return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
+    GroupNormArguments<A> a(x, grad, mean, rstd, weight, groups, true);
+    a.u = a.dense(gg_x);
+    a.gg_weight = a.vector(gg_weight);
+    a.gg_bias = a.vector(gg_bias);
+    const Tensor gg_grad = a.result(need_grad, a.gg_grad), grad_x = a.result(need_x, a.grad_x);
+    a.sample_weight = a.make_samples(need_weight);
+    run(a);
+    return {gg_grad, grad_x, a.total(need_weight, a.sample_weight)};
+  });
 }
 
 }  // namespace

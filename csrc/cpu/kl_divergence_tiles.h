@@ -53,7 +53,7 @@ RK_HOST_DEVICE void kl_tile_measure(const A* z, int64_t classes, A inverse_t, A*
 
 // statistics, and per_row = value
 template <class A>
-RK_HOST_DEVICE void kl_tile_value_of(KlTile<A>& w) {
+RK_MULTIVERSION static void kl_tile_value(KlTile<A>& w) {
   const A least = -std::numeric_limits<A>::infinity();
   A inverse_p[kTileRows], inverse_q[kTileRows], sum[kTileRows] = {}, top[kTileRows];
   kl_tile_measure(w.a, w.classes, w.inverse_t, w.statistics, w.statistics + kTileRows, w.u, inverse_p);
@@ -85,7 +85,7 @@ RK_HOST_DEVICE void kl_tile_value_of(KlTile<A>& w) {
 
 // a, b = grad_p, grad_q; b only if kQ, which saves an exponential
 template <bool kQ, class A>
-RK_HOST_DEVICE void kl_tile_backward_of(KlTile<A>& w) {
+RK_MULTIVERSION static void kl_tile_backward(KlTile<A>& w) {
   A mean_e[kTileRows] = {};
   for (int64_t c = 0; c < w.classes; ++c)
     for (int k = 0; k < kTileRows; ++k) {
@@ -109,7 +109,7 @@ RK_HOST_DEVICE void kl_tile_backward_of(KlTile<A>& w) {
 
 // per_row = gg_grad; a, b = grad_p, grad_q; v is read, and b written, only if kQ
 template <bool kQ, class A>
-RK_HOST_DEVICE void kl_tile_double_backward_of(KlTile<A>& w) {
+RK_MULTIVERSION static void kl_tile_double_backward(KlTile<A>& w) {
   A mean_e[kTileRows] = {}, u_p[kTileRows] = {}, v_q[kTileRows] = {}, v_difference[kTileRows] = {};
   A cross[kTileRows] = {};
   for (int64_t c = 0; c < w.classes; ++c)
@@ -145,18 +145,5 @@ RK_HOST_DEVICE void kl_tile_double_backward_of(KlTile<A>& w) {
     }
   for (int k = 0; k < kTileRows; ++k) w.per_row[k] = (cross[k] + v_difference[k]) * w.inverse_t;
 }
-
-#define RK_KL_TILES(A)                                                                      \
-  RK_MULTIVERSION static void kl_tile_value(KlTile<A>& w) { kl_tile_value_of(w); }          \
-  RK_MULTIVERSION static void kl_tile_backward(KlTile<A>& w) {                              \
-    w.needs_q ? kl_tile_backward_of<true>(w) : kl_tile_backward_of<false>(w);               \
-  }                                                                                         \
-  RK_MULTIVERSION static void kl_tile_double_backward(KlTile<A>& w) {                       \
-    w.needs_q ? kl_tile_double_backward_of<true>(w) : kl_tile_double_backward_of<false>(w); \
-  }
-
-RK_KL_TILES(float)
-RK_KL_TILES(double)
-#undef RK_KL_TILES
 
 }  // namespace rk::cpu

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "../arguments/margin_loss.h"
-#include "elements.h"
+#include "dispatch.h"
 
 namespace rk::cpu {
 namespace {
@@ -18,11 +18,11 @@ void loss_rows(const Tensor& logits, const Tensor& target, const std::optional<T
                const Tensor& loss, const Tensor& slopes, int64_t first, int64_t last) {
   using A = accumulation_t<S>;
   const int64_t classes = logits.size(1);
-  const auto* const y = static_cast<const int64_t*>(target.data_ptr());
-  const auto* const o = towards ? static_cast<const int64_t*>(towards->data_ptr()) : nullptr;
+  const auto* const y = pointer<int64_t>(target);
+  const auto* const o = pointer<int64_t>(towards);
   for (int64_t row = first; row < last; ++row) {
-    const S* const z = static_cast<const S*>(logits.data_ptr()) + row * classes;
-    S* const slope = static_cast<S*>(slopes.data_ptr()) + row * classes;
+    const S* const z = pointer<S>(logits) + row * classes;
+    S* const slope = pointer<S>(slopes) + row * classes;
     Leaders<A> best;
     A poison = A(0);
     for (int64_t c = 0; c < classes; ++c) {
@@ -32,7 +32,7 @@ void loss_rows(const Tensor& logits, const Tensor& target, const std::optional<T
     }
     const int64_t other = o ? o[row] : best.index[best.index[0] == y[row] ? 1 : 0];
     const MarginSlopes<A> s(kind, best, y[row], load(z[y[row]]), other, load(z[other]), o != nullptr);
-    static_cast<A*>(loss.data_ptr())[row] = s.loss + poison;
+    pointer<A>(loss)[row] = s.loss + poison;
     std::fill_n(slope, classes, store<S>(poison));
     for (const int64_t c : {s.other, s.own, s.top_index, s.third_index, s.fourth_index})
       if (c >= 0) slope[c] = store<S>(s.at(c) + poison);
@@ -40,7 +40,7 @@ void loss_rows(const Tensor& logits, const Tensor& target, const std::optional<T
 }
 
 void check_classes(const char* name, const Tensor& classes, int64_t count) {
-  const auto* const y = static_cast<const int64_t*>(classes.data_ptr());
+  const auto* const y = pointer<int64_t>(classes);
   for (int64_t row = 0; row < classes.size(0); ++row)
     RK_CHECK(y[row] >= 0 && y[row] < count, "margin_loss: ", name, " must be in [0, ", count, "), got ", y[row],
              " in row ", row);
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> margin_loss(Tensor logits, Tensor target, std::option
   Tensor slopes = torch::stable::new_empty(z, {z.size(0), z.size(1)});
   torch::stable::parallel_for(0, z.size(0), rows_per_thread(4 * z.size(1)), [&](int64_t first, int64_t last) {
     visit_storage(z.scalar_type(),
-                  [&](auto s) { loss_rows<decltype(s)>(z, target, towards, margin, loss, slopes, first, last); });
+                  [&]<class S>(S) { loss_rows<S>(z, target, towards, margin, loss, slopes, first, last); });
   });
   return {loss, slopes};
 }
@@ -66,9 +66,9 @@ template <class S>
 void scale_rows(const Tensor& grad, const Tensor& slopes, const Tensor& result, int64_t first, int64_t last) {
   using A = accumulation_t<S>;
   const int64_t classes = slopes.size(1);
-  const A* const g = static_cast<const A*>(grad.data_ptr());
-  const S* const slope = static_cast<const S*>(slopes.data_ptr());
-  S* const to = static_cast<S*>(result.data_ptr());
+  const A* const g = pointer<A>(grad);
+  const S* const slope = pointer<S>(slopes);
+  S* const to = pointer<S>(result);
   for (int64_t row = first; row < last; ++row)
     for (int64_t j = row * classes; j < (row + 1) * classes; ++j) to[j] = store<S>(g[row] * load(slope[j]));
 }
@@ -78,7 +78,7 @@ Tensor margin_loss_backward(Tensor grad, Tensor slopes) {
   const Tensor g = torch::stable::contiguous(grad), s = torch::stable::contiguous(slopes);
   Tensor result = torch::stable::new_empty(s, {s.size(0), s.size(1)});
   torch::stable::parallel_for(0, s.size(0), rows_per_thread(s.size(1)), [&](int64_t first, int64_t last) {
-    visit_storage(s.scalar_type(), [&](auto e) { scale_rows<decltype(e)>(g, s, result, first, last); });
+    visit_storage(s.scalar_type(), [&]<class S>(S) { scale_rows<S>(g, s, result, first, last); });
   });
   return result;
 }

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "conversions.h"
 #include "dispatch.h"
+#include "half.h"
 #include "simd.h"
 #include "stream.h"
 
@@ -22,14 +22,13 @@ RK_MULTIVERSION static inline void widen_all(const BFloat16* from, float* to, in
   }
   for (; i < n; ++i) to[i] = load(from[i]);
 }
-RK_MULTIVERSION static inline void widen_rest(const Half* from, float* to, int64_t n) {
+template <class S>
+RK_MULTIVERSION static void widen_rest(const S* from, float* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] = load(from[j]);
 }
-RK_MULTIVERSION static inline void narrow_rest(const float* from, Half* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = store<Half>(from[j]);
-}
-RK_MULTIVERSION static inline void narrow_rest(const float* from, BFloat16* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = store<BFloat16>(from[j]);
+template <class S>
+RK_MULTIVERSION static void narrow_rest(const float* from, S* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] = store<S>(from[j]);
 }
 
 // What lies `ahead` bytes further is fetched into the cache meanwhile, if it is 16-bit data: pieces of several tensors in

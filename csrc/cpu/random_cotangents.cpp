@@ -14,21 +14,21 @@ namespace {
 
 constexpr int64_t kFrameColumns = 256;  // of one unit of work; each draws the reflections anew
 
-struct Call : CotangentShape {
+struct CotangentArguments : CotangentShape {
   PhiloxKey key;
   ScalarType dtype;
   const char *outputs, *grad;  // [B, C, S], [K, B, C, S]
   char* result;                // [K, B, C, S], of a backward [B, C, S]
 
-  Call(const CotangentShape& shape, const Tensor& seed, const Tensor& z, const char* g, const Tensor& to)
+  CotangentArguments(const CotangentShape& shape, const Tensor& seed, const Tensor& z, const char* g, const Tensor& to)
       : CotangentShape(shape),
-        key(static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()))),
+        key(static_cast<uint64_t>(*pointer<int64_t>(seed))),
         dtype(z.scalar_type()),
-        outputs(static_cast<const char*>(z.data_ptr())),
+        outputs(pointer<char>(z)),
         grad(g),
-        result(static_cast<char*>(to.data_ptr())) {}
+        result(pointer<char>(to)) {}
 
-  int64_t item() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+  int64_t item() const { return item_size(dtype); }
   int64_t row(int64_t k, int64_t b) const { return (k * batch + b) * size() * item(); }
 
   // Numbers of the sequence that a row of v takes up, and rows that are drawn at once.
@@ -45,7 +45,7 @@ struct Draws {
   std::vector<A> reflections, columns, q, sign;  // [K / 4, <= D, 4]; [D, kColumns]; [D]; [K]
   std::vector<FourReflections<A>> four;          // [K / 4]
 
-  explicit Draws(const Call& c) {
+  explicit Draws(const CotangentArguments& c) {
     const int64_t n = c.size();
     if (c.law != Law::kOrthonormal) {
       v.resize(c.row_numbers() * c.rows_together());
@@ -69,7 +69,7 @@ struct Rows {
   std::vector<float> narrow;  // [D], on the way between R and storage
   int64_t sample = -1;        // whose a is there
 
-  explicit Rows(const Call& c) {
+  explicit Rows(const CotangentArguments& c) {
     const bool fisher = c.kind == Kind::kFisher;
     for (std::vector<R>* each : {&v, &a}) each->resize(fisher ? c.size() : 0);
     w.resize(c.size());
@@ -78,12 +78,12 @@ struct Rows {
     narrow.resize(c.dtype == ScalarType::Double ? 0 : c.size());
   }
 
-  void read(const Call& c, const char* from, R* to) {
+  void read(const CotangentArguments& c, const char* from, R* to) {
     if (sizeof(R) == 4 || c.dtype == ScalarType::Double) return read_piece(c.dtype, from, to, c.size());
     read_piece(c.dtype, from, narrow.data(), c.size());
     std::copy_n(narrow.data(), c.size(), to);
   }
-  void write(const Call& c, const R* from, char* to) {
+  void write(const CotangentArguments& c, const R* from, char* to) {
     if (sizeof(R) == 4 || c.dtype == ScalarType::Double) return write_piece(c.dtype, from, to, c.size());
     std::transform(from, from + c.size(), narrow.data(), [](R x) { return static_cast<float>(x); });
     write_piece(c.dtype, narrow.data(), to, c.size());
@@ -92,7 +92,7 @@ struct Rows {
 
 // a = sqrt(softmax z) of one sample.
 template <class R>
-void find_roots(const Call& c, int64_t sample, Rows<R>& s) {
+void find_roots(const CotangentArguments& c, int64_t sample, Rows<R>& s) {
   if (s.sample == sample || c.size() == 0) return;
   s.sample = sample;
   const int64_t S = c.positions;
@@ -113,7 +113,7 @@ void find_roots(const Call& c, int64_t sample, Rows<R>& s) {
 
 // The reflections of one sample.
 template <class A>
-void draw_reflections(const Call& c, int64_t sample, int64_t count, Draws<A>& s) {
+void draw_reflections(const CotangentArguments& c, int64_t sample, int64_t count, Draws<A>& s) {
   const int64_t n = c.size();
   draw_normal(c.key, static_cast<uint32_t>(sample), 0, (reflection_begin(count, n) + 3) / 4, s.v.data());
   for (int64_t group = 0; 4 * group < count; ++group) {
@@ -138,7 +138,7 @@ void draw_reflections(const Call& c, int64_t sample, int64_t count, Draws<A>& s)
 
 // f(k, v, scale) for projections [first, last) of one sample: v scaled are orthogonal, of length sqrt(D).
 template <class A, class F>
-void for_frames(const Call& c, int64_t sample, int64_t first, int64_t last, Draws<A>& s, const F& f) {
+void for_frames(const CotangentArguments& c, int64_t sample, int64_t first, int64_t last, Draws<A>& s, const F& f) {
   constexpr int64_t W = kColumns<A>;
   const int64_t n = c.size();
   draw_reflections(c, sample, last, s);
@@ -158,7 +158,7 @@ void for_frames(const Call& c, int64_t sample, int64_t first, int64_t last, Draw
 
 // f(k, v, scale) for projections [first, last) of one sample.
 template <class A, class F>
-void for_rows(const Call& c, int64_t sample, int64_t first, int64_t last, Draws<A>& s, const F& f) {
+void for_rows(const CotangentArguments& c, int64_t sample, int64_t first, int64_t last, Draws<A>& s, const F& f) {
   if (c.law == Law::kOrthonormal) return for_frames(c, sample, first, last, s, f);
   const int64_t n = c.size(), numbers = c.row_numbers(), together = c.rows_together();
   const auto number = static_cast<uint32_t>(sample);
@@ -177,7 +177,7 @@ void for_rows(const Call& c, int64_t sample, int64_t first, int64_t last, Draws<
 
 // w of one row.
 template <class R>
-void transform(const Call& c, const R* v, R scale, R* w, Rows<R>& s) {
+void transform(const CotangentArguments& c, const R* v, R scale, R* w, Rows<R>& s) {
   const int64_t n = c.size(), S = c.positions;
   if (c.kind == Kind::kPlain) return scale_row(v, scale, w, n);
   const R* const a = s.a.data();
@@ -193,7 +193,7 @@ void transform(const Call& c, const R* v, R scale, R* w, Rows<R>& s) {
 
 // g - g_0 of one row.
 template <class R>
-void read_grad(const Call& c, int64_t k, int64_t sample, Rows<R>& s) {
+void read_grad(const CotangentArguments& c, int64_t k, int64_t sample, Rows<R>& s) {
   const int64_t S = c.positions;
   s.read(c, c.grad + c.row(k, sample), s.g.data());
   if (S == 1) return subtract(s.g.data(), s.g[0], c.size());
@@ -203,7 +203,7 @@ void read_grad(const Call& c, int64_t k, int64_t sample, Rows<R>& s) {
 
 // Adds a projection's share of grad_z to w.
 template <class R>
-void add_gradient(const Call& c, const R* v, R scale, const R* g, Rows<R>& s) {
+void add_gradient(const CotangentArguments& c, const R* v, R scale, const R* g, Rows<R>& s) {
   const int64_t n = c.size(), S = c.positions;
   const R* const a = s.a.data();
   R *const w = s.w.data(), *const d = s.d.data(), *const m = s.m.data(), *const b = s.b.data();
@@ -218,23 +218,23 @@ void add_gradient(const Call& c, const R* v, R scale, const R* g, Rows<R>& s) {
 }
 
 // Units of work that are worth a thread of their own.
-int64_t units_per_thread(const Call& c) {
+int64_t units_per_thread(const CotangentArguments& c) {
   const int64_t together = c.law == Law::kOrthonormal ? c.projections / 8 + 1 : 1;
   return rows_per_thread(8 * c.size() * std::min(c.projections, kFrameColumns) * together);
 }
 
 // v in the type of the rows.
 template <class A>
-const A* widened(const Call&, const A* v, Rows<A>&) {
+const A* widened(const CotangentArguments&, const A* v, Rows<A>&) {
   return v;
 }
-inline const double* widened(const Call& c, const float* v, Rows<double>& s) {
+inline const double* widened(const CotangentArguments& c, const float* v, Rows<double>& s) {
   std::copy_n(v, c.size(), s.v.data());
   return s.v.data();
 }
 
 template <class A, class R>
-void write_row(const Call& c, int64_t k, int64_t sample, const A* v, A scale, Rows<R>& s) {
+void write_row(const CotangentArguments& c, int64_t k, int64_t sample, const A* v, A scale, Rows<R>& s) {
   if (c.kind == Kind::kFisher) find_roots(c, sample, s);
   char* const to = c.result + c.row(k, sample);
   const bool direct = c.item() == sizeof(R);
@@ -245,7 +245,7 @@ void write_row(const Call& c, int64_t k, int64_t sample, const A* v, A scale, Ro
 
 // Frames of few dimensions, several samples at a time.
 template <class A, class R>
-void run_small_frames(const Call& c) {
+void run_small_frames(const CotangentArguments& c) {
   constexpr int64_t L = SmallFrames<A>::L;
   const int64_t n = c.size(), K = c.projections;
   torch::stable::parallel_for(0, (c.batch + L - 1) / L, units_per_thread(c) / L + 1, [&](int64_t begin, int64_t end) {
@@ -254,15 +254,15 @@ void run_small_frames(const Call& c) {
     A several[kFewDimensions * L * kFewDimensions];
     for (int64_t first = begin * L; first < std::min(end * L, c.batch); first += L) {
       const int64_t count = std::min(L, c.batch - first);
-      draw(c.key, static_cast<uint32_t>(first), reflection_begin(K, n), frames);
-      reflections(K, n, frames);
-      columns(K, n, frames);
+      draw_side_by_side(c.key, static_cast<uint32_t>(first), (reflection_begin(K, n) + 3) / 4, frames);
+      find_reflections(K, n, frames);
+      turn_columns(K, n, frames);
       if (c.kind == Kind::kPlain && c.item() == sizeof(A)) {
         for (int64_t k = 0; k < K; ++k)
-          rows(frames, frames.sign[k], k, K, n, count, reinterpret_cast<A*>(c.result + c.row(k, first)));
+          copy_rows(frames, frames.sign[k], k, K, n, count, reinterpret_cast<A*>(c.result + c.row(k, first)));
         continue;
       }
-      for (int64_t k = 0; k < K; ++k) rows(frames, nullptr, k, K, n, count, several + k * L * n);
+      for (int64_t k = 0; k < K; ++k) copy_rows<A>(frames, nullptr, k, K, n, count, several + k * L * n);
       for (int64_t l = 0; l < count; ++l)
         for (int64_t k = 0; k < K; ++k)
           write_row<A, R>(c, k, first + l, several + (k * L + l) * n, frames.sign[k][l], s);
@@ -271,7 +271,7 @@ void run_small_frames(const Call& c) {
 }
 
 template <class A, class R>
-void run(const Call& c) {
+void run(const CotangentArguments& c) {
   if (c.law == Law::kOrthonormal && c.size() <= kFewDimensions && c.batch > 1) return run_small_frames<A, R>(c);
   const int64_t together = c.law == Law::kOrthonormal ? kFrameColumns : c.rows_together();
   const int64_t units = (c.projections + together - 1) / together;
@@ -287,7 +287,7 @@ void run(const Call& c) {
 }
 
 template <class A>
-void run_backward(const Call& c) {
+void run_backward(const CotangentArguments& c) {
   torch::stable::parallel_for(0, c.batch, units_per_thread(c), [&](int64_t begin, int64_t end) {
     Draws<A> draws(c);
     Rows<double> s(c);
@@ -308,7 +308,7 @@ Tensor random_cotangents(Tensor outputs, Tensor seed, int64_t projections, int64
   const CotangentShape shape("random_cotangents", outputs, seed, projections, law, kind);
   Tensor w = torch::stable::new_empty(outputs, shape.of_cotangents());
   const Tensor z = shape.kind == Kind::kFisher ? torch::stable::contiguous(outputs) : outputs;
-  const Call call(shape, seed, z, nullptr, w);
+  const CotangentArguments call(shape, seed, z, nullptr, w);
   if (outputs.scalar_type() == ScalarType::Double)
     run<double, double>(call);
   else
@@ -323,8 +323,8 @@ Tensor random_cotangents_backward(Tensor grad, Tensor outputs, Tensor seed, int6
   check_grad(op, grad, shape, outputs);
   const Tensor g = torch::stable::contiguous(grad), z = torch::stable::contiguous(outputs);
   Tensor grad_outputs = torch::stable::new_empty(outputs, shape.of_outputs);
-  const Call call(shape, seed, z, static_cast<const char*>(g.data_ptr()), grad_outputs);
-  outputs.scalar_type() == ScalarType::Double ? run_backward<double>(call) : run_backward<float>(call);
+  const CotangentArguments call(shape, seed, z, pointer<char>(g), grad_outputs);
+  visit_accumulation(outputs.scalar_type(), [&]<class A>(A) { run_backward<A>(call); });
   return grad_outputs;
 }
 

@@ -2,16 +2,17 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../math/random_cotangents.h"
-#include "lane_sums.h"
+#include "lanes.h"
 #include "philox_lanes.h"
 
 namespace rk::cpu {
 
 // f(e, sum) adds entry e to the sum of its lane; see math/random_cotangents.h for the order.
 template <class A, class F>
-RK_HOST_DEVICE A sum_in_lanes(std::int64_t n, const F& f) {
+RK_HOST_DEVICE A ordered_sum(std::int64_t n, const F& f) {
   int used = kSumLanes;  // lanes beyond the row's end would hold zeros, whose addition changes nothing
   while (used > 1 && n <= 2 * used) used /= 2;
   A lane[kSumLanes];
@@ -30,8 +31,8 @@ RK_HOST_DEVICE A sum_in_lanes(std::int64_t n, const F& f) {
 
 // Numbers of a sample's sequence, in whole blocks.
 template <class A>
-RK_HOST_DEVICE void draw_normals(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
-                                 A* __restrict__ v) {
+RK_MULTIVERSION static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
+                                        A* __restrict__ v) {
   std::int64_t b = 0;
   for (; b + kPhiloxLanes <= blocks; b += kPhiloxLanes) {
     WordLanes w;
@@ -49,8 +50,8 @@ RK_HOST_DEVICE void draw_normals(PhiloxKey key, std::uint32_t sample, std::uint6
 
 // Signs from words [first, first + words) of the sequence, 32 each.
 template <class A>
-RK_HOST_DEVICE void draw_signs(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words,
-                               A* __restrict__ v) {
+RK_MULTIVERSION static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words,
+                                      A* __restrict__ v) {
   const std::uint64_t end = first + std::uint64_t(words);
   for (std::uint64_t block = first / 4; 4 * block < end; ++block) {
     const RandomWords w = cotangent_words(key, block, sample, kBitStream);
@@ -65,7 +66,7 @@ RK_HOST_DEVICE void draw_signs(PhiloxKey key, std::uint32_t sample, std::uint64_
 
 // The dot products of four vectors u [n, 4] with each other.
 template <class A>
-RK_HOST_DEVICE void find_products(const A* u, std::int64_t n, FourReflections<A>& h) {
+RK_MULTIVERSION static void products(const A* u, std::int64_t n, FourReflections<A>& h) {
   A p01 = 0, p02 = 0, p03 = 0, p12 = 0, p13 = 0, p23 = 0;
   for (std::int64_t i = 0; i < n; ++i, u += 4) {
     p01 = fused(u[0], u[1], p01);
@@ -75,25 +76,25 @@ RK_HOST_DEVICE void find_products(const A* u, std::int64_t n, FourReflections<A>
     p13 = fused(u[1], u[3], p13);
     p23 = fused(u[2], u[3], p23);
   }
-  const A products[6] = {p01, p02, p03, p12, p13, p23};
-  for (int j = 0; j < 6; ++j) h.product[j] = products[j];
+  const A product[6] = {p01, p02, p03, p12, p13, p23};
+  for (int j = 0; j < 6; ++j) h.product[j] = product[j];
 }
 
 // Columns that are reflected together, side by side in two registers.
 template <class A>
-inline constexpr int kColumns = 2 * LanesOf<A>::kCount;
+inline constexpr int kColumns = 2 * kLanes<A>;
 
 // r += a b
 template <class A>
 RK_HOST_DEVICE void add_fused(Lanes<A>& r, A a, const Lanes<A>& b) {
-  for (int l = 0; l < LanesOf<A>::kCount; ++l) r[l] = fused(a, b[l], r[l]);
+  for (int l = 0; l < kLanes<A>; ++l) r[l] = fused(a, b[l], r[l]);
 }
 
 // q [n, kColumns] turned by four reflections u [n, 4].  Written out for each of them: gcc keeps an array of registers that
 // a loop walks through in memory.
 template <class A>
-RK_HOST_DEVICE void reflect_columns(const A* u, const FourReflections<A>& h, std::int64_t n, A* __restrict__ q) {
-  constexpr int L = LanesOf<A>::kCount, W = kColumns<A>;
+RK_MULTIVERSION static void reflect(const A* u, const FourReflections<A>& h, std::int64_t n, A* __restrict__ q) {
+  constexpr int L = kLanes<A>, W = kColumns<A>;
   Lanes<A> x0 = {}, x1 = {}, x2 = {}, x3 = {}, y0 = {}, y1 = {}, y2 = {}, y3 = {}, x, y;
   const A* at = u;
   for (std::int64_t i = 0; i < n; ++i, at += 4) {
@@ -143,128 +144,108 @@ RK_HOST_DEVICE void reflect_columns(const A* u, const FourReflections<A>& h, std
   }
 }
 
-// A number that all of a row's entries share, where positions side by side have one each.
-template <class A>
-struct Shared {
-  A value;
-  RK_HOST_DEVICE A operator[](std::int64_t) const { return value; }
-};
+// Of a number that all of a row's entries share, or of one for each.
+template <class Each>
+RK_HOST_DEVICE auto entry(Each of, std::int64_t e) {
+  if constexpr (std::is_pointer_v<Each>)
+    return of[e];
+  else
+    return of;
+}
 
-template <class A, class Each>
-RK_HOST_DEVICE void centre_entries(const A* v, Each mean, A scale, A* __restrict__ w, std::int64_t n) {
-  for (std::int64_t e = 0; e < n; ++e) w[e] = (v[e] - mean[e]) * scale;
+template <class A>
+RK_MULTIVERSION static A sum(const A* v, std::int64_t n) {
+  return ordered_sum<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + v[e]; });
+}
+
+template <class A>
+RK_MULTIVERSION static A dot(const A* x, const A* y, std::int64_t n) {
+  return ordered_sum<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(x[e], y[e], s); });
+}
+
+template <class A>
+RK_MULTIVERSION static A dot(const A* g, const A* a, const A* v, std::int64_t n) {
+  return ordered_sum<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(g[e], a[e] * v[e], s); });
+}
+
+template <class A>
+RK_MULTIVERSION static void add_sum(const A* v, A* __restrict__ sum, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) sum[e] += v[e];
+}
+
+template <class A>
+RK_MULTIVERSION static void add_dot(const A* x, const A* y, A* __restrict__ sum, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(x[e], y[e], sum[e]);
+}
+
+template <class A>
+RK_MULTIVERSION static void add_dot(const A* g, const A* a, const A* v, A* __restrict__ sum, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(g[e], a[e] * v[e], sum[e]);
+}
+
+template <class A>
+RK_MULTIVERSION static void raise(const A* z, A* __restrict__ max, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) max[e] = z[e] > max[e] ? z[e] : max[e];
+}
+
+template <class A>
+RK_MULTIVERSION static A largest(const A* z, std::int64_t n) {
+  A most = z[0];
+  for (std::int64_t e = 1; e < n; ++e) most = z[e] > most ? z[e] : most;
+  return most;
+}
+
+template <class A>
+RK_MULTIVERSION static A sum_of_exponentials(const A* z, A max, std::int64_t n) {
+  return ordered_sum<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + exp_fixed(z[e] - max); });
+}
+
+template <class A>
+RK_MULTIVERSION static void add_exponentials(const A* z, const A* max, A* __restrict__ sum, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) sum[e] += exp_fixed(z[e] - max[e]);
+}
+
+template <class A>
+RK_MULTIVERSION static void logarithms(A* v, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) v[e] = log_fixed(v[e]);
 }
 
 template <class A, class Each>
-RK_HOST_DEVICE void fisher_entries(const A* a, const A* v, Each d, A scale, A* __restrict__ w, std::int64_t n) {
-  for (std::int64_t e = 0; e < n; ++e) w[e] = fisher_value(a[e], v[e], d[e]) * scale;
+RK_MULTIVERSION static void roots(const A* z, Each max, Each log_sum, A* __restrict__ a, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], entry(max, e), entry(log_sum, e));
+}
+
+template <class A, class Each>
+RK_MULTIVERSION static void subtract(A* g, Each v, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) g[e] -= entry(v, e);
+}
+
+template <class A>
+RK_MULTIVERSION static void divide(A* a, A by, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) a[e] /= by;
+}
+
+template <class A>
+RK_MULTIVERSION static void scale_row(const A* v, A scale, A* w, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) w[e] = v[e] * scale;
+}
+
+template <class A, class Each>
+RK_MULTIVERSION static void centre(const A* v, Each mean, A scale, A* __restrict__ w, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) w[e] = (v[e] - entry(mean, e)) * scale;
+}
+
+template <class A, class Each>
+RK_MULTIVERSION static void fisher(const A* a, const A* v, Each d, A scale, A* __restrict__ w, std::int64_t n) {
+  for (std::int64_t e = 0; e < n; ++e) w[e] = fisher_value(a[e], v[e], entry(d, e)) * scale;
 }
 
 // d = <a, v>, m = <g, a v>, b = <g, p>
 template <class A, class Each>
-RK_HOST_DEVICE void slope_entries(const A* a, const A* v, const A* g, Each d, Each m, Each b, A scale,
-                                  A* __restrict__ total, std::int64_t n) {
+RK_MULTIVERSION static void add_slopes(const A* a, const A* v, const A* g, Each d, Each m, Each b, A scale,
+                                       A* __restrict__ total, std::int64_t n) {
   for (std::int64_t e = 0; e < n; ++e)
-    total[e] = fisher_slope(a[e], v[e] * scale, g[e], d[e] * scale, m[e] * scale, b[e], total[e]);
+    total[e] = fisher_slope(a[e], v[e] * scale, g[e], entry(d, e) * scale, entry(m, e) * scale, entry(b, e), total[e]);
 }
-
-#define RK_COTANGENT_LOOPS(A)                                                                                         \
-  RK_MULTIVERSION [[maybe_unused]] static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first,  \
-                                                           std::int64_t blocks, A* v) {                               \
-    draw_normals(key, sample, first, blocks, v);                                                                      \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first,    \
-                                                         std::int64_t words, A* v) {                                  \
-    draw_signs(key, sample, first, words, v);                                                                         \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void products(const A* u, std::int64_t n, FourReflections<A>& h) {          \
-    find_products(u, n, h);                                                                                           \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void reflect(const A* u, const FourReflections<A>& h, std::int64_t n,       \
-                                                       A* q) {                                                        \
-    reflect_columns(u, h, n, q);                                                                                      \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static A sum(const A* v, std::int64_t n) {                                         \
-    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + v[e]; });                        \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static A dot(const A* x, const A* y, std::int64_t n) {                             \
-    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(x[e], y[e], s); });            \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static A dot(const A* g, const A* a, const A* v, std::int64_t n) {                 \
-    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return fused(g[e], a[e] * v[e], s); });     \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void add_sum(const A* v, A* __restrict__ sum, std::int64_t n) {             \
-    for (std::int64_t e = 0; e < n; ++e) sum[e] += v[e];                                                              \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void add_dot(const A* x, const A* y, A* __restrict__ sum, std::int64_t n) { \
-    for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(x[e], y[e], sum[e]);                                          \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void add_dot(const A* g, const A* a, const A* v, A* __restrict__ sum,       \
-                                                       std::int64_t n) {                                              \
-    for (std::int64_t e = 0; e < n; ++e) sum[e] = fused(g[e], a[e] * v[e], sum[e]);                                   \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void raise(const A* z, A* __restrict__ max, std::int64_t n) {               \
-    for (std::int64_t e = 0; e < n; ++e) max[e] = z[e] > max[e] ? z[e] : max[e];                                      \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static A largest(const A* z, std::int64_t n) {                                     \
-    A most = z[0];                                                                                                    \
-    for (std::int64_t e = 1; e < n; ++e) most = z[e] > most ? z[e] : most;                                            \
-    return most;                                                                                                      \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static A sum_of_exponentials(const A* z, A max, std::int64_t n) {                  \
-    return sum_in_lanes<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + exp_fixed(z[e] - max); });       \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void add_exponentials(const A* z, const A* max, A* __restrict__ sum,        \
-                                                                std::int64_t n) {                                     \
-    for (std::int64_t e = 0; e < n; ++e) sum[e] += exp_fixed(z[e] - max[e]);                                          \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void logarithms(A* v, std::int64_t n) {                                     \
-    for (std::int64_t e = 0; e < n; ++e) v[e] = log_fixed(v[e]);                                                      \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void roots(const A* z, A max, A log_sum, A* __restrict__ a,                 \
-                                                     std::int64_t n) {                                                \
-    for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], max, log_sum);                                 \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void roots(const A* z, const A* max, const A* log_sum, A* __restrict__ a,   \
-                                                     std::int64_t n) {                                                \
-    for (std::int64_t e = 0; e < n; ++e) a[e] = root_probability(z[e], max[e], log_sum[e]);                           \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void subtract(A* g, A v, std::int64_t n) {                                  \
-    for (std::int64_t e = 0; e < n; ++e) g[e] -= v;                                                                   \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void subtract(A* g, const A* v, std::int64_t n) {                           \
-    for (std::int64_t e = 0; e < n; ++e) g[e] -= v[e];                                                                \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void divide(A* a, A by, std::int64_t n) {                                   \
-    for (std::int64_t e = 0; e < n; ++e) a[e] /= by;                                                                  \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void scale_row(const A* v, A scale, A* w, std::int64_t n) {                 \
-    for (std::int64_t e = 0; e < n; ++e) w[e] = v[e] * scale;                                                         \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void centre(const A* v, A mean, A scale, A* w, std::int64_t n) {            \
-    centre_entries(v, Shared<A>{mean}, scale, w, n);                                                                  \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void centre(const A* v, const A* mean, A scale, A* w, std::int64_t n) {     \
-    centre_entries(v, mean, scale, w, n);                                                                             \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void fisher(const A* a, const A* v, A d, A scale, A* w, std::int64_t n) {   \
-    fisher_entries(a, v, Shared<A>{d}, scale, w, n);                                                                  \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void fisher(const A* a, const A* v, const A* d, A scale, A* w,              \
-                                                      std::int64_t n) {                                               \
-    fisher_entries(a, v, d, scale, w, n);                                                                             \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void add_slopes(const A* a, const A* v, const A* g, A d, A m, A b, A scale, \
-                                                          A* total, std::int64_t n) {                                 \
-    slope_entries(a, v, g, Shared<A>{d}, Shared<A>{m}, Shared<A>{b}, scale, total, n);                                \
-  }                                                                                                                   \
-  RK_MULTIVERSION [[maybe_unused]] static void add_slopes(const A* a, const A* v, const A* g, const A* d, const A* m, \
-                                                          const A* b, A scale, A* total, std::int64_t n) {            \
-    slope_entries(a, v, g, d, m, b, scale, total, n);                                                                 \
-  }
-
-RK_COTANGENT_LOOPS(float)
-RK_COTANGENT_LOOPS(double)
-#undef RK_COTANGENT_LOOPS
 
 }  // namespace rk::cpu

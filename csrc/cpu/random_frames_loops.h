@@ -3,7 +3,7 @@
 #pragma once
 
 #include "random_cotangents_loops.h"
-#include "tiles.h"
+#include "transpose.h"
 
 namespace rk::cpu {
 
@@ -11,7 +11,7 @@ constexpr std::int64_t kFewDimensions = 16;
 
 template <class A>
 struct SmallFrames {
-  static constexpr int L = LanesOf<A>::kCount;
+  static constexpr int L = kLanes<A>;
   // Each number of every sample: the sequence, the reflections [rows, 4], the columns [D, K].
   alignas(64) A x[kFewDimensions * (kFewDimensions + 1) / 2 + 3][L], u[4 * 40][L],
       q[kFewDimensions * kFewDimensions][L];
@@ -21,11 +21,11 @@ struct SmallFrames {
 // r = a b + c
 template <class A>
 RK_HOST_DEVICE void fuse(Lanes<A>& r, const Lanes<A>& a, const Lanes<A>& b, const Lanes<A>& c) {
-  for (int l = 0; l < LanesOf<A>::kCount; ++l) r[l] = fused(a[l], b[l], c[l]);
+  for (int l = 0; l < kLanes<A>; ++l) r[l] = fused(a[l], b[l], c[l]);
 }
 
 template <class A>
-RK_HOST_DEVICE void sum_of_squares(const A (*x)[LanesOf<A>::kCount], std::int64_t n, A* to) {
+RK_HOST_DEVICE void sum_of_squares(const A (*x)[kLanes<A>], std::int64_t n, A* to) {
   Lanes<A> lane[4] = {}, v;  // of math/random_cotangents.h's order: n is at most 16
   for (std::int64_t e = 0; e < n; ++e) {
     load_lanes(v, x[e]);
@@ -68,7 +68,8 @@ RK_HOST_DEVICE void turn_column(const Lanes<A>* u, const Lanes<A>* factor, const
 }
 
 template <class A>
-RK_HOST_DEVICE void draw_side_by_side(PhiloxKey key, std::uint32_t sample, std::int64_t blocks, SmallFrames<A>& s) {
+RK_MULTIVERSION static void draw_side_by_side(PhiloxKey key, std::uint32_t sample, std::int64_t blocks,
+                                              SmallFrames<A>& s) {
   constexpr int L = SmallFrames<A>::L;
   A* __restrict__ x = &s.x[0][0];
   for (std::int64_t b = 0; b < blocks; ++b, x += 4 * L) {
@@ -82,7 +83,7 @@ RK_HOST_DEVICE void draw_side_by_side(PhiloxKey key, std::uint32_t sample, std::
 }
 
 template <class A>
-RK_HOST_DEVICE void find_reflections(std::int64_t K, std::int64_t D, SmallFrames<A>& s) {
+RK_MULTIVERSION static void find_reflections(std::int64_t K, std::int64_t D, SmallFrames<A>& s) {
   constexpr int L = SmallFrames<A>::L;
   for (std::int64_t k = 0; k < K; ++k) {
     sum_of_squares<A>(s.x + reflection_begin(k, D), D - k, s.square[k]);
@@ -99,7 +100,7 @@ RK_HOST_DEVICE void find_reflections(std::int64_t K, std::int64_t D, SmallFrames
 }
 
 template <class A>
-RK_HOST_DEVICE void turn_columns(std::int64_t K, std::int64_t D, SmallFrames<A>& s) {
+RK_MULTIVERSION static void turn_columns(std::int64_t K, std::int64_t D, SmallFrames<A>& s) {
   typedef Lanes<A> V;
   V *const u = reinterpret_cast<V*>(s.u), *const q = reinterpret_cast<V*>(s.q);
   const V *const x = reinterpret_cast<const V*>(s.x), *const head = reinterpret_cast<const V*>(s.head),
@@ -136,8 +137,8 @@ RK_HOST_DEVICE void turn_columns(std::int64_t K, std::int64_t D, SmallFrames<A>&
 
 // Row k of the frames of `count` samples, to [count, D]; times the samples' signs if they are given.
 template <class A>
-RK_HOST_DEVICE void copy_rows(const SmallFrames<A>& s, const A* sign, std::int64_t k, std::int64_t K, std::int64_t D,
-                              std::int64_t count, A* __restrict__ to) {
+RK_MULTIVERSION static void copy_rows(const SmallFrames<A>& s, const A* sign, std::int64_t k, std::int64_t K,
+                                      std::int64_t D, std::int64_t count, A* __restrict__ to) {
   constexpr int L = SmallFrames<A>::L;
   alignas(64) A row[kFewDimensions][L];
   Lanes<A> by = Lanes<A>{} + A(1), v;
@@ -157,22 +158,5 @@ RK_HOST_DEVICE void copy_rows(const SmallFrames<A>& s, const A* sign, std::int64
     for (int l = 0; l < L; l += 4) transpose_block<A>(row[e] + l, L, to + l * D + e, D);
   }
 }
-
-#define RK_FRAME_LOOPS(A)                                                                                           \
-  RK_MULTIVERSION static void draw(PhiloxKey key, std::uint32_t sample, std::int64_t n, SmallFrames<A>& s) {        \
-    draw_side_by_side(key, sample, (n + 3) / 4, s);                                                                 \
-  }                                                                                                                 \
-  RK_MULTIVERSION static void reflections(std::int64_t K, std::int64_t D, SmallFrames<A>& s) {                      \
-    find_reflections(K, D, s);                                                                                      \
-  }                                                                                                                 \
-  RK_MULTIVERSION static void columns(std::int64_t K, std::int64_t D, SmallFrames<A>& s) { turn_columns(K, D, s); } \
-  RK_MULTIVERSION static void rows(const SmallFrames<A>& s, const A* sign, std::int64_t k, std::int64_t K,          \
-                                   std::int64_t D, std::int64_t count, A* to) {                                     \
-    copy_rows(s, sign, k, K, D, count, to);                                                                         \
-  }
-
-RK_FRAME_LOOPS(float)
-RK_FRAME_LOOPS(double)
-#undef RK_FRAME_LOOPS
 
 }  // namespace rk::cpu

@@ -5,9 +5,8 @@
 
 // A function marked RK_MULTIVERSION is compiled for baseline x86-64, AVX2 + FMA and AVX-512, and the loader picks one
 // on the machine it runs on.  Everything it calls must be inlined into it (RK_HOST_DEVICE, RK_INLINE_LAMBDA): a call
-// would leave the instruction set.
-#if defined(__x86_64__) && defined(__ELF__) && \
-    ((defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 17))
+// would leave the instruction set.  It may be a template, of which clang knows no versions; in a header it is static.
+#if defined(__x86_64__) && defined(__ELF__) && !defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12
 #define RK_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define RK_MULTIVERSION_NAMES "x86-64, x86-64-v3 (AVX2), x86-64-v4 (AVX-512)"
 #else
@@ -20,26 +19,26 @@ namespace rk::cpu {
 
 // 128 bytes: four AVX2 or two AVX-512 registers, enough independent sums to hide the latency of an addition.
 template <class A>
-inline constexpr int kLanes = 128 / sizeof(A);
+inline constexpr int kPartialSums = 128 / sizeof(A);
 
 // sum_j f(j) for j in [0, n).  The order of the additions depends on n alone, never on the instruction set or threads.
 template <class A, class F>
-RK_HOST_DEVICE A lane_sum(std::int64_t n, const F& f) {
-  constexpr int L = kLanes<A>;
-  A lane[L] = {};
+RK_HOST_DEVICE A sum_over(std::int64_t n, const F& f) {
+  constexpr int L = kPartialSums<A>;
+  A partial[L] = {};
   std::int64_t j = 0;
   for (; j + L <= n; j += L)
-    for (int k = 0; k < L; ++k) lane[k] += f(j + k);
-  for (int k = 0; j < n; ++j, ++k) lane[k] += f(j);
+    for (int k = 0; k < L; ++k) partial[k] += f(j + k);
+  for (int k = 0; j < n; ++j, ++k) partial[k] += f(j);
   for (int half = L / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
+    for (int k = 0; k < half; ++k) partial[k] += partial[k + half];
+  return partial[0];
 }
 
-// (sum_j f(j).first, sum_j f(j).second) in one sweep.
+// sum_j f(j) and sum_j g(j) in one sweep.
 template <class A, class F, class G>
-RK_HOST_DEVICE void lane_sum2(std::int64_t n, A& total_f, A& total_g, const F& f, const G& g) {
-  constexpr int L = kLanes<A>;
+RK_HOST_DEVICE void sums_over(std::int64_t n, A& total_f, A& total_g, const F& f, const G& g) {
+  constexpr int L = kPartialSums<A>;
   A first[L] = {}, second[L] = {};
   std::int64_t j = 0;
   for (; j + L <= n; j += L)
@@ -62,27 +61,27 @@ RK_HOST_DEVICE void lane_sum2(std::int64_t n, A& total_f, A& total_g, const F& f
 
 // max_j f(j); NaN if any f(j) is NaN, `least` for n = 0.
 template <class A, class F>
-RK_HOST_DEVICE A lane_max(std::int64_t n, A least, const F& f) {
-  constexpr int L = kLanes<A>;
-  A lane[L];
+RK_HOST_DEVICE A max_over(std::int64_t n, A least, const F& f) {
+  constexpr int L = kPartialSums<A>;
+  A partial[L];
   A poison[L] = {};  // a comparison drops NaN, so it is kept here
-  for (int k = 0; k < L; ++k) lane[k] = least;
+  for (int k = 0; k < L; ++k) partial[k] = least;
   std::int64_t j = 0;
   for (; j + L <= n; j += L)
     for (int k = 0; k < L; ++k) {
       const A v = f(j + k);
-      lane[k] = v > lane[k] ? v : lane[k];
+      partial[k] = v > partial[k] ? v : partial[k];
       poison[k] = v == v ? poison[k] : v;
     }
   for (int k = 0; j < n; ++j, ++k) {
     const A v = f(j);
-    lane[k] = v > lane[k] ? v : lane[k];
+    partial[k] = v > partial[k] ? v : partial[k];
     poison[k] = v == v ? poison[k] : v;
   }
   A best = least;
   for (int k = 0; k < L; ++k) {
     if (is_nan(poison[k])) return poison[k];
-    best = lane[k] > best ? lane[k] : best;
+    best = partial[k] > best ? partial[k] : best;
   }
   return best;
 }

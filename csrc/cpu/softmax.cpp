@@ -6,17 +6,79 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../math/softmax.h"
 #include "../arguments/softmax.h"
 #include "elements.h"
-#include "softmax_loops.h"
 
 namespace rk::cpu {
 namespace {
 
-struct Call {
+// One piece of one row, or of one class in many rows; `p` holds probabilities.
+template <class A>
+struct SoftmaxPiece {
+  const A *p, *u, *g;
+  A *gg_grad, *grad_output;
+  int64_t n;
+};
+
+template <class A>
+struct SoftmaxSums {
+  A total_g, mean_u;
+};
+
+template <bool kLog, class A>
+RK_MULTIVERSION SoftmaxSums<A> row_sums(const SoftmaxPiece<A>& w) {
+  SoftmaxSums<A> sums{};
+  const A *p = w.p, *u = w.u, *g = w.g;
+  sums_over<A>(
+      w.n, sums.total_g, sums.mean_u,
+      [=](int64_t j) RK_INLINE_LAMBDA { return Softmax<kLog, A>::total_g_term(p[j], g[j]); },
+      [=](int64_t j) RK_INLINE_LAMBDA { return p[j] * u[j]; });
+  return sums;
+}
+
+template <bool kLog, class A>
+RK_MULTIVERSION void finish_row(const SoftmaxPiece<A>& w, SoftmaxSums<A> sums) {
+  const A *p = w.p, *u = w.u, *g = w.g;
+  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_output = w.grad_output;
+  for (int64_t j = 0; j < w.n; ++j) {
+    gg_grad[j] = Softmax<kLog, A>::gg_grad(p[j], u[j], sums.mean_u);
+    grad_output[j] = Softmax<kLog, A>::grad_output(p[j], u[j], g[j], sums.total_g, sums.mean_u);
+  }
+}
+
+// One class of n rows: adds to their sums.
+template <bool kLog, class A>
+RK_MULTIVERSION void add_class(const SoftmaxPiece<A>& w, double* __restrict__ total_g, double* __restrict__ mean_u) {
+  const A *p = w.p, *u = w.u, *g = w.g;
+  for (int64_t j = 0; j < w.n; ++j) {
+    total_g[j] += double(Softmax<kLog, A>::total_g_term(p[j], g[j]));
+    mean_u[j] += double(p[j] * u[j]);
+  }
+}
+
+template <bool kLog, class A>
+RK_MULTIVERSION void finish_class(const SoftmaxPiece<A>& w, const double* total_g, const double* mean_u) {
+  const A *p = w.p, *u = w.u, *g = w.g;
+  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_output = w.grad_output;
+  for (int64_t j = 0; j < w.n; ++j) {
+    gg_grad[j] = Softmax<kLog, A>::gg_grad(p[j], u[j], A(mean_u[j]));
+    grad_output[j] = Softmax<kLog, A>::grad_output(p[j], u[j], g[j], A(total_g[j]), A(mean_u[j]));
+  }
+}
+
+RK_MULTIVERSION void add(const double* from, double* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+}
+
+template <class A>
+RK_MULTIVERSION void exponentials(const A* o, A* p, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) p[j] = exp_nonpositive(o[j]);
+}
+
+struct SoftmaxArguments {
   Input output, gg_x, grad;
   Output gg_grad, grad_output;
-  bool log;
   int64_t batch, classes, inner;
 };
 
@@ -26,14 +88,14 @@ struct Buffers {
 };
 
 // The inputs of a piece that begins at `begin`.
-template <class A>
-SoftmaxPiece<A> read(const Call& c, int64_t begin, int64_t n, Buffers<A>& b) {
+template <bool kLog, class A>
+SoftmaxPiece<A> read(const SoftmaxArguments& c, int64_t begin, int64_t n, Buffers<A>& b) {
   SoftmaxPiece<A> w{};
   w.n = n;
   w.u = c.gg_x.read(begin, n, b.u);
   w.g = c.grad.read(begin, n, b.g);
   w.p = c.output.read(begin, n, b.o);
-  if (c.log) {
+  if constexpr (kLog) {
     exponentials(w.p, b.p.element, n);
     w.p = b.p.element;
   }
@@ -41,7 +103,7 @@ SoftmaxPiece<A> read(const Call& c, int64_t begin, int64_t n, Buffers<A>& b) {
 }
 
 template <class A, class Finish>
-void write(const Call& c, int64_t begin, SoftmaxPiece<A>& w, Buffers<A>& b, const Finish& finish) {
+void write(const SoftmaxArguments& c, int64_t begin, SoftmaxPiece<A>& w, Buffers<A>& b, const Finish& finish) {
   w.gg_grad = c.gg_grad.open(begin, b.gg_grad);
   w.grad_output = c.grad_output.open(begin, b.grad_output);
   finish(w);
@@ -50,27 +112,27 @@ void write(const Call& c, int64_t begin, SoftmaxPiece<A>& w, Buffers<A>& b, cons
 }
 
 // A row whose classes are adjacent.
-template <class A>
-void run_row(const Call& c, int64_t row, Buffers<A>& b) {
+template <bool kLog, class A>
+void run_row(const SoftmaxArguments& c, int64_t row, Buffers<A>& b) {
   const int64_t first = row * c.classes;
   SoftmaxPiece<A> w{};
   double total_g = 0, mean_u = 0;
   for (int64_t j = 0; j < c.classes; j += kPiece) {
-    w = read(c, first + j, std::min(kPiece, c.classes - j), b);
-    const SoftmaxSums<A> part = row_sums(c.log, w);
+    w = read<kLog>(c, first + j, std::min(kPiece, c.classes - j), b);
+    const SoftmaxSums<A> part = row_sums<kLog>(w);
     total_g += part.total_g;
     mean_u += part.mean_u;
   }
   const SoftmaxSums<A> sums{A(total_g), A(mean_u)};
   for (int64_t j = 0; j < c.classes; j += kPiece) {
-    if (c.classes > kPiece) w = read(c, first + j, std::min(kPiece, c.classes - j), b);  // else it is still there
-    write(c, first + j, w, b, [&](const SoftmaxPiece<A>& piece) { finish_row(c.log, piece, sums); });
+    if (c.classes > kPiece) w = read<kLog>(c, first + j, std::min(kPiece, c.classes - j), b);  // else it is still there
+    write(c, first + j, w, b, [&](const SoftmaxPiece<A>& piece) { finish_row<kLog>(piece, sums); });
   }
 }
 
 // Rows [begin, begin + n) of an image, side by side in memory, class after class.
-template <class A>
-void run_columns(const Call& c, int64_t image, int64_t begin, int64_t n, Buffers<A>& b) {
+template <bool kLog, class A>
+void run_columns(const SoftmaxArguments& c, int64_t image, int64_t begin, int64_t n, Buffers<A>& b) {
   constexpr int64_t together = 32;  // classes summed before their sum is: rounding grows with 32 + classes / 32
   double total_g[kPiece], mean_u[kPiece], part_g[kPiece], part_u[kPiece];
   const int64_t first = image * c.classes * c.inner + begin;
@@ -80,23 +142,23 @@ void run_columns(const Call& c, int64_t image, int64_t begin, int64_t n, Buffers
     std::fill_n(part_g, n, 0.0);
     std::fill_n(part_u, n, 0.0);
     for (const int64_t end = std::min(c.classes, k + together); k < end; ++k)
-      add_class(c.log, read(c, first + k * c.inner, n, b), part_g, part_u);
+      add_class<kLog>(read<kLog>(c, first + k * c.inner, n, b), part_g, part_u);
     add(part_g, total_g, n);
     add(part_u, mean_u, n);
   }
   for (int64_t k = 0; k < c.classes; ++k) {
-    SoftmaxPiece<A> w = read(c, first + k * c.inner, n, b);
+    SoftmaxPiece<A> w = read<kLog>(c, first + k * c.inner, n, b);
     write(c, first + k * c.inner, w, b,
-          [&](const SoftmaxPiece<A>& piece) { finish_class(c.log, piece, total_g, mean_u); });
+          [&](const SoftmaxPiece<A>& piece) { finish_class<kLog>(piece, total_g, mean_u); });
   }
 }
 
-template <class A>
-void run(const Call& c) {
+template <bool kLog, class A>
+void run(const SoftmaxArguments& c) {
   if (c.inner == 1) {
     torch::stable::parallel_for(0, c.batch, rows_per_thread(c.classes), [&](int64_t begin, int64_t end) {
       Buffers<A> buffers;
-      for (int64_t row = begin; row < end; ++row) run_row<A>(c, row, buffers);
+      for (int64_t row = begin; row < end; ++row) run_row<kLog>(c, row, buffers);
       finish_streams();
     });
     return;
@@ -105,30 +167,24 @@ void run(const Call& c) {
   constexpr int64_t cached = 256 * 1024 / (3 * sizeof(A));
   const int64_t together = std::clamp<int64_t>(cached / std::max<int64_t>(1, c.classes) / 32 * 32, 32, kPiece);
   const int64_t blocks = (c.inner + together - 1) / together;
-  torch::stable::parallel_for(0, c.batch * blocks, rows_per_thread(together * c.classes),
-                              [&](int64_t begin, int64_t end) {
-                                Buffers<A> buffers;
-                                for (int64_t unit = begin; unit < end; ++unit) {
-                                  const int64_t from = unit % blocks * together;
-                                  run_columns<A>(c, unit / blocks, from, std::min(together, c.inner - from), buffers);
-                                }
-                                finish_streams();
-                              });
+  torch::stable::parallel_for(
+      0, c.batch * blocks, rows_per_thread(together * c.classes), [&](int64_t begin, int64_t end) {
+        Buffers<A> buffers;
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t from = unit % blocks * together;
+          run_columns<kLog>(c, unit / blocks, from, std::min(together, c.inner - from), buffers);
+        }
+        finish_streams();
+      });
 }
 
 std::tuple<Tensor, Tensor> softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad,
                                                    bool need_output) {
   const SoftmaxTensors t("softmax_double_backward", gg_x, grad, output, need_grad, need_output);
-  const Call call{Input(t.output),
-                  Input(t.gg_x),
-                  Input(t.grad),
-                  Output(t.gg_grad, need_grad),
-                  Output(t.grad_output, need_output),
-                  log,
-                  output.size(0),
-                  output.size(1),
-                  output.size(2)};
-  t.output.scalar_type() == ScalarType::Double ? run<double>(call) : run<float>(call);
+  const SoftmaxArguments call{
+      Input(t.output), Input(t.gg_x),  Input(t.grad), Output(t.gg_grad, need_grad), Output(t.grad_output, need_output),
+      output.size(0),  output.size(1), output.size(2)};
+  visit_accumulation(output.scalar_type(), [&]<class A>(A) { log ? run<true, A>(call) : run<false, A>(call); });
   return {t.gg_grad, t.grad_output};
 }
 

@@ -6,365 +6,356 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <vector>
 
+#include "../math/softmax_cross_entropy.h"
 #include "../arguments/softmax_cross_entropy.h"
-#include "pieces.h"
-#include "softmax_cross_entropy_loops.h"
+#include "elements.h"
 #include "softmax_cross_entropy_tiles.h"
 
 namespace rk::cpu {
 namespace {
 
-struct Arguments {
-  ScalarType dtype, target_dtype;
-  int64_t rows, classes;
-  const void *logits, *target, *gg;                 // gg: cotangent of grad_logits
-  int64_t logits_stride, target_stride, gg_stride;  // elements between rows
-  double label_smoothing, temperature;
-  int64_t ignore_index;
-  const void *grad, *statistics_in;  // [rows], [rows, 2]
-  void *per_row, *statistics, *out;  // [rows], [rows, 2], [rows, classes]
-  std::atomic<int64_t>* bad_row;     // a row whose class index does not exist
+// One row's numbers.  inverse_t: 1 / temperature.
+template <class A>
+struct RowState {
+  A max, log_sum, total_q, grad, inverse_t, mean_u;
 };
 
-inline int64_t item_size(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+template <class A>
+RK_MULTIVERSION A largest(const A* z, int64_t n) {
+  return max_over<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; });
 }
 
-// One row of a matrix, read piece by piece in the accumulation type; without a copy where it is stored so.
+template <class A>
+RK_MULTIVERSION A sum_exp(const A* z, int64_t n, A inverse_t, A max) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
+}
+
+// sum of q_c and of q_c (max - z_c / T); a null target is one of zeros
+template <class A>
+RK_MULTIVERSION void gaps(const A* z, const A* t, int64_t n, A inverse_t, A max, Smoothing<A> s, A& q_sum, A& gap_sum) {
+  if (t)
+    sums_over<A>(
+        n, q_sum, gap_sum, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); },
+        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.q(t[j]), max - z[j] * inverse_t); });
+  else
+    sums_over<A>(
+        n, q_sum, gap_sum, [=](int64_t) RK_INLINE_LAMBDA { return s.floor; },
+        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.floor, max - z[j] * inverse_t); });
+}
+
+template <class A>
+RK_MULTIVERSION void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
+  for (int64_t j = 0; j < n; ++j) p[j] = softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum);
+}
+
+template <class A>
+RK_MULTIVERSION A dot(const A* a, const A* b, int64_t n) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A dot_q(const A* t, const A* u, int64_t n, Smoothing<A> s) {
+  return t ? sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]) * u[j]; })
+           : sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.floor * u[j]; });
+}
+
+template <class A>
+RK_MULTIVERSION A sum_q(const A* t, int64_t n, Smoothing<A> s) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION void slopes(const A* p, const A* t, A* __restrict__ out, int64_t n, Smoothing<A> s, RowState<A> r) {
+  if (t)
+    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.q(t[j]), r.total_q, r.inverse_t);
+  else
+    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.floor, r.total_q, r.inverse_t);
+}
+
+template <class A>
+RK_MULTIVERSION void bends(const A* p, const A* u, A* __restrict__ out, int64_t n, RowState<A> r) {
+  for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+}
+
+// The tensors of a call; numbers per row are in the accumulation type.
+template <class A>
+class CrossEntropyArguments {
+ public:
+  int64_t rows, classes, ignore_index;
+  InputRows logits, gg;            // gg: cotangent of grad_logits
+  const int64_t* index = nullptr;  // [rows], or the target is
+  InputRows probabilities;         // [rows, classes]
+  Smoothing<A> smoothing;
+  A inverse_t;                                        // 1 / temperature
+  const A *grad = nullptr, *statistics_in = nullptr;  // [rows], [rows, 2]
+  A *per_row = nullptr, *statistics = nullptr;        // [rows], [rows, 2]
+  Output out;                                         // [rows, classes]
+
+  CrossEntropyArguments(const Tensor& z, const Tensor& target, double label_smoothing, double temperature,
+                        int64_t ignored)
+      : rows(z.size(0)),
+        classes(z.size(1)),
+        ignore_index(ignored),
+        smoothing(A(label_smoothing), A(classes)),
+        inverse_t(A(1 / temperature)) {
+    logits = InputRows(keep(with_dense_rows(z)));
+    if (target.scalar_type() == ScalarType::Long)
+      index = pointer<int64_t>(keep(torch::stable::contiguous(target)));
+    else
+      probabilities = InputRows(keep(with_dense_rows(target)));
+  }
+
+  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(t); }
+
+  void set_grad(const Tensor& grad_of_loss, const Tensor& s) {
+    grad = pointer<A>(keep(torch::stable::contiguous(grad_of_loss)));
+    statistics_in = pointer<A>(keep(torch::stable::contiguous(s)));
+  }
+
+  // Whether there is nothing to learn from a row.
+  bool ignored(int64_t row) const {
+    if (!index) return false;
+    if (index[row] == ignore_index) return true;
+    if (index[row] >= 0 && index[row] < classes) return false;
+    bad_row_.store(row, std::memory_order_relaxed);
+    return true;
+  }
+
+  void raise_if_bad(const char* op) const {
+    const int64_t row = bad_row_.load();
+    if (row < 0) return;
+    fail(op, ": target[", row, "] is class ", index[row], ", but there are ", classes, " classes and ignore_index is ",
+         ignore_index);
+  }
+
+ private:
+  std::vector<Tensor> kept_;
+  mutable std::atomic<int64_t> bad_row_{-1};  // whose class index does not exist
+};
+
+// Pieces of one row in the accumulation type.
 template <class A>
 struct Row {
-  const char* base;
-  ScalarType dtype;
+  const CrossEntropyArguments<A>& a;
+  int64_t row;
+  Buffer<A> z_buffer, t_buffer, u_buffer, out_buffer;
 
-  Row(const void* matrix, int64_t stride, int64_t row, ScalarType type)
-      : base(matrix ? static_cast<const char*>(matrix) + row * stride * item_size(type) : nullptr), dtype(type) {}
+  Row(const CrossEntropyArguments<A>& arguments, int64_t number) : a(arguments), row(number) {}
 
-  const A* piece(int64_t begin, int64_t end, A* buffer) const {
-    if (!base) return nullptr;
-    const char* from = base + begin * item_size(dtype);
-    if (item_size(dtype) == sizeof(A)) return reinterpret_cast<const A*>(from);
-    read_piece(dtype, from, buffer, end - begin);
-    return buffer;
+  const A* z(int64_t begin, int64_t n) { return a.logits.read(row, begin, n, z_buffer); }
+  const A* u(int64_t begin, int64_t n) { return a.gg.read(row, begin, n, u_buffer); }
+  // Null for a class index.
+  const A* t(int64_t begin, int64_t n) { return a.index ? nullptr : a.probabilities.read(row, begin, n, t_buffer); }
+  // Where in the piece the row's class is, or -1.
+  int64_t y(int64_t begin, int64_t n) const {
+    return a.index && a.index[row] >= begin && a.index[row] < begin + n ? a.index[row] - begin : -1;
   }
-};
-
-template <class A, class F>
-void write_row_piece(const Arguments& a, int64_t row, int64_t begin, int64_t end, const F& f) {
-  char* to = static_cast<char*>(a.out) + (row * a.classes + begin) * item_size(a.dtype);
-  alignas(64) A buffer[kPiece];
-  A* piece = item_size(a.dtype) == sizeof(A) ? reinterpret_cast<A*>(to) : buffer;
-  f(piece);
-  if (piece == buffer) write_piece(a.dtype, buffer, to, end - begin);
-}
-
-template <class F>
-void for_pieces(int64_t n, const F& f) {
-  for (int64_t begin = 0; begin < n; begin += kPiece) f(begin, std::min(n, begin + kPiece));
-}
-
-// The target of one row: a class, a row of probabilities, or nothing to learn from.
-template <class A>
-struct Target {
-  Row<A> probabilities;  // null for a class index
-  int64_t index = -1;
-  bool ignored = false;
-  Smoothing<A> smoothing;
-
-  Target(const Arguments& a, int64_t row)
-      : probabilities(a.target_dtype == ScalarType::Long ? nullptr : a.target, a.target_stride, row, a.target_dtype),
-        smoothing(A(a.label_smoothing), A(a.classes)) {
-    if (a.target_dtype != ScalarType::Long) return;
-    index = static_cast<const int64_t*>(a.target)[row];
-    ignored = index == a.ignore_index;
-    if (!ignored && (index < 0 || index >= a.classes)) {
-      a.bad_row->store(row, std::memory_order_relaxed);
-      ignored = true;
-    }
+  template <class F>
+  void write(int64_t begin, int64_t n, const F& f) {
+    a.out.write(row * a.classes + begin, n, out_buffer, f);
   }
 
-  A total_q(int64_t classes) const {
-    if (!probabilities.base) return smoothing.keep + smoothing.floor * A(classes);
-    alignas(64) A buffer[kPiece];
+  RowState<A> state() {
+    const A* const s = a.statistics_in + 2 * row;
+    return {s[0], s[1], total_q(), a.grad[row], a.inverse_t, A(0)};
+  }
+
+ private:
+  A total_q() {
+    if (a.index) return a.smoothing.keep + a.smoothing.floor * A(a.classes);
     double total = 0;
-    for_pieces(classes, [&](int64_t begin, int64_t end) {
-      total += sum_q(probabilities.piece(begin, end, buffer), end - begin, smoothing);
-    });
+    for_pieces(a.classes, [&](int64_t begin, int64_t n) { total += sum_q(t(begin, n), n, a.smoothing); });
     return A(total);
   }
 };
 
 template <class A>
-void zero_row(const Arguments& a, int64_t row) {
+void zero_row(const CrossEntropyArguments<A>& a, int64_t row) {
+  Buffer<A> buffer;
   if (a.out)
-    std::memset(static_cast<char*>(a.out) + row * a.classes * item_size(a.dtype), 0, a.classes * item_size(a.dtype));
-  if (a.per_row) static_cast<A*>(a.per_row)[row] = A(0);
+    for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+      a.out.write(row * a.classes + begin, n, buffer, [&](A* out) { std::fill_n(out, n, A(0)); });
+    });
+  if (a.per_row) a.per_row[row] = A(0);
 }
 
 template <class A>
-void value_row(const Arguments& a, int64_t row) {
-  const Target<A> target(a, row);
-  A* statistics = static_cast<A*>(a.statistics) + 2 * row;
-  if (target.ignored) {
+void value_row(const CrossEntropyArguments<A>& a, int64_t row) {
+  A* const statistics = a.statistics + 2 * row;
+  if (a.ignored(row)) {
     statistics[0] = statistics[1] = A(0);
-    return zero_row<A>(a, row);
+    return zero_row(a, row);
   }
-  const Row<A> z(a.logits, a.logits_stride, row, a.dtype);
-  const A inverse_t = A(1 / a.temperature);
-  alignas(64) A z_buffer[kPiece], t_buffer[kPiece];
+  Row<A> w(a, row);
   A max = -std::numeric_limits<A>::infinity();
-  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
-    const A m = largest(z.piece(begin, end, z_buffer), end - begin);
+  for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+    const A m = largest(w.z(begin, n), n);
     max = m > max || is_nan(m) ? m : max;
   });
-  max *= inverse_t;
-  const bool spread = target.probabilities.base || target.smoothing.floor != A(0);  // q has more than one class
+  max *= a.inverse_t;
+  const bool spread = !a.index || a.smoothing.floor != A(0);  // q has more than one class
   double sum = 0, total_q = 0, gap = 0;
-  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
-    const A* piece = z.piece(begin, end, z_buffer);
-    sum += sum_exp(piece, end - begin, inverse_t, max);
+  for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+    const A* z = w.z(begin, n);
+    sum += sum_exp(z, n, a.inverse_t, max);
     if (spread) {
       A q = 0, g = 0;
-      gaps(piece, target.probabilities.piece(begin, end, t_buffer), end - begin, inverse_t, max, target.smoothing, q,
-           g);
+      gaps(z, w.t(begin, n), n, a.inverse_t, max, a.smoothing, q, g);
       total_q += q, gap += g;
     }
-    if (target.index >= begin && target.index < end) {
-      total_q += target.smoothing.keep;
-      gap += cross_entropy_term(target.smoothing.keep, max - piece[target.index - begin] * inverse_t);
+    if (const int64_t y = w.y(begin, n); y >= 0) {
+      total_q += a.smoothing.keep;
+      gap += cross_entropy_term(a.smoothing.keep, max - z[y] * a.inverse_t);
     }
   });
   statistics[0] = max;
   statistics[1] = A(std::log(sum));
-  static_cast<A*>(a.per_row)[row] = A(cross_entropy_value(std::log(sum), total_q, gap));
+  a.per_row[row] = A(cross_entropy_value(std::log(sum), total_q, gap));
 }
 
 template <class A>
-RowState<A> state_of(const Arguments& a, const Target<A>& target, int64_t row) {
-  const A* statistics = static_cast<const A*>(a.statistics_in) + 2 * row;
-  return {statistics[0],        statistics[1], target.total_q(a.classes), static_cast<const A*>(a.grad)[row],
-          A(1 / a.temperature), A(0)};
-}
-
-template <class A>
-void backward_row(const Arguments& a, int64_t row) {
-  const Target<A> target(a, row);
-  if (target.ignored) return zero_row<A>(a, row);
-  const RowState<A> r = state_of(a, target, row);
-  const Row<A> z(a.logits, a.logits_stride, row, a.dtype);
-  alignas(64) A z_buffer[kPiece], t_buffer[kPiece], p[kPiece];
-  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
-    probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
-    write_row_piece<A>(a, row, begin, end, [&](A* out) {
-      slopes(p, target.probabilities.piece(begin, end, t_buffer), out, end - begin, target.smoothing, r);
-      const int64_t y = target.index - begin;
-      if (y >= 0 && y < end - begin)
-        out[y] = r.grad * cross_entropy_slope(p[y], target.smoothing.q(A(1)), r.total_q, r.inverse_t);
+void backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
+  if (a.ignored(row)) return zero_row(a, row);
+  Row<A> w(a, row);
+  const RowState<A> r = w.state();
+  alignas(64) A p[kPiece];
+  for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+    probabilities(w.z(begin, n), p, n, r);
+    w.write(begin, n, [&](A* out) {
+      slopes(p, w.t(begin, n), out, n, a.smoothing, r);
+      if (const int64_t y = w.y(begin, n); y >= 0)
+        out[y] = r.grad * cross_entropy_slope(p[y], a.smoothing.q(A(1)), r.total_q, r.inverse_t);
     });
   });
 }
 
 template <class A>
-void double_backward_row(const Arguments& a, int64_t row) {
-  const Target<A> target(a, row);
-  if (target.ignored) return zero_row<A>(a, row);
-  RowState<A> r = state_of(a, target, row);
-  const Row<A> z(a.logits, a.logits_stride, row, a.dtype), u(a.gg, a.gg_stride, row, a.dtype);
-  alignas(64) A z_buffer[kPiece], t_buffer[kPiece], u_buffer[kPiece], p[kPiece];
+void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
+  if (a.ignored(row)) return zero_row(a, row);
+  Row<A> w(a, row);
+  RowState<A> r = w.state();
+  alignas(64) A p[kPiece];
   double mean_u = 0, dot_qu = 0;
-  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
-    const A* us = u.piece(begin, end, u_buffer);
-    probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
-    mean_u += dot(p, us, end - begin);
-    dot_qu += dot_q(target.probabilities.piece(begin, end, t_buffer), us, end - begin, target.smoothing);
-    const int64_t y = target.index - begin;
-    if (y >= 0 && y < end - begin) dot_qu += target.smoothing.keep * us[y];
+  for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+    const A* u = w.u(begin, n);
+    probabilities(w.z(begin, n), p, n, r);
+    mean_u += dot(p, u, n);
+    dot_qu += dot_q(w.t(begin, n), u, n, a.smoothing);
+    if (const int64_t y = w.y(begin, n); y >= 0) dot_qu += a.smoothing.keep * u[y];
   });
-  static_cast<A*>(a.per_row)[row] = A((double(r.total_q) * mean_u - dot_qu) * double(r.inverse_t));
+  a.per_row[row] = A((double(r.total_q) * mean_u - dot_qu) * double(r.inverse_t));
   r.mean_u = A(mean_u);
-  for_pieces(a.classes, [&](int64_t begin, int64_t end) {
-    const A* us = u.piece(begin, end, u_buffer);
-    if (a.classes > kPiece) probabilities(z.piece(begin, end, z_buffer), p, end - begin, r);
-    write_row_piece<A>(a, row, begin, end, [&](A* out) { bends(p, us, out, end - begin, r); });
+  for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+    const A* u = w.u(begin, n);
+    if (a.classes > kPiece) probabilities(w.z(begin, n), p, n, r);
+    w.write(begin, n, [&](A* out) { bends(p, u, out, n, r); });
   });
-}
-
-// Rows [first, first + tile.rows) of a matrix, stored as `dtype`, into `to`.
-template <class A>
-void fill_tile(const void* matrix, int64_t stride, ScalarType dtype, int64_t first, const Tile<A>& tile, A* to) {
-  A buffer[kTileClasses * kTileRows];
-  const char* from = static_cast<const char*>(matrix) + first * stride * item_size(dtype);
-  if (item_size(dtype) == sizeof(A)) return into_tile(reinterpret_cast<const A*>(from), stride, tile, to);
-  if (stride == tile.classes)
-    read_piece(dtype, from, buffer, tile.rows * tile.classes);
-  else
-    for (int64_t k = 0; k < tile.rows; ++k)
-      read_piece(dtype, from + k * stride * item_size(dtype), buffer + k * tile.classes, tile.classes);
-  into_tile(buffer, tile.classes, tile, to);
-}
-
-template <class A>
-void write_tile(const Arguments& a, int64_t first, const Tile<A>& tile) {
-  A buffer[kTileClasses * kTileRows];
-  char* to = static_cast<char*>(a.out) + first * a.classes * item_size(a.dtype);
-  if (item_size(a.dtype) == sizeof(A)) return out_of_tile(tile, reinterpret_cast<A*>(to));
-  out_of_tile(tile, buffer);
-  write_piece(a.dtype, buffer, to, tile.rows * tile.classes);
 }
 
 enum class Order { kValue, kBackward, kDoubleBackward };
 
+template <bool kSoft, class A>
+void compute_tile(Order order, Tile<A>& tile, Smoothing<A> smoothing, A inverse_t) {
+  switch (order) {
+    case Order::kValue: return tile_value<kSoft>(tile, smoothing, inverse_t);
+    case Order::kBackward: return tile_backward<kSoft>(tile, smoothing, inverse_t);
+    case Order::kDoubleBackward: return tile_double_backward<kSoft>(tile, smoothing, inverse_t);
+  }
+}
+
 template <class A>
-void run_tile(const Arguments& a, Order order, int64_t first, int64_t rows) {
+void run_tile(const CrossEntropyArguments<A>& a, Order order, int64_t first, int64_t rows) {
   Tile<A> tile;
-  const Smoothing<A> smoothing(A(a.label_smoothing), A(a.classes));
-  const A inverse_t = A(1 / a.temperature);
   bool ignored[kTileRows] = {};
-  tile.rows = rows;
   tile.classes = a.classes;
-  tile.soft = a.target_dtype != ScalarType::Long;
-  fill_tile(a.logits, a.logits_stride, a.dtype, first, tile, tile.z);
-  if (tile.soft) fill_tile(a.target, a.target_stride, a.target_dtype, first, tile, tile.t);
+  const auto fill = [&](const InputRows& from, A* to) {
+    fill_tile(from.elements, from.stride, a.classes, first, rows, to);
+  };
+  fill(a.logits, tile.z);
+  if (!a.index) fill(a.probabilities, tile.t);
   for (int64_t k = 0; k < kTileRows; ++k) {
     const bool row_exists = k < rows;
-    if (row_exists && !tile.soft) {
-      const Target<A> target(a, first + k);
-      ignored[k] = target.ignored;
-      tile.y[k] = A(target.index);
+    const int64_t row = first + k;
+    if (row_exists && a.index) {
+      ignored[k] = a.ignored(row);
+      tile.y[k] = A(a.index[row]);
     }
     if (order == Order::kValue) continue;
-    tile.max[k] = row_exists ? static_cast<const A*>(a.statistics_in)[2 * (first + k)] : A(0);
-    tile.log_sum[k] = row_exists ? static_cast<const A*>(a.statistics_in)[2 * (first + k) + 1] : A(0);
-    tile.grad[k] = row_exists ? static_cast<const A*>(a.grad)[first + k] : A(0);
+    tile.max[k] = row_exists ? a.statistics_in[2 * row] : A(0);
+    tile.log_sum[k] = row_exists ? a.statistics_in[2 * row + 1] : A(0);
+    tile.grad[k] = row_exists ? a.grad[row] : A(0);
   }
-  switch (order) {
-    case Order::kValue: tile_value(tile, smoothing, inverse_t); break;
-    case Order::kBackward: tile_backward(tile, smoothing, inverse_t); break;
-    case Order::kDoubleBackward:
-      fill_tile(a.gg, a.gg_stride, a.dtype, first, tile, tile.u);
-      tile_double_backward(tile, smoothing, inverse_t);
-      break;
-  }
-  if (order != Order::kValue) write_tile(a, first, tile);
+  if (order == Order::kDoubleBackward) fill(a.gg, tile.u);
+  a.index ? compute_tile<false>(order, tile, a.smoothing, a.inverse_t)
+          : compute_tile<true>(order, tile, a.smoothing, a.inverse_t);
+  if (order != Order::kValue) write_tile(a.out, a.classes, first, rows, tile.out);
   for (int64_t k = 0; k < rows; ++k) {
     if (order == Order::kValue) {
-      A* statistics = static_cast<A*>(a.statistics) + 2 * (first + k);
+      A* const statistics = a.statistics + 2 * (first + k);
       statistics[0] = ignored[k] ? A(0) : tile.max[k];
       statistics[1] = ignored[k] ? A(0) : tile.log_sum[k];
     }
     if (ignored[k])
-      zero_row<A>(a, first + k);
+      zero_row(a, first + k);
     else if (order != Order::kBackward)
-      static_cast<A*>(a.per_row)[first + k] = tile.per_row[k];
+      a.per_row[first + k] = tile.per_row[k];
   }
 }
 
 template <class A>
-void run_row(const Arguments& a, Order order, int64_t row) {
+void run_row(const CrossEntropyArguments<A>& a, Order order, int64_t row) {
   switch (order) {
-    case Order::kValue: return value_row<A>(a, row);
-    case Order::kBackward: return backward_row<A>(a, row);
-    case Order::kDoubleBackward: return double_backward_row<A>(a, row);
+    case Order::kValue: return value_row(a, row);
+    case Order::kBackward: return backward_row(a, row);
+    case Order::kDoubleBackward: return double_backward_row(a, row);
   }
 }
 
 template <class A>
-void run_rows(const Arguments& a, Order order) {
+void run(const char* op, const CrossEntropyArguments<A>& a, Order order) {
   // Transposing an output back costs more than the sums across lanes that it saves, but for short rows.
   const int64_t most = order == Order::kValue ? kTileClasses : kTileClasses / 4;
   const int64_t at_once = a.classes <= most ? kTileRows : 1, units = (a.rows + at_once - 1) / at_once;
   torch::stable::parallel_for(0, units, rows_per_thread(at_once * a.classes), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)
       if (at_once == 1)
-        run_row<A>(a, order, unit);
+        run_row(a, order, unit);
       else
-        run_tile<A>(a, order, unit * at_once, std::min(at_once, a.rows - unit * at_once));
+        run_tile(a, order, unit * at_once, std::min(at_once, a.rows - unit * at_once));
   });
+  a.raise_if_bad(op);
 }
-
-void run(const Arguments& a, Order order) {
-  a.dtype == ScalarType::Double ? run_rows<double>(a, order) : run_rows<float>(a, order);
-}
-
-// The tensors of one call, in the form that the rows read.
-class Call {
- public:
-  Arguments a{};
-
-  Call(const char* op, const Tensor& logits, const Tensor& target, double label_smoothing, double temperature,
-       int64_t ignore_index)
-      : op_(op), logits_(with_dense_rows(logits)), target_(dense_target(target)) {
-    check_cross_entropy(op, logits, target, label_smoothing, temperature);
-    a.dtype = logits.scalar_type();
-    a.target_dtype = target.scalar_type();
-    a.rows = logits.size(0);
-    a.classes = logits.size(1);
-    a.logits = logits_.data_ptr();
-    a.logits_stride = logits_.stride(0);
-    a.target = target_.data_ptr();
-    a.target_stride = target_.dim() ? target_.stride(0) : 0;
-    a.label_smoothing = label_smoothing;
-    a.temperature = temperature;
-    a.ignore_index = ignore_index;
-    a.bad_row = &bad_row_;
-  }
-  Call(const Call&) = delete;
-
-  void set_grad(const Tensor& grad, const Tensor& statistics) {
-    check_statistics(op_, grad, statistics, logits_);
-    grad_ = torch::stable::contiguous(grad);
-    statistics_ = torch::stable::contiguous(statistics);
-    a.grad = grad_->data_ptr();
-    a.statistics_in = statistics_->data_ptr();
-  }
-
-  void set_gg(const Tensor& gg) {
-    check_tensor(op_, "gg_logits", gg, sizes_of(logits_), a.dtype, logits_);
-    gg_ = with_dense_rows(gg);
-    a.gg = gg_->data_ptr();
-    a.gg_stride = gg_->stride(0);
-  }
-
-  void raise_if_bad() const {
-    const int64_t row = bad_row_.load();
-    if (row < 0) return;
-    const int64_t index = static_cast<const int64_t*>(a.target)[row];
-    fail(op_, ": target[", row, "] is class ", index, ", but there are ", a.classes, " classes and ignore_index is ",
-         a.ignore_index);
-  }
-
- private:
-  static Tensor dense_target(const Tensor& t) {
-    return t.dim() == 2 ? with_dense_rows(t) : torch::stable::contiguous(t);
-  }
-
-  const char* op_;
-  Tensor logits_, target_;
-  std::optional<Tensor> grad_, statistics_, gg_;
-  std::atomic<int64_t> bad_row_{-1};
-};
 
 std::tuple<Tensor, Tensor> softmax_cross_entropy(Tensor logits, Tensor target, double label_smoothing,
                                                  double temperature, int64_t ignore_index) {
-  Call call("softmax_cross_entropy", logits, target, label_smoothing, temperature, ignore_index);
+  const char* op = "softmax_cross_entropy";
+  check_cross_entropy(op, logits, target, label_smoothing, temperature);
   const ScalarType accumulation = accumulation_type(logits.scalar_type());
   Tensor loss = torch::stable::new_empty(logits, {logits.size(0)}, accumulation);
   Tensor statistics = torch::stable::new_empty(logits, {logits.size(0), 2}, accumulation);
-  call.a.per_row = loss.data_ptr();
-  call.a.statistics = statistics.data_ptr();
-  run(call.a, Order::kValue);
-  call.raise_if_bad();
+  visit_accumulation(logits.scalar_type(), [&]<class A>(A) {
+    CrossEntropyArguments<A> a(logits, target, label_smoothing, temperature, ignore_index);
+    a.per_row = pointer<A>(loss);
+    a.statistics = pointer<A>(statistics);
+    run(op, a, Order::kValue);
+  });
   return {loss, statistics};
 }
 
 Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statistics, Tensor target,
                                       double label_smoothing, double temperature, int64_t ignore_index) {
-  Call call("softmax_cross_entropy_backward", logits, target, label_smoothing, temperature, ignore_index);
-  call.set_grad(grad, statistics);
+  const char* op = "softmax_cross_entropy_backward";
+  check_cross_entropy(op, logits, target, label_smoothing, temperature);
+  check_statistics(op, grad, statistics, logits);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  call.a.out = grad_logits.data_ptr();
-  run(call.a, Order::kBackward);
-  call.raise_if_bad();
+  visit_accumulation(logits.scalar_type(), [&]<class A>(A) {
+    CrossEntropyArguments<A> a(logits, target, label_smoothing, temperature, ignore_index);
+    a.set_grad(grad, statistics);
+    a.out = Output(grad_logits, true, false);
+    run(op, a, Order::kBackward);
+  });
   return grad_logits;
 }
 
@@ -372,15 +363,20 @@ std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logit
                                                                  Tensor statistics, Tensor target,
                                                                  double label_smoothing, double temperature,
                                                                  int64_t ignore_index) {
-  Call call("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature, ignore_index);
-  call.set_grad(grad, statistics);
-  call.set_gg(gg_logits);
+  const char* op = "softmax_cross_entropy_double_backward";
+  check_cross_entropy(op, logits, target, label_smoothing, temperature);
+  check_statistics(op, grad, statistics, logits);
+  check_tensor(op, "gg_logits", gg_logits, sizes_of(logits), logits.scalar_type(), logits);
   Tensor gg_grad = torch::stable::new_empty(logits, {logits.size(0)}, accumulation_type(logits.scalar_type()));
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  call.a.per_row = gg_grad.data_ptr();
-  call.a.out = grad_logits.data_ptr();
-  run(call.a, Order::kDoubleBackward);
-  call.raise_if_bad();
+  visit_accumulation(logits.scalar_type(), [&]<class A>(A) {
+    CrossEntropyArguments<A> a(logits, target, label_smoothing, temperature, ignore_index);
+    a.set_grad(grad, statistics);
+    a.gg = InputRows(a.keep(with_dense_rows(gg_logits)));
+    a.per_row = pointer<A>(gg_grad);
+    a.out = Output(grad_logits, true, false);
+    run(op, a, Order::kDoubleBackward);
+  });
   return {gg_grad, grad_logits};
 }
 

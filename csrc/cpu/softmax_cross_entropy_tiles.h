@@ -10,10 +10,9 @@ namespace rk::cpu {
 
 template <class A>
 struct Tile {
-  int64_t rows, classes;
-  bool soft;                   // the target is a matrix t of probabilities, not a class y
+  int64_t classes;
   TileMatrix<A> z, t, u, out;  // logits, probabilities, cotangent of grad_logits, result
-  TileColumn<A> y;             // class, or -1
+  TileColumn<A> y;             // the class, where there are no probabilities
   TileColumn<A> max, log_sum, grad, per_row, total_q;
 };
 
@@ -25,7 +24,7 @@ RK_HOST_DEVICE A tile_q(const Tile<A>& w, Smoothing<A> s, int64_t c, int k) {
 
 // per_row = loss
 template <bool kSoft, class A>
-RK_HOST_DEVICE void tile_value_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+RK_MULTIVERSION static void tile_value(Tile<A>& w, Smoothing<A> s, A inverse_t) {
   A max[kTileRows], sum[kTileRows] = {}, total_q[kTileRows] = {}, gap[kTileRows] = {};
   for (int k = 0; k < kTileRows; ++k) max[k] = w.z[k];
   for (int64_t c = 1; c < w.classes; ++c)
@@ -59,7 +58,7 @@ RK_HOST_DEVICE void tile_total_q(Tile<A>& w, Smoothing<A> s) {
 
 // out = grad_logits
 template <bool kSoft, class A>
-RK_HOST_DEVICE void tile_backward_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+RK_MULTIVERSION static void tile_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {
   tile_total_q<kSoft>(w, s);
   for (int64_t c = 0; c < w.classes; ++c)
     for (int k = 0; k < kTileRows; ++k) {
@@ -71,7 +70,7 @@ RK_HOST_DEVICE void tile_backward_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
 
 // per_row = gg_grad, out = grad_logits.  Sums in double: gg_grad is the difference of two of them.
 template <bool kSoft, class A>
-RK_HOST_DEVICE void tile_double_backward_of(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+RK_MULTIVERSION static void tile_double_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {
   double mean_u[kTileRows] = {}, dot_qu[kTileRows] = {};
   tile_total_q<kSoft>(w, s);
   for (int64_t c = 0; c < w.classes; ++c)
@@ -93,32 +92,5 @@ RK_HOST_DEVICE void tile_double_backward_of(Tile<A>& w, Smoothing<A> s, A invers
       w.out[c * kTileRows + k] = w.grad[k] * cross_entropy_bend(p, u, mean[k], w.total_q[k], inverse_t);
     }
 }
-
-// Rows of `from`, `stride` elements apart, into a tile; lanes without a row are zero.
-template <class A>
-void into_tile(const A* from, int64_t stride, const Tile<A>& w, A* to) {
-  if (w.rows < kTileRows) std::fill_n(to, w.classes * kTileRows, A(0));
-  rows_into_tile(from, stride, w.rows, w.classes, to);
-}
-
-template <class A>
-void out_of_tile(const Tile<A>& w, A* to) {
-  rows_out_of_tile(w.out, w.rows, w.classes, to);
-}
-
-#define RK_CROSS_ENTROPY_TILES(A)                                                                              \
-  RK_MULTIVERSION static void tile_value(Tile<A>& w, Smoothing<A> s, A inverse_t) {                            \
-    w.soft ? tile_value_of<true>(w, s, inverse_t) : tile_value_of<false>(w, s, inverse_t);                     \
-  }                                                                                                            \
-  RK_MULTIVERSION static void tile_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {                         \
-    w.soft ? tile_backward_of<true>(w, s, inverse_t) : tile_backward_of<false>(w, s, inverse_t);               \
-  }                                                                                                            \
-  RK_MULTIVERSION static void tile_double_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {                  \
-    w.soft ? tile_double_backward_of<true>(w, s, inverse_t) : tile_double_backward_of<false>(w, s, inverse_t); \
-  }
-
-RK_CROSS_ENTROPY_TILES(float)
-RK_CROSS_ENTROPY_TILES(double)
-#undef RK_CROSS_ENTROPY_TILES
 
 }  // namespace rk::cpu

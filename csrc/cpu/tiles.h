@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "pieces.h"
+#include "elements.h"
+#include "transpose.h"
 
 namespace rk::cpu {
 
@@ -17,77 +18,40 @@ using TileMatrix = A[kTileClasses * kTileRows];
 template <class A>
 using TileColumn = A[kTileRows];
 
-// Elements of two vectors of four, counted through both.
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define RK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-#if !defined(RK_SHUFFLE)
-#define RK_SHUFFLE(a, b, i, j, k, l) \
-  Four<A> { a[i], b[j - 4], a[k], b[l - 4] }
-#endif
-
-// Four elements, written out as a vector: GCC finds none in a transposition.
+// Rows of `from`, `stride` elements apart, into the first lanes of a tile.
 template <class A>
-struct FourOf {
-  typedef A type __attribute__((vector_size(4 * sizeof(A))));
-};
-template <class A>
-using Four = typename FourOf<A>::type;
-
-// A block of 4 x 4.
-template <class A>
-RK_HOST_DEVICE void transpose_block(const A* from, int64_t from_stride, A* to, int64_t to_stride) {
-  Four<A> a, b, c, d;
-  std::memcpy(&a, from, sizeof a);
-  std::memcpy(&b, from + from_stride, sizeof a);
-  std::memcpy(&c, from + 2 * from_stride, sizeof a);
-  std::memcpy(&d, from + 3 * from_stride, sizeof a);
-  const Four<A> ac_low = RK_SHUFFLE(a, c, 0, 4, 1, 5), ac_high = RK_SHUFFLE(a, c, 2, 6, 3, 7);
-  const Four<A> bd_low = RK_SHUFFLE(b, d, 0, 4, 1, 5), bd_high = RK_SHUFFLE(b, d, 2, 6, 3, 7);
-  a = RK_SHUFFLE(ac_low, bd_low, 0, 4, 1, 5);
-  b = RK_SHUFFLE(ac_low, bd_low, 2, 6, 3, 7);
-  c = RK_SHUFFLE(ac_high, bd_high, 0, 4, 1, 5);
-  d = RK_SHUFFLE(ac_high, bd_high, 2, 6, 3, 7);
-  std::memcpy(to, &a, sizeof a);
-  std::memcpy(to + to_stride, &b, sizeof a);
-  std::memcpy(to + 2 * to_stride, &c, sizeof a);
-  std::memcpy(to + 3 * to_stride, &d, sizeof a);
+RK_MULTIVERSION static void rows_into_tile(const A* from, int64_t stride, int64_t rows, int64_t classes,
+                                           A* __restrict__ to) {
+  transpose_matrix(from, stride, rows, classes, to, kTileRows);
 }
 
-// to[c * to_stride + k] = from[k * from_stride + c]
+// The first lanes of a tile into adjacent rows.
 template <class A>
-RK_HOST_DEVICE void transpose_matrix(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to,
-                                     int64_t to_stride) {
-  if (rows >= 4 && columns >= 4) {
-    // The last block in either direction may overlap the one before it.
-    for (int64_t i = 0; i < rows; i += 4)
-      for (int64_t j = 0; j < columns; j += 4) {
-        const int64_t k = std::min(i, rows - 4), c = std::min(j, columns - 4);
-        transpose_block(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
-      }
-    return;
-  }
-  for (int64_t k = 0; k < rows; ++k)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + k] = from[k * from_stride + c];
+RK_MULTIVERSION static void rows_out_of_tile(const A* from, int64_t rows, int64_t classes, A* __restrict__ to) {
+  transpose_matrix(from, kTileRows, classes, rows, to, classes);
 }
 
-#define RK_TILES(A)                                                                                           \
-  /* Rows of `from`, `stride` elements apart, into the first lanes of a tile. */                              \
-  RK_MULTIVERSION [[maybe_unused]] static void rows_into_tile(const A* from, int64_t stride, int64_t rows,    \
-                                                              int64_t classes, A* __restrict__ to) {          \
-    transpose_matrix(from, stride, rows, classes, to, kTileRows);                                             \
-  }                                                                                                           \
-  /* The first lanes of a tile into adjacent rows. */                                                         \
-  RK_MULTIVERSION [[maybe_unused]] static void rows_out_of_tile(const A* from, int64_t rows, int64_t classes, \
-                                                                A* __restrict__ to) {                         \
-    transpose_matrix(from, kTileRows, classes, rows, to, classes);                                            \
-  }
+// Rows [first, first + rows), `stride` elements apart, into a tile; lanes without a row are zero.
+template <class A>
+void fill_tile(const Input& from, int64_t stride, int64_t columns, int64_t first, int64_t rows, A* to) {
+  if (rows < kTileRows) std::fill_n(to, columns * kTileRows, A(0));
+  if (from.holds<A>()) return rows_into_tile(from.at<A>(first * stride), stride, rows, columns, to);
+  A buffer[kTileClasses * kTileRows];
+  const int64_t at_once = stride == columns ? rows : 1;
+  for (int64_t k = 0; k < rows; k += at_once) from.copy((first + k) * stride, at_once * columns, buffer + k * columns);
+  rows_into_tile(buffer, columns, rows, columns, to);
+}
 
-RK_TILES(float)
-RK_TILES(double)
-#undef RK_TILES
-#undef RK_SHUFFLE
+// A tile into adjacent rows [first, first + rows).
+template <class A>
+void write_tile(const Output& to, int64_t columns, int64_t first, int64_t rows, const A* from) {
+  Buffer<A> buffer;
+  const int64_t at_once = std::min<int64_t>(kTileRows, kPiece / columns);
+  for (int64_t k = 0; k < rows; k += at_once) {
+    const int64_t n = std::min(at_once, rows - k);
+    to.write((first + k) * columns, n * columns, buffer,
+             [&](A* piece) { rows_out_of_tile(from + k, n, columns, piece); });
+  }
+}
 
 }  // namespace rk::cpu

@@ -1,7 +1,9 @@
 // Transposition of small matrices that lie in the cache.
 #pragma once
 
-#include "lane_sums.h"
+#include <algorithm>
+
+#include "lanes.h"
 
 namespace rk::cpu {
 
@@ -10,6 +12,61 @@ namespace rk::cpu {
 #define RK_HAS_SHUFFLES
 #endif
 #endif
+
+// Elements of two vectors of four, counted through both.
+#ifdef RK_HAS_SHUFFLES
+#define RK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RK_SHUFFLE(a, b, i, j, k, l) \
+  Four<A> { a[i], b[j - 4], a[k], b[l - 4] }
+#endif
+
+// Four elements, written out as a vector: GCC finds none in a transposition.
+template <class A>
+struct FourOf {
+  typedef A type __attribute__((vector_size(4 * sizeof(A))));
+};
+template <class A>
+using Four = typename FourOf<A>::type;
+
+// A block of 4 x 4.
+template <class A>
+RK_HOST_DEVICE void transpose_block(const A* from, int64_t from_stride, A* to, int64_t to_stride) {
+  Four<A> a, b, c, d;
+  std::memcpy(&a, from, sizeof a);
+  std::memcpy(&b, from + from_stride, sizeof a);
+  std::memcpy(&c, from + 2 * from_stride, sizeof a);
+  std::memcpy(&d, from + 3 * from_stride, sizeof a);
+  const Four<A> ac_low = RK_SHUFFLE(a, c, 0, 4, 1, 5), ac_high = RK_SHUFFLE(a, c, 2, 6, 3, 7);
+  const Four<A> bd_low = RK_SHUFFLE(b, d, 0, 4, 1, 5), bd_high = RK_SHUFFLE(b, d, 2, 6, 3, 7);
+  a = RK_SHUFFLE(ac_low, bd_low, 0, 4, 1, 5);
+  b = RK_SHUFFLE(ac_low, bd_low, 2, 6, 3, 7);
+  c = RK_SHUFFLE(ac_high, bd_high, 0, 4, 1, 5);
+  d = RK_SHUFFLE(ac_high, bd_high, 2, 6, 3, 7);
+  std::memcpy(to, &a, sizeof a);
+  std::memcpy(to + to_stride, &b, sizeof a);
+  std::memcpy(to + 2 * to_stride, &c, sizeof a);
+  std::memcpy(to + 3 * to_stride, &d, sizeof a);
+}
+
+#undef RK_SHUFFLE
+
+// to[c * to_stride + k] = from[k * from_stride + c], of matrices of few rows or columns.
+template <class A>
+RK_HOST_DEVICE void transpose_matrix(const A* from, int64_t from_stride, int64_t rows, int64_t columns, A* to,
+                                     int64_t to_stride) {
+  if (rows >= 4 && columns >= 4) {
+    // The last block in either direction may overlap the one before it.
+    for (int64_t i = 0; i < rows; i += 4)
+      for (int64_t j = 0; j < columns; j += 4) {
+        const int64_t k = std::min(i, rows - 4), c = std::min(j, columns - 4);
+        transpose_block(from + k * from_stride + c, from_stride, to + c * to_stride + k, to_stride);
+      }
+    return;
+  }
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + k] = from[k * from_stride + c];
+}
 
 #ifdef RK_HAS_SHUFFLES
 
@@ -46,13 +103,13 @@ RK_HOST_DEVICE void transpose_lanes(Lanes<double> (&r)[4]) {
 
 #endif
 
-// to[j][i] = from[i][j] for i < rows, j < cols
+// The same, a register's lanes at a time, of larger ones.
 template <class A>
-RK_HOST_DEVICE void transpose_of(const A* __restrict__ from, std::int64_t stride, A* __restrict__ to,
-                                 std::int64_t to_stride, std::int64_t rows, std::int64_t cols) {
+RK_MULTIVERSION static void transpose(const A* __restrict__ from, std::int64_t stride, A* __restrict__ to,
+                                      std::int64_t to_stride, std::int64_t rows, std::int64_t cols) {
   std::int64_t whole_rows = 0, whole_cols = 0;
 #ifdef RK_HAS_SHUFFLES
-  constexpr int L = LanesOf<A>::kCount;
+  constexpr int L = kLanes<A>;
   whole_rows = rows / L * L;
   whole_cols = cols / L * L;
   for (std::int64_t i = 0; i < whole_rows; i += L)
@@ -66,14 +123,5 @@ RK_HOST_DEVICE void transpose_of(const A* __restrict__ from, std::int64_t stride
   for (std::int64_t i = 0; i < rows; ++i)
     for (std::int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) to[j * to_stride + i] = from[i * stride + j];
 }
-
-#define RK_TRANSPOSE(A)                                                                                          \
-  [[maybe_unused]] RK_MULTIVERSION static void transpose(                                                        \
-      const A* from, std::int64_t stride, A* to, std::int64_t to_stride, std::int64_t rows, std::int64_t cols) { \
-    transpose_of<A>(from, stride, to, to_stride, rows, cols);                                                    \
-  }
-RK_TRANSPOSE(float)
-RK_TRANSPOSE(double)
-#undef RK_TRANSPOSE
 
 }  // namespace rk::cpu

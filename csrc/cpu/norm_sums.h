@@ -1,69 +1,14 @@
-// The sums that normalisations share.
+// The sums that LayerNorm and GroupNorm share: along rows, and down columns.
 #pragma once
 
-#include "half.h"
-#include "simd.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "lanes.h"
 
 namespace rk::cpu {
-
-// An AVX2 register.  Written out, because gcc unrolls a loop over lanes with several sums in it and then finds no vectors
-// in what is left.
-template <class A>
-struct LanesOf {
-  typedef A type __attribute__((vector_size(32)));
-  static constexpr int kCount = 32 / sizeof(A);
-};
-template <class A>
-using Lanes = typename LanesOf<A>::type;
-
-template <class A>
-RK_HOST_DEVICE void load_lanes(Lanes<A>& to, const A* from) {
-  std::memcpy(&to, from, sizeof to);
-}
-
-// The first n < kCount lanes, zeros behind them.
-template <class S>
-RK_HOST_DEVICE void load_lanes(Lanes<accumulation_t<S>>& to, const S* from, std::int64_t n) {
-  accumulation_t<S> padded[LanesOf<accumulation_t<S>>::kCount] = {};
-  for (std::int64_t k = 0; k < n; ++k) padded[k] = load(from[k]);
-  std::memcpy(&to, padded, sizeof to);
-}
-
-// Two registers of adjacent elements.  Those of BFloat16 lie in them as in memory two by two: all first ones, all second
-// ones, so that nothing is shuffled between a register of 16-bit numbers and two of floats.
-template <class A>
-RK_HOST_DEVICE void load_two(Lanes<A>& first, Lanes<A>& second, const A* from) {
-  load_lanes<A>(first, from);
-  load_lanes<A>(second, from + LanesOf<A>::kCount);
-}
-typedef std::uint32_t Words __attribute__((vector_size(32)));
-RK_HOST_DEVICE void load_two(Lanes<float>& first, Lanes<float>& second, const BFloat16* from) {
-  Words pairs;
-  std::memcpy(&pairs, from, sizeof pairs);
-  const Words low = pairs << 16, high = pairs & 0xffff0000u;
-  std::memcpy(&first, &low, sizeof low);
-  std::memcpy(&second, &high, sizeof high);
-}
-RK_HOST_DEVICE void round_to_bfloat16(Words& upper_halves, const Lanes<float>& v) {  // to nearest, ties to even
-  Words bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u), nan = bits | 0x400000u;
-  upper_halves = v == v ? rounded : nan;
-}
-RK_HOST_DEVICE void store_two(BFloat16* to, const Lanes<float>& first, const Lanes<float>& second) {
-  Words low, high;
-  round_to_bfloat16(low, first);
-  round_to_bfloat16(high, second);
-  const Words pairs = (low >> 16) | (high & 0xffff0000u);
-  std::memcpy(to, &pairs, sizeof pairs);
-}
-
-template <class A>
-RK_HOST_DEVICE A sum_of_lanes(const Lanes<A>& lanes) {
-  A sum = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-  if constexpr (LanesOf<A>::kCount == 8) sum += (lanes[4] + lanes[6]) + (lanes[5] + lanes[7]);
-  return sum;
-}
 
 // Sums of h, h xh, and of u, u xh, u h, in lanes: h = w g, xh = (x - mean) r.
 template <class A>
@@ -112,7 +57,7 @@ struct NormRow {
 // totals += the first two sums of n elements and, if kSecond, the others.  The order of additions depends on n alone.
 template <bool kSecond, bool kWeighted, class A>
 RK_HOST_DEVICE void norm_sums(const NormRow<kSecond, kWeighted, A>& row, std::int64_t n, double* totals) {
-  constexpr int L = LanesOf<A>::kCount;
+  constexpr int L = kLanes<A>;
   NormLanes<A> even, odd;  // two of each sum hide the latency of an addition
   std::int64_t j = 0;
   for (; j + 2 * L <= n; j += 2 * L) {
@@ -125,12 +70,12 @@ RK_HOST_DEVICE void norm_sums(const NormRow<kSecond, kWeighted, A>& row, std::in
   }
   if (j < n) row.add_to(odd, j, n - j);
   even.add(odd);
-  totals[0] += double(sum_of_lanes<A>(even.h));
-  totals[1] += double(sum_of_lanes<A>(even.hx));
+  totals[0] += double(horizontal_sum<A>(even.h));
+  totals[1] += double(horizontal_sum<A>(even.hx));
   if constexpr (kSecond) {
-    totals[2] += double(sum_of_lanes<A>(even.u));
-    totals[3] += double(sum_of_lanes<A>(even.ux));
-    totals[4] += double(sum_of_lanes<A>(even.uh));
+    totals[2] += double(horizontal_sum<A>(even.u));
+    totals[3] += double(horizontal_sum<A>(even.ux));
+    totals[4] += double(horizontal_sum<A>(even.uh));
   }
 }
 
@@ -138,7 +83,7 @@ RK_HOST_DEVICE void norm_sums(const NormRow<kSecond, kWeighted, A>& row, std::in
 template <bool kSecond, class A>
 RK_HOST_DEVICE void column_sums(std::int64_t rows, std::int64_t n, std::int64_t stride, const A* x, const A* g,
                                 const A* u, const A* mean, const A* r, A* totals) {
-  constexpr int L = LanesOf<A>::kCount;
+  constexpr int L = kLanes<A>;
   std::int64_t j = 0;
   for (; j + L <= n; j += L) {
     NormLanes<A> sums;
@@ -183,13 +128,24 @@ RK_HOST_DEVICE void column_sums(std::int64_t rows, std::int64_t n, std::int64_t 
     }
 }
 
-RK_MULTIVERSION [[maybe_unused]] static void add_in_double(double* __restrict__ totals, const float* from,
-                                                           std::int64_t n) {
+template <class A>
+RK_MULTIVERSION static void add_in_double(double* __restrict__ totals, const A* from, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) totals[j] += double(from[j]);
 }
-RK_MULTIVERSION [[maybe_unused]] static void add_in_double(double* __restrict__ totals, const double* from,
-                                                           std::int64_t n) {
-  for (std::int64_t j = 0; j < n; ++j) totals[j] += from[j];
+
+// out[j] = sum over rows of from[., j], in order and in double
+template <class A>
+void add_rows_in_double(std::int64_t rows, std::int64_t columns, const A* from, A* out) {
+  constexpr std::int64_t strip = 256;  // columns
+  const std::int64_t units = (columns + strip - 1) / strip;
+  torch::stable::parallel_for(0, units, rows_per_thread(rows * strip), [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const std::int64_t begin = unit * strip, n = std::min(columns - begin, strip);
+      double totals[strip] = {};
+      for (std::int64_t i = 0; i < rows; ++i) add_in_double(totals, from + i * columns + begin, n);
+      for (std::int64_t j = 0; j < n; ++j) out[begin + j] = A(totals[j]);
+    }
+  });
 }
 
 }  // namespace rk::cpu

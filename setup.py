@@ -49,6 +49,7 @@ CXX_FLAGS = [
     "-Wextra",
     "-Wno-psabi",  # vectors are passed between functions that are inlined only
     "-fvisibility=hidden",
+    *(f"-isystem{path}" for path in (cpp_extension.include_paths() if torch else [])),  # whose warnings are not ours
     *VALUE_SAFE,
     *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"]),
 ]
@@ -128,8 +129,7 @@ def extensions() -> list[Extension]:
         sources("aten/**/*.cpp"),
         include_dirs=[pybind11.get_include()],
         define_macros=BUILT_WITH,
-        # PyTorch's headers warn under -Wextra.
-        extra_compile_args={"cxx": [flag for flag in CXX_FLAGS if flag != "-Wextra"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS]},
     )
     return [extension for extension in (cpu, aten, cuda_extension()) if extension]
 
@@ -179,6 +179,11 @@ if torch:
             return shutil.copy2(header, compiled.removesuffix(".gch"))
 
     with_pytorch = WithPyTorch.with_options(no_python_abi_suffix=False)
-    setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": with_pytorch})
+    setup(
+        version=VERSION,
+        ext_modules=extensions(),
+        cmdclass={"build_ext": with_pytorch},
+        options={"build_ext": {"build_temp": "build/temp"}},  # also of pip install -e, so that it compiles what changed
+    )
 else:
     setup(version=VERSION, ext_modules=[Extension("robustkern._C", [])], cmdclass={"build_ext": WithoutPyTorch})

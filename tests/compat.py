@@ -54,7 +54,7 @@ def flags(extension: Extension, include: Path) -> list[str]:
 
     own = [folder for folder in extension.include_dirs if not folder.startswith(os.path.dirname(torch.__file__))]
     folders = [*own, str(include), str(include / "torch/csrc/api/include"), sysconfig.get_path("include")]
-    kept = [flag for flag in extension.extra_compile_args["cxx"] if not flag.startswith(("-O", "-g"))]
+    kept = [flag for flag in extension.extra_compile_args["cxx"] if not flag.startswith(("-O", "-g", "-isystem"))]
     return [*kept, *defines(extension), *(flag for folder in folders for flag in ("-isystem", folder))]
 
 

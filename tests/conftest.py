@@ -60,16 +60,16 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--few", type=int, metavar="N", help="of tests on kernels, at most N cases for each operator")
+    parser.addoption("--few", type=int, metavar="N", help="at most N cases of each test for each operator")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out slow tests unless -m asks about them, and with --few most cases of those that run on a device."""
+    """Leaves out slow tests unless -m asks about them, and with --few most cases of each test."""
     chosen = items if "slow" in config.option.markexpr else [i for i in items if not i.get_closest_marker("slow")]
     if config.option.few:
-        alike = defaultdict(list)  # by device and operator, with which the names of cases begin
+        alike = defaultdict(list)  # by what the names of cases begin with, which is the operator
         for item in chosen:
-            alike[re.sub(r"(\[(cpu|cuda)-\w+).*", r"\1", item.nodeid)].append(item)
+            alike[re.sub(r"(\[(cpu-|cuda-)?\w*).*", r"\1", item.nodeid)].append(item)
         kept = {item for cases in alike.values() for item in cases[:: -(-len(cases) // config.option.few)]}
         chosen = [item for item in chosen if item in kept]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])

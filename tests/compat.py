@@ -9,6 +9,7 @@ Usage: compat.py [VERSION ...]; by default all of VERSIONS.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,8 +25,7 @@ from described import ROOT, defines, extensions
 
 VERSIONS = ("2.10.0", "2.12.1", "2.14.1", "2.15.0")  # README names them
 CACHE = ROOT / "build" / "compat"
-# Read once for all files of _aten, which take three times as long each without.
-PRECOMPILED = ("ATen/ATen.h", "torch/csrc/autograd/custom_function.h", "torch/csrc/utils/pybind.h", "torch/library.h")
+PRECOMPILED = ROOT / "csrc" / "aten" / "precompiled.h"  # read once for all files of _aten
 
 
 def headers(version: str) -> Path:
@@ -54,18 +54,17 @@ def flags(extension: Extension, include: Path) -> list[str]:
 
     own = [folder for folder in extension.include_dirs if not folder.startswith(os.path.dirname(torch.__file__))]
     folders = [*own, str(include), str(include / "torch/csrc/api/include"), sysconfig.get_path("include")]
-    kept = [flag for flag in extension.extra_compile_args["cxx"] if not flag.startswith(("-O", "-g"))]
+    kept = [flag for flag in extension.extra_compile_args["cxx"] if not flag.startswith(("-O", "-g", "-isystem"))]
     return [*kept, *defines(extension), *(flag for folder in folders for flag in ("-isystem", folder))]
 
 
 def precompile(compiler: str, extension: Extension, include: Path) -> list[str]:
     """The flags under which a file of the extension finds PyTorch's headers read already."""
-    header = include.parent / "precompiled.h"
-    header.write_text("".join(f"#include <{name}>\n" for name in PRECOMPILED))
+    header = shutil.copy(PRECOMPILED, include.parent)
     common = flags(extension, include)
-    command = [compiler, *common, "-x", "c++-header", str(header), "-o", f"{header}.gch"]
+    command = [compiler, *common, "-x", "c++-header", header, "-o", f"{header}.gch"]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return [*common, "-include", str(header)]
+    return [*common, "-include", header]
 
 
 def complaints(version: str) -> list[str]:
@@ -78,7 +77,7 @@ def complaints(version: str) -> list[str]:
         commands += [[compiler, "-fsyntax-only", *shared, source] for source in extension.sources]
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands))
-    (include.parent / "precompiled.h.gch").unlink()  # half a gigabyte
+    (include.parent / f"{PRECOMPILED.name}.gch").unlink()  # half a gigabyte
     return [result.stderr for result in done if result.returncode]
 
 

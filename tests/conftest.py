@@ -8,8 +8,9 @@ tests/cuda_emulator/build.py, puts the emulated CUDA kernels in place of the CPU
 import importlib.util
 import os
 import random
+import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 
 import hypothesis
 import pytest
@@ -58,14 +59,21 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("device", devices)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--few", type=int, metavar="N", help="at most N cases of each test for each operator")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves slow tests out unless -m asks about them."""
-    if "slow" in config.option.markexpr:
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+    """Leaves out slow tests unless -m asks about them, and with --few most cases of each test."""
+    chosen = items if "slow" in config.option.markexpr else [i for i in items if not i.get_closest_marker("slow")]
+    if config.option.few:
+        alike = defaultdict(list)  # by what the names of cases begin with, which is the operator
+        for item in chosen:
+            alike[re.sub(r"(\[(cpu-|cuda-)?\w*).*", r"\1", item.nodeid)].append(item)
+        kept = {item for cases in alike.values() for item in cases[:: -(-len(cases) // config.option.few)]}
+        chosen = [item for item in chosen if item in kept]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 def pytest_runtest_setup(item):
@@ -103,10 +111,11 @@ def not_emulated() -> None:
 
 @pytest.fixture(autouse=True)
 def reproducible():
-    """The same random numbers for every test, whatever ran before; no compiled code left behind."""
+    """The same random numbers for every test, whatever ran before; nothing installed or compiled left behind."""
     random.seed(0)
     torch.manual_seed(0)
     yield
+    robustkern.uninstall()
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters:
         dynamo.reset()

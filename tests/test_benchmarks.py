@@ -209,31 +209,20 @@ def test_peak_memory_counts_what_is_held_at_once(monkeypatch):
 
 def test_a_row_of_the_results_table(tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import robustness
+
     out = tmp_path / "robustness.json"
-    options = [
-        "--data",
-        "digits",
-        "--samples",
-        "8",
-        "--attacks",
-        "pgd",
-        "--epochs",
-        "1",
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    program = ["-m", "benchmarks.robustness", *options, "--out", str(out), "--method", "standard"]
-    python(*program)
+    options = ["--data", "digits", "--samples", "8", "--attacks", "pgd", "--epochs", "1", "--method", "standard"]
+    options += ["--runs", str(tmp_path / "runs"), "--out", str(out)]
+    robustness.main(options)
     written = json.loads(out.read_text())["rows"]
     assert [(row["data"], row["method"], row["seed"]) for row in written] == [("digits", "standard", 0)]
-    python(*program)  # everything is there: nothing changes
+    robustness.main(options)  # everything is there: nothing changes
     assert json.loads(out.read_text())["rows"] == written
     other = copy.deepcopy(written[0])
     other["seed"], other["accuracies"]["clean"]["accuracy"] = 1, 0.5
     written.append(other)
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import robustness
-
     text = robustness.document(written)
     mean = 50 * sum(row["accuracies"]["clean"]["accuracy"] for row in written)
     assert f"| standard | 2 | {mean:.1f} ± " in text

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ from robustkern.double_backward import replaced_operators
 from tests.cases import assert_same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    rk.uninstall()
-    yield
-    rk.uninstall()
 
 
 def network(layout: torch.memory_format = torch.contiguous_format) -> nn.Module:

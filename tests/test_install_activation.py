@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,6 @@ from robustkern import _library
 from tests.installed.activation import FUNCTIONS
 
 pytestmark = pytest.mark.skipif(not _library.aten_extension(), reason="needs robustkern._aten")
-
-
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    """Every test starts and ends with PyTorch as it is."""
-    robustkern.uninstall()
-    yield
-    robustkern.uninstall()
 
 
 class Calls(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,13 +17,6 @@ from robustkern.testing import assert_as_accurate_as_reference, cast
 
 ENTRY = DOUBLE_BACKWARDS["attention_double_backward"]
 BACKWARDS = ("flash_attention", "efficient_attention", "cudnn_attention")
-
-
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    rk.uninstall()
-    yield
-    rk.uninstall()
 
 
 def blocked(*arguments: Any) -> tuple[Tensor, ...]:

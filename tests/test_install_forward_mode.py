@@ -4,7 +4,7 @@ above a graph that exists already, compiled autograd.  Installed agrees with PyT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,13 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import robustkern as rk
-
-
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    rk.uninstall()
-    yield
-    rk.uninstall()
 
 
 def _parameter(size: int) -> Tensor:

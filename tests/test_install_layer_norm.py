@@ -13,13 +13,6 @@ from torch import Tensor
 import robustkern as rk
 
 
-@pytest.fixture(autouse=True)
-def uninstalled():
-    rk.uninstall()
-    yield
-    rk.uninstall()
-
-
 def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return (
         torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).requires_grad_()

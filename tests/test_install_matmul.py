@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import pytest
@@ -18,13 +18,6 @@ from robustkern.testing import assert_as_accurate_as_reference
 pytestmark = pytest.mark.skipif(
     "aten::mm" not in replaced_operators("cpu"), reason="this CPU's BLAS is not slower than oneDNN"
 )
-
-
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    robustkern.uninstall()
-    yield
-    robustkern.uninstall()
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

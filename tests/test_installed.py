@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,14 +26,6 @@ CASES = [
 over_cases = pytest.mark.parametrize(
     "case", [case for _, case in CASES], ids=[f"{m}-{c.name}".replace(" ", "_") for m, c in CASES]
 )
-
-
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    """Each test says itself when it installs."""
-    rk.uninstall()
-    yield
-    rk.uninstall()
 
 
 def fresh(case: Case, device: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:

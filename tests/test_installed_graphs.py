@@ -24,13 +24,6 @@ from tests.test_installed import assert_close, fresh, normal_like, over_cases
 SWITCH: dict[bool, Callable[[], None]] = {True: rk.install, False: rk.uninstall}
 
 
-@pytest.fixture(autouse=True)
-def uninstalled() -> Iterator[None]:
-    rk.uninstall()
-    yield
-    rk.uninstall()
-
-
 def attempt(function: Callable[[], Any]) -> Any:
     """The result, or the exception."""
     try:

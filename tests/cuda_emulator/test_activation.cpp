@@ -11,12 +11,7 @@ namespace {
 
 using rk::Activation;
 using rk::cuda::ActivationCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_nan;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 constexpr Activation functions[] = {
     Activation::kGelu, Activation::kGeluTanh,  Activation::kSilu,      Activation::kMish, Activation::kSoftplus,
@@ -96,12 +91,12 @@ struct Problem {
   }
 
   std::string text(const char* what, std::int64_t j) const {
-    return std::string(what) + " " + std::to_string(j) + " of " + std::to_string(n) + " of function " +
-           std::to_string(static_cast<int>(function)) + " as " + std::to_string(sizeof(S)) + " bytes";
+    return std::string(what) + " " + std::to_string(j) + " of function " + std::to_string(static_cast<int>(function)) +
+           ", " + shape_of<S>({n});
   }
 
   void check_element(std::int64_t j, bool need_grad, bool need_x) const {
-    const double loose = 60 * testing::epsilon<A>(), store = testing::epsilon<S>();
+    const double loose = 60 * epsilon<A>(), store = epsilon<S>();
     const double u = to_double(gg_x[j]), g = to_double(grad[j]);
     const Truth want = truth(function, to_double(x[j]));
     if (need_grad) {
@@ -118,19 +113,19 @@ struct Problem {
 };
 
 template <class S>
-void test_function(const testing::Options& options, Draw& draw, Activation function, int elements) {
+void test_function(const Options& options, Draw& draw, Activation function, int elements) {
   Problem<S> t(draw, function, elements);
   const int needed = draw(0, 4);
   const bool need_grad = needed != 0, need_x = needed != 1;
   const auto call = [&] {
     return rk::cuda::launch_activation_double_backward(function, t.call(need_grad, need_x), nullptr);
   };
-  testing::run_in_all_orders(options, t.text("output", 0), call, t.gg_grad, t.grad_x);
+  run_in_all_orders(options, t.text("output", 0), call, t.gg_grad, t.grad_x);
   for (std::int64_t j = 0; j < t.n; ++j) t.check_element(j, need_grad, need_x);
 }
 
 // Several cotangents of one x: the elements of each, and of grad_x their sum.
-void test_several(const testing::Options& options, Draw& draw, std::int64_t count) {
+void test_several(const Options& options, Draw& draw, std::int64_t count) {
   Problem<float> t(draw, Activation::kGelu, draw(1, 3000));
   Buffer<float> u(count * t.n, draw(0, 8)), g(count * t.n, draw(0, 8)), gg_grad(count * t.n, draw(0, 8));
   u.fill_normal(draw.random);
@@ -141,7 +136,7 @@ void test_several(const testing::Options& options, Draw& draw, std::int64_t coun
   c.grad = g.data();
   c.gg_grad = gg_grad.data();
   const auto call = [&] { return rk::cuda::launch_activation_double_backward(Activation::kGelu, c, nullptr); };
-  testing::run_in_all_orders(options, t.text("cotangents", count), call, gg_grad, t.grad_x);
+  run_in_all_orders(options, t.text("cotangents", count), call, gg_grad, t.grad_x);
   for (std::int64_t j = 0; j < t.n; ++j) {
     const Truth want = truth(Activation::kGelu, t.x[j]);
     double sum = 0.0, room = 1e-6;
@@ -191,10 +186,10 @@ void test_small_grid(Draw& draw) {
 // The last of so many elements that their index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 1500000, cols = 2048;  // of one block each
-  testing::LastRowOnly<__half> x(rows, cols), u(rows, cols), g(rows, cols), gg_grad(rows, cols), grad_x(rows, cols);
-  std::fill_n(x.last_row(), cols, testing::from_double<__half>(0.5));
-  std::fill_n(u.last_row(), cols, testing::from_double<__half>(2.0));
-  std::fill_n(g.last_row(), cols, testing::from_double<__half>(3.0));
+  LastRowOnly<__half> x(rows, cols), u(rows, cols), g(rows, cols), gg_grad(rows, cols), grad_x(rows, cols);
+  std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
+  std::fill_n(u.last_row(), cols, from_double<__half>(2.0));
+  std::fill_n(g.last_row(), cols, from_double<__half>(3.0));
   ActivationCall<__half> c{};
   c.elements = rows * cols;
   c.gg_x = u.data();
@@ -202,17 +197,16 @@ void test_huge() {
   c.x = x.data();
   c.gg_grad = gg_grad.data();
   c.grad_x = grad_x.data();
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_activation_double_backward(Activation::kTanh, c, nullptr));
   expect_close(to_double(gg_grad.last_row()[cols - 1]), 1.5, 1e-3, "gg_grad of the last element");
   expect_close(to_double(grad_x.last_row()[cols - 1]), -6.0, 1e-3, "grad_x of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     const Activation function = functions[round % std::size(functions)];
@@ -225,5 +219,5 @@ int main(int argc, char** argv) {
   test_extremes(draw);
   test_small_grid(draw);
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

@@ -9,11 +9,7 @@ namespace {
 
 using rk::Ball;
 using rk::cuda::AttackStartCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 template <class S>
 struct Problem {
@@ -35,7 +31,7 @@ struct Problem {
         eps(1),
         seed(1),
         samples(rows) {
-    std::fill_n(x.data(), rows * columns, testing::from_double<S>(0.5));
+    std::fill_n(x.data(), rows * columns, from_double<S>(0.5));
     eps[0] = A(radius);
     seed[0] = draw(0, 1 << 30);
     for (std::int64_t i = 0; i < rows; ++i) samples[i] = 3 * i;
@@ -64,15 +60,14 @@ struct Problem {
   }
 
   std::string text() const {
-    return "a start of ball " + std::to_string(static_cast<int>(ball)) + ", " + std::to_string(rows) + " x " +
-           std::to_string(columns) + " of " + std::to_string(sizeof(S)) + " bytes";
+    return "a start of ball " + std::to_string(static_cast<int>(ball)) + ", " + shape_of<S>({rows, columns});
   }
 };
 
 template <class S>
-void test_ball(const testing::Options& options, Draw& draw, Ball ball, int rows, int columns) {
+void test_ball(const Options& options, Draw& draw, Ball ball, int rows, int columns) {
   Problem<S> t(draw, ball, rows, columns, 0.25);
-  testing::run_in_all_orders(options, t.text(), [&] { return t.run(); }, t.adversary);
+  run_in_all_orders(options, t.text(), [&] { return t.run(); }, t.adversary);
   for (std::int64_t row = 0; row < rows; ++row) {
     const double d = t.distance(row);
     expect_close(d, std::clamp(d, 0.0, 0.25 + 1e-6), 0.0, t.text());
@@ -101,7 +96,7 @@ void test_law(Draw& draw, Ball ball) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round)
     for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
@@ -112,5 +107,5 @@ int main(int argc, char** argv) {
     }
   if (options.rounds >= 10)
     for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) test_law(draw, ball);
-  return testing::finish();
+  return finish();
 }

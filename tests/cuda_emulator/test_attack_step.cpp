@@ -11,11 +11,7 @@ namespace {
 
 using rk::Ball;
 using rk::cuda::AttackStepCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 template <class S>
 struct Problem {
@@ -44,8 +40,8 @@ struct Problem {
     std::uniform_real_distribution<double> uniform(-0.2, 1.2);
     const auto pixel = [&] { return std::clamp(uniform(draw.random), 0.0, 1.0); };
     for (std::int64_t j = 0; j < rows * columns; ++j) {
-      x[j] = testing::from_double<S>(pixel());
-      start[j] = testing::from_double<S>(std::clamp(0.7 * to_double(x[j]) + 0.3 * pixel(), 0.0, 1.0));
+      x[j] = from_double<S>(pixel());
+      start[j] = from_double<S>(std::clamp(0.7 * to_double(x[j]) + 0.3 * pixel(), 0.0, 1.0));
     }
     grad.fill_normal(draw.random);
     const double size = std::sqrt(double(columns)) * draw.one_of({0.01, 0.1, 10.0});
@@ -132,7 +128,7 @@ struct Problem {
   }
 
   void check() const {
-    const double tolerance = 1e-5 + testing::epsilon<S>();
+    const double tolerance = 1e-5 + epsilon<S>();
     for (std::int64_t row = 0; row < rows; ++row) {
       const std::vector<double> want = truth(row);
       for (std::int64_t j = 0; j < columns; ++j)
@@ -141,15 +137,14 @@ struct Problem {
   }
 
   std::string text() const {
-    return "a pixel of ball " + std::to_string(static_cast<int>(ball)) + ", " + std::to_string(rows) + " x " +
-           std::to_string(columns) + " of " + std::to_string(sizeof(S)) + " bytes";
+    return "a pixel of ball " + std::to_string(static_cast<int>(ball)) + ", " + shape_of<S>({rows, columns});
   }
 };
 
 template <class S>
-void test_ball(const testing::Options& options, Draw& draw, Ball ball, int rows, int inner) {
+void test_ball(const Options& options, Draw& draw, Ball ball, int rows, int inner) {
   Problem<S> t(draw, ball, rows, inner);
-  testing::run_in_all_orders(options, t.text(), [&] { return t.run(); }, t.adversary);
+  run_in_all_orders(options, t.text(), [&] { return t.run(); }, t.adversary);
   t.check();
 }
 
@@ -172,10 +167,10 @@ void test_invalid(Draw& draw) {
 // The last of so many elements that their index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 1500000, columns = 2048;  // of one block each
-  testing::LastRowOnly<__half> adversary(rows, columns), x(rows, columns), grad(rows, columns);
-  std::fill_n(x.last_row(), columns, testing::from_double<__half>(0.5));
-  std::fill_n(adversary.last_row(), columns, testing::from_double<__half>(0.5));
-  std::fill_n(grad.last_row(), columns, testing::from_double<__half>(1.0));
+  LastRowOnly<__half> adversary(rows, columns), x(rows, columns), grad(rows, columns);
+  std::fill_n(x.last_row(), columns, from_double<__half>(0.5));
+  std::fill_n(adversary.last_row(), columns, from_double<__half>(0.5));
+  std::fill_n(grad.last_row(), columns, from_double<__half>(1.0));
   Buffer<float> number(1);
   number[0] = 0.25f;
   AttackStepCall<__half> c{};
@@ -187,21 +182,20 @@ void test_huge() {
   c.eps = c.step = {number.data(), 1, 1};
   c.coordinates = columns;
   for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
-    std::fill_n(adversary.last_row(), columns, testing::from_double<__half>(0.5));
-    cuda_emulator::configuration().first_block = rows - 1;
+    std::fill_n(adversary.last_row(), columns, from_double<__half>(0.5));
+    const FirstBlock first(rows - 1);
     expect_success(rk::cuda::launch_attack_step(ball, c, nullptr));
     const double moved = ball == Ball::kLinf ? 0.25
                          : ball == Ball::kL2 ? 0.25 / std::sqrt(double(columns))
                                              : 0.25 / columns;
     expect_close(to_double(adversary.last_row()[columns - 1]), 0.5 + moved, 1e-3, "the last pixel");
   }
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round)
     for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
@@ -212,5 +206,5 @@ int main(int argc, char** argv) {
     }
   test_invalid(draw);
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

@@ -10,10 +10,7 @@
 namespace {
 
 using rk::cuda::BatchNormCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::to_double;
+using namespace testing;
 
 template <class S>
 struct Problem {
@@ -92,14 +89,14 @@ struct Problem {
 };
 
 template <class S>
-void test_shape(const testing::Options& options, Draw& draw, std::int64_t n, std::int64_t c, std::int64_t s) {
+void test_shape(const Options& options, Draw& draw, std::int64_t n, std::int64_t c, std::int64_t s) {
   using A = rk::cuda::accumulation_t<S>;
   Problem<S> t(draw, n, c, s, draw(0, 1) ? 1 : draw(2, 4));
   const std::string shape = std::to_string(t.cotangents) + " cotangents of [" + std::to_string(n) + "," +
                             std::to_string(c) + "," + std::to_string(s) + "] ";
-  testing::run_in_all_orders(
+  run_in_all_orders(
       options, shape, [&] { return rk::cuda::launch_batch_norm(t.call(), nullptr); }, t.grad, t.grad_x, t.grad_weight);
-  const double count = static_cast<double>(n * s), loose = 100 * testing::epsilon<A>();
+  const double count = static_cast<double>(n * s), loose = 100 * epsilon<A>();
   for (std::int64_t k = 0; k < c; ++k) {
     const double m = t.mean[k], r = t.invstd[k], w = t.weight[k], a = t.has_a ? t.a[k] : 0, b = t.has_a ? t.b[k] : 0;
     const double size = (1 + std::fabs(w) + std::fabs(a) + std::fabs(b)) * (1 + r) * (1 + r) * 10;
@@ -126,7 +123,7 @@ void test_shape(const testing::Options& options, Draw& draw, std::int64_t n, std
         const double grad = w * r * pu + a * xh + b;
         second[i] += (t.training ? -(w * r * r / count) * (kk * xh + sgx * pu + sux * pg) : 0.0) + a * r * pg;
         if (t.writes_grad)
-          expect_close(to_double(t.grad[offset + i]), grad, testing::epsilon<S>() * std::fabs(grad) + loose * size,
+          expect_close(to_double(t.grad[offset + i]), grad, epsilon<S>() * std::fabs(grad) + loose * size,
                        shape + "grad");
       });
     }
@@ -134,8 +131,7 @@ void test_shape(const testing::Options& options, Draw& draw, std::int64_t n, std
     t.for_channel(k, [&](std::int64_t i) {
       if (t.writes_x)
         expect_close(to_double(t.grad_x[i]), second[i],
-                     testing::epsilon<S>() * std::fabs(second[i]) + loose * size * double(t.cotangents),
-                     shape + "grad_x");
+                     epsilon<S>() * std::fabs(second[i]) + loose * size * double(t.cotangents), shape + "grad_x");
     });
   }
 }
@@ -143,7 +139,7 @@ void test_shape(const testing::Options& options, Draw& draw, std::int64_t n, std
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     test_shape<float>(options, draw, draw(1, 9), draw(1, 5), draw(2, 40));
@@ -153,5 +149,5 @@ int main(int argc, char** argv) {
   }
   test_shape<float>(options, draw, 600, 5, 1);
   test_shape<float>(options, draw, 3, 2, 900);
-  return testing::finish();
+  return finish();
 }

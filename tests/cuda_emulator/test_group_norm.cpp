@@ -10,11 +10,7 @@
 namespace {
 
 using rk::cuda::GroupNormCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 // What the kernels are given, and what they leave.
 template <class S>
@@ -96,8 +92,7 @@ struct Problem {
   }
 
   std::string text() const {
-    return "[" + std::to_string(samples) + "," + std::to_string(channels) + "," + std::to_string(positions) + "] in " +
-           std::to_string(groups) + " groups as " + std::to_string(sizeof(S)) + " bytes" +
+    return shape_of<S>({samples, channels, positions}) + " in " + std::to_string(groups) + " groups" +
            (innermost ? ", channels innermost" : "") + (weighted ? ", weighted" : "") +
            (affine ? ", every cotangent" : "");
   }
@@ -119,10 +114,8 @@ std::vector<double> project(std::vector<double> v, const std::vector<double>& xh
 template <class S>
 void expect_near(const Buffer<S>& actual, std::int64_t i, double expected, double scale, const std::string& what) {
   using A = rk::cuda::accumulation_t<S>;
-  expect_close(
-      to_double(actual[i]), expected,
-      300 * testing::epsilon<A>() * scale + testing::epsilon<S>() * std::fabs(expected) + (sizeof(S) == 2 ? 1e-7 : 0.0),
-      what);
+  expect_close(to_double(actual[i]), expected,
+               300 * epsilon<A>() * scale + epsilon<S>() * std::fabs(expected) + (sizeof(S) == 2 ? 1e-7 : 0.0), what);
 }
 
 // Compares the outputs of the first or second derivative.
@@ -171,14 +164,14 @@ void compare(const Problem<S>& t, bool second) {
 }
 
 template <class S>
-void test_problem(const testing::Options& options, Problem<S>&& t) {
-  testing::run_in_all_orders(
+void test_problem(const Options& options, Problem<S>&& t) {
+  run_in_all_orders(
       options, t.text(), [&] { return rk::cuda::launch_group_norm(t.innermost, t.call(false), nullptr); }, t.grad_x,
       t.grad_weight, t.grad_bias);
   compare(t, false);
   t.grad_x.fill_with_nan();
   t.grad_weight.fill_with_nan();
-  testing::run_in_all_orders(
+  run_in_all_orders(
       options, t.text(), [&] { return rk::cuda::launch_group_norm(t.innermost, t.call(true), nullptr); }, t.gg_grad,
       t.grad_x, t.grad_weight);
   compare(t, true);
@@ -199,11 +192,11 @@ void test_small_grid(Draw& draw, bool innermost) {
 // The last of so many samples that its elements' flat index passes 2^31; the others do not exist.
 void test_huge(bool innermost) {
   constexpr std::int64_t samples = 140000, channels = 4, positions = 4096;
-  testing::LastRowOnly<__half> x(samples, channels * positions), g(samples, channels * positions),
+  LastRowOnly<__half> x(samples, channels * positions), g(samples, channels * positions),
       grad_x(samples, channels * positions);
   for (std::int64_t i = 0; i < channels * positions; ++i) {
-    x.last_row()[i] = testing::from_double<__half>(i / 4 % 2 ? 1.0 : -1.0);
-    g.last_row()[i] = testing::from_double<__half>(i / 8 % 2 ? 1.0 : -1.0);
+    x.last_row()[i] = from_double<__half>(i / 4 % 2 ? 1.0 : -1.0);
+    g.last_row()[i] = from_double<__half>(i / 8 % 2 ? 1.0 : -1.0);
   }
   GroupNormCall<__half> c{};
   c.samples = samples;
@@ -218,16 +211,15 @@ void test_huge(bool innermost) {
   c.rstd = rstd.data();
   c.grad_x = grad_x.data();
   c.sums = sums.data();
-  cuda_emulator::configuration().first_block = samples - 1;
+  const FirstBlock first(samples - 1);
   expect_success(rk::cuda::launch_group_norm(innermost, c, nullptr));
   expect_close(to_double(grad_x.last_row()[channels * positions - 1]), 1.0, 1e-3, "grad_x of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (const bool innermost : {false, true}) {
     for (int round = 0; round < options.rounds; ++round) {
@@ -239,5 +231,5 @@ int main(int argc, char** argv) {
     test_problem(options, Problem<float>(draw, innermost, 2, 2, 45, 6));
     if (options.huge) test_huge(innermost);
   }
-  return testing::finish();
+  return finish();
 }

@@ -11,11 +11,7 @@ namespace {
 using rk::kKlStatistics;
 using rk::cuda::KlCall;
 using rk::cuda::Order;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 // What the kernels are given, and what they leave.
 template <class S>
@@ -51,7 +47,7 @@ struct Problem {
     v.fill_normal(draw.random);
     grad.fill_normal(draw.random);
     for (std::int64_t i = 0; i < rows * classes; i += classes + 3)
-      if (i % classes) a[i] = b[i] = testing::from_double<S>(-INFINITY);
+      if (i % classes) a[i] = b[i] = from_double<S>(-INFINITY);
   }
 
   KlCall<S> call(Order order) {
@@ -72,8 +68,8 @@ struct Problem {
     return c;
   }
   std::string text(const char* what, std::int64_t row, std::int64_t j = -1) const {
-    return std::string(what) + " " + std::to_string(row) + (j < 0 ? "" : "," + std::to_string(j)) + " of [" +
-           std::to_string(rows) + "," + std::to_string(classes) + "] as " + std::to_string(sizeof(S)) + " bytes";
+    return std::string(what) + " " + std::to_string(row) + (j < 0 ? "" : "," + std::to_string(j)) + " of " +
+           shape_of<S>({rows, classes});
   }
 };
 
@@ -114,12 +110,12 @@ struct Row {
 };
 
 template <class S>
-void test_problem(const testing::Options& options, Problem<S>& t) {
+void test_problem(const Options& options, Problem<S>& t) {
   using A = rk::cuda::accumulation_t<S>;
-  const double loose = 4000 * testing::epsilon<A>(), store = testing::epsilon<S>(), i = 1.0 / t.temperature;
+  const double loose = 4000 * epsilon<A>(), store = epsilon<S>(), i = 1.0 / t.temperature;
   const auto run = [&](Order order, auto&... outputs) {
     const auto call = [&] { return rk::cuda::launch_kl_divergence(order, t.call(order), nullptr); };
-    testing::run_in_all_orders(options, t.text("output", 0), call, outputs...);
+    run_in_all_orders(options, t.text("output", 0), call, outputs...);
   };
   std::vector<Row> want;
   for (std::int64_t row = 0; row < t.rows; ++row) want.emplace_back(t, row);
@@ -181,7 +177,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
 }
 
 template <class S>
-void test_shapes(const testing::Options& options, Draw& draw, int rows, int classes) {
+void test_shapes(const Options& options, Draw& draw, int rows, int classes) {
   Problem<S> problem(draw, rows, classes);
   test_problem(options, problem);
 }
@@ -200,10 +196,10 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 70000, classes = 40000;
-  testing::LastRowOnly<__half> a(rows, classes), b(rows, classes), grad_p(rows, classes), grad_q(rows, classes);
-  std::fill_n(a.last_row(), classes, testing::from_double<__half>(0.0));
-  std::fill_n(b.last_row(), classes, testing::from_double<__half>(0.0));
-  a.last_row()[classes - 1] = testing::from_double<__half>(20.0);
+  LastRowOnly<__half> a(rows, classes), b(rows, classes), grad_p(rows, classes), grad_q(rows, classes);
+  std::fill_n(a.last_row(), classes, from_double<__half>(0.0));
+  std::fill_n(b.last_row(), classes, from_double<__half>(0.0));
+  a.last_row()[classes - 1] = from_double<__half>(20.0);
   std::vector<float> per_row(rows), statistics(kKlStatistics * rows), grad(rows, 1000.0f);
   KlCall<__half> c{};
   c.rows = rows;
@@ -214,7 +210,7 @@ void test_huge() {
   c.grad = grad.data();
   c.per_row = per_row.data();
   c.statistics = statistics.data();
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_kl_divergence(Order::kValue, c, nullptr));
   expect_close(per_row[rows - 1], std::log(double{classes}), 1e-2, "divergence of the last row");
   c.statistics_in = statistics.data();
@@ -227,13 +223,12 @@ void test_huge() {
   c.per_row = per_row.data();
   expect_success(rk::cuda::launch_kl_divergence(Order::kDoubleBackward, c, nullptr));
   expect_close(to_double(grad_q.last_row()[classes - 1]), 0.0, 1e-3, "second grad_q of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     test_shapes<float>(options, draw, draw(1, 5), draw(1, 700));
@@ -242,5 +237,5 @@ int main(int argc, char** argv) {
   }
   test_shapes<float>(options, draw, 3, 5000);
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

@@ -10,11 +10,7 @@
 namespace {
 
 using rk::cuda::LayerNormCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 // What the kernels are given, and what they leave.
 template <class S>
@@ -79,8 +75,8 @@ struct Problem {
   }
 
   std::string text() const {
-    return "[" + std::to_string(rows) + "," + std::to_string(cols) + "] as " + std::to_string(sizeof(S)) + " bytes" +
-           (centred ? ", centred" : "") + (weighted ? ", weighted" : "") + (affine ? ", every cotangent" : "");
+    return shape_of<S>({rows, cols}) + (centred ? ", centred" : "") + (weighted ? ", weighted" : "") +
+           (affine ? ", every cotangent" : "");
   }
 };
 
@@ -127,19 +123,19 @@ template <class S>
 void compare(const Buffer<S>& actual, std::int64_t from, const std::vector<double>& expected, double scale,
              const std::string& what) {
   using A = rk::cuda::accumulation_t<S>;
-  const double room = 200 * testing::epsilon<A>() * scale;
+  const double room = 200 * epsilon<A>() * scale;
   for (std::size_t j = 0; j < expected.size(); ++j)
     expect_close(to_double(actual[from + j]), expected[j],
-                 room + testing::epsilon<S>() * std::fabs(expected[j]) + (sizeof(S) == 2 ? 1e-7 : 0.0),
+                 room + epsilon<S>() * std::fabs(expected[j]) + (sizeof(S) == 2 ? 1e-7 : 0.0),
                  what + " " + std::to_string(j));
 }
 
 template <class S>
-void test_problem(const testing::Options& options, Problem<S>& t) {
+void test_problem(const Options& options, Problem<S>& t) {
   const std::string text = t.text();
   std::vector<double> sum_slope(t.cols), sum_bias(t.cols), sum_bend(t.cols);
 
-  testing::run_in_all_orders(
+  run_in_all_orders(
       options, text, [&] { return rk::cuda::launch_layer_norm(false, t.call(false), nullptr); }, t.grad_x,
       t.grad_weight, t.grad_bias);
   for (std::int64_t i = 0; i < t.rows; ++i) {
@@ -158,7 +154,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
 
   t.grad_x.fill_with_nan();
   t.grad_weight.fill_with_nan();
-  testing::run_in_all_orders(
+  run_in_all_orders(
       options, text, [&] { return rk::cuda::launch_layer_norm(true, t.call(true), nullptr); }, t.gg_grad, t.grad_x,
       t.grad_weight);
   for (std::int64_t i = 0; i < t.rows; ++i) {
@@ -184,7 +180,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
 
 // Several cotangents of one x: what one launch after the other gives.
 template <class S>
-void test_several(const testing::Options& options, Draw& draw, std::int64_t count) {
+void test_several(const Options& options, Draw& draw, std::int64_t count) {
   Problem<S> t(draw, draw(1, 9), draw(2, 300));
   t.affine = false;
   t.has_u = true;
@@ -211,8 +207,8 @@ void test_several(const testing::Options& options, Draw& draw, std::int64_t coun
     return rk::cuda::launch_layer_norm(second, c, nullptr);
   };
   const std::string text = std::to_string(count) + " cotangents, " + t.text();
-  testing::run_in_all_orders(options, text, [&] { return several(false); }, first);
-  testing::run_in_all_orders(options, text, [&] { return several(true); }, gg_grad, t.grad_x, t.grad_weight);
+  run_in_all_orders(options, text, [&] { return several(false); }, first);
+  run_in_all_orders(options, text, [&] { return several(true); }, gg_grad, t.grad_x, t.grad_weight);
 
   Buffer<S> summed(n);
   Buffer<float> summed_weight(t.cols);
@@ -236,7 +232,7 @@ void test_several(const testing::Options& options, Draw& draw, std::int64_t coun
     for (std::int64_t j = 0; j < t.cols; ++j) grad_weight[j] += to_double(t.grad_weight[j]);
   }
   // each part of the expectation was rounded once
-  const double rounding = static_cast<double>(count) * testing::epsilon<S>() / testing::epsilon<float>();
+  const double rounding = static_cast<double>(count) * epsilon<S>() / epsilon<float>();
   compare(summed, 0, grad_x, 20.0 + rounding * largest(grad_x), "summed grad_x of " + text);
   compare(summed_weight, 0, grad_weight, 20.0 + largest(grad_weight), "summed grad_weight of " + text);
 }
@@ -258,11 +254,11 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 140000, cols = 16384;
-  testing::LastRowOnly<__half> x(rows, cols), g(rows, cols), u(rows, cols), gg_grad(rows, cols), grad_x(rows, cols);
+  LastRowOnly<__half> x(rows, cols), g(rows, cols), u(rows, cols), gg_grad(rows, cols), grad_x(rows, cols);
   for (std::int64_t j = 0; j < cols; ++j) {
-    x.last_row()[j] = testing::from_double<__half>(j % 2 ? 1.0 : -1.0);
-    g.last_row()[j] = testing::from_double<__half>(j < cols / 2 ? 1.0 : -1.0);
-    u.last_row()[j] = testing::from_double<__half>(j % 4 < 2 ? 1.0 : -1.0);
+    x.last_row()[j] = from_double<__half>(j % 2 ? 1.0 : -1.0);
+    g.last_row()[j] = from_double<__half>(j < cols / 2 ? 1.0 : -1.0);
+    u.last_row()[j] = from_double<__half>(j % 4 < 2 ? 1.0 : -1.0);
   }
   std::vector<float> mean(rows, 0.0f), rstd(rows, 1.0f);
   LayerNormCall<__half> c{};
@@ -276,18 +272,17 @@ void test_huge() {
   c.rstd = rstd.data();
   c.gg_grad = gg_grad.data();
   c.grad_x = grad_x.data();
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_layer_norm(false, c, nullptr));
   expect_close(to_double(grad_x.last_row()[cols - 1]), -1.0, 1e-3, "grad_x of the last element");
   expect_success(rk::cuda::launch_layer_norm(true, c, nullptr));
   expect_close(to_double(gg_grad.last_row()[cols - 1]), -1.0, 1e-3, "gg_grad of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     Problem<float> floats(draw, draw(1, 12), draw(2, 300));
@@ -303,5 +298,5 @@ int main(int argc, char** argv) {
   many_rows.own_kernel = true;  // as for rows whose sums do not fit a block
   test_problem(options, many_rows);
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

@@ -11,12 +11,7 @@ namespace {
 
 using rk::Margin;
 using rk::cuda::MarginCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_nan;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 template <class S>
 struct Problem {
@@ -68,11 +63,11 @@ struct Problem {
 
   std::string text(const char* what) const {
     return std::string(what) + " of kind " + std::to_string(static_cast<int>(kind)) + (given ? " towards" : "") + ", " +
-           std::to_string(rows) + " x " + std::to_string(classes) + " of " + std::to_string(sizeof(S)) + " bytes";
+           shape_of<S>({rows, classes});
   }
 
   void check() const {
-    const double loose = 40 * testing::epsilon<A>(), stored = 2 * testing::epsilon<S>();
+    const double loose = 40 * epsilon<A>(), stored = 2 * epsilon<S>();
     for (std::int64_t i = 0; i < rows; ++i) {
       const auto z = [&](std::int64_t c) { return to_double(logits[i * classes + c]); };
       std::vector<std::int64_t> order(classes);
@@ -104,9 +99,9 @@ struct Problem {
 };
 
 template <class S>
-void test_kind(const testing::Options& options, Draw& draw, int rows, int classes) {
+void test_kind(const Options& options, Draw& draw, int rows, int classes) {
   Problem<S> t(draw, rows, classes);
-  testing::run_in_all_orders(options, t.text("a result"), [&] { return t.run(); }, t.loss, t.slopes, t.grad_logits);
+  run_in_all_orders(options, t.text("a result"), [&] { return t.run(); }, t.loss, t.slopes, t.grad_logits);
   t.check();
 }
 
@@ -126,7 +121,7 @@ void test_invalid(Draw& draw) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     test_kind<float>(options, draw, draw(1, 12), draw(4, 100));
@@ -135,5 +130,5 @@ int main(int argc, char** argv) {
     test_kind<__nv_bfloat16>(options, draw, draw(1, 5), draw(4, 40));
   }
   test_invalid(draw);
-  return testing::finish();
+  return finish();
 }

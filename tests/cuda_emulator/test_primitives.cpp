@@ -6,8 +6,7 @@
 
 namespace {
 
-using testing::expect_close;
-using testing::expect_success;
+using namespace testing;
 
 constexpr unsigned all = 0xffffffffu;
 
@@ -27,9 +26,9 @@ std::string report_of(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t s
 }
 
 void expect_contains(const std::string& text, const std::string& part) {
-  ++testing::checks;
+  ++checks;
   if (text.find(part) != std::string::npos) return;
-  ++testing::failures;
+  ++failures;
   std::printf("wrong result: no '%s' in: %s\n", part.c_str(), text.c_str());
 }
 
@@ -224,5 +223,5 @@ int main() {
   test_arithmetic();
   test_orders();
   test_reports();
-  return testing::finish();
+  return finish();
 }

@@ -14,11 +14,7 @@ using rk::Kind;
 using rk::Law;
 using rk::cuda::CotangentSums;
 using rk::cuda::FrameCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 constexpr std::int64_t kSeed = 0x0123456789abcdef;
 
@@ -82,10 +78,8 @@ struct Problem {
   }
 
   std::string text(const char* what) const {
-    std::string shape;
-    for (const std::int64_t n : {K, B, C, P}) shape += " " + std::to_string(n);
     return std::string(what) + " of law " + std::to_string(static_cast<int>(law)) + ", kind " +
-           std::to_string(static_cast<int>(kind)) + "," + shape + " as " + std::to_string(sizeof(S)) + " bytes";
+           std::to_string(static_cast<int>(kind)) + ", " + shape_of<S>({K, B, C, P});
   }
 
   cudaError_t run(bool backward) {
@@ -138,7 +132,7 @@ struct Problem {
       if (law == Law::kOrthonormal) break;
       const std::vector<A> v = expected(row / B, row % B);
       for (std::int64_t e = 0; e < D; ++e)
-        expect_close(to_double(w[row * D + e]), to_double(testing::from_double<S>(to_double(v[e]))), 0, text("w"));
+        expect_close(to_double(w[row * D + e]), to_double(from_double<S>(to_double(v[e]))), 0, text("w"));
     }
     if (law != Law::kOrthonormal) return;
     for (std::int64_t sample = 0; sample < B; ++sample)
@@ -147,7 +141,7 @@ struct Problem {
           double product = 0;
           for (std::int64_t e = 0; e < D; ++e)
             product += to_double(w[(k * B + sample) * D + e]) * to_double(w[(l * B + sample) * D + e]) / double(D);
-          expect_close(product, k == l, 50 * testing::epsilon<S>(), text("product of two frames' rows"));
+          expect_close(product, k == l, 50 * epsilon<S>(), text("product of two frames' rows"));
         }
   }
 
@@ -161,7 +155,7 @@ struct Problem {
           sum += to_double(w[row * D + e]);
           size += std::fabs(to_double(w[row * D + e])) + 1;
         }
-        expect_close(sum, 0, 30 * testing::epsilon<S>() * size, text("sum over classes"));
+        expect_close(sum, 0, 30 * epsilon<S>() * size, text("sum over classes"));
       }
   }
 
@@ -174,21 +168,21 @@ struct Problem {
           sum += to_double(grad_outputs[sample * D + e]);
           size += std::fabs(to_double(grad_outputs[sample * D + e])) + K;
         }
-        expect_close(sum, 0, 100 * testing::epsilon<S>() * size, text("sum of the gradient over classes"));
+        expect_close(sum, 0, 100 * epsilon<S>() * size, text("sum of the gradient over classes"));
       }
   }
 };
 
 template <class S>
-void test_shape(const testing::Options& options, Draw& draw, Law law, std::int64_t k, std::int64_t batch,
-                std::int64_t classes, std::int64_t positions) {
+void test_shape(const Options& options, Draw& draw, Law law, std::int64_t k, std::int64_t batch, std::int64_t classes,
+                std::int64_t positions) {
   for (const Kind kind : {Kind::kPlain, Kind::kCentred, Kind::kFisher}) {
     Problem<S> t(draw, law, kind, std::min(k, law == Law::kOrthonormal ? classes * positions : k), batch, classes,
                  positions);
-    testing::run_in_all_orders(options, t.text("w"), [&] { return t.run(false); }, t.w);
+    run_in_all_orders(options, t.text("w"), [&] { return t.run(false); }, t.w);
     kind == Kind::kPlain ? t.check_plain() : t.check_sums();
     if (kind != Kind::kFisher) continue;
-    testing::run_in_all_orders(options, t.text("grad_outputs"), [&] { return t.run(true); }, t.grad_outputs);
+    run_in_all_orders(options, t.text("grad_outputs"), [&] { return t.run(true); }, t.grad_outputs);
     t.check_gradient();
   }
 }
@@ -206,25 +200,24 @@ void test_small_grid(Draw& draw) {
 // The last row of so many that its index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 70000, classes = 40000;
-  testing::LastRowOnly<__half> w(rows, classes);
+  LastRowOnly<__half> w(rows, classes);
   std::int64_t seed = kSeed;
   CotangentSums<__half> c{};
   c.draws = {Law::kGaussian, 1, rows, classes, 1, classes, &seed, nullptr, nullptr};
   c.kind = Kind::kPlain;
   const std::int64_t blocks = rows * (classes / 4) / rk::cuda::kCotangentThreads;
-  cuda_emulator::configuration().first_block = static_cast<std::uint32_t>(blocks - 1);
+  const FirstBlock first(blocks - 1);
   expect_success(rk::cuda::launch_cotangent_value(c, w.data(), nullptr));
   std::vector<float> v(classes);
   rk::cpu::draw_normals(rk::PhiloxKey(kSeed), rows - 1, 0, classes / 4, v.data());
-  expect_close(to_double(w.last_row()[classes - 1]), to_double(testing::from_double<__half>(v[classes - 1])), 0,
+  expect_close(to_double(w.last_row()[classes - 1]), to_double(from_double<__half>(v[classes - 1])), 0,
                "the last number");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   test_known_answers();
   test_small_grid(draw);
@@ -237,5 +230,5 @@ int main(int argc, char** argv) {
     test_shape<double>(options, draw, Law::kOrthonormal, draw(1, 20), draw(1, 3), draw(1, 20), 1);
   }
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

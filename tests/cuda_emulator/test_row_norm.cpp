@@ -11,11 +11,7 @@ namespace {
 using rk::Norm;
 using rk::cuda::Order;
 using rk::cuda::RowNormCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 const char* name_of(Norm norm) {
   static const char* const names[] = {"L1", "L2", "squared L2", "Linf", "Lp"};
@@ -63,7 +59,7 @@ struct Problem {
       std::normal_distribution<double> normal;
       for (std::int64_t j = 0; j < cols; ++j) {
         const double value = whole_numbers ? draw(-3, 3) : normal(draw.random);
-        x[row * stride + j] = testing::from_double<S>(scale * value);
+        x[row * stride + j] = from_double<S>(scale * value);
       }
     }
     gg_x.fill_normal(draw.random);
@@ -96,8 +92,7 @@ struct Problem {
     return c;
   }
   std::string text() const {
-    return std::string(name_of(norm)) + " of [" + std::to_string(rows) + "," + std::to_string(cols) + "] as " +
-           std::to_string(sizeof(S)) + " bytes" + (weighted ? ", weighted" : "");
+    return std::string(name_of(norm)) + " of " + shape_of<S>({rows, cols}) + (weighted ? ", weighted" : "");
   }
 };
 
@@ -146,13 +141,12 @@ std::vector<double> bends(const std::vector<double>& a, const std::vector<double
 }
 
 template <class S>
-void test_problem(const testing::Options& options, Problem<S>& t) {
+void test_problem(const Options& options, Problem<S>& t) {
   using A = rk::cuda::accumulation_t<S>;
   const std::string text = t.text();
-  const double eps = testing::epsilon<A>(), loose = 400 * eps, store = testing::epsilon<S>();
+  const double eps = epsilon<A>(), loose = 400 * eps, store = epsilon<S>();
   const auto run = [&](Order order, auto&... outputs) {
-    testing::run_in_all_orders(
-        options, text, [&] { return rk::cuda::launch_row_norm(order, t.call(), nullptr); }, outputs...);
+    run_in_all_orders(options, text, [&] { return rk::cuda::launch_row_norm(order, t.call(), nullptr); }, outputs...);
   };
 
   run(Order::kValue, t.per_row);
@@ -200,7 +194,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
 }
 
 template <class S>
-void test_shapes(const testing::Options& options, Draw& draw) {
+void test_shapes(const Options& options, Draw& draw) {
   const Norm norm = draw.one_of({Norm::kL1, Norm::kL2, Norm::kSquaredL2, Norm::kInf, Norm::kP});
   const double p = draw.one_of({1.5, 3.0, 4.0});
   const bool weighted = draw(0, 1) == 1;
@@ -209,7 +203,7 @@ void test_shapes(const testing::Options& options, Draw& draw) {
 }
 
 template <class S>
-void test_long_rows(const testing::Options& options, Draw& draw, Norm norm) {
+void test_long_rows(const Options& options, Draw& draw, Norm norm) {
   Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::kChunk * 2 / 3) + draw(1, 40), true);
   test_problem(options, chunks);
   Problem<S> long_runs(draw, norm, 3.0, 1, 1, rk::cuda::kChunk + draw(1, 40), draw(0, 1) == 1);
@@ -232,9 +226,9 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 140000, cols = rk::cuda::kChunk;
-  testing::LastRowOnly<__half> x(rows, cols), gg_x(rows, cols), out(rows, cols);
-  std::fill_n(x.last_row(), cols, testing::from_double<__half>(0.5));
-  std::fill_n(gg_x.last_row(), cols, testing::from_double<__half>(1.0));
+  LastRowOnly<__half> x(rows, cols), gg_x(rows, cols), out(rows, cols);
+  std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
+  std::fill_n(gg_x.last_row(), cols, from_double<__half>(1.0));
   std::vector<float> per_row(rows), norms(rows, 64.0f), grad(rows, 256.0f);
   RowNormCall<__half> c{};
   c.norm = Norm::kL2;
@@ -247,7 +241,7 @@ void test_huge() {
   c.grad = grad.data();
   c.norms = norms.data();
   c.per_row = per_row.data();
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_row_norm(Order::kValue, c, nullptr));
   expect_close(per_row[rows - 1], 64.0, 1e-3, "norm of the last row");
   expect_success(rk::cuda::launch_row_norm(Order::kBackward, c, nullptr));
@@ -255,13 +249,12 @@ void test_huge() {
   expect_success(rk::cuda::launch_row_norm(Order::kDoubleBackward, c, nullptr));
   expect_close(per_row[rows - 1], 128.0, 1e-2, "gg_grad of the last row");
   expect_close(to_double(out.last_row()[cols - 1]), 0.0, 1e-3, "second grad_x of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     test_shapes<float>(options, draw);
@@ -272,5 +265,5 @@ int main(int argc, char** argv) {
     test_long_rows<float>(options, draw, norm);
   }
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

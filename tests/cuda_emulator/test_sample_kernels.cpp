@@ -7,10 +7,7 @@
 
 namespace {
 
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
+using namespace testing;
 
 template <class T>
 void test_row_normalize(Draw& draw, int cols, int offset, int threads) {
@@ -18,20 +15,19 @@ void test_row_normalize(Draw& draw, int cols, int offset, int threads) {
   Buffer<T> x(rows * cols, offset), y(rows * cols, offset);
   Buffer<float> norm(rows);
   x.fill_normal(draw.random);
-  if (rows > 2) std::fill_n(x.data() + cols, cols, testing::from_double<T>(0.0));
+  if (rows > 2) std::fill_n(x.data() + cols, cols, from_double<T>(0.0));
   expect_success(sample::row_normalize<T>(x.data(), y.data(), norm.data(), rows, cols, 1e-6f, threads));
 
   const std::string shape =
       "[" + std::to_string(rows) + "," + std::to_string(cols) + "], " + std::to_string(threads) + " threads";
   for (int r = 0; r < rows; ++r) {
     double sum = 0.0;
-    for (int c = 0; c < cols; ++c) sum += std::pow(testing::to_double(x[r * cols + c]), 2);
+    for (int c = 0; c < cols; ++c) sum += std::pow(to_double(x[r * cols + c]), 2);
     const double length = std::sqrt(sum);
     expect_close(norm[r], length, 1e-5 * (1.0 + length), "norm[" + std::to_string(r) + "] of " + shape);
     for (int c = 0; c < cols; ++c) {
-      const double want = testing::to_double(x[r * cols + c]) / std::max(length, 1e-6);
-      expect_close(testing::to_double(y[r * cols + c]), want,
-                   2 * testing::epsilon<T>() * (0.01 + std::fabs(want)) + 1e-6,
+      const double want = to_double(x[r * cols + c]) / std::max(length, 1e-6);
+      expect_close(to_double(y[r * cols + c]), want, 2 * epsilon<T>() * (0.01 + std::fabs(want)) + 1e-6,
                    "y[" + std::to_string(r) + "," + std::to_string(c) + "] of " + shape);
     }
   }
@@ -74,16 +70,15 @@ void test_project(Draw& draw, int threads) {
 void test_huge() {
   constexpr std::int64_t rows = 70000;
   constexpr int cols = 40000;
-  testing::LastRowOnly<__half> x(rows, cols), y(rows, cols);
-  std::fill_n(x.last_row(), cols, testing::from_double<__half>(0.01));
+  LastRowOnly<__half> x(rows, cols), y(rows, cols);
+  std::fill_n(x.last_row(), cols, from_double<__half>(0.01));
   std::vector<float> norm(rows);
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(sample::row_normalize<__half>(x.data(), y.data(), norm.data(), rows, cols, 1e-6f, 256));
-  cuda_emulator::configuration().first_block = 0;
 
-  const double value = testing::to_double(testing::from_double<__half>(0.01));
+  const double value = to_double(from_double<__half>(0.01));
   expect_close(norm[rows - 1], value * 200, 1e-3, "norm of the last row");
-  expect_close(testing::to_double(y.last_row()[cols - 1]), 1.0 / 200, 1e-5, "the last element");
+  expect_close(to_double(y.last_row()[cols - 1]), 1.0 / 200, 1e-5, "the last element");
 }
 
 sample::Bug bug_named(const std::string& name) {
@@ -91,14 +86,14 @@ sample::Bug bug_named(const std::string& name) {
   if (name == #bug) return sample::Bug::bug;
   SAMPLE_BUGS(SAMPLE_COMPARE)
 #undef SAMPLE_COMPARE
-  if (name != "none") testing::fail_usage("no bug is named " + name);
+  if (name != "none") fail_usage("no bug is named " + name);
   return sample::Bug::none;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   sample::planted = bug_named(options.plant);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
@@ -112,5 +107,5 @@ int main(int argc, char** argv) {
     test_project(draw, threads);
   }
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

@@ -9,11 +9,7 @@
 namespace {
 
 using rk::cuda::SoftmaxCall;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 template <class S>
 struct Problem {
@@ -43,7 +39,7 @@ struct Problem {
         for (std::int64_t c = 0; c < classes; ++c) sum += std::exp(logits[index(row, c, s)]);
         for (std::int64_t c = 0; c < classes; ++c) {
           const double log_p = logits[index(row, c, s)] - std::log(sum);
-          output[index(row, c, s)] = testing::from_double<S>(log ? log_p : std::exp(log_p));
+          output[index(row, c, s)] = from_double<S>(log ? log_p : std::exp(log_p));
         }
       }
   }
@@ -65,13 +61,12 @@ struct Problem {
   }
 
   std::string text(const char* what, std::int64_t j) const {
-    return std::string(what) + " " + std::to_string(j) + " of [" + std::to_string(batch) + "," +
-           std::to_string(classes) + "," + std::to_string(inner) + "] of " + (log ? "log_" : "") + "softmax as " +
-           std::to_string(sizeof(S)) + " bytes";
+    return std::string(what) + " " + std::to_string(j) + " of " + (log ? "log_" : "") + "softmax, " +
+           shape_of<S>({batch, classes, inner});
   }
 
   void check(bool need_grad, bool need_output) const {
-    const double loose = 100 * testing::epsilon<A>(), store = testing::epsilon<S>();
+    const double loose = 100 * epsilon<A>(), store = epsilon<S>();
     for (std::int64_t row = 0; row < batch; ++row)
       for (std::int64_t s = 0; s < inner; ++s) {
         double mean_u = 0.0, mean_g = 0.0, sum_g = 0.0, size = 0.0;
@@ -99,14 +94,14 @@ struct Problem {
 };
 
 template <class S>
-void test_shape(const testing::Options& options, Draw& draw, int batch, int classes, int inner) {
+void test_shape(const Options& options, Draw& draw, int batch, int classes, int inner) {
   Problem<S> t(draw, draw(0, 1), batch, classes, inner);
   const int needed = draw(0, 4);
   const bool need_grad = needed != 0, need_output = needed != 1;
   const auto call = [&] {
     return rk::cuda::launch_softmax_double_backward(t.log, t.call(need_grad, need_output), nullptr);
   };
-  testing::run_in_all_orders(options, t.text("output", 0), call, t.gg_grad, t.grad_output);
+  run_in_all_orders(options, t.text("output", 0), call, t.gg_grad, t.grad_output);
   t.check(need_grad, need_output);
 }
 
@@ -124,11 +119,11 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 70000, classes = 40000;
-  testing::LastRowOnly<__half> u(rows, classes), g(rows, classes), o(rows, classes), gg_grad(rows, classes),
+  LastRowOnly<__half> u(rows, classes), g(rows, classes), o(rows, classes), gg_grad(rows, classes),
       grad_output(rows, classes);
-  std::fill_n(u.last_row(), classes, testing::from_double<__half>(1.0));
-  std::fill_n(g.last_row(), classes, testing::from_double<__half>(0.5));
-  std::fill_n(o.last_row(), classes, testing::from_double<__half>(-std::log(double{classes})));
+  std::fill_n(u.last_row(), classes, from_double<__half>(1.0));
+  std::fill_n(g.last_row(), classes, from_double<__half>(0.5));
+  std::fill_n(o.last_row(), classes, from_double<__half>(-std::log(double{classes})));
   SoftmaxCall<__half> c{};
   c.batch = rows;
   c.classes = classes;
@@ -138,17 +133,16 @@ void test_huge() {
   c.output = o.data();
   c.gg_grad = gg_grad.data();
   c.grad_output = grad_output.data();
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_softmax_double_backward(true, c, nullptr));
   expect_close(to_double(gg_grad.last_row()[classes - 1]), 0.0, 1e-2, "gg_grad of the last element");
   expect_close(to_double(grad_output.last_row()[classes - 1]), -0.5, 1e-2, "grad_output of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     test_shape<float>(options, draw, draw(1, 5), draw(1, 700), 1);
@@ -159,5 +153,5 @@ int main(int argc, char** argv) {
   }
   test_small_grid(draw);
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

@@ -10,12 +10,7 @@ namespace {
 
 using rk::cuda::CrossEntropyCall;
 using rk::cuda::Order;
-using testing::Buffer;
-using testing::Draw;
-using testing::expect_close;
-using testing::expect_nan;
-using testing::expect_success;
-using testing::to_double;
+using namespace testing;
 
 enum class Target { indices, narrow, wide };
 constexpr std::int64_t ignored = -100;
@@ -56,7 +51,7 @@ struct Problem {
       indices[row] = kind_of_row == 0 ? ignored : kind_of_row == 1 ? classes : draw(0, static_cast<int>(classes) - 1);
       for (std::int64_t j = 0; j < classes; ++j) {
         const double t = 0.125 * draw(0, 4);
-        narrow[row * stride + j] = testing::from_double<S>(t);
+        narrow[row * stride + j] = from_double<S>(t);
         wide[row * stride + j] = static_cast<A>(t);
       }
     }
@@ -91,8 +86,8 @@ struct Problem {
     return c;
   }
   std::string text(const char* what, std::int64_t row, std::int64_t j = -1) const {
-    return std::string(what) + " " + std::to_string(row) + (j < 0 ? "" : "," + std::to_string(j)) + " of [" +
-           std::to_string(rows) + "," + std::to_string(classes) + "] as " + std::to_string(sizeof(S)) + " bytes";
+    return std::string(what) + " " + std::to_string(row) + (j < 0 ? "" : "," + std::to_string(j)) + " of " +
+           shape_of<S>({rows, classes});
   }
 };
 
@@ -120,12 +115,12 @@ struct Row {
 };
 
 template <class S>
-void test_problem(const testing::Options& options, Problem<S>& t) {
+void test_problem(const Options& options, Problem<S>& t) {
   using A = rk::cuda::accumulation_t<S>;
-  const double loose = 400 * testing::epsilon<A>(), store = testing::epsilon<S>();
+  const double loose = 400 * epsilon<A>(), store = epsilon<S>();
   const auto run = [&](Order order, auto&... outputs) {
     const auto call = [&] { return rk::cuda::launch_softmax_cross_entropy(order, t.call(order), nullptr); };
-    testing::run_in_all_orders(options, t.text("output", 0), call, outputs...);
+    run_in_all_orders(options, t.text("output", 0), call, outputs...);
   };
   // Ignored rows give zeros, invalid ones NaN; true if this was one of them.
   const auto is_settled = [&](std::int64_t row, double got, const std::string& what) {
@@ -180,7 +175,7 @@ void test_problem(const testing::Options& options, Problem<S>& t) {
 }
 
 template <class S>
-void test_shapes(const testing::Options& options, Draw& draw, int rows, int classes) {
+void test_shapes(const Options& options, Draw& draw, int rows, int classes) {
   Problem<S> problem(draw, draw.one_of({Target::indices, Target::narrow, Target::wide}), rows, classes);
   test_problem(options, problem);
 }
@@ -200,9 +195,9 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 70000, classes = 40000;
-  testing::LastRowOnly<__half> logits(rows, classes), gg(rows, classes), out(rows, classes);
-  std::fill_n(logits.last_row(), classes, testing::from_double<__half>(3.0));
-  std::fill_n(gg.last_row(), classes, testing::from_double<__half>(1.0));
+  LastRowOnly<__half> logits(rows, classes), gg(rows, classes), out(rows, classes);
+  std::fill_n(logits.last_row(), classes, from_double<__half>(3.0));
+  std::fill_n(gg.last_row(), classes, from_double<__half>(1.0));
   std::vector<float> per_row(rows), statistics(2 * rows), grad(rows, -1000.0f);
   const std::vector<std::int64_t> indices(rows, classes - 1);
   CrossEntropyCall<__half> c{};
@@ -216,7 +211,7 @@ void test_huge() {
   c.grad = grad.data();
   c.per_row = per_row.data();
   c.statistics = statistics.data();
-  cuda_emulator::configuration().first_block = rows - 1;
+  const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kValue, c, nullptr));
   expect_close(per_row[rows - 1], std::log(double{classes}), 1e-3, "loss of the last row");
   c.statistics_in = statistics.data();
@@ -229,13 +224,12 @@ void test_huge() {
   c.per_row = per_row.data();
   expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kDoubleBackward, c, nullptr));
   expect_close(to_double(out.last_row()[classes - 1]), 0.0, 1e-3, "second grad_logits of the last element");
-  cuda_emulator::configuration().first_block = 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const testing::Options options(argc, argv);
+  const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
     test_shapes<float>(options, draw, draw(1, 5), draw(1, 700));
@@ -244,5 +238,5 @@ int main(int argc, char** argv) {
   }
   test_shapes<float>(options, draw, 3, 5000);
   if (options.huge) test_huge();
-  return testing::finish();
+  return finish();
 }

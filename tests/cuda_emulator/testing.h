@@ -52,6 +52,14 @@ constexpr double epsilon() {
   }
 }
 
+// A tensor in words.
+template <class S>
+std::string shape_of(std::initializer_list<std::int64_t> sizes) {
+  std::string text;
+  for (const std::int64_t size : sizes) text += (text.empty() ? "[" : ",") + std::to_string(size);
+  return text + "] as " + std::to_string(sizeof(S)) + " bytes";
+}
+
 [[noreturn]] inline void fail_usage(const std::string& problem) {
   std::printf("%s\n", problem.c_str());
   std::exit(3);
@@ -114,6 +122,12 @@ class LastRowOnly {
   std::size_t bytes_;
   char* space_;
   T* last_row_;
+};
+
+// While in scope, a grid begins with this block, so that the last of too many to run can be run alone.
+struct FirstBlock {
+  explicit FirstBlock(std::uint64_t block) { cuda_emulator::configuration().first_block = block; }
+  ~FirstBlock() { cuda_emulator::configuration().first_block = 0; }
 };
 
 inline int checks = 0, failures = 0;

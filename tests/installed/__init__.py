@@ -25,3 +25,17 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def images(
+    *shape: int, affine: bool = True, layout: torch.memory_format = torch.contiguous_format
+) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
+    """An image of a batch, with the weight and bias of every channel if affine."""
+
+    def make(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
+        weight, bias = torch.randn(2, shape[1], generator=generator, dtype=torch.float64).to(dtype)
+        return (x, 1.5 + weight, bias) if affine else (x,)
+
+    return make

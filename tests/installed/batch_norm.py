@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.installed import Case
-
-
-def _inputs(*shape: int, affine: bool = True, layout: torch.memory_format = torch.contiguous_format) -> Callable:
-    def make(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
-        weight, bias = torch.randn(2, shape[1], generator=generator, dtype=torch.float64).to(dtype)
-        return (x, 1.5 + weight, bias) if affine else (x,)
-
-    return make
+from tests.installed import Case, images
 
 
 def _train(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -58,17 +46,17 @@ def _normalized(x: Tensor, dims: list[int], weight: Tensor | None, bias: Tensor 
 
 
 CASES = [
-    Case("BatchNorm2d", _train, _inputs(3, 2, 3, 2), third=_composed),
-    Case("BatchNorm2d, channels_last", _train, _inputs(3, 2, 3, 2, layout=torch.channels_last), third=_composed),
-    Case("BatchNorm2d without weight", _train, _inputs(3, 2, 3, 2, affine=False), third=_composed),
-    Case("BatchNorm2d, running statistics", _running, _inputs(2, 3, 2, 2), third=_composed),
-    Case("BatchNorm1d", _train, _inputs(6, 3), third=_composed),
-    Case("BatchNorm1d of sequences", _train, _inputs(3, 2, 4), third=_composed),
-    Case("BatchNorm3d", _train, _inputs(2, 2, 2, 1, 3), third=_composed),
-    Case("BatchNorm3d, channels_last", _train, _inputs(2, 2, 2, 1, 3, layout=torch.channels_last_3d), third=_composed),
-    Case("BatchNorm2d, evaluation", _eval, _inputs(3, 2, 3, 2)),
-    Case("BatchNorm2d, evaluation, channels_last", _eval, _inputs(3, 2, 3, 2, layout=torch.channels_last)),
-    Case("BatchNorm2d, evaluation without weight", _eval, _inputs(3, 2, 3, 2, affine=False)),
-    Case("InstanceNorm2d", _instance, _inputs(2, 2, 3, 2), third=_composed_instance),
-    Case("InstanceNorm1d without weight", _instance, _inputs(2, 2, 5, affine=False), third=_composed_instance),
+    Case("BatchNorm2d", _train, images(3, 2, 3, 2), third=_composed),
+    Case("BatchNorm2d, channels_last", _train, images(3, 2, 3, 2, layout=torch.channels_last), third=_composed),
+    Case("BatchNorm2d without weight", _train, images(3, 2, 3, 2, affine=False), third=_composed),
+    Case("BatchNorm2d, running statistics", _running, images(2, 3, 2, 2), third=_composed),
+    Case("BatchNorm1d", _train, images(6, 3), third=_composed),
+    Case("BatchNorm1d of sequences", _train, images(3, 2, 4), third=_composed),
+    Case("BatchNorm3d", _train, images(2, 2, 2, 1, 3), third=_composed),
+    Case("BatchNorm3d, channels_last", _train, images(2, 2, 2, 1, 3, layout=torch.channels_last_3d), third=_composed),
+    Case("BatchNorm2d, evaluation", _eval, images(3, 2, 3, 2)),
+    Case("BatchNorm2d, evaluation, channels_last", _eval, images(3, 2, 3, 2, layout=torch.channels_last)),
+    Case("BatchNorm2d, evaluation without weight", _eval, images(3, 2, 3, 2, affine=False)),
+    Case("InstanceNorm2d", _instance, images(2, 2, 3, 2), third=_composed_instance),
+    Case("InstanceNorm1d without weight", _instance, images(2, 2, 5, affine=False), third=_composed_instance),
 ]

@@ -8,17 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.installed import Case
-
-
-def _inputs(*shape: int, affine: bool = True, layout: torch.memory_format = torch.contiguous_format) -> Callable:
-    def make(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
-        weight, bias = torch.randn(2, shape[1], generator=generator, dtype=torch.float64).to(dtype)
-        return (x, 1.5 + weight, bias) if affine else (x,)
-
-    return make
+from tests.installed import Case, images
 
 
 def _groups(groups: int) -> Callable[..., Tensor]:
@@ -41,32 +31,20 @@ def _composed(groups: int) -> Callable[..., Tensor]:
     return compose
 
 
+def _channels_last(name: str, groups: int, *shape: int) -> Case:
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    inputs = images(*shape, layout=layout)
+    return Case(name, _groups(groups), inputs, _composed(groups), crashes=True)
+
+
 CASES = [
-    Case("GroupNorm", _groups(2), _inputs(2, 4, 2, 3)),
-    Case(
-        "GroupNorm, channels_last",
-        _groups(2),
-        _inputs(2, 4, 2, 3, layout=torch.channels_last),
-        _composed(2),
-        crashes=True,
-    ),
-    Case("GroupNorm without weight", _groups(2), _inputs(2, 4, 2, 2, affine=False)),
-    Case("GroupNorm of one group", _groups(1), _inputs(2, 3, 2, 2)),
-    Case(
-        "GroupNorm of single channels",
-        _groups(3),
-        _inputs(2, 3, 2, 2, layout=torch.channels_last),
-        _composed(3),
-        crashes=True,
-    ),
-    Case("GroupNorm of features", _groups(2), _inputs(3, 8)),
-    Case("GroupNorm of sequences", _groups(2), _inputs(2, 4, 3)),
-    Case("GroupNorm of volumes", _groups(2), _inputs(2, 4, 2, 1, 2)),
-    Case(
-        "GroupNorm of volumes, channels_last",
-        _groups(2),
-        _inputs(2, 4, 2, 1, 2, layout=torch.channels_last_3d),
-        _composed(2),
-        crashes=True,
-    ),
+    Case("GroupNorm", _groups(2), images(2, 4, 2, 3)),
+    _channels_last("GroupNorm, channels_last", 2, 2, 4, 2, 3),
+    Case("GroupNorm without weight", _groups(2), images(2, 4, 2, 2, affine=False)),
+    Case("GroupNorm of one group", _groups(1), images(2, 3, 2, 2)),
+    _channels_last("GroupNorm of single channels", 3, 2, 3, 2, 2),
+    Case("GroupNorm of features", _groups(2), images(3, 8)),
+    Case("GroupNorm of sequences", _groups(2), images(2, 4, 3)),
+    Case("GroupNorm of volumes", _groups(2), images(2, 4, 2, 1, 2)),
+    _channels_last("GroupNorm of volumes, channels_last", 2, 2, 4, 2, 1, 2),
 ]

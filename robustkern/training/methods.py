@@ -1,4 +1,4 @@
-"""Training methods by name: each entry makes a loss `(model, x, y) -> Terms` from its options.
+"""Training methods by name: each entry makes a loss `(model, x, y, draw) -> Terms` from its options.
 
 A new method is a new entry: the configuration, the command line and the checkpoints take its options from here.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from robustkern import Terms, losses
+from robustkern import Draw, Terms, losses
 from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.data import Dataset
@@ -23,7 +23,7 @@ from .config import parse_fraction
 from .errors import UsageError
 from .weights import load_model, load_model_for
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
+Loss = Callable[[nn.Module, Tensor, Tensor, Draw | None], Terms]
 Attack = FGSM | NFGSM | PGD
 
 _RISE = "mean of ℓ(x′) − ℓ(x)"
@@ -176,10 +176,8 @@ def _projected(
     label_smoothing: float,
 ) -> Loss:
     _check_smoothing(label_smoothing)
-    return penalty(
-        weight=weight, projections=projections or "exact", eps=eps, law=law, every=every, fraction=fraction,
-        label_smoothing=label_smoothing, impl=impl,
-    )  # fmt: skip
+    loss = penalty(weight, projections or "exact", eps, law, fraction, label_smoothing, impl)
+    return _lazy(loss, every)
 
 
 def _check_projections(data: Dataset, *, projections: int, law: str, **options: Any) -> None:

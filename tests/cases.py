@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustkern
-from robustkern.ops._select import DTYPES
+from robustkern._dtypes import DTYPES
 from robustkern.testing import Derivatives, assert_as_accurate_as_reference, cast, derivatives
 from tests.samples import Sample, samples_of
 

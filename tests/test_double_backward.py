@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import DTYPES
 from robustkern.ops._pytorch_derivatives import DERIVATIVES, Derivative
-from robustkern.ops._select import DTYPES
 from robustkern.testing import assert_as_accurate_as_reference, cast
 from tests.cases import assert_same_bits
 from tests.samples import DerivativeSample, samples_of

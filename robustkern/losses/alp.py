@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from robustkern._classifier import logits_of
+from robustkern._dtypes import accumulation_dtype
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.losses.loss import Model
-from robustkern.ops._select import accumulation_dtype
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 

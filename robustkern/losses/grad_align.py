@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._classifier import logits_of
+from robustkern._dtypes import accumulation_dtype
 from robustkern._input_gradient import check_differentiable, input_gradient
 from robustkern._options import check_options
 from robustkern.attacks._common import check_batch
@@ -17,7 +18,6 @@ from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
 from robustkern.losses.loss import Model
-from robustkern.ops._select import accumulation_dtype
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms

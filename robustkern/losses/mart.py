@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustkern._classifier import logits_of
+from robustkern._dtypes import accumulation_dtype
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AscentLoss
@@ -60,6 +61,6 @@ class MART(AscentLoss):
 
 def _log_without_runner_up(logits: Tensor, y: Tensor) -> Tensor:
     """log(1 - max_{k != y} p_k), [B]: of the classes but that one, the log of their share."""
-    z = logits if logits.dtype.itemsize == 8 else logits.float()
+    z = logits.to(accumulation_dtype(logits.dtype))
     runner_up = z.detach().scatter(1, y[:, None].long(), float("-inf")).argmax(1, keepdim=True)
     return z.scatter(1, runner_up, float("-inf")).logsumexp(1) - z.logsumexp(1)

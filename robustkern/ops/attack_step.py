@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._attack_arguments import Rows, check_ball, check_broadcast, check_like
 from robustkern.ops._register import register_fake
-from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.attack_step import NORMS
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from robustkern import reference
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._pytorch_derivatives import nothing, register_derivative
-from robustkern.ops._select import accumulation_dtype
 
 
 def _vector(like: Tensor, size: int) -> Tensor:

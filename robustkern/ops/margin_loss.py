@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
-from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+from robustkern.ops._select import check_floating, use_kernel
 
 KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
 

@@ -85,8 +85,6 @@ def _converted(value: Any, kind: type) -> Any:
 
 
 def _standard(*, eps: float, impl: str, label_smoothing: float, temperature: float) -> Loss:
-    _check_smoothing(label_smoothing)
-    _require(temperature > 0, f"temperature must be positive, got {temperature:g}")
     return losses.CrossEntropy(label_smoothing=label_smoothing, temperature=temperature, impl=impl)
 
 
@@ -106,7 +104,6 @@ def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
 def _gradient_penalty(
     *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float, every: int
 ) -> Loss:
-    _check_smoothing(label_smoothing)
     _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
     penalty = losses.GradientPenalty(
         weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl, estimator=estimator, h=h
@@ -115,7 +112,6 @@ def _gradient_penalty(
 
 
 def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float, every: int) -> Loss:
-    _check_smoothing(label_smoothing)
     return _lazy(losses.CURE(weight, eps, label_smoothing=label_smoothing, impl=impl), every)
 
 
@@ -127,7 +123,6 @@ def _lazy(loss: Loss, every: int) -> Loss:
 
 
 def _adversarial(attack: Attack, *, weight: float, label_smoothing: float, impl: str, awp: float) -> Loss:
-    _check_smoothing(label_smoothing)
     return _perturbed(losses.AdversarialTraining(attack, weight, label_smoothing, impl), awp)
 
 
@@ -175,7 +170,6 @@ def _projected(
     fraction: float,
     label_smoothing: float,
 ) -> Loss:
-    _check_smoothing(label_smoothing)
     loss = penalty(weight, projections or "exact", eps, law, fraction, label_smoothing, impl)
     return _lazy(loss, every)
 
@@ -295,10 +289,6 @@ METHODS: dict[str, Method] = {
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UsageError(message)
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
 
 
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:

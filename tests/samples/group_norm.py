@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustkern.ops._select import accumulation_dtype
+from robustkern._dtypes import accumulation_dtype
 from tests.samples import DerivativeSample, make_tensor, needs
 
 # samples, channels, positions, groups: one channel a group, one group, single positions, planes of more than one

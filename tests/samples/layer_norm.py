@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from robustkern.ops._select import accumulation_dtype
+from robustkern._dtypes import accumulation_dtype
 from tests.samples import DerivativeSample, make_tensor, needs
 
 # rows and columns: short and long rows, several chunks of rows, rows of more than one piece, nothing at all

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from robustkern.ops._select import accumulation_dtype
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops.row_norm import row_norm
 from tests.samples import Sample, make_tensor
 

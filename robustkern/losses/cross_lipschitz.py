@@ -18,8 +18,8 @@ class CrossLipschitz(ProjectedPenalty):
     overtake another; it is 2/C ||(I - 11^T/C) J diag(eps)||_F^2, blind to what moves all logits alike, as the softmax
     is.
 
-    With eps = 1 the weight is the lambda of Hein and Andriushchenko, whose penalty is lambda / (n C^2)
-    times the sum over the n samples of a batch and all pairs; 1e-4 is their example.
+    With eps = 1 the weight is the lambda of Hein and Andriushchenko, whose penalty is lambda / (n C^2) times the sum
+    over the n samples of a batch and all pairs; 1e-4 is their example.
 
     Args:
         weight: of the smoothness term.
@@ -27,9 +27,9 @@ class CrossLipschitz(ProjectedPenalty):
         eps: size of the perturbation in the units of x, a number or one value per channel.
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.
 
-    BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`. Source: Hein and Andriushchenko 2017.
+    BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
+    derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
+    Source: Hein and Andriushchenko 2017.
     """
 
     weight: float = 1e-4

@@ -33,9 +33,8 @@ class FisherPenalty(ProjectedPenalty):
         eps: size of the perturbation in the units of x, a number or one value per channel.
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.
 
-    BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`.
+    BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
+    derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
     """
 
     weight: float = 0.5

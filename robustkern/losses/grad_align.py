@@ -32,8 +32,8 @@ class GradAlign(AttackLoss):
     fast adversarial training collapses.  g(x), which FGSM has computed, is not differentiated; g(x + u) is.  A sample
     with a zero gradient at either point has no direction and adds nothing.
 
-    The published code divides the sum over the batch by the number of samples that have a direction; its weight
-    is 0.2 for eps = 8/255.
+    The published code divides the sum over the batch by the number of samples that have a direction; its weight is 0.2
+    for eps = 8/255.
 
     Args:
         weight: of the smoothness term.

@@ -30,9 +30,8 @@ class GradientPenalty(Loss):
     orientation: the mean cross-entropy.  smoothness: to first order, how much an adversary of size eps can raise it,
     when p is the dual of the threat's norm (Linf -> 1, L2 -> 2): weight = 1 is linearised adversarial training.
 
-    Codes that penalise the gradient of the batch's *mean* loss shrink it by the batch size
-    B: their weight w on the norm is w / B here, and on the squared norm w / B^2 (w / B where they sum over the
-    batch).
+    Codes that penalise the gradient of the batch's *mean* loss shrink it by the batch size B: their weight w on the
+    norm is w / B here, and on the squared norm w / B^2 (w / B where they sum over the batch).
 
     Args:
         weight: of the smoothness term.
@@ -48,8 +47,7 @@ class GradientPenalty(Loss):
             mode a sample's quotient holds other parts of the others than its gradient does; their mean, unless squared,
             is the same.
 
-    BatchNorm in
-    training mode couples the samples of a batch, and the gradient of one sample's loss with them; running
+    BatchNorm in training mode couples the samples of a batch, and the gradient of one sample's loss with them; running
     statistics are updated once.  Passes: 6 exact, 7 by finite differences.
 
     Errors, dtypes and derivatives: see `robustkern.gradient_norm` and `robustkern.ops.softmax_cross_entropy`.

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
@@ -18,8 +15,7 @@ class JacobianPenalty(ProjectedPenalty):
     orientation: the mean cross-entropy.  smoothness: to first order, the mean squared change of the logits under a
     perturbation of independent entries +-eps; it needs no label.
 
-    Other conventions, with eps = 1 unless their inputs are divided by a standard deviation, which
-    makes it eps = std:
+    Other conventions, with eps = 1 unless their inputs are divided by a standard deviation, which makes it eps = std:
 
         Hoffman et al. 2019         lambda / 2 ||J||_F^2                        weight = lambda / 2 (0.01 / 2: default)
         Jakubovitz and Giryes 2018  lambda ||J||_F, over all classes            weight = lambda, squared=False
@@ -31,17 +27,12 @@ class JacobianPenalty(ProjectedPenalty):
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.
         squared: False for the norm itself, estimated by the root of the estimate: too small on average, unless exact.
 
-    BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`. Source: Hoffman, Roberts and Yaida 2019.
+    BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
+    derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
+    Source: Hoffman, Roberts and Yaida 2019.
     """
 
     weight: float = 0.005
     squared: bool = True
 
     kind: ClassVar[str] = "plain"
-
-    def _norm(
-        self, outputs: Tensor, x: Tensor, first: int, generator: torch.Generator | None, squared: bool = True
-    ) -> Tensor:
-        return super()._norm(outputs, x, first, generator, self.squared)

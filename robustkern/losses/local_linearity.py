@@ -28,8 +28,7 @@ class LocalLinearity(AscentLoss):
     orientation: the mean cross-entropy at x.  smoothness: gamma, how far the loss is from linear around x, and how
     steep it is in that direction.  Together they bound what an adversary can add.  g is differentiated, delta is not.
 
-    Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and
-    ratio = mu / lambda.
+    Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and ratio = mu / lambda.
 
     Args:
         weight: of the smoothness term.

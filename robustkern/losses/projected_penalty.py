@@ -51,6 +51,7 @@ class ProjectedPenalty(Loss):
     impl: str = "auto"
 
     kind: ClassVar[str]
+    squared = True
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         name, generator = type(self).__name__, draw.generator
@@ -77,11 +78,9 @@ class ProjectedPenalty(Loss):
         mean = norm.mean() if len(x) == total else norm.sum() * (total / (count * len(x)))
         return Terms(orientation, self._scale(logits) * mean, self.weight)
 
-    def _norm(
-        self, outputs: Tensor, x: Tensor, first: int, generator: torch.Generator | None, squared: bool = True
-    ) -> Tensor:
+    def _norm(self, outputs: Tensor, x: Tensor, first: int, generator: torch.Generator | None) -> Tensor:
         return jacobian_norm(
-            outputs, x, self.projections, law=self.law, kind=self.kind, weight=self.eps, squared=squared,
+            outputs, x, self.projections, law=self.law, kind=self.kind, weight=self.eps, squared=self.squared,
             generator=generator, first=first, impl=self.impl,
         )  # fmt: skip
 

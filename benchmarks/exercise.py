@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 
 import torch
 
 from robustkern.testing import derivatives
+from tests.samples import samples_of
 
 from .op_cases import OPS
 
@@ -18,9 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = parser.parse_args(arguments).device
     count = 0
     for op in OPS:
-        module = importlib.import_module(f"robustkern.ops.{op}")
         for dtype in (torch.float32, torch.bfloat16):
-            for sample in module.samples(device, dtype):
+            for sample in samples_of(op, device, dtype):
                 x = sample.inputs[0]
                 value = sample(impl="kernel")
                 derivatives(lambda x, s=sample: s(x, impl="kernel"), x, torch.ones_like(value), torch.ones_like(x))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import robustkern as rk
-from robustkern.ops._select import accumulation_dtype
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops.row_norm import as_rows
 from robustkern.testing import derivatives
 

@@ -4,12 +4,14 @@ from robustkern import losses, ops, reference
 from robustkern._version import __version__
 from robustkern.coupling import batch_coupling
 from robustkern.double_backward import fused_double_backward, install, is_installed, uninstall
+from robustkern.draw import Draw
 from robustkern.jacobian import input_jacobian, jacobian_norm, suggest_projections
 from robustkern.penalties import gradient_norm
 from robustkern.spectral_norm import jacobian_spectral_norm
 from robustkern.terms import Terms
 
 __all__ = [
+    "Draw",
     "Terms",
     "__version__",
     "batch_coupling",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from robustkern.ops._select import accumulation_dtype
+from robustkern._dtypes import accumulation_dtype
 
 
 def unit_cotangents(outputs: Tensor) -> Iterator[Tensor]:

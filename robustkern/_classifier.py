@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkern._arguments import check_generator
-from robustkern.ops._select import DTYPES
+from robustkern._dtypes import DTYPES
 
 
 def check_call(name: str, model: object, x: Any, y: Any, generator: object = None, *, soft: bool = False) -> Tensor:

@@ -120,7 +120,6 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "step_size": lambda owner, name, value: None if value is None else _magnitude(owner, name, value, positive=True),
     "fraction": lambda owner, name, value: check_number(owner, name, value, 0, 1, open_below=True),
     "orientation": lambda owner, name, value: None if value is None else _function(owner, name, value),
-    "step": lambda owner, name, value: check_integer(owner, name, value, 0),
     "projections": _projections,
     "p": _norm_order,
     **dict.fromkeys(("steps", "restarts", "coordinates", "every"), _count),

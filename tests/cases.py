@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustkern
-from robustkern.ops._samples import Sample
-from robustkern.ops._select import DTYPES
+from robustkern._dtypes import DTYPES
 from robustkern.testing import Derivatives, assert_as_accurate_as_reference, cast, derivatives
+from tests.samples import Sample, samples_of
 
-DIFFERENTIABLE = [name for name in robustkern.ops.__all__ if name not in robustkern.ops.IN_PLACE]
-OPS = {name: importlib.import_module(f"robustkern.ops.{name}") for name in DIFFERENTIABLE}
+OPS = [name for name in robustkern.ops.__all__ if name not in robustkern.ops.IN_PLACE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +32,13 @@ class Case:
         return f"{self.op}-{self.name}"
 
     def sample(self, device: str, dtype: torch.dtype) -> Sample:
-        return next(s for s in OPS[self.op].samples(device, dtype) if s.name == self.name)
+        return next(s for s in samples_of(self.op, device, dtype) if s.name == self.name)
 
 
 CASES = [
     Case(op, sample.name, sample.empty, sample.inputs[0].numel(), sample.orders)
-    for op, module in OPS.items()
-    for sample in module.samples()
+    for op in OPS
+    for sample in samples_of(op)
 ]
 
 over_all = pytest.mark.parametrize("case", CASES, ids=str)

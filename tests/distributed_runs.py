@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,27 +11,17 @@ import torch
 from robustkern import data as datasets
 from robustkern import losses, models
 from robustkern.attacks import PGD
-from robustkern.sharding import Shard
 from robustkern.terms import Terms
 from robustkern.training import METHODS, TrainingConfig, build_loss, recipe, train
 from robustkern.training import trainer as trainer_module
 from robustkern.training.distributed import settle_imports
 
 
-@dataclass(eq=False)
-class Adversarial:
+def adversarial(model, x, y, draw, *, eps):
     """Cross-entropy at an adversary from a random start, and of a noisy copy: what a sample draws is its own."""
-
-    eps: float
-    generator: torch.Generator | None = None
-    shard: Shard | None = None
-
-    def __call__(self, model, x, y):
-        shard = self.shard or Shard(0, len(x), len(x))
-        adversary = PGD(self.eps, steps=2)(model, x, y, self.generator, indices=shard.samples(x.device))
-        noise = shard.rows(torch.randn(shard.total, *x.shape[1:], generator=self.generator))
-        terms = losses.CrossEntropy()(model, x + 0.1 * noise, y)
-        return Terms(terms.orientation, losses.CrossEntropy()(model, adversary, y).orientation - terms.orientation, 1.0)
+    adversary = PGD(eps, steps=2)(model, x, y, draw.generator, indices=draw.samples(x))
+    terms = losses.CrossEntropy()(model, x + 0.1 * draw.normal(x), y)
+    return Terms(terms.orientation, losses.CrossEntropy()(model, adversary, y).orientation - terms.orientation, 1.0)
 
 
 def build(name, options, *, eps, impl):
@@ -39,9 +29,9 @@ def build(name, options, *, eps, impl):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             return losses.Distillation(models.create("small-cnn", 10, (1, 8, 8)), options["temperature"], impl=impl)
-    return (
-        Adversarial(eps) if options.get("label_smoothing") == 0.125 else build_loss(name, options, eps=eps, impl=impl)
-    )
+    if options.get("label_smoothing") == 0.125:
+        return partial(adversarial, eps=eps)
+    return build_loss(name, options, eps=eps, impl=impl)
 
 
 # An odd batch, so that the parts differ; of the last one, a single sample, the batch before is made longer.

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustkern import losses
+from robustkern import Draw, losses
 from robustkern.attacks import FGSM, NFGSM, PGD
+from robustkern.losses.attack_loss import AttackLoss
+from robustkern.sharding import Shard
 
 CLASSES, EPS, WEIGHT = 5, 0.1, 0.7
 
@@ -51,16 +53,16 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     return loss, torch.autograd.grad(loss.sum(), x, create_graph=True)[0]
 
 
-def _adversarial(model, x, y, found, loss):
+def _adversarial(model, x, y, found, loss, draw):
     clean = F.cross_entropy(model(x), y)
     return clean, F.cross_entropy(model(found), y) - clean
 
 
-def _trades(model, x, y, found, loss):
+def _trades(model, x, y, found, loss, draw):
     return F.cross_entropy(model(x), y), kl(model(x), model(found)).mean()
 
 
-def _mart(model, x, y, found, loss):
+def _mart(model, x, y, found, loss, draw):
     p, q = model(x).softmax(1), model(found).softmax(1)
     own = F.one_hot(y, CLASSES).bool()
     runner_up = q.masked_fill(own, 0).max(1).values
@@ -68,49 +70,49 @@ def _mart(model, x, y, found, loss):
     return boosted.mean(), ((1 - p[own]) * (p * (p.log() - q.log())).sum(1)).mean()
 
 
-def _alp(model, x, y, found, loss):
+def _alp(model, x, y, found, loss, draw):
     return F.cross_entropy(model(found), y), ((model(x) - model(found)) ** 2).sum() / len(x)
 
 
-def _vat(model, x, y, found, loss):
+def _vat(model, x, y, found, loss, draw):
     return F.cross_entropy(model(x), y), kl(model(x).detach(), model(found)).mean()
 
 
-def _local_linearity(model, x, y, found, loss):
+def _local_linearity(model, x, y, found, loss, draw):
     value, grad = input_gradient(model, x, y)
     linear = ((found - x) * grad).sum((1, 2, 3))
     moved = F.cross_entropy(model(found), y, reduction="none")
     return value.mean(), ((moved - value - linear).abs() + 0.75 * linear.abs()).mean()
 
 
-def _cure(model, x, y, found, loss):
+def _cure(model, x, y, found, loss, draw):
     value, grad = input_gradient(model, x, y)
     _, moved = input_gradient(model, (x + EPS * grad.sign()).detach(), y)
     return value.mean(), ((moved - grad) ** 2).sum() / len(x)
 
 
-def _grad_align(model, x, y, found, loss):
+def _grad_align(model, x, y, found, loss, draw):
     from robustkern.ops import attack_start
 
     image, first, _ = found
-    probe = attack_start(x, eps=EPS, generator=loss.generator, samples=loss._samples(x))
+    probe = attack_start(x, eps=EPS, generator=draw.generator, samples=draw.samples(x))
     _, second = input_gradient(model, probe, y)
     cosine = F.cosine_similarity(first.flatten(1), second.flatten(1))
     return F.cross_entropy(model(image), y), (1 - cosine).mean()
 
 
-def _label_smoothing(model, x, y, found, loss):
+def _label_smoothing(model, x, y, found, loss, draw):
     log_p = model(x).log_softmax(1)
     return (1 - WEIGHT) * F.nll_loss(log_p, y), -log_p.mean()
 
 
-def _distillation(model, x, y, found, loss):
+def _distillation(model, x, y, found, loss, draw):
     with torch.no_grad():
         target = (loss.teacher.to(x.device).eval()(x) / 3.0).softmax(1)
     return -(target * (model(x) / 3.0).log_softmax(1)).sum(1).mean(), torch.zeros((), dtype=x.dtype, device=x.device)
 
 
-def _finite_difference(model, x, y, found, loss):
+def _finite_difference(model, x, y, found, loss, draw):
     value, grad = input_gradient(model, x, y)
     moved = F.cross_entropy(model((x + 0.1 * EPS * grad.sign()).detach()), y, reduction="none")
     return value.mean(), (moved - value).mean() / 0.1
@@ -197,28 +199,26 @@ def prepared(case: Case, device: str, dtype: torch.dtype = torch.float64, **opti
     loss = case.make(**options)
     if hasattr(loss, "teacher"):
         loss.teacher.to(dtype)
-    if hasattr(loss, "generator"):
-        loss.generator = torch.Generator(device).manual_seed(7)
     return loss
 
 
-def found_by(loss: Any, model: nn.Module, x: Tensor, y: Tensor) -> Any:
-    return loss.adversaries(model, x, y) if hasattr(loss, "adversaries") else None
+def drawn(device: str, seed: int = 7, shard: Shard | None = None) -> Draw:
+    """The same random numbers each time it is made."""
+    return Draw(torch.Generator(device).manual_seed(seed), shard=shard)
 
 
-def terms_of(loss: Any, model: nn.Module, x: Tensor, y: Tensor, found: Any) -> Any:
-    return loss(model, x, y) if found is None else loss.terms(model, x, found, y)
+def found_by(loss: Any, model: nn.Module, x: Tensor, y: Tensor, draw: Draw) -> Any:
+    return loss.adversaries(model, x, y, draw) if isinstance(loss, AttackLoss) else None
+
+
+def terms_of(loss: Any, model: nn.Module, x: Tensor, y: Tensor, found: Any, draw: Draw) -> Any:
+    return loss(model, x, y, draw) if found is None else loss.terms(model, x, found, y, draw)
 
 
 def gradients(total, model):
     return torch.autograd.grad(
         total, list(model.parameters()), retain_graph=True, allow_unused=True, materialize_grads=True
     )
-
-
-def rewind(loss):
-    if hasattr(loss, "generator"):
-        loss.generator.manual_seed(11)
 
 
 def snapshot(model):

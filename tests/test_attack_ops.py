@@ -1,24 +1,22 @@
 """attack_step and attack_start: kernel and reference alike, in place, for every layout, compiled and alone."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
 
 from cases import assert_same_bits, over_dtypes
 from robustkern import ops, reference
-from robustkern.ops._samples import Sample
 from robustkern.testing import assert_as_accurate_as_reference, cast
+from tests.samples import Sample, samples_of
 
-MODULES = {name: importlib.import_module(f"robustkern.ops.{name}") for name in ops.IN_PLACE}
-NAMES = [(op, sample.name) for op, module in MODULES.items() for sample in module.samples()]
+NAMES = [(op, sample.name) for op in ops.IN_PLACE for sample in samples_of(op)]
 over_samples = pytest.mark.parametrize(("op", "name"), NAMES)
 over_balls = pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 
 
 def sample_of(op, name, device="cpu", dtype=torch.float32):
-    return next(s for s in MODULES[op].samples(device, dtype) if s.name == name)
+    return next(s for s in samples_of(op, device, dtype) if s.name == name)
 
 
 def fresh(sample, dtype=None):
@@ -215,8 +213,8 @@ def test_integers_are_refused():
 
 
 def test_samples_cover_every_option():
-    for op, module in MODULES.items():
-        samples = list(module.samples())
+    for op in ops.IN_PLACE:
+        samples = list(samples_of(op))
         assert all(isinstance(s, Sample) and s.op is getattr(ops, op) for s in samples)
         assert any(s.empty for s in samples)
         assert any(not s.inputs[0].is_contiguous() for s in samples)

@@ -1,5 +1,8 @@
 """Adversarial weight perturbation: the loss at the worst weights, and the weights as they were."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,16 +12,16 @@ from method_losses import (
     WEIGHT,
     assert_unchanged,
     batch,
+    drawn,
     found_by,
     gradients,
     network,
     over_losses,
     prepared,
-    rewind,
     snapshot,
     terms_of,
 )
-from robustkern import losses
+from robustkern import Draw, losses
 from robustkern.attacks import attacked
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.sharding import Shard
@@ -28,41 +31,37 @@ from robustkern.sharding import Shard
 def test_awp_is_the_loss_at_the_worst_weights(case, device):
     model, (x, y) = network(device), batch(device)
     loss, gamma = prepared(case, device), 0.05
-    found = found_by(loss, model, x, y)
+    found = found_by(loss, model, x, y, drawn(device))
     before = snapshot(model)
-    rewind(loss)
-    grads = dict(zip(dict(model.named_parameters()), gradients(terms_of(loss, model, x, y, found).total, model)))
+    still = terms_of(loss, model, x, y, found, drawn(device, 11))
+    grads = dict(zip(dict(model.named_parameters()), gradients(still.total, model)))
     moved = network(device)
     with torch.no_grad():
         for name, weight in moved.named_parameters():
             if weight.dim() > 1:
                 weight += gamma * weight.norm() * grads[name] / grads[name].norm()
-    rewind(loss)
-    expected = terms_of(loss, moved, x, y, found)
+    expected = terms_of(loss, moved, x, y, found, drawn(device, 11))
     awp = losses.AWP(_Found(loss, found) if found is not None else loss, gamma)
-    rewind(loss)
-    terms = awp(model, x, y)
+    terms = awp(model, x, y, drawn(device, 11))
     torch.testing.assert_close(terms.total, expected.total)
-    assert terms.total > terms_of(loss, model, x, y, found).total
+    assert terms.total > still.total
     for a, e in zip(gradients(terms.total, model), gradients(expected.total, moved), strict=True):
         torch.testing.assert_close(a, e)
     assert_unchanged(model, before)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Found(AttackLoss):
     """A loss whose attack is done."""
 
-    def __init__(self, loss, found):
-        self.loss, self.found = loss, found
+    loss: AttackLoss
+    found: Any
 
-    generator = property(lambda self: self.loss.generator)
-    shard = None
-
-    def adversaries(self, model, x, y):
+    def adversaries(self, model, x, y, draw):
         return self.found
 
-    def terms(self, model, x, adversary, y):
-        return self.loss.terms(model, x, adversary, y)
+    def terms(self, model, x, adversary, y, draw):
+        return self.loss.terms(model, x, adversary, y, draw)
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -85,17 +84,25 @@ def test_awp_leaves_the_weights_alone_whatever_happens(at, device):
     assert model[1].track_running_stats
 
 
-def test_awp_keeps_what_a_loss_remembers(device):
-    """The same projections at both weights, and one step of `every`."""
+def test_a_loss_draws_the_same_at_both_weights(device):
+    """The same projections, the same rows, and the same step of `every`; the generator ends as after one of them."""
     model, (x, y) = network(device), batch(device)
-    inner = losses.JacobianPenalty(WEIGHT, 1, EPS, every=2, generator=torch.Generator(device).manual_seed(0))
-    awp = losses.AWP(inner, 0.05)
-    assert awp(model, x, y).weight == 2 * WEIGHT and inner.step == 1
-    assert awp(model, x, y).weight == 0 and inner.step == 2
-    awp.step, awp.generator, awp.shard = 5, None, Shard(0, 6, 6)
-    assert (inner.step, inner.generator, inner.shard) == (5, None, Shard(0, 6, 6))
-    assert not hasattr(losses.AWP(losses.CrossEntropy()), "generator")
-    assert losses.AWP(losses.CrossEntropy()).shard is None
+    penalty, seen = losses.JacobianPenalty(WEIGHT, 1, EPS), []
+
+    def loss(model, x, y, draw):
+        seen.append((draw, draw.generator.get_state()))
+        return penalty(model, x, y, draw)
+
+    draw, once = Draw(torch.Generator(device).manual_seed(0), 4, Shard(0, 6, 6)), drawn(device, 0)
+    losses.AWP(loss, 0.05)(model, x, y, draw)
+    penalty(model, x, y, once)
+    (first, before), (second, again) = seen
+    assert first is second is draw and torch.equal(before, again)
+    assert torch.equal(draw.generator.get_state(), once.generator.get_state()) and not torch.equal(
+        before, draw.generator.get_state()
+    )
+    lazy = losses.AWP(losses.Lazy(penalty, 2), 0.05)
+    assert [lazy(model, x, y, Draw(step=step)).weight for step in (4, 5)] == [2 * WEIGHT, 0]
 
 
 def test_awp_without_a_perturbation_is_the_loss(device):
@@ -108,7 +115,7 @@ def test_awp_skips_biases_and_frozen_weights(device):
     model[0].weight.requires_grad_(False)
     awp = losses.AWP(losses.CrossEntropy(), 0.05)
     with attacked(nn.Identity()):
-        offsets = awp._offsets(model, losses.CrossEntropy()(model, x, y).total)
+        offsets = awp._offsets(model, losses.CrossEntropy()(model, x, y).total, Draw())
     assert sorted(offsets) == ["3.weight", "6.weight"]
     for name, offset in offsets.items():
         torch.testing.assert_close(offset.norm(), 0.05 * model.get_parameter(name).norm())

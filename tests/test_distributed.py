@@ -312,9 +312,9 @@ def test_what_is_not_finite_for_one_is_skipped_by_all(tmp_path):
         def poisoned(*args, **kwargs):
             loss = build(*args, **kwargs)
 
-            def call(model, x, y):
+            def call(model, x, y, draw):
                 calls.append(len(x))
-                terms = loss(model, x, y)
+                terms = loss(model, x, y, draw)
                 bad = rank == 1 and len(calls) == 2
                 return terms._replace(orientation=terms.orientation * float("nan")) if bad else terms
 

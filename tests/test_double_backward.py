@@ -8,25 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustkern.ops._double_backward import DOUBLE_BACKWARDS, DoubleBackward, DoubleBackwardSample
-from robustkern.ops._select import DTYPES
+from robustkern._dtypes import DTYPES
+from robustkern.ops._pytorch_derivatives import DERIVATIVES, Derivative
 from robustkern.testing import assert_as_accurate_as_reference, cast
 from tests.cases import assert_same_bits
+from tests.samples import DerivativeSample, samples_of
 
-SAMPLES = [(op, sample.name) for op, entry in DOUBLE_BACKWARDS.items() for sample in entry.samples("cpu", DTYPES[0])]
+SAMPLES = [(op, sample.name) for op in DERIVATIVES for sample in samples_of(op)]
 over_samples = pytest.mark.parametrize(("op", "name"), SAMPLES, ids=lambda v: v.replace(" ", "_"))
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-over_operators = pytest.mark.parametrize("op", DOUBLE_BACKWARDS)
+over_operators = pytest.mark.parametrize("op", DERIVATIVES)
 
 
-def sample_of(op: str, name: str, device: str, dtype: torch.dtype) -> tuple[DoubleBackward, DoubleBackwardSample]:
-    entry = DOUBLE_BACKWARDS[op]
-    return entry, next(s for s in entry.samples(device, dtype) if s.name == name)
+def sample_of(op: str, name: str, device: str, dtype: torch.dtype) -> tuple[Derivative, DerivativeSample]:
+    return DERIVATIVES[op], next(s for s in samples_of(op, device, dtype) if s.name == name)
 
 
-def first_of(op: str, device: str, dtype: torch.dtype = torch.float64) -> tuple[DoubleBackward, DoubleBackwardSample]:
-    entry = DOUBLE_BACKWARDS[op]
-    return entry, next(iter(entry.samples(device, dtype)))
+def first_of(op: str, device: str, dtype: torch.dtype = torch.float64) -> tuple[Derivative, DerivativeSample]:
+    return DERIVATIVES[op], next(samples_of(op, device, dtype))
 
 
 def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:

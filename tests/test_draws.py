@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from method_losses import ATTACKED, CLASSES, EPS, PLAIN, WEIGHT, batch, found_by, gradients, prepared, rewind
-from robustkern import losses
+from method_losses import ATTACKED, CLASSES, EPS, PLAIN, WEIGHT, batch, drawn, found_by, gradients, prepared
+from robustkern import Draw, losses
 
 LOSSES = {case.name: case for case in ATTACKED + PLAIN}
 
@@ -73,12 +73,14 @@ def test_all_passes_draw_the_same_masks(name, device):
     for net in (model, OneMask(model)):
         loss = made(name, device)
         torch.manual_seed(5)
-        terms = loss(net, x, y)._replace(weight=0.5)
+        terms = loss(net, x, y, drawn(device))._replace(weight=0.5)
         results.append([terms.orientation, terms.smoothness, *gradients(terms.total, model)])
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected)
     torch.manual_seed(6)
-    assert not torch.equal(made(name, device)(model, x, y).total, sum(results[0][:2]))  # there are masks at all
+    assert not torch.equal(
+        made(name, device)(model, x, y, drawn(device)).total, sum(results[0][:2])
+    )  # there are masks at all
 
 
 @over_losses
@@ -89,7 +91,7 @@ def test_the_generators_end_as_after_one_pass(name, device):
     model(x)
     expected = states(device)
     torch.manual_seed(5)
-    terms = loss(model, x, y)
+    terms = loss(model, x, y, drawn(device))
     after = states(device)
     terms._replace(weight=0.5).backward()
     for mine, one, later in zip(after, expected, states(device), strict=True):
@@ -99,7 +101,7 @@ def test_the_generators_end_as_after_one_pass(name, device):
 @pytest.mark.parametrize("name", ["FGSM", "TRADES", "MART", "ALP", "VAT", "LocalLinearity"])
 def test_an_image_does_not_differ_from_itself(name, device):
     model, (x, y) = network(device), batch(device)
-    smoothness = prepared(LOSSES[name], device).terms(model, x, x, y).smoothness
+    smoothness = prepared(LOSSES[name], device).terms(model, x, x, y, Draw()).smoothness
     assert abs(smoothness) < 1e-12
 
 
@@ -140,14 +142,13 @@ def test_gradients_at_neighbours_are_aligned(device):
 
 
 def test_an_attack_inside_is_not_moved_by_masks(device):
-    """The search for the adversary is in eval mode: it draws from the loss's own generator alone."""
+    """The search for the adversary is in eval mode: it draws from the generator of the draw alone."""
     model, (x, y) = network(device), batch(device)
     for case in ATTACKED:
         loss = prepared(case, device)
         found = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            rewind(loss)
-            result = found_by(loss, model, x, y)
+            result = found_by(loss, model, x, y, drawn(device, 11))
             found.append(result[0] if isinstance(result, tuple) else result)
         assert torch.equal(*found) or case.name == "GradAlign"  # which looks at the model in its own mode

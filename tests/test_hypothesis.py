@@ -9,9 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cases import assert_accurate, cotangents
+from robustkern._dtypes import DTYPES
 from robustkern.ops import row_norm, softmax_cross_entropy
-from robustkern.ops._samples import Sample
-from robustkern.ops._select import DTYPES
+from tests.samples import Sample
 
 LARGEST = 40 if os.environ.get("ROBUSTKERN_EMULATED") else 700  # columns
 # The errors of a few numbers are a matter of luck, the reference's too; those of many can be compared.

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import robustkern as rk
-from robustkern.ops._double_backward import DOUBLE_BACKWARDS
+from robustkern.ops._pytorch_derivatives import DERIVATIVES
 from robustkern.testing import assert_as_accurate_as_reference, cast
+from tests.samples import samples_of
 
-ENTRY = DOUBLE_BACKWARDS["attention_double_backward"]
+NAME = "attention_double_backward"
+ENTRY = DERIVATIVES[NAME]
 BACKWARDS = ("flash_attention", "efficient_attention", "cudnn_attention")
 
 
@@ -31,9 +33,9 @@ def math(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [s.name for s in ENTRY.samples("cpu", torch.float64)])
+@pytest.mark.parametrize("name", [s.name for s in samples_of(NAME)])
 def test_blocks_of_matrix_products(name, dtype):
-    sample = next(s for s in ENTRY.samples("cpu", dtype) if s.name == name)
+    sample = next(s for s in samples_of(NAME, "cpu", dtype) if s.name == name)
     exact = ENTRY.reference(*cast(sample.arguments).values())
     narrow = torch.float32 if dtype == torch.float64 else dtype
     eager = ENTRY.reference(*cast(sample.arguments, narrow).values())

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from method_losses import batch, network
-from robustkern import losses
-from robustkern.sharding import Shard
+from robustkern import Draw, losses
 from robustkern.training import UsageError, recipe, train
 from robustkern.training.methods import METHODS, build_loss
 
@@ -18,12 +17,14 @@ LOSSES = {
     "gradient penalty": lambda: losses.GradientPenalty(2.0, eps=EPS, label_smoothing=0.1),
     "finite differences": lambda: losses.GradientPenalty(2.0, eps=EPS, estimator="finite-difference"),
     "cure": lambda: losses.CURE(3.0, EPS, label_smoothing=0.2),
-    "llr": lambda: losses.LocalLinearity(4.0, eps=EPS, generator=torch.Generator().manual_seed(1)),
-    "vat": lambda: losses.VAT(1.0, 0.5, generator=torch.Generator().manual_seed(1)),
-    "llr with perturbed weights": lambda: losses.AWP(
-        losses.LocalLinearity(4.0, eps=EPS, generator=torch.Generator().manual_seed(1)), 0.01
-    ),
+    "llr": lambda: losses.LocalLinearity(4.0, eps=EPS),
+    "vat": lambda: losses.VAT(1.0, 0.5),
+    "llr with perturbed weights": lambda: losses.AWP(losses.LocalLinearity(4.0, eps=EPS), 0.01),
 }
+
+
+def at(step):
+    return Draw(torch.Generator().manual_seed(1), step)
 
 
 def gradients(model, terms):
@@ -37,11 +38,11 @@ def test_the_mean_over_the_calls_is_the_loss(name):
     torch.manual_seed(0)
     model, (x, y) = network("cpu").double(), batch("cpu")
     x = x.double()
-    terms = LOSSES[name]()(model, x, y)
+    terms = LOSSES[name]()(model, x, y, at(0))
     whole = gradients(model, terms)
     lazy = losses.Lazy(LOSSES[name](), 3)
-    calls = [lazy(model, x, y) for _ in range(3)]
-    assert [call.weight for call in calls] == [3 * terms.weight, 0, 0] and lazy.step == 3
+    calls = [lazy(model, x, y, at(step)) for step in range(3)]
+    assert [call.weight for call in calls] == [3 * terms.weight, 0, 0]
     assert [call.smoothness.item() for call in calls] == [terms.smoothness.item(), 0, 0]
     each = [gradients(model, call) for call in calls]
     mean, alone = sum(each) / 3, each[1]
@@ -49,7 +50,7 @@ def test_the_mean_over_the_calls_is_the_loss(name):
     if "perturbed" not in name:
         torch.testing.assert_close(mean, whole)
         assert calls[1].orientation.item() == pytest.approx(terms.orientation.item(), rel=1e-12)
-    assert lazy(model, x, y).weight == 3 * terms.weight
+    assert [bool(lazy(model, x, y, at(step)).weight) for step in (4, 6)] == [False, True]  # in any order
 
 
 def test_what_is_not_penalised_costs_one_pass():
@@ -57,19 +58,28 @@ def test_what_is_not_penalised_costs_one_pass():
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     lazy = losses.Lazy(losses.LocalLinearity(eps=EPS, steps=3), 2)
-    lazy(model, x, y)
+    lazy(model, x, y, at(0))
     first = len(passes)
-    lazy(model, x, y)
+    lazy(model, x, y, at(1))
     assert first >= 5 and len(passes) == first + 1
 
 
-def test_what_it_hands_on_and_what_it_keeps():
+def test_the_step_must_be_known():
+    """Every call would be the first of `every` otherwise, and the penalty so many times too strong."""
+    model, (x, y) = network("cpu"), batch("cpu")
+    for draw in (None, Draw(torch.Generator())):
+        with pytest.raises(
+            ValueError, match=r"Lazy: draw must say which step this is, such as robustkern.Draw\(step=3"
+        ):
+            losses.Lazy(losses.CURE(), 2)(model, x, y, draw)
+    assert losses.Lazy(losses.CURE(), 1)(model, x, y).weight == losses.CURE().weight
+    for step in (-1, 1.5, "2"):
+        with pytest.raises(ValueError, match="Draw: step must be an integer of at least 0"):
+            Draw(step=step)
+
+
+def test_the_loss_on_the_other_steps():
     inner = losses.LocalLinearity(eps=EPS)
-    lazy = losses.Lazy(inner, 2)
-    lazy.generator, lazy.shard, lazy.step = (generator := torch.Generator()), Shard(0, 6, 6), 4
-    assert (inner.generator, inner.shard) == (generator, Shard(0, 6, 6)) and not hasattr(inner, "step")
-    assert not hasattr(losses.Lazy(losses.GradientPenalty(), 2), "generator")
-    assert not hasattr(losses.Lazy(losses.GradientPenalty(), 2), "shard")
     smoothed = losses.Lazy(losses.AWP(losses.GradientPenalty(label_smoothing=0.3, impl="reference")), 2)
     assert smoothed.orientation == losses.CrossEntropy(0.3, impl="reference")
     other = losses.LabelSmoothing(0.5)

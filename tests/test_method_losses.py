@@ -15,6 +15,7 @@ from method_losses import (
     WEIGHT,
     assert_unchanged,
     batch,
+    drawn,
     found_by,
     gradients,
     kl,
@@ -22,12 +23,11 @@ from method_losses import (
     over_attacked,
     over_losses,
     prepared,
-    rewind,
     snapshot,
     teacher,
     terms_of,
 )
-from robustkern import losses
+from robustkern import Draw, losses
 from robustkern.attacks import FGSM
 from robustkern.losses._passes import frozen_statistics
 from robustkern.sharding import Shard
@@ -38,13 +38,11 @@ from robustkern.sharding import Shard
 def test_terms_and_parameter_gradients_are_those_of_the_formula(case, impl, device):
     model, (x, y) = network(device), batch(device)
     loss = prepared(case, device, impl=impl)
-    found = found_by(loss, model, x, y)
-    rewind(loss)
-    orientation, smoothness = case.formula(model, x, y, found, loss)
+    found = found_by(loss, model, x, y, drawn(device))
+    orientation, smoothness = case.formula(model, x, y, found, loss, drawn(device, 11))
     weight = WEIGHT if smoothness.requires_grad else 0.0
     expected = gradients(orientation + weight * smoothness, model)
-    rewind(loss)
-    terms = terms_of(loss, model, x, y, found)
+    terms = terms_of(loss, model, x, y, found, drawn(device, 11))
     torch.testing.assert_close(terms.orientation, orientation)
     torch.testing.assert_close(terms.smoothness, smoothness)
     assert terms.weight == weight
@@ -59,12 +57,10 @@ def test_terms_and_parameter_gradients_are_those_of_the_formula(case, impl, devi
     assert x.grad is None and not x.requires_grad
 
 
-class Twice:
+class Twice(Shard):
     """The rows of a batch of six, each of them twice."""
 
-    total = size = 12
-
-    def samples(self, device):
+    def samples(self, device="cpu"):
         return torch.arange(6, device=device).repeat(2)
 
 
@@ -72,19 +68,15 @@ class Twice:
 def test_the_weight_means_the_same_for_every_batch_size(case, device):
     model, (x, y) = network(device), batch(device)
     loss = prepared(case, device)
-    found = found_by(loss, model, x, y)
+    found = found_by(loss, model, x, y, drawn(device))
 
     def twice(value):
         if isinstance(value, tuple):
             return tuple(twice(v) for v in value)
         return torch.cat([value, value]) if isinstance(value, torch.Tensor) else value
 
-    rewind(loss)
-    once = terms_of(loss, model, x, y, found)
-    if hasattr(loss, "shard"):
-        loss.shard = Twice()
-    rewind(loss)
-    doubled = terms_of(loss, model, twice(x), twice(y), twice(found))
+    once = terms_of(loss, model, x, y, found, drawn(device, 11))
+    doubled = terms_of(loss, model, twice(x), twice(y), twice(found), drawn(device, 11, Twice(0, 12, 12)))
     torch.testing.assert_close(doubled.orientation, once.orientation)
     torch.testing.assert_close(doubled.smoothness, once.smoothness)
     for a, e in zip(gradients(doubled.total, model), gradients(once.total, model), strict=True):
@@ -115,8 +107,8 @@ def test_passes_and_batch_norm_are_as_documented(case, device):
 def test_the_running_statistics_of_adversarial_training_are_those_of_the_adversaries(device):
     model, other, (x, y) = network(device, batch_norm=True), network(device, batch_norm=True), batch(device)
     loss = prepared(next(c for c in _cases() if c.name == "PGD"), device)
-    found = loss.adversaries(model, x, y)
-    loss.terms(model, x, found, y).backward()
+    found = loss.adversaries(model, x, y, Draw())
+    loss.terms(model, x, found, y, Draw()).backward()
     other(found)
     torch.testing.assert_close(model[1].running_mean, other[1].running_mean)
     torch.testing.assert_close(model[1].running_var, other[1].running_var)
@@ -151,15 +143,15 @@ def test_the_model_sees_images_only_and_the_attack_gains(case, device):
     loss(model, x, y)
     handle.remove()
     assert all(v.min() >= 0 and v.max() <= 1 for v in seen)
-    found = found_by(loss, model, x, y)
+    found = found_by(loss, model, x, y, Draw())
     image = found[0] if isinstance(found, tuple) else found
     reach = 3 * EPS if case.name == "N-FGSM" else EPS
     assert 0 < (image - x).abs().max() <= reach * (1 + 1e-6) and not image.requires_grad
-    smoothness = terms_of(loss, model, x, y, found).smoothness
+    smoothness = terms_of(loss, model, x, y, found, Draw()).smoothness
     assert smoothness > 0
     if case.name != "GradAlign":  # nothing that is found by chance
         noise = (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
-        assert smoothness > terms_of(loss, model, x, y, noise).smoothness
+        assert smoothness > terms_of(loss, model, x, y, noise, Draw()).smoothness
 
 
 @over_attacked
@@ -167,16 +159,15 @@ def test_the_model_sees_images_only_and_the_attack_gains(case, device):
 def test_processes_that_share_a_batch_find_what_one_finds(case, impl, device):
     model, (x, y) = network(device), batch(device)
     loss = prepared(case, device, impl=impl)
-    whole = found_by(loss, model, x, y)
-    whole_terms = terms_of(loss, model, x, y, whole)
+    draw = drawn(device)
+    whole = found_by(loss, model, x, y, draw)
+    whole_terms = terms_of(loss, model, x, y, whole, draw)
     parts, smoothness = [], 0.0
     for rank in range(4):  # of 1, 2, 1 and 2 rows
         shard = Shard.of(rank, 4, len(x))
-        loss.generator.manual_seed(7)
-        loss.shard = shard
-        rows = (shard.rows(x), shard.rows(y))
-        parts.append(found_by(loss, model, *rows))
-        smoothness += shard.share * terms_of(loss, model, *rows, parts[-1]).smoothness
+        rows, draw = (shard.rows(x), shard.rows(y)), drawn(device, shard=shard)
+        parts.append(found_by(loss, model, *rows, draw))
+        smoothness += shard.share * terms_of(loss, model, *rows, parts[-1], draw).smoothness
     for index in range(2 if isinstance(whole, tuple) else 1):
         pieces = [part[index] if isinstance(part, tuple) else part for part in parts]
         torch.testing.assert_close(torch.cat(pieces), whole[index] if isinstance(whole, tuple) else whole)
@@ -187,11 +178,9 @@ def test_processes_that_share_a_batch_find_what_one_finds(case, impl, device):
 def test_nothing_is_differentiated_without_grad_mode(case, device):
     model, (x, y) = network(device), batch(device)
     loss = prepared(case, device)
-    expected = loss(model, x, y)
-    if hasattr(loss, "generator"):
-        loss.generator.manual_seed(7)
+    expected = loss(model, x, y, drawn(device))
     with torch.no_grad():
-        terms = loss(model, x, y)
+        terms = loss(model, x, y, drawn(device))
     assert not terms.total.requires_grad
     torch.testing.assert_close(terms.smoothness, expected.smoothness)
 
@@ -204,8 +193,8 @@ def test_the_orientation_of_adversarial_training_is_differentiated_where_it_coun
     """Its backward pass is put off, and must come whatever the weight is, given or set afterwards."""
     model, (x, y) = network(device), batch(device)
     loss = losses.AdversarialTraining(FGSM(EPS), 1.0)
-    found = loss.adversaries(model, x, y)
-    terms = loss.terms(model, x, found, y)._replace(weight=weight)
+    found = loss.adversaries(model, x, y, Draw())
+    terms = loss.terms(model, x, found, y, Draw())._replace(weight=weight)
     expected = (1 - weight) * F.cross_entropy(model(x), y) + weight * F.cross_entropy(model(found), y)
     for a, e in zip(gradients(terms.total, model), gradients(expected, model), strict=True):
         torch.testing.assert_close(a, e)
@@ -253,7 +242,7 @@ def test_a_teacher_goes_to_the_device_of_the_images():
 def test_identical_images_have_no_divergence(device):
     model, (x, y) = network(device, torch.float32), batch(device, torch.float32)
     for loss in (losses.TRADES(), losses.MART(), losses.VAT()):
-        assert loss.terms(model, x, x, y).smoothness == 0
+        assert loss.terms(model, x, x, y, Draw()).smoothness == 0
 
 
 def test_mart_weighs_by_doubt(device):
@@ -264,15 +253,15 @@ def test_mart_weighs_by_doubt(device):
     moved = torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=dtype).to(device)
     divergence = kl(logits, moved)
     for label, doubt in ((2, 0.0), (3, 1.0)):
-        terms = losses.MART().terms(model, logits, moved, torch.tensor([label, label], device=device))
+        terms = losses.MART().terms(model, logits, moved, torch.tensor([label, label], device=device), Draw())
         torch.testing.assert_close(terms.smoothness, doubt * divergence.mean())
-    assert losses.MART().terms(model, moved, logits, torch.tensor([2, 2], device=device)).total.isfinite()
+    assert losses.MART().terms(model, moved, logits, torch.tensor([2, 2], device=device), Draw()).total.isfinite()
 
 
 def test_grad_align_leaves_out_samples_without_a_direction(device):
     model, (x, y) = network(device), batch(device)
     loss = losses.GradAlign(WEIGHT, EPS)
-    _, first, _ = loss.adversaries(model, x, y)
+    _, first, _ = loss.adversaries(model, x, y, Draw())
     every = loss._misalignment(first, torch.randn_like(first))
     first[2] = 0
     second = torch.randn_like(first)
@@ -298,9 +287,8 @@ def test_vat_finds_the_direction_of_largest_divergence(device):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).to(device, torch.float64)
     x = torch.full([1, 3, 2, 2], 0.5, device=device, dtype=torch.float64)
     y = torch.zeros(1, dtype=torch.long, device=device)
-    found = losses.VAT(eps=0.01, xi=1e-3, steps=60)
-    found.generator = torch.Generator(device).manual_seed(0)
-    direction = (found.adversaries(model, x, y) - x).flatten()
+    found = losses.VAT(eps=0.01, xi=1e-3, steps=60).adversaries(model, x, y, drawn(device, 0))
+    direction = (found - x).flatten()
     p, w = model(x).softmax(1)[0], model[1].weight
     fisher = w.T @ (p.diag() - p.outer(p)) @ w
     leading = torch.linalg.eigh(fisher).eigenvectors[:, -1]
@@ -312,8 +300,9 @@ def test_local_linearity_of_a_linear_loss_is_the_steepness_alone(device):
     model, (x, y) = network(device), batch(device)
     loss = losses.LocalLinearity(eps=1e-6)
     gap = losses.LocalLinearity(ratio=0.0, eps=1e-6)
-    found = loss.adversaries(model, x, y)
-    assert gap.terms(model, x, found, y).smoothness < 1e-4 * loss.terms(model, x, found, y).smoothness
+    draw = Draw()
+    found = loss.adversaries(model, x, y, draw)
+    assert gap.terms(model, x, found, y, draw).smoothness < 1e-4 * loss.terms(model, x, found, y, draw).smoothness
 
 
 def test_curvature_of_a_quadratic(device):

@@ -22,8 +22,8 @@ from cases import (
 )
 from robustkern import reference
 from robustkern.ops import row_norm, softmax_cross_entropy
-from robustkern.ops._samples import Sample
 from robustkern.testing import assert_as_accurate_as_reference
+from tests.samples import Sample
 
 NORMS = [{"p": 1.0}, {"p": 2.0}, {"p": 2.0, "squared": True}, {"p": math.inf}, {"p": 3.0}, {"p": 1.5}, {"p": 4.0}]
 over_norms = pytest.mark.parametrize("options", NORMS, ids=lambda o: "-".join(map(str, o.values())))

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from jacobian_cases import assert_equal_but_for_rounding, network, norm_in_plain_pytorch, parameter_gradients
-from robustkern import models
-from robustkern.losses import CrossLipschitz, FisherPenalty, JacobianPenalty
+from robustkern import Draw, models
+from robustkern.losses import CrossLipschitz, FisherPenalty, JacobianPenalty, Lazy
 from robustkern.sharding import Shard
 from robustkern.testing import assert_as_accurate_as_reference
 
@@ -112,17 +112,14 @@ def test_fisher_predicts_the_divergence_under_small_random_perturbations(device)
 def test_every(penalty, device):
     """One step of three, with three times the weight; a step that is left out is a plain one."""
     model, (x, y) = network(device), batch(device)
-    lazy, always = (penalty(WEIGHT, "exact", EPS, every=every) for every in (3, 1))
-    terms = [lazy(model, x, y) for _ in range(7)]
+    always = penalty(WEIGHT, "exact", EPS)
+    lazy = Lazy(always, 3)
+    terms = [lazy(model, x, y, Draw(step=step)) for step in range(7)]
     expected = always(model, x, y)
     assert [t.weight for t in terms] == [3 * WEIGHT, 0, 0] * 2 + [3 * WEIGHT]
-    assert lazy.step == 7
     for t in terms:
         torch.testing.assert_close(t.orientation, expected.orientation)
         torch.testing.assert_close(t.smoothness, expected.smoothness if t.weight else torch.zeros_like(t.smoothness))
-    for step in (4, 6):  # a resumed training sets it
-        lazy.step = step
-        assert bool(lazy(model, x, y).weight) == (step % 3 == 0)
 
 
 @over_penalties
@@ -130,8 +127,8 @@ def test_a_fraction_is_unbiased(penalty, device):
     """Over all draws; the cross-entropy is that of every sample in each of them."""
     model, (x, y) = network(device), batch(device)
     expected = penalty(WEIGHT, "exact", EPS)(model, x, y)
-    loss = penalty(WEIGHT, "exact", EPS, fraction=0.5, generator=torch.Generator(device).manual_seed(0))
-    draws = [loss(model, x, y) for _ in range(200)]
+    loss, draw = penalty(WEIGHT, "exact", EPS, fraction=0.5), Draw(torch.Generator(device).manual_seed(0))
+    draws = [loss(model, x, y, draw) for _ in range(200)]
     assert all(terms.weight == WEIGHT for terms in draws)
     for terms in draws[:5]:
         torch.testing.assert_close(terms.orientation, expected.orientation)
@@ -168,8 +165,9 @@ def test_batch_norm_sees_the_whole_batch(device):
     torch.testing.assert_close(model[1].running_mean, running)
     assert model[1].num_batches_tracked == 1
     assert 0 < half.smoothness != whole.smoothness
-    halves = JacobianPenalty(projections="exact", fraction=0.5, generator=torch.Generator(device).manual_seed(0))
-    draws = torch.stack([halves(model, x, y).smoothness.detach() for _ in range(200)])
+    halves = JacobianPenalty(projections="exact", fraction=0.5)
+    draw = Draw(torch.Generator(device).manual_seed(0))
+    draws = torch.stack([halves(model, x, y, draw).smoothness.detach() for _ in range(200)])
     assert abs(draws.mean() - whole.smoothness) < 4.5 * draws.std() / 200**0.5
     assert draws.unique().numel() > 10
 
@@ -200,8 +198,8 @@ def test_parts_of_a_batch_have_the_projections_of_their_rows(penalty, fraction, 
     model, (x, y) = network(device), batch(device)
 
     def smoothness(shard, rows):
-        generator = torch.Generator(device).manual_seed(5)
-        return penalty(WEIGHT, 2, EPS, fraction=fraction, generator=generator, shard=shard)(model, x[rows], y[rows])
+        draw = Draw(torch.Generator(device).manual_seed(5), shard=shard)
+        return penalty(WEIGHT, 2, EPS, fraction=fraction)(model, x[rows], y[rows], draw)
 
     whole = smoothness(None, slice(None)).smoothness
     parts = [(Shard(0, 2, 6), slice(0, 2)), (Shard(2, 4, 6), slice(2, 6))]
@@ -215,8 +213,8 @@ def test_the_generator_decides(penalty, device):
     model, (x, y) = network(device), batch(device)
 
     def run(seed):
-        loss = penalty(WEIGHT, fraction=0.5, generator=torch.Generator(device).manual_seed(seed))
-        return torch.stack([loss(model, x, y).smoothness.detach() for _ in range(3)])
+        loss, draw = penalty(WEIGHT, fraction=0.5), Draw(torch.Generator(device).manual_seed(seed))
+        return torch.stack([loss(model, x, y, draw).smoothness.detach() for _ in range(3)])
 
     before = torch.get_rng_state()
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
@@ -226,9 +224,6 @@ def test_the_generator_decides(penalty, device):
 @over_penalties
 def test_options_are_checked(penalty, device):
     for options, message in (
-        ({"every": 0}, "every must be an integer of at least 1, got 0"),
-        ({"every": 2.5}, "every must be an integer of at least 1, got 2.5"),
-        ({"every": float("nan")}, "every must be an integer of at least 1, got nan"),
         ({"fraction": 0}, r"fraction must be a number in \(0, 1\], got 0"),
         ({"fraction": "a"}, r"fraction must be a number in \(0, 1\], got 'a'"),
         ({"projections": 0}, "projections must be an integer of at least 1 or .exact., got 0"),
@@ -279,12 +274,12 @@ def test_it_trains(penalty, device):
     torch.manual_seed(0)
     model = models.SmallCNN(CLASSES, (3, 5, 5), width=4, features=8).to(device)
     x, y = batch(device, torch.float32)
-    loss = penalty(0.3, eps=0.5, generator=torch.Generator(device).manual_seed(0))
+    loss, draw = penalty(0.3, eps=0.5), Draw(torch.Generator(device).manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     totals = []
     for _ in range(30):
         optimizer.zero_grad()
-        terms = loss(model, x, y)
+        terms = loss(model, x, y, draw)
         terms.backward(inputs=model.parameters())
         optimizer.step()
         totals.append(terms.total.item())

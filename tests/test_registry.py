@@ -3,6 +3,7 @@
 csrc/README.md says how an operator is added; each message names the step that is missing.
 """
 
+import ast
 import graphlib
 import importlib
 import inspect
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 import robustkern
-from cases import CASES, OPS, cotangents, recorded_calls
+from cases import CASES, cotangents, recorded_calls
 from robustkern import _library, coupling, jacobian, losses, ops, penalties, reference, spectral_norm
-from robustkern.ops._double_backward import DOUBLE_BACKWARDS
+from robustkern.ops._pytorch_derivatives import DERIVATIVES
+from tests.samples import samples_of
 
 ROOT = Path(__file__).parents[1]
 ORDERS = ("", "_backward", "_double_backward")
@@ -66,13 +68,13 @@ def test_schemas_come_in_chains():
         assert [stem + order for order in orders_of(stem)] == [
             s for s in SCHEMAS if s.startswith(stem) and s in stem_family(stem)
         ]
-    assert sorted(ENDS) == sorted(DOUBLE_BACKWARDS), "register what csrc/ops.cpp declares in robustkern/ops"
+    assert sorted(ENDS) == sorted(DERIVATIVES), "register what csrc/ops.cpp declares in robustkern/ops"
 
 
 @over_ends
 def test_derivatives_of_pytorch_operators(schema):
     stem = re.sub(r"(_double)?_backward$", "", schema)
-    entry = DOUBLE_BACKWARDS[schema]
+    entry = DERIVATIVES[schema]
     for key, step in (
         ("CPU", "kernel"),
         ("Meta", "fake kernel"),
@@ -87,11 +89,12 @@ def test_derivatives_of_pytorch_operators(schema):
     assert entry.reference is getattr(reference, schema)
     names = [argument.name for argument in entry.operator.default._schema.arguments]
     assert list(inspect.signature(entry.reference).parameters) == names
-    for sample in entry.samples("cpu", torch.float32):
+    for sample in samples_of(schema):
         assert list(sample.arguments) == names, f"{schema}({sample.name})"
     replacements = " ".join(p.read_text() for p in sources("csrc/aten/*.cpp"))
     assert f"robustkern::{schema}" in replacements, f"nothing in csrc/aten calls {schema}"
-    assert (ROOT / f"tests/installed/{stem}.py").is_file(), f"write tests/installed/{stem}.py"
+    for folder in ("installed", "samples"):
+        assert (ROOT / f"tests/{folder}/{stem}.py").is_file(), f"write tests/{folder}/{stem}.py"
     text = inspect.getdoc(entry.reference)
     assert text, f"{schema}: the reference has no docstring"
     assert re.search(r"=|L\b", text.split("\n")[0]), f"{schema}: begin the reference's docstring with its formula"
@@ -118,6 +121,7 @@ def test_public_function_reference_and_module(op):
     assert op in ops.__all__, f"add {op} to __all__ of robustkern/ops/__init__.py"
     assert hasattr(reference, op), f"write robustkern/reference/{op}.py and export it"
     assert op in reference.__all__, f"add {op} to __all__ of robustkern/reference/__init__.py"
+    assert (ROOT / f"tests/samples/{op}.py").is_file(), f"write samples(device, dtype) in tests/samples/{op}.py"
     assert inspect.getfile(getattr(reference, op)).endswith(f"reference/{op}.py")
     assert inspect.getfile(getattr(ops, op)).endswith(f"ops/{op}.py")
     assert ops.__all__ == sorted(STEMS)
@@ -165,7 +169,7 @@ def test_the_end_of_the_chain_refuses(op):
 
 @over_differentiable
 def test_samples_cover_every_option_and_every_operator(op):
-    samples = list(OPS[op].samples())
+    samples = list(samples_of(op))
     names = [sample.name for sample in samples]
     assert len(set(names)) == len(names), "names of samples must differ: tests find samples by name"
     assert all(sample.op is getattr(ops, op) for sample in samples)
@@ -193,7 +197,7 @@ def test_reference_takes_the_same_arguments(op):
     public = list(inspect.signature(getattr(ops, op)).parameters)
     plain = list(inspect.signature(getattr(reference, op)).parameters)
     assert plain == [name for name in public if name != "impl"]
-    sample = next(importlib.import_module(f"robustkern.ops.{op}").samples("cpu", torch.float64))
+    sample = next(samples_of(op, "cpu", torch.float64))
     expected = getattr(reference, op)(*(value.clone() for value in sample.inputs), **sample.options)
     torch.testing.assert_close(expected, sample(impl="kernel"))
     if op not in ops.IN_PLACE:
@@ -271,6 +275,58 @@ def test_every_penalty_is_public():
     for name, value in PUBLIC.items():
         if value.__module__ == penalties.__name__:
             assert getattr(robustkern, name) is value, f"export {name} from robustkern/__init__.py"
+
+
+# ------------------------------------------------------------------ floors
+
+CORE = ("ops", "reference", "penalties", "jacobian", "spectral_norm", "coupling", "double_backward")
+LABORATORY = {
+    "losses",
+    "draw",
+    "sharding",
+    "terms",
+    "attacks",
+    "data",
+    "models",
+    "training",
+    "evaluation",
+    "study",
+    "cli",
+}
+
+
+def imports_of(module):
+    """The modules of robustkern that the files of a module or package name in an import, wherever it stands."""
+    path = ROOT / "robustkern" / module.replace(".", "/")
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    named = set()
+    for file in files:
+        package = ["robustkern", *file.relative_to(ROOT / "robustkern").parts[:-1]]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = [*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])]
+                source = ".".join(base) if node.level else node.module
+                named |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return {name.split(".")[1] for name in named if name.startswith("robustkern.")}
+
+
+def test_the_core_knows_nothing_of_the_laboratory():
+    """Whoever wants fused derivatives alone never meets a training loop."""
+    reached, left = set(), [*CORE]
+    while left:
+        module = left.pop()
+        path = ROOT / "robustkern" / module
+        if module not in reached and (path.is_dir() or path.with_suffix(".py").is_file()):
+            reached.add(module)
+            found = imports_of(module)
+            assert not found & LABORATORY, f"robustkern/{module} imports {', '.join(sorted(found & LABORATORY))}"
+            left += found
+    assert {"_library", "_arguments"} < reached and {"ops", "attacks"} < imports_of("losses")
+    above = re.compile(rf"robustkern\.({'|'.join(sorted(LABORATORY))})\b")
+    for path in sources("csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu", "csrc/**/*.cuh"):
+        assert not above.search(path.read_text()), f"{path.relative_to(ROOT)} names a module of the laboratory"
 
 
 # ------------------------------------------------------------------ files

@@ -293,7 +293,7 @@ def test_a_forward_pass_without_gradients_does_not_take_them_from_the_next():
     model = models.create("small-cnn", 10, (1, 8, 8))
 
     class Peeks:
-        def __call__(self, model, x, y):
+        def __call__(self, model, x, y, draw):
             with torch.no_grad():
                 model(x)
             loss = torch.nn.functional.cross_entropy(model(x).float(), y)
@@ -314,7 +314,7 @@ def test_a_skipped_step_leaves_batch_norm_as_it_was():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     before = copy.deepcopy(model.state_dict())
 
-    def loss(model, x, y):
+    def loss(model, x, y, draw):
         return Terms(model(x).sum() * float("inf"), x.new_zeros(()), 0.0)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

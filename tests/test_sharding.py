@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from robustkern import Draw
 from robustkern.jacobian import jacobian_norm
 from robustkern.losses import JacobianPenalty
 from robustkern.sharding import Shard
@@ -25,7 +26,7 @@ def test_shards_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="expected 3 rows"):
         Shard(0, 1, 3).rows(torch.zeros(2))
     with pytest.raises(ValueError, match="shard has 1 rows, x has 2"):
-        JacobianPenalty(shard=Shard(0, 1, 3))(torch.nn.Flatten(), torch.rand(2, 3), torch.tensor([0, 1]))
+        JacobianPenalty()(torch.nn.Flatten(), torch.rand(2, 3), torch.tensor([0, 1]), Draw(shard=Shard(0, 1, 3)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "fisher"])

@@ -119,8 +119,8 @@ class _Poisoned:
     def __init__(self, loss, at, kind):
         self.loss, self.at, self.kind, self.calls = loss, at, kind, 0
 
-    def __call__(self, model, x, y):
-        terms = self.loss(model, x, y)
+    def __call__(self, model, x, y, draw):
+        terms = self.loss(model, x, y, draw)
         self.calls += 1
         if self.calls - 1 not in self.at:
             return terms

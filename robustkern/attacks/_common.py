@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robustkern import ops
 from robustkern._classifier import check_call, check_least, check_logits, gradient_of
+from robustkern._dtypes import accumulation_dtype
 
 LOSSES = ("ce", "cw", "dlr")
 Model = Callable[[Tensor], Tensor]
@@ -127,7 +128,7 @@ def check_batch(
 def losses_of(kind: str, logits: Tensor, y: Tensor, towards: Tensor | None = None, impl: str = "auto") -> Tensor:
     """What an untargeted attack maximises for each sample: [B]."""
     if kind == "ce":
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y, reduction="none")
+        return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), y, reduction="none")
     return ops.margin_loss(logits, y, kind=kind, towards=towards, impl=impl)
 
 
@@ -155,6 +156,52 @@ def evaluate(
         grad = gradient_of(name, value, leaf) if need_grad else None
     value, hit = value.detach(), logits.detach().argmax(1) == y
     return value, (hit if targeted else ~hit) | value.isnan(), grad
+
+
+class Attack:
+    """The call that all attacks share."""
+
+    eps: float | Tensor
+    norm: str
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Adversarial examples for a batch.
+
+        Args:
+            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
+                no gradients.
+            x: Clean images in [0, 1].  [B, C, H, W]
+            y: Their labels, or the targets; of any integer dtype.  [B]
+            generator: Where the random starts come from, on the device of x; by default PyTorch's own.
+            indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
+                the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
+
+        Returns:
+            Images within reach of x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
+
+        Raises:
+            TypeError: An argument of another type or dtype.
+            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
+                on x.
+        """
+        name = type(self).__name__
+        logits, x, y = check_batch(name, model, x, y, generator, indices, eps=self.eps, norm=self.norm)
+        with torch.inference_mode(False), attacked(model):
+            return self._search(logits, x, y, generator, indices)
+
+    def _search(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
+    ) -> Tensor:
+        """The adversaries, given what was checked."""
+        raise NotImplementedError
 
 
 class Best:

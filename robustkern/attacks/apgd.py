@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Best, Model, attacked, check_batch, evaluate
+from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate
 from robustkern.reference.random_cotangents import draw_seed
 
 _MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
@@ -18,7 +18,7 @@ _RISES = 0.75  # of a period's steps that must raise the loss
 
 
 @dataclass(frozen=True)
-class APGD:
+class APGD(Attack):
     """x_{t+1} = P(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1})), z = P(x_t + eta d(gradient)), eta from 2 eps down.
 
     At checkpoints, ever closer to each other, a sample's eta is halved, and it goes on from the best point so far, if
@@ -53,46 +53,20 @@ class APGD:
     def __post_init__(self) -> None:
         check_options(self, box=True, loss=(*LOSSES, "dlr-targeted"), norm=("linf", "l2"))
 
-    def __call__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        indices: Tensor | None = None,
+    def _search(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
     ) -> Tensor:
-        """Adversarial examples for a batch.
-
-        Args:
-            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
-                no gradients.
-            x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels, of any integer dtype.  [B]
-            generator: Where the random starts come from, on the device of x; by default PyTorch's own.
-            indices: Numbers of the samples, [B] int64, on which their starts depend; by default 0, 1, 2, ...
-
-        Returns:
-            Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
-
-        Raises:
-            TypeError: An argument of another type or dtype.
-            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
-                on x.
-        """
-        logits, x, y = check_batch("APGD", model, x, y, generator, indices, eps=self.eps, norm=self.norm)
         seed = draw_seed(x, generator) if self.random_start else None
-        with torch.inference_mode(False), attacked(model):
-            classes = self._classes(logits, x, y) if self.loss == "dlr-targeted" and len(x) else None
-            best = Best(x)
-            for restart in range(self.restarts):
-                rows = (~best.fooled).nonzero().squeeze(1)
-                if not len(rows):
-                    break
-                towards = None if classes is None else classes[rows, restart]
-                samples = rows if indices is None else indices[rows]
-                adversary, loss, fooled = self._ascend(logits, x[rows], y[rows], towards, seed, samples, restart)
-                best.update(adversary, loss, fooled, rows)
+        classes = self._classes(model, x, y) if self.loss == "dlr-targeted" and len(x) else None
+        best = Best(x)
+        for restart in range(self.restarts):
+            rows = (~best.fooled).nonzero().squeeze(1)
+            if not len(rows):
+                break
+            towards = None if classes is None else classes[rows, restart]
+            samples = rows if indices is None else indices[rows]
+            adversary, loss, fooled = self._ascend(model, x[rows], y[rows], towards, seed, samples, restart)
+            best.update(adversary, loss, fooled, rows)
         return best.adversary
 
     def _classes(self, model: Model, x: Tensor, y: Tensor) -> Tensor:

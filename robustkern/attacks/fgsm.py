@@ -9,11 +9,11 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Model, attacked, check_batch, evaluate
+from robustkern.attacks._common import LOSSES, Attack, Model, evaluate
 
 
 @dataclass(frozen=True)
-class FGSM:
+class FGSM(Attack):
     """x' = P(x_0 + step_size * d(gradient of the loss at x_0)), x_0 random in the ball or x.
 
     P projects on the eps ball and on [0, 1], d is sign() for norm "linf": see `robustkern.ops.attack_step`.  Passes:
@@ -47,40 +47,16 @@ class FGSM:
     def __post_init__(self) -> None:
         check_options(self, box=True, loss=LOSSES)
 
-    def __call__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        indices: Tensor | None = None,
+    def _search(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
     ) -> Tensor:
-        """Adversarial examples for a batch.
-
-        Args:
-            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
-                no gradients.
-            x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels, or the targets; of any integer dtype.  [B]
-            generator: Where the random start comes from, on the device of x; by default PyTorch's own.
-            indices: Numbers of the samples, [B] int64, on which their starts depend; by default 0, 1, 2, ...
-
-        Returns:
-            Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
-
-        Raises:
-            TypeError: An argument of another type or dtype.
-            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
-                on x.
-        """
         step = (1.25 if self.random_start else 1.0) * self.eps if self.step_size is None else self.step_size
         start = self.eps if self.random_start else None
         return _one_step(self, model, x, y, generator, indices, start, self.eps, step)
 
 
 @dataclass(frozen=True)
-class NFGSM:
+class NFGSM(Attack):
     """x' = clamp(x_0 + step_size * sign(gradient of the loss at x_0), 0, 1), x_0 = clamp(x + U(-noise eps, noise eps)).
 
     Stronger noise than the ball, and no projection on it afterwards: x' - x may reach noise * eps + step_size.  Meant
@@ -108,16 +84,9 @@ class NFGSM:
     def __post_init__(self) -> None:
         check_options(self, box=True, loss=LOSSES)
 
-    def __call__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        indices: Tensor | None = None,
+    def _search(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
     ) -> Tensor:
-        """Adversarial examples for a batch; arguments and result are those of `FGSM`."""
         step = self.eps if self.step_size is None else self.step_size
         # The box alone holds x': a ball of radius 1 around x contains it.
         return _one_step(self, model, x, y, generator, indices, self.noise * self.eps, 1.0, step)
@@ -134,24 +103,12 @@ def _one_step(
     radius: float | Tensor,
     step: float | Tensor,
 ) -> Tensor:
+    norm, impl = attack.norm, attack.impl
+    adversary = x.clone()
+    if start is not None:
+        adversary = ops.attack_start(x, eps=start, norm=norm, generator=generator, samples=indices, impl=impl)
     name = type(attack).__name__
-    logits, x, y = check_batch(name, model, x, y, generator, indices, eps=attack.eps, norm=attack.norm)
-    with torch.inference_mode(False), attacked(model):
-        adversary = x.clone()
-        if start is not None:
-            adversary = ops.attack_start(
-                x, eps=start, norm=attack.norm, generator=generator, samples=indices, impl=attack.impl
-            )
-        _, _, grad = evaluate(
-            name, logits, adversary, y, attack.loss, need_grad=True, targeted=attack.targeted, impl=attack.impl
-        )
-        return ops.attack_step(
-            adversary,
-            x,
-            grad,
-            eps=radius,
-            step_size=step,
-            norm=attack.norm,
-            coordinates=attack.coordinates,
-            impl=attack.impl,
-        )
+    _, _, grad = evaluate(name, model, adversary, y, attack.loss, need_grad=True, targeted=attack.targeted, impl=impl)
+    return ops.attack_step(
+        adversary, x, grad, eps=radius, step_size=step, norm=norm, coordinates=attack.coordinates, impl=impl
+    )

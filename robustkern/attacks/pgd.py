@@ -9,12 +9,12 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Best, Model, attacked, check_batch, evaluate, keep_rows
+from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate, keep_rows
 from robustkern.reference.random_cotangents import draw_seed
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(Attack):
     """x' = argmax of a loss over ||x' - x|| <= eps, x' in [0, 1], by steepest ascent in the norm.
 
     x_{t+1} = P(x_t + step_size * d(gradient)), from a random start, with P and d of `robustkern.ops.attack_step`.  Of
@@ -56,44 +56,17 @@ class PGD:
     def __post_init__(self) -> None:
         check_options(self, box=True, loss=LOSSES)
 
-    def __call__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        indices: Tensor | None = None,
+    def _search(
+        self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
     ) -> Tensor:
-        """Adversarial examples for a batch.
-
-        Args:
-            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
-                no gradients.
-            x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels, or the targets; of any integer dtype.  [B]
-            generator: Where the random starts come from, on the device of x; by default PyTorch's own.
-            indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
-                the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
-
-        Returns:
-            Images in the eps ball around x and in [0, 1], without gradient history, in the layout of x.  [B, C, H, W]
-
-        Raises:
-            TypeError: An argument of another type or dtype.
-            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
-                on x.
-        """
-        logits, clean, y = check_batch("PGD", model, x, y, generator, indices, eps=self.eps, norm=self.norm)
-        seed = draw_seed(clean, generator) if self.random_start else None
+        seed = draw_seed(x, generator) if self.random_start else None
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
-        with torch.inference_mode(False), attacked(model):
-            best = Best(clean)
-            for restart in range(self.restarts):
-                rows = (~best.fooled).nonzero().squeeze(1) if self.early_exit else None
-                if rows is not None and not len(rows):
-                    break
-                self._ascend(logits, clean, y, best, step, seed, indices, restart, rows)
+        best = Best(x)
+        for restart in range(self.restarts):
+            rows = (~best.fooled).nonzero().squeeze(1) if self.early_exit else None
+            if rows is not None and not len(rows):
+                break
+            self._ascend(model, x, y, best, step, seed, indices, restart, rows)
         return best.adversary
 
     def _ascend(

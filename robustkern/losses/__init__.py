@@ -1,8 +1,11 @@
-"""Losses for robust training.  Each takes (model, x, y) and returns `Terms(orientation, smoothness, weight)`.
+"""Losses for robust training: frozen dataclasses, called as `loss(model, x, y, draw=None) -> Terms`.
 
-The model is any callable that gives logits [B, C >= 2]; y are classes of any integer dtype.  What makes no sense is a
-TypeError or ValueError of one sentence; numbers in x and y are looked at on the CPU, where nothing is waited for, and
-on a GPU by losses with an attack inside.
+The model is any callable that gives logits [B, C >= 2]; y are classes of any integer dtype.  Both terms are means over
+the batch of a per-sample quantity, so the weight between them depends neither on the batch size nor on the number of
+processes.  A loss remembers nothing: its random numbers, the step and the rows are those of a `robustkern.Draw`.
+
+What makes no sense is a TypeError or ValueError of one sentence; numbers in x and y are looked at on the CPU, where
+nothing is waited for, and on a GPU by losses with an attack inside.
 
 In training mode all passes of one call draw the same random numbers from PyTorch's generators, so that what a loss
 compares is one function: dropout with the same masks.  The generators end as after one pass.  Random numbers of Python

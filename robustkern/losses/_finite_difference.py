@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
 from robustkern._input_gradient import input_gradient
 
 
@@ -53,7 +54,7 @@ def _dual(w: Tensor, p: float) -> Tensor:
     """u_i with ||u_i||_q = 1 and <u_i, w_i> = ||w_i||_p, 1/p + 1/q = 1; 0 where w_i is."""
     if p == 1.0:
         return w.sign()
-    flat = w.flatten(1).to(torch.float64 if w.dtype == torch.float64 else torch.float32)
+    flat = w.flatten(1).to(accumulation_dtype(w.dtype))
     largest = flat.abs().amax(1, keepdim=True)
     share = flat.abs() / torch.where(largest > 0, largest, 1.0)
     if math.isinf(p):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-Model = Callable[[Tensor], Tensor]
+from robustkern.losses.loss import Model
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -16,37 +16,39 @@ def leaf(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-class Draws:
-    """What a forward pass that comes next draws from PyTorch's default generators, such as dropout's masks.
+class RandomState:
+    """What the forward pass that comes next draws from PyTorch's default generators, such as dropout's masks.
 
     Two passes that are compared must be of one function: each of them but the first runs within `again()`, which draws
     the same numbers and leaves the generators as it found them, as after one pass.  They are those of the CPU and of
-    the GPUs that x and the model's parameters are on; those of Python and NumPy are out of reach, and in what
-    torch.compile traces or a CUDA graph captures nothing is repeated.
+    the GPUs that x and the model's parameters are on, and the one that is given; those of Python and NumPy are out of
+    reach, and in what torch.compile traces or a CUDA graph captures nothing is repeated.
     """
 
-    def __init__(self, model: Model, x: Tensor) -> None:
-        self._states: dict[torch.device, Tensor] = {}
+    def __init__(self, model: Model, x: Tensor, generator: torch.Generator | None = None) -> None:
+        self._states: list[tuple[torch.Generator, Tensor]] = []
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        self._states[torch.device("cpu")] = torch.get_rng_state()
+        generators = [torch.default_generator] + ([] if generator is None else [generator])
         if x.is_cuda:
             parameters = model.parameters() if isinstance(model, nn.Module) else ()
-            for device in {x.device, *(p.device for p in parameters if p.is_cuda)}:
-                self._states[device] = torch.cuda.get_rng_state(device)
+            devices = {x.device, *(p.device for p in parameters if p.is_cuda)}
+            generators += [torch.cuda.default_generators[device.index] for device in devices]
+        self._states = [(generator, generator.get_state()) for generator in generators]
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        if not self._states:
+        before = [(generator, generator.get_state()) for generator, _ in self._states]
+        try:
+            _set(self._states)
             yield
-            return
-        with torch.random.fork_rng(devices=[device for device in self._states if device.type == "cuda"]):
-            for device, state in self._states.items():
-                if device.type == "cpu":
-                    torch.set_rng_state(state)
-                else:
-                    torch.cuda.set_rng_state(state, device)
-            yield
+        finally:
+            _set(before)
+
+
+def _set(states: list[tuple[torch.Generator, Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)
 
 
 @contextmanager
@@ -80,27 +82,27 @@ def forgotten_casts() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: Tensor, draws: Draws) -> Tensor:
+def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: Tensor, state: RandomState) -> Tensor:
     """function(model(x)), one forward pass without a graph; its backward pass makes up for it, if anybody asks.
 
     A loss that shows a term which its total does not depend on pays for the value alone: where the gradient that
-    arrives is zero nothing is computed, and where it is not, forward and backward pass are, with the same `draws`.
-    Running statistics stay as they are.  Differentiable once.  A model that is no `nn.Module`, whose parameters cannot
-    be seen, gets its graph at once.
+    arrives is zero nothing is computed, and where it is not, forward and backward pass are, with the same random
+    `state`.  Running statistics stay as they are.  Differentiable once.  A model that is no `nn.Module`, whose
+    parameters cannot be seen, gets its graph at once.
     """
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if not torch.is_grad_enabled() or not parameters:
         with frozen_statistics(model):
             return function(model(x))
-    value: Tensor = _Deferred.apply(model, function, x, draws, *parameters)
+    value: Tensor = _Deferred.apply(model, function, x, state, *parameters)
     return value
 
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, model, function, x, draws, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, model, function, x, state, *parameters):  # type: ignore[no-untyped-def]
         device = x.device.type
-        ctx.model, ctx.function, ctx.draws, ctx.parameters = model, function, draws, parameters
+        ctx.model, ctx.function, ctx.state, ctx.parameters = model, function, state, parameters
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x)
         with frozen_statistics(model), forgotten_casts():
@@ -119,7 +121,7 @@ class _Deferred(torch.autograd.Function):
             torch.enable_grad(),
             torch.autocast(device, dtype, enabled),
             frozen_statistics(ctx.model),
-            ctx.draws.again(),
+            ctx.state.again(),
         ):
             value = ctx.function(ctx.model(x.detach()))
         return nothing[:4] + torch.autograd.grad(value, ctx.parameters, grad, allow_unused=True)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern._classifier import logits_of
-from robustkern._options import check_options
 from robustkern.attacks import FGSM, NFGSM, PGD
-from robustkern.losses._passes import Draws, value_without_graph
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState, value_without_graph
 from robustkern.losses.attack_loss import AttackLoss
+from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 _PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class AdversarialTraining(AttackLoss):
     """total = mean_i CE(f(x_i), y_i) + weight * mean_i (CE(f(x'_i), y_i) - CE(f(x_i), y_i)), x' by an attack.
 
@@ -26,18 +27,13 @@ class AdversarialTraining(AttackLoss):
     published; with 1/2, half of either (Goodfellow et al.).  `PGD` hands over the best of its iterates, where the
     published code takes the last.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.
-
     Args:
         attack: `robustkern.attacks.FGSM`, `NFGSM` or `PGD`, or anything with the same call.
         weight: of the smoothness term.
         label_smoothing: in the cross-entropy of both terms.
         impl: "auto", "kernel" or "reference".
-        generator, shard: see `robustkern.losses.attack_loss`.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
-    y.  Passes: the attack's, 3 at the adversary, and 1 at x for the value of the orientation, whose gradient cancels
+    Passes: the attack's, 3 at the adversary, and 1 at x for the value of the orientation, whose gradient cancels
     at weight 1; at any other weight, and where `Terms.weight` was replaced, its backward pass costs 3 more.
 
     BatchNorm is in eval mode during the attack, as in the published codes; then the adversaries go through the model
@@ -50,18 +46,15 @@ class AdversarialTraining(AttackLoss):
     label_smoothing: float = 0.0
     impl: str = "auto"
 
-    def __post_init__(self) -> None:
-        check_options(self)
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        return self.attack(model, x, y, draw.generator, indices=draw.samples(x))
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.attack(model, x, y, self.generator, indices=self._samples(x))
-
-    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
+    def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
         def cross_entropy(logits: Tensor) -> Tensor:
             return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
 
-        draws = Draws(model, x)
-        orientation = value_without_graph(model, cross_entropy, x.detach(), draws)
-        with draws.again():
+        state = RandomState(model, x)
+        orientation = value_without_graph(model, cross_entropy, x.detach(), state)
+        with state.again():
             attacked = logits_of("AdversarialTraining", model, adversary, y)
         return Terms(orientation, cross_entropy(attacked) - orientation, self.weight)

@@ -5,29 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern._classifier import logits_of
-from robustkern._options import check_options
+from robustkern._dtypes import accumulation_dtype
 from robustkern.attacks import FGSM, NFGSM, PGD
-from robustkern.losses._passes import Draws
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AttackLoss
-from robustkern.ops._select import accumulation_dtype
+from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 _PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class ALP(AttackLoss):
     """total = mean_i CE(f(x'_i), y_i) + weight * mean_i ||f(x_i) - f(x'_i)||_2^2, x' by an attack.
 
     orientation: the mean cross-entropy at the adversary.  smoothness: the mean squared distance between the logits of
     an image and its adversary, summed over the classes; both are differentiated.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.  A code that averages over the classes as well writes it C times as large.
+    A code that averages over the classes as well writes the weight C times as large.
 
     The published robustness did not stand stronger attacks (Engstrom et al. 2018): it is here for comparison.
 
@@ -35,10 +35,8 @@ class ALP(AttackLoss):
         attack: `robustkern.attacks.PGD`, `FGSM` or `NFGSM`, or anything with the same call.
         weight: of the smoothness term; 0.5 as published.
         impl: "auto", "kernel" or "reference".
-        generator, shard: see `robustkern.losses.attack_loss`.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
-    y.  Passes: the attack's, and 6 for both terms.
+    Passes: the attack's, and 6 for both terms.
 
     BatchNorm is in eval mode during the attack; then x and the adversaries go through the model one after the other,
     each normalised by its own batch in training mode, and both enter the running statistics.  Differentiable once.
@@ -49,16 +47,13 @@ class ALP(AttackLoss):
     weight: float = 0.5
     impl: str = "auto"
 
-    def __post_init__(self) -> None:
-        check_options(self)
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        return self.attack(model, x, y, draw.generator, indices=draw.samples(x))
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.attack(model, x, y, self.generator, indices=self._samples(x))
-
-    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        draws = Draws(model, x)
+    def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
+        state = RandomState(model, x)
         clean = logits_of("ALP", model, x, y)
-        with draws.again():
+        with state.again():
             attacked = logits_of("ALP", model, adversary, y)
         orientation = softmax_cross_entropy(attacked, y, impl=self.impl).mean()
         dtype: torch.dtype = accumulation_dtype(clean.dtype)

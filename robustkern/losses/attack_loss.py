@@ -1,63 +1,49 @@
-"""What losses with an attack inside share: the attack's random numbers, and the attack apart from the loss."""
+"""What losses with an attack inside share: the attack apart from the loss, and ascent in a ball."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern import ops
-from robustkern._classifier import check_call, gradient_of
+from robustkern._classifier import gradient_of
 from robustkern._options import check_options
 from robustkern.attacks import attacked
-from robustkern.attacks._common import Model, check_batch
-from robustkern.sharding import Shard
+from robustkern.attacks._common import check_batch
+from robustkern.draw import Draw
+from robustkern.losses.loss import Loss, Model
 from robustkern.terms import Terms
 
 STARTS = ("gaussian", "uniform")
 _SMALL = 1e-3  # standard deviation of the Gaussian start, in units of the image
 
 
-@dataclass(eq=False)
-class AttackLoss:
+@dataclass(frozen=True)
+class AttackLoss(Loss):
     """total = orientation + weight * smoothness, at x and at adversaries that an attack finds.
 
     `adversaries` runs the attack, `terms` computes what is differentiated; a call is one after the other.
-
-    Args:
-        generator: where the attack's random numbers come from, on the device of x; None: the default one.
-        shard: the rows of a larger batch that x holds; None: x is the whole batch.
     """
 
-    generator: torch.Generator | None = field(default=None, kw_only=True)
-    shard: Shard | None = field(default=None, kw_only=True)
+    soft: ClassVar[bool] = False
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Terms:
-        y = check_call(type(self).__name__, model, x, y, self.generator)
-        return self.terms(model, x, self.adversaries(model, x, y), y)
+    def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
+        return self.terms(model, x, self.adversaries(model, x, y, draw), y, draw)
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Any:
         """What the attack finds, without history: what `terms` is to be given."""
         raise NotImplementedError
 
-    def terms(self, model: nn.Module, x: Tensor, adversary: Any, y: Tensor) -> Terms:
+    def terms(self, model: Model, x: Tensor, adversary: Any, y: Tensor, draw: Draw) -> Terms:
         """Both terms, given what the attack found."""
         raise NotImplementedError
 
-    def _samples(self, x: Tensor) -> Tensor | None:
-        return None if self.shard is None else self.shard.samples(x.device)
 
-    def _noise(self, x: Tensor) -> Tensor:
-        """Normally distributed, in float32; a sample's numbers do not depend on which process has it."""
-        rows = len(x) if self.shard is None else self.shard.total
-        noise = torch.randn(rows, *x.shape[1:], generator=self.generator, device=x.device)
-        return noise if self.shard is None else self.shard.rows(noise)
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class AscentLoss(AttackLoss):
     """total = orientation + weight * smoothness, with adversaries that maximise something in a ball, step by step.
 
@@ -83,13 +69,13 @@ class AscentLoss(AttackLoss):
     def __post_init__(self) -> None:
         check_options(self, box=True, start=STARTS)
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         name = type(self).__name__
-        logits, x, y = check_batch(name, model, x, y, self.generator, eps=self.eps, norm=self.norm)
+        logits, x, y = check_batch(name, model, x, y, draw.generator, eps=self.eps, norm=self.norm)
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         with torch.inference_mode(False), attacked(model):
             objective = self._objective(logits, x, y)
-            adversary = self._start(x)
+            adversary = self._start(x, draw)
             for _ in range(self.steps):
                 grad = gradient(name, objective, adversary)
                 ops.attack_step(adversary, x, grad, eps=self.eps, step_size=step, norm=self.norm, impl=self.impl)
@@ -99,12 +85,12 @@ class AscentLoss(AttackLoss):
         """What is to be maximised, [B], as a function of the images; the model is in eval mode."""
         raise NotImplementedError
 
-    def _start(self, x: Tensor) -> Tensor:
+    def _start(self, x: Tensor, draw: Draw) -> Tensor:
         if self.start == "uniform":
             return ops.attack_start(
-                x, eps=self.eps, norm=self.norm, generator=self.generator, samples=self._samples(x), impl=self.impl
+                x, eps=self.eps, norm=self.norm, generator=draw.generator, samples=draw.samples(x), impl=self.impl
             )
-        start = x + (_SMALL * self._noise(x)).to(x.dtype)
+        start = x + (_SMALL * draw.normal(x)).to(x.dtype)
         # Without a step it projects on the ball and the box.
         return ops.attack_step(start, x, eps=self.eps, norm=self.norm, impl=self.impl)
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustkern._classifier import check_call
 from robustkern._input_gradient import check_graph
-from robustkern._options import check_options
-from robustkern.losses._passes import Draws, frozen_statistics
-from robustkern.losses._wrapper import Loss, Wrapper
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss
-from robustkern.sharding import Shard
+from robustkern.losses.loss import Loss, Model
 from robustkern.terms import Terms
 
 
-@dataclass(eq=False)
-class AWP(Wrapper):
+@dataclass(frozen=True)
+class AWP(Loss):
     """total = L(w + v), v_l = gamma ||w_l||_2 g_l / ||g_l||_2, g = dL / dw: a loss where the weights are worst.
 
     orientation and smoothness: those of the loss, at the perturbed weights.  Every weight of two or more dimensions is
@@ -33,90 +29,52 @@ class AWP(Wrapper):
     optimizer on a copy of the model instead; scaled to gamma ||w_l||, the first step of SGD points along g.
 
     Args:
-        loss: any loss of `robustkern.losses`.
+        loss: any loss of `robustkern.losses`, or a function called like one.
         gamma: length of the perturbation, relative to the weight; 0.01 for adversarial training, 0.005 for TRADES as
             published, which begins after ten epochs.  0: none, at no cost.
 
     The perturbation is that of the loss at its own weight: who replaces `Terms.weight`, as a ramp does, changes the
     total at the perturbed weights, and not where they are.
 
-    `generator`, `shard` and `step` are those of the loss, which draws the same random numbers at both weights, as do
-    layers such as dropout.
+    The loss has the same draw at both weights and draws the same random numbers, as do layers such as dropout.
 
-    The call takes an nn.Module, x and y as the loss does.  Passes: those of the loss but for its attack once more (4
-    for adversarial training), then those of the loss.  BatchNorm: the pass that gives v leaves the running statistics
-    alone; the other is the loss's own.  Differentiable once.  Source: Wu et al., Adversarial weight perturbation helps
-    robust generalization, NeurIPS 2020.
+    Passes: those of the loss but for its attack once more (4 for adversarial training), then those of the loss.
+    BatchNorm: the pass that gives v leaves the running statistics alone; the other is the loss's own.  Differentiable
+    once.  Source: Wu et al., Adversarial weight perturbation helps robust generalization, NeurIPS 2020.
     """
 
-    loss: Loss
+    loss: Callable[..., Terms]
     gamma: float = 0.01
 
-    def __post_init__(self) -> None:
-        check_options(self)
-        self._shard: Shard | None = getattr(self.loss, "shard", None)
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Terms:
+    def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
             raise TypeError(f"AWP: model must be an nn.Module, whose weights it perturbs, got {type(model).__name__}")
         if self.gamma == 0.0:
-            return self.loss(model, x, y)
-        y = check_call("AWP", model, x, y, soft=True)
+            return self.loss(model, x, y, draw)
+        inner = self.loss
         loss: Callable[[nn.Module], Terms]
-        if isinstance(self.loss, AttackLoss):
-            found = self.loss.adversaries(model, x, y)
-            attack_loss = self.loss
-            loss = lambda perturbed: attack_loss.terms(perturbed, x, found, y)  # noqa: E731
+        if isinstance(inner, AttackLoss):
+            found = inner.adversaries(model, x, y, draw)
+            loss = lambda perturbed: inner.terms(perturbed, x, found, y, draw)  # noqa: E731
         else:
-            loss = lambda perturbed: self.loss(perturbed, x, y)  # noqa: E731
-        with torch.enable_grad(), self._rewound(), Draws(model, x).again(), frozen_statistics(model):
-            offsets = self._offsets(model, loss(model).total)
+            loss = lambda perturbed: inner(perturbed, x, y, draw)  # noqa: E731
+        with torch.enable_grad(), RandomState(model, x, draw.generator).again(), frozen_statistics(model):
+            offsets = self._offsets(model, loss(model).total, draw)
         return loss(_Perturbed(model, offsets))
 
-    def _offsets(self, model: nn.Module, total: Tensor) -> dict[str, Tensor]:
+    def _offsets(self, model: nn.Module, total: Tensor, draw: Draw) -> dict[str, Tensor]:
         """v, by the name of the weight."""
         check_graph("AWP", "total", total)
         weights = {name: w for name, w in model.named_parameters() if w.requires_grad and w.dim() > 1}
         grads = torch.autograd.grad(total, list(weights.values()), allow_unused=True, materialize_grads=True)
-        if self._shard is not None:
-            self._shard.average_(grads)
+        if draw.shard is not None:
+            draw.shard.average_(grads)
         offsets = {}
         for (name, weight), grad in zip(weights.items(), grads, strict=True):
             length = torch.linalg.vector_norm(grad)
             scale = torch.where(length > 0, self.gamma * torch.linalg.vector_norm(weight.detach()) / length, 0.0)
             offsets[name] = scale * grad
         return offsets
-
-    @contextmanager
-    def _rewound(self) -> Iterator[None]:
-        """What a loss remembers, its random numbers and its count of calls, is put back."""
-        generator, step = getattr(self.loss, "generator", None), getattr(self.loss, "step", None)
-        state = None if generator is None else generator.get_state()
-        try:
-            yield
-        finally:
-            if generator is not None:
-                generator.set_state(state)
-            if step is not None:
-                self.loss.step = step  # type: ignore[attr-defined]
-
-    @property
-    def step(self) -> Any:
-        return self.loss.step  # type: ignore[attr-defined]
-
-    @step.setter
-    def step(self, value: int) -> None:
-        self.loss.step = value  # type: ignore[attr-defined]
-
-    @property
-    def shard(self) -> Shard | None:
-        return self._shard
-
-    @shard.setter
-    def shard(self, value: Shard | None) -> None:
-        self._shard = value
-        if hasattr(self.loss, "shard"):
-            self.loss.shard = value
 
 
 class _Perturbed(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class CrossLipschitz(ProjectedPenalty):
     r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i 1/C^2 sum_lm ||eps * (d f_l - d f_m) / d x_i||_2^2.
 
@@ -18,19 +18,18 @@ class CrossLipschitz(ProjectedPenalty):
     overtake another; it is 2/C ||(I - 11^T/C) J diag(eps)||_F^2, blind to what moves all logits alike, as the softmax
     is.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.  With eps = 1 it is the lambda of Hein and Andriushchenko, whose penalty is lambda / (n C^2)
-    times the sum over the n samples of a batch and all pairs; 1e-4 is their example.
+    With eps = 1 the weight is the lambda of Hein and Andriushchenko, whose penalty is lambda / (n C^2) times the sum
+    over the n samples of a batch and all pairs; 1e-4 is their example.
 
     Args:
         weight: of the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
-        law, every, fraction, label_smoothing, generator, impl, step, shard: see `robustkern.losses.projected_penalty`.
+        law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.
 
-    The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`. Source: Hein and Andriushchenko 2017.
+    BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
+    derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
+    Source: Hein and Andriushchenko 2017.
     """
 
     weight: float = 1e-4

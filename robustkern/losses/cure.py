@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from robustkern._classifier import check_call, logits_of
+from robustkern._classifier import logits_of
 from robustkern._input_gradient import check_differentiable, input_gradient
-from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._passes import Draws, frozen_statistics, leaf
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState, frozen_statistics, leaf
+from robustkern.losses.loss import Loss, Model
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
 @dataclass(frozen=True)
-class CURE:
+class CURE(Loss):
     """total = mean_i CE_i(x_i) + weight * mean_i ||g_i(x_i + z_i) - g_i(x_i)||_2^2, g = d CE / d x, z = eps sign(g(x)).
 
     orientation: the mean cross-entropy at x.  smoothness: how much the input gradient changes along its own signs, a
     finite difference of the curvature in that direction.  Both gradients are differentiated, z is not.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.  The paper's is lambda = 4 on this square; the published code's, 4 / B on the norm itself
+    The paper's weight is lambda = 4 on this square; the published code's, 4 / B on the norm itself
     (`squared=False`), since its gradient is that of the batch's mean loss.
 
     Args:
@@ -37,8 +36,7 @@ class CURE:
         label_smoothing: in the cross-entropy.
         impl: "auto", "kernel" or "reference".
 
-    The call takes a model that maps x [B, ...] to logits [B, C] and targets y.  x + z may leave [0, 1].  Passes: 12,
-    twice those of a gradient penalty.  An x that requires grad is used as it is, any other as a new leaf.
+    x + z may leave [0, 1].  Passes: 12, twice those of a gradient penalty.
 
     BatchNorm: as the model is; the published code fine-tunes in eval mode.  In training mode each pass is normalised by
     its own batch, only that of x enters the running statistics, and the gradients also contain the other samples' part
@@ -52,21 +50,17 @@ class CURE:
     label_smoothing: float = 0.0
     impl: str = "auto"
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        y = check_call("CURE", model, x, y, soft=True)
-        x, draws = leaf(x), Draws(model, x)
+    def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
+        x, state = leaf(x), RandomState(model, x)
         with fused_where_possible(self.impl):
             loss, grad = self._gradient(model, x, y)
             probe = (x + self.eps * grad.sign()).detach().to(x.dtype).requires_grad_()
-            with frozen_statistics(model), draws.again():
+            with frozen_statistics(model), state.again():
                 _, moved = self._gradient(model, probe, y)
             change = row_norm(moved - grad, 2, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), change.mean(), self.weight)
 
-    def _gradient(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             logits = logits_of("CURE", model, x, y)

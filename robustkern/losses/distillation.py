@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from robustkern._classifier import check_call, check_logits
-from robustkern._options import check_options
+from robustkern._classifier import check_logits
 from robustkern.attacks import attacked
+from robustkern.draw import Draw
+from robustkern.losses.loss import Loss, Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
-@dataclass(eq=False)
-class Distillation:
+@dataclass(frozen=True)
+class Distillation(Loss):
     """total = mean_i -sum_c t_ic log softmax(f(x_i) / T)_c, with t_i = softmax(teacher(x_i) / T).
 
     orientation: the mean cross-entropy against the teacher, both at temperature T.  smoothness: none of its own (0,
@@ -32,7 +32,7 @@ class Distillation:
         temperature: T > 0.
         impl: "auto", "kernel" or "reference".
 
-    The call takes a model that maps x [B, ...] to logits [B, C]; y is not used.  Passes: 4, one of them the teacher's.
+    y is not used.  Passes: 4, one of them the teacher's.
     BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Papernot et al., Distillation as a defense to adversarial perturbations against deep neural networks, 2016;
     refuted by Carlini and Wagner, 2017.
@@ -45,10 +45,9 @@ class Distillation:
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, nn.Module):
             raise TypeError(f"Distillation: teacher must be a module, got {type(self.teacher).__name__}")
-        check_options(self)
+        super().__post_init__()
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        check_call("Distillation", model, x, y, soft=True)
+    def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         teacher = self.teacher.to(x.device)
         with torch.no_grad(), attacked(teacher):
             taught = (teacher(x).float() / self.temperature).softmax(1)

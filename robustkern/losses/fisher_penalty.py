@@ -10,7 +10,7 @@ from torch import Tensor
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class FisherPenalty(ProjectedPenalty):
     r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i tr(diag(eps) J_i^T (diag p_i - p_i p_i^T) J_i diag(eps)).
 
@@ -19,8 +19,7 @@ class FisherPenalty(ProjectedPenalty):
     entries +-eps.  It needs no label, and is differentiated through p too.  A network can make it small by being
     certain, which is why the cross-entropy may need label smoothing.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.  Other conventions:
+    Other conventions:
 
         Shen et al. 2019            lambda tr(FIM)                  weight = lambda
         Helland and VanHoudnos      lambda / 2 tr(FIM), as meant    weight = lambda / 2 (1 / 2: default)
@@ -32,11 +31,10 @@ class FisherPenalty(ProjectedPenalty):
         weight: of the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
-        law, every, fraction, label_smoothing, generator, impl, step, shard: see `robustkern.losses.projected_penalty`.
+        law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.
 
-    The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`.
+    BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
+    derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
     """
 
     weight: float = 0.5

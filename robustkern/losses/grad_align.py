@@ -5,23 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern import ops
 from robustkern._classifier import logits_of
+from robustkern._dtypes import accumulation_dtype
 from robustkern._input_gradient import check_differentiable, input_gradient
 from robustkern._options import check_options
-from robustkern.attacks._common import Model, check_batch
+from robustkern.attacks._common import check_batch
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._passes import Draws, frozen_statistics
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
-from robustkern.ops._select import accumulation_dtype
+from robustkern.losses.loss import Model
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class GradAlign(AttackLoss):
     """total = mean_i CE_i(x'_i) + weight * mean_i (1 - cos(g_i(x_i), g_i(x_i + u_i))), g = d CE / d x, x' by FGSM.
 
@@ -30,19 +32,16 @@ class GradAlign(AttackLoss):
     fast adversarial training collapses.  g(x), which FGSM has computed, is not differentiated; g(x + u) is.  A sample
     with a zero gradient at either point has no direction and adds nothing.
 
-    The weight multiplies the mean over the batch of a per-sample quantity, so it depends neither on the batch size nor
-    on the number of processes.  The published code divides by the number of samples that have a direction; its weight
-    is 0.2 for eps = 8/255.
+    The published code divides the sum over the batch by the number of samples that have a direction; its weight is 0.2
+    for eps = 8/255.
 
     Args:
         weight: of the smoothness term.
         eps: radius of the ball in the Linf norm, in units of x; a number or a tensor that broadcasts over a sample.
         step_size: length of the step; None: eps.
         impl: "auto", "kernel" or "reference".
-        generator, shard: see `robustkern.losses.attack_loss`.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
-    y.  x' and x + u stay in [0, 1].  Passes: 2 for FGSM, 6 for the alignment, 3 at the adversary.
+    x' and x + u stay in [0, 1].  Passes: 2 for FGSM, 6 for the alignment, 3 at the adversary.
 
     BatchNorm: all three passes see the model in its own mode, as in the published code; in training mode each is
     normalised by its own batch, only the adversaries enter the running statistics, and gradients also contain the other
@@ -58,27 +57,29 @@ class GradAlign(AttackLoss):
     def __post_init__(self) -> None:
         check_options(self, box=True)
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Draws]:
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, RandomState]:
         """Those of FGSM, the gradient at x, and what the pass that gave it drew."""
-        logits, x, y = check_batch("GradAlign", model, x, y, self.generator)
-        step, draws = self.eps if self.step_size is None else self.step_size, Draws(model, x)
+        logits, x, y = check_batch("GradAlign", model, x, y, draw.generator)
+        step, state = self.eps if self.step_size is None else self.step_size, RandomState(model, x)
         with frozen_statistics(model):
             grad = gradient("GradAlign", lambda v: self._cross_entropy(logits, v, y), x)
         adversary = ops.attack_step(x.clone(), x, grad, eps=self.eps, step_size=step, impl=self.impl)
-        return adversary, grad, draws
+        return adversary, grad, state
 
-    def terms(self, model: nn.Module, x: Tensor, adversary: tuple[Tensor, Tensor, Draws], y: Tensor) -> Terms:
-        image, first, draws = adversary
+    def terms(
+        self, model: Model, x: Tensor, adversary: tuple[Tensor, Tensor, RandomState], y: Tensor, draw: Draw
+    ) -> Terms:
+        image, first, state = adversary
         probe = ops.attack_start(
-            x.detach(), eps=self.eps, generator=self.generator, samples=self._samples(x), impl=self.impl
+            x.detach(), eps=self.eps, generator=draw.generator, samples=draw.samples(x), impl=self.impl
         ).requires_grad_()
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad(), fused_where_possible(self.impl), frozen_statistics(model), draws.again():
+        with torch.enable_grad(), fused_where_possible(self.impl), frozen_statistics(model), state.again():
             loss = self._cross_entropy(model, probe, y)
             second = input_gradient("GradAlign", "loss", loss.sum(), probe, create_graph=differentiable)
         if differentiable:
             check_differentiable("GradAlign", "loss", second)
-        with draws.again():
+        with state.again():
             orientation = self._cross_entropy(model, image, y).mean()
         return Terms(orientation, self._misalignment(first, second).mean(), self.weight)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustkern._classifier import check_call, logits_of
+from robustkern._classifier import logits_of
 from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
+from robustkern.draw import Draw
 from robustkern.losses._finite_difference import EstimatorError, difference_quotient
-from robustkern.losses._passes import Draws, frozen_statistics, leaf
+from robustkern.losses._passes import RandomState, frozen_statistics, leaf
+from robustkern.losses.loss import Loss, Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
@@ -22,16 +24,14 @@ ESTIMATORS = ("exact", "finite-difference")
 
 
 @dataclass(frozen=True)
-class GradientPenalty:
+class GradientPenalty(Loss):
     r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i ||eps * d CE_i / d x_i||_p.
 
     orientation: the mean cross-entropy.  smoothness: to first order, how much an adversary of size eps can raise it,
     when p is the dual of the threat's norm (Linf -> 1, L2 -> 2): weight = 1 is linearised adversarial training.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on
-    the number of processes. Codes that penalise the gradient of the batch's *mean* loss shrink it by the batch size
-    B: their weight w on the norm is w / B here, and on the squared norm w / B^2 (w / B where they sum over the
-    batch).
+    Codes that penalise the gradient of the batch's *mean* loss shrink it by the batch size B: their weight w on the
+    norm is w / B here, and on the squared norm w / B^2 (w / B where they sum over the batch).
 
     Args:
         weight: of the smoothness term.
@@ -47,10 +47,7 @@ class GradientPenalty:
             mode a sample's quotient holds other parts of the others than its gradient does; their mean, unless squared,
             is the same.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and
-    targets y.  An x that requires grad is used as it is (which is what torch.compile of a whole step needs), any
-    other as a new leaf; call `terms.backward(inputs=model.parameters())` to spare its own gradient.  BatchNorm in
-    training mode couples the samples of a batch, and the gradient of one sample's loss with them; running
+    BatchNorm in training mode couples the samples of a batch, and the gradient of one sample's loss with them; running
     statistics are updated once.  Passes: 6 exact, 7 by finite differences.
 
     Errors, dtypes and derivatives: see `robustkern.gradient_norm` and `robustkern.ops.softmax_cross_entropy`.
@@ -72,14 +69,13 @@ class GradientPenalty:
         if self.squared and self.p != 2.0:
             raise ValueError(f"GradientPenalty: squared needs p = 2, got p = {self.p}")
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        y = check_call("GradientPenalty", model, x, y, soft=True)
+    def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         x = leaf(x)
         if self.estimator == "finite-difference":
-            draws = Draws(model, x)
+            state = RandomState(model, x)
 
             def loss_of(images: Tensor) -> Tensor:
-                with frozen_statistics(model), draws.again():
+                with frozen_statistics(model), state.again():
                     return self._cross_entropy(model, images, y)
 
             with torch.enable_grad():
@@ -91,7 +87,7 @@ class GradientPenalty:
             norm = gradient_norm(loss, x, self.p, weight=self.eps, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), norm.mean(), self.weight)
 
-    def _cross_entropy(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
         logits = logits_of("GradientPenalty", model, x, y)
         return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
 
@@ -108,10 +104,10 @@ class GradientPenalty:
             steps: values of h.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        draws = Draws(model, x)
+        state = RandomState(model, x)
 
         def smoothness(**options: Any) -> tuple[float, Tensor]:
-            with frozen_statistics(model), draws.again():
+            with frozen_statistics(model), state.again():
                 term = replace(self, **options)(model, x, y).smoothness
             grads = torch.autograd.grad(term, parameters, allow_unused=True, materialize_grads=True)
             return term.item(), torch.cat([grad.flatten() for grad in grads])

@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class JacobianPenalty(ProjectedPenalty):
     r"""total = mean_i CE(f(x_i), y_i) + weight * mean_i ||d f(x_i) / d x_i diag(eps)||_F^2.
 
     orientation: the mean cross-entropy.  smoothness: to first order, the mean squared change of the logits under a
     perturbation of independent entries +-eps; it needs no label.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.  Other conventions, with eps = 1 unless their inputs are divided by a standard deviation, which
-    makes it eps = std:
+    Other conventions, with eps = 1 unless their inputs are divided by a standard deviation, which makes it eps = std:
 
         Hoffman et al. 2019         lambda / 2 ||J||_F^2                        weight = lambda / 2 (0.01 / 2: default)
         Jakubovitz and Giryes 2018  lambda ||J||_F, over all classes            weight = lambda, squared=False
@@ -28,18 +24,15 @@ class JacobianPenalty(ProjectedPenalty):
         weight: of the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
-        law, every, fraction, label_smoothing, generator, impl, step, shard: see `robustkern.losses.projected_penalty`.
+        law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.
         squared: False for the norm itself, estimated by the root of the estimate: too small on average, unless exact.
 
-    The call: see `robustkern.losses.projected_penalty`. BatchNorm in training mode adds the other samples' part; see
-    `robustkern.batch_coupling`. Errors, dtypes and derivatives: see `robustkern.jacobian_norm` and
-    `robustkern.ops.softmax_cross_entropy`. Source: Hoffman, Roberts and Yaida 2019.
+    BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
+    derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
+    Source: Hoffman, Roberts and Yaida 2019.
     """
 
     weight: float = 0.005
     squared: bool = True
 
     kind: ClassVar[str] = "plain"
-
-    def _norm(self, outputs: Tensor, x: Tensor, first: int, squared: bool = True) -> Tensor:
-        return super()._norm(outputs, x, first, self.squared)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustkern._classifier import check_call, logits_of
-from robustkern._options import check_options
+from robustkern._classifier import logits_of
+from robustkern.draw import Draw
+from robustkern.losses.loss import Loss, Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
 @dataclass(frozen=True)
-class LabelSmoothing:
+class LabelSmoothing(Loss):
     """total = (1 - weight) mean_i CE(f(x_i), y_i) + weight * mean_i 1/C sum_c -log p_ic.
 
     orientation: the cross-entropy's share, (1 - weight) of its mean.  smoothness: the mean over the classes of -log p,
@@ -27,7 +27,7 @@ class LabelSmoothing:
         weight: s, in [0, 1].
         impl: "auto", "kernel" or "reference".
 
-    The call takes a model that maps x [B, ...] to logits [B, C], and classes y.  Passes: 3, a plain step.
+    Passes: 3, a plain step.
     BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016.
     """
@@ -36,12 +36,11 @@ class LabelSmoothing:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"LabelSmoothing: weight must be in [0, 1], got {self.weight}")
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Terms:
-        y = check_call("LabelSmoothing", model, x, y, soft=True)
+    def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         logits = logits_of("LabelSmoothing", model, x, y)
         certain, uniform = (softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
         return Terms((1.0 - self.weight) * certain.mean(), uniform.mean(), self.weight)

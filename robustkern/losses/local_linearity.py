@@ -6,19 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern._classifier import gradient_of, logits_of
 from robustkern._input_gradient import check_differentiable, input_gradient
-from robustkern.attacks._common import Model
 from robustkern.double_backward import fused_where_possible
-from robustkern.losses._passes import Draws, frozen_statistics, leaf
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState, frozen_statistics, leaf
 from robustkern.losses.attack_loss import AscentLoss
+from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class LocalLinearity(AscentLoss):
     """total = mean_i CE_i(x_i) + weight * mean_i (gamma_i + ratio |delta_i . g_i|), g_i = d CE_i / d x_i.
 
@@ -27,19 +28,14 @@ class LocalLinearity(AscentLoss):
     orientation: the mean cross-entropy at x.  smoothness: gamma, how far the loss is from linear around x, and how
     steep it is in that direction.  Together they bound what an adversary can add.  g is differentiated, delta is not.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes.  Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and
-    ratio = mu / lambda.
+    Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and ratio = mu / lambda.
 
     Args:
         weight: of the smoothness term.
         ratio: of the steepness to the distance from linear.
-        eps, step_size, steps, norm, start, impl, generator, shard: see `robustkern.losses.attack_loss`; two steps from
-            a uniform start.
+        eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`; two steps from a uniform start.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
-    y.  Passes: 2 + 2 steps for delta, 6 for the loss and its gradient, 3 at x + delta.  An x that requires grad is used
-    as it is, any other as a new leaf.
+    Passes: 2 + 2 steps for delta, 6 for the loss and its gradient, 3 at x + delta.
 
     BatchNorm is in eval mode in the search for delta; then, in training mode, both passes are normalised by their own
     batches, only that of x enters the running statistics, and g also contains the other samples' part (see
@@ -60,15 +56,15 @@ class LocalLinearity(AscentLoss):
         loss = loss.detach()
         return lambda v: (self._cross_entropy(model, v, y) - loss - _dot(v - x, grad)).abs()
 
-    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        x, draws, differentiable = leaf(x), Draws(model, x), torch.is_grad_enabled()
+    def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
+        x, state, differentiable = leaf(x), RandomState(model, x), torch.is_grad_enabled()
         with fused_where_possible(self.impl):
             with torch.enable_grad():
                 loss = self._cross_entropy(model, x, y)
                 grad = input_gradient("LocalLinearity", "loss", loss.sum(), x, create_graph=differentiable)
             if differentiable:
                 check_differentiable("LocalLinearity", "loss", grad)
-            with frozen_statistics(model), draws.again():
+            with frozen_statistics(model), state.again():
                 moved = self._cross_entropy(model, adversary, y)
         linear = _dot(adversary - x.detach(), grad)
         gap = (moved - loss - linear).abs()

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern._classifier import logits_of
-from robustkern.attacks._common import Model
-from robustkern.losses._passes import Draws
+from robustkern._dtypes import accumulation_dtype
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AscentLoss
+from robustkern.losses.loss import Model
 from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class MART(AscentLoss):
     """total = mean_i BCE(p(x'_i), y_i) + weight * mean_i (1 - p_y(x_i)) KL(p(x_i) || p(x'_i)).
 
@@ -27,15 +29,13 @@ class MART(AscentLoss):
     weighting included.  log(1 - p) is computed from the logits: the 1.0001 and 1e-12 of the published code, which keep
     its logarithms finite, are not needed.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes; it is the published lambda: 5 for ResNet-18, 6 for WideResNets.
+    The weight is the published lambda: 5 for ResNet-18, 6 for WideResNets.
 
     Args:
         weight: of the smoothness term.
-        eps, step_size, steps, norm, start, impl, generator, shard: see `robustkern.losses.attack_loss`.
+        eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
-    y.  Passes: 2 steps for the attack, 6 for both terms.
+    Passes: 2 steps for the attack, 6 for both terms.
 
     BatchNorm is in eval mode during the attack; then x and the adversaries go through the model one after the other,
     each normalised by its own batch in training mode, and both enter the running statistics, as in the published code.
@@ -48,10 +48,10 @@ class MART(AscentLoss):
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda adversary: softmax_cross_entropy(model(adversary), y, impl=self.impl)
 
-    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        draws = Draws(model, x)
+    def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
+        state = RandomState(model, x)
         clean = logits_of("MART", model, x, y)
-        with draws.again():
+        with state.again():
             attacked = logits_of("MART", model, adversary, y)
         boosted = softmax_cross_entropy(attacked, y, impl=self.impl) - _log_without_runner_up(attacked, y)
         doubt = 1.0 - (-softmax_cross_entropy(clean, y, impl=self.impl)).exp()
@@ -61,6 +61,6 @@ class MART(AscentLoss):
 
 def _log_without_runner_up(logits: Tensor, y: Tensor) -> Tensor:
     """log(1 - max_{k != y} p_k), [B]: of the classes but that one, the log of their share."""
-    z = logits if logits.dtype.itemsize == 8 else logits.float()
+    z = logits.to(accumulation_dtype(logits.dtype))
     runner_up = z.detach().scatter(1, y[:, None].long(), float("-inf")).argmax(1, keepdim=True)
     return z.scatter(1, runner_up, float("-inf")).logsumexp(1) - z.logsumexp(1)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustkern import ops
 from robustkern._classifier import logits_of
 from robustkern._options import check_options
 from robustkern.attacks import attacked
 from robustkern.attacks._common import check_batch
-from robustkern.losses._passes import Draws, frozen_statistics
+from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
+from robustkern.losses.loss import Model
 from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class VAT(AttackLoss):
     """total = mean_i CE(f(x_i), y_i) + weight * mean_i KL(p(x_i) || p(x_i + r_i)), r the direction of fastest change.
 
@@ -27,8 +29,7 @@ class VAT(AttackLoss):
     by power iteration on the Hessian of the divergence: d <- gradient of KL(p(x) || p(x + xi d)) from a random d, and r
     of length eps along the last d.  p(x) in the divergence is a target and not differentiated.
 
-    The weight multiplies the batch mean of a per-sample quantity, so it depends neither on the batch size nor on the
-    number of processes; it is the published alpha, 1.
+    The weight is the published alpha, 1.
 
     Args:
         weight: of the smoothness term.
@@ -38,10 +39,8 @@ class VAT(AttackLoss):
         steps: power iterations.
         norm: "l2" or "linf".
         impl: "auto", "kernel" or "reference".
-        generator, shard: see `robustkern.losses.attack_loss`.
 
-    The call takes a model that maps x [B, ...] in [0, 1] to logits [B, C] (normalisation inside the model) and classes
-    y.  Probes and x + r stay in [0, 1].  Passes: 1 + 2 steps for the direction, 6 for both terms.
+    Probes and x + r stay in [0, 1].  Passes: 1 + 2 steps for the direction, 6 for both terms.
 
     BatchNorm is in eval mode during the power iteration; the pass at x + r is normalised by its batch in training mode
     and leaves the running statistics alone, as in the published codes.  Differentiable once.  Source: Miyato et al.,
@@ -58,12 +57,12 @@ class VAT(AttackLoss):
     def __post_init__(self) -> None:
         check_options(self, box=True, norm=("l2", "linf"))
 
-    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        logits, x, y = check_batch("VAT", model, x, y, self.generator, eps=self.eps, norm=self.norm)
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        logits, x, y = check_batch("VAT", model, x, y, draw.generator, eps=self.eps, norm=self.norm)
         with torch.inference_mode(False), attacked(model):
             with torch.no_grad():
                 clean = logits(x)
-            direction = self._noise(x).to(x.dtype)
+            direction = draw.normal(x).to(x.dtype)
             for _ in range(self.steps):
                 probe = self._moved(x, direction, self.xi, "l2")
                 direction = gradient("VAT", lambda v: kl_divergence(clean, logits(v), impl=self.impl), probe)
@@ -72,10 +71,10 @@ class VAT(AttackLoss):
     def _moved(self, x: Tensor, direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
         return ops.attack_step(x.clone(), x, direction, eps=length, step_size=length, norm=norm, impl=self.impl)
 
-    def terms(self, model: nn.Module, x: Tensor, adversary: Tensor, y: Tensor) -> Terms:
-        draws = Draws(model, x)
+    def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
+        state = RandomState(model, x)
         clean = logits_of("VAT", model, x, y)
         orientation = softmax_cross_entropy(clean, y, impl=self.impl).mean()
-        with frozen_statistics(model), draws.again():
+        with frozen_statistics(model), state.again():
             moved = logits_of("VAT", model, adversary, y)
         return Terms(orientation, kl_divergence(clean.detach(), moved, impl=self.impl).mean(), self.weight)

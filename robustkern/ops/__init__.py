@@ -1,6 +1,7 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
-from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax
+# The first line for what they register: derivatives of PyTorch's own operators.
+from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax  # noqa: F401
 from robustkern.ops.attack_start import attack_start
 from robustkern.ops.attack_step import attack_step
 from robustkern.ops.kl_divergence import kl_divergence
@@ -8,9 +9,6 @@ from robustkern.ops.margin_loss import margin_loss
 from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
-
-# Imported for what they register: the second derivatives of PyTorch's own operators.
-DOUBLE_BACKWARD_MODULES = (activation, attention, batch_norm, group_norm, layer_norm, softmax)
 
 # Nothing can be differentiated in these: they write into a tensor, on the way of an attack.
 IN_PLACE = ("attack_start", "attack_step")

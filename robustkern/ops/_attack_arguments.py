@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustkern.ops._select import accumulation_dtype
+from robustkern._dtypes import accumulation_dtype
 from robustkern.reference.attack_step import NORMS
 
 

@@ -71,6 +71,21 @@ def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:
     torch.library.register_vmap(op.default, rule)
 
 
+def register_looped_vmap(operator: Any) -> None:
+    """Registers for `operator` the rule vmap(op)(x)[k] = op(x[k]), one call for each k."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def at(k: int) -> list[Any]:
+            return [a.select(d, k) if isinstance(d, int) else a for a, d in zip(args, in_dims)]
+
+        results = [operator(*at(k)) for k in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
+
+    torch.library.register_vmap(operator.default, rule)
+
+
 def refuse_derivatives(op: Any, why: str) -> None:
     """Makes differentiating `op` an error rather than a zero."""
 

@@ -6,14 +6,9 @@ import torch
 from torch.autograd import forward_ad
 
 from robustkern import _library
+from robustkern._dtypes import DTYPES
 
 IMPLS = ("auto", "kernel", "reference")
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over data of this dtype: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
-from robustkern.ops._samples import Sample, make_tensor
-from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+from robustkern.ops._select import check_floating, use_kernel
 
 
 def kl_divergence(
@@ -128,22 +127,3 @@ def _register() -> None:
 
 if _library.extension() is not None:
     _register()
-
-
-def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
-    """Calls that exercise every option, shape class and layout of kl_divergence."""
-    make, op = make_tensor(device, dtype), kl_divergence
-    yield Sample(op, (make(5, 10), make(5, 10)), {}, "ten classes")
-    yield Sample(op, (make(5, 10), make(5, 10)), {"temperature": 2.5}, "temperature")
-    yield Sample(op, (4.0 * make(8, 1000), make(8, 1000)), {}, "1000 classes")
-    yield Sample(op, (make(8, 3000), 3.0 * make(8, 3000)), {"temperature": 2.0}, "3000 classes, temperature")
-    yield Sample(op, (make(40, 7), make(40, 7)), {}, "40 rows")
-    yield Sample(op, (make(35, 100), 2.0 * make(35, 100)), {}, "100 classes")
-    yield Sample(op, (make(5, 20)[:, ::2], make(5, 10)), {}, "strided columns")
-    yield Sample(op, (make(10, 5).t(), make(10, 5).t()), {}, "transposed")
-    yield Sample(op, (make(2, 3, 4, 5), make(2, 3, 4, 5)), {}, "a prediction a pixel")
-    yield Sample(op, (1000.0 + 3.0 * make(5, 10), 3.0 * make(5, 10)), {}, "huge logits")
-    yield Sample(op, (6.0 * make(5, 10), 6.0 * make(5, 10)), {}, "certain predictions")
-    nothing = ("value", "grad_x", "gg_grad", "second")
-    yield Sample(op, (make(3, 1), make(3, 1)), {}, "one class", zero=nothing)
-    yield Sample(op, (make(0, 10), make(0, 10)), {}, "empty batch", empty=True)

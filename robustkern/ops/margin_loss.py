@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
-from robustkern.ops._samples import Sample, make_tensor
-from robustkern.ops._select import accumulation_dtype, check_floating, use_kernel
+from robustkern.ops._select import check_floating, use_kernel
 
 KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
 
@@ -104,24 +103,3 @@ def _register() -> None:
 
 if _library.extension() is not None:
     _register()
-
-
-def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
-    """Calls that exercise every option, shape class and layout of margin_loss."""
-    make, op = make_tensor(device, dtype), margin_loss
-    target = torch.tensor([3, 0, 9, 3, 5], device=device)
-    other = torch.tensor([1, 2, 3, 4, 6], device=device)
-
-    def sample(name: str, logits: Tensor, classes: Tensor = target, **options: Any) -> Sample:
-        return Sample(op, (logits, classes), options, name, not logits.numel(), ("gg_grad", "second"), orders=1)
-
-    for kind in KINDS:
-        yield sample(kind, 3 * make(5, 10), kind=kind)
-        yield sample(f"{kind}, towards", 3 * make(5, 10), kind=kind, towards=other)
-        yield sample(f"{kind}, 3000 classes", 3 * make(5, 3000), target * 300, kind=kind)
-        yield sample(f"{kind}, huge logits", 3 * make(5, 10) + 1000, kind=kind)
-        yield sample(f"{kind}, strided columns", make(5, 20)[:, ::2], kind=kind)
-        yield sample(f"{kind}, transposed", make(10, 5).t(), kind=kind, towards=other)
-        yield sample(f"{kind}, few classes", make(5, 4), target % 4, kind=kind, towards=other % 4)
-    yield sample("two classes", make(5, 2), target % 2)
-    yield sample("empty batch", make(0, 10), target[:0])

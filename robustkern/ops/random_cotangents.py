@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._arguments import check_choice, check_generator, check_integer
-from robustkern.ops._double_backward import register_looped_vmap
-from robustkern.ops._register import refuse_order, register_fake
-from robustkern.ops._samples import Sample, make_tensor
+from robustkern.ops._register import refuse_order, register_fake, register_looped_vmap
 from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.random_cotangents import draw_seed
 
@@ -137,34 +134,3 @@ def _register() -> None:
 
 if _library.extension() is not None:
     _register()
-
-
-def samples(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
-    """Calls that exercise every option, shape class and layout of random_cotangents."""
-    make, op = make_tensor(device, dtype), random_cotangents
-    seed = torch.tensor([0x0123456789ABCDEF], device=device)
-
-    def sample(name: str, outputs: Tensor, projections: int = 3, **options: Any) -> Sample:
-        fisher = options.get("kind") == "fisher"
-        given = {"projections": projections, "seed": seed, **options}
-        zero = ("gg_grad", "second") if fisher else ("grad_x", "gg_grad", "second")
-        return Sample(op, (outputs,), given, name, not outputs.numel(), zero, orders=1 if fisher else 0)
-
-    for law in LAWS:
-        yield sample(f"{law}, fisher", 2 * make(5, 10), law=law, kind="fisher")
-        yield sample(f"{law}, fisher, positions", 2 * make(2, 3, 4, 5), law=law, kind="fisher")
-        for kind in ("plain", "centred"):
-            yield sample(f"{law}, {kind}", make(5, 10), law=law, kind=kind)
-            yield sample(f"{law}, {kind}, positions", make(2, 3, 4, 5), law=law, kind=kind)
-        yield sample(f"{law}, 300 classes", make(3, 300), law=law, kind="fisher")
-        yield sample(f"{law}, two classes", make(40, 2), 2, law=law, kind="fisher")
-    yield sample("orthonormal, all directions", make(3, 37), 37, law="orthonormal", kind="fisher")
-    yield sample("orthonormal, all directions, plain", make(3, 37), 37, law="orthonormal")
-    yield sample("another seed", make(5, 10), kind="fisher", seed=torch.tensor([-3], device=device))
-    yield sample("one number", make(4, 1), 1)
-    yield sample("strided columns", make(5, 20)[:, ::2], kind="fisher")
-    yield sample("transposed", make(10, 5).t(), kind="fisher")
-    yield sample("channels_last", make(2, 3, 4, 5).to(memory_format=torch.channels_last), kind="fisher")
-    yield sample("huge outputs", 1000.0 + 3.0 * make(5, 10), kind="fisher")
-    yield sample("empty batch", make(0, 10), law="orthonormal", kind="fisher")
-    yield sample("no positions", make(2, 3, 0), kind="fisher")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
 from robustkern.reference.attack_step import as_number, round_between
 from robustkern.reference.random_cotangents import _box_muller, draw_seed, philox
 
@@ -51,7 +52,7 @@ def attack_start(
     """x' = clamp(x + uniform in the ball, 0, 1); see `robustkern.ops.attack_start`."""
     seed = draw_seed(x, generator) if seed is None else seed.reshape(1)
     samples = torch.arange(len(x), device=x.device) if samples is None else samples
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x.dtype)
     with torch.no_grad():
         clean, size = x.to(dtype), x.shape[1:].numel()
         eps = as_number(eps, clean)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
+
 NORMS = ("linf", "l2", "l1")  # in the order of csrc/math/attack_step.h
 
 
@@ -20,7 +22,7 @@ def attack_step(
     coordinates: int = 1,
 ) -> Tensor:  # adversary
     """x' = P(x' + step_size * direction(grad)); see `robustkern.ops.attack_step`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x.dtype)
     rows = (-1,) + (1,) * (x.dim() - 1)
     with torch.no_grad():
         moved, clean = adversary.to(dtype), x.to(dtype)

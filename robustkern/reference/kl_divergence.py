@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
+
 
 def kl_divergence(
     p_logits: Tensor,  # [B, C] or [B, C, d1, ...]
@@ -13,7 +15,7 @@ def kl_divergence(
     temperature: float = 1.0,
 ) -> Tensor:  # [B] or [B, d1, ...]
     """kl_i = sum_c p_ic (log p_ic - log q_ic); see `robustkern.ops.kl_divergence`."""
-    dtype = torch.float64 if p_logits.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(p_logits.dtype)
     log_p, log_q = ((z.to(dtype) / temperature).log_softmax(1) for z in (p_logits, q_logits))
     p = log_p.exp()
     # Selected before the product: 0 times infinity would be NaN, in the value and in every derivative.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
+
 
 def margin_loss(
     logits: Tensor,  # [B, C]
@@ -14,7 +16,7 @@ def margin_loss(
     towards: Tensor | None = None,  # [B]
 ) -> Tensor:  # [B]
     """loss_i = (max_{k != y} z_k - z_y) / scale(z); see `robustkern.ops.margin_loss`."""
-    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    z = logits.to(accumulation_dtype(logits.dtype))
     ordered, order = z.sort(dim=1, descending=True, stable=True)
     own = z.gather(1, target[:, None]).squeeze(1)
     if towards is None:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
+
 _MASK = 0xFFFFFFFF
 
 
@@ -118,7 +120,7 @@ def random_cotangents(
     """
     if seed is None:
         seed = draw_seed(outputs, generator)
-    dtype = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(outputs.dtype)
     batch, classes = outputs.shape[:2]
     with torch.no_grad():
         v = _draws(seed, projections, batch, math.prod(outputs.shape[1:]), law, dtype)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from robustkern._dtypes import accumulation_dtype
+
 
 def row_norm(
     x: Tensor,  # [B, ...]
@@ -20,7 +22,7 @@ def row_norm(
     Twice and more differentiable, with zero subgradients at zero: square roots and powers are taken where their
     argument is not zero, so that no derivative meets 0 * inf.
     """
-    a = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    a = x.to(accumulation_dtype(x.dtype))
     if weight is not None:
         a = a * weight.to(a.dtype).reshape(-1, *(1 for _ in range(x.dim() - 2)))
     a = a.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from robustkern._dtypes import accumulation_dtype
 
 
 def softmax_cross_entropy(
@@ -16,7 +17,7 @@ def softmax_cross_entropy(
     temperature: float = 1.0,
 ) -> Tensor:  # [B]
     """loss_i = -sum_c q_ic log softmax(z_i / T)_c; see `robustkern.ops.softmax_cross_entropy`."""
-    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    z = logits.to(accumulation_dtype(logits.dtype))
     if temperature != 1.0:
         z = z / temperature
     if target.is_floating_point():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from robustkern.draw import Draw
 from robustkern.training.methods import Loss
 
 _WARM_UP = 3
@@ -52,7 +53,7 @@ def measure(
         for name, loss in losses.items():
             model.zero_grad(set_to_none=True)
             started = time.perf_counter()
-            loss(model, x, y).backward(inputs=parameters)
+            loss(model, x, y, Draw(step=rounds)).backward(inputs=parameters)
             elapsed = time.perf_counter() - started
             if rounds >= _WARM_UP:
                 fastest[name] = min(fastest[name], elapsed)

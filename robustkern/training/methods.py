@@ -1,4 +1,4 @@
-"""Training methods by name: each entry makes a loss `(model, x, y) -> Terms` from its options.
+"""Training methods by name: each entry makes a loss `(model, x, y, draw) -> Terms` from its options.
 
 A new method is a new entry: the configuration, the command line and the checkpoints take its options from here.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from robustkern import Terms, losses
+from robustkern import Draw, Terms, losses
 from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.data import Dataset
@@ -23,7 +23,7 @@ from .config import parse_fraction
 from .errors import UsageError
 from .weights import load_model, load_model_for
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Terms]
+Loss = Callable[[nn.Module, Tensor, Tensor, Draw | None], Terms]
 Attack = FGSM | NFGSM | PGD
 
 _RISE = "mean of ℓ(x′) − ℓ(x)"
@@ -36,7 +36,7 @@ class Method:
     Attributes:
         summary: One line for tables and help texts.
         options: Its options and their defaults. The types of the defaults are the types of the options.
-        build: Makes the loss: `build(eps=..., impl=..., **options)`.
+        build: Makes the loss of all options but `awp` and `every`: `build(eps=..., impl=..., **options)`.
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
         single_step: Whether it trains on single-step attacks, which can overfit to them catastrophically.
         check: Refuses options that do not go with the images or classes: `check(data, **options)`.
@@ -84,14 +84,12 @@ def _converted(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _standard(*, eps: float, impl: str, label_smoothing: float, temperature: float) -> Loss:
-    _check_smoothing(label_smoothing)
-    _require(temperature > 0, f"temperature must be positive, got {temperature:g}")
-    return losses.CrossEntropy(label_smoothing=label_smoothing, temperature=temperature, impl=impl)
+def _standard(*, eps: float, **options: Any) -> Loss:
+    return losses.CrossEntropy(**options)
 
 
-def _label_smoothing(*, eps: float, impl: str, weight: float) -> Loss:
-    return losses.LabelSmoothing(weight, impl=impl)
+def _label_smoothing(*, eps: float, **options: Any) -> Loss:
+    return losses.LabelSmoothing(**options)
 
 
 def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) -> Loss:
@@ -103,83 +101,23 @@ def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
     load_model_for(teacher, data)
 
 
-def _gradient_penalty(
-    *, eps: float, impl: str, weight: float, norm: float, label_smoothing: float, estimator: str, h: float, every: int
-) -> Loss:
-    _check_smoothing(label_smoothing)
+def _gradient_penalty(*, norm: float, **options: Any) -> Loss:
     _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
-    penalty = losses.GradientPenalty(
-        weight=weight, p=norm, eps=eps, label_smoothing=label_smoothing, impl=impl, estimator=estimator, h=h
-    )
-    return _lazy(penalty, every)
+    return losses.GradientPenalty(p=norm, **options)
 
 
-def _curvature(*, eps: float, impl: str, weight: float, label_smoothing: float, every: int) -> Loss:
-    _check_smoothing(label_smoothing)
-    return _lazy(losses.CURE(weight, eps, label_smoothing=label_smoothing, impl=impl), every)
-
-
-def _lazy(loss: Loss, every: int) -> Loss:
-    return loss if every == 1 else losses.Lazy(loss, every)
-
-
-# Methods with an attack.  A step_size of 0 is the attack's own.
-
-
-def _adversarial(attack: Attack, *, weight: float, label_smoothing: float, impl: str, awp: float) -> Loss:
-    _check_smoothing(label_smoothing)
-    return _perturbed(losses.AdversarialTraining(attack, weight, label_smoothing, impl), awp)
-
-
-def _fgsm(*, eps: float, impl: str, step_size: float, **options: Any) -> Loss:
-    return _adversarial(FGSM(eps, step_size or None, impl=impl), impl=impl, **options)
-
-
-def _n_fgsm(*, eps: float, impl: str, step_size: float, noise: float, **options: Any) -> Loss:
-    return _adversarial(NFGSM(eps, step_size or None, noise, impl=impl), impl=impl, **options)
-
-
-def _pgd(*, eps: float, impl: str, steps: int, step_size: float, **options: Any) -> Loss:
-    return _adversarial(PGD(eps, step_size or None, steps, impl=impl), impl=impl, **options)
-
-
-def _alp(*, eps: float, impl: str, weight: float, steps: int, step_size: float, awp: float) -> Loss:
-    return _perturbed(losses.ALP(PGD(eps, step_size or None, steps, impl=impl), weight, impl), awp)
-
-
-def _ascent(kind: Callable[..., Loss], *, step_size: float, awp: float, **options: Any) -> Loss:
-    return _perturbed(kind(step_size=step_size or None, **options), awp)
-
-
-def _local_linearity(*, every: int, **options: Any) -> Loss:
-    return _lazy(_ascent(losses.LocalLinearity, **options), every)
-
-
-def _vat(*, eps: float, impl: str, weight: float, xi: float, steps: int, awp: float, every: int) -> Loss:
-    return _lazy(_perturbed(losses.VAT(weight, eps, xi, steps, norm="linf", impl=impl), awp), every)
-
-
-def _perturbed(loss: Loss, awp: float) -> Loss:
-    return losses.AWP(loss, awp) if awp else loss
-
-
-def _projected(
-    penalty: type[ProjectedPenalty],
-    *,
-    eps: float,
-    impl: str,
-    weight: float,
-    projections: int,
-    law: str,
-    every: int,
-    fraction: float,
-    label_smoothing: float,
+def _adversarial(
+    kind: Callable[..., Attack], *, eps: float, impl: str, weight: float, label_smoothing: float, **options: Any
 ) -> Loss:
-    _check_smoothing(label_smoothing)
-    return penalty(
-        weight=weight, projections=projections or "exact", eps=eps, law=law, every=every, fraction=fraction,
-        label_smoothing=label_smoothing, impl=impl,
-    )  # fmt: skip
+    return losses.AdversarialTraining(kind(eps, impl=impl, **options), weight, label_smoothing, impl)
+
+
+def _alp(*, eps: float, impl: str, weight: float, **options: Any) -> Loss:
+    return losses.ALP(PGD(eps, impl=impl, **options), weight, impl)
+
+
+def _projected(penalty: type[ProjectedPenalty], *, projections: int, **options: Any) -> Loss:
+    return penalty(projections=projections or "exact", **options)
 
 
 def _check_projections(data: Dataset, *, projections: int, law: str, **options: Any) -> None:
@@ -215,28 +153,30 @@ METHODS: dict[str, Method] = {
     "fgsm": Method(
         "cross-entropy at adversaries of one step from a random start",
         {"step_size": 0.0, **_MIXED},
-        _fgsm,
+        partial(_adversarial, FGSM),
         _RISE,
         single_step=True,
     ),
     "n-fgsm": Method(
         "cross-entropy at adversaries of one step from stronger noise",
         {"step_size": 0.0, "noise": 2.0, **_MIXED},
-        _n_fgsm,
+        partial(_adversarial, NFGSM),
         _RISE,
         single_step=True,
     ),
-    "pgd": Method("cross-entropy at adversaries of several steps", {**_STEPS, **_MIXED}, _pgd, _RISE),
+    "pgd": Method(
+        "cross-entropy at adversaries of several steps", {**_STEPS, **_MIXED}, partial(_adversarial, PGD), _RISE
+    ),
     "trades": Method(
         "cross-entropy and how far an adversary moves the prediction",
         {"weight": 6.0, **_STEPS},
-        partial(_ascent, losses.TRADES),
+        losses.TRADES,
         "mean of KL(p(x) ‖ p(x′))",
     ),
     "mart": Method(
         "boosted cross-entropy at adversaries and TRADES's term where the network errs",
         {"weight": 5.0, **_STEPS},
-        partial(_ascent, losses.MART),
+        losses.MART,
         "mean of (1 − p_y) KL(p(x) ‖ p(x′))",
     ),
     "alp": Method(
@@ -248,7 +188,7 @@ METHODS: dict[str, Method] = {
     "vat": Method(
         "cross-entropy and the divergence along the direction of fastest change",
         {"weight": 1.0, "xi": 1.0, "steps": 1, "awp": 0.0, "every": 1},
-        _vat,
+        partial(losses.VAT, norm="linf"),
         "mean of KL(p(x) ‖ p(x + r))",
     ),
     "gradient-penalty": Method(
@@ -275,19 +215,19 @@ METHODS: dict[str, Method] = {
     "llr": Method(
         "cross-entropy and how far it is from linear in the ball",
         {"weight": 4.0, "ratio": 0.75, **_STEPS, "steps": 2, "every": 1},
-        _local_linearity,
+        losses.LocalLinearity,
         "mean of |ℓ(x + δ) − ℓ(x) − δ·∇ℓ| + |δ·∇ℓ| ratio",
     ),
     "cure": Method(
         "cross-entropy and how much its input gradient changes along its signs",
         {"weight": 4.0, "label_smoothing": 0.0, "every": 1},
-        _curvature,
+        losses.CURE,
         "mean of ‖∇ℓ(x + z) − ∇ℓ(x)‖²",
     ),
     "gradalign": Method(
         "cross-entropy at adversaries of one step and how much the input gradient turns",
         {"weight": 0.2, "step_size": 0.0, "awp": 0.0},
-        partial(_ascent, losses.GradAlign),
+        losses.GradAlign,
         "mean of 1 − cos(∇ℓ(x), ∇ℓ(x + η))",
         single_step=True,
     ),
@@ -297,10 +237,6 @@ METHODS: dict[str, Method] = {
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UsageError(message)
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    _require(0 <= label_smoothing < 1, f"label smoothing must be in [0, 1), got {label_smoothing:g}")
 
 
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:
@@ -314,7 +250,13 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
     """
     method = _method(name)
     try:
-        return method.build(eps=eps, impl=impl, **method.complete(name, options))
+        given = method.complete(name, options)
+        awp, every = given.pop("awp", 0.0), given.pop("every", 1)
+        if given.get("step_size") == 0:  # the attack's own
+            given["step_size"] = None
+        loss = method.build(eps=eps, impl=impl, **given)
+        loss = losses.AWP(loss, awp) if awp else loss
+        return loss if every == 1 else losses.Lazy(loss, every)
     except UsageError:
         raise
     except ValueError as error:  # an option that the loss or its attack refuses

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustkern import data as datasets
+from robustkern.draw import Draw
+from robustkern.losses import Lazy
 from robustkern.sharding import Shard
 from robustkern.terms import Terms
 
 from .config import TrainingConfig
 from .distributed import Group
+from .methods import Loss
 from .schedule import learning_rate, weight_factor
 
 
@@ -37,9 +39,8 @@ class Outcome:
 class Stepper:
     """Takes steps.
 
-    A loss that draws random numbers, or penalises some of the steps only, has some of these attributes, which are set
-    before each call: `generator`, a fresh one for each step, keyed by seed and step, the same on all processes; `step`,
-    the number of the step; `shard`, the rows of the whole batch that it is given.
+    The draw of a step has a fresh generator, keyed by seed and step and the same on all processes, the number of the
+    step, and, with several processes, the rows of the whole batch that the loss is given.
 
     With `amp`, the loss is called under autocast: convolutions, matrix products and what else PyTorch lists for it run
     in bfloat16, forward and backward, also when an attack or a penalty calls the network. Weights, their gradients,
@@ -51,7 +52,7 @@ class Stepper:
     """
 
     def __init__(
-        self, config: TrainingConfig, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Any, group: Group
+        self, config: TrainingConfig, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, group: Group
     ) -> None:
         self.config, self.model, self.optimizer, self.loss, self.group = config, model, optimizer, loss, group
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -79,7 +80,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         before = [buffer.clone() for buffer in self.buffers]
         terms = self._terms(x, y, shard, step)
-        penalised = terms.weight != 0 or getattr(self.loss, "every", 1) == 1
+        penalised = terms.weight != 0 or not isinstance(self.loss, Lazy)
         terms = terms._replace(weight=terms.weight * weight_factor(config.ramp, step, steps))
         if self.group.size == 1:
             terms.backward(inputs=self.parameters)
@@ -105,17 +106,10 @@ class Stepper:
 
     def _terms(self, x: Tensor, y: Tensor, shard: Shard, step: int) -> Terms:
         config = self.config
-        given = {
-            "step": step,
-            "generator": _draws(config.seed, step, config.device),
-            "shard": shard if self.group.size > 1 else None,
-        }
-        for name, value in given.items():
-            if hasattr(self.loss, name):
-                setattr(self.loss, name, value)
+        draw = Draw(_generator(config.seed, step, config.device), step, shard if self.group.size > 1 else None)
         # No cache: a weight that was cast where no gradient is recorded would be taken from it where one is.
         with torch.autocast(config.device, torch.bfloat16, enabled=config.amp, cache_enabled=False):
-            return self.loss(self.model, x, y)
+            return self.loss(self.model, x, y, draw)
 
     @torch.no_grad()
     def _sum(self, values: Tensor, before: list[Tensor], shard: Shard) -> None:
@@ -139,10 +133,10 @@ class Stepper:
             buffer.copy_(value + change)
 
 
-def _draws(seed: int, step: int, device: str) -> torch.Generator:
+def _generator(seed: int, step: int, device: str) -> torch.Generator:
     """The random numbers of a step, on the device of the batch."""
-    draws = datasets.generator(seed, "projections", step)
-    return draws if device == "cpu" else torch.Generator(device).manual_seed(draws.initial_seed())
+    generator = datasets.generator(seed, "projections", step)
+    return generator if device == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
 
 def _finite(value: float) -> bool:

@@ -1,0 +1,99 @@
+"""Sample calls of the derivatives of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tests.samples import DerivativeSample, make_tensor
+
+
+def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[DerivativeSample]:
+    make = make_tensor(device, dtype)
+
+    def sample(
+        name: str,
+        batch: int = 2,
+        heads: int = 3,
+        queries: int = 5,
+        keys: int = 7,
+        key_size: int = 4,
+        value_size: int = 6,
+        *,
+        key_heads: int | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float = 0.25,
+        given: str = "qkv",
+        need: str = "gqkv",
+        layout: str = "heads outside",
+        zero: tuple[int, ...] = (),
+    ) -> DerivativeSample:
+        def tensor(count: int, length: int, size: int) -> Tensor:
+            if layout == "heads inside":  # as a projection leaves them
+                return make(batch, length, count, size).transpose(1, 2)
+            if layout == "sizes outside":
+                return make(batch, count, size, length).transpose(2, 3)
+            return make(batch, count, length, size)
+
+        key_heads = heads if key_heads is None else key_heads
+        like_q, like_k, like_v = (heads, queries, key_size), (key_heads, keys, key_size), (key_heads, keys, value_size)
+        return DerivativeSample(
+            name,
+            {
+                "gg_q": tensor(*like_q) if "q" in given else None,
+                "gg_k": tensor(*like_k) if "k" in given else None,
+                "gg_v": tensor(*like_v) if "v" in given else None,
+                "grad": tensor(heads, queries, value_size),
+                "q": tensor(*like_q),
+                "k": tensor(*like_k),
+                "v": tensor(*like_v),
+                "mask": mask,
+                "causal": causal,
+                "scale": scale,
+                "need_grad": "g" in need,
+                "need_q": "q" in need,
+                "need_k": "k" in need,
+                "need_v": "v" in need,
+            },
+            zero,
+        )
+
+    never = torch.full((), -torch.inf, dtype=dtype, device=device)
+    padding = torch.where(
+        torch.arange(7, device=device) < torch.tensor([[4], [6]], device=device), 0 * never.exp(), never
+    )
+    one_row_masked = torch.where(torch.arange(5, device=device)[:, None] == 2, never, make(5, 7))
+
+    yield sample("everything")
+    yield sample("heads inside", layout="heads inside")
+    yield sample("sizes outside", layout="sizes outside")
+    yield sample("causal", causal=True)
+    yield sample("causal, more queries than keys", queries=9, keys=4, causal=True)
+    yield sample("mask of scores", mask=make(5, 7))
+    yield sample("mask of heads", mask=make(1, 3, 5, 7))
+    yield sample("mask of padding", mask=padding[:, None, None, :])
+    yield sample("mask of a row", mask=one_row_masked)
+    yield sample("mask of queries", mask=make(2, 3, 5, 1))
+    yield sample("mask and causal", mask=make(2, 1, 5, 7), causal=True)
+    yield sample("fewer heads of keys", heads=4, key_heads=2)
+    yield sample("fewer heads of keys, causal, mask", heads=4, key_heads=1, mask=make(2, 4, 5, 7), causal=True)
+    yield sample("cotangent of grad_q", given="q")
+    yield sample("cotangent of grad_k", given="k")
+    yield sample("cotangent of grad_v", given="v", zero=(3,))
+    yield sample("cotangents of grad_q and grad_v", given="qv")
+    yield sample("gradient of grad", need="g")
+    yield sample("gradient of q", need="q")
+    yield sample("gradient of k", need="k")
+    yield sample("gradient of v", need="v")
+    yield sample("gradient of grad from grad_v", given="v", need="g")
+    yield sample("several blocks of rows", 1, 2, 90, 400, 8, 8)
+    yield sample("several blocks of rows, causal", 1, 2, 90, 400, 8, 8, causal=True, need="qk")
+    yield sample("many heads", 4, 5, 17, 17, 8, 8)
+    yield sample("large scores", scale=4.0)
+    yield sample("one key", keys=1, zero=(1, 2, 3))
+    yield sample("empty batch", batch=0)
+    yield sample("no queries", queries=0, zero=(2, 3))
+    yield sample("no keys", keys=0, zero=(0, 1))

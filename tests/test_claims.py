@@ -19,9 +19,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from robustkern import cli, data, models
-from robustkern.evaluation import command, suite
-from robustkern.study import Plan, demo
+from robustkern import data, models
+from robustkern.cli import demo
+from robustkern.cli import evaluate as command
+from robustkern.cli.app import app
+from robustkern.evaluation import suite
+from robustkern.study import Plan
 from robustkern.study import run as run_study
 from robustkern.study.given import load_given
 from robustkern.training import CheckpointError, Interrupted, TrainingError, UsageError, recipe, save_weights, train
@@ -266,7 +269,7 @@ def test_names_that_part_late_are_shown(tmp_path):
 
 
 def evaluated(*arguments):
-    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("trouble", ["not writable", "a folder in the way", "in use", "export"])
@@ -350,5 +353,5 @@ def test_the_report_folder_of_a_study_is_tried_before_anything_is_trained(tmp_pa
         "--report",
         tmp_path / "report",
     ]
-    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 1 and "report: File exists" in result.stderr and not (tmp_path / "s").exists()

@@ -13,8 +13,9 @@ pytest.importorskip("yaml")
 
 from typer.testing import CliRunner
 
-from robustkern import cli, models, training
 from robustkern import data as datasets
+from robustkern import models, training
+from robustkern.cli.app import app
 from robustkern.data import DataError
 from robustkern.terms import Terms
 from robustkern.training import METHODS, WeightAverage, recipe, train
@@ -343,6 +344,6 @@ def test_tensorboard_has_every_number_of_every_row(tmp_path):
 
 def test_tensorboard_missing_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    result = CliRunner().invoke(cli.app, ["train", "--tensorboard", "--out", str(tmp_path / "run")])
+    result = CliRunner().invoke(app, ["train", "--tensorboard", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "pip install tensorboard" in result.stderr and not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a JSON file, the adversarial images, a figure, and the table on the terminal."""
+"""What an evaluation leaves: a JSON file, the adversarial images and a figure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from robustkern._text import literal, plain, terminal
+from robustkern._text import literal, plain
 from robustkern._version import __version__
 from robustkern.training.figures import eps_text
 from robustkern.training.files import write_atomically
 from robustkern.training.weights import read_tensors
 
-from .results import Accuracy, Report
+from .results import Report
 from .suite import recheck
 
 FILES = ("evaluation.json", "adversaries.safetensors", "evaluation.png")
@@ -108,47 +106,6 @@ def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def print_report(report: Report, console: Console, name: str) -> None:
-    """The table: accuracies with their intervals, then what the checks found."""
-    settings = report.settings
-    ball = {"linf": "Linf", "l2": "L2"}[settings.norm]
-    title = f"{terminal(name)}: {ball}, eps {eps_text(settings.eps)}, the first {len(report.y)} test images"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "accuracy", "95 % interval", "right", "time"):
-        table.add_column(column, justify="left" if not column else "right")
-    for accuracy in (report.clean, *report.attacks):
-        table.add_row(*_cells(accuracy), f"{accuracy.seconds:.1f} s")
-    if report.worst is not None:
-        table.add_row(*_cells(report.worst), "", style="bold")
-    console.print(table)
-    if report.worst is not None:
-        weakest = min(_with_images(report), key=lambda row: row["worst"]["accuracy"])
-        console.print(
-            f"weakest class: {terminal(weakest['class'])}, {100 * weakest['worst']['accuracy']:.1f} % of "
-            f"{weakest['worst']['samples']}",
-            highlight=False,
-        )
-    steepness = Table(title="\nslopes and margins (not accuracies)", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "median", "quartiles"):
-        steepness.add_column(column, justify="left" if not column else "right")
-    for measure, values in report.steepness.items():
-        q1, median, q3 = ("-" if values[q] is None else f"{values[q]:.3g}" for q in ("q1", "median", "q3"))
-        steepness.add_row(measure, median, f"{q1} to {q3}")
-    console.print(steepness)
-    checks = Table(title="\nchecks", title_justify="left", box=None, pad_edge=False, show_header=False)
-    for check in report.checks:
-        yes, no = ("✓", "✗") if console.encoding.startswith("utf") else ("ok", "NO")
-        mark = f"[green]{yes}[/green]" if check.passed else f"[bold red]{no}[/bold red]"
-        checks.add_row(mark, terminal(check.name), terminal(check.finding))
-    if report.checks:
-        console.print(checks)
-    if report.unchecked:
-        console.print(f"\nnothing to check: {report.unchecked}", highlight=False)
-    flags = [check.name for check in report.checks if not check.passed]
-    if flags:
-        console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)
-
-
 def figure(path: Path, report: Report) -> None:
     """Accuracy against the radius, and of each class that occurs, with Wilson intervals.
 
@@ -176,7 +133,7 @@ def figure(path: Path, report: Report) -> None:
     curve.set_xlabel(f"radius of the {'ℓ∞' if report.settings.norm == 'linf' else 'ℓ2'} ball")
     curve.set_ylabel("accuracy (%)")
     curve.set_title("under PGD-20", fontsize=10)
-    rows = _with_images(report)[:20]
+    rows = report.with_images[:20]
     places = list(range(len(rows)))
     classes.bar([p - 0.2 for p in places], [100 * r["clean"]["accuracy"] for r in rows], 0.4, color="#b9c4cc",
                 label="clean")  # fmt: skip
@@ -217,13 +174,3 @@ def export_state_dict(model: nn.Module, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"state_dict": state}, buffer)
     write_atomically(path, buffer.getvalue())
-
-
-def _with_images(report: Report) -> list[dict[str, Any]]:
-    return [row for row in report.per_class if row["clean"]["samples"]]
-
-
-def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
-    low, high = accuracy.interval
-    interval = f"{100 * low:.1f} to {100 * high:.1f} %"
-    return accuracy.name, f"{100 * accuracy.value:.1f} %", interval, f"{accuracy.right}/{accuracy.samples}"

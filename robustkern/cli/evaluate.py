@@ -1,4 +1,4 @@
-"""`robustkern evaluate`: what stands between the command line and the evaluation."""
+"""`robustkern evaluate`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from robustkern import data as datasets
+from robustkern._settings import THREADS
 from robustkern._text import terminal
 from robustkern.attacks._common import box_diameter
+from robustkern.evaluation import ATTACKS, Accuracy, MissingPackage, Report, Settings, evaluate
+from robustkern.evaluation.report import FILES, export_state_dict, write_partial, write_report
+from robustkern.evaluation.suite import autoattack_package
 from robustkern.training import Interrupted, TrainingError, UsageError, load_model
+from robustkern.training.figures import eps_text
 from robustkern.training.files import RunLock, make_writable, refuse_foreign, remove_stale
 from robustkern.training.weights import load_model_for
 
-from .report import FILES, export_state_dict, print_report, write_partial, write_report
-from .results import Report, Settings
-from .suite import MissingPackage, autoattack_package, evaluate
+from .errors import FAILED, one_line_errors, print_error
+from .options import ROOT_HELP, device_name, names, option, path, takes
+
+_ATTACKS_HELP = f"Of {', '.join(ATTACKS)}; with commas."
+_OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
+_EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench reads them.'
+
+
+@takes(
+    Settings,
+    eps={"help": "Radius: 8/255 or 0.1. Default: the one it was trained with."},
+    attacks={
+        "kind": str,
+        "default": ",".join(ATTACKS),
+        "help": f"Of {', '.join(ATTACKS)}; with commas.",
+        "read": names,
+    },
+)
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN", parser=path)],
+    device: Annotated[str, option("cpu or cuda.", read=device_name)] = "cpu",
+    threads: Annotated[int | None, option("CPU threads.", read=THREADS)] = None,
+    data: Annotated[str | None, option("Another data set than it was trained on.")] = None,
+    root: Annotated[Path | None, option(ROOT_HELP, read=path)] = None,
+    out: Annotated[Path | None, option(_OUT_HELP, read=path)] = None,
+    export: Annotated[Path | None, option(_EXPORT_HELP, read=path)] = None,
+    strict: Annotated[bool, option("Exit with status 1 if a check fails.", "--strict", read=None)] = False,
+    **settings: Any,
+) -> None:
+    """Attack a trained classifier, and check whether the result can be believed."""
+    settings["attacks"] = tuple(name.strip() for name in settings["attacks"].split(","))
+    with one_line_errors():
+        report = evaluate_run(
+            run, Console(emoji=False), data=data, root=root, out=out, export=export, device=device, threads=threads,
+            **settings,
+        )  # fmt: skip
+    if strict and not report.sound:
+        failed = ", ".join(check.name for check in report.checks if not check.passed)
+        print_error(f"--strict: {report.unchecked or f'not to be trusted: {failed}'}")
+        raise typer.Exit(FAILED)
 
 
 def evaluate_run(
@@ -109,6 +153,53 @@ def evaluate_run(
     if export is not None:
         console.print(f"{terminal(export)}: the weights, for loaders that take a state_dict", highlight=False)
     return report
+
+
+def print_report(report: Report, console: Console, name: str) -> None:
+    """The table: accuracies with their intervals, then what the checks found."""
+    settings = report.settings
+    ball = {"linf": "Linf", "l2": "L2"}[settings.norm]
+    title = f"{terminal(name)}: {ball}, eps {eps_text(settings.eps)}, the first {len(report.y)} test images"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("", "accuracy", "95 % interval", "right", "time"):
+        table.add_column(column, justify="left" if not column else "right")
+    for accuracy in (report.clean, *report.attacks):
+        table.add_row(*_cells(accuracy), f"{accuracy.seconds:.1f} s")
+    if report.worst is not None:
+        table.add_row(*_cells(report.worst), "", style="bold")
+    console.print(table)
+    if report.worst is not None:
+        weakest = min(report.with_images, key=lambda row: row["worst"]["accuracy"])
+        console.print(
+            f"weakest class: {terminal(weakest['class'])}, {100 * weakest['worst']['accuracy']:.1f} % of "
+            f"{weakest['worst']['samples']}",
+            highlight=False,
+        )
+    steepness = Table(title="\nslopes and margins (not accuracies)", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "median", "quartiles"):
+        steepness.add_column(column, justify="left" if not column else "right")
+    for measure, values in report.steepness.items():
+        q1, median, q3 = ("-" if values[q] is None else f"{values[q]:.3g}" for q in ("q1", "median", "q3"))
+        steepness.add_row(measure, median, f"{q1} to {q3}")
+    console.print(steepness)
+    checks = Table(title="\nchecks", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for check in report.checks:
+        yes, no = ("✓", "✗") if console.encoding.startswith("utf") else ("ok", "NO")
+        mark = f"[green]{yes}[/green]" if check.passed else f"[bold red]{no}[/bold red]"
+        checks.add_row(mark, terminal(check.name), terminal(check.finding))
+    if report.checks:
+        console.print(checks)
+    if report.unchecked:
+        console.print(f"\nnothing to check: {report.unchecked}", highlight=False)
+    flags = [check.name for check in report.checks if not check.passed]
+    if flags:
+        console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)
+
+
+def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
+    low, high = accuracy.interval
+    interval = f"{100 * low:.1f} to {100 * high:.1f} %"
+    return accuracy.name, f"{100 * accuracy.value:.1f} %", interval, f"{accuracy.right}/{accuracy.samples}"
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from robustkern.study import figures as study_figures
 from robustkern.study import study as study_module
 from robustkern.training import Interrupted
 from robustkern.training import figures as training_figures
-from robustkern.training import trainer as trainer_module
+from robustkern.training.run_folder import RunFolder
 
 STARTED = 75  # what a study that would begin to train exits with here
 
@@ -90,7 +90,7 @@ def quick() -> Iterator[None]:
     nothing = mock.Mock(return_value=None)
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
-            (trainer_module._Run, "_draw", nothing),
+            (RunFolder, "draw", nothing),
             (evaluation_report, "figure", nothing),
             (training_figures, "gradients", nothing),
             (training_figures, "curves", nothing),

@@ -28,7 +28,6 @@ from robustkern.study import Plan
 from robustkern.study import run as run_study
 from robustkern.study.given import load_given
 from robustkern.training import CheckpointError, Interrupted, TrainingError, UsageError, recipe, save_weights, train
-from robustkern.training import trainer as trainer_module
 from robustkern.training.files import RunLock
 from robustkern.training.weights import load_model_for
 
@@ -36,9 +35,7 @@ CLASSES = [str(digit) for digit in range(10)]
 QUICK = {"samples": 80, "attacks": ("pgd", "apgd"), "pgd_steps": 1, "restarts": 1, "apgd_steps": 2, "check_samples": 4}
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def config(method="standard", **given):

@@ -23,14 +23,8 @@ from robustkern.cli import info, step_cost
 from robustkern.cli.app import app
 from robustkern.cli.errors import STOPPED
 from robustkern.training import build_loss
-from robustkern.training import trainer as trainer_module
 
 FAST = ["--epochs", "1", "--train-samples", "96", "--batch-size", "32", "--eval-samples", "20", "--threads", "1"]
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
 
 
 def run(*arguments):

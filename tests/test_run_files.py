@@ -14,12 +14,8 @@ from robustkern import training
 from robustkern.cli.app import app
 from robustkern.cli.train import train_command
 from robustkern.training import TrainingConfig, UsageError, recipe, train
-from robustkern.training import trainer as trainer_module
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_a_run_directory_reproduces_itself(tmp_path):

@@ -75,7 +75,7 @@ def overfitting(robust: float, fgsm: float | None, rows: Sequence[Row], key: str
     return None
 
 
-class Judge:
+class Validation:
     """Measures accuracies, keeps the best weights, watches for catastrophic overfitting.
 
     The weights and, if there is one, their average are measured on the validation set, or on the test set if nothing

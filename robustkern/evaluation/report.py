@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustkern._text import literal, plain
+from robustkern._text import plain
 from robustkern._version import __version__
-from robustkern.training.figures import eps_text
+from robustkern.training.figures import COLORS, eps_text, error_bars, plain_axes, save_png
 from robustkern.training.files import write_atomically
 from robustkern.training.weights import read_tensors
 
@@ -118,17 +118,17 @@ def figure(path: Path, report: Report) -> None:
     picture = Figure(figsize=(10.5, 3.6), layout="constrained")
     curve, classes = picture.subplots(1, 2)
     radii = [point["eps"] for point in report.curve]
-    curve.plot(radii, [100 * p["accuracy"] for p in report.curve], color="#1f6f8b", marker="o", markersize=4)
+    curve.plot(radii, [100 * p["accuracy"] for p in report.curve], color=COLORS[1], marker="o", markersize=4)
     low, high = ([100 * p[end] for p in report.curve] for end in ("low", "high"))
-    curve.fill_between(radii, low, high, color="#1f6f8b", alpha=0.18, linewidth=0)
+    curve.fill_between(radii, low, high, color=COLORS[1], alpha=0.18, linewidth=0)
     worst = report.worst
     if worst is not None:
-        ends = ([100 * (worst.value - worst.interval[0])], [100 * (worst.interval[1] - worst.value)])
+        ends = error_bars([worst.to_dict()], "accuracy", 100)
         at = report.settings.eps
-        curve.errorbar([at], [100 * worst.value], yerr=ends, color="#c8553d", fmt="s", capsize=3)
+        curve.errorbar([at], [100 * worst.value], yerr=ends, color=COLORS[2], fmt="s", capsize=3)
         curve.annotate(
             "worst case over all attacks", (at, 100 * worst.value), xytext=(-8, -12), ha="right",
-            textcoords="offset points", fontsize=8, color="#c8553d",
+            textcoords="offset points", fontsize=8, color=COLORS[2],
         )  # fmt: skip
     curve.set_xlabel(f"radius of the {'ℓ∞' if report.settings.norm == 'linf' else 'ℓ2'} ball")
     curve.set_ylabel("accuracy (%)")
@@ -139,9 +139,8 @@ def figure(path: Path, report: Report) -> None:
                 label="clean")  # fmt: skip
     if worst is not None:
         heights = [100 * r["worst"]["accuracy"] for r in rows]
-        errors = [[h - 100 * r["worst"]["low"] for h, r in zip(heights, rows)],
-                  [100 * r["worst"]["high"] - h for h, r in zip(heights, rows)]]  # fmt: skip
-        classes.bar([p + 0.2 for p in places], heights, 0.4, color="#c8553d", label="worst case", yerr=errors,
+        errors = error_bars([row["worst"] for row in rows], "accuracy", 100)
+        classes.bar([p + 0.2 for p in places], heights, 0.4, color=COLORS[2], label="worst case", yerr=errors,
                     error_kw={"linewidth": 0.8, "ecolor": "#5f2417"})  # fmt: skip
     names = [plain(row["class"]) for row in rows]
     long = max(map(len, names)) > 2
@@ -152,13 +151,8 @@ def figure(path: Path, report: Report) -> None:
     )
     for axes in (curve, classes):
         axes.set_ylim(0, 102)
-        axes.grid(color="#e6e6e6", linewidth=0.7, axis="both" if axes is curve else "y")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    with literal(picture):
-        picture.savefig(buffer, format="png", dpi=160, facecolor="white")
-    write_atomically(path, buffer.getvalue())
+        plain_axes(axes, "both" if axes is curve else "y")
+    save_png(path, picture)
 
 
 def export_state_dict(model: nn.Module, path: Path) -> None:

@@ -23,7 +23,7 @@ from robustkern.training.trainer import Result
 from . import step_cost
 from .errors import one_line_errors
 from .options import DATA_HELP, ROOT_HELP, option, path
-from .progress import TrainingProgress
+from .progress import TrainingProgress, say
 
 _EVAL_EVERY = 5  # epochs; the attacks would take longer than the training
 _METHODS = ("standard", "gradient-penalty")
@@ -83,11 +83,10 @@ def run_demo(
     record = {"data": config.data, "eps": config.eps, "model": config.model, "rows": rows}
     write_atomically(out / "results.json", json.dumps(record, indent=2) + "\n")
     console.print(_table(config, rows))
-    console.print(
+    say(
+        console,
         f"{terminal(out)}/gradients.png shows what each network looks at, {terminal(out)}/curves.png how it got there "
         f"({time.perf_counter() - started:.0f} s in all).",
-        highlight=False,
-        soft_wrap=True,
     )
     return rows
 

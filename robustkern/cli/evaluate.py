@@ -29,6 +29,7 @@ from robustkern.training.weights import load_model_for
 
 from .errors import FAILED, one_line_errors, print_error
 from .options import ROOT_HELP, device_name, names, option, path, takes
+from .progress import say
 
 _ATTACKS_HELP = f"Of {', '.join(ATTACKS)}; with commas."
 _OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
@@ -148,9 +149,9 @@ def evaluate_run(
             raise Interrupted("stopped by a signal", f"{kept}; the same command begins anew") from None
     print_report(report, console, str(run))
     files = f"\n{terminal(folder)}/ holds evaluation.json, evaluation.png and adversaries.safetensors"
-    console.print(files, highlight=False, soft_wrap=True)
+    say(console, files)
     if export is not None:
-        console.print(f"{terminal(export)}: the weights, for loaders that take a state_dict", highlight=False)
+        say(console, f"{terminal(export)}: the weights, for loaders that take a state_dict")
     return report
 
 
@@ -169,11 +170,8 @@ def print_report(report: Report, console: Console, name: str) -> None:
     console.print(table)
     if report.worst is not None:
         weakest = min(report.with_images, key=lambda row: row["worst"]["accuracy"])
-        console.print(
-            f"weakest class: {terminal(weakest['class'])}, {100 * weakest['worst']['accuracy']:.1f} % of "
-            f"{weakest['worst']['samples']}",
-            highlight=False,
-        )
+        share, samples = weakest["worst"]["accuracy"], weakest["worst"]["samples"]
+        say(console, f"weakest class: {terminal(weakest['class'])}, {100 * share:.1f} % of {samples}")
     steepness = Table(title="\nslopes and margins (not accuracies)", title_justify="left", box=None, pad_edge=False)
     for column in ("", "median", "quartiles"):
         steepness.add_column(column, justify="left" if not column else "right")
@@ -189,10 +187,10 @@ def print_report(report: Report, console: Console, name: str) -> None:
     if report.checks:
         console.print(checks)
     if report.unchecked:
-        console.print(f"\nnothing to check: {report.unchecked}", highlight=False)
+        say(console, f"\nnothing to check: {report.unchecked}")
     flags = [check.name for check in report.checks if not check.passed]
     if flags:
-        console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)
+        say(console, f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}")
 
 
 def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:

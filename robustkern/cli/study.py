@@ -22,6 +22,7 @@ from robustkern.training.files import make_writable, write_atomically
 
 from .errors import one_line_errors
 from .options import ROOT_HELP, device_name, names, option, path, takes
+from .progress import say
 
 _SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignment", "inversion_accuracy")
 
@@ -94,7 +95,7 @@ def run_study(
 
     def on_unit(name: str, number: int, count: int, left: float) -> None:
         remaining = f", about {left / 60:.0f} min left" if left else ""
-        console.print(f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}", highlight=False)
+        say(console, f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}")
 
     if report is not None:
         make_writable(report)  # or all that is trained would be for nothing
@@ -113,7 +114,7 @@ def run_study(
         table.add_row(terminal(name), *("-" if mean is None else f"{mean:.3f}" for mean in means))
     console.print(table)
     files = f"{terminal(page)} holds every figure and number; figures/ and study.json beside it"
-    console.print(files, highlight=False, soft_wrap=True)
+    say(console, files)
     return study
 
 

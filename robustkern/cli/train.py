@@ -31,7 +31,7 @@ from robustkern.training.tensorboard import TensorBoard
 
 from .errors import one_line_errors
 from .options import DATA_HELP, ROOT_HELP, assignment, device_name, milestone_epochs, option, path, takes
-from .progress import TrainingProgress
+from .progress import TrainingProgress, say
 
 _METHOD = "Options of the method"
 _CONFIG_HELP = "YAML file with any of these settings, such as a run's config.yaml; options override it."
@@ -142,11 +142,10 @@ def _resumed(
 
 def _print_result(console: Console, result: Result, config: TrainingConfig) -> None:
     for name, row in result.accuracies.items():
-        console.print(
+        say(
+            console,
             f"{name:>4} weights (epoch {row['epoch']}): test accuracy {100 * row['clean_accuracy']:.1f} %, "
             f"under PGD-{config.pgd_steps} {100 * row['robust_accuracy']:.1f} %",
-            highlight=False,
-            soft_wrap=True,
         )
     files = f"{terminal(result.out)}/ holds model.safetensors, metrics.jsonl and the figures"
-    console.print(f"[green]done[/green]: {files}", highlight=False, soft_wrap=True)
+    say(console, f"[green]done[/green]: {files}")

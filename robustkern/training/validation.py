@@ -47,11 +47,7 @@ def split(data: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset
         )
     order = torch.randperm(len(data), generator=generator(seed, "validation"))
     held_out, kept = order[:count], order[count:].sort().values
-    return _subset(data, kept), _subset(data, held_out)
-
-
-def _subset(data: Dataset, indices: torch.Tensor) -> Dataset:
-    return Dataset(data.name, data.images[indices], data.labels[indices], data.classes)
+    return data.take(kept), data.take(held_out)
 
 
 def overfitting(robust: float, fgsm: float | None, rows: Sequence[Row], key: str) -> str | None:

@@ -67,9 +67,10 @@ def test_runs_of_earlier_versions_are_refused(tmp_path):
         train(recipe("digits"), tmp_path)
 
 
-def test_every_setting_is_an_option_of_the_command_line():
+def test_every_setting_is_an_option_of_the_command_line_and_says_what_it_is():
     import inspect
 
-    names = set(inspect.signature(train_command).parameters)
-    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
-    assert fields - {"options"} <= names
+    options = inspect.signature(train_command).parameters
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name != "options":
+            assert options[field.name].annotation.__metadata__[0].help, field.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,17 +84,8 @@ def evaluate_run(
 ) -> Report:
     """Evaluate a run on its data set's test images, print the tables and write the files.
 
-    Args:
-        run: A run directory, or a file of weights.
-        console: Where to print.
-        data: Another data set than the one it was trained on.
-        root: Folder with the data set's files.
-        out: Where the files go; by default `evaluation/` in the run directory, or `evaluation-<stem>/` beside a file of
-            weights.
-        export: Also write the weights there, as RobustBench's loaders read them.
-        device: "cpu" or "cuda".
-        threads: CPU threads.
-        **settings: Of `Settings`; eps by default the one the run was trained with.
+    The arguments are the command's; `settings` are those of `Settings`, eps by default the one that the run was trained
+    with.
 
     Raises:
         UsageError: The data set has other images or classes, a setting makes no sense, or the folder is neither empty
@@ -141,8 +132,8 @@ def evaluate_run(
             finished[:] = [accuracy.name for accuracy in report.attacks]
 
         try:
-            with _Bar(console) as bar:
-                report = evaluate(model, test, chosen, device=device, on_stage=bar.on_stage, on_attack=keep)
+            with _bar(console) as on_stage:
+                report = evaluate(model, test, chosen, device=device, on_stage=on_stage, on_attack=keep)
             write_report(report, model, folder, source)
         except KeyboardInterrupt:
             kept = f"{folder}/ has what was finished ({', '.join(finished)})" if finished else "no attack was finished"
@@ -230,26 +221,20 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Bar:
-    """What is being measured, and how far it is."""
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """What is being measured, and how far it is: told by calling it with a name, what is done, and of how much."""
+    tasks: dict[str, TaskID] = {}
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._stage, self._task = "", TaskID(0)
+    def on_stage(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            while tasks:
+                progress.remove_task(tasks.popitem()[1])
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def on_stage(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            if self._stage:
-                self._progress.remove_task(self._task)
-            self._stage, self._task = stage, self._progress.add_task(stage, total=total)
-        self._progress.update(self._task, completed=done, total=total)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        yield on_stage

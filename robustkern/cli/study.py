@@ -74,16 +74,8 @@ def run_study(
 ) -> Study:
     """Train, measure, draw, and print the table.
 
-    Args:
-        out: Where everything goes.
-        console: Where to print.
-        methods: Names with commas, or "none"; None: all.
-        sweep: Numbers with commas, "none", or None for the usual ones.
-        checkpoints: Networks to measure as they are, each "NAME=SOURCE".
-        root: Folder with the data set's files.
-        jobs: Models at a time; None: as many as there are cores for, at most 8; on a GPU one.
-        report: Where the report, its figures and `study.json` go; None: beside the models.
-        **plan: The other fields of `Plan`.
+    The arguments are the command's: `methods` and `sweep` with commas, "none" or None; without `jobs` at most 8 models
+    at a time, on a GPU one. `plan` are the other fields of `Plan`.
 
     Raises:
         UsageError: A setting makes no sense, or the folder holds another study.

@@ -32,7 +32,7 @@ from typing import Any
 
 from rich.console import Console
 
-from robustkern.evaluation.command import evaluate_run
+from robustkern.cli.evaluate import evaluate_run
 from robustkern.study.parallel import in_parallel
 from robustkern.training import METHODS, TrainingConfig, recipe, teacher_recipe, train
 

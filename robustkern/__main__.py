@@ -17,14 +17,14 @@ def main() -> None:
     loosen_streams()
     arguments = sys.argv[1:]
     if arguments[:1] == ["info"] and not {"-h", "--help"} & set(arguments):
-        from robustkern._info import run
+        from robustkern.cli.info import run
 
         sys.exit(run(arguments[1:]))
     missing = [name for name in _EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         print(f"robustkern: {', '.join(missing)} not installed: {pip_install(*missing)}", file=sys.stderr)
         sys.exit(1)
-    from robustkern.cli import app
+    from robustkern.cli.app import app
 
     app(prog_name="robustkern")
 

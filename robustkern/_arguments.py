@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 
@@ -64,45 +61,3 @@ def check_generator(function: str, generator: object, device: torch.device, like
         raise TypeError(f"{function}: generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != device.type:
         raise ValueError(f"{function}: generator must be on {device} like {like}, got {generator.device}")
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option may be: of one kind, between two ends.
-
-    Attributes:
-        least: The smallest one.
-        most: The largest one.
-        integer: Whether it must be an integer.
-        open: Ends that do not belong to it: "", "(", ")" or "()".
-        unit: What they measure, for messages.
-    """
-
-    least: float
-    most: float = math.inf
-    integer: bool = False
-    open: str = ")"
-    unit: str = ""
-
-    def __contains__(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
-            return False
-        number: Any = value  # mypy knows no order of a Real
-        ends = [end for end, mark in ((self.least, "("), (self.most, ")")) if mark in self.open]
-        return self.least <= number <= self.most and number not in ends
-
-    def __str__(self) -> str:
-        if self.integer:
-            return f"an integer from {self.least} to {self.most}{self.unit}"
-        before, after = "(" if "(" in self.open else "[", ")" if ")" in self.open else "]"
-        return f"a number in {before}{self.least:g}, {self.most:g}{after}{self.unit}"
-
-
-def counts(least: int = 1, most: int = 2**31 - 1) -> Range:
-    """The integers from `least` to `most`."""
-    return Range(least, most, integer=True, open="")
-
-
-SEEDS = counts(0, 2**63 - 1)
-THREADS = counts(1, 1024)
-RADII = Range(0, 1, open="(", unit=" in units of images in [0, 1], such as 8/255")

@@ -109,6 +109,14 @@ def not_emulated() -> None:
         pytest.skip("too slow in the emulator, or about the CPU kernels")
 
 
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Runs are trained, but not drawn, which takes longer."""
+    from robustkern.training.run_folder import RunFolder
+
+    monkeypatch.setattr(RunFolder, "draw", lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     """The same random numbers for every test, whatever ran before; nothing installed or compiled left behind."""

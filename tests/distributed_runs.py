@@ -15,6 +15,7 @@ from robustkern.terms import Terms
 from robustkern.training import METHODS, TrainingConfig, build_loss, recipe, train
 from robustkern.training import trainer as trainer_module
 from robustkern.training.distributed import settle_imports
+from robustkern.training.run_folder import RunFolder
 
 
 def adversarial(model, x, y, draw, *, eps):
@@ -96,7 +97,7 @@ def prepare() -> None:
     trainer_module.build_loss = build
     trainer_module.check_options = lambda *args: None  # that teacher is no file
     datasets.augmentation = lambda name: datasets.CropFlip(1, flip=False)
-    trainer_module._Run._draw = lambda self: None
+    RunFolder.draw = lambda *_: None
 
 
 if __name__ == "__main__":

@@ -28,15 +28,15 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from robustkern import cli
-from robustkern._command_line import FAILED, WRONG_USE
+from robustkern.cli import demo as demo_module
+from robustkern.cli.app import app
+from robustkern.cli.errors import FAILED, WRONG_USE
 from robustkern.evaluation import report as evaluation_report
-from robustkern.study import demo as demo_module
 from robustkern.study import figures as study_figures
 from robustkern.study import study as study_module
 from robustkern.training import Interrupted
 from robustkern.training import figures as training_figures
-from robustkern.training import trainer as trainer_module
+from robustkern.training.run_folder import RunFolder
 
 STARTED = 75  # what a study that would begin to train exits with here
 
@@ -55,7 +55,7 @@ class Parameter:
 def commands() -> dict[str, tuple[Parameter, ...]]:
     """Those of the typer app, with all of their parameters."""
     found = {}
-    for name, command in typer.main.get_command(cli.app).commands.items():
+    for name, command in typer.main.get_command(app).commands.items():
         # What typer has wrapped around the function has its annotations still.
         hints = typing.get_type_hints(command.callback, include_extras=True)
         parameters = []
@@ -90,7 +90,7 @@ def quick() -> Iterator[None]:
     nothing = mock.Mock(return_value=None)
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
-            (trainer_module._Run, "_draw", nothing),
+            (RunFolder, "draw", nothing),
             (evaluation_report, "figure", nothing),
             (training_figures, "gradients", nothing),
             (training_figures, "curves", nothing),
@@ -104,7 +104,7 @@ def quick() -> Iterator[None]:
 
 
 def invoke(*arguments: object) -> typing.Any:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @functools.cache

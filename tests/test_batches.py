@@ -23,8 +23,8 @@ def test_batches_are_a_partition_without_a_single_sample():
             assert 1 not in sizes or size == 1 or count == 1
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_single_sample_at_the_end_joins_the_batch_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
     seen = []
     batch = trainer_module._Run._batch
     monkeypatch.setattr(trainer_module._Run, "_batch", lambda self, i: seen.append(len(i)) or batch(self, i))

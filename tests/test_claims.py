@@ -19,13 +19,15 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from robustkern import cli, data, models
-from robustkern.evaluation import command, suite
-from robustkern.study import Plan, demo
+from robustkern import data, models
+from robustkern.cli import demo
+from robustkern.cli import evaluate as command
+from robustkern.cli.app import app
+from robustkern.evaluation import suite
+from robustkern.study import Plan
 from robustkern.study import run as run_study
 from robustkern.study.given import load_given
 from robustkern.training import CheckpointError, Interrupted, TrainingError, UsageError, recipe, save_weights, train
-from robustkern.training import trainer as trainer_module
 from robustkern.training.files import RunLock
 from robustkern.training.weights import load_model_for
 
@@ -33,9 +35,7 @@ CLASSES = [str(digit) for digit in range(10)]
 QUICK = {"samples": 80, "attacks": ("pgd", "apgd"), "pgd_steps": 1, "restarts": 1, "apgd_steps": 2, "check_samples": 4}
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def config(method="standard", **given):
@@ -266,7 +266,7 @@ def test_names_that_part_late_are_shown(tmp_path):
 
 
 def evaluated(*arguments):
-    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("trouble", ["not writable", "a folder in the way", "in use", "export"])
@@ -350,5 +350,5 @@ def test_the_report_folder_of_a_study_is_tried_before_anything_is_trained(tmp_pa
         "--report",
         tmp_path / "report",
     ]
-    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 1 and "report: File exists" in result.stderr and not (tmp_path / "s").exists()

@@ -18,23 +18,17 @@ pytest.importorskip("yaml")
 import yaml
 from typer.testing import CliRunner
 
-from robustkern import _info, cli
-from robustkern._command_line import STOPPED
-from robustkern.study import demo as demo_module
-from robustkern.study import step_cost
+from robustkern.cli import demo as demo_module
+from robustkern.cli import info, step_cost
+from robustkern.cli.app import app
+from robustkern.cli.errors import STOPPED
 from robustkern.training import build_loss
-from robustkern.training import trainer as trainer_module
 
 FAST = ["--epochs", "1", "--train-samples", "96", "--batch-size", "32", "--eval-samples", "20", "--threads", "1"]
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
-
-
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def one_line(result):
@@ -247,19 +241,19 @@ def test_importing_robustkern_imports_no_extra():
 def test_info_through_typer_and_its_errors(capsys):
     result = run("info")
     assert result.exit_code == 0
-    assert _info.run(["--verbose"]) == 2 and "takes no arguments" in capsys.readouterr().err
+    assert info.run(["--verbose"]) == 2 and "takes no arguments" in capsys.readouterr().err
 
 
 def test_info_never_fails_where_something_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    facts = _info.collect()
+    facts = info.collect()
     assert facts["compiler"] == "none found" and facts["nvcc"] == "none found"
     broken = tmp_path / "c++"
     broken.write_text("not a program")
     broken.chmod(0o755)
-    assert "does not run" in _info.collect()["compiler"]
+    assert "does not run" in info.collect()["compiler"]
 
 
 def test_help_and_no_arguments():

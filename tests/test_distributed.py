@@ -30,7 +30,8 @@ from robustkern.training import CheckpointError, train
 from robustkern.training import step as step_module
 from robustkern.training import trainer as trainer_module
 from robustkern.training.distributed import process_group
-from robustkern.training.judge import split
+from robustkern.training.run_folder import RunFolder
+from robustkern.training.validation import split
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -41,7 +42,7 @@ def prepared(monkeypatch):
     monkeypatch.setattr(trainer_module, "build_loss", trainer_module.build_loss)
     monkeypatch.setattr(trainer_module, "check_options", trainer_module.check_options)
     monkeypatch.setattr(datasets, "augmentation", datasets.augmentation)
-    monkeypatch.setattr(trainer_module._Run, "_draw", trainer_module._Run._draw)
+    monkeypatch.setattr(RunFolder, "draw", RunFolder.draw)
     distributed_runs.prepare()
 
 

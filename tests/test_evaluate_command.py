@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from robustkern import data, models
+from robustkern.cli.evaluate import evaluate_run
 from robustkern.evaluation import Check
-from robustkern.evaluation.command import evaluate_run
 from robustkern.training import save_weights
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 def command(*arguments):
     from typer.testing import CliRunner
 
-    from robustkern.cli import app
+    from robustkern.cli.app import app
 
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 

@@ -23,6 +23,7 @@ from bad_models import (
     Wavy,
 )
 from robustkern import data, models
+from robustkern.cli.evaluate import print_report
 from robustkern.evaluation import (
     MissingPackage,
     Settings,
@@ -32,7 +33,7 @@ from robustkern.evaluation import (
     recheck,
     run_checks,
 )
-from robustkern.evaluation.report import export_state_dict, print_report, to_dict, write_report
+from robustkern.evaluation.report import export_state_dict, to_dict, write_report
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 EPS = 0.1

@@ -11,7 +11,7 @@ pytest.importorskip("safetensors")
 
 import fuzz_commands
 from fuzz_commands import Parameter, commands, invoke, try_command, try_folder
-from robustkern.training import command as training_command
+from robustkern.cli import train as train_module
 
 OPTIONS = [(name, parameter) for name, parameters in commands().items() for parameter in parameters]
 WITH_VALUES = [(name, parameter) for name, parameter in OPTIONS if parameter.kind is not bool]
@@ -118,6 +118,6 @@ def test_the_fuzzer_sees_faults(monkeypatch):
         assert judged(place, stderr=named) is None
         (place / ".tmp-x").write_text("")
         assert "temporary files" in judged(place, stderr=named)
-        monkeypatch.setattr(training_command, "train", lambda *args, **options: 1 / 0)
+        monkeypatch.setattr(train_module, "train", lambda *args, **options: 1 / 0)
         result = invoke("train", *fuzz_commands.TINY, "--out", "new")
         assert "ZeroDivisionError" in fuzz_commands.fault_of(result, ["train"], place, {})

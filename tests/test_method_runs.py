@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib")
 from robustkern import losses
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.training import METHODS, CheckpointError, Observer, UsageError, build_loss, recipe, train
-from robustkern.training import trainer as trainer_module
 
 SMALL = {"epochs": 2, "batch_size": 32, "train_samples": 96, "eval_samples": 10, "pgd_steps": 2, "threads": 1,
          "checkpoint_every": 2}  # fmt: skip
@@ -28,11 +27,6 @@ class _CrashAt(Observer):
     def on_step(self, progress):
         if progress.step == 3:
             raise _Crash
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
 
 
 def outcome(out):

@@ -17,8 +17,9 @@ import torch
 from torch.utils import cpp_extension
 
 import described
-from robustkern import _info, _library, _packages, double_backward
+from robustkern import _library, _packages, double_backward
 from robustkern._library import _runs_on, why_no_image, why_no_kernel
+from robustkern.cli import info
 
 ROOT = Path(__file__).parents[1]
 NEXT = "9.9.9+cpu"
@@ -92,7 +93,7 @@ def test_what_says_so(another_pytorch, monkeypatch):
         scopes = [double_backward.fused_where_possible() for _ in range(2)]
     assert all(isinstance(scope, contextlib.nullcontext) for scope in scopes)
     assert len(caught) == 1
-    assert why in _info.collect()["robustkern._aten"]
+    assert why in info.collect()["robustkern._aten"]
 
 
 # ------------------------------------------------------------------ GPUs
@@ -185,7 +186,7 @@ def test_a_gpu_without_code_is_left_to_pytorch_and_named_once(gpu, capability, b
     with pytest.warns(UserWarning, match=f"PyTorch's own derivatives on cuda:0: .*{re.escape(name)}") as caught:
         assert not any(_library.runs_on_cuda(0) for _ in range(3))
     assert len(caught) == 1
-    assert why in _info.collect()["gpu"]
+    assert why in info.collect()["gpu"]
 
 
 def test_aten_asks_once_for_each_gpu(gpu):

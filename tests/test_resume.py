@@ -22,16 +22,14 @@ from robustkern import models, training
 from robustkern.training import CheckpointError, Interrupted, TrainingError, UsageError, recipe, train
 from robustkern.training import checkpoint as checkpoint_module
 from robustkern.training import files as files_module
-from robustkern.training import trainer as trainer_module
 from robustkern.training.files import write_atomically
+from robustkern.training.run_folder import RunFolder
 
 CONFIG = {"epochs": 2, "batch_size": 32, "train_samples": 192, "eval_samples": 20, "pgd_steps": 2, "threads": 1,
           "checkpoint_every": 2, "lr": 0.05}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def config(**given):
@@ -48,7 +46,7 @@ def outcome(out):
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module._Run, "_draw", lambda self: None)
+        patch.setattr(RunFolder, "draw", lambda *_: None)
         train(config(), out)
     return outcome(out)
 

@@ -10,14 +10,12 @@ pytest.importorskip("yaml")
 
 from typer.testing import CliRunner
 
-from robustkern import cli, training
+from robustkern import training
+from robustkern.cli.app import app
+from robustkern.cli.train import train_command
 from robustkern.training import TrainingConfig, UsageError, recipe, train
-from robustkern.training import trainer as trainer_module
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def test_a_run_directory_reproduces_itself(tmp_path):
@@ -27,7 +25,7 @@ def test_a_run_directory_reproduces_itself(tmp_path):
         "--set", "projections=2", "--schedule", "triangular", "--seed", "7", "--out", tmp_path / "a",
     ]  # fmt: skip
     again = ["train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b"]
-    outputs = [CliRunner().invoke(cli.app, list(map(str, arguments))) for arguments in (first, again)]
+    outputs = [CliRunner().invoke(app, list(map(str, arguments))) for arguments in (first, again)]
     assert [output.exit_code for output in outputs] == [0, 0], outputs[0].output + outputs[1].output
     for name in ("model", "ema", "best"):
         a, b = ((tmp_path / run / f"{name}.safetensors").read_bytes() for run in "ab")
@@ -42,7 +40,7 @@ def test_options_override_the_file_and_the_recipe_completes_it(tmp_path):
     file.write_text("method: jacobian\neps: 32/255\nepochs: 1\ntrain_samples: 64\neval_samples: 10\npgd_steps: 1\n"
                     "weight_decay: 1e-4\noptions: {weight: 2, projections: 3}\n")  # fmt: skip
     arguments = ["train", "--config", file, "--weight", "0.5", "--epochs", "2", "--out", tmp_path / "run"]
-    output = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    output = CliRunner().invoke(app, list(map(str, arguments)))
     assert output.exit_code == 0, output.output
     config = training.read_config(tmp_path / "run")
     assert (config.data, config.method, config.eps, config.epochs) == ("digits", "jacobian", 32 / 255, 2)
@@ -58,7 +56,7 @@ def test_bad_files_are_one_line(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     if text is not None:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    output = CliRunner().invoke(cli.app, ["train", "--config", str(file), "--out", str(tmp_path / "run")])
+    output = CliRunner().invoke(app, ["train", "--config", str(file), "--out", str(tmp_path / "run")])
     assert output.exit_code == 2 and output.stderr.count("\n") == 1
     assert message in output.stderr and str(file) in output.stderr and not (tmp_path / "run").exists()
 
@@ -69,9 +67,10 @@ def test_runs_of_earlier_versions_are_refused(tmp_path):
         train(recipe("digits"), tmp_path)
 
 
-def test_every_setting_is_an_option_of_the_command_line():
+def test_every_setting_is_an_option_of_the_command_line_and_says_what_it_is():
     import inspect
 
-    names = set(inspect.signature(cli.train_command).parameters)
-    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
-    assert fields - {"options"} <= names
+    options = inspect.signature(train_command).parameters
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name != "options":
+            assert options[field.name].annotation.__metadata__[0].help, field.name

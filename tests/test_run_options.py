@@ -13,21 +13,19 @@ pytest.importorskip("yaml")
 
 from typer.testing import CliRunner
 
-from robustkern import cli, models, training
 from robustkern import data as datasets
+from robustkern import models, training
+from robustkern.cli.app import app
 from robustkern.data import DataError
 from robustkern.terms import Terms
 from robustkern.training import METHODS, WeightAverage, recipe, train
-from robustkern.training import judge as judge_module
 from robustkern.training import trainer as trainer_module
-from robustkern.training.judge import overfitting, split
+from robustkern.training import validation as validation_module
 from robustkern.training.schedule import learning_rate
 from robustkern.training.step import Stepper
+from robustkern.training.validation import overfitting, split
 
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def tiny(method="standard", **given):
@@ -144,8 +142,8 @@ def scripted(monkeypatch, robust, clean=0.9, fgsm=0.1):
         seen.append(len(data))
         return next(values)
 
-    monkeypatch.setattr(judge_module, "robust_accuracy", robust_accuracy)
-    monkeypatch.setattr(judge_module, "clean_accuracy", lambda *args, **kwargs: clean)
+    monkeypatch.setattr(validation_module, "robust_accuracy", robust_accuracy)
+    monkeypatch.setattr(validation_module, "clean_accuracy", lambda *args, **kwargs: clean)
     return seen
 
 
@@ -197,9 +195,9 @@ def test_validation_images_are_never_trained_on_nor_test_images_chosen_by(tmp_pa
     monkeypatch.setattr(
         trainer_module._Run, "_batch", lambda self, i, f=batch: trained.append(self.train_set.images[i]) or f(self, i)
     )
-    clean = judge_module.clean_accuracy
+    clean = validation_module.clean_accuracy
     monkeypatch.setattr(
-        judge_module, "clean_accuracy", lambda m, data, **kw: judged.append(data.images) or clean(m, data, **kw)
+        validation_module, "clean_accuracy", lambda m, data, **kw: judged.append(data.images) or clean(m, data, **kw)
     )
     train(tiny(validation=0.25, epochs=2), tmp_path)
     rows = lambda images: {bytes(image.numpy()) for image in images}  # noqa: E731
@@ -343,6 +341,6 @@ def test_tensorboard_has_every_number_of_every_row(tmp_path):
 
 def test_tensorboard_missing_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    result = CliRunner().invoke(cli.app, ["train", "--tensorboard", "--out", str(tmp_path / "run")])
+    result = CliRunner().invoke(app, ["train", "--tensorboard", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "pip install tensorboard" in result.stderr and not (tmp_path / "run").exists()

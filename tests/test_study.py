@@ -14,7 +14,8 @@ from test_data import write_cifar
 
 from robustkern import data
 from robustkern.attacks import PGD
-from robustkern.study import command, figures, inversion, results
+from robustkern.cli import study as command
+from robustkern.study import figures, inversion, results
 from robustkern.study import study as module
 from robustkern.study.measures import MEASURES, Judges, Protocol, measure, summarise
 from robustkern.study.plan import OURS, PAPER, Plan, configuration
@@ -28,7 +29,7 @@ SMALL = {"data": "digits", "methods": ("standard", "fgsm"), "seeds": 1, "sweep":
 def study(*arguments):
     from typer.testing import CliRunner
 
-    from robustkern.cli import app
+    from robustkern.cli.app import app
 
     here = [] if "--jobs" in arguments else ["--jobs", 1]  # what is patched is not in other processes
     return CliRunner().invoke(app, ["study", *map(str, [*arguments, *here])])

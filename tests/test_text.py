@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from robustkern import _text, cli
+from robustkern import _text
+from robustkern.cli.app import app
 from robustkern.study import figures
 from robustkern.study.plan import Plan
 from robustkern.study.report import command
@@ -146,7 +147,7 @@ def hostile(tmp_path_factory):
     (folder / "train" / "~" / "[not] an image\n.txt").touch()
     out = folder / "run[bold]"
     result = CliRunner(charset="ascii").invoke(
-        cli.app, ["train", "--data", str(folder), "--method", "standard", "--epochs", "1", "--pgd-steps", "1",
+        app, ["train", "--data", str(folder), "--method", "standard", "--epochs", "1", "--pgd-steps", "1",
                   "--threads", "1", "--out", str(out)]
     )  # fmt: skip
     return folder, out, result
@@ -162,14 +163,14 @@ def test_training_on_such_names(hostile):
     assert "skipped 1 that is no image in the folder of a class: ~/[not] an image\\n.txt" in result.stderr
     assert "run[bold]/ holds model.safetensors" in result.stdout
     assert (out / "gradients.png").stat().st_size > 5000
-    again = CliRunner(charset="ascii").invoke(cli.app, ["train", "--resume", "--out", str(out)])
+    again = CliRunner(charset="ascii").invoke(app, ["train", "--resume", "--out", str(out)])
     assert again.exit_code == 0 and fit_to_print(again.output), again.output
 
 
 def test_evaluating_on_such_names(hostile):
     _, out, _ = hostile
     arguments = ["--attacks", "pgd", "--pgd-steps", "1", "--restarts", "1", "--check-samples", "20"]
-    result = CliRunner(charset="ascii").invoke(cli.app, ["evaluate", str(out), *arguments])
+    result = CliRunner(charset="ascii").invoke(app, ["evaluate", str(out), *arguments])
     assert result.exit_code == 0 and fit_to_print(result.output), result.output
     written = json.loads((out / "evaluation" / "evaluation.json").read_text())
     assert {row["class"] for row in written["per_class"]} == {name for name in NAMES if "/" not in name}
@@ -180,7 +181,7 @@ def test_evaluating_on_such_names(hostile):
     "arguments", [["--data", "nowhere[/x]\udcff"], ["--method", "[/b]"], ["--eps", "[/]\udcff"], ["--set", "[/]"]]
 )
 def test_wrong_arguments_are_shown_as_they_are(arguments):
-    result = CliRunner(charset="ascii").invoke(cli.app, ["train", *arguments])
+    result = CliRunner(charset="ascii").invoke(app, ["train", *arguments])
     assert (
         result.exit_code == 2
         and "Traceback" not in result.output

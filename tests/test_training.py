@@ -16,12 +16,8 @@ from robustkern import models, training
 from robustkern.attacks import PGD
 from robustkern.training import METHODS, TrainingConfig, TrainingError, UsageError, recipe, train
 from robustkern.training import trainer as trainer_module
+from robustkern.training.run_folder import RunFolder
 from robustkern.training.schedule import learning_rate, weight_factor
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
 
 
 def small(method="standard", **given):
@@ -34,7 +30,7 @@ def small(method="standard", **given):
 def test_two_epochs_learn_and_leave_a_complete_run(tmp_path, method, monkeypatch):
     drawn = method in ("standard", "gradient-penalty")  # the figures of one method are those of another
     if not drawn:
-        monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+        monkeypatch.setattr(RunFolder, "draw", lambda *_: None)
     options = {"weight": 0.3} if "weight" in METHODS[method].options else {}
     if "steps" in METHODS[method].options:
         options["steps"] = 2
@@ -169,7 +165,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path, monkey
         and record["samples"] == datasets.epoch_order(0, 0, len(datasets.load("digits")))[480:512].tolist()
     )
     monkeypatch.undo()
-    monkeypatch.setattr(trainer_module._Run, "_draw", lambda self: None)
+    monkeypatch.setattr(RunFolder, "draw", lambda *_: None)
     # The last checkpoint is from step 15, three skipped steps after the last good one; training goes on from there.
     result = train(config, tmp_path, resume=True)
     assert all(value.isfinite().all() for value in result.model.state_dict().values())

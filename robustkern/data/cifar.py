@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from robustkern._files import read_bytes
 from robustkern._pickles import check_pickle
@@ -223,7 +222,5 @@ class _Bounded:
 
 def _assemble(contents: list[tuple[str, bytes]]) -> Dataset:
     batches = [read_batch(content, label) for label, content in contents]
-    pixels = np.concatenate([pixels for pixels, _ in batches])
-    labels = np.concatenate([labels for _, labels in batches])
-    images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255)).view(-1, *_SHAPE)
-    return Dataset("cifar10", images, torch.from_numpy(labels.astype(np.int64)), CLASSES)
+    pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return Dataset.from_bytes("cifar10", pixels.reshape(-1, *_SHAPE), labels, CLASSES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,19 @@ class Dataset:
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise DataError(f"{self.name}: labels outside 0..{len(self.classes) - 1}")
 
+    @classmethod
+    def from_bytes(cls, name: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Dataset:
+        """A data set from bytes, v of which means v / 255.
+
+        Args:
+            name: Its name.
+            pixels: [N, C, H, W] uint8
+            labels: [N] uint8
+            classes: Names of the classes.
+        """
+        images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
+        return cls(name, images, torch.from_numpy(labels.astype(np.int64)), classes)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -68,10 +82,12 @@ class Dataset:
     def with_shuffled_labels(self, seed: int) -> Dataset:
         """The same images with the same labels, in another order: which label belongs to which image is lost."""
         order = torch.randperm(len(self), generator=generator(seed, "labels"))
-        return Dataset(self.name, self.images, self.labels[order], self.classes)
+        return replace(self, labels=self.labels[order])
+
+    def take(self, indices: Tensor | slice) -> Dataset:
+        """Some of the samples."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def first(self, count: int | None) -> Dataset:
         """The first `count` samples, or all of them for None."""
-        if count is None or count >= len(self):
-            return self
-        return Dataset(self.name, self.images[:count], self.labels[:count], self.classes)
+        return self if count is None or count >= len(self) else self.take(slice(count))

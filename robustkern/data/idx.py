@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from robustkern._files import open_regular
 
@@ -83,5 +82,4 @@ def load_idx(name: str, files: tuple[Path, Path], classes: tuple[str, ...]) -> D
     labels = read_idx(files[1], 1)
     if len(pixels) != len(labels):
         raise DataError(f"{files[0]} holds {len(pixels)} images but {files[1]} {len(labels)} labels")
-    images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255)).unsqueeze(1)
-    return Dataset(name, images, torch.from_numpy(labels.astype(np.int64)), classes)
+    return Dataset.from_bytes(name, pixels[:, None], labels, classes)

@@ -15,15 +15,15 @@ from torch import Tensor
 _MASK = (1 << 64) - 1
 
 
-def generator(seed: int, stream: str, *counters: int) -> torch.Generator:
-    """A CPU generator keyed by (seed, stream, counters); equal keys give equal numbers, others unrelated ones."""
+def generator(seed: int, stream: str, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator keyed by (seed, stream, counters); equal keys give equal numbers, others unrelated ones."""
     key = _mix(seed & _MASK)
     for byte in stream.encode():
         key = _mix(key ^ byte)
     for counter in counters:
         key = _mix(key ^ (counter & _MASK))
     # PyTorch's CPU generator reads only the low 32 bits of its seed, so both halves are folded into them.
-    return torch.Generator().manual_seed((key ^ (key >> 32)) & 0xFFFFFFFF)
+    return torch.Generator(device).manual_seed((key ^ (key >> 32)) & 0xFFFFFFFF)
 
 
 def _mix(z: int) -> int:

@@ -101,11 +101,15 @@ class Subject:
         return torch.Generator(self.x.device).manual_seed(self.seed)
 
 
-def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int | None = None) -> Tensor:
     """Whether each sample is classified right; logits that are not finite are an error of the model.  [B]"""
-    with attacked(model), torch.no_grad():
-        logits = model(x.clone())  # a model that changes its input shall not change the data
-    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+    right = torch.zeros_like(y, dtype=torch.bool)
+    size = batch_size or max(1, len(x))
+    for part, xs, ys in zip(right.split(size), x.split(size), y.split(size), strict=True):
+        with attacked(model), torch.no_grad():
+            logits = model(xs.clone())  # a model that changes its input shall not change the data
+        part.copy_((logits.argmax(1) == ys) & logits.isfinite().all(1))
+    return right
 
 
 def run_checks(subject: Subject, training: bool = False) -> list[Check]:

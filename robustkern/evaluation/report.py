@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a JSON file, the adversarial images, a figure, and the table on the terminal."""
+"""What an evaluation leaves: a JSON file, the adversarial images and a figure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from robustkern._text import literal, plain, terminal
+from robustkern._text import plain
 from robustkern._version import __version__
-from robustkern.training.figures import eps_text
+from robustkern.training.figures import COLORS, eps_text, error_bars, plain_axes, save_png
 from robustkern.training.files import write_atomically
 from robustkern.training.weights import read_tensors
 
-from .results import Accuracy, Report
+from .results import Report
 from .suite import recheck
 
 FILES = ("evaluation.json", "adversaries.safetensors", "evaluation.png")
@@ -108,47 +106,6 @@ def to_dict(report: Report, source: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def print_report(report: Report, console: Console, name: str) -> None:
-    """The table: accuracies with their intervals, then what the checks found."""
-    settings = report.settings
-    ball = {"linf": "Linf", "l2": "L2"}[settings.norm]
-    title = f"{terminal(name)}: {ball}, eps {eps_text(settings.eps)}, the first {len(report.y)} test images"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("", "accuracy", "95 % interval", "right", "time"):
-        table.add_column(column, justify="left" if not column else "right")
-    for accuracy in (report.clean, *report.attacks):
-        table.add_row(*_cells(accuracy), f"{accuracy.seconds:.1f} s")
-    if report.worst is not None:
-        table.add_row(*_cells(report.worst), "", style="bold")
-    console.print(table)
-    if report.worst is not None:
-        weakest = min(_with_images(report), key=lambda row: row["worst"]["accuracy"])
-        console.print(
-            f"weakest class: {terminal(weakest['class'])}, {100 * weakest['worst']['accuracy']:.1f} % of "
-            f"{weakest['worst']['samples']}",
-            highlight=False,
-        )
-    steepness = Table(title="\nslopes and margins (not accuracies)", title_justify="left", box=None, pad_edge=False)
-    for column in ("", "median", "quartiles"):
-        steepness.add_column(column, justify="left" if not column else "right")
-    for measure, values in report.steepness.items():
-        q1, median, q3 = ("-" if values[q] is None else f"{values[q]:.3g}" for q in ("q1", "median", "q3"))
-        steepness.add_row(measure, median, f"{q1} to {q3}")
-    console.print(steepness)
-    checks = Table(title="\nchecks", title_justify="left", box=None, pad_edge=False, show_header=False)
-    for check in report.checks:
-        yes, no = ("✓", "✗") if console.encoding.startswith("utf") else ("ok", "NO")
-        mark = f"[green]{yes}[/green]" if check.passed else f"[bold red]{no}[/bold red]"
-        checks.add_row(mark, terminal(check.name), terminal(check.finding))
-    if report.checks:
-        console.print(checks)
-    if report.unchecked:
-        console.print(f"\nnothing to check: {report.unchecked}", highlight=False)
-    flags = [check.name for check in report.checks if not check.passed]
-    if flags:
-        console.print(f"[bold red]do not trust these accuracies[/bold red]: {', '.join(flags)}", highlight=False)
-
-
 def figure(path: Path, report: Report) -> None:
     """Accuracy against the radius, and of each class that occurs, with Wilson intervals.
 
@@ -161,30 +118,29 @@ def figure(path: Path, report: Report) -> None:
     picture = Figure(figsize=(10.5, 3.6), layout="constrained")
     curve, classes = picture.subplots(1, 2)
     radii = [point["eps"] for point in report.curve]
-    curve.plot(radii, [100 * p["accuracy"] for p in report.curve], color="#1f6f8b", marker="o", markersize=4)
+    curve.plot(radii, [100 * p["accuracy"] for p in report.curve], color=COLORS[1], marker="o", markersize=4)
     low, high = ([100 * p[end] for p in report.curve] for end in ("low", "high"))
-    curve.fill_between(radii, low, high, color="#1f6f8b", alpha=0.18, linewidth=0)
+    curve.fill_between(radii, low, high, color=COLORS[1], alpha=0.18, linewidth=0)
     worst = report.worst
     if worst is not None:
-        ends = ([100 * (worst.value - worst.interval[0])], [100 * (worst.interval[1] - worst.value)])
+        ends = error_bars([worst.to_dict()], "accuracy", 100)
         at = report.settings.eps
-        curve.errorbar([at], [100 * worst.value], yerr=ends, color="#c8553d", fmt="s", capsize=3)
+        curve.errorbar([at], [100 * worst.value], yerr=ends, color=COLORS[2], fmt="s", capsize=3)
         curve.annotate(
             "worst case over all attacks", (at, 100 * worst.value), xytext=(-8, -12), ha="right",
-            textcoords="offset points", fontsize=8, color="#c8553d",
+            textcoords="offset points", fontsize=8, color=COLORS[2],
         )  # fmt: skip
     curve.set_xlabel(f"radius of the {'ℓ∞' if report.settings.norm == 'linf' else 'ℓ2'} ball")
     curve.set_ylabel("accuracy (%)")
     curve.set_title("under PGD-20", fontsize=10)
-    rows = _with_images(report)[:20]
+    rows = report.with_images[:20]
     places = list(range(len(rows)))
     classes.bar([p - 0.2 for p in places], [100 * r["clean"]["accuracy"] for r in rows], 0.4, color="#b9c4cc",
                 label="clean")  # fmt: skip
     if worst is not None:
         heights = [100 * r["worst"]["accuracy"] for r in rows]
-        errors = [[h - 100 * r["worst"]["low"] for h, r in zip(heights, rows)],
-                  [100 * r["worst"]["high"] - h for h, r in zip(heights, rows)]]  # fmt: skip
-        classes.bar([p + 0.2 for p in places], heights, 0.4, color="#c8553d", label="worst case", yerr=errors,
+        errors = error_bars([row["worst"] for row in rows], "accuracy", 100)
+        classes.bar([p + 0.2 for p in places], heights, 0.4, color=COLORS[2], label="worst case", yerr=errors,
                     error_kw={"linewidth": 0.8, "ecolor": "#5f2417"})  # fmt: skip
     names = [plain(row["class"]) for row in rows]
     long = max(map(len, names)) > 2
@@ -195,13 +151,8 @@ def figure(path: Path, report: Report) -> None:
     )
     for axes in (curve, classes):
         axes.set_ylim(0, 102)
-        axes.grid(color="#e6e6e6", linewidth=0.7, axis="both" if axes is curve else "y")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    with literal(picture):
-        picture.savefig(buffer, format="png", dpi=160, facecolor="white")
-    write_atomically(path, buffer.getvalue())
+        plain_axes(axes, "both" if axes is curve else "y")
+    save_png(path, picture)
 
 
 def export_state_dict(model: nn.Module, path: Path) -> None:
@@ -217,13 +168,3 @@ def export_state_dict(model: nn.Module, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"state_dict": state}, buffer)
     write_atomically(path, buffer.getvalue())
-
-
-def _with_images(report: Report) -> list[dict[str, Any]]:
-    return [row for row in report.per_class if row["clean"]["samples"]]
-
-
-def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
-    low, high = accuracy.interval
-    interval = f"{100 * low:.1f} to {100 * high:.1f} %"
-    return accuracy.name, f"{100 * accuracy.value:.1f} %", interval, f"{accuracy.right}/{accuracy.samples}"

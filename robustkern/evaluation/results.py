@@ -8,19 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from robustkern._arguments import RADII, SEEDS, Range, counts, shown
+from robustkern._settings import RADII, SEEDS, Range, check_ranges, counts, setting
 
 from .checks import Check
 from .intervals import wilson_interval
 
 ATTACKS = ("pgd", "apgd", "autoattack")
 NORMS = ("linf", "l2")
-RANGES = {
-    "eps": Range(0, open="()"),
-    "samples": counts(0),
-    "seed": SEEDS,
-    **dict.fromkeys(("pgd_steps", "restarts", "apgd_steps", "check_samples", "batch_size"), counts()),
-}
 
 
 @dataclass(frozen=True)
@@ -30,32 +24,30 @@ class Settings:
     Attributes:
         eps: Radius of the ball, in units of the images.
         norm: "linf" or "l2".
-        samples: The first so many samples; 0: all.
+        samples: The first N test images; 0: all.
         attacks: Of `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and, targeted, on the
             difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack has it).
-        pgd_steps: Steps of PGD, of eps / 4 each.
-        restarts: Its random starts.
+        pgd_steps: Steps of PGD. Of eps / 4 each.
+        restarts: Random starts of PGD.
         apgd_steps: Steps of APGD.
-        check_samples: The checks attack the first so many samples, some dozen times.
-        batch_size: Samples at a time.
-        seed: Of everything random.
+        check_samples: Images that the checks attack. The first so many, some dozen times.
+        batch_size: Images at a time.
+        seed: Seed of everything random.
     """
 
-    eps: float
+    eps: float = setting(valid=Range(0, open="()"))
     norm: str = "linf"
-    samples: int = 1000
+    samples: int = setting(1000, counts(0))
     attacks: tuple[str, ...] = ATTACKS
-    pgd_steps: int = 50
-    restarts: int = 10
-    apgd_steps: int = 100
-    check_samples: int = 200
-    batch_size: int = 250
-    seed: int = 0
+    pgd_steps: int = setting(50, counts())
+    restarts: int = setting(10, counts())
+    apgd_steps: int = setting(100, counts())
+    check_samples: int = setting(200, counts())
+    batch_size: int = setting(250, counts())
+    seed: int = setting(0, SEEDS)
 
     def __post_init__(self) -> None:
-        for name, valid in RANGES.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be {valid}, got {shown(getattr(self, name))}")
+        check_ranges(self, ValueError)
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.norm == "linf" and self.eps not in RADII:
@@ -140,3 +132,8 @@ class Report:
     def sound(self) -> bool:
         """Whether the accuracies were checked, and no check found a reason to doubt them."""
         return not self.unchecked and all(check.passed for check in self.checks)
+
+    @property
+    def with_images(self) -> list[dict[str, Any]]:
+        """Of `per_class` the classes that occur."""
+        return [row for row in self.per_class if row["clean"]["samples"]]

@@ -23,7 +23,7 @@ from .results import Accuracy, Report, Settings
 
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (model, x, y, indices) -> adversary
 _CURVE_SAMPLES = 500
-_CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
 _NOT_INCLUDED = " See flags_doc.md for details."  # what AutoAttack's warnings end with; the package comes without it
 
 
@@ -63,7 +63,7 @@ def evaluate(
     data = data.first(settings.samples or None)
     x, y = data.images.to(device), data.labels.to(device)
     started = time.perf_counter()
-    right = _correct(model, x, y, settings.batch_size)
+    right = correct(model, x, y, settings.batch_size)
     with attacked(model), torch.no_grad():
         width = model(x[:1]).shape[1]
     if width != data.num_classes:
@@ -127,11 +127,11 @@ def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor], identit
         return Check("reproduced from file", False, f"the file has no {min(missing)}")
     stored = {name: tensor.to(report.x.device) for name, tensor in stored.items()}
     x, y = stored.pop("clean"), stored.pop("labels")
-    right = _correct(model, x, y, report.settings.batch_size)
+    right = correct(model, x, y, report.settings.batch_size)
     values: dict[str, Any] = {}
     wrong = []
     for attack in report.attacks:
-        again = _correct(model, stored[attack.name], y, report.settings.batch_size)
+        again = correct(model, stored[attack.name], y, report.settings.batch_size)
         values[attack.name] = int((right & again).sum())
         if values[attack.name] != attack.right:
             wrong.append(f"{attack.name}: {values[attack.name]} right instead of {attack.right}")
@@ -225,23 +225,17 @@ def _attack_all(
         done += len(indices)
         report_stage(name, done, len(chosen))
     # In the same batches as the clean accuracy: a sum in another order may tip a sample that stands on the edge.
-    fooled = right & ~_correct(model, adversary, y, batch_size)
+    fooled = right & ~correct(model, adversary, y, batch_size)
     return adversary, fooled
-
-
-def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    parts = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    rights = [correct(model, xs, ys) for xs, ys in parts]
-    return torch.cat(rights) if rights else torch.zeros(0, dtype=torch.bool, device=x.device)
 
 
 def _measure_curve(report: Report, model: nn.Module, report_stage: Callable[[str, int, int], None]) -> None:
     settings = report.settings
     x, y = report.x[:_CURVE_SAMPLES], report.y[:_CURVE_SAMPLES]
-    right = _correct(model, x, y, settings.batch_size)
+    right = correct(model, x, y, settings.batch_size)
     widest = box_diameter(settings.norm, x.shape[1:])
-    for place, multiple in enumerate(_CURVE):
-        report_stage("accuracy against eps", place, len(_CURVE))
+    for place, multiple in enumerate(RADII):
+        report_stage("accuracy against eps", place, len(RADII))
         eps = multiple * settings.eps
         pgd = PGD(min(eps, widest), steps=20, norm=settings.norm, early_exit=True)
         standing = right

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from robustkern.attacks import PGD
 from robustkern.data import Dataset
-from robustkern.training.figures import eps_text, one_of_each, save_png
+from robustkern.training.evaluation import device_of
+from robustkern.training.figures import COLORS, eps_text, error_bars, one_of_each, plain_axes, save_png
 
 from .inversion import invert, noise, seeded_grid
 from .measures import PROPORTIONS
 
-_COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157", "#d9a441", "#2f4858", "#9b2226")
 _DPI = 110
 
 
@@ -47,11 +47,7 @@ def inversion_grids(
     scale = torch.tensor(data.statistics()[1]).view(-1, 1, 1)
     grids = {}
     for name, network in networks.items():
-        device = next(network.parameters()).device
-        inverted = invert(
-            network, starts.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device)
-        )
-        grids[name] = _mosaic(inverted.cpu(), data.num_classes)
+        grids[name] = _mosaic(_inverted(network, starts, targets, steps, step * scale), data.num_classes)
     title = (
         f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:.3g} σ)"
         f"\n{_classes(data)}"
@@ -88,11 +84,8 @@ def noise_grids(
     for name, network in networks.items():
         images = (made or {}).get(name)
         if images is None:
-            device = next(network.parameters()).device
-            images = invert(
-                network, start.to(device), targets.to(device), steps=steps, step_size=step * scale.to(device)
-            )
-        strips[name] = _mosaic(images.cpu(), data.num_classes)
+            images = _inverted(network, start, targets, steps, step * scale)
+        strips[name] = _mosaic(images, data.num_classes)
     _panels(path, strips, 2, f"from noise, one class a column ({steps} steps of {step:.3g} σ)\n{_classes(data)}")
 
 
@@ -111,7 +104,7 @@ def perturbations(
     x, y = one_of_each(data, list(networks.values()))
     rows = {"image": _mosaic(x, len(x))}
     for name, network in networks.items():
-        device = next(network.parameters()).device
+        device = device_of(network)
         goal = (y + 1) % data.num_classes if targeted else y
         attack = PGD(min(eps, 1.0), steps=40, random_start=False, targeted=targeted)
         rows[name] = _mosaic(attack(network, x.to(device), goal.to(device)).cpu(), len(x))
@@ -160,12 +153,12 @@ def term_panels(
     for axes, (name, rows) in zip(panels, terms.items()):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         epochs = [row["epoch"] for row in rows]
-        axes.plot(epochs, [row["orientation"] for row in rows], color=_COLORS[1])
-        axes.tick_params(axis="y", colors=_COLORS[1], labelsize=7)
+        axes.plot(epochs, [row["orientation"] for row in rows], color=COLORS[1])
+        axes.tick_params(axis="y", colors=COLORS[1], labelsize=7)
         axes.set_ylim(bottom=0)
         other = axes.twinx()
-        other.plot(epochs, [row["smoothness"] for row in rows], color=_COLORS[2])
-        other.tick_params(axis="y", colors=_COLORS[2], labelsize=7)
+        other.plot(epochs, [row["smoothness"] for row in rows], color=COLORS[2])
+        other.tick_params(axis="y", colors=COLORS[2], labelsize=7)
         other.set_ylim(bottom=min(0.0, *(row["smoothness"] or 0.0 for row in rows)))
         other.spines["top"].set_visible(False)
         caption = (captions or {}).get(name)
@@ -190,14 +183,11 @@ def against_smoothness(
 
     figure, panels = _figure(len(measures))
     for axes, (measure, title) in zip(panels, measures.items()):
-        for color, line in zip(_cycle(8), dict.fromkeys(point["line"] for point in points)):
+        for color, line in zip(COLORS, dict.fromkeys(point["line"] for point in points)):
             own = [point for point in points if point["line"] == line]
             at = [point[smoothness]["value"] for point in own]
             values = [point[measure]["value"] for point in own]
-            errors = [
-                [p[measure]["value"] - p[measure]["low"] for p in own],
-                [p[measure]["high"] - p[measure]["value"] for p in own],
-            ]
+            errors = error_bars([point[measure] for point in own])
             axes.errorbar(at, values, yerr=errors, color=color, marker="o", markersize=4, capsize=2, linewidth=1.2,
                           linestyle="-" if len(own) > 1 else "", label=line)  # fmt: skip
             for point, where, value in zip(own, at, values, strict=True):
@@ -230,8 +220,7 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
         for place, smooth in ((-0.2, False), (0.2, True)):
             at = [index + place for index in range(2)]
             own = [cells[oriented, smooth][measure] for oriented in (False, True)]
-            errors = [[c["value"] - c["low"] for c in own], [c["high"] - c["value"] for c in own]]
-            axes.bar(at, [c["value"] for c in own], 0.38, yerr=errors, color=_COLORS[2 if smooth else 0],
+            axes.bar(at, [c["value"] for c in own], 0.38, yerr=error_bars(own), color=COLORS[2 if smooth else 0],
                      label="with penalty" if smooth else "without", error_kw={"linewidth": 0.9})  # fmt: skip
         axes.set_xticks([0, 1], ["labels shuffled", "true labels"], fontsize=8)
         axes.set_title(title, fontsize=9)
@@ -242,6 +231,11 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
 def _classes(data: Dataset) -> str:
     """Which column is which."""
     return "left to right: " + ", ".join(data.classes)
+
+
+def _inverted(network: nn.Module, starts: Tensor, targets: Tensor, steps: int, step_size: Tensor) -> Tensor:
+    device = device_of(network)
+    return invert(network, starts.to(device), targets.to(device), steps=steps, step_size=step_size.to(device)).cpu()
 
 
 def _mosaic(images: Tensor, columns: int) -> np.ndarray:
@@ -282,13 +276,7 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     figure = Figure(figsize=(4.0 * columns if panels > 1 else 6.0, 3.3 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[:panels]:
-        axes.grid(color="#e6e6e6", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
     for axes in grid[panels:]:
         axes.set_axis_off()
     return figure, grid[:panels]
-
-
-def _cycle(count: int) -> list[str]:
-    return [_COLORS[index % len(_COLORS)] for index in range(count)]

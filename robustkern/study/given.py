@@ -14,6 +14,7 @@ from robustkern._text import brief
 from robustkern.attacks import attacked
 from robustkern.data import Dataset
 from robustkern.training import UsageError
+from robustkern.training.evaluation import device_of
 from robustkern.training.weights import load_model_for
 
 
@@ -57,7 +58,7 @@ def load_given(source: str, data: Dataset) -> nn.Module:
     model.eval()
     try:
         with attacked(model), torch.no_grad():
-            shape = tuple(getattr(model(data.images[:2].to(_device(model))), "shape", ()))
+            shape = tuple(getattr(model(data.images[:2].to(device_of(model))), "shape", ()))
     except Exception as error:  # whatever a stranger's module raises
         raise UsageError(f"{source} does not take images of {data.name}, {data.in_shape}: {brief(error)}") from error
     if shape != (2, data.num_classes):
@@ -77,7 +78,3 @@ def _call(module: str, function: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise UsageError(f"{module}:{function} returned a {type(made).__name__}, not a torch.nn.Module")
     return made
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

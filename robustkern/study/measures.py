@@ -13,6 +13,7 @@ from robustkern.attacks import PGD
 from robustkern.data import Dataset, generator
 from robustkern.evaluation import linearised_robustness, local_lipschitz, wilson_interval
 from robustkern.evaluation.checks import correct
+from robustkern.training.evaluation import device_of
 
 from .bootstrap import bootstrap_interval
 from .gradients import alignment, edge_concentration, input_gradients, low_frequency_share, total_variation_ratio
@@ -118,7 +119,7 @@ def measure(
     """
     report = on_measure or (lambda name: None)
     few = data.first(protocol.samples)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     x, y = few.images.to(device), few.labels.to(device)
     _, std = data.statistics()
     scale = torch.tensor(std, device=device).view(-1, 1, 1)
@@ -129,13 +130,15 @@ def measure(
     values["clean_accuracy"] = right
     report("robust_accuracy")
     attack = PGD(protocol.eps, steps=20, early_exit=True)
-    adversary = attack(model, x, y, _generator(protocol.seed, device))
+    adversary = attack(model, x, y, generator(protocol.seed, "study", device=device))
     values["robust_accuracy"] = right & correct(model, adversary, y)
     report("gradient_norm")
     values["gradient_norm"] = protocol.eps * input_gradients(model, x, y, "loss").flatten(1).abs().sum(1)
     values["median_gradient_norm"] = values["gradient_norm"].clone()  # files have no two names for the same numbers
     report("local_lipschitz")
-    values["local_lipschitz"] = local_lipschitz(model, x, protocol.eps, generator=_generator(protocol.seed, device))
+    values["local_lipschitz"] = local_lipschitz(
+        model, x, protocol.eps, generator=generator(protocol.seed, "study", device=device)
+    )
     report("linearised_robustness")
     values["linearised_robustness"] = linearised_robustness(model, x, y)
     gradient = input_gradients(model, x, y)
@@ -182,7 +185,7 @@ def accuracy_curve(
         if eps:
             attack = PGD(min(eps, 1.0), steps=steps, early_exit=True)
             chosen = standing.nonzero().squeeze(1)
-            adversary = attack(model, x[chosen], y[chosen], _generator(seed, x.device), indices=chosen)
+            adversary = attack(model, x[chosen], y[chosen], generator(seed, "study", device=x.device), indices=chosen)
             standing = standing.clone()
             standing[chosen] = correct(model, adversary, y[chosen])
         columns.append(standing)
@@ -225,7 +228,3 @@ def _starts(data: Dataset, per_class: int) -> tuple[Tensor, Tensor, Tensor]:
     chosen = torch.cat([(data.labels == label).nonzero().flatten()[:per_class] for label in range(data.num_classes)])
     starts, targets = seeded_grid(data.images[chosen], data.num_classes)
     return starts, targets, data.labels[chosen].repeat_interleave(data.num_classes)
-
-
-def _generator(seed: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(generator(seed, "study").initial_seed())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustkern._arguments import THREADS, counts, shown
+from robustkern._settings import THREADS, check_ranges, counts, setting
 from robustkern.training import METHODS, TrainingConfig, UsageError, recipe
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
@@ -26,7 +26,6 @@ TWO_BY_TWO = {
 # and 20 times.
 _OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
 _OF_ENTRIES = 784
-RANGES = {"seeds": counts(1, 1000), "samples": counts(), "epochs": counts(), "threads": THREADS}
 
 
 @dataclass(frozen=True)
@@ -64,22 +63,22 @@ class Plan:
             method, in its place.
         seeds: Models of each kind.
         sweep: Multiples of the gradient penalty's weight; empty for none.
-        two_by_two: Whether shuffled labels are trained on as well.
+        two_by_two: Train on shuffled labels as well.
         samples: Test images that are measured.
         epochs: Of each training; None: half the recipe's, after which every method has shown what it does.
-        threads: CPU threads.
+        threads: CPU threads of each.
         device: "cpu" or "cuda".
     """
 
     data: str = "digits-28"
     methods: tuple[str, ...] = PAPER + OURS
     given: tuple[tuple[str, str], ...] = ()
-    seeds: int = 3
+    seeds: int = setting(3, counts(1, 1000))
     sweep: tuple[float, ...] = SWEEP
     two_by_two: bool = True
-    samples: int = 200
-    epochs: int | None = None
-    threads: int = 1
+    samples: int = setting(200, counts())
+    epochs: int | None = setting(None, counts())
+    threads: int = setting(1, THREADS)
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -88,9 +87,7 @@ class Plan:
                 raise UsageError(f"no method {method!r} in the study: choose among {', '.join(PAPER + OURS)}")
         if self.epochs is None:
             object.__setattr__(self, "epochs", max(1, recipe(self.data).epochs // 2))
-        for name, valid in RANGES.items():
-            if getattr(self, name) not in valid:
-                raise UsageError(f"{name} must be {valid}, got {shown(getattr(self, name))}")
+        check_ranges(self, UsageError)
         if not all(0 < factor < math.inf for factor in self.sweep):
             raise UsageError(f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
         object.__setattr__(self, "sweep", tuple(dict.fromkeys(self.sweep)))

@@ -18,7 +18,7 @@ from .plan import TWO_BY_TWO, Plan
 from .results import SMOOTHNESS
 from .study import Study
 
-_RANKS = "Rank correlation with smoothness"
+Table = list[list[tuple[str, str]]]  # a head, then rows; of each cell its text, and what stands small beside it
 _TITLES = {
     "centred_alignment": "|cosine| of gradient and image, means out",
     "edge_concentration": "gradient energy on edges",
@@ -132,10 +132,8 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | No
         "they move the network that made them.</p>",
         *([f"<p>{in_html(judges_note(study))}</p>"] if study.judges else []),
     ]
-    for title, note, lines in sections(study):
-        parts += [f"<h2>{in_html(title)}</h2>", *([f"<p>{in_html(note)}</p>"] if note else []), _table(lines)]
-    if study.correlations:
-        parts += [f"<h2>{_RANKS}</h2>", f"<p>{in_html(_ranks_note(study))}</p>", _correlations(study)]
+    for title, note, rows in tables(study):
+        parts += [f"<h2>{in_html(title)}</h2>", *([f"<p>{in_html(note)}</p>"] if note else []), _html_table(rows)]
     parts.append("<h2>Figures</h2>")
     for path, caption in drawn.values():
         picture = base64.b64encode(path.read_bytes()).decode()
@@ -161,29 +159,18 @@ def write_tables(study: Study, to: Path | None = None) -> Path:
         study: A finished study.
         to: Its folder, by default the study's own.
     """
-    head = [in_markdown(text) for text, _ in MEASURES.values()]
     made_by = markdown_code(command(study))
     parts = [f"# {in_markdown(study.plan.data)}: tables", f"Means over images and seeds, 95 % intervals. {made_by}"]
     parts += [judges_note(study)] if study.judges else []
-    for title, note, lines in sections(study):
-        rows = [["", *head], ["---", *["---:"] * len(head)]]
-        for name, measures in lines.items():
-            cells = (_cell(measure, measures[measure]) for measure in MEASURES)
-            numbers = (cell.replace("<small>", " (").replace("</small>", ")") for cell in cells)
-            rows.append([in_markdown(name), *numbers])
-        parts += [f"## {title}", *([note] if note else []), "\n".join(f"| {' | '.join(row)} |" for row in rows)]
-    if study.correlations:
-        first, *others = _rank_rows(study)
-        ranks = [first, ["---", *["---:"] * (len(first) - 1)], *others]
-        table = "\n".join(f"| {' | '.join(map(in_markdown, row))} |" for row in ranks)
-        parts += [f"## {_RANKS}", _ranks_note(study), table]
+    for title, note, rows in tables(study):
+        parts += [f"## {title}", *([note] if note else []), _markdown_table(rows)]
     path = (to or study.folder) / "tables.md"
     write_atomically(path, "\n\n".join(parts) + "\n")
     return path
 
 
-def sections(study: Study) -> list[tuple[str, str, dict[str, dict[str, dict[str, Any]]]]]:
-    """The tables of a study: title, note, and for each line the measures with mean, low and high.
+def tables(study: Study) -> list[tuple[str, str, Table]]:
+    """The tables of a study: title, note, and rows.
 
     Args:
         study: A finished study.
@@ -194,23 +181,26 @@ def sections(study: Study) -> list[tuple[str, str, dict[str, dict[str, dict[str,
         "Orientation and smoothness, together and alone": list(TWO_BY_TWO.values()) if plan.two_by_two else [],
         "The weight of the penalty": [e.name for e in plan.entries() if e.swept] if plan.sweep else [],
     }
-    found = [(title, "", {name: study.summary[name] for name in names}) for title, names in groups.items() if names]
+    found = [
+        (title, "", _measures({name: study.summary[name] for name in names}))
+        for title, names in groups.items()
+        if names
+    ]
     if study.contrasts:
         note = (
             "An image's value under one network less its value under the other, both of the same seed and trained on "
             "the same images; orientation alone is the loss without penalty, smoothness alone the penalised one on "
             "shuffled labels. 95 % bootstrap intervals over images."
         )
-        found.append(("Differences that the claim is about", note, study.contrasts))
+        found.append(("Differences that the claim is about", note, _measures(study.contrasts)))
+    if study.correlations:
+        note = (
+            f"Spearman's, over the {len(_matrix(plan))} kinds of networks in the first table. Smoother is less of what "
+            "heads the column: where loss gradients are zero for most images and large for a few, as with a saturated "
+            "softmax, mean and median disagree."
+        )
+        found.append(("Rank correlation with smoothness", note, _ranks(study.correlations)))
     return found
-
-
-def _ranks_note(study: Study) -> str:
-    return (
-        f"Spearman's, over the {len(_matrix(study.plan))} kinds of networks in the first table. Smoother is less of "
-        "what heads the column: where loss gradients are zero for most images and large for a few, as with a saturated "
-        "softmax, mean and median disagree."
-    )
 
 
 def judges_note(study: Study) -> str:
@@ -261,40 +251,40 @@ def _sweep_points(study: Study) -> list[dict[str, Any]]:
     return [{"line": "gradient penalty", "text": text, **study.summary[name]} for name, text in chosen]
 
 
-def _rank_rows(study: Study) -> list[list[str]]:
-    """A head, then a row for each measure with a column for each way to measure smoothness."""
-    columns = list(study.correlations)
-    names = list(dict.fromkeys(name for column in columns for name in study.correlations[column]))
-    cells = {
-        name: [f"{study.correlations[c][name]:.2f}" if name in study.correlations[c] else "-" for c in columns]
-        for name in names
-    }
-    heads = ["", *(_SMOOTH_HEADS[column] for column in columns)]
-    return [heads, *([MEASURES[name][0], *cells[name]] for name in names)]
+def _measures(lines: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """A column for each measure."""
+    head = [("", ""), *((text, "") for text, _ in MEASURES.values())]
+    return [head, *([(name, ""), *(_cell(m, measures[m]) for m in MEASURES)] for name, measures in lines.items())]
 
 
-def _correlations(study: Study) -> str:
-    head, *rows = _rank_rows(study)
-    top = "".join(f"<th>{in_html(text)}</th>" for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+def _ranks(correlations: dict[str, dict[str, float]]) -> Table:
+    """A row for each measure, a column for each way to measure smoothness."""
+    head = ["", *(_SMOOTH_HEADS[column] for column in correlations)]
+    names = dict.fromkeys(name for column in correlations.values() for name in column)
+    rows = [
+        [MEASURES[name][0], *(f"{c[name]:.2f}" if name in c else "-" for c in correlations.values())] for name in names
+    ]
+    return [[(text, "") for text in row] for row in (head, *rows)]
 
 
-def _table(lines: dict[str, dict[str, dict[str, Any]]]) -> str:
-    head = "".join(f"<th>{in_html(text)}</th>" for text, _ in MEASURES.values())
-    rows = []
-    for name, measures in lines.items():
-        cells = "".join(f"<td>{_cell(measure, measures[measure])}</td>" for measure in MEASURES)
-        rows.append(f"<tr><td>{in_html(name)}</td>{cells}</tr>")
-    body = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="scroll"><table>{body}</table></div>'
-
-
-def _cell(measure: str, values: dict[str, Any]) -> str:
+def _cell(measure: str, values: dict[str, Any]) -> tuple[str, str]:
     if values["value"] is None:
-        return "-"
-    if measure in _PERCENT:
-        mean, low, high = (f"{100 * values[part]:.1f}" for part in ("value", "low", "high"))
-        return f"{mean} %<small>{low} to {high}</small>"
-    mean, low, high = (f"{values[part]:.3g}" for part in ("value", "low", "high"))
-    return f"{mean}<small>{low} to {high}</small>"
+        return "-", ""
+    scale, digits, unit = (100, ".1f", " %") if measure in _PERCENT else (1, ".3g", "")
+    mean, low, high = (f"{scale * values[part]:{digits}}" for part in ("value", "low", "high"))
+    return f"{mean}{unit}", f"{low} to {high}"
+
+
+def _html_table(table: Table) -> str:
+    head, body = _html_row(table[0], "th"), "".join(_html_row(row, "td") for row in table[1:])
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _html_row(row: list[tuple[str, str]], tag: str) -> str:
+    cells = (f"<{tag}>{in_html(text)}{small and f'<small>{small}</small>'}</{tag}>" for text, small in row)
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _markdown_table(table: Table) -> str:
+    head, *rows = ([in_markdown(text) + (small and f" ({small})") for text, small in row] for row in table)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows))

@@ -30,6 +30,7 @@ from robustkern._files import parse_json, read_bytes
 from robustkern._text import brief
 from robustkern.data import Dataset
 from robustkern.evaluation.checks import correct
+from robustkern.evaluation.suite import RADII
 from robustkern.training import (
     CheckpointError,
     Interrupted,
@@ -51,7 +52,6 @@ from .measures import MEASURES, NOISE_INVERSIONS, Judges, Protocol, accuracy_cur
 from .parallel import in_parallel
 from .plan import TWO_BY_TWO, Entry, Plan, configuration, folder_name, teacher_folder, training_settings
 
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
 _JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
@@ -315,8 +315,7 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
             study.correlations[smoothness] = found
     for judge in _JUDGES:
         network = load_model_for(_judge(folder, judge), test)[0]
-        parts = zip(test.images.split(500), test.labels.split(500), strict=True)
-        study.judges[judge] = float(torch.cat([correct(network, x, y) for x, y in parts]).float().mean())
+        study.judges[judge] = float(correct(network, test.images, test.labels, 500).float().mean())
     return study
 
 

@@ -2,13 +2,13 @@
 
 from .averaging import WeightAverage
 from .checkpoint import CheckpointError, Progress, Row
-from .claim import read_config
 from .config import TrainingConfig, read_settings
 from .errors import Interrupted, TrainingError, UsageError
 from .evaluation import clean_accuracy, input_gradients, robust_accuracy
 from .methods import METHODS, Method, build_loss
 from .observer import Observer, Observers
 from .recipes import recipe, teacher_recipe
+from .run_folder import read_config
 from .trainer import Result, train
 from .weights import load_model, save_weights
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from robustkern._arguments import RADII, SEEDS, THREADS, Range, counts, shown
+from robustkern._arguments import shown
+from robustkern._settings import RADII, SEEDS, THREADS, Range, check_ranges, counts, setting
 from robustkern._text import brief
 
 from .errors import UsageError
@@ -16,28 +17,9 @@ from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
+DEVICES = ("cpu", "cuda")
 WATCHES = ("warn", "stop", "off")
-RANGES = {
-    "eps": RADII,
-    "epochs": counts(),
-    "batch_size": counts(),
-    "lr": Range(0, open="()"),
-    "weight_decay": Range(0),
-    "gamma": Range(0, 1, open="("),
-    "ramp": Range(0, 1, open=""),
-    "clip": Range(0),
-    "ema": Range(0, 1),
-    "seed": SEEDS,
-    "threads": THREADS,
-    "train_samples": counts(0),
-    "validation": Range(0),
-    "eval_samples": counts(0),
-    "eval_every": counts(),
-    "pgd_steps": counts(),
-    "checkpoint_every": counts(0),
-    "max_skipped": counts(0),
-}
-
+WHAT, OPTIMIZATION, RUN, MEASURING = "What is trained", "Optimization", "The run", "Validation and measuring"
 
 _PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple}
 
@@ -51,82 +33,83 @@ class TrainingConfig:
         method: A name of `robustkern.training.METHODS`.
         options: The options of the method; those left out take the method's defaults.
         model: A name of `robustkern.models.MODELS`.
-        eps: Radius of the attack that measures robustness, and of methods that need one, in units of the images.
+        eps: Radius in units of the images: 8/255 or 0.1. Of the attack that measures robustness, and of methods that
+            need one.
         epochs: Passes over the training set.
-        batch_size: Samples per step, those of all processes together; the last, smaller batch of an epoch is trained
+        batch_size: Samples per step, those of all processes together. The last, smaller batch of an epoch is trained
             on as well, and a single sample left over joins the batch before.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
-        weight_decay: Decoupled for AdamW, L2 for SGD.
-        schedule: "one-cycle" (linear rise over the first quarter, then cosine to zero), "cosine", "triangular" (linear
-            rise over the first half, linear fall over the second), "step" (times `gamma` at each of the `milestones`)
-            or "constant".
-        milestones: Epochs after which schedule "step" lowers the learning rate; none: after half and three quarters.
+        weight_decay: Weight decay. Decoupled for AdamW, L2 for SGD.
+        schedule: "one-cycle", "cosine", "triangular", "step", "constant". In this order: a linear rise over the first
+            quarter, then a cosine to zero; the cosine alone; a linear rise over the first half, a linear fall over the
+            second; times `gamma` at each of the `milestones`; the peak all the time.
+        milestones: For schedule "step": epochs after which the rate falls, 100,150. None: after half and three
+            quarters.
         gamma: What it is multiplied with there.
-        ramp: The smoothness weight grows linearly from 0 to full over this share of the steps.
-        clip: Largest gradient norm; a longer gradient is scaled down to it. 0: never.
-        ema: Decay of an exponential moving average of the weights; 0: none. See `WeightAverage`.
-        amp: Forward passes of the loss in bfloat16 where PyTorch's autocast does that; weights, reductions of the
-            loss, optimizer and evaluation stay float32.
-        sync_batch_norm: With several processes on GPUs, BatchNorm normalises by the whole batch rather than by each
-            process's part.
-        seed: Decides initial weights, validation split, order of the samples, augmentation and everything random in
-            losses and attacks.
-        impl: "auto", "kernel" or "reference": which implementation of the fused ops.
+        ramp: Share of the training over which the weight grows from 0 to full. That of the smoothness term, linearly.
+        clip: Largest gradient norm; 0: no clipping. A longer gradient is scaled down to it.
+        ema: Decay of a moving average of the weights, such as 0.995; 0: none. See `WeightAverage`.
+        amp: Forward passes in bfloat16. Those of the loss, where PyTorch's autocast does that; weights, reductions of
+            the loss, optimizer and evaluation stay float32.
+        sync_batch_norm: With several GPUs: BatchNorm over the whole batch. Otherwise over each process's part.
+        seed: Seed of everything random. Decides initial weights, validation split, order of the samples, augmentation
+            and everything random in losses and attacks.
+        impl: "auto", "kernel" or "reference": which ops to use.
         device: "cpu" or "cuda".
-        threads: CPU threads. Part of the result, because it decides the order in which sums are taken.
-        train_samples: Train on the first so many samples only; 0: all.
-        shuffle_labels: Give the training images, those held out for validation among them, each other's labels, by the
-            seed: a control, with nothing to learn but the images themselves.
-        validation: Training samples held out to choose the best weights by: a share below 1, or a number. 0: none.
-        eval_samples: Robust accuracy is measured on the first so many images of the test or validation set; 0: all.
-        eval_every: It is measured every so many epochs, and after the last; null in the rows between.
-        pgd_steps: Steps of that attack.
-        watch: What to do about catastrophic overfitting, see `overfitting`: "warn", "stop" the training (which takes a
-            validation set) or "off".
-        checkpoint_every: Steps between checkpoints inside an epoch; 0: only at the end of each epoch.
-        max_skipped: Steps in a row that may be skipped for a non-finite loss or gradient before the run fails.
+        threads: CPU threads of each process. Part of the result, because they decide the order in which sums are taken.
+        train_samples: Train on the first N samples; 0: all.
+        shuffle_labels: A control: training images get each other's labels. By the seed, those held out for validation
+            as well, so that there is nothing to learn but the images themselves.
+        validation: Hold out that share, or number, of the training samples; keep the best weights. A share is below
+            1; 0: none.
+        eval_samples: Attack the first N test or validation samples; 0: all.
+        eval_every: Epochs between attacks; the last is always measured. Robust accuracy is null in the rows between.
+        pgd_steps: Steps of the attack.
+        watch: What to do about catastrophic overfitting: "warn", "stop" or "off". See `overfitting`; "stop" ends the
+            training, and takes a validation set.
+        checkpoint_every: Steps between checkpoints inside an epoch; 0: only at its end.
+        max_skipped: Steps in a row that may be skipped for a loss that is not finite. Or a gradient; more of them, and
+            the run fails.
     """
 
-    data: str
-    method: str
+    data: str = setting(panel=WHAT)
+    method: str = setting(panel=WHAT)
     options: dict[str, Any] = field(default_factory=dict)
-    model: str = "small-cnn"
-    eps: float = 8 / 255
-    epochs: int = 30
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.05
-    weight_decay: float = 5e-4
-    schedule: str = "one-cycle"
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    ramp: float = 0.3
-    clip: float = 1.0
-    ema: float = 0.0
-    amp: bool = False
-    sync_batch_norm: bool = False
-    seed: int = 0
-    impl: str = "auto"
-    device: str = "cpu"
-    threads: int = 1
-    train_samples: int = 0
-    shuffle_labels: bool = False
-    validation: float = 0.0
-    eval_samples: int = 1000
-    eval_every: int = 1
-    pgd_steps: int = 20
-    watch: str = "warn"
-    checkpoint_every: int = 0
-    max_skipped: int = 10
+    model: str = setting("small-cnn", panel=WHAT)
+    eps: float = setting(8 / 255, RADII, panel=WHAT)
+    epochs: int = setting(30, counts(), panel=OPTIMIZATION)
+    batch_size: int = setting(128, counts(), panel=OPTIMIZATION)
+    optimizer: str = setting("sgd", panel=OPTIMIZATION)
+    lr: float = setting(0.05, Range(0, open="()"), panel=OPTIMIZATION)
+    weight_decay: float = setting(5e-4, Range(0), panel=OPTIMIZATION)
+    schedule: str = setting("one-cycle", panel=OPTIMIZATION)
+    milestones: tuple[int, ...] = setting((), panel=OPTIMIZATION)
+    gamma: float = setting(0.1, Range(0, 1, open="("), panel=OPTIMIZATION)
+    ramp: float = setting(0.3, Range(0, 1, open=""), panel=OPTIMIZATION)
+    clip: float = setting(1.0, Range(0), panel=OPTIMIZATION)
+    ema: float = setting(0.0, Range(0, 1), panel=OPTIMIZATION)
+    amp: bool = setting(False, panel=OPTIMIZATION)
+    sync_batch_norm: bool = setting(False, panel=OPTIMIZATION)
+    seed: int = setting(0, SEEDS, panel=RUN)
+    impl: str = setting("auto", panel=RUN)
+    device: str = setting("cpu", panel=RUN)
+    threads: int = setting(1, THREADS, panel=RUN)
+    train_samples: int = setting(0, counts(0), panel=RUN)
+    shuffle_labels: bool = setting(False, panel=RUN, flags="--shuffle-labels")
+    validation: float = setting(0.0, Range(0), panel=MEASURING)
+    eval_samples: int = setting(1000, counts(0), panel=MEASURING)
+    eval_every: int = setting(1, counts(), panel=MEASURING)
+    pgd_steps: int = setting(20, counts(), panel=MEASURING)
+    watch: str = setting("warn", panel=MEASURING)
+    checkpoint_every: int = setting(0, counts(0), panel=RUN)
+    max_skipped: int = setting(10, counts(0), panel=RUN)
 
     def __post_init__(self) -> None:
-        for name, valid in RANGES.items():
-            value = getattr(self, name)
-            _require(value in valid, f"{name} must be {valid}, got {shown(value)}")
-        for setting in dataclasses.fields(self):
-            value, kind = getattr(self, setting.name), _PLAIN.get(str(setting.type), object)
-            _require(isinstance(value, kind), f"{setting.name} must be {setting.type}, got {shown(value)}")
+        check_ranges(self, UsageError)
+        for given in dataclasses.fields(self):
+            value, kind = getattr(self, given.name), _PLAIN.get(str(given.type), object)
+            _require(isinstance(value, kind), f"{given.name} must be {given.type}, got {shown(value)}")
         whole = self.validation < 1 or float(self.validation).is_integer()
         _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
@@ -139,7 +122,7 @@ class TrainingConfig:
         only_step = self.schedule == "step" or not self.milestones
         _require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
         _require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
-        _require(self.device in ("cpu", "cuda"), f"device must be cpu or cuda, got {self.device!r}")
+        _require(self.device in DEVICES, f"device must be cpu or cuda, got {self.device!r}")
         _require(self.watch in WATCHES, f"watch must be one of {', '.join(WATCHES)}, got {self.watch!r}")
         _require(
             self.watch != "stop" or self.validation > 0,

@@ -75,19 +75,7 @@ class Group:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises on process 0, on all of them."""
-        if self.size == 1:
-            return function()
-        result: T | None = None
-        failure: Exception | None = None
-        if self.main:
-            try:
-                result = function()
-            except Exception as error:
-                failure = error
-        result, failure = self.broadcast((result, failure))
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
+        return self.broadcast(self.on_all(lambda: function() if self.main else None))  # type: ignore[return-value]
 
     def on_all(self, function: Callable[[], T]) -> T:
         """What `function` returns here; if it fails on any process, its error on all of them."""

@@ -74,14 +74,16 @@ def robust_accuracy(
     """
 
     def right(batch: int, x: Tensor, y: Tensor) -> Tensor:
-        starts = generator(seed, "attack", batch)
-        if device != "cpu":
-            starts = torch.Generator(device).manual_seed(starts.initial_seed())
-        adversary = attack(model, x, y, generator=starts)
+        adversary = attack(model, x, y, generator=generator(seed, "attack", batch, device=device))
         with attacked(model), torch.no_grad():
             return (model(x).argmax(dim=1) == y) & (model(adversary).argmax(dim=1) == y)
 
     return _share(right, data, device, on_batch, group)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _share(

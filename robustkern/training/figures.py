@@ -15,10 +15,10 @@ from robustkern._text import literal
 from robustkern.data import Dataset
 
 from .checkpoint import Row
-from .evaluation import input_gradients
+from .evaluation import device_of, input_gradients
 from .files import write_atomically
 
-_COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157")
+COLORS = ("#8a8f98", "#1f6f8b", "#c8553d", "#6a4c93", "#588157", "#d9a441", "#2f4858", "#9b2226")
 _DPI = 160
 
 
@@ -35,30 +35,22 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     terms, accuracy = figure.subplots(1, 2)
     images = "test"
-    for color, (name, rows) in zip(_COLORS[1 if len(runs) == 1 else 0 :], runs.items(), strict=False):
+    for color, (name, rows) in zip(COLORS[1 if len(runs) == 1 else 0 :], runs.items(), strict=False):
         epochs = [row["epoch"] for row in rows]
         prefix = f"{name}: " if len(runs) > 1 else ""
         marker = "o" if len(epochs) == 1 else None
-        terms.plot(
-            epochs, [row["orientation"] for row in rows], color=color, marker=marker, label=f"{prefix}orientation"
-        )
+        solid = {"color": color, "marker": marker}
+        dashed = {**solid, "linestyle": "--"}
+        terms.plot(epochs, [row["orientation"] for row in rows], label=f"{prefix}orientation", **solid)
         if any(row["smoothness"] for row in rows):
-            smoothness = [row["smoothness"] for row in rows]
-            terms.plot(epochs, smoothness, color=color, marker=marker, linestyle="--", label=f"{prefix}smoothness")
+            terms.plot(epochs, [row["smoothness"] for row in rows], label=f"{prefix}smoothness", **dashed)
         held_out = "validation_" if "validation_clean_accuracy" in rows[0] else ""
         clean = [100 * (row[f"{held_out}clean_accuracy"] or 0) for row in rows]
         measured = [row for row in rows if row[f"{held_out}robust_accuracy"] is not None]
         robust = [100 * (row[f"{held_out}robust_accuracy"] or 0) for row in measured]
         images = "validation" if held_out else "test"
-        accuracy.plot(epochs, clean, color=color, marker=marker, label=f"{prefix}clean")
-        accuracy.plot(
-            [row["epoch"] for row in measured],
-            robust,
-            color=color,
-            marker=marker,
-            linestyle="--",
-            label=f"{prefix}under attack",
-        )
+        accuracy.plot(epochs, clean, label=f"{prefix}clean", **solid)
+        accuracy.plot([row["epoch"] for row in measured], robust, label=f"{prefix}under attack", **dashed)
     terms.set_ylabel("mean over the training set")
     terms.set_ylim(bottom=0)
     accuracy.set_ylabel(f"{images} accuracy (%)")
@@ -67,9 +59,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
     terms.set_title("the two terms of the loss", fontsize=10)
     for axes in (terms, accuracy):
         axes.set_xlabel("epoch")
-        axes.grid(color="#e6e6e6", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         axes.legend(frameon=False, fontsize=8)
     save_png(path, figure)
 
@@ -101,7 +91,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
         grid[0, column].imshow(image.numpy(), cmap="gray_r" if grey else None, vmin=0, vmax=1)
         grid[0, column].set_title(data.classes[int(y[column])], fontsize=10)
     for row, (name, network) in enumerate(networks.items(), start=1):
-        device = next(network.parameters()).device
+        device = device_of(network)
         grad = input_gradients(network, x.to(device), y.to(device)).mean(dim=1).cpu()  # [B, H, W]
         for column in range(columns):
             grid[row, column].imshow(_normalised(grad[column]), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -146,7 +136,7 @@ def one_of_each(data: Dataset, networks: Sequence[nn.Module] = (), limit: int | 
             continue
         right = torch.ones(len(members), dtype=torch.bool)
         for network in networks:
-            device = next(network.parameters()).device
+            device = device_of(network)
             with torch.no_grad():
                 right &= network(data.images[members].to(device)).argmax(dim=1).cpu() == label
         chosen.append(int(members[int(right.int().argmax())]))
@@ -157,6 +147,21 @@ def _normalised(grad: Tensor) -> np.ndarray:
     """Divided by its 99.5th percentile of |value|: one outlying pixel must not fade the rest."""
     scale = torch.quantile(grad.abs().flatten().double(), 0.995)
     return (grad / scale.clamp_min(torch.finfo(torch.float32).tiny)).numpy() if scale > 0 else grad.numpy()
+
+
+def plain_axes(axes: Any, grid: str = "both") -> None:
+    """Axes without a frame, with pale lines of a grid behind what is drawn: "x", "y" or "both"."""
+    axes.grid(color="#e6e6e6", linewidth=0.7, axis=grid)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def error_bars(points: Sequence[Mapping[str, float]], value: str = "value", scale: float = 1.0) -> list[list[float]]:
+    """How far below and above their values the intervals of points end, as Matplotlib takes it."""
+    return [
+        [scale * (point[value] - point["low"]) for point in points],
+        [scale * (point["high"] - point[value]) for point in points],
+    ]
 
 
 def save_png(path: Path, figure: Any, dpi: int = _DPI) -> None:

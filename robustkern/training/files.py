@@ -10,7 +10,6 @@ import stat
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from robustkern._text import brief
@@ -149,9 +148,7 @@ class RunLock:
         self._descriptor = descriptor
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 from .checkpoint import Progress, Row
 from .config import TrainingConfig
 
@@ -32,28 +36,11 @@ class Observers(Observer):
     """Several observers, told one after the other."""
 
     def __init__(self, *observers: Observer) -> None:
-        self.observers = observers
+        for name in vars(Observer):
+            if name.startswith("on_"):
+                setattr(self, name, partial(_tell, [getattr(observer, name) for observer in observers]))
 
-    def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
-        for observer in self.observers:
-            observer.on_start(config, steps_per_epoch, progress)
 
-    def on_step(self, progress: Progress) -> None:
-        for observer in self.observers:
-            observer.on_step(progress)
-
-    def on_evaluation(self) -> None:
-        for observer in self.observers:
-            observer.on_evaluation()
-
-    def on_epoch(self, row: Row) -> None:
-        for observer in self.observers:
-            observer.on_epoch(row)
-
-    def on_message(self, message: str) -> None:
-        for observer in self.observers:
-            observer.on_message(message)
-
-    def on_end(self) -> None:
-        for observer in self.observers:
-            observer.on_end()
+def _tell(them: Sequence[Callable[..., None]], *what: Any) -> None:
+    for tell in them:
+        tell(*what)

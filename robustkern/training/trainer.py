@@ -10,10 +10,8 @@ each batch: their results differ by rounding, but for BatchNorm, which normalise
 
 from __future__ import annotations
 
-import json
 import signal
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,24 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern import models
+from robustkern.data import Dataset
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
 from .batches import batches, check_batches
-from .checkpoint import CheckpointError, Progress, Row, TrainState, fingerprint, load_latest, save_checkpoint
-from .claim import check_claim, differences
+from .checkpoint import Progress, Row, TrainState, fingerprint
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
-from .files import RunLock, remove_stale, write_atomically
-from .judge import Judge, split
 from .methods import build_loss, check_options
 from .observer import Observer
+from .run_folder import RunFolder
 from .signals import StopOnSignal
-from .step import Stepper
-from .weights import save_weights
+from .step import Outcome, Stepper
+from .validation import Validation, split
 
+Sets = tuple[Dataset, Dataset | None, Dataset]  # to train on, held out for validation, to test on
 _SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
 
 
@@ -97,53 +95,21 @@ def train(
         TrainingError: Losses stay non-finite, nothing can be saved, or another process of the run ended.
         Interrupted: SIGINT or SIGTERM, sent to any of the processes; the state was saved.
     """
-    out = Path(out)
-    with StopOnSignal() as stop, process_group(config.device, timeout) as group, ExitStack() as lock:
+    with StopOnSignal() as stop, process_group(config.device, timeout) as group:
         observer = observer if observer is not None and group.main else Observer()
-
-        def prepare() -> Any:
-            if config.data not in datasets.NAMES and not Path(config.data).is_dir():
-                known = ", ".join(datasets.NAMES)
-                raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
-            if config.model not in models.MODELS:
-                raise UsageError(f"no model {config.model!r}: choose one of {', '.join(models.MODELS)}")
-            if config.device == "cuda" and not torch.cuda.is_available():
-                raise UsageError("device cuda: PyTorch sees no CUDA device here")
-            return build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
-
-        def claim() -> None:
-            if out.exists() and not out.is_dir():
-                raise UsageError(f"{out} is a file, not a folder")
-            out.mkdir(parents=True, exist_ok=True)
-            check_claim(config, out, resume)  # nothing is written into the folder of somebody else
-            lock.enter_context(RunLock(out))
-            check_claim(config, out, resume)  # another process may have been quicker
-            remove_stale(out)
-
-        def load() -> tuple[datasets.Dataset, datasets.Dataset | None, datasets.Dataset]:
-            train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
-            if config.shuffle_labels:
-                train_set = train_set.with_shuffled_labels(config.seed)
-            test_set = datasets.load(config.data, root, "test")
-            if not len(train_set) or not len(test_set):
-                raise datasets.DataError(f"{config.data}: no images to train or test on")
-            if train_set.in_shape != test_set.in_shape:
-                shapes = f"[C, H, W] are {list(train_set.in_shape)}, but those to test on {list(test_set.in_shape)}"
-                raise datasets.DataError(f"{config.data}: images to train on {shapes}")
-            check_options(config.method, config.options, train_set)
-            train_set, validation_set = split(train_set, config.validation, config.seed)
-            check_batches(config, train_set, group.size)
-            return train_set, validation_set, test_set
-
         theirs = group.broadcast(config)
         group.on_all(lambda: _check_agreement(group, theirs, config))
         # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
-        loss = group.on_all(prepare)
+        loss = group.on_all(lambda: _prepare(config))
+        folder = RunFolder(Path(out), config, group)
         with threads(config.threads), deterministic(config.device):
-            train_set, validation_set, test_set = group.on_all(load)
-            group.on_main(claim)
-            run = _Run(config, out, train_set, validation_set, test_set, loss, observer, stop, group, draw)
-            return run.finish()
+            sets = group.on_all(lambda: _load(config, root, group.size))
+            with folder.claimed(resume):
+                run = _Run(config, folder, sets, loss, observer, stop, group)
+                accuracies = run.finish()
+                if draw:
+                    folder.draw(run.state, run.test_set)
+            return Result(folder.path, run.model, run.progress.rows, accuracies)
 
 
 def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig) -> None:
@@ -152,36 +118,59 @@ def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig)
         raise UsageError(f"process {group.rank} was started with other settings than process 0: {', '.join(changed)}")
 
 
+def _prepare(config: TrainingConfig) -> Any:
+    """The loss; whatever can be known to be wrong without the images is an error."""
+    if config.data not in datasets.NAMES and not Path(config.data).is_dir():
+        known = ", ".join(datasets.NAMES)
+        raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
+    if config.model not in models.MODELS:
+        raise UsageError(f"no model {config.model!r}: choose one of {', '.join(models.MODELS)}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda: PyTorch sees no CUDA device here")
+    return build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
+
+
+def _load(config: TrainingConfig, root: str | Path | None, processes: int) -> Sets:
+    train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
+    if config.shuffle_labels:
+        train_set = train_set.with_shuffled_labels(config.seed)
+    test_set = datasets.load(config.data, root, "test")
+    if not len(train_set) or not len(test_set):
+        raise datasets.DataError(f"{config.data}: no images to train or test on")
+    if train_set.in_shape != test_set.in_shape:
+        shapes = f"[C, H, W] are {list(train_set.in_shape)}, but those to test on {list(test_set.in_shape)}"
+        raise datasets.DataError(f"{config.data}: images to train on {shapes}")
+    check_options(config.method, config.options, train_set)
+    train_set, validation_set = split(train_set, config.validation, config.seed)
+    check_batches(config, train_set, processes)
+    return train_set, validation_set, test_set
+
+
 class _Run:
-    """One run in progress."""
+    """One run in progress: a loop over epochs and steps."""
 
     def __init__(
         self,
         config: TrainingConfig,
-        out: Path,
-        train_set: datasets.Dataset,
-        validation_set: datasets.Dataset | None,
-        test_set: datasets.Dataset,
+        folder: RunFolder,
+        sets: Sets,
         loss: Any,
         observer: Observer,
         stop: StopOnSignal,
         group: Group,
-        draw: bool,
     ) -> None:
-        self.config, self.out, self.observer, self.stop, self.group = config, out, observer, stop, group
-        self.draw = draw
-        self.train_set, self.test_set = train_set, test_set
-        self.batches = batches(len(train_set), config.batch_size)
+        self.config, self.folder, self.observer, self.stop, self.group = config, folder, observer, stop, group
+        self.train_set, validation_set, self.test_set = sets
+        self.batches = batches(len(self.train_set), config.batch_size)
         self.steps_per_epoch = len(self.batches)
         self.steps = self.steps_per_epoch * config.epochs
         self.stopping = False  # agreed upon by all processes, unlike `stop`
         self.augmentation = datasets.augmentation(config.data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = models.create(
-                config.model, self.train_set.num_classes, self.train_set.in_shape, *self.train_set.statistics()
-            )
-        self.fingerprint = fingerprint(model, self.train_set)
+            data = self.train_set
+            model = models.create(config.model, data.num_classes, data.in_shape, *data.statistics())
+        self.fingerprint = fingerprint(model, data)
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(config.device)
@@ -190,34 +179,18 @@ class _Run:
         progress = Progress(step=0, epoch=0, skipped=0, sums=dict.fromkeys(_SUMS, 0.0), rows=[])
         average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = TrainState(progress, self.model, optimizer, average)
-        self.judge = Judge(config, self.state, test_set, validation_set, group, self._on_evaluation)
-
-        def restore() -> list[str]:
-            problems = load_latest(out, self.state, self.fingerprint, lambda written: differences(written, config))
-            begin = self.progress.epoch * self.steps_per_epoch
-            if self.progress.epoch > config.epochs or not 0 <= self.progress.step - begin <= self.steps_per_epoch:
-                raise CheckpointError(f"{out}: step {self.progress.step} of its checkpoint is not in its epoch")
-            return problems
-
-        for problem in group.on_main(restore):
+        self.validation = Validation(config, self.state, self.test_set, validation_set, group, self._on_evaluation)
+        for problem in folder.restore(self.state, self.fingerprint, self.steps_per_epoch):
             observer.on_message(f"{problem}; going back to the one before it")
-        if group.size > 1:
-            content = group.broadcast(self.state.to_bytes() if group.main else b"")
-            if not group.main:
-                self.state.load_bytes(content, "what process 0 sent")
-        self.saved = self._position
-        group.on_main(lambda: write_atomically(out / "config.yaml", config.to_yaml()))
 
     @property
     def progress(self) -> Progress:
         return self.state.progress
 
-    @property
-    def _position(self) -> tuple[int, int]:
-        return self.progress.step, self.progress.epoch
-
-    def finish(self) -> Result:
-        self._write_metrics()  # rows that a killed process wrote after its last checkpoint are not part of the run
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Train to the end, and write down what came of it; the accuracies of the weights on test images."""
+        # Rows that a killed process wrote after its last checkpoint are not part of the run.
+        self.folder.write_metrics(self.progress.rows)
         self.observer.on_start(self.config, self.steps_per_epoch, self.progress)
         try:
             while self.progress.epoch < self.config.epochs and not self.progress.ended:
@@ -226,30 +199,20 @@ class _Run:
             self._agree_on_stopping()
             self._check_stop()
             self._check_learnt()
-            accuracies = self.judge.final()
+            accuracies = self.validation.final()
         except Interrupted:
-            # While a checkpoint is replaced there is none, and a second signal may come.
-            if self.saved != self._position:
-                self._save()
+            self._save()
             raise
         finally:
             self.observer.on_end()
-        self._save_weights()
+        self.folder.write_weights(self.state, self.train_set)
         self.model.eval()
-        self.group.on_main(lambda: self._report(accuracies))
-        return Result(self.out, self.model, self.progress.rows, accuracies)
-
-    def _check_learnt(self) -> None:
-        progress = self.progress
-        if sum(row["skipped"] or 0 for row in progress.rows) == progress.step:
-            raise TrainingError(
-                f"nothing was learnt: the loss or its gradient was not finite in any of the {progress.step} steps, so "
-                "that the weights are those of the beginning: lower the learning rate or the weight"
-            )
+        self.folder.write_results(self.state, accuracies, self.test_set)
+        return accuracies
 
     def _train_epoch(self) -> None:
-        config, progress = self.config, self.progress
-        order = datasets.epoch_order(config.seed, progress.epoch, len(self.train_set))
+        progress = self.progress
+        order = datasets.epoch_order(self.config.seed, progress.epoch, len(self.train_set))
         self.model.train()
         for step in range(progress.step - progress.epoch * self.steps_per_epoch, self.steps_per_epoch):
             self._check_stop()
@@ -260,8 +223,21 @@ class _Run:
             progress.sums["steps"] += 1
             progress.step += 1
             self.observer.on_step(progress)
-            if config.checkpoint_every and progress.step % config.checkpoint_every == 0:
+            if self.config.checkpoint_every and progress.step % self.config.checkpoint_every == 0:
                 self._save()
+
+    def _step(self, indices: Tensor) -> None:
+        shard = Shard.of(self.group.rank, self.group.size, len(indices))
+        x, y = self._batch(shard.rows(indices))
+        asked = self.stop.signal is not None
+        outcome = self.stepper.take(x, y, shard, self.progress.step, self.steps, stop=asked)
+        self.stopping = outcome.stop
+        if not outcome.finite:
+            self._skip(indices)
+            return
+        if self.state.average is not None:
+            self.state.average.update(self.model)
+        self._count(outcome, len(indices))
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.train_set.images[indices], self.train_set.labels[indices]
@@ -270,18 +246,8 @@ class _Run:
             x = self.augmentation(x, indices, seed=seed, epoch=epoch, count=len(self.train_set))
         return x.to(self.config.device), y.to(self.config.device)
 
-    def _step(self, indices: Tensor) -> None:
-        progress, samples = self.progress, len(indices)
-        shard = Shard.of(self.group.rank, self.group.size, samples)
-        x, y = self._batch(shard.rows(indices))
-        asked = self.stop.signal is not None
-        outcome = self.stepper.take(x, y, shard, progress.step, self.steps, stop=asked)
-        self.stopping = outcome.stop
-        if not outcome.finite:
-            self._skip(indices)
-            return
-        if self.state.average is not None:
-            self.state.average.update(self.model)
+    def _count(self, outcome: Outcome, samples: int) -> None:
+        progress = self.progress
         progress.skipped = 0
         progress.sums["samples"] += samples
         progress.sums["orientation"] += samples * outcome.orientation
@@ -294,9 +260,7 @@ class _Run:
         progress.skipped += 1
         progress.sums["skipped"] += 1
         if progress.skipped > self.config.max_skipped:
-            path = self.out / "not-finite.json"
-            record = {"step": progress.step + 1, "epoch": progress.epoch + 1, "samples": indices.tolist()}
-            self.group.on_main(lambda: write_atomically(path, json.dumps(record) + "\n"))
+            path = self.folder.write_not_finite(progress.step + 1, progress.epoch + 1, indices.tolist())
             raise TrainingError(
                 f"the loss or its gradient was not finite {progress.skipped} steps in a row (the last is step "
                 f"{progress.step + 1}, {path} has its samples): lower the learning rate or the weight; the last "
@@ -316,16 +280,19 @@ class _Run:
             "ms_per_step": 1e3 * sums["seconds"] / max(1.0, sums["steps"]),
             "skipped": sums["skipped"],
         }
-        warning = self.judge.epoch(row)
+        warning = self.validation.epoch(row)
         progress.rows.append(row)
         progress.epoch += 1
         progress.sums = dict.fromkeys(_SUMS, 0.0)
         self._save()
-        self._write_metrics()
-        self._save_weights()
+        self.folder.write_metrics(progress.rows)
+        self.folder.write_weights(self.state, self.train_set)
         self.observer.on_epoch(row)
         if warning is not None:
             self.observer.on_message(warning)
+
+    def _save(self) -> None:
+        self.folder.save(self.state, self.fingerprint)
 
     def _on_evaluation(self) -> None:
         self._agree_on_stopping()
@@ -340,48 +307,13 @@ class _Run:
             name = "a signal to another process" if self.stop.signal is None else signal.Signals(self.stop.signal).name
             raise Interrupted(f"stopped by {name} after step {self.progress.step}")
 
-    def _save(self) -> None:
-        self.group.on_main(lambda: save_checkpoint(self.out, self.state, self.fingerprint, self.config) and None)
-        self.saved = self._position
-
-    def _save_weights(self) -> None:
-        description = {
-            "model": self.config.model,
-            "classes": self.train_set.classes,
-            "in_shape": self.train_set.in_shape,
-            "data": self.config.data,
-            "method": self.config.method,
-            "eps": self.config.eps,
-            "epoch": self.progress.epoch,
-        }
-
-        def save() -> None:
-            save_weights(self.out / "model.safetensors", self.model, description)
-            if self.state.average is not None:
-                save_weights(self.out / "ema.safetensors", self.state.average.model, description)
-            if self.progress.best is not None and self.state.best is not None:
-                save_weights(self.out / "best.safetensors", self.state.best, {**description, **self.progress.best})
-
-        self.group.on_main(save)
-
-    def _write_metrics(self) -> None:
-        lines = (json.dumps(row) + "\n" for row in self.progress.rows)
-        self.group.on_main(lambda: write_atomically(self.out / "metrics.jsonl", "".join(lines)))
-
-    def _report(self, accuracies: dict[str, dict[str, Any]]) -> None:
-        config = self.config
-        samples = min(config.eval_samples or len(self.test_set), len(self.test_set))
-        attack = {"name": f"PGD-{config.pgd_steps}", "norm": "linf", "eps": config.eps, "samples": samples}
-        record = {"attack": attack, "overfitting_stopped": self.progress.ended, "weights": accuracies}
-        write_atomically(self.out / "results.json", json.dumps(record, indent=2) + "\n")
-        if self.draw:
-            self._draw()
-
-    def _draw(self) -> None:
-        from . import figures
-
-        figures.curves(self.out / "curves.png", {self.config.method: self.progress.rows}, self.config.eps)
-        figures.gradients(self.out / "gradients.png", self.test_set, {self.config.method: self.model})
+    def _check_learnt(self) -> None:
+        progress = self.progress
+        if sum(row["skipped"] or 0 for row in progress.rows) == progress.step:
+            raise TrainingError(
+                f"nothing was learnt: the loss or its gradient was not finite in any of the {progress.step} steps, so "
+                "that the weights are those of the beginning: lower the learning rate or the weight"
+            )
 
 
 def _mean(total: float, count: float) -> float | None:

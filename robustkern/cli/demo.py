@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -14,17 +14,34 @@ from rich.table import Table
 
 from robustkern import _library
 from robustkern import data as datasets
-from robustkern._progress import TrainingProgress
+from robustkern._settings import SEEDS, THREADS, counts
 from robustkern._text import terminal
 from robustkern.training import TrainingConfig, build_loss, figures, recipe, train
 from robustkern.training.files import refuse_foreign, write_atomically
 from robustkern.training.trainer import Result
 
 from . import step_cost
+from .errors import one_line_errors
+from .options import DATA_HELP, ROOT_HELP, option, path
+from .progress import TrainingProgress, say
 
 _EVAL_EVERY = 5  # epochs; the attacks would take longer than the training
 _METHODS = ("standard", "gradient-penalty")
 _ROW_NAMES = {"standard": "cross-entropy\nalone", "gradient-penalty": "with the\npenalty"}
+
+
+def demo_command(
+    out: Annotated[Path, option("Where both runs and the figures go.", read=path)] = Path("runs/demo"),
+    data: Annotated[str, option(DATA_HELP)] = "digits-28",
+    root: Annotated[Path | None, option(ROOT_HELP, read=path)] = None,
+    epochs: Annotated[int | None, option("Epochs of each training. Default: per data set.", read=counts())] = None,
+    seed: Annotated[int, option("Seed of everything random.", read=SEEDS)] = 0,
+    threads: Annotated[int | None, option("CPU threads.", read=THREADS)] = None,
+) -> None:
+    """Train one network with cross-entropy alone and with the gradient penalty, and look at both."""
+    given = {"epochs": epochs, "seed": seed, "threads": threads}
+    with one_line_errors():
+        run_demo(out, data, Console(emoji=False), root=root, **{name: v for name, v in given.items() if v is not None})
 
 
 def run_demo(
@@ -66,11 +83,10 @@ def run_demo(
     record = {"data": config.data, "eps": config.eps, "model": config.model, "rows": rows}
     write_atomically(out / "results.json", json.dumps(record, indent=2) + "\n")
     console.print(_table(config, rows))
-    console.print(
+    say(
+        console,
         f"{terminal(out)}/gradients.png shows what each network looks at, {terminal(out)}/curves.png how it got there "
         f"({time.perf_counter() - started:.0f} s in all).",
-        highlight=False,
-        soft_wrap=True,
     )
     return rows
 

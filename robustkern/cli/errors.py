@@ -1,23 +1,20 @@
-"""Values and errors of the command line: a value is checked when it is read, and what is wrong is one line."""
+"""Errors of the command line: what is wrong is one line on stderr, and an exit status."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from robustkern._arguments import Range, shown
 from robustkern._text import brief, loosen_streams, plain
 from robustkern.data import DataError, DataWarning
 from robustkern.training import Interrupted, TrainingError, UsageError
-from robustkern.training.config import parse_fraction
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 75
 
@@ -77,66 +74,3 @@ def one_line_errors() -> Iterator[None]:
     if rank == "0" or status == FAILED:
         print_error(message)
     raise typer.Exit(status)
-
-
-def number(valid: Range) -> Callable[[Any], Any]:
-    """Reads a number, or a fraction such as 8/255, of a range."""
-
-    def read(value: Any) -> Any:
-        try:
-            found = int(str(value)) if valid.integer else parse_fraction(str(value))
-        except (ValueError, UsageError):
-            found = None
-        if found not in valid:
-            raise typer.BadParameter(f"must be {valid}, got {shown(value)}")
-        return found
-
-    return read
-
-
-def text(value: Any) -> str:
-    """Reads a text that is not empty."""
-    if not str(value).strip() or "\0" in str(value):
-        raise typer.BadParameter(f"must be a text that is not empty, got {shown(value)}")
-    return str(value)
-
-
-def path(value: Any) -> Path:
-    """Reads a path that is not empty: an empty one would be the working directory."""
-    return Path(text(value))
-
-
-def one_of(*choices: str) -> Callable[[Any], str]:
-    """Reads one of some texts."""
-
-    def read(value: Any) -> str:
-        if value not in choices:
-            raise typer.BadParameter(f"must be one of {', '.join(choices)}, got {shown(value)}")
-        return str(value)
-
-    return read
-
-
-def names(value: Any) -> str:
-    """Reads names with commas, none of them empty."""
-    if not all(part.strip() for part in text(value).split(",")):
-        raise typer.BadParameter(f"must be names with commas, got {shown(value)}")
-    return str(value)
-
-
-def assignment(value: Any) -> str:
-    """Reads NAME=VALUE."""
-    name, sign, given = text(value).partition("=")
-    if not (name.strip() and sign and given.strip()):
-        raise typer.BadParameter(f"must be of the form NAME=VALUE, got {shown(value)}")
-    return str(value)
-
-
-def milestone_epochs(value: Any) -> Any:
-    """Reads epochs with commas: 100,150."""
-    if isinstance(value, tuple):
-        return value
-    try:
-        return tuple(int(epoch) for epoch in text(value).split(","))
-    except ValueError:
-        raise typer.BadParameter(f"must be epochs with commas such as 100,150, got {shown(value)}") from None

@@ -1,25 +1,63 @@
-"""`robustkern study`: what stands between the command line and the study."""
+"""`robustkern study`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from robustkern import data as datasets
+from robustkern._settings import counts
 from robustkern._text import terminal
+from robustkern.study.given import parse_given
+from robustkern.study.measures import MEASURES
+from robustkern.study.plan import SWEEP, Plan
+from robustkern.study.report import draw, write_report, write_tables
+from robustkern.study.study import Study, run
 from robustkern.training import UsageError
 from robustkern.training.files import make_writable, write_atomically
 
-from .given import parse_given
-from .measures import MEASURES
-from .plan import SWEEP, Plan
-from .report import draw, write_report, write_tables
-from .study import Study, run
+from .errors import one_line_errors
+from .options import ROOT_HELP, device_name, names, option, path, takes
+from .progress import say
 
 _SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignment", "inversion_accuracy")
+
+
+_METHODS_HELP = "Of the paper's and ours, with commas, or none. Default: all."
+_SWEEP_HELP = "Multiples of the gradient penalty's weight, with commas, or none."
+_CHECKPOINT_HELP = "NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."
+_JOBS_HELP = "Models trained at a time, each in a process. Default: as many as cores."
+_REPORT_HELP = "Where the report, its figures and study.json go. Default: beside the models."
+
+
+@takes(
+    Plan,
+    data={"help": f"{', '.join(datasets.NAMES)}."},
+    methods={"kind": str, "default": None, "help": _METHODS_HELP, "read": names},
+    given=None,
+    sweep={"kind": str, "default": None, "help": _SWEEP_HELP, "read": names},
+    epochs={"kind": int, "help": "Of each training. Default: half of what train does."},
+    device={"read": device_name},
+)
+def study_command(
+    out: Annotated[Path | None, option("Where everything goes. Default: runs/study-DATA.", read=path)] = None,
+    checkpoint: Annotated[list[str] | None, option(_CHECKPOINT_HELP)] = None,
+    jobs: Annotated[int | None, option(_JOBS_HELP, read=counts(1, 1024))] = None,
+    report: Annotated[Path | None, option(_REPORT_HELP, read=path)] = None,
+    root: Annotated[Path | None, option(ROOT_HELP, read=path)] = None,
+    **plan: Any,
+) -> None:
+    """Train every method and measure what its input gradients show; stopped at any moment, the same command goes on."""
+    folder = out or Path("runs") / f"study-{Path(plan['data']).name}"
+    with one_line_errors():
+        run_study(
+            folder, Console(emoji=False), root=root, jobs=jobs, report=report, checkpoints=tuple(checkpoint or ()),
+            **plan,
+        )  # fmt: skip
 
 
 def run_study(
@@ -36,16 +74,8 @@ def run_study(
 ) -> Study:
     """Train, measure, draw, and print the table.
 
-    Args:
-        out: Where everything goes.
-        console: Where to print.
-        methods: Names with commas, or "none"; None: all.
-        sweep: Numbers with commas, "none", or None for the usual ones.
-        checkpoints: Networks to measure as they are, each "NAME=SOURCE".
-        root: Folder with the data set's files.
-        jobs: Models at a time; None: as many as there are cores for, at most 8; on a GPU one.
-        report: Where the report, its figures and `study.json` go; None: beside the models.
-        **plan: The other fields of `Plan`.
+    The arguments are the command's: `methods` and `sweep` with commas, "none" or None; without `jobs` at most 8 models
+    at a time, on a GPU one. `plan` are the other fields of `Plan`.
 
     Raises:
         UsageError: A setting makes no sense, or the folder holds another study.
@@ -57,7 +87,7 @@ def run_study(
 
     def on_unit(name: str, number: int, count: int, left: float) -> None:
         remaining = f", about {left / 60:.0f} min left" if left else ""
-        console.print(f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}", highlight=False)
+        say(console, f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}")
 
     if report is not None:
         make_writable(report)  # or all that is trained would be for nothing
@@ -76,7 +106,7 @@ def run_study(
         table.add_row(terminal(name), *("-" if mean is None else f"{mean:.3f}" for mean in means))
     console.print(table)
     files = f"{terminal(page)} holds every figure and number; figures/ and study.json beside it"
-    console.print(files, highlight=False, soft_wrap=True)
+    say(console, files)
     return study
 
 

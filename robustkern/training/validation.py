@@ -24,6 +24,7 @@ from .methods import METHODS
 _DROP = 0.2  # of robust accuracy between two evaluations
 _GAP = 0.3  # between the accuracies under a single-step and a multi-step attack of the same radius
 _ACCURACIES = ("clean_accuracy", "robust_accuracy")
+_PREFIXES = {"last": "", "ema": "ema_"}  # of accuracies in a row of metrics
 
 
 def split(data: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -47,11 +48,7 @@ def split(data: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset
         )
     order = torch.randperm(len(data), generator=generator(seed, "validation"))
     held_out, kept = order[:count], order[count:].sort().values
-    return _subset(data, kept), _subset(data, held_out)
-
-
-def _subset(data: Dataset, indices: torch.Tensor) -> Dataset:
-    return Dataset(data.name, data.images[indices], data.labels[indices], data.classes)
+    return data.take(kept), data.take(held_out)
 
 
 def overfitting(robust: float, fgsm: float | None, rows: Sequence[Row], key: str) -> str | None:
@@ -75,7 +72,7 @@ def overfitting(robust: float, fgsm: float | None, rows: Sequence[Row], key: str
     return None
 
 
-class Judge:
+class Validation:
     """Measures accuracies, keeps the best weights, watches for catastrophic overfitting.
 
     The weights and, if there is one, their average are measured on the validation set, or on the test set if nothing
@@ -101,24 +98,29 @@ class Judge:
         group: Group,
         on_batch: Callable[[], None],
     ) -> None:
-        self.config, self.state, self.group, self.on_batch = config, state, group, on_batch
-        self.test_set, self.validation_set = test_set, validation_set
+        self.config, self.state, self.test_set, self.validation_set = config, state, test_set, validation_set
+        self.how: dict[str, Any] = {"device": config.device, "on_batch": on_batch, "group": group}
+
+    @property
+    def _candidates(self) -> dict[str, nn.Module]:
+        average = self.state.average
+        return {"last": self.state.model, **({} if average is None else {"ema": average.model})}
 
     def epoch(self, row: Row) -> str | None:
         """Put the accuracies after an epoch into its row; a warning of catastrophic overfitting, if need be."""
-        config, progress, average = self.config, self.state.progress, self.state.average
+        config, progress = self.config, self.state.progress
         number = progress.epoch + 1
         data, prefix = (self.test_set, "") if self.validation_set is None else (self.validation_set, "validation_")
         attacked = number % config.eval_every == 0 or number == config.epochs
-        candidates = {"": self.state.model, **({} if average is None else {"ema_": average.model})}
-        for name, model in candidates.items():
+        for name, model in self._candidates.items():
             clean, robust = self._accuracies(model, data, attacked)
-            row[f"{prefix}{name}clean_accuracy"], row[f"{prefix}{name}robust_accuracy"] = clean, robust
+            start = prefix + _PREFIXES[name]
+            row[f"{start}clean_accuracy"], row[f"{start}robust_accuracy"] = clean, robust
             best = progress.best
             if prefix and robust is not None and (best is None or robust > best["validation_robust_accuracy"]):
                 progress.best = {
                     "epoch": number,
-                    "weights": "ema" if name else "last",
+                    "weights": name,
                     "validation_clean_accuracy": clean,
                     "validation_robust_accuracy": robust,
                 }
@@ -140,14 +142,13 @@ class Judge:
 
     def final(self) -> dict[str, dict[str, Any]]:
         """Accuracies on test images of the last weights, their average and the best ones, as far as there are any."""
-        progress, average, last = self.state.progress, self.state.average, self.state.progress.rows[-1]
+        progress, of = self.state.progress, self._candidates
         if self.validation_set is None:
-            found = {"last": ""} if average is None else {"last": "", "ema": "ema_"}
+            last = progress.rows[-1]
             return {
-                name: {"epoch": progress.epoch, **{key: last[prefix + key] for key in _ACCURACIES}}
-                for name, prefix in found.items()
+                name: {"epoch": progress.epoch, **{key: last[_PREFIXES[name] + key] for key in _ACCURACIES}}
+                for name in of
             }
-        of = {"last": self.state.model, **({} if average is None else {"ema": average.model})}
         if self.state.best is not None:
             of["best"] = copy.deepcopy(self.state.model)
             of["best"].load_state_dict(self.state.best)
@@ -160,17 +161,10 @@ class Judge:
 
     def _accuracies(self, model: nn.Module, data: Dataset, attacked: bool) -> tuple[float, float | None]:
         """Clean accuracy, and that under PGD on the first `eval_samples`."""
-        clean = clean_accuracy(model, data, device=self.config.device, on_batch=self.on_batch, group=self.group)
+        clean = clean_accuracy(model, data, **self.how)
         attack = PGD(self.config.eps, steps=self.config.pgd_steps)
         return clean, self._robust_accuracy(model, data, attack) if attacked else None
 
     def _robust_accuracy(self, model: nn.Module, data: Dataset, attack: Attack) -> float:
-        return robust_accuracy(
-            model,
-            data.first(self.config.eval_samples or None),
-            attack,
-            seed=self.config.seed,
-            device=self.config.device,
-            on_batch=self.on_batch,
-            group=self.group,
-        )
+        few = data.first(self.config.eval_samples or None)
+        return robust_accuracy(model, few, attack, seed=self.config.seed, **self.how)

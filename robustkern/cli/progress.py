@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -13,6 +13,11 @@ from robustkern.training import TrainingConfig
 from robustkern.training.figures import eps_text
 
 _COLUMNS = "{:>7}{:>13}{:>12}{:>9}{:>9}{:>10}"
+
+
+def say(console: Console, text: str, **style: Any) -> None:
+    """Print a line as it is: neither coloured by what Rich sees in it, nor broken."""
+    console.print(text, highlight=False, soft_wrap=True, **style)
 
 
 class TrainingProgress(training.Observer):
@@ -45,9 +50,7 @@ class TrainingProgress(training.Observer):
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
     def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: training.Progress) -> None:
@@ -56,19 +59,18 @@ class TrainingProgress(training.Observer):
             for name, value in config.options.items()
             if value
         )
-        self._console.print(
+        say(
+            self._console,
             f"[bold]{config.method}[/bold] on {terminal(config.data)}: {config.model}, {config.epochs} epochs of "
             f"{steps_per_epoch} steps, eps {eps_text(config.eps)}{options}",
-            highlight=False,
-            soft_wrap=True,
         )
         if progress.step:
-            self._console.print(f"going on after step {progress.step}", highlight=False)
+            say(self._console, f"going on after step {progress.step}")
         self._prefix = "validation_" if config.validation else ""
         if config.validation:
             self._console.print("accuracies are those on the images held out for validation", style="dim")
         heads = ("epoch", "orientation", "smoothness", "clean", f"PGD-{config.pgd_steps}", "ms/step")
-        self._console.print(_COLUMNS.format(*heads), style="dim", highlight=False)
+        say(self._console, _COLUMNS.format(*heads), style="dim")
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._epochs = config.epochs
@@ -94,7 +96,7 @@ class TrainingProgress(training.Observer):
             "" if robust is None else f"{100 * robust:.1f} %",
             f"{row['ms_per_step']:.1f}",
         )
-        self._console.print(line + skipped, highlight=False, soft_wrap=True)
+        say(self._console, line + skipped)
 
     def on_message(self, message: str) -> None:
-        self._console.print(f"[yellow]{terminal(message)}[/yellow]", highlight=False, soft_wrap=True)
+        say(self._console, f"[yellow]{terminal(message)}[/yellow]")

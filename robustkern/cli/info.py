@@ -36,6 +36,11 @@ def collect() -> dict[str, str]:
     return facts
 
 
+def info_command() -> None:
+    """Print versions, machine and extensions: what a report of a problem needs."""
+    run([])
+
+
 def run(arguments: list[str]) -> int:
     """Print the facts; the exit status."""
     if arguments:

@@ -1,0 +1,1 @@
+"""The command line. `robustkern.cli.info` needs PyTorch alone, everything else here the extra `train`."""

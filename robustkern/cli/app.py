@@ -1,0 +1,31 @@
+"""The program: its commands.
+
+Exit status: 0 done, 1 failed, 2 wrong use, 75 stopped by SIGINT or SIGTERM with everything saved, so that a batch
+system can start the same command again with `--resume`.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .demo import demo_command
+from .errors import OneLineErrors
+from .evaluate import evaluate_command
+from .info import info_command
+from .study import study_command
+from .train import train_command
+
+app = typer.Typer(
+    name="robustkern",
+    cls=OneLineErrors,
+    help="Robust training with fused second derivatives.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train_command)
+app.command("demo")(demo_command)
+app.command("evaluate")(evaluate_command)
+app.command("study")(study_command)
+app.command("info")(info_command)

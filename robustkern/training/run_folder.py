@@ -1,0 +1,187 @@
+"""The folder of a run: every file that a run leaves, and whose it is, which is asked before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from robustkern._files import read_bytes
+from robustkern._text import brief
+from robustkern.data import Dataset
+
+from .checkpoint import CheckpointError, Row, TrainState, load_latest, manifests, save_checkpoint
+from .config import TrainingConfig
+from .distributed import Group
+from .errors import UsageError
+from .files import RunLock, names_in, remove_stale, write_atomically
+from .methods import METHODS
+from .weights import save_weights
+from .yaml_files import MOST_BYTES
+
+
+class RunFolder:
+    """The files of a run, each written atomically by the first process; what fails there fails in all.
+
+    Args:
+        path: The folder; made if missing.
+        config: Of the run.
+        group: Its processes, all of which call every method.
+    """
+
+    def __init__(self, path: Path, config: TrainingConfig, group: Group) -> None:
+        self.path, self.config, self.group = path, config, group
+        self._saved = (-1, -1)
+
+    @contextmanager
+    def claimed(self, resume: bool) -> Iterator[None]:
+        """The right to write there.
+
+        Args:
+            resume: The folder may hold a run of the same configuration.
+
+        Raises:
+            UsageError: It is neither empty nor such a run, or another process works in it.
+        """
+
+        def claim() -> None:
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"{self.path} is a file, not a folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _check_claim(self.config, self.path, resume)  # nothing is written into the folder of somebody else
+            lock.enter_context(RunLock(self.path))
+            _check_claim(self.config, self.path, resume)  # another process may have been quicker
+            remove_stale(self.path)
+
+        with ExitStack() as lock:
+            self.group.on_main(claim)
+            yield
+
+    def restore(self, state: TrainState, fingerprint: str, steps_per_epoch: int) -> list[str]:
+        """Bring a new state, on all processes, to where the run was left; a sentence for each checkpoint passed over.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none can be used.
+            UsageError: One was written with other settings.
+        """
+
+        def load() -> list[str]:
+            known = load_latest(self.path, state, fingerprint, lambda written: _differences(written, self.config))
+            progress = state.progress
+            steps = progress.step - progress.epoch * steps_per_epoch
+            if progress.epoch > self.config.epochs or not 0 <= steps <= steps_per_epoch:
+                raise CheckpointError(f"{self.path}: step {progress.step} of its checkpoint is not in its epoch")
+            return known
+
+        problems = self.group.on_main(load)
+        if self.group.size > 1:
+            content = self.group.broadcast(state.to_bytes() if self.group.main else b"")
+            if not self.group.main:
+                state.load_bytes(content, "what process 0 sent")
+        self._saved = state.progress.step, state.progress.epoch
+        self._write("config.yaml", self.config.to_yaml())
+        return problems
+
+    def save(self, state: TrainState, fingerprint: str) -> None:
+        """Write a checkpoint, unless the last one is of this very step and epoch.
+
+        While a checkpoint is replaced there is none, and a signal may come.
+        """
+        position = state.progress.step, state.progress.epoch
+        if position != self._saved:
+            self.group.on_main(lambda: save_checkpoint(self.path, state, fingerprint, self.config) and None)
+            self._saved = position
+
+    def write_metrics(self, rows: list[Row]) -> None:
+        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_weights(self, state: TrainState, data: Dataset) -> None:
+        """`model.safetensors`, and `ema.safetensors` and `best.safetensors` where there are such weights."""
+        config, progress = self.config, state.progress
+        description = {
+            "model": config.model, "classes": data.classes, "in_shape": data.in_shape, "data": config.data,
+            "method": config.method, "eps": config.eps, "epoch": progress.epoch,
+        }  # fmt: skip
+
+        def save() -> None:
+            save_weights(self.path / "model.safetensors", state.model, description)
+            if state.average is not None:
+                save_weights(self.path / "ema.safetensors", state.average.model, description)
+            if progress.best is not None and state.best is not None:
+                save_weights(self.path / "best.safetensors", state.best, {**description, **progress.best})
+
+        self.group.on_main(save)
+
+    def write_not_finite(self, step: int, epoch: int, samples: list[int]) -> Path:
+        """Which samples gave a loss or a gradient that is not finite; where that was written."""
+        self._write("not-finite.json", json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
+        return self.path / "not-finite.json"
+
+    def write_results(self, state: TrainState, accuracies: dict[str, dict[str, Any]], test_set: Dataset) -> None:
+        config = self.config
+        samples = min(config.eval_samples or len(test_set), len(test_set))
+        attack = {"name": f"PGD-{config.pgd_steps}", "norm": "linf", "eps": config.eps, "samples": samples}
+        record = {"attack": attack, "overfitting_stopped": state.progress.ended, "weights": accuracies}
+        self._write("results.json", json.dumps(record, indent=2) + "\n")
+
+    def draw(self, state: TrainState, test_set: Dataset) -> None:
+        """`curves.png` and `gradients.png`."""
+
+        def figures() -> None:
+            from . import figures
+
+            method = self.config.method
+            figures.curves(self.path / "curves.png", {method: state.progress.rows}, self.config.eps)
+            figures.gradients(self.path / "gradients.png", test_set, {method: state.model})
+
+        self.group.on_main(figures)
+
+    def _write(self, name: str, content: str) -> None:
+        self.group.on_main(lambda: write_atomically(self.path / name, content))
+
+
+def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
+    """Refuse a folder whose run is not the one to be started or resumed."""
+    path = out / "config.yaml"
+    names = names_in(out)
+    if path.name not in names:
+        if "config.json" in names:
+            raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
+        if manifests(out):
+            raise UsageError(
+                f"{out} holds checkpoints, but not their config.yaml: put it back, or choose another --out"
+            )
+        if names:
+            raise UsageError(f"{out} is neither empty nor a run, it holds {brief(names[0])}: choose another --out")
+        return
+    if not resume:
+        raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
+    if changed := _differences(read_config(out), config):
+        raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
+    if not manifests(out) and (weights := [name for name in names if name.endswith(".safetensors")]):
+        raise UsageError(f"{out} holds {weights[0]}, but no checkpoint to go on from: choose another --out")
+
+
+def _differences(written: TrainingConfig, config: TrainingConfig) -> list[str]:
+    """What differs between two configurations, options that are left out taken for their defaults."""
+    return _completed(written).differences(_completed(config))
+
+
+def _completed(config: TrainingConfig) -> TrainingConfig:
+    """With the options left out, such as those that are younger than the run."""
+    defaults = METHODS[config.method].options if config.method in METHODS else {}
+    return replace(config, options={**defaults, **config.options})
+
+
+def read_config(out: str | Path) -> TrainingConfig:
+    """The configuration of a run directory."""
+    path = Path(out) / "config.yaml"
+    try:
+        return TrainingConfig.from_yaml(read_bytes(path, 4 * MOST_BYTES).decode())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, UsageError) as error:
+        raise UsageError(f"{path}: {error}") from error

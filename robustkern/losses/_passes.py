@@ -73,15 +73,6 @@ def frozen_statistics(model: Model) -> Iterator[None]:
             module.running_mean, module.running_var = mean, var
 
 
-@contextmanager
-def forgotten_casts() -> Iterator[None]:
-    """For a forward pass without a graph: autocast must not keep its 16-bit weights for the next, which has one."""
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-
-
 def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: Tensor, state: RandomState) -> Tensor:
     """function(model(x)), one forward pass without a graph; its backward pass makes up for it, if anybody asks.
 
@@ -105,7 +96,8 @@ class _Deferred(torch.autograd.Function):
         ctx.model, ctx.function, ctx.state, ctx.parameters = model, function, state, parameters
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x)
-        with frozen_statistics(model), forgotten_casts():
+        # No cache: 16-bit weights that were cast without a graph must not be taken from it by the next pass.
+        with frozen_statistics(model), torch.autocast(*ctx.autocast, cache_enabled=False):
             return function(model(x))
 
     @staticmethod
@@ -116,10 +108,9 @@ class _Deferred(torch.autograd.Function):
         if not bool(grad.any()):
             return nothing
         (x,) = ctx.saved_tensors
-        device, dtype, enabled = ctx.autocast
         with (
             torch.enable_grad(),
-            torch.autocast(device, dtype, enabled),
+            torch.autocast(*ctx.autocast),
             frozen_statistics(ctx.model),
             ctx.state.again(),
         ):

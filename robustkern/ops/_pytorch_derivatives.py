@@ -14,55 +14,64 @@ import torch
 from torch import Tensor
 
 from robustkern import _library
+from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._register import refuse_derivatives, register_fake, register_looped_vmap
 
-Outputs = tuple[Tensor, ...]
+Function = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Derivative:
-    """An operator robustkern::<name> with its reference."""
+    """An operator with its reference, which has its name."""
 
-    name: str
-    reference: Callable[..., Outputs]
-    outputs: tuple[str, ...]
+    reference: Function
 
     @property
     def operator(self) -> Any:
-        return getattr(torch.ops.robustkern, self.name)
+        return getattr(torch.ops.robustkern, self.reference.__name__)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What its results are called: there is one for each need_<name> of the schema."""
+        arguments = [argument.name for argument in self.operator.default._schema.arguments]
+        needs = [name.removeprefix("need_") for name in arguments if name.startswith("need_")]
+        return tuple("gg_grad" if name == "grad" else f"grad_{name}" for name in needs)
 
 
 DERIVATIVES: dict[str, Derivative] = {}
 
 
-def register_derivative(
-    name: str,
-    outputs: tuple[str, ...],
-    fake: Callable[..., Outputs],
-    reference: Callable[..., Outputs],
-) -> None:
-    """Makes robustkern::`name` an operator that every part of PyTorch understands, and lists it for the tests.
+def register_derivative(reference: Function) -> Callable[[Function], None]:
+    """Makes an operator one that every part of PyTorch understands, and lists it for the tests.
+
+    Decorates the function that gives its results without computing them.
 
     Args:
-        name: of the schema in csrc/ops.cpp.
-        outputs: what its results are called in messages.
-        fake: the results without computing them.
-        reference: the same function in plain PyTorch.
+        reference: the same function in plain PyTorch, of the name that the schema in csrc/ops.cpp has.
     """
-    DERIVATIVES[name] = Derivative(name, reference, outputs)
-    if _library.extension() is None:
-        return
-    register_fake(name)(fake)
-    operator = getattr(torch.ops.robustkern, name)
-    # Under install() a node of C++ differentiates it.  Without one it is a call that make_fx has recorded.
-    refuse_derivatives(
-        operator,
-        "a recorded derivative cannot be differentiated, since make_fx detaches what a backward pass has saved; "
-        "record the penalty and its gradients together, or differentiate the function itself",
-    )
-    register_looped_vmap(operator)
+    name = reference.__name__
+    DERIVATIVES[name] = entry = Derivative(reference)
+
+    def decorate(fake: Function) -> None:
+        if _library.extension() is None:
+            return
+        register_fake(name)(fake)
+        # Under install() a node of C++ differentiates it.  Without one it is a call that make_fx has recorded.
+        refuse_derivatives(
+            entry.operator,
+            "a recorded derivative cannot be differentiated, since make_fx detaches what a backward pass has saved; "
+            "record the penalty and its gradients together, or differentiate the function itself",
+        )
+        register_looped_vmap(entry.operator)
+
+    return decorate
 
 
-def nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def nothing(like: Tensor) -> Tensor:
     """The result for a gradient that is not needed."""
-    return like.new_empty([0], dtype=dtype)
+    return like.new_empty([0])
+
+
+def vector(like: Tensor, size: int, needed: bool) -> Tensor:
+    """The result for a gradient of weight or bias: one sum for each of them."""
+    return like.new_empty([size if needed else 0], dtype=accumulation_dtype(like.dtype))

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from robustkern import reference
 from robustkern.ops._pytorch_derivatives import nothing, register_derivative
 
 
-def _fake(
-    gg_x: Tensor, grad: Tensor, x: Tensor, function: str, parameters: Sequence[float], need_grad: bool, need_x: bool
-) -> tuple[Tensor, Tensor]:
+@register_derivative(reference.activation_double_backward)
+def _(gg_x, grad, x, function, parameters, need_grad, need_x):  # type: ignore[no-untyped-def]
     gg_grad = torch.empty_like(x) if gg_x.dim() == x.dim() else x.new_empty(gg_x.shape)
     grad_x = torch.empty_like(x) if gg_x.dim() == x.dim() else x.new_empty(x.shape)
     return gg_grad if need_grad else nothing(x), grad_x if need_x else nothing(x)
-
-
-register_derivative("activation_double_backward", ("gg_grad", "grad_x"), _fake, reference.activation_double_backward)

@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from robustkern import reference
-from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._pytorch_derivatives import nothing, register_derivative
+from robustkern.ops._pytorch_derivatives import nothing, register_derivative, vector
 
 
-def _vector(like: Tensor, size: int) -> Tensor:
-    return like.new_empty([size], dtype=accumulation_dtype(like.dtype))
-
-
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
+@register_derivative(reference.layer_norm_backward)
+def _(grad, x, weight, mean, rstd, need_x, need_weight, need_bias):  # type: ignore[no-untyped-def]
     columns = x.shape[1]
-    return (
-        x.new_empty(grad.shape) if need_x else nothing(x),
-        _vector(x, columns if need_weight else 0),
-        _vector(x, columns if need_bias else 0),
-    )
+    grad_x = x.new_empty(grad.shape) if need_x else nothing(x)
+    return grad_x, vector(x, columns, need_weight), vector(x, columns, need_bias)
 
 
-def _fake_double_backward(
-    gg_x: Tensor | None,
-    gg_weight: Tensor | None,
-    gg_bias: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    need_grad: bool,
-    need_x: bool,
-    need_weight: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(grad.shape) if need_grad else nothing(x),
-        x.new_empty(x.shape) if need_x else nothing(x),
-        _vector(x, x.shape[1] if need_weight else 0),
-    )
-
-
-register_derivative(
-    "layer_norm_backward",
-    ("grad_x", "grad_weight", "grad_bias"),
-    _fake_backward,
-    reference.layer_norm_backward,
-)
-register_derivative(
-    "layer_norm_double_backward",
-    ("gg_grad", "grad_x", "grad_weight"),
-    _fake_double_backward,
-    reference.layer_norm_double_backward,
-)
+@register_derivative(reference.layer_norm_double_backward)
+def _(gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, need_grad, need_x, need_weight):  # type: ignore[no-untyped-def]
+    gg_grad = x.new_empty(grad.shape) if need_grad else nothing(x)
+    grad_x = x.new_empty(x.shape) if need_x else nothing(x)
+    return gg_grad, grad_x, vector(x, x.shape[1], need_weight)

@@ -74,7 +74,7 @@ endif
 
 check: build lint
 	$(BIN)/python -m pytest tests/test_registry.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --few 4 -n 2 --dist loadfile $(LEFT_TO_TEST:%=--ignore=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --few 40 -n 2 --dist loadfile $(LEFT_TO_TEST:%=--ignore=tests/test_%.py)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

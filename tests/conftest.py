@@ -8,7 +8,6 @@ tests/cuda_emulator/build.py, puts the emulated CUDA kernels in place of the CPU
 import importlib.util
 import os
 import random
-import re
 import sys
 from collections import Counter, defaultdict
 
@@ -60,20 +59,27 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--few", type=int, metavar="N", help="at most N cases of each test for each operator")
+    parser.addoption("--few", type=int, metavar="N", help="at most N cases of each test, with every value in some case")
+
+
+def few(items, most):
+    """Of all combinations of each test's parameters so many that every value is among them, and no more than `most`."""
+    seen, kept = set(), defaultdict(set)
+    for item in random.Random(0).sample(items, len(items)):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {"": None}
+        values = {(item.function, name, id(value)) for name, value in parameters.items()}
+        if len(kept[item.function]) < most and not values <= seen:
+            seen |= values
+            kept[item.function].add(item)
+    return set().union(*kept.values())
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out slow tests unless -m asks about them, and with --few most cases of each test."""
+    """Leaves out slow tests unless -m asks about them, and with --few most combinations of parameters."""
     chosen = items if "slow" in config.option.markexpr else [i for i in items if not i.get_closest_marker("slow")]
-    if config.option.few:
-        alike = defaultdict(list)  # by what the names of cases begin with, which is the operator
-        for item in chosen:
-            alike[re.sub(r"(\[(cpu-|cuda-)?\w*).*", r"\1", item.nodeid)].append(item)
-        kept = {item for cases in alike.values() for item in cases[:: -(-len(cases) // config.option.few)]}
-        chosen = [item for item in chosen if item in kept]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = chosen
+    kept = few(chosen, config.option.few) if config.option.few else set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_runtest_setup(item):

@@ -403,11 +403,19 @@ def test_nothing_in_csrc_includes_upward_or_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # or CycleError
 
 
-def test_paths_in_the_readme_of_csrc_exist():
-    for name in re.findall(r"`([\w.<>*/]+)`", text_of("csrc/README.md", "write it")):
-        if re.search(r"/|\.(h|cpp|cuh?|py|md)$", name) and not name.startswith("torch/"):
-            pattern = re.sub(r"<\w+>", "*", name).rstrip("/")
-            assert any(any(folder.glob(pattern)) for folder in (ROOT, ROOT / "csrc")), f"{name} does not exist"
+@pytest.mark.parametrize("path", sources("*.md", "*/README.md", "docs/*.md", "tests/*/README.md"), ids=str)
+def test_paths_in_texts_exist(path):
+    """From the repository's root, or from where the text stands; `<op>` and the like are anything."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    where = (ROOT, path.parent, ROOT / "robustkern")
+    names = re.findall(r"`((?:csrc|robustkern|tests|benchmarks|docs|\.ci)/[\w.<>*/-]+)`", text)
+    names += [name for name in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if ":" not in name]
+    if path.parent.name == "csrc":
+        names += [name for name in re.findall(r"`([\w.<>*/]+)`", text) if re.search(r"/|\.(h|cpp|cuh?|py|md)$", name)]
+    for name in names:
+        pattern = re.sub(r"<\w+>", "*", re.sub(r"^(\.\./)+", "", name)).rstrip("/")
+        known = name.startswith(("torch/", "runs/")) or any(any(folder.glob(pattern)) for folder in where)
+        assert known, f"{path.relative_to(ROOT)}: {name} does not exist"
 
 
 def test_kernels_use_stable_headers_only():

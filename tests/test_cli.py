@@ -1,10 +1,12 @@
 """The command line: what it does, what it says when it is used wrongly, and what works without the extras."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ pytest.importorskip("yaml")
 import yaml
 from typer.testing import CliRunner
 
+from robustkern import training
 from robustkern.cli import demo as demo_module
 from robustkern.cli import info, step_cost
 from robustkern.cli.app import app
@@ -176,6 +179,12 @@ def test_step_cost_divides_by_the_baseline_and_leaves_the_model_alone():
     costs = measure(model, torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]), losses, "standard", seconds=0.0)
     assert costs["standard"].ratio == 1.0 and costs["gradient-penalty"].milliseconds > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_below_knows_the_command_line():
+    package = Path(training.__file__).parents[1]
+    for path in {*package.rglob("*.py")} - {*package.glob("cli/*.py"), package / "__main__.py"}:
+        assert not re.search(r"robustkern\.cli|from \.+cli|import cli", path.read_text()), path
 
 
 # --- as a process -----------------------------------------------------------------------------------------------------

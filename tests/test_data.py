@@ -143,7 +143,8 @@ def cifar_batch(count: int, seed: int, protocol: int = 2) -> tuple[bytes, np.nda
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
     labels = rng.integers(0, 10, count).tolist()
-    content = {b"batch_label": b"batch", b"labels": labels, b"data": pixels, b"filenames": [b"x.png"] * count}
+    stored = np.asfortranarray(pixels) if seed % 2 else pixels  # pickled column by column
+    content = {b"batch_label": b"batch", b"labels": labels, b"data": stored, b"filenames": [b"x.png"] * count}
     return pickle.dumps(content, protocol=protocol), pixels, labels
 
 

@@ -13,7 +13,7 @@ from robustkern._files import read_bytes
 from robustkern._text import brief
 from robustkern.data import Dataset
 
-from .checkpoint import CheckpointError, Row, TrainState, load_latest, manifests, save_checkpoint
+from .checkpoint import CheckpointError, Row, TrainState, fingerprint, load_latest, manifests, save_checkpoint
 from .config import TrainingConfig
 from .distributed import Group
 from .errors import UsageError
@@ -30,11 +30,12 @@ class RunFolder:
         path: The folder; made if missing.
         config: Of the run.
         group: Its processes, all of which call every method.
+        train_set: What is trained on.
     """
 
-    def __init__(self, path: Path, config: TrainingConfig, group: Group) -> None:
-        self.path, self.config, self.group = path, config, group
-        self._saved = (-1, -1)
+    def __init__(self, path: Path, config: TrainingConfig, group: Group, train_set: Dataset) -> None:
+        self.path, self.config, self.group, self.train_set = path, config, group, train_set
+        self._fingerprint, self._saved = "", (-1, -1)
 
     @contextmanager
     def claimed(self, resume: bool) -> Iterator[None]:
@@ -60,7 +61,7 @@ class RunFolder:
             self.group.on_main(claim)
             yield
 
-    def restore(self, state: TrainState, fingerprint: str, steps_per_epoch: int) -> list[str]:
+    def restore(self, state: TrainState, steps_per_epoch: int) -> list[str]:
         """Bring a new state, on all processes, to where the run was left; a sentence for each checkpoint passed over.
 
         Raises:
@@ -69,13 +70,14 @@ class RunFolder:
         """
 
         def load() -> list[str]:
-            known = load_latest(self.path, state, fingerprint, lambda written: _differences(written, self.config))
+            known = load_latest(self.path, state, self._fingerprint, lambda written: _differences(written, self.config))
             progress = state.progress
             steps = progress.step - progress.epoch * steps_per_epoch
             if progress.epoch > self.config.epochs or not 0 <= steps <= steps_per_epoch:
                 raise CheckpointError(f"{self.path}: step {progress.step} of its checkpoint is not in its epoch")
             return known
 
+        self._fingerprint = fingerprint(state.model, self.train_set)
         problems = self.group.on_main(load)
         if self.group.size > 1:
             content = self.group.broadcast(state.to_bytes() if self.group.main else b"")
@@ -85,22 +87,22 @@ class RunFolder:
         self._write("config.yaml", self.config.to_yaml())
         return problems
 
-    def save(self, state: TrainState, fingerprint: str) -> None:
+    def save(self, state: TrainState) -> None:
         """Write a checkpoint, unless the last one is of this very step and epoch.
 
         While a checkpoint is replaced there is none, and a signal may come.
         """
         position = state.progress.step, state.progress.epoch
         if position != self._saved:
-            self.group.on_main(lambda: save_checkpoint(self.path, state, fingerprint, self.config) and None)
+            self.group.on_main(lambda: save_checkpoint(self.path, state, self._fingerprint, self.config) and None)
             self._saved = position
 
     def write_metrics(self, rows: list[Row]) -> None:
         self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_weights(self, state: TrainState, data: Dataset) -> None:
+    def write_weights(self, state: TrainState) -> None:
         """`model.safetensors`, and `ema.safetensors` and `best.safetensors` where there are such weights."""
-        config, progress = self.config, state.progress
+        config, data, progress = self.config, self.train_set, state.progress
         description = {
             "model": config.model, "classes": data.classes, "in_shape": data.in_shape, "data": config.data,
             "method": config.method, "eps": config.eps, "epoch": progress.epoch,

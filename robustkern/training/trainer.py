@@ -26,7 +26,7 @@ from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
 from .batches import batches, check_batches
-from .checkpoint import Progress, Row, TrainState, fingerprint
+from .checkpoint import Progress, Row, TrainState
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
@@ -101,9 +101,9 @@ def train(
         group.on_all(lambda: _check_agreement(group, theirs, config))
         # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
         loss = group.on_all(lambda: _prepare(config))
-        folder = RunFolder(Path(out), config, group)
         with threads(config.threads), deterministic(config.device):
             sets = group.on_all(lambda: _load(config, root, group.size))
+            folder = RunFolder(Path(out), config, group, sets[0])
             with folder.claimed(resume):
                 run = _Run(config, folder, sets, loss, observer, stop, group)
                 accuracies = run.finish()
@@ -170,7 +170,6 @@ class _Run:
             torch.manual_seed(config.seed)
             data = self.train_set
             model = models.create(config.model, data.num_classes, data.in_shape, *data.statistics())
-        self.fingerprint = fingerprint(model, data)
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(config.device)
@@ -180,7 +179,7 @@ class _Run:
         average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = TrainState(progress, self.model, optimizer, average)
         self.validation = Validation(config, self.state, self.test_set, validation_set, group, self._on_evaluation)
-        for problem in folder.restore(self.state, self.fingerprint, self.steps_per_epoch):
+        for problem in folder.restore(self.state, self.steps_per_epoch):
             observer.on_message(f"{problem}; going back to the one before it")
 
     @property
@@ -201,11 +200,11 @@ class _Run:
             self._check_learnt()
             accuracies = self.validation.final()
         except Interrupted:
-            self._save()
+            self.folder.save(self.state)
             raise
         finally:
             self.observer.on_end()
-        self.folder.write_weights(self.state, self.train_set)
+        self.folder.write_weights(self.state)
         self.model.eval()
         self.folder.write_results(self.state, accuracies, self.test_set)
         return accuracies
@@ -224,7 +223,7 @@ class _Run:
             progress.step += 1
             self.observer.on_step(progress)
             if self.config.checkpoint_every and progress.step % self.config.checkpoint_every == 0:
-                self._save()
+                self.folder.save(self.state)
 
     def _step(self, indices: Tensor) -> None:
         shard = Shard.of(self.group.rank, self.group.size, len(indices))
@@ -284,15 +283,12 @@ class _Run:
         progress.rows.append(row)
         progress.epoch += 1
         progress.sums = dict.fromkeys(_SUMS, 0.0)
-        self._save()
+        self.folder.save(self.state)
         self.folder.write_metrics(progress.rows)
-        self.folder.write_weights(self.state, self.train_set)
+        self.folder.write_weights(self.state)
         self.observer.on_epoch(row)
         if warning is not None:
             self.observer.on_message(warning)
-
-    def _save(self) -> None:
-        self.folder.save(self.state, self.fingerprint)
 
     def _on_evaluation(self) -> None:
         self._agree_on_stopping()

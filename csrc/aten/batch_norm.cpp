@@ -2,7 +2,7 @@
 //
 // The formulas stand in math/batch_norm.h.  Here PyTorch's arguments are brought into the shape that the operator
 // robustkern::batch_norm_double_backward takes: [N, C, S]; channels_last images are [N * H * W, C, 1].  Views only.
-// The forward is replaced too, by a node that can tell several cotangents.
+// The forward is replaced too, by a node that takes several cotangents at once.
 #include "normalization.h"
 
 namespace rk::aten {

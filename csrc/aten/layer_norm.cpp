@@ -1,9 +1,9 @@
 // LayerNorm and RMSNorm.
 //
-// LayerNorm's first backward is an operator, which is replaced; and so is its forward, whose node can tell several
-// cotangents.  RMSNorm is a composition of a dozen operators on the CPU and becomes one under create_graph on CUDA; its
-// forward runs PyTorch's own below autograd and keeps 1 / rms.  Where a graph is built for a second derivative, the first one runs our kernel too, which reads each tensor
-// once.  Formulas: math/layer_norm.h.
+// LayerNorm's first backward is an operator, which is replaced.  So is its forward, by a node that takes several cotangents at
+// once.  RMSNorm is a composition of a dozen operators on the CPU, and becomes one under create_graph on CUDA.  Its forward
+// runs PyTorch's own below autograd and keeps 1 / rms.  Where a graph is built for a second derivative, the first one is our
+// kernel too, which reads each tensor once.  Formulas: math/layer_norm.h.
 #include "normalization.h"
 
 namespace rk::aten {

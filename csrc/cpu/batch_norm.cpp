@@ -20,7 +20,7 @@ namespace rk::cpu {
 namespace {
 
 constexpr int64_t kUnit = 16384;        // elements of a unit along a channel: its five tensors fit a core's L2 cache
-constexpr int64_t kLeastStream = 1024;  // bytes of a run that is worth to be written past the cache
+constexpr int64_t kLeastStream = 1024;  // bytes of a run worth writing past the cache
 constexpr int64_t kRowUnit = 65536;     // elements of a unit of rows
 constexpr int64_t kTile = 8192;    // elements of rows that are summed in the accumulation type before they go to double
 constexpr int64_t kWritten = 256;  // elements of rows that are written together: so few wait in the store queue

@@ -96,7 +96,7 @@ class LayerNormArguments {
   LayerNormArguments(int64_t number, const Tensor& like_x, const Tensor& grad, const std::optional<Tensor>& m,
                      const Tensor& r, const std::optional<Tensor>& w, bool sums_columns)
       : rows(like_x.size(0)), cols(like_x.size(1)), cotangents(number), like_x_(like_x) {
-    constexpr int64_t least = 1024;  // bytes of a row that is worth to be written past the caches
+    constexpr int64_t least = 1024;  // bytes of a row worth writing past the caches
     streamed_ = Output::is_large(grad) && cols * item_size(grad.scalar_type()) >= least;
     // A chunk's sums cost a row of their own, so a chunk is many rows where these are short.
     constexpr int64_t elements = 65536;

@@ -82,7 +82,7 @@ class Output {
   // Where a piece is to be written, before it is, and what to do after.
   template <class A>
   A* open(int64_t begin, Buffer<A>& buffer) const {
-    return base_ && item_ == sizeof(A) && !streamed_ ? reinterpret_cast<A*>(base_ + begin * item_) : buffer.element;
+    return in_place<A>() ? at<A>(begin) : buffer.element;
   }
   template <class A>
   void close(int64_t begin, int64_t n, const Buffer<A>& buffer) const {
@@ -95,11 +95,21 @@ class Output {
   // f(piece) writes it.
   template <class A, class F>
   void write(int64_t begin, int64_t n, Buffer<A>& buffer, const F& f) const {
-    f(open(begin, buffer));
+    if (in_place<A>()) return f(at<A>(begin));
+    f(buffer.element);
     close(begin, n, buffer);
   }
 
  private:
+  template <class A>
+  bool in_place() const {
+    return base_ && item_ == sizeof(A) && !streamed_;
+  }
+  template <class A>
+  A* at(int64_t begin) const {
+    return reinterpret_cast<A*>(base_ + begin * item_);
+  }
+
   char* base_ = nullptr;
   ScalarType dtype_ = ScalarType::Float;
   int64_t item_ = 0;

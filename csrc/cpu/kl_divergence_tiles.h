@@ -8,13 +8,13 @@ namespace rk::cpu {
 
 template <class A>
 struct KlTile {
-  int64_t classes;
-  A inverse_t;
-  bool needs_q;                             // backward: q's gradient is wanted, or has a cotangent
-  TileMatrix<A> a, b, d;                    // logits, which become gradients; d, in the backward passes e
+  alignas(64) TileMatrix<A> a, b, d;        // logits, which become gradients; d, in the backward passes e
   TileMatrix<A> u, v;                       // cotangents of both gradients; for the value p and q
   A statistics[kKlStatistics * kTileRows];  // as columns
   TileColumn<A> grad, per_row;
+  int64_t classes;
+  A inverse_t;
+  bool needs_q;  // backward: q's gradient is wanted, or has a cotangent
 
   RK_HOST_DEVICE KlRow<A> row(int k) const {
     return {statistics[k],

@@ -294,22 +294,24 @@ void write_bends(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
 
 // Enough rows: each is one thread's, which finds it in its cache on the second pass.  Few long rows: their chunks are
 // shared, pass by pass.  The additions are the same either way.
-template <class A>
-void run(const RowNormArguments<A>& a,
-         std::initializer_list<void (*)(const RowNormArguments<A>&, int64_t row, int64_t chunk)> passes) {
+template <auto... kPasses, class A>
+void run(const RowNormArguments<A>& a) {
   const int64_t threads = torch::stable::get_num_threads(), shared_out_evenly = 4 * threads;
-  if (a.chunks == 1 || a.rows >= shared_out_evenly) {
+  const auto for_chunks = [&](int64_t row, const auto& pass) {
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) pass(row, chunk);
+  };
+  const auto share = [&](const auto& pass) {
+    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(kChunk), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) pass(unit / a.chunks, unit % a.chunks);
+    });
+  };
+  if (a.chunks == 1 || a.rows >= shared_out_evenly)
     torch::stable::parallel_for(0, a.rows, rows_per_thread(a.cols), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        for (const auto pass : passes)
-          for (int64_t chunk = 0; chunk < a.chunks; ++chunk) pass(a, row, chunk);
+        (for_chunks(row, [&](int64_t r, int64_t chunk) { kPasses(a, r, chunk); }), ...);
     });
-    return;
-  }
-  for (const auto pass : passes)
-    torch::stable::parallel_for(0, a.rows * a.chunks, rows_per_thread(kChunk), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) pass(a, unit / a.chunks, unit % a.chunks);
-    });
+  else
+    (share([&](int64_t row, int64_t chunk) { kPasses(a, row, chunk); }), ...);
 }
 
 Norm checked_norm(const char* op, const Tensor& x, const std::optional<Tensor>& weight, int64_t inner, double p,
@@ -325,7 +327,7 @@ Tensor row_norm(Tensor x, std::optional<Tensor> weight, int64_t inner, double p,
   visit_accumulation(x.scalar_type(), [&]<class A>(A) {
     RowNormArguments<A> a(norm, p, x, weight, inner);
     a.per_row = pointer<A>(value);
-    run<A>(a, {sum_terms<A>, finish_norm<A>});
+    run<sum_terms<A>, finish_norm<A>>(a);
   });
   return value;
 }
@@ -341,7 +343,7 @@ Tensor row_norm_backward(Tensor grad, Tensor x, Tensor norm, std::optional<Tenso
     RowNormArguments<A> a(kind, p, x, weight, inner);
     a.set_grad(grad, norm);
     a.out = Output(grad_x, true, false);
-    kind == Norm::kInf ? run<A>(a, {count_ties<A>, write_slopes<A>}) : run<A>(a, {write_slopes<A>});
+    kind == Norm::kInf ? run<count_ties<A>, write_slopes<A>>(a) : run<write_slopes<A>>(a);
   });
   return grad_x;
 }
@@ -364,8 +366,8 @@ std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor gg_x, Tensor grad, Te
     a.set_grad(grad, norm);
     a.per_row = pointer<A>(gg_grad);
     a.out = Output(grad_x, true, false);
-    kind == Norm::kInf ? run<A>(a, {count_ties<A>, sum_directional<A>, write_bends<A>})
-                       : run<A>(a, {sum_directional<A>, write_bends<A>});
+    kind == Norm::kInf ? run<count_ties<A>, sum_directional<A>, write_bends<A>>(a)
+                       : run<sum_directional<A>, write_bends<A>>(a);
   });
   return {gg_grad, grad_x};
 }

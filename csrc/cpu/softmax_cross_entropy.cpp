@@ -138,9 +138,10 @@ class CrossEntropyArguments {
 // Pieces of one row in the accumulation type.
 template <class A>
 struct Row {
+  // Side by side: where one began a little behind another in its page, loads would wait for stores.
+  Buffer<A> p, z_buffer, t_buffer, u_buffer, out_buffer;
   const CrossEntropyArguments<A>& a;
   int64_t row;
-  Buffer<A> z_buffer, t_buffer, u_buffer, out_buffer;
 
   Row(const CrossEntropyArguments<A>& arguments, int64_t number) : a(arguments), row(number) {}
 
@@ -220,7 +221,7 @@ void backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
   if (a.ignored(row)) return zero_row(a, row);
   Row<A> w(a, row);
   const RowState<A> r = w.state();
-  alignas(64) A p[kPiece];
+  A* const p = w.p.element;
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     probabilities(w.z(begin, n), p, n, r);
     w.write(begin, n, [&](A* out) {
@@ -236,7 +237,7 @@ void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
   if (a.ignored(row)) return zero_row(a, row);
   Row<A> w(a, row);
   RowState<A> r = w.state();
-  alignas(64) A p[kPiece];
+  A* const p = w.p.element;
   double mean_u = 0, dot_qu = 0;
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     const A* u = w.u(begin, n);

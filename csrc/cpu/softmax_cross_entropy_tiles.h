@@ -10,10 +10,10 @@ namespace rk::cpu {
 
 template <class A>
 struct Tile {
-  int64_t classes;
-  TileMatrix<A> z, t, u, out;  // logits, probabilities, cotangent of grad_logits, result
-  TileColumn<A> y;             // the class, where there are no probabilities
+  alignas(64) TileMatrix<A> z, t, u, out;  // logits, probabilities, cotangent of grad_logits, result
+  TileColumn<A> y;                         // the class, where there are no probabilities
   TileColumn<A> max, log_sum, grad, per_row, total_q;
+  int64_t classes;
 };
 
 template <bool kSoft, class A>

@@ -1,6 +1,6 @@
 # make demo   set up .venv, build, and train a small network with and without the penalty on real data
 # make test   set up .venv, build, and run every test
-# make check  set up .venv, build, and find nine faults of ten in three minutes
+# make check  set up .venv, build, and run style, types and a few cases of most tests
 # make build  set up .venv and build, nothing more
 # make help   the other targets
 # make test TORCH=2.14.1   the same with that PyTorch, in a copy of the tree: build/torch-2.14.1
@@ -26,7 +26,7 @@ LEFT_TO_TEST := benchmarks cli compile cuda_emulator distributed fuzz_commands f
 help:
 	@echo "make demo                train with and without the penalty on real data (sets up and builds first)"
 	@echo "make test                every test; with TORCH=2.14.1 against that PyTorch, in a copy of the tree and a venv of its own"
-	@echo "make check               in three minutes what finds nine faults of ten: style, types, few cases of most tests"
+	@echo "make check               style, types and a few cases of most tests, in a few minutes"
 	@echo "make build               set up .venv and build"
 	@echo "make lint                ruff, mypy and clang-format, nothing changed"
 	@echo "make format              ruff and clang-format, in place"

@@ -264,3 +264,16 @@ def test_a_model_that_gives_no_logits(problem):
 def test_wrong_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_default_step_of_pgd_crosses_the_ball():
+    """2.5 eps / steps: after two of ten steps along a straight slope, half of eps."""
+    seen = []
+
+    def straight(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach().clone())
+        return torch.stack([x.flatten(1).sum(1), -x.flatten(1).sum(1)], 1)
+
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, dtype=torch.long)
+    PGD(0.2, steps=10, random_start=False)(straight, x, y)
+    torch.testing.assert_close(seen[2] - x, torch.full_like(x, 0.1))

@@ -31,8 +31,8 @@ RK_HOST_DEVICE A ordered_sum(std::int64_t n, const F& f) {
 
 // Numbers of a sample's sequence, in whole blocks.
 template <class A>
-RK_MULTIVERSION static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
-                                        A* __restrict__ v) {
+RK_HOST_DEVICE void draw_normals(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
+                                 A* __restrict__ v) {
   std::int64_t b = 0;
   for (; b + kPhiloxLanes <= blocks; b += kPhiloxLanes) {
     WordLanes w;
@@ -48,10 +48,16 @@ RK_MULTIVERSION static void draw_normal(PhiloxKey key, std::uint32_t sample, std
   }
 }
 
+template <class A>
+RK_MULTIVERSION static void draw_normal(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t blocks,
+                                        A* v) {
+  draw_normals(key, sample, first, blocks, v);
+}
+
 // Signs from words [first, first + words) of the sequence, 32 each.
 template <class A>
-RK_MULTIVERSION static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words,
-                                      A* __restrict__ v) {
+RK_HOST_DEVICE void draw_signs(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words,
+                               A* __restrict__ v) {
   const std::uint64_t end = first + std::uint64_t(words);
   for (std::uint64_t block = first / 4; 4 * block < end; ++block) {
     const RandomWords w = cotangent_words(key, block, sample, kBitStream);
@@ -62,6 +68,12 @@ RK_MULTIVERSION static void draw_sign(PhiloxKey key, std::uint32_t sample, std::
       for (std::uint32_t bit = 0; bit < 32; ++bit) v[(word - first) * 32 + bit] = sign_from<A>(four[j], bit);
     }
   }
+}
+
+template <class A>
+RK_MULTIVERSION static void draw_sign(PhiloxKey key, std::uint32_t sample, std::uint64_t first, std::int64_t words,
+                                      A* v) {
+  draw_signs(key, sample, first, words, v);
 }
 
 // The dot products of four vectors u [n, 4] with each other.

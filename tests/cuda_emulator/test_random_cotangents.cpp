@@ -121,7 +121,7 @@ struct Problem {
       return v;
     }
     rk::cpu::draw_normals(key, number, k * ((D + 3) / 4), (D + 3) / 4, v.data());
-    const A squares = rk::cpu::sum_in_lanes<A>(D, [&](std::int64_t e, A s) { return rk::fused(v[e], v[e], s); });
+    const A squares = rk::cpu::ordered_sum<A>(D, [&](std::int64_t e, A s) { return rk::fused(v[e], v[e], s); });
     const A by = law == Law::kSphere ? std::sqrt(A(D)) / std::sqrt(squares) : A(1);
     for (A& x : v) x *= by;
     return v;

@@ -1,5 +1,7 @@
 """PGD: stays in its ball, finds higher losses, leaves the model as it was."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -277,3 +279,13 @@ def test_the_default_step_of_pgd_crosses_the_ball():
     x, y = torch.full((3, 1, 2, 2), 0.5), torch.ones(3, dtype=torch.long)
     PGD(0.2, steps=10, random_start=False)(straight, x, y)
     torch.testing.assert_close(seen[2] - x, torch.full_like(x, 0.1))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::3], ids=str)
+def test_images_in_any_order_of_memory(problem, norm, order):
+    """Also those whose samples lie innermost, as files that are stored by columns leave them."""
+    model, x, y = problem
+    laid = x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+    attack = PGD(0.1, steps=3, norm=norm, random_start=False)
+    torch.testing.assert_close(attack(model, laid, y), attack(model, x, y))

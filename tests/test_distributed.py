@@ -104,8 +104,8 @@ def test_the_comparison_would_notice(tmp_path, monkeypatch, case, limit):
         fewer = train(CASES[case], tmp_path / "fewer").model.state_dict()
     assert distance(CASES[case], whole, fewer) > limit
     if case != "standard":
-        draws = step_module._draws
-        monkeypatch.setattr(step_module, "_draws", lambda seed, step, device: draws(seed, step + 1, device))
+        draws = step_module._generator
+        monkeypatch.setattr(step_module, "_generator", lambda seed, step, device: draws(seed, step + 1, device))
         others = train(CASES[case], tmp_path / "others").model.state_dict()
         assert distance(CASES[case], whole, others) > limit
 

@@ -57,7 +57,7 @@ class Dataset:
             labels: [N] uint8
             classes: Names of the classes.
         """
-        images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
+        images = torch.from_numpy(pixels.astype(np.float32, order="C") / np.float32(255))
         return cls(name, images, torch.from_numpy(labels.astype(np.int64)), classes)
 
     def __len__(self) -> int:

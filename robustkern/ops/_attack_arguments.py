@@ -24,7 +24,7 @@ class Rows:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The tensor as [B, N]: a view where its memory has this order, else a copy."""
-        return tensor.permute(self.order).reshape(self.shape)
+        return tensor.permute(self.order).reshape(self.shape).contiguous()
 
     def is_view(self, tensor: Tensor) -> bool:
         """Whether `view` makes no copy."""

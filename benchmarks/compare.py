@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare ../other [--only layer_norm ViT] [--rounds 15] [--limit 1.02]
 
-One process runs each tree, and they take turns, a sample of equal work each.  Prints, for each case, the median of the
-rounds' ratios, this tree over the other, in process time, with its quartiles.  Ends with status 1 where the first
-quartile is above the limit.
+One process runs each tree, and they take turns, a sample of equal work each; both are started anew a few times, since
+where a process has its memory can be worth ten per cent.  Prints, for each case, the median of the rounds' ratios, this
+tree over the other, in process time, with its quartiles.  Ends with status 1 where the first quartile is above the limit.
 """
 
 from __future__ import annotations
@@ -75,6 +75,13 @@ class Worker:
         self.process = subprocess.Popen(command, cwd=tree, env=environment, stdin=pipe, stdout=pipe, text=True)
         self.names: list[str] = self._answer()
 
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -97,30 +104,37 @@ compare.serve(sys.argv[2])
 """
 
 
+def ratios(mine: Worker, other: Worker, name: str, rounds: int) -> list[float]:
+    once = min(mine.seconds(name, 1), other.seconds(name, 1))
+    calls = max(1, round(SAMPLE_SECONDS / max(once, 1e-6)))
+    found = []
+    for turn in range(rounds):
+        taken = {worker: worker.seconds(name, calls) for worker in ((mine, other) if turn % 2 else (other, mine))}
+        found.append(taken[mine] / taken[other])
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="a folder with another tree, built")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
     parser.add_argument("--size", default="small", choices=("tiny", "small", "large"))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7, help="of each launch")
+    parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--limit", type=float, default=1.02)
     options = parser.parse_args(arguments)
-    mine, other = Worker(HERE, options.size), Worker(options.other.resolve(), options.size)
+    found: dict[str, list[float]] = {}
+    for _ in range(options.launches):
+        with Worker(HERE, options.size) as mine, Worker(options.other.resolve(), options.size) as other:
+            for name in mine.names:
+                if name in other.names and (not options.only or any(part in name for part in options.only)):
+                    found.setdefault(name, []).extend(ratios(mine, other, name, options.rounds))
     above = 0
     print("| case | this / other | quartiles |\n| --- | --- | --- |")
-    for name in mine.names:
-        if name not in other.names or (options.only and not any(part in name for part in options.only)):
-            continue
-        once = min(mine.seconds(name, 1), other.seconds(name, 1))
-        calls = max(1, round(SAMPLE_SECONDS / max(once, 1e-6)))
-        found = []
-        for turn in range(options.rounds):
-            pair = (mine, other) if turn % 2 else (other, mine)
-            taken = {worker: worker.seconds(name, calls) for worker in pair}
-            found.append(taken[mine] / taken[other])
-        low, middle, high = statistics.quantiles(found)
+    for name, values in found.items():
+        low, middle, high = statistics.quantiles(values)
         above += low > options.limit
-        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |", flush=True)
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} |")
     print(f"\n{above} above {options.limit}")
     return 1 if above else 0
 

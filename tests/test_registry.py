@@ -1,6 +1,7 @@
 """Every operator at every level: adding one without its tests, its benchmark or its row in the README fails here.
 
-csrc/README.md says how an operator is added; each message names the step that is missing.
+csrc/README.md says how an operator is added, docs/architecture.md how a loss is; each message names the step that is
+missing.
 """
 
 import ast
@@ -132,6 +133,7 @@ def test_public_function_reference_and_module(op):
 def test_sources(op):
     for path in (f"csrc/math/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"):
         text_of(path, "write the kernels")
+    text_of(f"tests/cuda_emulator/test_{op}.cpp", "write the test of the CUDA kernels")
 
 
 @over_schemas
@@ -147,7 +149,7 @@ def test_kernels(schema):
 @over_schemas
 def test_fake_autograd_and_vmap(schema):
     stem = next(s for s in STEMS if schema in stem_family(s))
-    module = f"robustkern/ops/{stem}.py"
+    module = f"robustkern/ops/{stem}.py, which robustkern/ops/__init__.py imports"
     assert has_kernel(schema, "Meta"), f"register a fake kernel of {schema} in {module}"
     if stem in ops.IN_PLACE:
         return
@@ -208,19 +210,22 @@ def test_reference_takes_the_same_arguments(op):
 def test_benchmark(op):
     names = [p.name for p in (ROOT / "benchmarks").glob("*.py") if op in p.read_text()]
     own = {"op_cases.py", "bench_ops.py", "bench_attacks.py", "bench_cotangents.py", f"test_{op}.py"}
-    assert own & set(names), f"add {op} to benchmarks/op_cases.py"
+    assert own & set(names), f"add {op} to OPS and specs in benchmarks/op_cases.py, see csrc/README.md"
 
 
 @over_operators
 def test_readme(op):
     rows = [line for line in text_of("README.md", "write the README").splitlines() if line.startswith("|")]
-    assert any(line.startswith(f"| `{op}` |") for line in rows), f"add a row for {op} to the table of ops in README.md"
+    assert any(line.startswith(f"| `{op}` |") for line in rows), (
+        f"add a row | `{op}` | ... to the table of ops in README.md"
+    )
 
 
 @pytest.mark.parametrize("name", losses.__all__)
 def test_losses_in_the_readme(name):
     rows = [line for line in text_of("README.md", "write the README").splitlines() if line.startswith("|")]
-    assert any(f"`rk.losses.{name}`" in line for line in rows), f"add a row for {name} to the table in README.md"
+    found = any(f"`rk.losses.{name}`" in line for line in rows)
+    assert found, f"add a row | `rk.losses.{name}` | ... to README.md, and see docs/architecture.md, Adding a loss"
 
 
 # ------------------------------------------------------------------ public names

@@ -4,7 +4,7 @@
 
 One process runs each tree, and they take turns, a sample of equal work each; both are started anew a few times, since
 where a process has its memory can be worth ten per cent.  Prints, for each case, the median of the rounds' ratios, this
-tree over the other, in process time, with its quartiles.  Ends with status 1 where the first quartile is above the limit.
+tree over the other, in process time, with its quartiles; status 1 where the first quartile is above the limit.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ pytest.importorskip("yaml")
 from typer.testing import CliRunner
 
 from robustkern import training
+from robustkern.cli import train as cli_train
 from robustkern.cli.app import app
 from robustkern.cli.train import train_command
 from robustkern.training import TrainingConfig, UsageError, recipe, train
@@ -74,3 +75,26 @@ def test_every_setting_is_an_option_of_the_command_line_and_says_what_it_is():
     for field in dataclasses.fields(TrainingConfig):
         if field.name != "options":
             assert options[field.name].annotation.__metadata__[0].help, field.name
+
+
+def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
+    """Each with a value of its own."""
+    given = {
+        "data": "digits-28", "method": "fgsm", "model": "preact-resnet18", "eps": 0.0625, "epochs": 7, "batch_size": 33,
+        "optimizer": "adamw", "lr": 0.125, "weight_decay": 0.25, "schedule": "step", "milestones": (2, 5),
+        "gamma": 0.375, "ramp": 0.4375, "clip": 1.5, "ema": 0.625, "amp": True, "seed": 11, "impl": "reference", "device": "cpu",
+        "threads": 2, "train_samples": 200, "shuffle_labels": True, "validation": 0.1875, "eval_samples": 50,
+        "eval_every": 3, "pgd_steps": 13, "watch": "stop", "checkpoint_every": 17, "max_skipped": 19,
+    }  # fmt: skip
+    seen = []
+    monkeypatch.setattr(cli_train, "train", lambda config, *args, **kwargs: seen.append(config))
+    monkeypatch.setattr(cli_train, "_print_result", lambda *args: None)
+    words = ["train", "--out", str(tmp_path / "run")]
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [flag] if value is True else [flag, text]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    settings = {name for name in vars(seen[0]) if name not in ("options", "sync_batch_norm")}  # that takes GPUs
+    assert given == {name: getattr(seen[0], name) for name in settings}

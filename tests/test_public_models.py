@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import robustkern
 
-STEPS = 10
+STEPS = 20
 BATCH = 4
 IN_TURN, REVERSED = torch.arange(BATCH), torch.arange(BATCH).flip(0)
 

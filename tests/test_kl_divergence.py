@@ -38,11 +38,11 @@ def test_the_values_of_pytorch(impl, device):
     torch.testing.assert_close(kl_divergence(p, q, impl=impl), expected)
 
 
-def derivatives_in_both(impl, p, q, grad, gg_p, gg_q):
+def derivatives_in_both(impl, p, q, grad, u, v):
     p, q, grad = (t.detach().requires_grad_() for t in (p, q, grad))
     value = kl_divergence(p, q, impl=impl)
     grads = torch.autograd.grad(value, (p, q), grad, create_graph=True)
-    second = torch.autograd.grad(grads, (grad, p, q), (gg_p, gg_q))
+    second = torch.autograd.grad(grads, (grad, p, q), (u, v))
     return [t.detach() for t in (value, *grads, *second)]
 
 
@@ -101,8 +101,8 @@ def test_a_row_gives_the_same_wherever_it_stands(dtype, classes, device):
     grad = random_like(kl_divergence(*inputs[:2], impl="reference"), 4)
 
     def results(rows):
-        p, q, gg_p, gg_q = (t[rows] for t in inputs)
-        return derivatives_in_both("kernel", p, q, grad[rows], gg_p, gg_q)
+        p, q, u, v = (t[rows] for t in inputs)
+        return derivatives_in_both("kernel", p, q, grad[rows], u, v)
 
     whole = results(slice(None))
     for rows in (slice(0, 1), slice(1, 3), slice(30, 70), slice(5, 69)):

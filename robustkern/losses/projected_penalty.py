@@ -58,14 +58,12 @@ class ProjectedPenalty(Loss):
         offset, total = (draw.shard.offset, draw.shard.total) if draw.shard else (0, len(x))
         count = min(total, max(1, round(self.fraction * total)))
         with fused_where_possible(self.impl):
-            if count == total:
+            if count == total or _needs_the_batch_whole(model):
                 x = leaf(x)
                 logits = logits_of(name, model, x, y)
                 norm = self._norm(logits, x, offset, generator)
-            elif _needs_the_batch_whole(model):
-                x = leaf(x)
-                logits = logits_of(name, model, x, y)
-                norm = self._norm(logits, x, offset, generator)[_choose(x, offset, total, count, generator)[0]]
+                if count < total:
+                    norm = norm[_choose(x, offset, total, count, generator)[0]]
             else:
                 mine, others, first = _choose(x, offset, total, count, generator)
                 chosen = leaf(x[mine])
@@ -73,10 +71,10 @@ class ProjectedPenalty(Loss):
                 norm = self._norm(outputs, chosen, first, generator)
                 rest = logits_of(name, model, x[others], y[others])
                 logits, y = torch.cat([outputs, rest]), torch.cat([y[mine], y[others]])
-            orientation = self._cross_entropy(logits, y)
+            loss = softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
         # The mean over those chosen, be they here or elsewhere, as a mean over the rows here.
         mean = norm.mean() if len(x) == total else norm.sum() * (total / (count * len(x)))
-        return Terms(orientation, self._scale(logits) * mean, self.weight)
+        return Terms(loss.mean(), self._scale(logits) * mean, self.weight)
 
     def _norm(self, outputs: Tensor, x: Tensor, first: int, generator: torch.Generator | None) -> Tensor:
         return jacobian_norm(
@@ -86,9 +84,6 @@ class ProjectedPenalty(Loss):
 
     def _scale(self, logits: Tensor) -> float:
         return 1.0
-
-    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
 
 
 def _needs_the_batch_whole(model: Model) -> bool:

@@ -213,7 +213,7 @@ def scale(subject: Subject) -> Check:
     attack = subject.pgd()
     accuracies = {f"ce, logits x {factor:g}": subject.accuracy(attack, _Scaled(subject.model, factor))
                   for factor in (1.0, 0.01, 0.1, 10.0, 100.0)}  # fmt: skip
-    for loss in _margin_losses(subject):
+    for loss in ("cw", "dlr") if _classes(subject) > 2 else ("cw",):
         accuracies[loss] = subject.accuracy(replace(attack, loss=loss))
     # Which loss is best differs from model to model: what was reported must hold against all of them.
     claimed = accuracies["ce, logits x 1"] if subject.reported is None else subject.reported
@@ -270,15 +270,8 @@ def black_box(subject: Subject) -> Check:
 
 
 _CHECKS: dict[str, Callable[[Subject], Check]] = {
-    "static": static,
-    "deterministic": deterministic,
-    "batch independent": batch_independent,
-    "logits": logits,
-    "gradients": gradients,
-    "scale": scale,
-    "radii": radii,
-    "effort": effort,
-    "black box": black_box,
+    check.__name__.replace("_", " "): check
+    for check in (static, deterministic, batch_independent, logits, gradients, scale, radii, effort, black_box)
 }
 
 
@@ -306,10 +299,6 @@ def _flat_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
     if grad is None:
         return 1.0
     return float((~(grad.flatten(1).abs().amax(1) > _FLAT)).float().mean())
-
-
-def _margin_losses(subject: Subject) -> tuple[str, ...]:
-    return ("cw", "dlr") if _classes(subject) > 2 else ("cw",)
 
 
 def _classes(subject: Subject) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,12 @@ class Accuracy:
     right: int
     samples: int
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, right: Tensor, started: float | None = None) -> Accuracy:
+        """The share for which `right` [B] is true; `started` is what time.perf_counter() gave before."""
+        count = int(right.sum())  # a GPU is waited for before the clock is read
+        return cls(name, count, len(right), 0.0 if started is None else time.perf_counter() - started)
 
     @property
     def value(self) -> float:

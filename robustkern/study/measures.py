@@ -214,13 +214,17 @@ def summarise(
         if not len(finite):
             summary[name] = {"value": None, "low": None, "high": None, "images": 0}
             continue
-        statistic = "median" if name in MEDIANS else "mean"
-        low, high = bootstrap_interval(finite, statistic=statistic, confidence=confidence)
-        value = float(finite.double().mean() if statistic == "mean" else finite.double().quantile(0.5))
+        low, high = bootstrap_interval(finite, statistic="median" if name in MEDIANS else "mean", confidence=confidence)
+        value = centre(name, finite)
         if name in PROPORTIONS and not differences and value in (0.0, 1.0):
             low, high = wilson_interval(round(value * len(finite)), len(finite), confidence)
         summary[name] = {"value": value, "low": low, "high": high, "images": len(finite)}
     return summary
+
+
+def centre(name: str, values: Tensor) -> float:
+    """Mean, or of `MEDIANS` the median, of a measure's values."""
+    return float(values.double().quantile(0.5) if name in MEDIANS else values.double().mean())
 
 
 def _starts(data: Dataset, per_class: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,6 +92,16 @@ class Plan:
             raise UsageError(f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
         object.__setattr__(self, "sweep", tuple(dict.fromkeys(self.sweep)))
 
+    @property
+    def eps(self) -> float:
+        """Radius of attacks and penalties."""
+        return recipe(self.data).eps
+
+    @property
+    def matrix(self) -> list[str]:
+        """Names of every method and every given network, without those of the sweep and the 2x2."""
+        return [entry.name for entry in self.entries() if not entry.shuffled and not entry.swept]
+
     def entries(self) -> list[Entry]:
         """Every kind of model, the matrix first."""
         needed = {"gradient-penalty"} if self.two_by_two or self.sweep else set()

@@ -44,7 +44,7 @@ from robustkern.training import (
     train,
 )
 from robustkern.training.files import refuse_foreign, write_atomically
-from robustkern.training.weights import load_model_for, read_tensors
+from robustkern.training.weights import load_model_for, read_tensors, write_tensors
 
 from . import results
 from .given import load_given
@@ -230,12 +230,13 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
         network = load_model_for(out, test)[0]
     judges = Judges(**{judge: load_model_for(_judge(folder, judge), test)[0].to(plan.device) for judge in _JUDGES})
     network.to(plan.device)
-    eps = recipe(plan.data, "standard").eps
-    values = measure(network, test, judges, Protocol(eps, samples=plan.samples))
+    values = measure(network, test, judges, Protocol(plan.eps, samples=plan.samples))
     few = test.first(plan.samples)
     x, y = few.images.to(plan.device), few.labels.to(plan.device)
-    values[_CURVE] = accuracy_curve(network, x, y, [multiple * eps for multiple in RADII]).float().cpu()
-    _write_values(_values_path(folder, unit), values)
+    values[_CURVE] = accuracy_curve(network, x, y, [multiple * plan.eps for multiple in RADII]).float().cpu()
+    path = _values_path(folder, unit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, values)
 
 
 def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Observer | None) -> None:
@@ -279,17 +280,10 @@ def _values_path(folder: Path, unit: Unit) -> Path:
     return folder / "measures" / f"{folder_name(unit.entry.name, unit.seed)}.safetensors"
 
 
-def _write_values(path: Path, values: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({name: value.contiguous() for name, value in values.items()}))
-
-
 def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
     """A study from the files of its models."""
     study = Study(plan, test, folder)
-    radii = [multiple * recipe(plan.data, "standard").eps for multiple in RADII]
+    radii = [multiple * plan.eps for multiple in RADII]
     models: dict[str, list[dict[str, Tensor]]] = {}
     shapes: dict[str, torch.Size] = {}
     for entry in plan.entries():
@@ -309,7 +303,7 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
             study.terms[entry.name] = _rows(folder / "models" / folder_name(entry.name, 0))
     if plan.two_by_two:
         study.contrasts = results.contrasts({cell: models[name] for cell, name in TWO_BY_TWO.items()})
-    matrix = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled and not entry.swept]
+    matrix = [study.summary[name] for name in plan.matrix]
     for smoothness in results.SMOOTHNESS:
         if found := results.rank_correlations(matrix, smoothness):
             study.correlations[smoothness] = found

@@ -33,13 +33,18 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], descriptio
         model: The model or its state; all of it is saved, normalisation included.
         description: What `load_model` needs to build it again: model, classes, in_shape, and anything else.
     """
+    check_finite(model)
+    state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    header = {**description, "sha256": _digest(state)}
+    write_tensors(path, state, {KEY: json.dumps(header, sort_keys=True)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically."""
     from safetensors.torch import save
 
-    check_finite(model)
-    values = model.state_dict() if isinstance(model, nn.Module) else model
-    state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-    header = {**description, "sha256": _digest(state)}
-    write_atomically(path, save(state, metadata={KEY: json.dumps(header, sort_keys=True)}))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(stored, metadata=metadata))
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -142,5 +147,5 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(f"{name} {state[name].dtype} {list(state[name].shape)}".encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

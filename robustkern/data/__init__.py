@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from robustkern._packages import pip_install
 from .cifar import load_cifar10
 from .dataset import DataError, Dataset, DataWarning
 from .folder import load_folder
-from .idx import find_idx, load_idx
+from .idx import load_idx
 from .randomness import CropFlip, epoch_order, generator
 
 __all__ = [
@@ -117,24 +118,16 @@ def _enlarged_digits(folders: list[Path], split: str) -> Dataset | None:
     return Dataset("digits-28", images, small.labels, small.classes)
 
 
-def _idx(name: str, classes: tuple[str, ...]) -> Callable[[list[Path], str], Dataset | None]:
-    def load_split(folders: list[Path], split: str) -> Dataset | None:
-        files = find_idx(folders, split)
-        return None if files is None else load_idx(name, files, classes)
-
-    return load_split
-
-
 _SOURCES = {
     "digits": _Source(_digits, pip_install("sklearn")),
     "digits-28": _Source(_enlarged_digits, pip_install("sklearn")),
     "fashion-mnist": _Source(
-        _idx("fashion-mnist", _FASHION),
+        partial(load_idx, "fashion-mnist", _FASHION),
         "run `apt-get install dataset-fashion-mnist`, or put the four files of "
         "https://github.com/zalandoresearch/fashion-mnist into a folder and pass it as --root",
     ),
     "mnist": _Source(
-        _idx("mnist", _DIGITS),
+        partial(load_idx, "mnist", _DIGITS),
         "put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
         "t10k-labels-idx1-ubyte.gz (https://yann.lecun.com/exdb/mnist/) into a folder and pass it as --root",
     ),

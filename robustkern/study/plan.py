@@ -10,6 +10,7 @@ from typing import Any
 
 from robustkern._settings import THREADS, check_ranges, counts, setting
 from robustkern.training import METHODS, TrainingConfig, UsageError, recipe
+from robustkern.training.errors import require
 
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
 OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")
@@ -82,14 +83,14 @@ class Plan:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        known = ", ".join(PAPER + OURS)
         for method in self.methods:
-            if method not in PAPER + OURS:
-                raise UsageError(f"no method {method!r} in the study: choose among {', '.join(PAPER + OURS)}")
+            require(method in PAPER + OURS, f"no method {method!r} in the study: choose among {known}")
         if self.epochs is None:
             object.__setattr__(self, "epochs", max(1, recipe(self.data).epochs // 2))
         check_ranges(self, UsageError)
-        if not all(0 < factor < math.inf for factor in self.sweep):
-            raise UsageError(f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
+        positive = all(0 < factor < math.inf for factor in self.sweep)
+        require(positive, f"sweep: multiples must be positive numbers, got {list(self.sweep)}")
         object.__setattr__(self, "sweep", tuple(dict.fromkeys(self.sweep)))
 
     @property
@@ -106,20 +107,19 @@ class Plan:
         """Every kind of model, the matrix first."""
         needed = {"gradient-penalty"} if self.two_by_two or self.sweep else set()
         given = {name: Entry(name, "", source=source) for name, source in self.given}
-        if len(given) < len(self.given):
-            raise UsageError("two of the networks that are given have the same name")
-        if needed & set(given):
-            raise UsageError(
-                "the sweep and the 2x2 train the gradient penalty themselves: give yours another name, or leave them "
-                "out with --sweep none --no-two-by-two"
-            )
+        require(len(given) == len(self.given), "two of the networks that are given have the same name")
+        require(
+            not needed & set(given),
+            "the sweep and the 2x2 train the gradient penalty themselves: give yours another name, or leave them out "
+            "with --sweep none --no-two-by-two",
+        )
         found = [
             given.pop(method) if method in given else _entry(method)
             for method in PAPER + OURS
             if method in self.methods or method in needed
         ]
         found += given.values()
-        if self.two_by_two or self.sweep:
+        if needed:
             found.append(self._without_penalty())
         found += [
             Entry(f"gradient-penalty x {factor:g}", "gradient-penalty", factor=factor, swept=True)
@@ -129,12 +129,10 @@ class Plan:
         if self.two_by_two:
             found.append(self._without_penalty(shuffled=True))
             found.append(Entry("gradient-penalty, labels shuffled", "gradient-penalty", shuffled=True))
-        if not found:
-            raise UsageError("nothing to study: neither methods, a sweep, the 2x2 nor a network that is given")
+        require(bool(found), "nothing to study: neither methods, a sweep, the 2x2 nor a network that is given")
         folders = [folder_name(entry.name, 0) for entry in found]
-        twice = next((entry.name for entry, folder in zip(found, folders) if folders.count(folder) > 1), None)
-        if twice is not None:
-            raise UsageError(f"{twice!r} would share its files with another network of the study: choose another name")
+        for name in (entry.name for entry, folder in zip(found, folders) if folders.count(folder) > 1):
+            raise UsageError(f"{name!r} would share its files with another network of the study: choose another name")
         return found
 
     def _without_penalty(self, shuffled: bool = False) -> Entry:

@@ -20,7 +20,7 @@ from robustkern.data import Dataset
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 from .config import parse_fraction
-from .errors import UsageError
+from .errors import UsageError, require
 from .weights import load_model, load_model_for
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Draw | None], Terms]
@@ -51,20 +51,17 @@ class Method:
 
     def complete(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """All options, the missing ones from the defaults; unknown names and wrong types are refused."""
-        unknown = sorted(map(brief, set(options) - set(self.options)))
-        if unknown:
+        for unknown in sorted(map(brief, set(options) - set(self.options))):
             known = ", ".join(self.options) or "none"
-            raise UsageError(f"method {name} has no option {unknown[0]} (it has: {known})")
+            raise UsageError(f"method {name} has no option {unknown} (it has: {known})")
         completed = {}
         for option, default in self.options.items():
             value = options.get(option, default)
             try:
                 completed[option] = _converted(value, type(default))
             except (TypeError, UsageError) as error:
-                kind = _KINDS[type(default)]
-                raise UsageError(
-                    f"option {option} of method {name} must be {kind}, got {brief(repr(value))}"
-                ) from error
+                expected = f"option {option} of method {name} must be {_KINDS[type(default)]}"
+                raise UsageError(f"{expected}, got {brief(repr(value))}") from error
         return completed
 
 
@@ -93,7 +90,7 @@ def _label_smoothing(*, eps: float, **options: Any) -> Loss:
 
 
 def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) -> Loss:
-    _require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
+    require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
     return losses.Distillation(load_model(teacher)[0], temperature, impl=impl)
 
 
@@ -102,7 +99,7 @@ def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
 
 
 def _gradient_penalty(*, norm: float, **options: Any) -> Loss:
-    _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
+    require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
     return losses.GradientPenalty(p=norm, **options)
 
 
@@ -122,7 +119,7 @@ def _projected(penalty: type[ProjectedPenalty], *, projections: int, **options: 
 
 def _check_projections(data: Dataset, *, projections: int, law: str, **options: Any) -> None:
     most = data.num_classes
-    _require(
+    require(
         law != "orthonormal" or projections <= most,
         f"projections must be at most {most} for law orthonormal and the {most} classes of {data.name}, got "
         f"{projections}; 0 is the exact norm",
@@ -232,11 +229,6 @@ METHODS: dict[str, Method] = {
         single_step=True,
     ),
 }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)
 
 
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:

@@ -21,15 +21,10 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "cifar10": {"eps": 8 / 255, "epochs": 30, "lr": 0.1, "model": "preact-resnet18"},
 }
 
-# Options of the methods that have them. Label smoothing keeps the loss from vanishing at the training images: where it
+# For the methods that have the option. Label smoothing keeps the loss from vanishing at the training images: where it
 # does, so does its gradient, and a penalty on that gradient has nothing left to act on. The few digits, which are soon
 # learnt by heart, need more of both than the larger sets.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "digits": {"label_smoothing": 0.2},
-    "digits-28": {"label_smoothing": 0.1},
-    "mnist": {"label_smoothing": 0.1},
-    "fashion-mnist": {"label_smoothing": 0.1},
-}
+_SMOOTHING = {"digits": 0.2, "digits-28": 0.1, "mnist": 0.1, "fashion-mnist": 0.1}
 
 # Options of one method. Attacks of seven steps are those of the study's paper; the digits' weights were tried out.
 _SEVEN_STEPS: dict[str, dict[str, Any]] = {name: {"steps": 7} for name in ("pgd", "trades", "mart", "alp")}
@@ -41,16 +36,14 @@ _DIGITS: dict[str, dict[str, Any]] = {
     **_SEVEN_STEPS,
 }
 _BY_METHOD: dict[str, dict[str, dict[str, Any]]] = {
-    "digits": _DIGITS,
-    "digits-28": _DIGITS,
-    "mnist": _SEVEN_STEPS,
-    "fashion-mnist": _SEVEN_STEPS,
-    "cifar10": _SEVEN_STEPS,
+    **dict.fromkeys(_RECIPES, _SEVEN_STEPS),
+    **dict.fromkeys(("digits", "digits-28"), _DIGITS),
 }
 
 # Trained at the adversary alone, as published.  A weight that grew from 0 would mix both losses on the way, and pay for
 # the gradient of the one at the clean image as well.  No smooth labels: nothing needs the loss not to vanish here.
 _AT_THE_ADVERSARY = ("fgsm", "n-fgsm", "pgd")
+_HARD_LABELS = (*_AT_THE_ADVERSARY, "standard")
 
 
 # Gradients carry one over the temperature, for which the learning rate makes up. Published: 0.4 instead of 0.2.
@@ -87,10 +80,8 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     values.update(given)
     options = dict(values.pop("options", {}))
     if method in METHODS:
-        known = METHODS[method].options
-        usual = {name: value for name, value in _OPTIONS.get(data, {}).items() if name in known}
-        if method in (*_AT_THE_ADVERSARY, "standard"):
-            usual.pop("label_smoothing", None)
-        usual.update(_BY_METHOD.get(data, {}).get(method, {}))
+        usual = dict(_BY_METHOD.get(data, {}).get(method, {}))
+        if data in _SMOOTHING and "label_smoothing" in METHODS[method].options and method not in _HARD_LABELS:
+            usual["label_smoothing"] = _SMOOTHING[data]
         options = METHODS[method].complete(method, {**usual, **options})
     return TrainingConfig(data=data, method=method, options=options, **values)

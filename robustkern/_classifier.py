@@ -1,7 +1,5 @@
 """What every attack and every loss is called with: a model, images, labels; and the logits that come out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

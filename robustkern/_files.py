@@ -1,7 +1,5 @@
 """Files that anybody may have written: regular ones, of a bounded size; JSON of a bounded depth, no key twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Options of attacks and losses, checked by their names: what has one name means the same everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

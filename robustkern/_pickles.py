@@ -1,7 +1,5 @@
 """Pickles, looked at before they are run: what a pickle makes may be larger than itself by any factor."""
 
-from __future__ import annotations
-
 import pickletools
 
 _IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")

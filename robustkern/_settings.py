@@ -3,8 +3,6 @@
 What a setting is stands in the docstring of its class, whose first sentence about it is the help of the command line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import math

@@ -10,8 +10,6 @@ Means run over all processes; sums, and a and b, belong to one.  grad_x is the d
 losses, as PyTorch's first backward takes it, and grad_w is one process's share of it.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace

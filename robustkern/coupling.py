@@ -1,7 +1,5 @@
 """Whether a model treats each sample of a batch by itself, as penalties of a sample's gradient take for granted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The switch that gives PyTorch's own operators fused second derivatives."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The Jacobian of a model's outputs with respect to its inputs: norms by random projection or exact, and itself."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Literal, overload

@@ -3,8 +3,6 @@
 Public, so that kernels written elsewhere can be held to the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The claim of gradient-regularised training, seen: the same network, trained with and without the penalty."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

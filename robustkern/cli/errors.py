@@ -1,7 +1,5 @@
 """Errors of the command line: what is wrong is one line on stderr, and an exit status."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """`robustkern evaluate`."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

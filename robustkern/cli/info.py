@@ -3,8 +3,6 @@
 Needs nothing but Python and PyTorch, so that it works where everything else does not.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

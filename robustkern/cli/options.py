@@ -1,7 +1,5 @@
 """Options of commands: a value is checked when it is read, and fields of a dataclass are options by themselves."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence

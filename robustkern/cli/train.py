@@ -1,7 +1,5 @@
 """`robustkern train`."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Names: `digits` (scikit-learn's, embedded), `digits-28` (the same, enlarged), `m
 `DataError` that says how to get it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Pickles run code when they are read. The Python version is therefore read with a
 NumPy array of bytes and nothing else.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import pickle

@@ -4,8 +4,6 @@ A file is: two zero bytes, a type code (8 for unsigned bytes), the number of dim
 32-bit integer, then the values in row-major order.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import struct

@@ -7,8 +7,6 @@ mistakes of the evaluation itself. Training with penalties on gradients is a kno
 making a model robust, so a package that does so has to look hard.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """How steep a classifier is around given images, and how far its decision is from changing."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

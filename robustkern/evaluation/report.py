@@ -1,7 +1,5 @@
 """What an evaluation leaves: a JSON file, the adversarial images and a figure."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """The evaluation: clean and attacked accuracies, the curve over the radius, steepness, and the checks behind them."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

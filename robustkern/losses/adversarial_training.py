@@ -1,7 +1,5 @@
 """Adversarial training: the loss at the worst image near by."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

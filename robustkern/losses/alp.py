@@ -1,7 +1,5 @@
 """Adversarial logit pairing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

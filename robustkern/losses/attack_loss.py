@@ -1,7 +1,5 @@
 """What losses with an attack inside share: the attack apart from the loss, and ascent in a ball."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

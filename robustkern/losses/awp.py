@@ -1,7 +1,5 @@
 """Adversarial weight perturbation (AWP)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Standard training: orientation without smoothness."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Curvature regularisation (CURE)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Defensive distillation: another network's predictions as targets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """GradAlign: fast adversarial training that stays aligned."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Gradient regularisation: double backpropagation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Label smoothing: outputs that are smooth, whatever the inputs do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

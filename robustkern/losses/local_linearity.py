@@ -1,7 +1,5 @@
 """Local linearity regularisation (LLR)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

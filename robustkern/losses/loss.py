@@ -1,7 +1,5 @@
 """What every loss is: a frozen dataclass of options, called with a model, a batch and a draw."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """MART: TRADES's term counts most where the clean prediction is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

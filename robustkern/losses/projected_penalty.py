@@ -1,7 +1,5 @@
 """What the penalties on a Jacobian share: random projections, of all or some of the samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

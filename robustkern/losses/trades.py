@@ -1,7 +1,5 @@
 """TRADES: predictions that an adversary cannot move."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

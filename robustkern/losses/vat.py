@@ -1,7 +1,5 @@
 """Virtual adversarial training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

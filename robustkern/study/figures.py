@@ -1,7 +1,5 @@
 """The study's figures, each a function of models and data or of measured numbers, each one PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

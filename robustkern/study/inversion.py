@@ -1,7 +1,5 @@
 """Inversion: images made by following a classifier's input gradient towards a class, and what others see in them."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

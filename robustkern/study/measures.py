@@ -1,7 +1,5 @@
 """Every measure of the study for one model, with intervals over images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Tasks shared among processes that go on from wherever the last ones stopped."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

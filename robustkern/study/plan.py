@@ -1,7 +1,5 @@
 """What a study consists of: kinds of models, and how each is trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

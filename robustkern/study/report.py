@@ -1,7 +1,5 @@
 """A study's figures, and a report in one HTML file that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a study's numbers say: means, curves, the differences that the claim is about, rank correlations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

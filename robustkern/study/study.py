@@ -12,8 +12,6 @@ each with several seeds, measures every model by the same protocol, and writes f
 trained elsewhere can be measured beside them.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

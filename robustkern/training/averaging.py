@@ -1,7 +1,5 @@
 """Averages of the weights over the training: smoother than the last ones, and less prone to robust overfitting."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

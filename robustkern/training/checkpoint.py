@@ -4,8 +4,6 @@ A checkpoint is two files, `checkpoint-<step>.pt` with the state and `checkpoint
 and SHA-256 of the first. The manifest is written last: without it there is no checkpoint.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

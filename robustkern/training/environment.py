@@ -1,7 +1,5 @@
 """Settings of the process that a run needs, put back afterwards."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The two ways in which training refuses; each message is one sentence for the user."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Clean and robust accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """The two figures of a run: its curves, and what its input gradients look like."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 A new method is a new entry: the configuration, the command line and the checkpoints take its options from here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

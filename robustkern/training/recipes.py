@@ -1,7 +1,5 @@
 """What each data set is trained with when the user does not say otherwise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

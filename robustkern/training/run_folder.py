@@ -1,7 +1,5 @@
 """The folder of a run: every file that a run leaves, and whose it is, which is asked before anything is written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Learning rate and smoothness weight as functions of the step, so that a schedule has no state to save."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

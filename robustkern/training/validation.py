@@ -3,8 +3,6 @@
 With a validation set, everything is decided and recorded by that, and the test images are looked at once, at the end.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights as one safetensors file that says which model they belong to and verifies when it is read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ grow into gigabytes.  Here 010 is ten, 1:00 and no are texts, and anchors, alias
 refused, as is what is too long or too deep for settings.
 """
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from typing import Any

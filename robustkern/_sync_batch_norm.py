@@ -57,25 +57,18 @@ class _SyncBatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, invstd, counts = ctx.saved_tensors
-        grads = _second_backward(u, a, b, g, x, w, mean, invstd, counts.sum(), ctx.group)
+        grads = _second_backward((u, a, b), ctx.saved_tensors, ctx.group)
         asked = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
         return (*asked, None, None, None)
 
 
 def _second_backward(
-    u: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    count: Tensor,
-    group: Any,
+    cotangents: tuple[Tensor | None, Tensor | None, Tensor | None], saved: tuple[Any, ...], group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cotangents of the first backward's gradients in those of grad, x and weight; differentiable once more."""
+    """Gradients in grad, x and weight, from cotangents of the first backward's results; differentiable once more."""
+    u, a, b = cotangents
+    grad, x, weight, mean, invstd, counts = saved
+    count = counts.sum()
     others = [d for d in range(x.dim()) if d != 1]
     wide = mean.dtype
 

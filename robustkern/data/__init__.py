@@ -23,16 +23,8 @@ from .idx import load_idx
 from .randomness import CropFlip, epoch_order, generator
 
 __all__ = [
-    "NAMES",
-    "CropFlip",
-    "DataError",
-    "DataWarning",
-    "Dataset",
-    "augmentation",
-    "epoch_order",
-    "generator",
-    "load",
-]
+    "NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "augmentation", "epoch_order", "generator", "load",
+]  # fmt: skip
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
 

@@ -145,16 +145,13 @@ class TrainingConfig:
 
     def differences(self, other: TrainingConfig) -> list[str]:
         """What differs from another configuration, one readable phrase for each setting."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         changed = []
-        for name in mine:
+        for name, mine in vars(self).items():
+            theirs = vars(other)[name]
+            pairs = [(name, mine, theirs)]
             if name == "options":
-                for option in sorted(set(mine[name]) | set(theirs[name])):
-                    old, new = mine[name].get(option), theirs[name].get(option)
-                    if old != new:
-                        changed.append(f"{option} {old} -> {new}")
-            elif mine[name] != theirs[name]:
-                changed.append(f"{name} {mine[name]} -> {theirs[name]}")
+                pairs = [(option, mine.get(option), theirs.get(option)) for option in sorted({*mine, *theirs})]
+            changed += [f"{label} {old} -> {new}" for label, old, new in pairs if old != new]
         return changed
 
 

@@ -104,7 +104,9 @@ def evaluate(
     if right.any() and report.attacks:
         report.checks.append(_in_ball(settings, x, report.adversaries))
         if "autoattack" in settings.attacks:
-            report.checks.append(_autoattack_flags(report))
+            # Such as that its black-box attack got where its white-box ones did not.
+            flags = "; ".join(report.warnings) or "AutoAttack raised no flag"
+            report.checks.append(Check("AutoAttack's flags", not report.warnings, flags))
     return report
 
 
@@ -274,12 +276,6 @@ def _in_ball(settings: Settings, x: Tensor, adversaries: dict[str, Tensor]) -> C
     if not passed:
         found = f"a change of {farthest:.6g} where {settings.eps:.6g} is allowed, {outside:.2g} outside [0, 1]"
     return Check("in the ball", passed, found, {"farthest": farthest, "outside": outside})
-
-
-def _autoattack_flags(report: Report) -> Check:
-    """AutoAttack's own finding that its black-box attack got where its white-box ones did not, and its other flags."""
-    found = "; ".join(report.warnings) or "AutoAttack raised no flag"
-    return Check("AutoAttack's flags", not report.warnings, found)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
 
 NORMS = ("linf", "l2")
@@ -43,8 +44,7 @@ def invert(
     Raises:
         ValueError: Another norm, or steps < 1.
     """
-    if norm not in NORMS:
-        raise ValueError(f"invert: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    check_choice("invert", "norm", norm, NORMS)
     if steps < 1:
         raise ValueError(f"invert: steps must be at least 1, got {steps}")
     # From anywhere in the box to anywhere else: the ball of an attack's step, out of the way.

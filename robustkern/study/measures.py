@@ -40,15 +40,8 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
 # Of the others the mean. A few images have most of a gradient's norm where the loss saturates, and quotients by a
 # gradient that is nearly zero are as large as one likes.
 MEDIANS = ("median_gradient_norm", "linearised_robustness")
-# Of yes and no.
-PROPORTIONS = (
-    "clean_accuracy",
-    "robust_accuracy",
-    "inversion_accuracy",
-    "noise_inversion_accuracy",
-    "inversion_transfer",
-    "noise_inversion_transfer",
-)
+# Shares of images: each image says yes or no.
+PROPORTIONS = tuple(name for name in MEASURES if name.endswith(("_accuracy", "_transfer")))
 NOISE_INVERSIONS = "inversions from noise"  # the images, beside the measures
 
 

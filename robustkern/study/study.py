@@ -194,7 +194,7 @@ def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
     if unit.entry.source:  # what lies behind the name may be another network by now
         return False
     out = folder / "models" / folder_name(unit.entry.name, unit.seed)
-    if not (out / "results.json").exists() or read_values(_values_path(folder, unit)) is None:
+    if not (out / "results.json").exists() or read_values(_values_path(folder, unit.entry, unit.seed)) is None:
         return False
     return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
 
@@ -232,7 +232,7 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
     few = test.first(plan.samples)
     x, y = few.images.to(plan.device), few.labels.to(plan.device)
     values[_CURVE] = accuracy_curve(network, x, y, [multiple * plan.eps for multiple in RADII]).float().cpu()
-    path = _values_path(folder, unit)
+    path = _values_path(folder, unit.entry, unit.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, values)
 
@@ -273,9 +273,8 @@ def _judge(folder: Path, judge: str) -> Path:
     return folder / "judges" / judge
 
 
-def _values_path(folder: Path, unit: Unit) -> Path:
-    assert unit.entry is not None
-    return folder / "measures" / f"{folder_name(unit.entry.name, unit.seed)}.safetensors"
+def _values_path(folder: Path, entry: Entry, seed: int) -> Path:
+    return folder / "measures" / f"{folder_name(entry.name, seed)}.safetensors"
 
 
 def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
@@ -287,7 +286,7 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
     for entry in plan.entries():
         seeds = range(1 if entry.source else plan.seeds)
         models[entry.name] = []
-        for path in (_values_path(folder, Unit(entry, seed)) for seed in seeds):
+        for path in (_values_path(folder, entry, seed) for seed in seeds):
             values = read_values(path) or {}
             shapes = shapes or {name: values[name].shape for name in values if name in _NAMES}
             if not values or any(values[name].shape != shape for name, shape in shapes.items()):

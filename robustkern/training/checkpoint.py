@@ -260,15 +260,13 @@ def _read_verified(
     path = manifest_path.with_suffix(".pt")
     try:
         manifest = parse_json(read_bytes(manifest_path, _MOST_MANIFEST))
-        written_format = manifest["format"]
-        if written_format == _FORMAT:
-            expected_bytes, expected_hash = manifest["bytes"], manifest["sha256"]
-            written_fingerprint = manifest["fingerprint"]
-            written_config = TrainingConfig.from_yaml(manifest["config"])
+        if (written_format := manifest["format"]) != _FORMAT:
+            raise CheckpointError(f"{path} has format {brief(written_format)}, this version reads {_FORMAT}")
+        expected_bytes, expected_hash = manifest["bytes"], manifest["sha256"]
+        written_fingerprint = manifest["fingerprint"]
+        written_config = TrainingConfig.from_yaml(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest_path} is damaged ({type(error).__name__})") from error
-    if written_format != _FORMAT:
-        raise CheckpointError(f"{path} has format {brief(written_format)}, this version reads {_FORMAT}")
     try:
         content = read_bytes(path, most)
     except OSError as error:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
 from robustkern.data import Dataset, generator
 
@@ -122,8 +123,7 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", b
     Raises:
         ValueError: Another `of`.
     """
-    if of not in _OF:
-        raise ValueError(f"input_gradients: of must be one of {', '.join(map(repr, _OF))}, got {of!r}")
+    check_choice("input_gradients", "of", of, _OF)
     parts = []
     with attacked(model), torch.enable_grad():
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):

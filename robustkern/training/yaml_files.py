@@ -72,11 +72,9 @@ def _loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
             if getattr(event, "anchor", None) or getattr(event, "tag", None):  # an alias has its anchor's name
-                raise yaml.composer.ComposerError(
-                    None, None, "anchors, aliases and tags are not read", event.start_mark
-                )
+                raise yaml.MarkedYAMLError(None, None, "anchors, aliases and tags are not read", event.start_mark)
             if self.depth == _DEPTH:
-                raise yaml.composer.ComposerError(None, None, f"more than {_DEPTH} levels", event.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"more than {_DEPTH} levels", event.start_mark)
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
@@ -86,10 +84,10 @@ def _loader() -> Any:
             seen = set()
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+                    raise yaml.MarkedYAMLError(None, None, "a key must be a name", key.start_mark)
                 name = self.construct_object(key)
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{brief(name)} stands twice", key.start_mark)
+                    raise yaml.MarkedYAMLError(None, None, f"{brief(name)} stands twice", key.start_mark)
                 seen.add(name)
             return super().construct_mapping(node, deep)
 

@@ -55,6 +55,5 @@ class Distillation(Loss):
             raise ValueError(
                 f"Distillation: teacher gives logits of shape {list(taught.shape)}, the model {list(logits.shape)}"
             )
-        loss = ops.softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl)
-        orientation = loss.mean()
+        orientation = ops.softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl).mean()
         return Terms(orientation, orientation.new_zeros(()), 0.0)

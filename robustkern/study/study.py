@@ -41,6 +41,7 @@ from robustkern.training import (
     teacher_recipe,
     train,
 )
+from robustkern.training.errors import require
 from robustkern.training.files import refuse_foreign, write_atomically
 from robustkern.training.weights import load_model_for, read_tensors, write_tensors
 
@@ -135,8 +136,7 @@ def run(
         UsageError: The folder holds another study, or a given network does not fit the data.
         Interrupted: SIGINT or SIGTERM; what was trained was saved.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    require(jobs >= 1, f"jobs must be at least 1, got {jobs}")
     torch.set_num_threads(plan.threads)  # of the figures as well
     entries = plan.entries()
     test = datasets.load(plan.data, root, "test")
@@ -252,8 +252,7 @@ def _claim(plan: Plan, folder: Path) -> None:
         changed = [
             f"{name} {brief(theirs.get(name))} -> {value}" for name, value in mine.items() if theirs.get(name) != value
         ]
-        if changed:
-            raise UsageError(f"{folder} holds another study ({', '.join(changed)}): choose another folder")
+        require(not changed, f"{folder} holds another study ({', '.join(changed)}): choose another folder")
     write_atomically(path, json.dumps(mine, indent=1) + "\n")
 
 
@@ -264,8 +263,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = brief(getattr(error, "strerror", None) or error)
         raise UsageError(f"{path}: not the plan of a study ({reason})") from error
-    if not isinstance(plan, dict):
-        raise UsageError(f"{path}: not the plan of a study")
+    require(isinstance(plan, dict), f"{path}: not the plan of a study")
     return plan
 
 

@@ -14,7 +14,7 @@ from typing import IO
 
 from robustkern._text import brief
 
-from .errors import TrainingError, UsageError
+from .errors import TrainingError, UsageError, require
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"
 # Of files that we write; the end is `tempfile.mkstemp`'s.
@@ -72,8 +72,7 @@ def refuse_foreign(folder: Path, ours: Collection[str], kind: str, marker: str |
         kind: What we call such a folder.
         marker: Where this file is, everything else may be there too.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a folder")
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file, not a folder")
     names = names_in(folder) if folder.exists() else []
     strange = [name for name in names if name not in ours] if marker not in names else []
     if strange:

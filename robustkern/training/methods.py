@@ -261,6 +261,5 @@ def check_options(name: str, options: dict[str, Any], data: Dataset) -> None:
 
 
 def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise UsageError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
+    require(name in METHODS, f"no method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]

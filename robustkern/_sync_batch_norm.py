@@ -24,7 +24,7 @@ _ORIGINAL: Callable[..., tuple[Tensor | None, ...]] = _functions.SyncBatchNorm.b
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over all processes, of which every process has a share in the derivative of each."""
+    """The sum over all processes; its derivative is the sum of all processes' cotangents."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
@@ -49,7 +49,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         ctx.group = group
         node = SimpleNamespace(saved_tensors=(x, w, mean, invstd, counts), process_group=group, needs_input_grad=needs)
         grads = _ORIGINAL(node, g)
-        # Of no samples PyTorch gives None, and a process without a node would not take part in what follows.
+        # For no samples PyTorch gives None, and a process without a node would miss the sums that follow.
         return tuple(
             torch.zeros_like(like) if grad is None and needed and like is not None else grad
             for grad, like, needed in zip(grads, (x, w, w), needs)

@@ -93,7 +93,7 @@ def jacobian_norm(
             be in what torch.compile traces.
         first: row of a larger batch that the first of these is: its projections are those that it has there.
         return_variance: also give an unbiased estimate of the estimate's variance, from the spread of the K values:
-            s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It takes K >= 2 and
+            s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It needs K >= 2 and
             `squared`, and assumes that a sample's outputs depend on no other sample, see above.  Not differentiable.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.
         impl: "auto", "kernel" or "reference".
@@ -126,7 +126,7 @@ def jacobian_norm(
         if exact:
             cotangents: Iterable[Tensor] = basis_cotangents(source, kind)
         else:
-            # A row's directions are those of its place: rows before these, which somebody else has, are put there.
+            # A row's directions are those of its place in the whole batch: zeros stand for the rows before these.
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents

@@ -66,9 +66,8 @@ def assert_as_accurate_as_reference(
 ) -> None:
     """error(actual) <= 2 error(eager) + 4 eps, relative to exact, in the L2 norm and in the maximum norm.
 
-    A kernel may round as often as plain PyTorch does in the same dtype, and twice at that; nobody has to invent a
-    tolerance.  Since both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns
-    zeros fails.
+    A kernel may be off by twice as much as plain PyTorch is in the same dtype; nobody has to invent a tolerance.  Since
+    both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns zeros fails.
 
     Args:
         actual: what the kernel returned.

@@ -181,7 +181,7 @@ def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The right to write an evaluation into a folder, which is empty or holds one, and the certainty that it can be."""
+    """The right to write an evaluation into a folder that is empty or holds one, once a trial file was written."""
 
     def check() -> None:
         refuse_foreign(folder, FILES, "an evaluation", marker=FILES[0])
@@ -211,7 +211,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """What is being measured, and how far it is: told by calling it with a name, what is done, and of how much."""
+    """A bar for what is being measured; it is called with the name of that, how much is done, and of how much."""
     tasks: dict[str, TaskID] = {}
 
     def on_stage(stage: str, done: int, total: int) -> None:

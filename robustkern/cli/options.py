@@ -1,4 +1,4 @@
-"""Options of commands: a value is checked when it is read, and fields of a dataclass are options by themselves."""
+"""Options of commands: each value is checked when it is read, and the fields of a dataclass can be options."""
 
 import dataclasses
 import inspect

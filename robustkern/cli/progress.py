@@ -16,7 +16,7 @@ _COLUMNS = "{:>7}{:>13}{:>12}{:>9}{:>9}{:>10}"
 
 
 def say(console: Console, text: str, **style: Any) -> None:
-    """Print a line as it is: neither coloured by what Rich sees in it, nor broken."""
+    """Print a line as it is: Rich neither colours nor breaks it."""
     console.print(text, highlight=False, soft_wrap=True, **style)
 
 

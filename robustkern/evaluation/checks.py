@@ -25,8 +25,8 @@ from robustkern.attacks import FGSM, PGD, attacked
 from robustkern.attacks._common import box_diameter
 
 _FLAT = 1e-8  # an input gradient with no entry above is taken for zero
-_FEW_POINTS = 0.01  # by so much may an attack that should be weaker come out stronger: chance
-_LOSSES_DIFFER = 0.1  # by so much do losses, and more steps, differ on sound models as well
+_FEW_POINTS = 0.01  # by chance, an attack that should be weaker may come out stronger by this much
+_LOSSES_DIFFER = 0.1  # other losses, and more steps, make a difference of this much on sound models as well
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Subject:
         return PGD(**{**usual, **options})
 
     def noise(self) -> Tensor:
-        """Whether each sample is still classified right at a random point of the ball: all of 20 draws."""
+        """Whether each sample is still classified right at all of 20 random points of the ball."""
         right = correct(self.model, self.x, self.y)
         generator = self._generator()
         for _ in range(20):
@@ -187,7 +187,7 @@ def static(subject: Subject) -> Check:
 
 
 def gradients(subject: Subject) -> Check:
-    """Where the input gradient is zero, in float32 or for good, an attack on the cross-entropy goes nowhere."""
+    """Where the input gradient is zero, in float32 or in any precision, an attack on the cross-entropy goes nowhere."""
     right = correct(subject.model, subject.x, subject.y)
     x, y = subject.x[right], subject.y[right]
     flat32 = _flat_share(subject.model, x.float(), y)
@@ -222,7 +222,7 @@ def scale(subject: Subject) -> Check:
 
 
 def radii(subject: Subject) -> Check:
-    """Accuracy must be the clean one at radius 0, fall with the radius, and be nothing where any image is in reach."""
+    """Accuracy must be the clean one at radius 0, fall with the radius, and vanish where every image is in reach."""
     everything = box_diameter(subject.norm, subject.x.shape[1:])
     chosen = sorted({0.0, 0.5 * subject.eps, subject.eps, min(2 * subject.eps, everything), everything})
     accuracies = {eps: subject.accuracy(subject.pgd(eps=eps)) for eps in chosen}

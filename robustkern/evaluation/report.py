@@ -43,7 +43,7 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
     if report.clean.right:
         report.checks.append(recheck(report, model, stored, metadata.get(_IDENTITY, "")))
     _write_json(out, to_dict(report, source))
-    figure(out / FILES[2], report)  # after the numbers: no trouble with a picture may cost them
+    figure(out / FILES[2], report)  # last: trouble with a picture must not cost the numbers
 
 
 def write_partial(report: Report, out: Path, source: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def _write_json(out: Path, values: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """With null for numbers that JSON lacks: one such, of a model that gives NaN, may not cost the others."""
+    """The value, with None for numbers that JSON lacks: a NaN that a model gives must not cost the other numbers."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

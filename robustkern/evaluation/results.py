@@ -111,7 +111,7 @@ class Report:
         steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
             constant is what an attack found: a lower bound.
         checks: Reasons to doubt the accuracies, sought.
-        unchecked: Why there was nothing to check, if there was not.
+        unchecked: Why nothing was checked; empty if something was.
         warnings: What the attacks' packages warned of.
         adversaries: For each attack, its adversarial images.  [N, C, H, W]
         x: The clean images.

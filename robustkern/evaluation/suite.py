@@ -45,7 +45,7 @@ def evaluate(
     Every attack is run on every sample that is classified right; one that is not counts as wrong under any attack.
 
     Args:
-        model: Maps images in [0, 1] to logits, normalisation inside.  It leaves as it came.
+        model: Maps images in [0, 1] to logits, normalisation inside; left as it came.
         data: The images; none of them may have been used to train or choose the model.
         settings: What is measured.
         device: Where the model is.

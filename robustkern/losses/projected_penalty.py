@@ -24,12 +24,12 @@ class ProjectedPenalty(Loss):
 
     Args:
         weight: of the smoothness term.
-        projections: K; a step takes 1 + K plain ones.  "exact" for none of the randomness, and as many as classes.
+        projections: K; a step takes 1 + K plain ones.  "exact": nothing is random, and K is the number of classes.
         eps: multiplies the columns of the Jacobian: a number or one value per channel of x.
         law: of the projections: "orthonormal" (K at most the number of classes), "sphere", "gaussian", "rademacher".
         fraction: penalise that share of each batch, drawn anew each time; the mean over draws stays.  The forward pass
             then runs in two parts, and only the first is differentiated twice.  A model with BatchNorm in training
-            mode needs its batch whole, and so may a model that is no `nn.Module`: there, nothing is saved by it.
+            mode needs its batch whole, and so may a model that is no `nn.Module`: there it saves nothing.
         label_smoothing: in the cross-entropy.
         impl: "auto", "kernel" or "reference".
 

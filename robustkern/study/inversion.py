@@ -47,7 +47,7 @@ def invert(
     check_choice("invert", "norm", norm, NORMS)
     if steps < 1:
         raise ValueError(f"invert: steps must be at least 1, got {steps}")
-    # From anywhere in the box to anywhere else: the ball of an attack's step, out of the way.
+    # An attack's step stays in a ball: this one reaches from anywhere in the box to anywhere else, and limits nothing.
     everywhere = 1.0 if norm == "linf" else float(start[:1].numel()) ** 0.5
     parts = []
     with attacked(model), torch.enable_grad():

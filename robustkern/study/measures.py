@@ -37,8 +37,8 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
 }
 
 
-# Of the others the mean. A few images have most of a gradient's norm where the loss saturates, and quotients by a
-# gradient that is nearly zero are as large as one likes.
+# Measures whose median is taken, of the others the mean. Where the loss saturates, a few images have most of a
+# gradient's norm, and a quotient by a gradient that is nearly zero can be of any size.
 MEDIANS = ("median_gradient_norm", "linearised_robustness")
 # Shares of images: each image says yes or no.
 PROPORTIONS = tuple(name for name in MEASURES if name.endswith(("_accuracy", "_transfer")))
@@ -142,7 +142,7 @@ def measure(
     starts, targets, labels = _starts(data, protocol.seeds_per_class)
     starts, targets, labels = starts.to(device), targets.to(device), labels.to(device)
     inverted = invert(model, starts, targets, steps=protocol.inversion_steps, step_size=protocol.inversion_step * scale)
-    # Towards its own class an image is named right before it is touched.
+    # Left out: an image driven towards its own class, which is named right from the beginning.
     for name, judge in (("inversion_accuracy", judges.robust), ("inversion_transfer", judges.standard)):
         named = inversion_accuracy(judge, inverted, targets)[targets != labels]
         values[name] = named.reshape(-1, data.num_classes - 1)  # what began with the same image belongs together

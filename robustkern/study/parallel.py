@@ -1,4 +1,4 @@
-"""Tasks shared among processes that go on from wherever the last ones stopped."""
+"""Tasks shared among processes."""
 
 import multiprocessing
 import os
@@ -111,7 +111,7 @@ def in_parallel(
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed can tell nobody, and what it began must not hold the locks of whoever goes on."""
+    """Ends this process with its parent: one that is killed tells nobody, and its workers must not keep their locks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -13,16 +13,16 @@ from robustkern.training.errors import require
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
 OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)  # multiples of the recipe's weight
-# (oriented, smooth): who stands for it
+# (oriented, smooth): the entry that stands for it
 TWO_BY_TWO = {
     (False, False): "gradient-penalty x 0, labels shuffled",
     (False, True): "gradient-penalty, labels shuffled",
     (True, False): "gradient-penalty x 0",
     (True, True): "gradient-penalty",
 }
-# Of the gradient. The recipe's is the L1 norm, and its weight is multiplied so that the penalty is about as large: of a
-# Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest entry; of one of 64, 6
-# and 20 times.
+# Norms of the gradient, and by how much the weight of the recipe, whose norm is L1, is multiplied to make the penalty
+# about as large: of a Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest
+# entry; of one of 64, 6 and 20 times.
 _OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
 _OF_ENTRIES = 784
 
@@ -168,10 +168,10 @@ def training_settings(plan: Plan) -> dict[str, Any]:
 
 
 def folder_name(name: str, seed: int) -> str:
-    """Of one model."""
+    """The folder of one model."""
     return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def teacher_folder(folder: Path, seed: int) -> Path:
-    """Of the network that distillation learns from."""
+    """The folder of the network that distillation learns from."""
     return folder / "models" / folder_name("distillation-teacher", seed)

@@ -189,7 +189,7 @@ def run(
 
 
 def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
-    """Whether a model was trained, as it would be now, and measured."""
+    """Whether a model was measured, and trained with the settings that it would have now."""
     assert unit.entry is not None
     if unit.entry.source:  # what lies behind the name may be another network by now
         return False

@@ -100,7 +100,7 @@ def _share(
         batch = begin + rank
         if batch < len(x):
             correct += int(right(batch, x[batch].to(device), y[batch].to(device)).sum())
-        # Also without a batch: what it does, all processes may have to do together.
+        # A process without a batch calls it too: all of them may have to meet in it.
         if on_batch is not None:
             on_batch()
     if group is not None:

@@ -167,7 +167,7 @@ def plain_axes(axes: Any, grid: str = "both") -> None:
 
 
 def error_bars(points: Sequence[Mapping[str, float]], value: str = "value", scale: float = 1.0) -> list[list[float]]:
-    """How far below and above their values the intervals of points end, as Matplotlib takes it."""
+    """How far the intervals of points reach below and above their values, in the form that Matplotlib takes."""
     return [
         [scale * (point[value] - point["low"]) for point in points],
         [scale * (point["high"] - point[value]) for point in points],
@@ -175,7 +175,7 @@ def error_bars(points: Sequence[Mapping[str, float]], value: str = "value", scal
 
 
 def save_png(path: Path, figure: Any, dpi: int = _DPI) -> None:
-    """Write a figure with 256 colours, a third of the size of one with all of them.
+    """Write a figure with 256 colours, which takes a third of the bytes that all colours take.
 
     Args:
         path: Where the PNG goes.

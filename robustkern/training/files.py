@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, whatever happens in between, and one process per folder."""
+"""Files that are either the old version or the new one, whatever happens in between; a folder for one process alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def sync_directory(folder: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What lies in a folder beside the lock and temporary files of ours, which may be left of a process that died."""
+    """Names in a folder, without our lock and our temporary files, which a process that died may have left."""
     return sorted(path.name for path in folder.iterdir() if path.name != _LOCK and not _STALE.fullmatch(path.name))
 
 
@@ -107,7 +107,7 @@ def _umask() -> int:
 class RunLock:
     """The right to write into a folder of ours; the system takes it back when the process ends, however it ends.
 
-    The file is neither followed, if it is a link, nor cut, nor written over unless it holds the number of a process.
+    A lock file that is a link is not followed; one that holds anything but the number of a process stays as it is.
 
     Raises:
         UsageError: Another process has it, or the file is none of ours.

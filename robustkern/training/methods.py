@@ -37,7 +37,7 @@ class Method:
         build: Makes the loss of all options but `awp` and `every`: `build(eps=..., impl=..., **options)`.
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
         single_step: Whether it trains on single-step attacks, which can overfit to them catastrophically.
-        check: Refuses options that do not go with the images or classes: `check(data, **options)`.
+        check: Refuses options that do not fit the images or classes: `check(data, **options)`.
     """
 
     summary: str
@@ -67,7 +67,7 @@ _KINDS: dict[type, str] = {str: "a text", bool: "true or false", int: "an intege
 
 
 def _converted(value: Any, kind: type) -> Any:
-    """The value as that type, if it is one of it: numbers may be text too, as the command line gives them."""
+    """The value as that type. A number may be a text, as the command line gives it; TypeError for anything else."""
     if kind in (str, bool):
         if not isinstance(value, kind):
             raise TypeError
@@ -254,7 +254,7 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
 
 
 def check_options(name: str, options: dict[str, Any], data: Dataset) -> None:
-    """Raises UsageError if the options of a method do not go with the images or classes that it shall be trained on."""
+    """Raises UsageError if the options of a method do not fit the images or classes that it will be trained on."""
     method = _method(name)
     if method.check is not None:
         method.check(data, **method.complete(name, options))

@@ -9,7 +9,7 @@ from .config import TrainingConfig
 from .methods import METHODS
 
 # Radii at which the images keep their meaning for a person: digits of 8x8 pixels in 17 grey levels and clothes in 28x28
-# stand more than photographs do.
+# keep it at larger radii than photographs do.
 _RECIPES: dict[str, dict[str, Any]] = {
     # One thread: the steps are so short that a second one costs more than it brings.
     "digits": {"eps": 0.15, "epochs": 40, "lr": 0.1, "threads": 1},
@@ -44,7 +44,7 @@ _AT_THE_ADVERSARY = ("fgsm", "n-fgsm", "pgd")
 _HARD_LABELS = (*_AT_THE_ADVERSARY, "standard")
 
 
-# Gradients carry one over the temperature, for which the learning rate makes up. Published: 0.4 instead of 0.2.
+# Gradients are divided by the temperature, and a larger learning rate makes up for it. Published: 0.4 instead of 0.2.
 _DISTILLATION_LR = 0.4
 
 

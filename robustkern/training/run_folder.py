@@ -1,4 +1,4 @@
-"""The folder of a run: every file that a run leaves, and whose it is, which is asked before anything is written."""
+"""The folder of a run: every file that a run writes, and the right to write there, which is checked first."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from .yaml_files import MOST_BYTES
 
 
 class RunFolder:
-    """The files of a run, each written atomically by the first process; what fails there fails in all.
+    """The files of a run, each written atomically by the first process; an error there is an error in all of them.
 
     Args:
         path: The folder; made if missing.
@@ -59,7 +59,7 @@ class RunFolder:
             yield
 
     def restore(self, state: TrainState, steps_per_epoch: int) -> list[str]:
-        """Bring a new state, on all processes, to where the run was left; a sentence for each checkpoint passed over.
+        """Restore, on all processes, the state that the run was left in; a sentence for each checkpoint passed over.
 
         Raises:
             CheckpointError: There are checkpoints, and none can be used.
@@ -115,7 +115,7 @@ class RunFolder:
         self.group.on_main(save)
 
     def write_not_finite(self, step: int, epoch: int, samples: list[int]) -> Path:
-        """Which samples gave a loss or a gradient that is not finite; where that was written."""
+        """Write down which samples gave a loss or a gradient that is not finite; gives the path of the file."""
         self._write("not-finite.json", json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
         return self.path / "not-finite.json"
 

@@ -1,4 +1,4 @@
-"""Weights as one safetensors file that says which model they belong to and verifies when it is read."""
+"""Weights as one safetensors file that says which model they belong to and is verified when it is read."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         header = parse_json(metadata[KEY])
         _check_description(header)
         create = partial(models.create, header["model"], len(header["classes"]), tuple(header["in_shape"]))
-        with torch.device("meta"):  # without memory: how large it would be, the file decides
+        with torch.device("meta"):  # takes no memory: the file decides how large the model is
             expected = create().state_dict()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
@@ -78,7 +78,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_model_for(path: str | Path, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_model`, of a model that takes the images of `data` and means the same by its classes.
+    """`load_model`, for a model that takes the images of `data` and has the same classes.
 
     Raises:
         CheckpointError: As `load_model`.
@@ -96,7 +96,7 @@ def load_model_for(path: str | Path, data: Dataset) -> tuple[nn.Module, dict[str
 
 
 def _names(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
-    """How many, and the first names, at least up to where two lists of them part."""
+    """How many classes there are, and the names around the first one that differs from the other list."""
     parting = next((i for i, (a, b) in enumerate(zip(classes, others)) if a != b), 0)
     shown = classes[max(0, parting - 2) : parting + 3]
     dots = ["..."] * (parting > 2), ["..."] * (parting + 3 < len(classes))
@@ -113,7 +113,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load
 
     try:
-        # Not `safe_open`, which takes no names that are not UTF-8.
+        # Not `safe_open`: it refuses paths that are not UTF-8.
         content = read_bytes(path, _MOST_BYTES)
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -43,7 +43,7 @@ def print_error(sentence: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Errors that a user can do something about become one line on stderr and an exit status; warnings become one line."""
+    """Errors that a user can do something about become one line on stderr and an exit status; a warning, one line."""
     rank = os.environ.get("RANK", "0")
     told: set[str] = set()  # a study loads its data for every model
 

@@ -1,0 +1,187 @@
+"""How long a kernel takes, from its machine code and its launch: the largest of five bounds.
+
+    memory        bytes from and to device memory / 4.3 TB/s
+    instructions  those of all warps / (132 SMs x 4 schedulers x 1.755 GHz x 0.6)
+    L1            wavefronts of 128 bytes, one a cycle of an SM; accesses that lie apart cost more of them
+    special       exponentials, reciprocals, conversions: 16 lanes a cycle of an SM; operations on doubles: 64
+    latency       rounds of resident warps, each as long as one warp takes alone: its instructions and their waits
+
+A kernel's own bound is what share of a copy's rate its main loop keeps up with where the grid fills the GPU: the time for
+its bytes alone / the largest of the five.  A prediction adds what the shape adds: blocks that do not fill the last round,
+tensors that L2 still holds, small kernels, 2.5 us a launch.  Constants and their sources: machine.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from . import machine
+from .cases import Case, Kernel
+from .constants import Evaluator, decide
+from .counts import Counts, counts_of, simulate
+from .flow import Flow, flow_of
+from .path import Way, main_loop
+from .recorder import Launch
+from .sass import Instruction
+from .sass import Kernel as Code
+
+TARGET = 0.85  # of a copy
+SIXTEEN = 16
+
+
+class Unread(Exception):
+    """The case's words about a kernel do not fit its machine code."""
+
+
+@dataclass
+class Reading:
+    """One launch of one kernel."""
+
+    case: Case
+    stated: Kernel
+    launch: Launch
+    code: Code
+    ways: list[Way] = field(default_factory=list)  # one, or one for each sweep
+    counts: list[Counts] = field(default_factory=list)
+    resident: int = 0  # blocks on an SM
+    thread: Counts = field(default_factory=Counts)  # a warp's, from its start to its end
+    passes: float = 0.0  # over the ways, by a warp
+
+    @property
+    def warps(self) -> int:
+        return -(-self.launch.block // 32)
+
+    @property
+    def vectors(self) -> float:
+        """Of one tensor."""
+        return self.case.tensor_bytes / SIXTEEN
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.stated.moves) * self.case.tensor_bytes
+
+    @property
+    def issued(self) -> dict[str, float]:
+        """Cycles of an SM for one warp, by what bounds it; memory is that of its share of the bytes."""
+        warps = self.launch.grid * self.warps
+        one = self.thread
+        return {
+            "memory": self.bytes / warps / machine.BYTES_A_CYCLE,
+            "instructions": one.instructions / machine.SCHEDULERS / machine.ISSUE,
+            "L1": one.wavefronts,
+            "special": one.special * 32 / machine.SPECIAL_LANES + one.double * 32 / machine.DOUBLE_LANES,
+            "latency": one.cycles / max(1, self.resident * self.warps),
+        }
+
+    @property
+    def bound(self) -> str:
+        return max(self.issued, key=lambda name: self.issued[name])
+
+    @property
+    def share(self) -> float:
+        return self.issued["memory"] / max(self.issued.values())
+
+    @property
+    def instructions_a_vector(self) -> float:
+        """For each 16 bytes from or to device memory."""
+        total = self.thread.instructions * 32 * self.launch.grid * self.warps
+        return total / (self.bytes / SIXTEEN)
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes that an SM's threads have under way."""
+        return max(c.in_flight for c in self.counts) * self.launch.block * self.resident
+
+    @property
+    def passed(self) -> bool:
+        return self.share >= TARGET or bool(self.stated.floor)
+
+    def seconds(self, held: float) -> float:
+        """Of this launch, its bytes less those that L2 holds."""
+        cycles = {name: value * self.warps for name, value in self.issued.items()}
+        blocks = math.ceil(self.launch.grid / machine.SMS)  # of the busiest SM
+        rounds = math.ceil(self.launch.grid / (machine.SMS * max(1, self.resident)))
+        busiest = max(cycles[name] for name in ("instructions", "L1", "special")) * blocks
+        return max((self.bytes - held) / machine.BANDWIDTH, max(busiest, self.thread.cycles * rounds) / machine.CLOCK)
+
+
+def length_of(instructions: list[Instruction]) -> tuple[int, float]:
+    return len(instructions), simulate(instructions, 0, set(), machine.MEMORY_LATENCY)[0]
+
+
+def find_ways(stated: Kernel, flow: Flow) -> list[Way]:
+    """The whole, or the sweeps one by one where they are loops of their own in other loops."""
+    if whole := main_loop(flow, stated.sweeps, stated.inner):
+        return [whole]
+    for sweeps in stated.sweeps:
+        found = [main_loop(flow, [(sweep,)], stated.inner) for sweep in sweeps]
+        if all(found):
+            return [way for way in found if way]
+    return []
+
+
+def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
+    reading = Reading(case, stated, launch, code)
+    reading.resident = machine.resident_blocks(launch.block, code.registers, code.shared + launch.shared)
+    evaluator = Evaluator(launch.parameters, launch.block, launch.grid)
+    flow = flow_of(code, lambda blocks: decide(blocks, evaluator))
+    reading.ways = find_ways(stated, flow)
+    if not reading.ways:
+        raise Unread(f"no way through {code.name} moves what the case says: {stated.sweeps}")
+    total = reading.thread
+    before, after = length_of(reading.ways[0].before), length_of(reading.ways[0].after)
+    total.instructions, total.cycles = float(before[0] + after[0]), before[1] + after[1]
+    warps = launch.grid * reading.warps
+    for way in reading.ways:
+        swept = any(step.loop is not None for step in way.steps)
+        joined = any(one.base == "BAR" for step in way.steps for one in step.instructions)
+        passes, trips = reading.vectors / (32 * way.vectors * warps), 1.0
+        if swept:
+            row = max(1.0, case.row * SIXTEEN_OF[case.dtype])
+            of_row = reading.warps if joined else 1
+            trips = row / (32 * of_row)
+            passes = reading.vectors / row * of_row / warps
+        counts = counts_of(way, trips)
+        reading.counts.append(counts)
+        reading.passes = passes
+        for name in ("instructions", "wavefronts", "special", "double", "cycles"):
+            setattr(total, name, getattr(total, name) + passes * getattr(counts, name))
+    return reading
+
+
+SIXTEEN_OF = {"float32": 4 / SIXTEEN, "bfloat16": 2 / SIXTEEN}  # vectors for each element
+
+
+@dataclass
+class Prediction:
+    case: Case
+    readings: list[Reading]
+    small: int  # launches of kernels that move no tensors
+    seconds: float
+    held: float  # bytes that L2 saves
+
+    @property
+    def copy_seconds(self) -> float:
+        return self.case.tensors * self.case.tensor_bytes / machine.BANDWIDTH
+
+    @property
+    def share(self) -> float:
+        return self.copy_seconds / self.seconds
+
+
+def held_in_l2(reading: Reading) -> float:
+    """Of tensors that the kernel before has touched, what L2 still holds: all that fits, if it begins at that end."""
+    again = reading.stated.again * reading.case.tensor_bytes
+    if again <= machine.L2:
+        return float(again)
+    return float(machine.L2) if reading.stated.backwards else 0.0
+
+
+def predict(case: Case, readings: list[Reading], rounds: list[int]) -> Prediction:
+    """A call: its kernels one after the other, and what lies between them."""
+    held = sum(held_in_l2(reading) for reading in readings)
+    seconds = sum(reading.seconds(held_in_l2(reading)) for reading in readings)
+    seconds += sum(rounds) * machine.L2_LATENCY / machine.CLOCK
+    seconds += machine.LAUNCH * (len(readings) + len(rounds))
+    return Prediction(case, readings, len(rounds), seconds, held)

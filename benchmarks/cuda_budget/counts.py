@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from . import machine
+from .accesses import accesses_of, address_of
 from .path import Way
 from .sass import Instruction
 
-_ADDRESS = re.compile(r"\[(U?R\d+(?:\.64)?(?:\+UR\d+)?)(?:\+(-?0x[0-9a-f]+))?\]")
 _SPECIAL = ("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO")
 _DOUBLE = ("DADD", "DFMA", "DMUL", "DSETP")
 _SHARED = ("LDS", "STS", "ATOMS", "SHFL")
-
-
-def address_of(one: Instruction) -> tuple[str, int] | None:
-    """The base and the offset of a memory access."""
-    found = _ADDRESS.findall(one.text)
-    return (found[-1][0], int(found[-1][1] or "0", 16)) if found else None
-
-
-def fallbacks(instructions: list[Instruction], width: int) -> set[int]:
-    """Addresses of narrow accesses under the opposite predicate of a vector's: a large call never executes them."""
-    taken = {one.predicate for one in instructions if one.is_global and one.width == width and one.predicate}
-    opposite = {p[1:] if p.startswith("!") else f"!{p}" for p in taken}
-    return {one.address for one in instructions if one.is_global and one.width < width and one.predicate in opposite}
 
 
 def strides(instructions: Iterable[Instruction]) -> dict[int, int]:
@@ -122,10 +108,10 @@ def simulate(
 def counts_of(way: Way, trips: float = 1, memory: float = machine.MEMORY_LATENCY) -> Counts:
     """Of a pass over the way, in which each inner sweep takes `trips` vectors a thread."""
     whole = [one for step in way.steps for one in step.instructions]
-    stride, counts = strides(one for one in whole if one.address not in way.never), Counts()
-    skipped = set(way.never)
+    counts, skipped = Counts(), set(way.never)
     for step in way.steps:
-        skipped |= fallbacks(step.instructions, way.width)
+        skipped |= accesses_of(step.instructions, way.width, way.never).fallback
+    stride = strides(one for one in whole if one.address not in skipped)
     parts: list[tuple[int | None, int, list[Instruction]]] = []
     for step in way.steps:
         share = 1.0 if step.loop is None else trips / step.unrolled

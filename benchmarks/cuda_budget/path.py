@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .accesses import accesses_of
 from .flow import Flow, Loop
 from .sass import Instruction
 
@@ -42,14 +43,17 @@ class Way:
     after: list[Instruction]
 
 
-def vectors_moved(moved: Moves, sweep: Moves) -> int | None:
-    """How many vectors of each tensor; loads may be more, since weights are loaded as well."""
+def vectors_moved(moved: Moves, sweep: Moves, exactly: bool) -> int | None:
+    """How many vectors of each tensor; loads may be more if need be, where weights are loaded in vectors as well."""
     (loads, stores), (l, s) = moved, sweep
     if s:
         count = stores // s
-        return count if count and stores % s == 0 and loads >= l * count else None
-    if stores or loads < l:
+        fits = loads == l * count if exactly else loads >= l * count
+        return count if count and stores % s == 0 and fits else None
+    if stores or loads < l or (exactly and loads % l):
         return None
+    if exactly:
+        return loads // l
     count = 1
     while 2 * count * l <= loads:
         count *= 2
@@ -59,9 +63,13 @@ def vectors_moved(moved: Moves, sweep: Moves) -> int | None:
 class Search:
     """All ways through a kernel's loops, for accesses of one width."""
 
-    def __init__(self, flow: Flow, sweeps: tuple[Moves, ...], width: int, inner: Moves | None = None) -> None:
+    def __init__(
+        self, flow: Flow, sweeps: tuple[Moves, ...], width: int, inner: Moves | None, split: bool, exactly: bool
+    ) -> None:
         self.flow, self.sweeps, self.width, self.inner = flow, sweeps, width, inner
-        self.events = [list(self.events_of(block.instructions)) for block in flow.blocks]
+        self.split, self.exactly = split, exactly
+        self.accesses = [accesses_of(block.instructions, width, flow.never) for block in flow.blocks]
+        self.events = [list(self.events_of(i)) for i in range(len(flow.blocks))]
         self.wide = [any(event != "join" for event in events) for events in self.events]
         self.gains = self.gains_of_blocks()
         self.tables: dict[int, dict[Moves, tuple[float, Chain]]] = {}
@@ -72,6 +80,8 @@ class Search:
         for block in self.flow.blocks:
             slow = any(one.base == "CALL" for one in block.instructions)
             gains.append(len(block.instructions) * (-AVOIDED if slow else 1))
+        if self.split:  # whole vectors if there is a choice
+            gains = [gain - AVOIDED * len(found.split) for gain, found in zip(gains, self.accesses)]
         for loop in self.flow.loops:
             body = [self.flow.blocks[i].instructions for i in loop.body]
             if not any(self.wide[i] for i in loop.body) and any(one.is_global for part in body for one in part):
@@ -79,10 +89,12 @@ class Search:
                     gains[i] = -AVOIDED * len(self.flow.blocks[i].instructions)
         return gains
 
-    def events_of(self, instructions: list[Instruction]) -> Iterator[str]:
-        for one in instructions:
-            if one.is_global and one.width == self.width and one.address not in self.flow.never:
-                yield "load" if one.is_global_load else "store"
+    def events_of(self, block: int) -> Iterator[str]:
+        found = self.accesses[block]
+        moving = {**found.moved, **found.split} if self.split else found.moved
+        for one in self.flow.blocks[block].instructions:
+            if one.address in moving:
+                yield moving[one.address]
             elif one.joins_threads:
                 yield "join"
 
@@ -99,9 +111,9 @@ class Search:
         for moved, (_, chain) in self.table(loop).items():
             size = sum(len(step.instructions) for step in self.steps(chain))
             for sweep in self.sweeps:
-                if count := vectors_moved(moved, sweep):
+                if count := vectors_moved(moved, sweep, self.exactly):
                     found.append((sweep, -AVOIDED * size / count, (chain, loop, count)))
-            if self.inner and (count := vectors_moved(moved, self.inner)):
+            if self.inner and (count := vectors_moved(moved, self.inner, self.exactly)):
                 found.append((self.inner, -AVOIDED * size / count, (chain, None, count)))
             found.append((moved, -AVOIDED * size, (chain, None, 1)))
         return found
@@ -137,7 +149,7 @@ class Search:
         at, loads, stores, count = state
         if at >= len(self.sweeps):
             return None
-        now = vectors_moved((loads, stores), self.sweeps[at])
+        now = vectors_moved((loads, stores), self.sweeps[at], self.exactly)
         if now is None or (at > 0 and now != count):
             return None
         return at + 1, 0, 0, now
@@ -251,10 +263,6 @@ class Search:
         vectors, chain = found
         steps = self.steps(chain)
         cost = sum(len(step.instructions) / step.unrolled for step in steps) / vectors
-        accesses = sum(
-            one.is_global_load and one.width == self.width and one.address not in self.flow.never for step in steps if not step.loop for one in step.instructions
-        )
-        cost += AVOIDED * max(0, accesses - vectors * sum(loads for loads, _ in self.sweeps))  # rather without weights
         loop = None if index is None else self.flow.loops[index]
         before, after = [], []
         if loop:
@@ -297,12 +305,13 @@ def main_loop(flow: Flow, alternatives: Sequence[tuple[Moves, ...]], inner: Move
     """
     for width in (16, 8, 4, 2):
         for sweeps in alternatives:
-            search = Search(flow, sweeps, width, inner)
-            if not any(search.wide):
-                continue
-            found = [way for index in range(len(flow.loops)) if (way := search.way(index))]
-            if not found and (whole := search.way(None)):
-                found = [whole]
-            if found:
-                return min(found, key=lambda entry: entry[0])[1]
+            for split, exactly in ((False, True), (True, True), (False, False)):
+                search = Search(flow, sweeps, width, inner, split, exactly)
+                if not any(search.wide):
+                    continue
+                found = [way for index in range(len(flow.loops)) if (way := search.way(index))]
+                if not found and (whole := search.way(None)):
+                    found = [whole]
+                if found:
+                    return min(found, key=lambda entry: entry[0])[1]
     return None

@@ -90,9 +90,8 @@ def run(command: list[str]) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def disassemble(source: Path) -> tuple[str, str]:
+def disassemble(source: Path, command: list[str], nvdisasm: Path) -> tuple[str, str]:
     """The machine code of one .cu file in words, with encodings, and ptxas's report."""
-    command, nvdisasm = nvcc_command(), find_nvdisasm()
     stem = OUT / f"{source.stem}-{fingerprint(source, command)}"
     words, report, cubin = (stem.with_suffix(suffix) for suffix in (".sass", ".ptxas", ".cubin"))
     if not (words.is_file() and report.is_file()):
@@ -109,5 +108,10 @@ def disassemble(source: Path) -> tuple[str, str]:
 
 def disassembled(stems: list[str]) -> dict[str, tuple[str, str]]:
     """The same of csrc/cuda/<stem>.cu, several at a time."""
+    command, nvdisasm = nvcc_command(), find_nvdisasm()
+
+    def one(stem: str) -> tuple[str, str]:
+        return disassemble(CSRC / "cuda" / f"{stem}.cu", command, nvdisasm)
+
     with ThreadPoolExecutor(JOBS) as pool:
-        return dict(zip(stems, pool.map(lambda stem: disassemble(CSRC / "cuda" / f"{stem}.cu"), stems)))
+        return dict(zip(stems, pool.map(one, stems)))

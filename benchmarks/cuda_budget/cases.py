@@ -205,7 +205,7 @@ def kl(shape: tuple[int, int], dtype: str) -> None:
     slopes = ((two, (2, 1), (2, 1)), (two, (2, 2)), (two, (0, 2)))
     bends = (
         (four, (3, 0), (4, 1), (4, 1)), (four, four, (4, 2)), (four, (3, 0), (4, 2)), (four, (4, 2)),
-        (four, (0, 0), (0, 2)), (two, two, (2, 1), (2, 1)),
+        (four, (0, 2)), (two, two, (2, 1), (2, 1)),
     )  # fmt: skip
     for order, call, count, kernel in (
         ("value", value, 2, Kernel(f"{stem}_kernel", (2, 0), values)),

@@ -7,6 +7,7 @@ row that is swept twice is there once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,11 +42,12 @@ class Case:
     row: int = 0  # elements of a row, where a kernel works by rows
 
     @property
+    def element_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
     def tensor_bytes(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size * torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        return math.prod(self.shape) * self.element_bytes
 
 
 def empty(shape: tuple[int, ...], dtype: str = "float32") -> torch.Tensor:

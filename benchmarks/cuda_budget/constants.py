@@ -114,8 +114,10 @@ class Evaluator:
             return {operands[0]: self.memory[offset] if PARAMETERS <= offset < self.end else None}
         if one.base in ("MOV", "UMOV"):
             return {operands[0]: self.value(operands[1], state)}
-        if one.opcode.startswith("IMAD.MOV"):
+        if one.base == "IMAD" and operands[1:3] == ["RZ", "RZ"] and "WIDE" not in one.opcode:
             return {operands[0]: self.value(operands[3], state)}
+        if one.base == "CS2R" and operands[1] == "SRZ":
+            return dict.fromkeys(after(operands[0], 1 if ".32" in one.opcode else 2), 0)
         if one.base == "R2UR":
             return {operands[0]: self.value(operands[-1], state)}
         if one.base in ("ISETP", "UISETP"):

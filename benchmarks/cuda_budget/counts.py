@@ -73,27 +73,33 @@ class Counts:
             self.wavefronts += share * min(32.0, max(1.0, lines))
 
 
-def latency(one: Instruction, width: int, memory: float) -> float:
+def latency(one: Instruction, width: int, first: bool) -> float:
     if one.is_global:
-        return memory if one.width == width else machine.L1_LATENCY
+        if one.width != width:
+            return machine.L1_LATENCY
+        return machine.MEMORY_LATENCY if first else machine.L2_LATENCY
     return machine.L2_LATENCY if one.base in ("LDL", "ATOMG", "RED") else machine.SHORT_LATENCY
 
 
 def simulate(
-    instructions: list[Instruction], width: int, skipped: set[int], memory: float, passes: int = 1
+    instructions: list[Instruction], width: int, skipped: set[int], first: int, passes: int = 1
 ) -> tuple[float, int]:
-    """Cycles that one warp alone takes for the last of some passes, and the most loads of tensors under way."""
+    """Cycles that one warp alone takes for the last of some passes, and the most loads of tensors under way.
+
+    Of each pass, the first so many loads are from device memory, those after them from a cache.
+    """
     now, start, most = 0.0, 0.0, 0
     ready = [0.0] * 6
     under_way: list[float] = []
     for _ in range(passes):
-        start = now
+        start, loaded = now, 0
         for one in instructions:
             for board in range(6):
                 if one.waits >> board & 1:
                     now = max(now, ready[board])
             executed = one.address not in skipped
-            done = now + (latency(one, width, memory) if executed else 0)
+            done = now + (latency(one, width, loaded < first) if executed else 0)
+            loaded += one.is_global_load and one.width == width and executed
             if one.sets is not None:
                 ready[one.sets] = max(ready[one.sets], done)
             if one.reads is not None:
@@ -105,8 +111,11 @@ def simulate(
     return now - start, most
 
 
-def counts_of(way: Way, trips: float = 1, memory: float = machine.MEMORY_LATENCY) -> Counts:
-    """Of a pass over the way, in which each inner sweep takes `trips` vectors a thread."""
+def counts_of(way: Way, trips: float, tensors: int) -> Counts:
+    """Of a pass over the way, in which each inner sweep takes `trips` vectors a thread.
+
+    `tensors`: how many it reads from device memory; what it loads after them was loaded before.
+    """
     whole = [one for step in way.steps for one in step.instructions]
     counts, skipped = Counts(), set(way.never)
     for step in way.steps:
@@ -122,9 +131,13 @@ def counts_of(way: Way, trips: float = 1, memory: float = machine.MEMORY_LATENCY
         else:
             parts.append((step.loop, step.unrolled, list(step.instructions)))
     flat = len(parts) == 1 and way.loop is not None
+    seen = 0.0  # tensors that the parts so far have loaded
     for loop, unrolled, instructions in parts:
+        taken = unrolled if loop is not None else way.vectors
+        first = max(0, round((tensors - seen) * taken))
+        seen += sum(one.is_global_load and one.width == way.width and one.address not in skipped for one in instructions) / taken
         again = trips / unrolled if loop is not None else 1
-        cycles, most = simulate(instructions, way.width, skipped, memory, passes=2 if flat or again > 1 else 1)
+        cycles, most = simulate(instructions, way.width, skipped, first, passes=2 if flat or again > 1 else 1)
         counts.cycles += cycles * max(again, 1.0)
         counts.in_flight = max(counts.in_flight, most * way.width)
     return counts

@@ -53,11 +53,6 @@ class Reading:
         return -(-self.launch.block // 32)
 
     @property
-    def vectors(self) -> float:
-        """Of one tensor."""
-        return self.case.tensor_bytes / SIXTEEN
-
-    @property
     def bytes(self) -> float:
         return sum(self.stated.moves) * self.case.tensor_bytes
 
@@ -107,7 +102,7 @@ class Reading:
 
 
 def length_of(instructions: list[Instruction]) -> tuple[int, float]:
-    return len(instructions), simulate(instructions, 0, set(), machine.MEMORY_LATENCY)[0]
+    return len(instructions), simulate(instructions, 0, set(), 0)[0]
 
 
 def find_ways(stated: Kernel, flow: Flow) -> list[Way]:
@@ -136,21 +131,20 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
     for way in reading.ways:
         swept = any(step.loop is not None for step in way.steps)
         joined = any(one.base == "BAR" for step in way.steps for one in step.instructions)
-        passes, trips = reading.vectors / (32 * way.vectors * warps), 1.0
+        units = case.tensor_bytes / way.width  # of one tensor
+        passes, trips = units / (32 * way.vectors * warps), 1.0
         if swept:
-            row = max(1.0, case.row * SIXTEEN_OF[case.dtype])
+            row = max(1.0, case.row * case.element_bytes / way.width)
             of_row = reading.warps if joined else 1
             trips = row / (32 * of_row)
-            passes = reading.vectors / row * of_row / warps
-        counts = counts_of(way, trips)
+            passes = units / row * of_row / warps
+        counts = counts_of(way, trips, stated.moves[0])
         reading.counts.append(counts)
         reading.passes = passes
         for name in ("instructions", "wavefronts", "special", "double", "cycles"):
             setattr(total, name, getattr(total, name) + passes * getattr(counts, name))
     return reading
 
-
-SIXTEEN_OF = {"float32": 4 / SIXTEEN, "bfloat16": 2 / SIXTEEN}  # vectors for each element
 
 
 @dataclass

@@ -23,7 +23,9 @@ class Kernel:
     name: str  # regular expression, of the mangled name
     moves: Moves = (0, 0)  # tensors from and to device memory
     sweeps: tuple[tuple[Moves, ...], ...] = ()
-    inner: Moves | None = None  # what an unrolled loop within a sweep moves
+    inner: Moves | None = None  # what a loop within the work on one vector moves
+    parts: tuple[Moves, ...] = ()  # what several loops move that are one sweep, nothing joining threads in between
+    times: tuple[int, ...] = ()  # how often each sweep is made, if they are found one by one
     again: int = 0  # of the tensors read, those that the kernel before it has read or written
     backwards: bool = False  # goes over them from the end, where L2 still holds them
     rounds: int = 0  # of a small kernel, which moves no tensors: loads that wait for each other
@@ -204,15 +206,12 @@ def kl(shape: tuple[int, int], dtype: str) -> None:
 
     stem, one, two, four = "kl_divergence", (1, 0), (2, 0), (4, 0)
     values = ((one, one, one, one, two), (two, two, two), (two, two))
-    slopes = ((two, (2, 1), (2, 1)), (two, (2, 2)), (two, (0, 2)))
-    bends = (
-        (four, (3, 0), (4, 1), (4, 1)), (four, four, (4, 2)), (four, (3, 0), (4, 2)), (four, (4, 2)),
-        (four, (0, 2)), (two, two, (2, 1), (2, 1)),
-    )  # fmt: skip
+    slopes = ((two, (4, 2)), (two, (2, 2)), (two, (0, 2)))
+    bends = ((four, four, (4, 2)), (four, (3, 0), (4, 2)), (four, (4, 2)), (four, (0, 2)), (two, two, (4, 2)))
     for order, call, count, kernel in (
         ("value", value, 2, Kernel(f"{stem}_kernel", (2, 0), values)),
-        ("backward", backward, 4, Kernel(f"{stem}_backward", (2, 2), slopes)),
-        ("double", double, 6, Kernel(f"{stem}_double_backward", (4, 2), bends)),
+        ("backward", backward, 4, Kernel(f"{stem}_backward", (2, 2), slopes, parts=((2, 1),))),
+        ("double", double, 6, Kernel(f"{stem}_double_backward", (4, 2), bends, parts=((2, 1),))),
     ):
         add(Case(f"{stem} {order} {text(shape)} {dtype}", stem, dtype, shape, count, (kernel,), call, shape[1]))
 
@@ -231,9 +230,10 @@ def attack_step(shape: tuple[int, ...], dtype: str, ball: str) -> None:
     sweeps = {
         "linf": (((3, 1),),),
         "l2": two_sweeps(3, 1),
-        "l1": (((3, 1),), *two_sweeps(3, 1)),
+        "l1": (((2, 0), (3, 0), (3, 1)),),
     }[ball]
-    kernels = (Kernel(f"attack_step_{ball}", (3, 1), sweeps),)
+    times = (31, 10, 1) if ball == "l1" else ()  # bits of a float, then a search that ends within about ten
+    kernels = (Kernel(f"attack_step_{ball}", (3, 1), sweeps, times=times),)
     name = f"attack_step {ball} {text(shape)} {dtype}"
     add(Case(name, "attack_step", dtype, shape, 4, kernels, call, 0 if ball == "linf" else columns))
 

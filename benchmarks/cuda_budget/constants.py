@@ -83,13 +83,12 @@ class Evaluator:
         if one.base in ("STG", "ST", "STS", "STL", "BRA", "EXIT", "BAR", "BSSY", "BSYNC", "NOP", "WARPSYNC", "RED"):
             return []
         operands, found = operands_of(one), []
-        count = max(1, one.width // 4) if one.base.startswith(("LD", "ATOM", "S2", "ULD")) else 2
-        if one.base in ("ISETP", "UISETP", "FSETP", "DSETP", "PLOP3", "UPLOP3"):
-            count = 1
-        if one.base in ("MOV", "UMOV", "SEL", "PRMT", "FMUL", "FFMA", "FADD", "IADD3", "LEA", "LOP3", "SHF", "VIADD"):
-            count = 1
-        if one.base == "IMAD" and "WIDE" not in one.opcode:
-            count = 1
+        wide = one.base[0] == "D" or any(part in one.opcode for part in ("WIDE", "F64", "U64", "S64", ".64"))
+        count = one.width // 4 if one.base.startswith(("LD", "ATOM")) and one.width > 4 else 1
+        if wide or one.base == "CS2R":
+            count = max(count, 2)
+        if "MMA" in one.opcode and one.base != "HFMA2":
+            count = 4
         for operand in operands[:3]:
             if _PREDICATE.match(operand):
                 found.append(operand)

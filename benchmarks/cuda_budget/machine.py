@@ -13,12 +13,14 @@ REGISTERS_UNIT = 256  # a warp's registers are given out in these
 SHARED = 227 * 1024  # bytes of one SM that blocks may use
 SHARED_OF_BLOCK = 1024  # bytes that the system takes for each block
 L2 = 50 * 2**20  # bytes
+L1 = 192 * 1024  # bytes of an SM's 256 KiB that hold rows while little shared memory is asked for
 L1_WAVEFRONT = 128  # bytes that L1 and shared memory move in a cycle
 SPECIAL_LANES = 16  # exponentials, reciprocals, conversions that an SM does in a cycle: a warp's take two
 DOUBLE_LANES = 64  # operations on doubles that an SM does in a cycle
 
 # Assumptions.
 BANDWIDTH = 4.3e12  # bytes a second that a copy moves: 90 % of the data sheet's 4.8e12
+L2_BANDWIDTH = 5.5e12  # bytes a second; published microbenchmarks of the H100 say 5.5 to 7
 ISSUE = 0.6  # of a scheduler's cycles that issue: integer, logic and conversion instructions, two thirds of what such
 # kernels consist of, go to pipes that take one every second cycle, which leaves 2.7 of 4; dependences take the rest
 MEMORY_LATENCY = 700e-9 * CLOCK  # cycles, of device memory under the load of a copy

@@ -1,13 +1,14 @@
-"""How long a kernel takes, from its machine code and its launch: the largest of five bounds.
+"""How long a kernel takes, from its machine code and its launch: the largest of six bounds.
 
     memory        bytes from and to device memory / 4.3 TB/s
+    L2            those, and what later sweeps over a row load again that L1 does not hold / 5.5 TB/s
     instructions  those of all warps / (132 SMs x 4 schedulers x 1.755 GHz x 0.6)
     L1            wavefronts of 128 bytes, one a cycle of an SM; accesses that lie apart cost more of them
     special       exponentials, reciprocals, conversions: 16 lanes a cycle of an SM; operations on doubles: 64
     latency       rounds of resident warps, each as long as one warp takes alone: its instructions and their waits
 
 A kernel's own bound is what share of a copy's rate its main loop keeps up with where the grid fills the GPU: the time for
-its bytes alone / the largest of the five.  A prediction adds what the shape adds: blocks that do not fill the last round,
+its bytes alone / the largest of the six.  A prediction adds what the shape adds: blocks that do not fill the last round,
 tensors that L2 still holds, small kernels, 2.5 us a launch.  Constants and their sources: machine.py.
 """
 
@@ -47,6 +48,7 @@ class Reading:
     resident: int = 0  # blocks on an SM
     thread: Counts = field(default_factory=Counts)  # a warp's, from its start to its end
     passes: float = 0.0  # over the ways, by a warp
+    joined: bool = True  # the warps of a block share a row
 
     @property
     def warps(self) -> int:
@@ -61,8 +63,10 @@ class Reading:
         """Cycles of an SM for one warp, by what bounds it; memory is that of its share of the bytes."""
         warps = self.launch.grid * self.warps
         one = self.thread
+        again, from_memory = reloaded(self)
         return {
-            "memory": self.bytes / warps / machine.BYTES_A_CYCLE,
+            "memory": (self.bytes + from_memory) / warps / machine.BYTES_A_CYCLE,
+            "L2": (self.bytes + again) / warps / machine.BYTES_A_CYCLE * machine.BANDWIDTH / machine.L2_BANDWIDTH,
             "instructions": one.instructions / machine.SCHEDULERS / machine.ISSUE,
             "L1": one.wavefronts,
             "special": one.special * 32 / machine.SPECIAL_LANES + one.double * 32 / machine.DOUBLE_LANES,
@@ -75,7 +79,8 @@ class Reading:
 
     @property
     def share(self) -> float:
-        return self.issued["memory"] / max(self.issued.values())
+        copy = self.bytes / self.launch.grid / self.warps / machine.BYTES_A_CYCLE
+        return copy / max(self.issued.values())
 
     @property
     def instructions_a_vector(self) -> float:
@@ -98,22 +103,46 @@ class Reading:
         blocks = math.ceil(self.launch.grid / machine.SMS)  # of the busiest SM
         rounds = math.ceil(self.launch.grid / (machine.SMS * max(1, self.resident)))
         busiest = max(cycles[name] for name in ("instructions", "L1", "special")) * blocks
-        return max((self.bytes - held) / machine.BANDWIDTH, max(busiest, self.thread.cycles * rounds) / machine.CLOCK)
+        again, from_memory = reloaded(self)
+        memory = (self.bytes + from_memory - held) / machine.BANDWIDTH
+        return max(memory, (self.bytes + again) / machine.L2_BANDWIDTH, max(busiest, self.thread.cycles * rounds) / machine.CLOCK)
 
 
 def length_of(instructions: list[Instruction]) -> tuple[int, float]:
     return len(instructions), simulate(instructions, 0, set(), 0)[0]
 
 
-def find_ways(stated: Kernel, flow: Flow) -> list[Way]:
+def find_ways(stated: Kernel, flow: Flow, element_bytes: int) -> list[Way]:
     """The whole, or the sweeps one by one where they are loops of their own in other loops."""
-    if whole := main_loop(flow, stated.sweeps, stated.inner):
+    widths = (16, 8, 2, 4) if element_bytes == 2 else (16, 8, 4)
+    if not stated.times and (whole := main_loop(flow, stated.sweeps, stated.inner, stated.parts, widths)):
         return [whole]
     for sweeps in stated.sweeps:
-        found = [main_loop(flow, [(sweep,)], stated.inner) for sweep in sweeps]
+        found = [main_loop(flow, [(sweep,)], stated.inner, widths=widths) for sweep in sweeps]
         if all(found):
             return [way for way in found if way]
     return []
+
+
+def reloaded(reading: Reading) -> tuple[float, float]:
+    """Bytes of later sweeps over rows that come from L2, and from device memory, since caches hold not all of them."""
+    case, stated = reading.case, reading.stated
+    loads = sum(way.sweeps[i][0] * time for way, i, time in sweeps_of(reading)) - stated.moves[0]
+    of_block = case.row * case.element_bytes * stated.moves[0] or case.tensor_bytes
+    of_sm = of_block * reading.resident * (1 if reading.joined else reading.warps)
+    of_all = min(of_sm * machine.SMS, case.tensor_bytes * stated.moves[0])
+    if loads <= 0 or of_sm <= machine.L1:
+        return 0.0, 0.0
+    again = float(loads * case.tensor_bytes)
+    return again, again * max(0.0, 1 - machine.L2 / of_all)
+
+
+def sweeps_of(reading: Reading) -> list[tuple[Way, int, int]]:
+    """Way, number of the sweep in it, and how often it is made."""
+    times = reading.stated.times
+    if len(reading.ways) == 1:
+        return [(reading.ways[0], i, 1) for i in range(len(reading.ways[0].sweeps))]
+    return [(way, 0, times[i] if times else 1) for i, way in enumerate(reading.ways)]
 
 
 def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
@@ -121,16 +150,16 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
     reading.resident = machine.resident_blocks(launch.block, code.registers, code.shared + launch.shared)
     evaluator = Evaluator(launch.parameters, launch.block, launch.grid)
     flow = flow_of(code, lambda blocks: decide(blocks, evaluator))
-    reading.ways = find_ways(stated, flow)
+    reading.ways = find_ways(stated, flow, case.element_bytes)
     if not reading.ways:
         raise Unread(f"no way through {code.name} moves what the case says: {stated.sweeps}")
     total = reading.thread
     before, after = length_of(reading.ways[0].before), length_of(reading.ways[0].after)
     total.instructions, total.cycles = float(before[0] + after[0]), before[1] + after[1]
     warps = launch.grid * reading.warps
-    for way in reading.ways:
+    for number, way in enumerate(reading.ways):
         swept = any(step.loop is not None for step in way.steps)
-        joined = any(one.base == "BAR" for step in way.steps for one in step.instructions)
+        reading.joined = joined = any(one.base == "BAR" for one in code.instructions)
         units = case.tensor_bytes / way.width  # of one tensor
         passes, trips = units / (32 * way.vectors * warps), 1.0
         if swept:
@@ -138,6 +167,8 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
             of_row = reading.warps if joined else 1
             trips = row / (32 * of_row)
             passes = units / row * of_row / warps
+        if stated.times:
+            passes *= stated.times[number]
         counts = counts_of(way, trips, stated.moves[0])
         reading.counts.append(counts)
         reading.passes = passes

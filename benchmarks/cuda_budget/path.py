@@ -18,6 +18,7 @@ from .sass import Instruction
 
 Moves = tuple[int, int]  # vectors loaded and stored
 MOST = 48  # vectors that a way may load or store
+SWEEP = 1e7  # what counts for a way that goes over a row in a loop, not in the few vectors at an end of it
 AVOIDED = 1000  # what an instruction counts against a way that calls a subroutine, or goes over single elements
 Chain = tuple  # (chain before or None, block) or (chain before, (chain of an inner loop, loop, unrolled))
 
@@ -64,10 +65,17 @@ class Search:
     """All ways through a kernel's loops, for accesses of one width."""
 
     def __init__(
-        self, flow: Flow, sweeps: tuple[Moves, ...], width: int, inner: Moves | None, split: bool, exactly: bool
+        self,
+        flow: Flow,
+        sweeps: tuple[Moves, ...],
+        width: int,
+        inner: Moves | None = None,
+        parts: tuple[Moves, ...] = (),
+        split: bool = False,
+        exactly: bool = True,
     ) -> None:
         self.flow, self.sweeps, self.width, self.inner = flow, sweeps, width, inner
-        self.split, self.exactly = split, exactly
+        self.split, self.exactly, self.parts = split, exactly, parts
         self.accesses = [accesses_of(block.instructions, width, flow.never) for block in flow.blocks]
         self.events = [list(self.events_of(i)) for i in range(len(flow.blocks))]
         self.wide = [any(event != "join" for event in events) for events in self.events]
@@ -88,6 +96,9 @@ class Search:
                 for i in loop.body:
                     gains[i] = -AVOIDED * len(self.flow.blocks[i].instructions)
         return gains
+
+    def gain(self, block: int, sign: int) -> float:
+        return self.gains[block] if self.gains[block] < 0 else sign * self.gains[block]
 
     def events_of(self, block: int) -> Iterator[str]:
         found = self.accesses[block]
@@ -110,9 +121,9 @@ class Search:
         found: list[tuple[Moves, float, Chain]] = []
         for moved, (_, chain) in self.table(loop).items():
             size = sum(len(step.instructions) for step in self.steps(chain))
-            for sweep in self.sweeps:
+            for sweep in (*self.sweeps, *self.parts):
                 if count := vectors_moved(moved, sweep, self.exactly):
-                    found.append((sweep, -AVOIDED * size / count, (chain, loop, count)))
+                    found.append((sweep, SWEEP - AVOIDED * size / count, (chain, loop, count)))
             if self.inner and (count := vectors_moved(moved, self.inner, self.exactly)):
                 found.append((self.inner, -AVOIDED * size / count, (chain, None, count)))
             found.append((moved, -AVOIDED * size, (chain, None, 1)))
@@ -170,8 +181,8 @@ class Search:
                 stack.pop()
         return result[::-1]
 
-    def walk(self, region: Loop | None, index: int | None, joins: bool) -> dict:
-        """States at the end of a loop's pass, or of the kernel."""
+    def walk(self, region: Loop | None, index: int | None, joins: bool, sign: int = 1) -> dict:
+        """States at the end of a loop's pass, or of the kernel; of two ways there, the longer one, or with -1 the other."""
         blocks, loops = self.flow.blocks, self.flow.loops
         body = region.body if region else set(range(len(blocks)))
         start = region.header if region else 0
@@ -194,7 +205,7 @@ class Search:
                 else:
                     moved = self.step(state, self.events[at], joins)
                     if moved is not None:
-                        self.offer(leaving, moved, cost + self.gains[at], (chain, at))
+                        self.offer(leaving, moved, cost + self.gain(at, sign), (chain, at))
             latches = at in region.latches if region else not blocks[at].next
             if region and at in inner:
                 latches = bool(region.latches & loops[inner[at]].body) or start in self.exits(loops[inner[at]])
@@ -228,9 +239,15 @@ class Search:
 
     def best(self, index: int | None) -> tuple[int, Chain] | None:
         """The way that does what the sweeps say; its vectors."""
+        around = self.best_of(index, -1)  # sweeps in loops, and about them what a row costs at least
+        if around and any(step.loop is not None for step in self.steps(around[1])):
+            return around
+        return self.best_of(index, 1)
+
+    def best_of(self, index: int | None, sign: int) -> tuple[int, Chain] | None:
         found: list[tuple[float, int, Chain]] = []
         region = None if index is None else self.flow.loops[index]
-        for state, (worth, chain) in self.walk(region, index, joins=True).items():
+        for state, (worth, chain) in self.walk(region, index, True, sign).items():
             if state[0] < len(self.sweeps):
                 finished = self.finish(state)
                 if finished is None:
@@ -298,15 +315,22 @@ def shortest(flow: Flow, start: int, ends: set[int]) -> list[Instruction]:
     return []
 
 
-def main_loop(flow: Flow, alternatives: Sequence[tuple[Moves, ...]], inner: Moves | None = None) -> Way | None:
+def main_loop(
+    flow: Flow,
+    alternatives: Sequence[tuple[Moves, ...]],
+    inner: Moves | None = None,
+    parts: tuple[Moves, ...] = (),
+    widths: Sequence[int] = (16, 8, 4, 2),
+) -> Way | None:
     """The way that moves the first of these lists of sweeps that there is, in the widest accesses that do.
 
-    `inner`: what a loop within a sweep moves, if nvcc unrolls it.
+    `inner`: what a loop within the work on a vector moves, if nvcc unrolls it.  `parts`: what loops over a row move that
+    are one sweep together, since threads do not join in between.
     """
-    for width in (16, 8, 4, 2):
+    for width in widths:
         for sweeps in alternatives:
             for split, exactly in ((False, True), (True, True), (False, False)):
-                search = Search(flow, sweeps, width, inner, split, exactly)
+                search = Search(flow, sweeps, width, inner, parts, split, exactly)
                 if not any(search.wide):
                     continue
                 found = [way for index in range(len(flow.loops)) if (way := search.way(index))]

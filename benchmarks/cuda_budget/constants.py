@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 
 from .flow import Block
-from .sass import Instruction
+from .sass import Instruction, Kernel
 
 PARAMETERS = 0x210
 State = dict[str, int]  # registers and predicates whose value is known
@@ -23,6 +23,7 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "LE": lambda a, b: a <= b, "GT": lambda a, b: a > b, "GE": lambda a, b: a >= b,
 }  # fmt: skip
 MASK = 0xFFFFFFFF
+EVERYTHING = [f"R{i}" for i in range(255)] + [f"P{i}" for i in range(7)]
 
 
 def operands_of(one: Instruction) -> list[str]:
@@ -39,13 +40,23 @@ def after(register: str, count: int) -> list[str]:
 class Evaluator:
     """Follows known values through instructions."""
 
-    def __init__(self, parameters: bytes, block: int, grid: int) -> None:
+    def __init__(self, kernel: Kernel, parameters: bytes, block: int, grid: int) -> None:
         memory = bytearray(PARAMETERS + len(parameters) + 16)
         memory[0:4] = struct.pack("<I", block)
         memory[12:16] = struct.pack("<I", grid & MASK)
         memory[PARAMETERS : PARAMETERS + len(parameters)] = parameters
         self.memory = bytes(memory)
         self.end = PARAMETERS + len(parameters)
+        self.written = self.written_by_subroutines(kernel)
+
+    def written_by_subroutines(self, kernel: Kernel) -> dict[str, list[str]]:
+        """Registers that each subroutine may write; its code follows the kernel's own."""
+        starts = sorted((at, label) for label, at in kernel.labels.items() if label.startswith("$"))
+        ends = [at for at, _ in starts[1:]] + [len(kernel.instructions)]
+        return {
+            label: [name for one in kernel.instructions[at:end] for name in self.targets(one)]
+            for (at, label), end in zip(starts, ends)
+        }
 
     def word(self, offset: int) -> int | None:
         known = offset in (0, 12) or PARAMETERS <= offset <= self.end - 4
@@ -89,18 +100,18 @@ class Evaluator:
             count = max(count, 2)
         if "MMA" in one.opcode and one.base != "HFMA2":
             count = 4
-        for operand in operands[:3]:
+        only_predicates = "SETP" in one.base or one.base in ("PLOP3", "UPLOP3", "FCHK")
+        for operand in operands[:2] if only_predicates else operands[:3]:
             if _PREDICATE.match(operand):
                 found.append(operand)
-            elif _REGISTER.match(operand):
-                found += after(operand, count)
-                break
-            elif operand not in ("PT", "UPT", "RZ", "URZ"):
+            elif operand not in ("PT", "UPT"):
+                found += after(operand, count) if _REGISTER.match(operand) and not only_predicates else []
                 break
         if one.base == "IADD3" or "LEA" in one.base or one.base == "LOP3":
             found += [operand for operand in operands[1:4] if _PREDICATE.match(operand)]
         if one.base == "CALL":
-            found += [f"R{i}" for i in range(256)] + [f"P{i}" for i in range(7)]
+            called = re.search(r"\((\$\S+)\)", one.text)
+            found += self.written.get(called[1], EVERYTHING) if called else EVERYTHING
         return found
 
     def results(self, one: Instruction, state: State) -> dict[str, int | None]:

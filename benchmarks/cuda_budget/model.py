@@ -148,7 +148,7 @@ def sweeps_of(reading: Reading) -> list[tuple[Way, int, int]]:
 def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
     reading = Reading(case, stated, launch, code)
     reading.resident = machine.resident_blocks(launch.block, code.registers, code.shared + launch.shared)
-    evaluator = Evaluator(launch.parameters, launch.block, launch.grid)
+    evaluator = Evaluator(code, launch.parameters, launch.block, launch.grid)
     flow = flow_of(code, lambda blocks: decide(blocks, evaluator))
     reading.ways = find_ways(stated, flow, case.element_bytes)
     if not reading.ways:

@@ -40,8 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_budget", description=__doc__.split("\n")[0])
     parser.add_argument("--only", metavar="REGEX", default="", help="the cases whose name it finds")
     parser.add_argument("--list", action="store_true", help="names of cases, nothing compiled")
+    parser.add_argument("--write", action="store_true", help="the tables into docs/cuda-budget.md")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args(arguments)
+    if options.write and options.only:
+        parser.error("--write is for all cases")
     cases = [case for name, case in CASES.items() if re.search(options.only, name)]
     if options.list:
         print("\n".join(case.name for case in cases))
@@ -68,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         failed = failed or not all(reading.passed for reading in prediction.readings)
     if options.json:
         print(json.dumps({"kernels": rows, "calls": calls, "unread": unread}, indent=1))
+    elif options.write:
+        report.PAGE.write_text(report.page(rows, calls))
     else:
         print(report.plain(rows), report.plain(calls), report.in_words(), *unread, sep="\n\n")
     return 1 if failed or unread else 0

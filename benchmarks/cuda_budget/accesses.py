@@ -1,4 +1,4 @@
-"""Which of a block's instructions move vectors of tensors, and which are only there for vectors that are not aligned."""
+"""Which of a block's instructions move vectors of tensors, and which serve only vectors that are not aligned."""
 
 from __future__ import annotations
 

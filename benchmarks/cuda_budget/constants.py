@@ -141,7 +141,7 @@ class Evaluator:
     def compare(self, one: Instruction, operands: list[str], state: State) -> int | None:
         a, b = self.value(operands[2], state), self.value(operands[3], state)
         parts = one.opcode.split(".")
-        if a is None or b is None or parts[1] not in _COMPARE or operands[4] != ("UPT" if "U" == one.base[0] else "PT"):
+        if a is None or b is None or parts[1] not in _COMPARE or operands[4] != ("UPT" if one.base[0] == "U" else "PT"):
             return None
         if "U32" not in parts:
             a, b = (n - 2**32 if n >> 31 else n for n in (a, b))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -51,8 +51,8 @@ class Counts:
     divisions: int = 0  # calls of subroutines: divisions and square roots by the book, 64-bit integer division
     local: int = 0  # accesses to local memory
     in_flight: int = 0  # most bytes of tensors that one thread has under way
-    loads: Counter = field(default_factory=Counter)  # by width in bits
-    stores: Counter = field(default_factory=Counter)
+    loads: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # by width in bits
+    stores: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, one: Instruction, share: float, stride: int, executed: bool) -> None:
         self.instructions += share
@@ -135,7 +135,10 @@ def counts_of(way: Way, trips: float, tensors: int) -> Counts:
     for loop, unrolled, instructions in parts:
         taken = unrolled if loop is not None else way.vectors
         first = max(0, round((tensors - seen) * taken))
-        seen += sum(one.is_global_load and one.width == way.width and one.address not in skipped for one in instructions) / taken
+        seen += (
+            sum(one.is_global_load and one.width == way.width and one.address not in skipped for one in instructions)
+            / taken
+        )
         again = trips / unrolled if loop is not None else 1
         cycles, most = simulate(instructions, way.width, skipped, first, passes=2 if flat or again > 1 else 1)
         counts.cycles += cycles * max(again, 1.0)

@@ -7,9 +7,9 @@
     special       exponentials, reciprocals, conversions: 16 lanes a cycle of an SM; operations on doubles: 64
     latency       rounds of resident warps, each as long as one warp takes alone: its instructions and their waits
 
-A kernel's own bound is what share of a copy's rate its main loop keeps up with where the grid fills the GPU: the time for
-its bytes alone / the largest of the six.  A prediction adds what the shape adds: blocks that do not fill the last round,
-tensors that L2 still holds, small kernels, 2.5 us a launch.  Constants and their sources: machine.py.
+A kernel's own bound is what share of a copy's rate its main loop keeps up with where the grid fills the GPU: the time
+for its bytes alone / the largest of the six.  A prediction adds what the shape adds: blocks that do not fill the last
+round, tensors that L2 still holds, small kernels, 2.5 us a launch.  Constants and their sources: machine.py.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ class Reading:
         busiest = max(cycles[name] for name in ("instructions", "L1", "special")) * blocks
         again, from_memory = reloaded(self)
         memory = (self.bytes + from_memory - held) / machine.BANDWIDTH
-        return max(memory, (self.bytes + again) / machine.L2_BANDWIDTH, max(busiest, self.thread.cycles * rounds) / machine.CLOCK)
+        return max(
+            memory,
+            (self.bytes + again) / machine.L2_BANDWIDTH,
+            max(busiest, self.thread.cycles * rounds) / machine.CLOCK,
+        )
 
 
 def length_of(instructions: list[Instruction]) -> tuple[int, float]:
@@ -175,7 +179,6 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
         for name in ("instructions", "wavefronts", "special", "double", "cycles"):
             setattr(total, name, getattr(total, name) + passes * getattr(counts, name))
     return reading
-
 
 
 @dataclass

@@ -46,17 +46,17 @@ class Way:
 
 def vectors_moved(moved: Moves, sweep: Moves, exactly: bool) -> int | None:
     """How many vectors of each tensor; loads may be more if need be, where weights are loaded in vectors as well."""
-    (loads, stores), (l, s) = moved, sweep
-    if s:
-        count = stores // s
-        fits = loads == l * count if exactly else loads >= l * count
-        return count if count and stores % s == 0 and fits else None
-    if stores or loads < l or (exactly and loads % l):
+    (loads, stores), (read, written) = moved, sweep
+    if written:
+        count = stores // written
+        fits = loads == read * count if exactly else loads >= read * count
+        return count if count and stores % written == 0 and fits else None
+    if stores or loads < read or (exactly and loads % read):
         return None
     if exactly:
-        return loads // l
+        return loads // read
     count = 1
-    while 2 * count * l <= loads:
+    while 2 * count * read <= loads:
         count *= 2
     return count
 
@@ -182,7 +182,7 @@ class Search:
         return result[::-1]
 
     def walk(self, region: Loop | None, index: int | None, joins: bool, sign: int = 1) -> dict:
-        """States at the end of a loop's pass, or of the kernel; of two ways there, the longer one, or with -1 the other."""
+        """States at the end of a loop's pass, or of the kernel, each with the longest way there; the shortest for -1."""
         blocks, loops = self.flow.blocks, self.flow.loops
         body = region.body if region else set(range(len(blocks)))
         start = region.header if region else 0
@@ -237,6 +237,11 @@ class Search:
     def exits(self, loop: Loop) -> list[int]:
         return list(dict.fromkeys(t for b in sorted(loop.body) for t in self.flow.blocks[b].next if t not in loop.body))
 
+    def ends(self) -> set[int]:
+        """Blocks at whose end a thread may be done."""
+        last = [(i, block.instructions[-1]) for i, block in enumerate(self.flow.blocks)]
+        return {i for i, one in last if one.base == "EXIT" and one.address not in self.flow.never}
+
     def best(self, index: int | None) -> tuple[int, Chain] | None:
         """The way that does what the sweeps say; its vectors."""
         around = self.best_of(index, -1)  # sweeps in loops, and about them what a row costs at least
@@ -283,9 +288,9 @@ class Search:
         loop = None if index is None else self.flow.loops[index]
         before, after = [], []
         if loop:
-            before = shortest(self.flow, 0, {loop.header})
-            ends = {i for i, block in enumerate(self.flow.blocks) if not block.next}
-            after = shortest(self.flow, min(loop.latches), ends)
+            before = shortest(self.flow, 0, {loop.header}) or []
+            ways = [shortest(self.flow, block, self.ends(), whole=True) for block in self.exits(loop)]
+            after = min((way for way in ways if way is not None), key=length, default=[])
         return cost, Way(steps, vectors, self.sweeps, self.width, loop, self.flow.never, before, after)
 
 
@@ -293,15 +298,15 @@ def length(instructions: list[Instruction]) -> int:
     return len(instructions) * (AVOIDED if any(one.base == "CALL" for one in instructions) else 1)
 
 
-def shortest(flow: Flow, start: int, ends: set[int]) -> list[Instruction]:
-    """The instructions of the blocks after the first on the shortest way, without the block that it leads to."""
+def shortest(flow: Flow, start: int, ends: set[int], whole: bool = False) -> list[Instruction] | None:
+    """The instructions of the blocks on the shortest way, without, or `whole` with, the one that it leads to."""
     best: dict[int, tuple[int, int | None]] = {start: (0, None)}
     pending = {start}
     while pending:
         at = min(pending, key=lambda block: best[block][0])
         pending.remove(at)
         if at in ends:
-            way: list[int] = []
+            way: list[int] = [at] if whole else []
             back: int | None = best[at][1]
             while back is not None:
                 way.append(back)
@@ -312,7 +317,7 @@ def shortest(flow: Flow, start: int, ends: set[int]) -> list[Instruction]:
             if successor not in best or cost < best[successor][0]:
                 best[successor] = (cost, at)
                 pending.add(successor)
-    return []
+    return None
 
 
 def main_loop(
@@ -324,8 +329,8 @@ def main_loop(
 ) -> Way | None:
     """The way that moves the first of these lists of sweeps that there is, in the widest accesses that do.
 
-    `inner`: what a loop within the work on a vector moves, if nvcc unrolls it.  `parts`: what loops over a row move that
-    are one sweep together, since threads do not join in between.
+    `inner`: what a loop within the work on a vector moves, if nvcc unrolls it.  `parts`: what loops over a row move
+    that are one sweep together, since threads do not join in between.
     """
     for width in widths:
         for sweeps in alternatives:

@@ -1,7 +1,7 @@
 """Reads nvdisasm's text: a kernel is a list of instructions with their labels, opcodes and scheduling fields.
 
-Since Volta an instruction's own 128 bits say how many cycles to wait after it, which of six scoreboards it sets once its
-result is there, and on which it waits: from these follows how many loads are under way at a time.
+Since Volta an instruction's own 128 bits say how many cycles to wait after it, which of six scoreboards it sets once
+its result is there, and on which it waits: from these follows how many loads are under way at a time.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ What was compiled lies in build/cuda-budget under a hash of the source, the head
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -48,9 +50,11 @@ def nvcc_command() -> list[str]:
     here = os.getcwd()
     try:
         from cuda_compile import find_nvcc, keep_architectures
+
         from described import defines, extensions
 
-        extension: Extension = extensions(cuda=True)["robustkern._cuda"]
+        with contextlib.redirect_stderr(io.StringIO()):  # setup.py's news
+            extension: Extension = extensions(cuda=True)["robustkern._cuda"]
     except SystemExit as missing:
         raise Unavailable(str(missing)) from None
     finally:

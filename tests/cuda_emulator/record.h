@@ -22,8 +22,8 @@ class Record {
     Dl_info info{};
     const char* const name = dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "?";
     line_ = name;
-    for (const std::size_t number : {std::size_t{grid.x}, std::size_t{grid.y}, std::size_t{grid.z}, std::size_t{block.x},
-                                     std::size_t{block.y}, std::size_t{block.z}, dynamic_shared})
+    for (const std::size_t number : {std::size_t{grid.x}, std::size_t{grid.y}, std::size_t{grid.z},
+                                     std::size_t{block.x}, std::size_t{block.y}, std::size_t{block.z}, dynamic_shared})
       line_ += " " + std::to_string(number);
     line_ += " ";
   }

@@ -54,7 +54,7 @@ def _reference(case: Case, rows: slice, dtype: torch.dtype) -> Any:
     extra = tuple(cast(tensor[rows], dtype) for tensor in case.rows)
     grad = case.grad[rows].to(torch.float64 if dtype == torch.float64 else torch.float32)
     x: Tensor = case.x[rows].to(dtype)
-    return derivatives(lambda x: case.reference(x, *extra), x, grad, case.gg_x[rows].to(dtype))
+    return derivatives(lambda x: case.reference(x, *extra), x, grad, case.u[rows].to(dtype))
 
 
 def measure(

@@ -56,7 +56,7 @@ class Case:
     x: Tensor
     rows: tuple[Tensor, ...]
     grad: Tensor  # cotangent of the value
-    gg_x: Tensor  # cotangent of grad_x
+    u: Tensor  # cotangent of grad_x
     eager: Callable[..., Tensor]  # what a user of PyTorch writes
     reference: Callable[..., Tensor]
     robustkern: Callable[..., Tensor]
@@ -79,8 +79,8 @@ class Case:
             return lambda: torch.autograd.grad(value, x, self.grad, retain_graph=True)
         if order == "double_backward":
             (grad_x,) = torch.autograd.grad(function(x, *self.rows), x, grad, create_graph=True)
-            return lambda: torch.autograd.grad(grad_x, (grad, x), self.gg_x, retain_graph=True, allow_unused=True)
-        return lambda: chain(function, x, grad, self.gg_x, self.rows)
+            return lambda: torch.autograd.grad(grad_x, (grad, x), self.u, retain_graph=True, allow_unused=True)
+        return lambda: chain(function, x, grad, self.u, self.rows)
 
     def function(self, provider: str, backend: str = "inductor") -> Callable[..., Tensor]:
         if provider == "compile":
@@ -90,8 +90,8 @@ class Case:
     def _compiled_chain(self, everything: bool, backend: str) -> Work:
         """One compiled function of x that starts from scratch, since a compiled backward cannot be differentiated."""
 
-        def traced(x: Tensor, grad: Tensor, gg_x: Tensor, *rows: Tensor) -> tuple[Tensor | None, ...]:
-            results = chain(self.eager, x, grad, gg_x, rows)
+        def traced(x: Tensor, grad: Tensor, u: Tensor, *rows: Tensor) -> tuple[Tensor | None, ...]:
+            results = chain(self.eager, x, grad, u, rows)
             # Detached: an output with a graph would have the compiler derive a third order, which it cannot.
             return tuple(None if r is None else r.detach() for r in (results if everything else results[2:]))
 
@@ -100,7 +100,7 @@ class Case:
 
         def call() -> object:
             with differentiable_compilation():
-                return compiled(x, grad, self.gg_x, *self.rows)
+                return compiled(x, grad, self.u, *self.rows)
 
         return call
 
@@ -109,16 +109,16 @@ class Case:
         if provider == "compile":
             return self._compiled_chain(True, backend)()  # type: ignore[return-value]
         function = self.function(provider)
-        return derivatives(lambda x: function(x, *self.rows), self.x, self.grad, self.gg_x)
+        return derivatives(lambda x: function(x, *self.rows), self.x, self.grad, self.u)
 
 
 def chain(
-    function: Callable[..., Tensor], x: Tensor, grad: Tensor, gg_x: Tensor, rows: tuple[Tensor, ...]
+    function: Callable[..., Tensor], x: Tensor, grad: Tensor, u: Tensor, rows: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Forward, backward and double backward."""
     value = function(x, *rows)
     (grad_x,) = torch.autograd.grad(value, x, grad, create_graph=True)
-    return value, grad_x, *torch.autograd.grad(grad_x, (grad, x), gg_x, allow_unused=True)
+    return value, grad_x, *torch.autograd.grad(grad_x, (grad, x), u, allow_unused=True)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
@@ -130,7 +130,7 @@ def _row_norm(spec: Spec, device: str) -> Case:
     p, squared = float(spec.options["p"]), spec.options.get("squared", False)
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     x = _normal(spec.shape, spec.dtype, device, 0).contiguous(memory_format=layout)
-    gg_x = _normal(spec.shape, spec.dtype, device, 1).contiguous(memory_format=layout)
+    u = _normal(spec.shape, spec.dtype, device, 1).contiguous(memory_format=layout)
     accumulation = accumulation_dtype(spec.dtype)
     grad = _normal(spec.shape[:1], accumulation, device, 2)
     weight = (
@@ -153,16 +153,16 @@ def _row_norm(spec: Spec, device: str) -> Case:
         return rk.ops.row_norm(x, p, weight, squared=squared, impl="kernel")
 
     ops, (rows, inner) = torch.ops.robustkern, as_rows(x)
-    gg_rows, _ = as_rows(gg_x)
+    u_rows, _ = as_rows(u)
     norm = ops.row_norm(rows, weight, inner, p, squared)
     flat = p in (1.0, math.inf)
     item, batch = x.nbytes, norm.nbytes
     return Case(
-        spec, x, (), grad, gg_x, eager, reference, kernel,
+        spec, x, (), grad, u, eager, reference, kernel,
         _operators(
             lambda: ops.row_norm(rows, weight, inner, p, squared),
             lambda: ops.row_norm_backward(grad, rows, norm, weight, inner, p, squared),
-            lambda: ops.row_norm_double_backward(gg_rows, grad, rows, norm, weight, inner, p, squared),
+            lambda: ops.row_norm_double_backward(u_rows, grad, rows, norm, weight, inner, p, squared),
         ),
         _traffic(item + batch, 2 * item + 2 * batch, (2 if flat else 3) * item + 3 * batch),
         flat,
@@ -173,7 +173,7 @@ def _softmax_cross_entropy(spec: Spec, device: str) -> Case:
     batch, classes = spec.shape
     smoothing, soft = spec.options.get("label_smoothing", 0.0), spec.options.get("probabilities", False)
     logits = 3.0 * _normal(spec.shape, spec.dtype, device, 0)
-    gg_logits = _normal(spec.shape, spec.dtype, device, 1)
+    u = _normal(spec.shape, spec.dtype, device, 1)
     accumulation = accumulation_dtype(spec.dtype)
     grad = _normal((batch,), accumulation, device, 2)
     if soft:
@@ -198,11 +198,11 @@ def _softmax_cross_entropy(spec: Spec, device: str) -> Case:
     _, statistics = ops.softmax_cross_entropy(logits, target, *options)
     item, row, read = logits.nbytes, grad.nbytes, statistics.nbytes + target.nbytes
     return Case(
-        spec, logits, (target,), grad, gg_logits, eager, reference, kernel,
+        spec, logits, (target,), grad, u, eager, reference, kernel,
         _operators(
             lambda: ops.softmax_cross_entropy(logits, target, *options),
             lambda: ops.softmax_cross_entropy_backward(grad, logits, statistics, target, *options),
-            lambda: ops.softmax_cross_entropy_double_backward(gg_logits, grad, logits, statistics, target, *options),
+            lambda: ops.softmax_cross_entropy_double_backward(u, grad, logits, statistics, target, *options),
         ),
         _traffic(item + row + read, 2 * item + row + read, 3 * item + 2 * row + read),
     )  # fmt: skip
@@ -210,7 +210,7 @@ def _softmax_cross_entropy(spec: Spec, device: str) -> Case:
 
 def _kl_divergence(spec: Spec, device: str) -> Case:
     p_logits, q_logits = (3.0 * _normal(spec.shape, spec.dtype, device, seed) for seed in (0, 3))
-    gg_p = _normal(spec.shape, spec.dtype, device, 1)
+    u = _normal(spec.shape, spec.dtype, device, 1)
     accumulation = accumulation_dtype(spec.dtype)
     grad = _normal(spec.shape[:1], accumulation, device, 2)
 
@@ -229,11 +229,11 @@ def _kl_divergence(spec: Spec, device: str) -> Case:
     saved = (p_logits, q_logits, statistics)
     item, row, read = p_logits.nbytes, grad.nbytes, statistics.nbytes
     return Case(
-        spec, p_logits, (q_logits,), grad, gg_p, eager, reference, kernel,
+        spec, p_logits, (q_logits,), grad, u, eager, reference, kernel,
         _operators(
             lambda: ops.kl_divergence(p_logits, q_logits, 1.0),
             lambda: ops.kl_divergence_backward(grad, *saved, *options),
-            lambda: ops.kl_divergence_double_backward(gg_p, None, grad, *saved, *options),
+            lambda: ops.kl_divergence_double_backward(u, None, grad, *saved, *options),
         ),
         _traffic(2 * item + row + read, 3 * item + row + read, 4 * item + 2 * row + read),
     )  # fmt: skip

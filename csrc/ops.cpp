@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "Tensor");
   // -> (gg_grad [B], grad_x [B, N]; grad_x is [0] where the norm's second derivative is identically zero: p = 1, inf)
   m.def(
-      "row_norm_double_backward(Tensor gg_x, Tensor grad, Tensor x, Tensor norm, Tensor? weight, int inner, float p, "
+      "row_norm_double_backward(Tensor u, Tensor grad, Tensor x, Tensor norm, Tensor? weight, int inner, float p, "
       "bool squared) -> (Tensor, Tensor)");
 
   // logits: [B, C]; target: [B] int64 or [B, C] probabilities; -> loss [B], statistics [B, 2] = (max, log sum exp) of
@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "label_smoothing, float temperature, int ignore_index) -> Tensor");
   // -> (gg_grad [B], grad_logits [B, C])
   m.def(
-      "softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits, Tensor statistics, Tensor "
+      "softmax_cross_entropy_double_backward(Tensor u, Tensor grad, Tensor logits, Tensor statistics, Tensor "
       "target, float label_smoothing, float temperature, int ignore_index) -> (Tensor, Tensor)");
 
   // p_logits, q_logits: [B, C] -> kl [B], statistics [B, 5], see KlRow in math/kl_divergence.h
@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "bool need_p, bool need_q) -> (Tensor, Tensor)");
   // An absent cotangent is zero.  -> (gg_grad [B], grad_p, grad_q [B, C], or [0] where not needed)
   m.def(
-      "kl_divergence_double_backward(Tensor? gg_p, Tensor? gg_q, Tensor grad, Tensor p_logits, Tensor q_logits, Tensor "
+      "kl_divergence_double_backward(Tensor? u, Tensor? v, Tensor grad, Tensor p_logits, Tensor q_logits, Tensor "
       "statistics, float temperature, bool need_p, bool need_q) -> (Tensor, Tensor, Tensor)");
 
   // outputs: [B, C, S]; seed: [1] int64; law, kind: see math/random_cotangents.h -> w [K, B, C, S]
@@ -60,50 +60,50 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "restart) -> ()");
 
   // Second derivatives of PyTorch's own operators.  The inputs of a first backward (grad, x, ...) and the cotangents of
-  // its outputs (gg_x of grad_x, gg_weight of grad_weight, gg_bias of grad_bias) give the gradients of those inputs.
+  // its outputs (u of grad_x, a of grad_weight, b of grad_bias) give the gradients of those inputs.
   // An absent cotangent is zero, and costs nothing; a gradient that is not needed comes back as an empty tensor [0].
   // Numbers per channel or row (weight, mean, ...) come and go in the accumulation type.
 
-  // x: [N, C, S]; grad, gg_x like x; weight, gg_weight, gg_bias, mean, invstd: [C]
+  // x: [N, C, S]; grad, u like x; weight, a, b, mean, invstd: [C]
   // -> (gg_grad like x, grad_x like x, grad_weight [C])
   m.def(
-      "batch_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
+      "batch_norm_double_backward(Tensor? u, Tensor? a, Tensor? b, Tensor grad, Tensor x, Tensor? "
       "weight, Tensor mean, Tensor invstd, bool training, bool need_grad, bool need_x, bool need_weight) -> (Tensor, "
       "Tensor, Tensor)");
   // x: [B, D] rows; weight: [D]; mean (none: RMSNorm), rstd: [B] -> (grad_x [B, D], grad_weight [D], grad_bias [D])
   m.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, bool need_x, bool "
       "need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  // gg_weight, gg_bias: [D]
+  // a, b: [D]
   // -> (gg_grad [B, D], grad_x [B, D], grad_weight [D])
   m.def(
-      "layer_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
+      "layer_norm_double_backward(Tensor? u, Tensor? a, Tensor? b, Tensor grad, Tensor x, Tensor? "
       "weight, Tensor? mean, Tensor rstd, bool need_grad, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
   // x: [N, C, S], contiguous or with the channels innermost; weight: [C]; mean, rstd: [N, groups]
   // -> (grad_x like x, grad_weight [C], grad_bias [C])
   m.def(
       "group_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, int groups, bool need_x, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  // gg_weight, gg_bias: [C]
+  // a, b: [C]
   // -> (gg_grad like x, grad_x like x, grad_weight [C])
   m.def(
-      "group_norm_double_backward(Tensor? gg_x, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, Tensor? "
+      "group_norm_double_backward(Tensor? u, Tensor? a, Tensor? b, Tensor grad, Tensor x, Tensor? "
       "weight, Tensor mean, Tensor rstd, int groups, bool need_grad, bool need_x, bool need_weight) -> (Tensor, "
       "Tensor, Tensor)");
   // x: any shape, the input (for tanh and sigmoid: the output); parameters: see math/activation.h
   // -> (gg_grad like x, grad_x like x)
   m.def(
-      "activation_double_backward(Tensor gg_x, Tensor grad, Tensor x, str function, float[] parameters, bool "
+      "activation_double_backward(Tensor u, Tensor grad, Tensor x, str function, float[] parameters, bool "
       "need_grad, bool need_x) -> (Tensor, Tensor)");
   // output: [B, C, S], of softmax or log_softmax over C -> (gg_grad, grad_output), both like output
   m.def(
-      "softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad, bool need_output) -> "
+      "softmax_double_backward(Tensor u, Tensor grad, Tensor output, bool log, bool need_grad, bool need_output) -> "
       "(Tensor, Tensor)");
-  // q, gg_q: [B, H, L, D]; k, gg_k: [B, G, S, D]; v, gg_v: [B, G, S, E], G a divisor of H; grad: [B, H, L, E];
+  // q, a: [B, H, L, D]; k, b: [B, G, S, D]; v, c: [B, G, S, E], G a divisor of H; grad: [B, H, L, E];
   // mask: additive, broadcastable to [B, H, L, S]; causal: row i of q sees keys 0 to i
   // -> (gg_grad like grad, grad_q like q, grad_k like k, grad_v like v)
   m.def(
-      "attention_double_backward(Tensor? gg_q, Tensor? gg_k, Tensor? gg_v, Tensor grad, Tensor q, Tensor k, Tensor v, "
+      "attention_double_backward(Tensor? a, Tensor? b, Tensor? c, Tensor grad, Tensor q, Tensor k, Tensor v, "
       "Tensor? mask, bool causal, float scale, bool need_grad, bool need_q, bool need_k, bool need_v) -> (Tensor, "
       "Tensor, Tensor, Tensor)");
 }

@@ -19,12 +19,12 @@ class Derivatives(NamedTuple):
 
     value: Tensor  # y
     grad_x: Tensor  # grad . dy/dx
-    gg_grad: Tensor  # d<gg_x, grad_x>/d grad
-    second: Tensor  # d<gg_x, grad_x>/d x
+    gg_grad: Tensor  # d<u, grad_x>/d grad
+    second: Tensor  # d<u, grad_x>/d x
 
 
 def derivatives(
-    function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, gg_x: Tensor, orders: int = 2
+    function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, u: Tensor, orders: int = 2
 ) -> Derivatives:
     """y = f(x), its backward, and both outputs of its double backward.
 
@@ -32,7 +32,7 @@ def derivatives(
         function: f, twice differentiable.
         x: where; it is detached first, and keeps its layout.
         grad: cotangent of y, shaped like y.
-        gg_x: cotangent of grad_x, shaped like x.
+        u: cotangent of grad_x, shaped like x.
         orders: how often f is differentiated: 0 to 2.
 
     Returns:
@@ -45,7 +45,7 @@ def derivatives(
     if orders > 0:
         (grad_x,) = torch.autograd.grad(value, x, grad, create_graph=orders > 1)
     if orders > 1:
-        gg_grad, second = torch.autograd.grad(grad_x, (grad, x), gg_x, allow_unused=True)
+        gg_grad, second = torch.autograd.grad(grad_x, (grad, x), u, allow_unused=True)
     gg_grad = torch.zeros_like(grad) if gg_grad is None else gg_grad
     second = torch.zeros_like(x) if second is None else second
     return Derivatives(value.detach(), grad_x.detach(), gg_grad.detach(), second.detach())

@@ -70,19 +70,19 @@ def cotangents(sample: Sample) -> tuple[Tensor, Tensor]:
     return random_like(value, 1), random_like(sample.inputs[0], 2)
 
 
-def run(sample: Sample, grad: Tensor, gg_x: Tensor, impl: str = "kernel", x: Tensor | None = None) -> Derivatives:
+def run(sample: Sample, grad: Tensor, u: Tensor, impl: str = "kernel", x: Tensor | None = None) -> Derivatives:
     """Value, gradient and double backward of a sample."""
-    return derivatives(lambda v: sample(v, impl=impl), sample.inputs[0] if x is None else x, grad, gg_x, sample.orders)
+    return derivatives(lambda v: sample(v, impl=impl), sample.inputs[0] if x is None else x, grad, u, sample.orders)
 
 
-def assert_accurate(sample: Sample, grad: Tensor, gg_x: Tensor, actual: Derivatives | None = None) -> None:
+def assert_accurate(sample: Sample, grad: Tensor, u: Tensor, actual: Derivatives | None = None) -> None:
     """Checks the kernel's value and derivatives, or given ones, against the reference."""
-    actual = run(sample, grad, gg_x) if actual is None else actual
-    exact = run(in_dtype(sample, torch.float64), *cast((grad, gg_x)), "reference")
+    actual = run(sample, grad, u) if actual is None else actual
+    exact = run(in_dtype(sample, torch.float64), *cast((grad, u)), "reference")
     if grad.dtype == torch.float64:
-        eager = run(in_dtype(sample, torch.float32), *cast((grad, gg_x), torch.float32), "reference")
+        eager = run(in_dtype(sample, torch.float32), *cast((grad, u), torch.float32), "reference")
     else:
-        eager = run(sample, grad, gg_x, "reference")
+        eager = run(sample, grad, u, "reference")
     for order in Derivatives._fields:
         trio = (getattr(d, order) for d in (actual, eager, exact))
         assert_as_accurate_as_reference(*trio, zero=order in sample.zero, what=f"{sample} {order}")

@@ -53,17 +53,17 @@ def test_fake_kernels_tell_shapes_dtypes_and_strides(case, dtype, device):
             assert fake.device == tensor.device
 
 
-def compiled_derivatives(sample, backend, grad, gg_x, **options):
+def compiled_derivatives(sample, backend, grad, u, **options):
     """Value, gradient and double backward traced into one graph."""
 
-    def chain(x, grad, gg_x):
+    def chain(x, grad, u):
         value = sample(x, impl="kernel")
         (grad_x,) = torch.autograd.grad(value, x, grad, create_graph=True)
-        return (value.detach(), grad_x.detach(), *torch.autograd.grad(grad_x, (grad, x), gg_x, allow_unused=True))
+        return (value.detach(), grad_x.detach(), *torch.autograd.grad(grad_x, (grad, x), u, allow_unused=True))
 
     x, grad = sample.inputs[0].detach().requires_grad_(), grad.detach().requires_grad_()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        results = torch.compile(chain, backend=backend, fullgraph=True, **options)(x, grad, gg_x)
+        results = torch.compile(chain, backend=backend, fullgraph=True, **options)(x, grad, u)
     value, grad_x, gg_grad, second = results
     return Derivatives(value, grad_x, gg_grad, torch.zeros_like(x) if second is None else second)
 
@@ -90,8 +90,8 @@ def test_compiled_double_backward(case, backend, device):
     for other in (c for c in CASES if c.op == case.op and c.orders == 2 and not c.empty and c.elements <= 1000):
         torch._dynamo.reset()
         sample = other.sample(device, torch.float32)
-        grad, gg_x = cotangents(sample)
-        assert_accurate(sample, grad, gg_x, compiled_derivatives(sample, backend, grad, gg_x))
+        grad, u = cotangents(sample)
+        assert_accurate(sample, grad, u, compiled_derivatives(sample, backend, grad, u))
 
 
 @over_operators

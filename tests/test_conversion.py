@@ -75,10 +75,10 @@ def test_batch_norm_reads_and_rounds_every_number(dtype, of_x, elements, device)
     scale = one * (1 + 2.0**-9)  # of bfloat16 results a half way case, of float16 ones a small change
 
     def results(*tensors):
-        gg_x, g, x = tensors
-        gg_weight = one / 3 if of_x else None
+        u, g, x = tensors
+        a = one / 3 if of_x else None
         op = torch.ops.robustkern.batch_norm_double_backward
-        return op(gg_x, gg_weight, None, g, x, None, mean, scale, False, True, of_x, False)[: 1 + of_x]
+        return op(u, a, None, g, x, None, mean, scale, False, True, of_x, False)[: 1 + of_x]
 
     for low, wide in zip(results(u, grad, x), results(u.float(), grad.float(), x.float()), strict=True):
         same_but_nan(low, wide.to(dtype))

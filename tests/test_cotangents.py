@@ -26,13 +26,13 @@ def interleaved(t):
 
 # Each turns the random cotangents of the value and of the gradient into what autograd might send instead.
 KINDS = {
-    "one a row": lambda grad, gg_x: (torch.arange(1, grad.numel() + 1).to(grad).view_as(grad), gg_x),
-    "one number for all": lambda grad, gg_x: (grad.flatten()[0].expand(grad.shape), gg_x),
-    "expanded along rows": lambda grad, gg_x: (grad, gg_x[:1].expand_as(gg_x)),
-    "interleaved": lambda grad, gg_x: (interleaved(grad), interleaved(gg_x)),
-    "transposed": lambda grad, gg_x: (grad, transposed(gg_x)),
-    "flipped": lambda grad, gg_x: (grad.flip(0), gg_x.flip(0)),
-    "contiguous": lambda grad, gg_x: (grad.contiguous(), gg_x.contiguous()),
+    "one a row": lambda grad, u: (torch.arange(1, grad.numel() + 1).to(grad).view_as(grad), u),
+    "one number for all": lambda grad, u: (grad.flatten()[0].expand(grad.shape), u),
+    "expanded along rows": lambda grad, u: (grad, u[:1].expand_as(u)),
+    "interleaved": lambda grad, u: (interleaved(grad), interleaved(u)),
+    "transposed": lambda grad, u: (grad, transposed(u)),
+    "flipped": lambda grad, u: (grad.flip(0), u.flip(0)),
+    "contiguous": lambda grad, u: (grad.contiguous(), u.contiguous()),
 }
 
 
@@ -47,8 +47,8 @@ def test_kinds_of_cotangents(case, kind, device):
 def test_a_cotangent_of_one_number(case, device):
     """What .sum() sends: no strides at all.  To softmax it is the zero direction, so that bits are compared."""
     sample = case.sample(device, torch.float32)
-    grad, gg_x = (t.flatten()[0].expand(t.shape) for t in cotangents(sample))
-    expanded, dense = run(sample, grad, gg_x), run(sample, grad.contiguous(), gg_x.contiguous())
+    grad, u = (t.flatten()[0].expand(t.shape) for t in cotangents(sample))
+    expanded, dense = run(sample, grad, u), run(sample, grad.contiguous(), u.contiguous())
     for actual, expected in zip(expanded, dense, strict=True):
         assert_same_bits(actual, expected)
 
@@ -56,12 +56,12 @@ def test_a_cotangent_of_one_number(case, device):
 @over_small
 def test_zero_cotangents_give_zeros(case, device):
     sample = case.sample(device, torch.float32)
-    grad, gg_x = cotangents(sample)
-    result = run(sample, torch.zeros_like(grad), gg_x)
+    grad, u = cotangents(sample)
+    result = run(sample, torch.zeros_like(grad), u)
     assert not result.grad_x.any()
     assert not result.second.any()
     assert result.gg_grad.any() or "gg_grad" in sample.zero
-    result = run(sample, grad, torch.zeros_like(gg_x))
+    result = run(sample, grad, torch.zeros_like(u))
     assert not result.gg_grad.any()
     assert not result.second.any()
     assert result.grad_x.any() or "grad_x" in sample.zero
@@ -85,7 +85,7 @@ def test_operators_write_to_no_input(case, dtype, device):
 def test_one_graph_serves_several_backwards(case, device):
     sample = case.sample(device, torch.float32)
     x = sample.inputs[0].detach().requires_grad_()
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     value = sample(x, impl="kernel")
     (first,) = torch.autograd.grad(value, x, grad, retain_graph=True)
     kept = first.clone()
@@ -96,9 +96,9 @@ def test_one_graph_serves_several_backwards(case, device):
     assert_same_bits(second, 2 * kept)
     if "second" in sample.zero:
         return
-    (hvp,) = torch.autograd.grad(again, x, gg_x, retain_graph=True)
-    (twice,) = torch.autograd.grad(again, x, 2 * gg_x, retain_graph=True)
-    (once_more,) = torch.autograd.grad(again, x, gg_x)
+    (hvp,) = torch.autograd.grad(again, x, u, retain_graph=True)
+    (twice,) = torch.autograd.grad(again, x, 2 * u, retain_graph=True)
+    (once_more,) = torch.autograd.grad(again, x, u)
     assert_same_bits(hvp, once_more)
     assert_same_bits(twice, 2 * hvp)
 
@@ -106,8 +106,8 @@ def test_one_graph_serves_several_backwards(case, device):
 @over_small_chains
 def test_what_requires_grad_gets_one_and_the_rest_does_not(case, device):
     sample = case.sample(device, torch.float32)
-    grad, gg_x = cotangents(sample)
-    expected = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    expected = run(sample, grad, u)
     assert not sample(impl="kernel").requires_grad
     backward = recorded_calls(sample)[f"{case.op}_backward"]
     first = sample.inputs[0].detach().requires_grad_()
@@ -116,11 +116,11 @@ def test_what_requires_grad_gets_one_and_the_rest_does_not(case, device):
     # Only the cotangent of the value is differentiated, then only the input.
     grad = grad.detach().requires_grad_()
     (grad_x,) = torch.autograd.grad(sample(first, impl="kernel"), first, grad, create_graph=True)
-    (gg_grad,) = torch.autograd.grad(grad_x, grad, gg_x)
+    (gg_grad,) = torch.autograd.grad(grad_x, grad, u)
     assert_same_bits(gg_grad, expected.gg_grad)
     (grad_x,) = torch.autograd.grad(sample(first, impl="kernel"), first, grad.detach(), create_graph=True)
     if "second" not in sample.zero:
-        (second,) = torch.autograd.grad(grad_x, first, gg_x)
+        (second,) = torch.autograd.grad(grad_x, first, u)
         assert_same_bits(second, expected.second)
     names = list(backward.tensors)
     alone = backward(**{names[0]: backward.tensors[names[0]].clone().requires_grad_()})
@@ -132,9 +132,9 @@ def test_what_requires_grad_gets_one_and_the_rest_does_not(case, device):
 def test_third_order_is_refused(case, device):
     sample = case.sample(device, torch.float64)
     x = sample.inputs[0].detach().requires_grad_()
-    grad, gg_x = (t.requires_grad_() for t in cotangents(sample))
+    grad, u = (t.requires_grad_() for t in cotangents(sample))
     (grad_x,) = torch.autograd.grad(sample(x, impl="kernel"), x, grad, create_graph=True)
-    gg_grad, second = torch.autograd.grad(grad_x, (grad, x), gg_x, create_graph=True, allow_unused=True)
+    gg_grad, second = torch.autograd.grad(grad_x, (grad, x), u, create_graph=True, allow_unused=True)
     for derivative in (gg_grad, second):
         if derivative is not None:
             with pytest.raises(RuntimeError, match="third-order derivatives are not supported; use impl='reference'"):
@@ -145,10 +145,10 @@ def test_third_order_is_refused(case, device):
 def test_the_reference_has_a_third_order(case, device):
     sample = case.sample(device, torch.float64)
     x = sample.inputs[0].detach().requires_grad_()
-    gg_x = cotangents(sample)[1]
+    u = cotangents(sample)[1]
     (grad_x,) = torch.autograd.grad(sample(x, impl="reference").sum(), x, create_graph=True)
     if grad_x.requires_grad and "second" not in sample.zero:
-        (second,) = torch.autograd.grad(grad_x, x, gg_x, create_graph=True)
+        (second,) = torch.autograd.grad(grad_x, x, u, create_graph=True)
         if second.requires_grad:  # false where the third derivative is identically zero
             torch.autograd.grad(second.sum(), x, allow_unused=True)
 

@@ -20,22 +20,22 @@ def assert_same_derivatives(actual, expected):
 @over_filled
 def test_repeats(case, dtype, device):
     sample = case.sample(device, dtype)
-    grad, gg_x = cotangents(sample)
-    expected = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    expected = run(sample, grad, u)
     for _ in range(3):
-        assert_same_derivatives(run(sample, grad, gg_x), expected)
+        assert_same_derivatives(run(sample, grad, u), expected)
 
 
 @over_dtypes
 @over_chains
 def test_a_row_alone_is_the_row_in_its_batch(case, dtype, device):
     sample = case.sample(device, dtype)
-    grad, gg_x = cotangents(sample)
-    batch = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    batch = run(sample, grad, u)
     for i in range(grad.shape[0]):
         row = slice(i, i + 1)
         alone = dataclasses.replace(sample, inputs=tuple(t[row] for t in sample.inputs))
-        assert_same_derivatives(run(alone, grad[row], gg_x[row]), tuple(d[row] for d in batch))
+        assert_same_derivatives(run(alone, grad[row], u[row]), tuple(d[row] for d in batch))
 
 
 def many_rows(sample, elements=300_000):
@@ -53,12 +53,12 @@ def many_rows(sample, elements=300_000):
 def test_threads(case):
     before = torch.get_num_threads()
     sample = many_rows(case.sample("cpu", torch.float32))
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run(sample, grad, gg_x))
+            results.append(run(sample, grad, u))
     finally:
         torch.set_num_threads(before)
     assert_same_derivatives(results[1], results[0])

@@ -46,8 +46,8 @@ def values(draw, *shape):
 
 
 def check(sample, lay_out):
-    grad, gg_x = cotangents(sample)
-    assert_accurate(sample, grad, lay_out(gg_x))
+    grad, u = cotangents(sample)
+    assert_accurate(sample, grad, lay_out(u))
 
 
 @st.composite
@@ -107,11 +107,11 @@ def test_no_elements(shape, p, device):
     weight = torch.ones(shape[1], device=device)
     for options in ({}, {"weight": weight}) if shape[1] else ({},):
         sample = Sample(row_norm, (x,), {"p": p, **options})
-        grad, gg_x = cotangents(sample)
+        grad, u = cotangents(sample)
         leaf = x.clone().requires_grad_()
         norm = sample(leaf, impl="kernel")
         assert norm.tolist() == [0.0] * shape[0]
         (grad_x,) = torch.autograd.grad(norm, leaf, grad.requires_grad_(), create_graph=True)
         assert grad_x.shape == shape
-        (gg_grad,) = torch.autograd.grad(grad_x, grad, gg_x)
+        (gg_grad,) = torch.autograd.grad(grad_x, grad, u)
         assert gg_grad.tolist() == [0.0] * shape[0]

@@ -38,11 +38,11 @@ def test_the_values_of_pytorch(impl, device):
     torch.testing.assert_close(kl_divergence(p, q, impl=impl), expected)
 
 
-def derivatives_in_both(impl, p, q, grad, gg_p, gg_q):
+def derivatives_in_both(impl, p, q, grad, u, v):
     p, q, grad = (t.detach().requires_grad_() for t in (p, q, grad))
     value = kl_divergence(p, q, impl=impl)
     grads = torch.autograd.grad(value, (p, q), grad, create_graph=True)
-    second = torch.autograd.grad(grads, (grad, p, q), (gg_p, gg_q))
+    second = torch.autograd.grad(grads, (grad, p, q), (u, v))
     return [t.detach() for t in (value, *grads, *second)]
 
 
@@ -77,13 +77,13 @@ def test_a_target_is_not_differentiated(impl, constant, device):
 def test_what_is_not_asked_for_changes_nothing_else(classes, device):
     """Nor does a cotangent that is absent differ from one of zeros."""
     p, q = logits(device, 37, classes), logits(device, 37, classes, seed=1)
-    gg = logits(device, 37, classes, seed=2)
+    u = logits(device, 37, classes, seed=2)
     ops, grad = torch.ops.robustkern, torch.ones(37, device=device, dtype=p.dtype)
     saved = grad, p, q, ops.kl_divergence(p, q, 1.0)[1], 1.0
     both = ops.kl_divergence_backward(*saved, True, True)
     torch.testing.assert_close(ops.kl_divergence_backward(*saved, True, False)[0], both[0])
     torch.testing.assert_close(ops.kl_divergence_backward(*saved, False, True)[1], both[1])
-    for cotangents in ((gg, None), (None, gg)):
+    for cotangents in ((u, None), (None, u)):
         zeros = [torch.zeros_like(p) if t is None else t for t in cotangents]
         both = ops.kl_divergence_double_backward(*zeros, *saved, True, True)
         only_p = ops.kl_divergence_double_backward(*cotangents, *saved, True, False)
@@ -101,8 +101,8 @@ def test_a_row_gives_the_same_wherever_it_stands(dtype, classes, device):
     grad = random_like(kl_divergence(*inputs[:2], impl="reference"), 4)
 
     def results(rows):
-        p, q, gg_p, gg_q = (t[rows] for t in inputs)
-        return derivatives_in_both("kernel", p, q, grad[rows], gg_p, gg_q)
+        p, q, u, v = (t[rows] for t in inputs)
+        return derivatives_in_both("kernel", p, q, grad[rows], u, v)
 
     whole = results(slice(None))
     for rows in (slice(0, 1), slice(1, 3), slice(30, 70), slice(5, 69)):

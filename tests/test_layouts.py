@@ -63,9 +63,9 @@ def layouts_of(tensor):
 @over_small
 def test_any_layout_is_as_accurate(case, device):
     sample = case.sample(device, torch.float32)
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     x = sample.inputs[0]
-    for (_, a), (_, b) in itertools.product(layouts_of(x), layouts_of(gg_x)):
+    for (_, a), (_, b) in itertools.product(layouts_of(x), layouts_of(u)):
         assert_accurate(sample, grad, b, run(sample, grad, b, x=a))
 
 
@@ -73,9 +73,9 @@ def test_any_layout_is_as_accurate(case, device):
 def test_one_row_repeated_without_copies(case, device):
     """Rows at distance zero, as expand makes them."""
     sample = case.sample(device, torch.float32)
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     repeated = sample.inputs[0][:1].expand_as(sample.inputs[0])
-    assert_accurate(dataclasses.replace(sample, inputs=(repeated, *sample.inputs[1:])), grad, gg_x)
+    assert_accurate(dataclasses.replace(sample, inputs=(repeated, *sample.inputs[1:])), grad, u)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 4, 5)], ids=str)

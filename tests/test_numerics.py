@@ -46,12 +46,12 @@ def test_a_bad_row_stays_visible_and_alone(case, device):
     x = sample.inputs[0]
     if x.shape[0] < 2:
         return
-    grad, gg_x = cotangents(sample)
-    clean = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    clean = run(sample, grad, u)
     for bad in (math.nan, math.inf, -math.inf):
         poisoned = x.clone()
         poisoned[(1, *(0,) * (x.dim() - 1))] = bad
-        result = run(sample, grad, gg_x, x=poisoned)
+        result = run(sample, grad, u, x=poisoned)
         for name, actual, expected in zip(result._fields, result, clean, strict=True):
             others = [i for i in range(x.shape[0]) if i != 1]
             assert_same_bits(actual[others], expected[others])
@@ -72,8 +72,8 @@ def test_all_zeros_have_finite_derivatives(case, dtype, device):
 @over_dtypes
 def test_empty_batches_and_rows(case, dtype, device):
     sample = case.sample(device, dtype)
-    grad, gg_x = cotangents(sample)
-    result, expected = run(sample, grad, gg_x), run(sample, grad, gg_x, "reference")
+    grad, u = cotangents(sample)
+    result, expected = run(sample, grad, u), run(sample, grad, u, "reference")
     for name, actual, like in zip(result._fields, result, expected, strict=True):
         assert actual.shape == like.shape, name
         assert actual.dtype == like.dtype
@@ -128,15 +128,15 @@ def test_zero_rows_have_the_zero_subgradient_in_every_order(options, dtype, devi
     x[1] = 0.0
     x[3] = -0.0
     sample = norm_sample(x, options)
-    grad, gg_x = cotangents(sample)
-    result = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    result = run(sample, grad, u)
     for row in (1, 3):
         assert not result.value[row].any()
         assert not result.grad_x[row].any()
         if not options.get("squared"):  # whose second derivative is 2 everywhere
             assert not result.gg_grad[row].any()
             assert not result.second[row].any()
-    assert_accurate(sample, grad, gg_x, result)
+    assert_accurate(sample, grad, u, result)
 
 
 @over_norms
@@ -147,8 +147,8 @@ def test_neither_tiny_nor_huge_rows_lose_digits(options, size, dtype, device):
         size = size**0.5
     x = size * torch.randn(3, 50, dtype=torch.float64, device=device)
     sample = norm_sample(x.to(dtype), options)
-    grad, gg_x = cotangents(sample)
-    assert_accurate(sample, grad, gg_x if size > 1 else size * gg_x)
+    grad, u = cotangents(sample)
+    assert_accurate(sample, grad, u if size > 1 else size * u)
 
 
 @over_norms
@@ -209,8 +209,8 @@ def test_sums_over_long_rows(options, dtype, device, emulated):
     columns = 3000 if emulated else 300_000
     x = (torch.rand(2, columns, dtype=torch.float64) + 0.5).to(device, dtype)
     sample = norm_sample(x, options)
-    grad, gg_x = cotangents(sample)
-    assert_accurate(sample, grad, gg_x + 1)
+    grad, u = cotangents(sample)
+    assert_accurate(sample, grad, u + 1)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
@@ -258,8 +258,8 @@ def test_logits_may_be_huge(dtype, shift, device):
     classes = torch.tensor([0, 3, 6, 2], device=device)
     logits = (torch.randn(4, 7, dtype=torch.float64, device=device) * (1 + abs(shift) / 10) + shift).to(dtype)
     sample = Sample(softmax_cross_entropy, (logits, classes), {"label_smoothing": 0.1})
-    grad, gg_x = cotangents(sample)
-    result = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    result = run(sample, grad, u)
     assert all(derivative.isfinite().all() for derivative in result)
     exact = reference.softmax_cross_entropy(logits.double(), classes, label_smoothing=0.1)
     eager = reference.softmax_cross_entropy(logits.float(), classes, label_smoothing=0.1)
@@ -272,8 +272,8 @@ def test_a_common_shift_of_all_logits_changes_nothing(shift, device):
     base = torch.randn(4, 7, device=device).mul(64).round().div(64)  # exact after the shift
     classes = torch.tensor([0, 3, 6, 2], device=device)
     plain, moved = (Sample(softmax_cross_entropy, (z, classes), {}) for z in (base, base + shift))
-    grad, gg_x = cotangents(plain)
-    for actual, expected in zip(run(moved, grad, gg_x), run(plain, grad, gg_x), strict=True):
+    grad, u = cotangents(plain)
+    for actual, expected in zip(run(moved, grad, u), run(plain, grad, u), strict=True):
         assert_same_bits(actual, expected)
 
 
@@ -283,8 +283,8 @@ def test_impossible_classes(dtype, device):
     logits = torch.randn(3, 5, dtype=torch.float64).to(device, dtype)
     logits[0, 1] = logits[2, 4] = -math.inf
     sample = Sample(softmax_cross_entropy, (logits, torch.tensor([0, 3, 4], device=device)), {})
-    grad, gg_x = cotangents(sample)
-    result = run(sample, grad, gg_x)
+    grad, u = cotangents(sample)
+    result = run(sample, grad, u)
     assert result.value[:2].isfinite().all()
     assert result.value[2] == math.inf
     assert result.grad_x.isfinite().all()
@@ -292,7 +292,7 @@ def test_impossible_classes(dtype, device):
     assert result.grad_x[0, 1] == 0
     assert result.second[0, 1] == 0
     finite = dataclasses.replace(sample, inputs=tuple(t[:2] for t in sample.inputs))
-    expected = run(finite, grad[:2], gg_x[:2], "reference")
+    expected = run(finite, grad[:2], u[:2], "reference")
     torch.testing.assert_close(result.value[:2], expected.value)
     torch.testing.assert_close(result.grad_x[:2], expected.grad_x)
 

@@ -41,9 +41,9 @@ def test_second_derivative_of_the_l2_norm_by_hand():
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 1.5, math.inf])
 def test_norms_are_those_of_pytorch(p):
     x = torch.randn(4, 3, 5, dtype=torch.float64)
-    grad, gg_x = torch.randn(4, dtype=torch.float64), torch.randn_like(x)
-    theirs = derivatives(lambda v: torch.linalg.vector_norm(v.flatten(1), ord=p, dim=1), x, grad, gg_x)
-    ours = derivatives(lambda v: reference.row_norm(v, p), x, grad, gg_x)
+    grad, u = torch.randn(4, dtype=torch.float64), torch.randn_like(x)
+    theirs = derivatives(lambda v: torch.linalg.vector_norm(v.flatten(1), ord=p, dim=1), x, grad, u)
+    ours = derivatives(lambda v: reference.row_norm(v, p), x, grad, u)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e)
 

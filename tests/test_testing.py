@@ -63,10 +63,10 @@ def test_a_broken_reference_excuses_nothing():
 
 
 def test_derivatives_of_a_cube():
-    x, grad, gg_x = (torch.tensor([v], dtype=torch.float64) for v in (2.0, 5.0, 7.0))
-    value, grad_x, gg_grad, second = derivatives(lambda v: v**3, x, grad, gg_x)
+    x, grad, u = (torch.tensor([v], dtype=torch.float64) for v in (2.0, 5.0, 7.0))
+    value, grad_x, gg_grad, second = derivatives(lambda v: v**3, x, grad, u)
     assert (value, grad_x, gg_grad, second) == (8.0, 5 * 12.0, 7 * 12.0, 5 * 7 * 12.0)
-    assert derivatives(lambda v: 2 * v, x, grad, gg_x).second == 0
+    assert derivatives(lambda v: 2 * v, x, grad, u).second == 0
 
 
 def test_cast_converts_numbers_only():

@@ -25,9 +25,9 @@ LEVELS = 3
 def stacked(sample):
     """LEVELS different first inputs, and cotangents for each."""
     x = torch.stack([random_like(sample.inputs[0], 10 + k) for k in range(LEVELS)])
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     grads = torch.stack([random_like(grad, 20 + k) for k in range(LEVELS)])
-    return x, grads, torch.stack([random_like(gg_x, 30 + k) for k in range(LEVELS)])
+    return x, grads, torch.stack([random_like(u, 30 + k) for k in range(LEVELS)])
 
 
 def one_by_one(function, *stacks):
@@ -48,9 +48,9 @@ def test_vmap_of_the_operator(case, dtype, device):
 @over_small
 def test_derivatives_of_vmap(case, device):
     sample = case.sample(device, torch.float32)
-    x, grad, gg_x = stacked(sample)
-    batched = derivatives(torch.func.vmap(lambda v: sample(v, impl="kernel")), x, grad, gg_x, sample.orders)
-    expected = one_by_one(lambda *level: run(sample, *level[1:], x=level[0]), x, grad, gg_x)
+    x, grad, u = stacked(sample)
+    batched = derivatives(torch.func.vmap(lambda v: sample(v, impl="kernel")), x, grad, u, sample.orders)
+    expected = one_by_one(lambda *level: run(sample, *level[1:], x=level[0]), x, grad, u)
     for actual, e in zip(batched, expected, strict=True):
         assert_same_bits(actual, e)
 
@@ -80,7 +80,7 @@ def test_vmap_of_each_registered_operator(case, mapped, device):
 def test_vmap_over_cotangents_alone(case, device):
     sample = case.sample(device, torch.float32)
     x = sample.inputs[0].detach().requires_grad_()
-    _, grads, gg_xs = stacked(sample)
+    _, grads, us = stacked(sample)
     value = sample(x, impl="kernel")
     (batched,) = torch.autograd.grad(value, x, grads, is_grads_batched=True, create_graph=True)
     (expected,) = one_by_one(lambda g: torch.autograd.grad(value, x, g, retain_graph=True), grads)
@@ -88,8 +88,8 @@ def test_vmap_over_cotangents_alone(case, device):
     if "second" in sample.zero:
         return
     (grad_x,) = torch.autograd.grad(value, x, grads[0], create_graph=True)
-    (batched,) = torch.autograd.grad(grad_x, x, gg_xs, is_grads_batched=True, retain_graph=True)
-    (expected,) = one_by_one(lambda g: torch.autograd.grad(grad_x, x, g, retain_graph=True), gg_xs)
+    (batched,) = torch.autograd.grad(grad_x, x, us, is_grads_batched=True, retain_graph=True)
+    (expected,) = one_by_one(lambda g: torch.autograd.grad(grad_x, x, g, retain_graph=True), us)
     assert_same_bits(batched, expected)
 
 
@@ -123,24 +123,24 @@ def scalar(sample, grad):
 @over_small_chains
 def test_func_grad_and_grad_of_grad(case, device):
     sample = case.sample(device, torch.float32)
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     x = sample.inputs[0]
     value = sample(x)
     grad_x = torch.func.grad(scalar(sample, grad))(x)
-    second = torch.func.grad(lambda v: (torch.func.grad(scalar(sample, grad))(v) * gg_x).sum())(x)
-    gg_grad = torch.func.grad(lambda g: (torch.func.grad(scalar(sample, g))(x) * gg_x).sum())(grad)
-    assert_accurate(sample, grad, gg_x, Derivatives(value, grad_x, gg_grad, second))
+    second = torch.func.grad(lambda v: (torch.func.grad(scalar(sample, grad))(v) * u).sum())(x)
+    gg_grad = torch.func.grad(lambda g: (torch.func.grad(scalar(sample, g))(x) * u).sum())(grad)
+    assert_accurate(sample, grad, u, Derivatives(value, grad_x, gg_grad, second))
 
 
 @over_small_chains
 def test_forward_mode(case, device):
     sample = case.sample(device, torch.float32)
-    grad, gg_x = cotangents(sample)
-    value, tangent = torch.func.jvp(sample, (sample.inputs[0],), (gg_x,))
-    expected = run(dataclasses.replace(sample), torch.ones_like(grad), gg_x)
-    assert_accurate(sample, torch.ones_like(grad), gg_x, expected._replace(value=value, gg_grad=tangent))
+    grad, u = cotangents(sample)
+    value, tangent = torch.func.jvp(sample, (sample.inputs[0],), (u,))
+    expected = run(dataclasses.replace(sample), torch.ones_like(grad), u)
+    assert_accurate(sample, torch.ones_like(grad), u, expected._replace(value=value, gg_grad=tangent))
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(sample.inputs[0], gg_x)
+        dual = torch.autograd.forward_ad.make_dual(sample.inputs[0], u)
         assert_same_bits(torch.autograd.forward_ad.unpack_dual(sample(dual)).tangent, tangent)
 
 
@@ -149,10 +149,10 @@ def test_hessian_applied_to_a_vector(case, device):
     sample = case.sample(device, torch.float64)
     if sample.inputs[0].numel() > 100:
         sample = dataclasses.replace(sample, inputs=tuple(t[:1] for t in sample.inputs))
-    grad, gg_x = cotangents(sample)
+    grad, u = cotangents(sample)
     hessian = torch.func.hessian(scalar(sample, grad))(sample.inputs[0])
-    product = (hessian * gg_x).flatten(sample.inputs[0].dim()).sum(-1)
-    second = run(sample, grad, gg_x).second
+    product = (hessian * u).flatten(sample.inputs[0].dim()).sum(-1)
+    second = run(sample, grad, u).second
     torch.testing.assert_close(product, second)
 
 

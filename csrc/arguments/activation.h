@@ -53,24 +53,25 @@ inline ActivationChoice activation_choice(const char* op, const std::string& nam
 
 // The tensors of a call in one layout, that of x, and the outputs in the same; contiguous if there are several cotangents.
 struct ActivationTensors {
-  int64_t cotangents = 1;                 // gg_x, grad and gg_grad are so many tensors like x
-  Tensor x, gg_x, grad, gg_grad, grad_x;  // an output that is not needed is [0]
+  int64_t cotangents = 1;              // u, grad and gg_grad are so many tensors like x
+  Tensor x, u, grad, gg_grad, grad_x;  // an output that is not needed is [0]
 
-  ActivationTensors(const char* op, const Tensor& u, const Tensor& g, const Tensor& input, bool need_grad, bool need_x)
-      : x(input), gg_x(u), grad(g), gg_grad(u), grad_x(u) {
+  ActivationTensors(const char* op, const Tensor& cotangent, const Tensor& g, const Tensor& input, bool need_grad,
+                    bool need_x)
+      : x(input), u(cotangent), grad(g), gg_grad(cotangent), grad_x(cotangent) {
     check_floating(op, "x", input);
-    const bool several = u.dim() == input.dim() + 1;
+    const bool several = cotangent.dim() == input.dim() + 1;
     std::vector<int64_t> sizes = sizes_of(input);
     if (several) {
-      cotangents = u.size(0);
+      cotangents = cotangent.size(0);
       sizes.insert(sizes.begin(), cotangents);
     }
-    check_tensor(op, "gg_x", u, sizes, input.scalar_type(), input);
+    check_tensor(op, "u", cotangent, sizes, input.scalar_type(), input);
     check_tensor(op, "grad", g, sizes, input.scalar_type(), input);
     x = several ? torch::stable::contiguous(input) : dense(input);
-    gg_x = several ? torch::stable::contiguous(u) : in_layout_of(x, u);
+    u = several ? torch::stable::contiguous(cotangent) : in_layout_of(x, cotangent);
     if (need_x) grad = several ? torch::stable::contiguous(g) : in_layout_of(x, g);
-    gg_grad = need_grad ? torch::stable::empty_like(gg_x) : torch::stable::new_empty(x, {0});
+    gg_grad = need_grad ? torch::stable::empty_like(u) : torch::stable::new_empty(x, {0});
     grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   }
 };

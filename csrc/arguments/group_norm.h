@@ -29,8 +29,8 @@ inline Tensor empty_in(bool innermost, const Tensor& x) {
   return torch::stable::transpose(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1)}), 1, 2);
 }
 
-inline void check_group_norm(const char* op, const std::optional<Tensor>& gg_x, const std::optional<Tensor>& gg_weight,
-                             const std::optional<Tensor>& gg_bias, const Tensor& grad, const Tensor& x,
+inline void check_group_norm(const char* op, const std::optional<Tensor>& u, const std::optional<Tensor>& a,
+                             const std::optional<Tensor>& b, const Tensor& grad, const Tensor& x,
                              const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                              int64_t groups) {
   RK_CHECK(x.dim() == 3, op, ": x must have 3 dimensions, got ", describe(x));
@@ -40,7 +40,7 @@ inline void check_group_norm(const char* op, const std::optional<Tensor>& gg_x, 
   RK_CHECK(groups >= 1 && channels % groups == 0, op, ": groups must divide the ", channels, " channels of x, got ",
            groups);
   check_tensor(op, "grad", grad, sizes_of(x), dtype, x);  // of one cotangent
-  check_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, channels);
+  check_norm(op, u, a, b, grad, x, weight, channels);
   check_tensor(op, "mean", mean, {x.size(0), groups}, accumulation, x);
   check_tensor(op, "rstd", rstd, {x.size(0), groups}, accumulation, x);
 }

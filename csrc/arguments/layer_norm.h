@@ -6,13 +6,13 @@
 namespace rk {
 
 // The number K of cotangents: 1, or K where they are [K, rows, cols].
-inline int64_t check_layer_norm(const char* op, const std::optional<Tensor>& gg_x,
-                                const std::optional<Tensor>& gg_weight, const std::optional<Tensor>& gg_bias,
-                                const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight,
-                                const std::optional<Tensor>& mean, const Tensor& rstd) {
+inline int64_t check_layer_norm(const char* op, const std::optional<Tensor>& u, const std::optional<Tensor>& a,
+                                const std::optional<Tensor>& b, const Tensor& grad, const Tensor& x,
+                                const std::optional<Tensor>& weight, const std::optional<Tensor>& mean,
+                                const Tensor& rstd) {
   check_matrix(op, "x", x);
   const ScalarType accumulation = accumulation_type(x.scalar_type());
-  const int64_t cotangents = check_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, x.size(1));
+  const int64_t cotangents = check_norm(op, u, a, b, grad, x, weight, x.size(1));
   check_optional(op, "mean", mean, {x.size(0)}, accumulation, x);
   check_tensor(op, "rstd", rstd, {x.size(0)}, accumulation, x);
   return cotangents;

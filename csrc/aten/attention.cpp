@@ -86,19 +86,19 @@ variable_list first_backward(const variable_list& in, const Settings& s) {
 // The cotangents of grad_q, grad_k, grad_v, grad_bias may be undefined.
 variable_list second_backward(const Tensor* gg, const variable_list& in, const Settings& s) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Composed c(in, s);
+  const Composed m(in, s);
   const auto wide = [&](const Tensor& t, const Tensor& like) {
-    return t.defined() ? per_head(t, c.q).to(like.scalar_type()) : at::zeros_like(like);
+    return t.defined() ? per_head(t, m.q).to(like.scalar_type()) : at::zeros_like(like);
   };
-  const Tensor gg_q = wide(gg[0], c.q), gg_k = wide(gg[1], c.k), gg_v = wide(gg[2], c.v);
-  Tensor t = (at::matmul(gg_q, c.k.mT()) + at::matmul(c.q, gg_k.mT())) * s.scale;
+  const Tensor a = wide(gg[0], m.q), b = wide(gg[1], m.k), c = wide(gg[2], m.v);
+  Tensor t = (at::matmul(a, m.k.mT()) + at::matmul(m.q, b.mT())) * s.scale;
   if (gg[3].defined()) t = t + gg[3].to(t.scalar_type());
-  const Tensor d = c.total(c.p * c.dp), ds = c.p * (c.dp - d), centred = t - c.total(c.p * t), pd = c.p * centred;
-  const Tensor of_p = (c.dp - d) * centred + at::matmul(c.g, gg_v.mT());
-  const Tensor of_scores = c.p * (of_p - c.total(c.p * of_p));
-  variable_list grads{
-      at::matmul(pd, c.v) + at::matmul(c.p, gg_v), (at::matmul(of_scores, c.k) + at::matmul(ds, gg_k)) * s.scale,
-      (at::matmul(of_scores.mT(), c.q) + at::matmul(ds.mT(), gg_q)) * s.scale, at::matmul(pd.mT(), c.g)};
+  const Tensor d = m.total(m.p * m.dp), ds = m.p * (m.dp - d), centred = t - m.total(m.p * t), pd = m.p * centred;
+  const Tensor of_p = (m.dp - d) * centred + at::matmul(m.g, c.mT());
+  const Tensor of_scores = m.p * (of_p - m.total(m.p * of_p));
+  variable_list grads{at::matmul(pd, m.v) + at::matmul(m.p, c),
+                      (at::matmul(of_scores, m.k) + at::matmul(ds, b)) * s.scale,
+                      (at::matmul(of_scores.mT(), m.q) + at::matmul(ds.mT(), a)) * s.scale, at::matmul(pd.mT(), m.g)};
   if (in[4].defined()) grads.push_back(of_scores);
   return narrowed(grads, in);
 }

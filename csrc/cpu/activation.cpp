@@ -19,14 +19,14 @@ namespace {
 // Of at most kPiece elements.
 template <class A>
 struct ActivationPiece {
-  const A *gg_x, *grad, *x;
+  const A *u, *grad, *x;
   A *gg_grad, *grad_x;
   int64_t n;
 };
 
 template <Activation kFunction, class A>
 RK_MULTIVERSION void activation_piece(const ActivationPiece<A>& w, const ActivationParameters<A>& parameters) {
-  const A *gg_x = w.gg_x, *grad = w.grad, *x = w.x;
+  const A *u = w.u, *grad = w.grad, *x = w.x;
   A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_x = w.grad_x;
   const ActivationParameters<A> p = parameters;
   using Function = ActivationSlopes<kFunction, A>;
@@ -40,9 +40,9 @@ RK_MULTIVERSION void activation_piece(const ActivationPiece<A>& w, const Activat
     if constexpr (Function::kExponential) terms.e = e[j];
     if constexpr (Function::kTail) terms.tail = tail[j];
     const Slopes<A> s = Function::at(x[j], terms, p);
-    const A u = gg_x[j];
-    gg_grad[j] = times_slope<kFunction>(s, u);
-    grad_x[j] = times_bend<kFunction>(s, u, grad[j]);
+    const A u_j = u[j];
+    gg_grad[j] = times_slope<kFunction>(s, u_j);
+    grad_x[j] = times_bend<kFunction>(s, u_j, grad[j]);
   }
 }
 
@@ -65,27 +65,27 @@ void run_piece(Activation function, const ActivationPiece<A>& w, const Activatio
 // A piece of one of several cotangents: slope and bend are given, grad_x is added to.
 template <class A>
 struct CotangentPiece {
-  const A *slope, *bend, *gg_x, *grad;
+  const A *slope, *bend, *u, *grad;
   A *gg_grad, *grad_x;  // or null
   int64_t n;
-  int64_t gg_x_ahead, grad_ahead;  // elements to where the next pieces lie, too far for the processor to guess
+  int64_t u_ahead, grad_ahead;  // elements to where the next pieces lie, too far for the processor to guess
 };
 
 template <bool kGrad, bool kX, class A>
 RK_MULTIVERSION void cotangent_piece(const CotangentPiece<A>& w) {
-  const A *slope = w.slope, *bend = w.bend, *gg_x = w.gg_x, *grad = w.grad;
+  const A *slope = w.slope, *bend = w.bend, *u = w.u, *grad = w.grad;
   A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_x = w.grad_x;
   const auto run = [=](int64_t begin, int64_t end) RK_INLINE_LAMBDA {
     for (int64_t j = begin; j < end; ++j) {
-      const A u = gg_x[j];
-      if constexpr (kGrad) gg_grad[j] = slope[j] * u;
-      if constexpr (kX) grad_x[j] += bend[j] * u * grad[j];
+      const A u_j = u[j];
+      if constexpr (kGrad) gg_grad[j] = slope[j] * u_j;
+      if constexpr (kX) grad_x[j] += bend[j] * u_j * grad[j];
     }
   };
   constexpr int64_t line = 64 / sizeof(A);
   int64_t j = 0;
   for (; j + line <= w.n; j += line) {
-    __builtin_prefetch(gg_x + j + w.gg_x_ahead);
+    __builtin_prefetch(u + j + w.u_ahead);
     if constexpr (kX) __builtin_prefetch(grad + j + w.grad_ahead);
     run(j, j + line);
   }
@@ -122,7 +122,7 @@ class Sweep {
         need_grad_(need_grad),
         need_x_(need_x),
         x_(t.x),
-        gg_x_(t.gg_x),
+        u_(t.u),
         grad_(t.grad),
         gg_grad_(t.gg_grad, need_grad),
         grad_x_(t.grad_x, need_x) {
@@ -136,8 +136,8 @@ class Sweep {
     ActivationPiece<A> piece{};
     piece.n = n;
     piece.x = x_.read(begin, n, in_x_);
-    piece.gg_x = gg_x_.read(begin, n, in_u_);
-    piece.grad = need_x_ ? grad_.read(begin, n, in_g_) : piece.gg_x;
+    piece.u = u_.read(begin, n, in_u_);
+    piece.grad = need_x_ ? grad_.read(begin, n, in_g_) : piece.u;
     piece.gg_grad = gg_grad_.open(begin, out_g_);
     piece.grad_x = grad_x_.open(begin, out_x_);
     run_piece(function_, piece, parameters_);
@@ -158,8 +158,8 @@ class Sweep {
       piece.slope = slope_.element;
       piece.bend = bend_.element;
       piece.n = n;
-      piece.gg_x = gg_x_.read(at, n, in_u_);
-      piece.gg_x_ahead = piece.gg_x == in_u_.element ? 0 : next;
+      piece.u = u_.read(at, n, in_u_);
+      piece.u_ahead = piece.u == in_u_.element ? 0 : next;
       if (need_x_) piece.grad = grad_.read(at, n, in_g_);
       piece.grad_ahead = piece.grad == in_g_.element ? 0 : next;
       if (need_grad_) piece.gg_grad = gg_grad_.open(at, out_g_);
@@ -174,7 +174,7 @@ class Sweep {
   const ActivationParameters<A> parameters_;
   const int64_t elements_, cotangents_;
   const bool need_grad_, need_x_;
-  const Input x_, gg_x_, grad_;
+  const Input x_, u_, grad_;
   const Output gg_grad_, grad_x_;
   Buffer<A> ones_, slope_, bend_, in_x_, in_u_, in_g_, out_g_, out_x_;
 };
@@ -190,11 +190,11 @@ void run(const ActivationChoice& choice, const ActivationTensors& t, bool need_g
   });
 }
 
-std::tuple<Tensor, Tensor> activation_double_backward(Tensor gg_x, Tensor grad, Tensor x, std::string function,
+std::tuple<Tensor, Tensor> activation_double_backward(Tensor u, Tensor grad, Tensor x, std::string function,
                                                       std::vector<double> parameters, bool need_grad, bool need_x) {
   const char* op = "activation_double_backward";
   const ActivationChoice choice = activation_choice(op, function, parameters);
-  const ActivationTensors t(op, gg_x, grad, x, need_grad, need_x);
+  const ActivationTensors t(op, u, grad, x, need_grad, need_x);
   visit_accumulation(t.x.scalar_type(), [&]<class A>(A) { run<A>(choice, t, need_grad, need_x); });
   return {t.gg_grad, t.grad_x};
 }

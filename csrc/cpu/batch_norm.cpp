@@ -342,21 +342,19 @@ std::optional<Tensor> dense(const std::optional<Tensor>& t) {
   return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> gg_x,
-                                                              std::optional<Tensor> gg_weight,
-                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
+                                                              std::optional<Tensor> b, Tensor grad, Tensor x,
                                                               std::optional<Tensor> weight, Tensor mean, Tensor invstd,
                                                               bool training, bool need_grad, bool need_x,
                                                               bool need_weight) {
-  const int64_t cotangents =
-      check_batch_norm("batch_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
+  const int64_t cotangents = check_batch_norm("batch_norm_double_backward", u, a, b, grad, x, weight, mean, invstd);
   const auto sizes = sizes_of(x), sizes_of_grad = sizes_of(grad);
   const ScalarType dtype = x.scalar_type(), wide = accumulation_type(dtype);
   const bool several = grad.dim() == 4;
-  const Tensor u = gg_x ? torch::stable::contiguous(*gg_x) : torch::stable::new_zeros(x, sizes_of_grad);
+  const Tensor dense_u = u ? torch::stable::contiguous(*u) : torch::stable::new_zeros(x, sizes_of_grad);
   const Tensor g = torch::stable::contiguous(grad), dense_x = torch::stable::contiguous(x);
   const Tensor dense_mean = torch::stable::contiguous(mean), dense_invstd = torch::stable::contiguous(invstd);
-  const auto w = dense(weight), a = dense(gg_weight), b = dense(gg_bias);
+  const auto dense_weight = dense(weight), dense_a = dense(a), dense_b = dense(b);
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType type) {
     return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, type);
   };
@@ -372,15 +370,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
         .dtype = dtype,
         .training = training,
         .cotangents = cotangents,
-        .u = pointer<char>(u),
+        .u = pointer<char>(dense_u),
         .g = pointer<char>(g),
-        .x = training || gg_weight || need_x ? pointer<char>(dense_x) : nullptr,
+        .x = training || a || need_x ? pointer<char>(dense_x) : nullptr,
         .grad = need_grad ? pointer<char>(gg_grad) : nullptr,
         .grad_x = need_x && !several ? pointer<char>(grad_x) : nullptr,
         .sum_x = need_x && several ? pointer<A>(sum_x) : nullptr,
-        .weight = pointer<A>(w),
-        .a = pointer<A>(a),
-        .b = pointer<A>(b),
+        .weight = pointer<A>(dense_weight),
+        .a = pointer<A>(dense_a),
+        .b = pointer<A>(dense_b),
         .mean = pointer<A>(dense_mean),
         .invstd = pointer<A>(dense_invstd),
         .grad_weight = need_weight ? pointer<A>(grad_weight) : nullptr,

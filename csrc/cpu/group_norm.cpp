@@ -119,7 +119,7 @@ class GroupNormArguments {
   bool innermost, second;
   int64_t samples, channels, positions, groups;
   Input x, g, u;                                                // [N, C, S] in one layout; u: second derivative only
-  const A *weight, *gg_weight = nullptr, *gg_bias = nullptr;    // [C] or null
+  const A *weight, *a = nullptr, *b = nullptr;                  // [C] or null
   const A *mean, *rstd;                                         // [N, groups]
   Output gg_grad, grad_x;                                       // like x
   A *sample_weight = nullptr, *sample_bias = nullptr;           // [N, C] or null
@@ -255,7 +255,7 @@ class Unit {
       const int64_t begin = group * a_.group_channels(), end = begin + a_.group_channels();
       const double r = double(array(1)[begin]), count = std::max(1.0, double(a_.group_channels() * a_.positions));
       NormSums<double> s{};
-      for (int64_t c = begin; c < end; ++c) channel_sums(c).add_to(s, weight(c), vector(a_.gg_weight, c));
+      for (int64_t c = begin; c < end; ++c) channel_sums(c).add_to(s, weight(c), vector(a_.a, c));
       const NormSlopes<double> slopes = norm_slopes(s.g, s.gx, r, count);
       const NormBends<double> bends = norm_bends(s, r, count);
       for (int64_t c = begin; c < end; ++c) a_.second ? set_bends(c, bends, r) : set_slopes(c, slopes);
@@ -306,7 +306,7 @@ class Unit {
     put(a_.sample_bias, c, channel_sums(c).g);
   }
   void set_bends(int64_t c, const NormBends<double>& group, double r) {
-    const ChannelBends<double> k = channel_bends(group, r, weight(c), vector(a_.gg_weight, c), vector(a_.gg_bias, c));
+    const ChannelBends<double> k = channel_bends(group, r, weight(c), vector(a_.a, c), vector(a_.b, c));
     const double values[] = {k.t_u, k.t_x, k.t_one, k.x_u, k.x_g, k.x_x, k.x_one};
     for (int i = 0; i < 7; ++i) array(2 + i)[c] = A(values[i]);
     put(a_.sample_weight, c, channel_sums(c).weight_bend(group, r));
@@ -407,29 +407,28 @@ ThreeTensors group_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> we
   const std::optional<Tensor> none;
   check_group_norm("group_norm_backward", none, none, none, grad, x, weight, mean, rstd, groups);
   return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
-    GroupNormArguments<A> a(x, grad, mean, rstd, weight, groups, false);
-    const Tensor grad_x = a.result(need_x, a.grad_x);
-    a.sample_weight = a.make_samples(need_weight);
-    a.sample_bias = a.make_samples(need_bias);
-    run(a);
-    return {grad_x, a.total(need_weight, a.sample_weight), a.total(need_bias, a.sample_bias)};
+    GroupNormArguments<A> call(x, grad, mean, rstd, weight, groups, false);
+    const Tensor grad_x = call.result(need_x, call.grad_x);
+    call.sample_weight = call.make_samples(need_weight);
+    call.sample_bias = call.make_samples(need_bias);
+    run(call);
+    return {grad_x, call.total(need_weight, call.sample_weight), call.total(need_bias, call.sample_bias)};
   });
 }
 
-ThreeTensors group_norm_double_backward(std::optional<Tensor> gg_x, std::optional<Tensor> gg_weight,
-                                        std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
-                                        std::optional<Tensor> weight, Tensor mean, Tensor rstd, int64_t groups,
-                                        bool need_grad, bool need_x, bool need_weight) {
-  check_group_norm("group_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups);
+ThreeTensors group_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a, std::optional<Tensor> b,
+                                        Tensor grad, Tensor x, std::optional<Tensor> weight, Tensor mean, Tensor rstd,
+                                        int64_t groups, bool need_grad, bool need_x, bool need_weight) {
+  check_group_norm("group_norm_double_backward", u, a, b, grad, x, weight, mean, rstd, groups);
   return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
-    GroupNormArguments<A> a(x, grad, mean, rstd, weight, groups, true);
-    a.u = a.dense(gg_x);
-    a.gg_weight = a.vector(gg_weight);
-    a.gg_bias = a.vector(gg_bias);
-    const Tensor gg_grad = a.result(need_grad, a.gg_grad), grad_x = a.result(need_x, a.grad_x);
-    a.sample_weight = a.make_samples(need_weight);
-    run(a);
-    return {gg_grad, grad_x, a.total(need_weight, a.sample_weight)};
+    GroupNormArguments<A> call(x, grad, mean, rstd, weight, groups, true);
+    call.u = call.dense(u);
+    call.a = call.vector(a);
+    call.b = call.vector(b);
+    const Tensor gg_grad = call.result(need_grad, call.gg_grad), grad_x = call.result(need_x, call.grad_x);
+    call.sample_weight = call.make_samples(need_weight);
+    run(call);
+    return {gg_grad, grad_x, call.total(need_weight, call.sample_weight)};
   });
 }
 

@@ -108,7 +108,7 @@ struct Buffers {
 
 template <class A>
 struct KlArguments {
-  Input p_logits, q_logits, gg_p, gg_q;  // [rows, classes]
+  Input p_logits, q_logits, u, v;  // [rows, classes]
   int64_t rows, classes;
   double inverse_t;
   const A* grad = nullptr;  // [rows]
@@ -160,9 +160,7 @@ struct Row {
   void read(int64_t begin, int64_t n) {
     const A* const a = c.p_logits.read(first + begin, n, b.a);
     kl_points(a, c.q_logits.read(first + begin, n, b.b), n, r, b.p.element, b.q.element, b.d.element);
-    piece = {
-        a, b.p.element, b.q.element, b.d.element, cotangent(c.gg_p, begin, n, b.u), cotangent(c.gg_q, begin, n, b.v),
-        n};
+    piece = {a, b.p.element, b.q.element, b.d.element, cotangent(c.u, begin, n, b.u), cotangent(c.v, begin, n, b.v), n};
   }
 
   const A* cotangent(const Input& t, int64_t begin, int64_t n, Buffer<A>& buffer) const {
@@ -268,8 +266,8 @@ void run_tile(const KlArguments<A>& c, Order order, int64_t first, int64_t rows,
       break;
     case Order::kBackward: tile.needs_q ? kl_tile_backward<true>(tile) : kl_tile_backward<false>(tile); break;
     case Order::kDoubleBackward:
-      fill(c.gg_p, tile.u);
-      if (tile.needs_q) fill(c.gg_q, tile.v);
+      fill(c.u, tile.u);
+      if (tile.needs_q) fill(c.v, tile.v);
       tile.needs_q ? kl_tile_double_backward<true>(tile) : kl_tile_double_backward<false>(tile);
       break;
   }
@@ -285,7 +283,7 @@ void run_tiles(const KlArguments<A>& c, Order order) {
     KlTile<A> tile;
     tile.classes = c.classes;
     tile.inverse_t = A(c.inverse_t);
-    tile.needs_q = c.out_q || c.gg_q;
+    tile.needs_q = c.out_q || c.v;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * kTileRows;
       run_tile(c, order, first, std::min<int64_t>(kTileRows, c.rows - first), tile);
@@ -334,18 +332,18 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, 
   return {grad_p, grad_q};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> gg_p, std::optional<Tensor> gg_q,
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> u, std::optional<Tensor> v,
                                                                  Tensor grad, Tensor p_logits, Tensor q_logits,
                                                                  Tensor statistics, double temperature, bool need_p,
                                                                  bool need_q) {
   const KlTensors t("kl_divergence_double_backward", p_logits, q_logits, temperature);
   const Tensor g = t.per_row(grad), s = t.saved(statistics);
-  const std::optional<Tensor> u = t.cotangent("gg_p", gg_p), v = t.cotangent("gg_q", gg_q);
+  const auto dense_u = t.cotangent("u", u), dense_v = t.cotangent("v", v);
   Tensor gg_grad = t.new_rows(), grad_p = t.new_logits(need_p), grad_q = t.new_logits(need_q);
   visit_accumulation(t.accumulation(), [&]<class A>(A) {
     KlArguments<A> c(t, temperature);
-    c.gg_p = Input(u);
-    c.gg_q = Input(v);
+    c.u = Input(dense_u);
+    c.v = Input(dense_v);
     c.grad = pointer<A>(g);
     c.statistics = pointer<A>(s);
     c.per_row = pointer<A>(gg_grad);

@@ -18,10 +18,10 @@
 namespace rk::cpu {
 namespace {
 
-// What a piece of a row is read from; a null gg_weight and gg_bias are both absent, or neither.
+// What a piece of a row is read from; a null a and b are both absent, or neither.
 template <class A>
 struct NormPiece {
-  const A *x, *g, *u, *weight, *gg_weight, *gg_bias;
+  const A *x, *g, *u, *weight, *a, *b;
   int64_t n;
   A mean, r;
 
@@ -41,10 +41,9 @@ RK_MULTIVERSION void write_slopes(const NormPiece<A>& p, NormSlopes<A> c, A* __r
 
 template <class A>
 RK_MULTIVERSION void write_bends(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ out) {
-  if (p.gg_weight) {
+  if (p.a) {
     for (int64_t j = 0; j < p.n; ++j)
-      out[j] =
-          c.x_u * p.u[j] + (c.x_g * p.weight[j] + p.r * p.gg_weight[j]) * p.g[j] + (c.x_x * p.normalized(j) + c.x_one);
+      out[j] = c.x_u * p.u[j] + (c.x_g * p.weight[j] + p.r * p.a[j]) * p.g[j] + (c.x_x * p.normalized(j) + c.x_one);
   } else {
     for (int64_t j = 0; j < p.n; ++j)
       out[j] = c.x_u * p.u[j] + c.x_g * (p.weight[j] * p.g[j]) + (c.x_x * p.normalized(j) + c.x_one);
@@ -54,10 +53,9 @@ RK_MULTIVERSION void write_bends(const NormPiece<A>& p, NormBends<A> c, A* __res
 // gg_grad = w t + a xh + b
 template <class A>
 RK_MULTIVERSION void write_gg_grad(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ out) {
-  if (p.gg_weight) {
+  if (p.a) {
     for (int64_t j = 0; j < p.n; ++j)
-      out[j] = p.weight[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one)) +
-               (p.gg_weight[j] * p.normalized(j) + p.gg_bias[j]);
+      out[j] = p.weight[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one)) + (p.a[j] * p.normalized(j) + p.b[j]);
   } else {
     for (int64_t j = 0; j < p.n; ++j) out[j] = p.weight[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one));
   }
@@ -85,11 +83,11 @@ template <class A>
 class LayerNormArguments {
  public:
   int64_t rows, cols, cotangents;
-  Input x;     // [rows, cols]
-  Input g, u;  // [cotangents, rows, cols]; u of absent gg_x is null
-  const A *weight, *gg_weight = nullptr, *gg_bias = nullptr, *zeros = nullptr;  // [cols]
-  const A *mean, *rstd;                                                         // [rows]; without mean RMSNorm
-  Output gg_grad, grad_x;  // like g, and like x or (of the first backward) g
+  Input x;                                                        // [rows, cols]
+  Input g, u;                                                     // [cotangents, rows, cols]; u of absent u is null
+  const A *weight, *a = nullptr, *b = nullptr, *zeros = nullptr;  // [cols]
+  const A *mean, *rstd;                                           // [rows]; without mean RMSNorm
+  Output gg_grad, grad_x;                                         // like g, and like x or (of the first backward) g
   int64_t chunk_rows, chunks;
   A *partial_weight = nullptr, *partial_bias = nullptr;  // [chunks, cols] zeros, or null
 
@@ -160,15 +158,7 @@ class Row {
       read_ = begin;
     }
     const auto from = [begin](const A* v) { return v ? v + begin : nullptr; };
-    return {x_,
-            g_,
-            u_,
-            a_.weight + begin,
-            from(a_.gg_weight),
-            from(a_.gg_bias),
-            n,
-            a_.mean ? a_.mean[row_] : A(0),
-            a_.rstd[row_]};
+    return {x_, g_, u_, a_.weight + begin, from(a_.a), from(a_.b), n, a_.mean ? a_.mean[row_] : A(0), a_.rstd[row_]};
   }
 
   // Lets f fill [begin, begin + n) of the k-th row.
@@ -214,7 +204,7 @@ NormBends<A> bends_of(const LayerNormArguments<A>& a, int64_t i, Row<A>& row) {
   for_pieces(a.cols, [&](int64_t begin, int64_t n) {
     const NormPiece<A> p = row.piece(begin, n);
     add_sums<true>(p, p.weight, sums);
-    if (p.gg_weight) add_sums<false>(p, p.gg_weight, sums + 5);
+    if (p.a) add_sums<false>(p, p.a, sums + 5);
   });
   if (!a.mean) sums[0] = sums[2] = sums[5] = 0;  // of h, u, a g
   const NormBends<double> d = norm_bends<double>(
@@ -277,40 +267,38 @@ ThreeTensors layer_norm_backward(Tensor grad, Tensor x, std::optional<Tensor> we
   const int64_t cotangents = check_layer_norm(op, none, none, none, grad, x, weight, mean, rstd);
   check_several(op, cotangents, need_weight || need_bias);
   return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
-    LayerNormArguments<A> a(cotangents, x, grad, mean, rstd, weight, need_weight || need_bias);
-    const Tensor grad_x = a.result(need_x, grad, a.grad_x);
-    a.partial_weight = a.make_partial(need_weight);
-    a.partial_bias = a.make_partial(need_bias);
-    run_chunks(a, [&](int64_t begin, int64_t end) {
+    LayerNormArguments<A> call(cotangents, x, grad, mean, rstd, weight, need_weight || need_bias);
+    const Tensor grad_x = call.result(need_x, grad, call.grad_x);
+    call.partial_weight = call.make_partial(need_weight);
+    call.partial_bias = call.make_partial(need_bias);
+    run_chunks(call, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        for (int64_t k = 0; k < cotangents; ++k) backward_row(a, row, k);
+        for (int64_t k = 0; k < cotangents; ++k) backward_row(call, row, k);
     });
-    return {grad_x, a.total(need_weight, a.partial_weight), a.total(need_bias, a.partial_bias)};
+    return {grad_x, call.total(need_weight, call.partial_weight), call.total(need_bias, call.partial_bias)};
   });
 }
 
-ThreeTensors layer_norm_double_backward(std::optional<Tensor> gg_x, std::optional<Tensor> gg_weight,
-                                        std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
-                                        std::optional<Tensor> weight, std::optional<Tensor> mean, Tensor rstd,
-                                        bool need_grad, bool need_x, bool need_weight) {
-  const int64_t cotangents =
-      check_layer_norm("layer_norm_double_backward", gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
+ThreeTensors layer_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a, std::optional<Tensor> b,
+                                        Tensor grad, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> mean,
+                                        Tensor rstd, bool need_grad, bool need_x, bool need_weight) {
+  const int64_t cotangents = check_layer_norm("layer_norm_double_backward", u, a, b, grad, x, weight, mean, rstd);
   return visit_accumulation(x.scalar_type(), [&]<class A>(A) -> ThreeTensors {
-    LayerNormArguments<A> a(cotangents, x, grad, mean, rstd, weight, need_weight);
-    if (gg_x) a.u = Input(a.keep(*gg_x));
-    if (!gg_x || gg_weight || gg_bias) a.zeros = a.filled(0);
-    if (gg_weight || gg_bias) {
-      a.gg_weight = gg_weight ? pointer<A>(a.keep(*gg_weight)) : a.zeros;
-      a.gg_bias = gg_bias ? pointer<A>(a.keep(*gg_bias)) : a.zeros;
+    LayerNormArguments<A> call(cotangents, x, grad, mean, rstd, weight, need_weight);
+    if (u) call.u = Input(call.keep(*u));
+    if (!u || a || b) call.zeros = call.filled(0);
+    if (a || b) {
+      call.a = a ? pointer<A>(call.keep(*a)) : call.zeros;
+      call.b = b ? pointer<A>(call.keep(*b)) : call.zeros;
     }
-    const Tensor gg_grad = a.result(need_grad, grad, a.gg_grad), grad_x = a.result(need_x, x, a.grad_x);
-    a.partial_weight = a.make_partial(need_weight);
-    run_chunks(a, [&](int64_t begin, int64_t end) {
+    const Tensor gg_grad = call.result(need_grad, grad, call.gg_grad), grad_x = call.result(need_x, x, call.grad_x);
+    call.partial_weight = call.make_partial(need_weight);
+    run_chunks(call, [&](int64_t begin, int64_t end) {
       std::vector<NormBends<A>> bends(cotangents);
       for (int64_t row = begin; row < end; ++row)
-        cotangents == 1 ? double_backward_row(a, row) : double_backward_rows(a, row, bends.data());
+        cotangents == 1 ? double_backward_row(call, row) : double_backward_rows(call, row, bends.data());
     });
-    return {gg_grad, grad_x, a.total(need_weight, a.partial_weight)};
+    return {gg_grad, grad_x, call.total(need_weight, call.partial_weight)};
   });
 }
 

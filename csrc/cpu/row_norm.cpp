@@ -87,7 +87,7 @@ class RowNormArguments {
   Norm norm;
   double p;
   int64_t rows, cols, chunks;
-  InputRows x, gg_x;                          // [rows, cols]
+  InputRows x, u;                             // [rows, cols]
   const A *grad = nullptr, *norms = nullptr;  // [rows]
   const A* weights = nullptr;                 // [entries] or none: `run` columns share an entry, and the entries repeat
   int64_t run, entries;
@@ -268,7 +268,7 @@ void sum_directional(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   double total = 0;
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
     const A* x = weighted(a, a.x, row, begin, n, x_buffer);
-    const A* v = weighted(a, a.gg_x, row, begin, n, v_buffer);
+    const A* v = weighted(a, a.u, row, begin, n, v_buffer);
     total += visit_norm(a.norm, [&]<Norm kNorm>() { return directional<kNorm>(x, v, n, r); });
   });
   a.partial[row * a.chunks + chunk] = total;
@@ -283,7 +283,7 @@ void write_bends(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   Buffer<A> x_buffer, v_buffer;
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
     const A* x = weighted(a, a.x, row, begin, n, x_buffer);
-    const A* v = weighted(a, a.gg_x, row, begin, n, v_buffer);
+    const A* v = weighted(a, a.u, row, begin, n, v_buffer);
     write_weighted(a, row, begin, n, [&](A* out) {
       visit_norm(a.norm, [&]<Norm kNorm>() {
         if constexpr (!is_flat(kNorm)) bends<kNorm>(x, v, out, n, r);
@@ -348,13 +348,13 @@ Tensor row_norm_backward(Tensor grad, Tensor x, Tensor norm, std::optional<Tenso
   return grad_x;
 }
 
-std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor gg_x, Tensor grad, Tensor x, Tensor norm,
+std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor u, Tensor grad, Tensor x, Tensor norm,
                                                     std::optional<Tensor> weight, int64_t inner, double p,
                                                     bool squared) {
   const char* op = "row_norm_double_backward";
   const Norm kind = checked_norm(op, x, weight, inner, p, squared);
   const ScalarType accumulation = accumulation_type(x.scalar_type());
-  check_tensor(op, "gg_x", gg_x, {x.size(0), x.size(1)}, x.scalar_type(), x);
+  check_tensor(op, "u", u, {x.size(0), x.size(1)}, x.scalar_type(), x);
   check_tensor(op, "grad", grad, {x.size(0)}, accumulation, x);
   check_tensor(op, "norm", norm, {x.size(0)}, accumulation, x);
   Tensor gg_grad = torch::stable::new_empty(x, {x.size(0)}, accumulation);
@@ -362,7 +362,7 @@ std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor gg_x, Tensor grad, Te
       is_flat(kind) ? torch::stable::new_empty(x, {0}) : torch::stable::new_empty(x, {x.size(0), x.size(1)});
   visit_accumulation(x.scalar_type(), [&]<class A>(A) {
     RowNormArguments<A> a(kind, p, x, weight, inner);
-    a.gg_x = InputRows(a.keep(with_dense_rows(gg_x)));
+    a.u = InputRows(a.keep(with_dense_rows(u)));
     a.set_grad(grad, norm);
     a.per_row = pointer<A>(gg_grad);
     a.out = Output(grad_x, true, false);

@@ -77,7 +77,7 @@ RK_MULTIVERSION void exponentials(const A* o, A* p, int64_t n) {
 }
 
 struct SoftmaxArguments {
-  Input output, gg_x, grad;
+  Input output, u, grad;
   Output gg_grad, grad_output;
   int64_t batch, classes, inner;
 };
@@ -92,7 +92,7 @@ template <bool kLog, class A>
 SoftmaxPiece<A> read(const SoftmaxArguments& c, int64_t begin, int64_t n, Buffers<A>& b) {
   SoftmaxPiece<A> w{};
   w.n = n;
-  w.u = c.gg_x.read(begin, n, b.u);
+  w.u = c.u.read(begin, n, b.u);
   w.g = c.grad.read(begin, n, b.g);
   w.p = c.output.read(begin, n, b.o);
   if constexpr (kLog) {
@@ -178,11 +178,11 @@ void run(const SoftmaxArguments& c) {
       });
 }
 
-std::tuple<Tensor, Tensor> softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad,
+std::tuple<Tensor, Tensor> softmax_double_backward(Tensor u, Tensor grad, Tensor output, bool log, bool need_grad,
                                                    bool need_output) {
-  const SoftmaxTensors t("softmax_double_backward", gg_x, grad, output, need_grad, need_output);
+  const SoftmaxTensors t("softmax_double_backward", u, grad, output, need_grad, need_output);
   const SoftmaxArguments call{
-      Input(t.output), Input(t.gg_x),  Input(t.grad), Output(t.gg_grad, need_grad), Output(t.grad_output, need_output),
+      Input(t.output), Input(t.u),     Input(t.grad), Output(t.gg_grad, need_grad), Output(t.grad_output, need_output),
       output.size(0),  output.size(1), output.size(2)};
   visit_accumulation(output.scalar_type(), [&]<class A>(A) { log ? run<true, A>(call) : run<false, A>(call); });
   return {t.gg_grad, t.grad_output};

@@ -84,7 +84,7 @@ template <class A>
 class CrossEntropyArguments {
  public:
   int64_t rows, classes, ignore_index;
-  InputRows logits, gg;            // gg: cotangent of grad_logits
+  InputRows logits, u;             // u: cotangent of grad_logits
   const int64_t* index = nullptr;  // [rows], or the target is
   InputRows probabilities;         // [rows, classes]
   Smoothing<A> smoothing;
@@ -146,7 +146,7 @@ struct Row {
   Row(const CrossEntropyArguments<A>& arguments, int64_t number) : a(arguments), row(number) {}
 
   const A* z(int64_t begin, int64_t n) { return a.logits.read(row, begin, n, z_buffer); }
-  const A* u(int64_t begin, int64_t n) { return a.gg.read(row, begin, n, u_buffer); }
+  const A* u(int64_t begin, int64_t n) { return a.u.read(row, begin, n, u_buffer); }
   // Null for a class index.
   const A* t(int64_t begin, int64_t n) { return a.index ? nullptr : a.probabilities.read(row, begin, n, t_buffer); }
   // Where in the piece the row's class is, or -1.
@@ -288,7 +288,7 @@ void run_tile(const CrossEntropyArguments<A>& a, Order order, int64_t first, int
     tile.log_sum[k] = row_exists ? a.statistics_in[2 * row + 1] : A(0);
     tile.grad[k] = row_exists ? a.grad[row] : A(0);
   }
-  if (order == Order::kDoubleBackward) fill(a.gg, tile.u);
+  if (order == Order::kDoubleBackward) fill(a.u, tile.u);
   a.index ? compute_tile<false>(order, tile, a.smoothing, a.inverse_t)
           : compute_tile<true>(order, tile, a.smoothing, a.inverse_t);
   if (order != Order::kValue) write_tile(a.out, a.classes, first, rows, tile.out);
@@ -360,20 +360,20 @@ Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statist
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits,
+std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor u, Tensor grad, Tensor logits,
                                                                  Tensor statistics, Tensor target,
                                                                  double label_smoothing, double temperature,
                                                                  int64_t ignore_index) {
   const char* op = "softmax_cross_entropy_double_backward";
   check_cross_entropy(op, logits, target, label_smoothing, temperature);
   check_statistics(op, grad, statistics, logits);
-  check_tensor(op, "gg_logits", gg_logits, sizes_of(logits), logits.scalar_type(), logits);
+  check_tensor(op, "u", u, sizes_of(logits), logits.scalar_type(), logits);
   Tensor gg_grad = torch::stable::new_empty(logits, {logits.size(0)}, accumulation_type(logits.scalar_type()));
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   visit_accumulation(logits.scalar_type(), [&]<class A>(A) {
     CrossEntropyArguments<A> a(logits, target, label_smoothing, temperature, ignore_index);
     a.set_grad(grad, statistics);
-    a.gg = InputRows(a.keep(with_dense_rows(gg_logits)));
+    a.u = InputRows(a.keep(with_dense_rows(u)));
     a.per_row = pointer<A>(gg_grad);
     a.out = Output(grad_logits, true, false);
     run(op, a, Order::kDoubleBackward);

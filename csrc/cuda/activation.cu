@@ -17,17 +17,17 @@ namespace {
 
 constexpr const char* kOp = "activation_double_backward";
 
-std::tuple<Tensor, Tensor> activation_double_backward(Tensor gg_x, Tensor grad, Tensor x, std::string function,
+std::tuple<Tensor, Tensor> activation_double_backward(Tensor u, Tensor grad, Tensor x, std::string function,
                                                       std::vector<double> parameters, bool need_grad, bool need_x) {
   const DeviceScope scope(x);
   const ActivationChoice choice = activation_choice(kOp, function, parameters);
-  const ActivationTensors t(kOp, gg_x, grad, x, need_grad, need_x);
+  const ActivationTensors t(kOp, u, grad, x, need_grad, need_x);
   visit_storage(x.scalar_type(), [&](auto element) {
     using S = decltype(element);
     ActivationCall<S> c{};
     c.elements = t.x.numel();
     c.cotangents = t.cotangents;
-    c.gg_x = pointer<const S>(t.gg_x);
+    c.u = pointer<const S>(t.u);
     c.grad = pointer<const S>(t.grad);
     c.x = pointer<const S>(t.x);
     c.gg_grad = need_grad ? pointer<S>(t.gg_grad) : nullptr;

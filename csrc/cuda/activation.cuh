@@ -1,6 +1,6 @@
 // The kernel of activation_double_backward.  Formulas: math/activation.h.
 //
-// A thread works on one 16-byte vector at a time, in the order of memory.  Bytes: gg_x, grad and x once, gg_grad and
+// A thread works on one 16-byte vector at a time, in the order of memory.  Bytes: u, grad and x once, gg_grad and
 // grad_x once; without grad_x, grad is not read.  Several cotangents of one x share its load, and their grad_x is summed
 // in registers.
 #pragma once
@@ -16,9 +16,9 @@ template <class S>
 struct ActivationCall {
   using A = accumulation_t<S>;
   std::int64_t elements, cotangents = 1;  // elements: of x
-  const S *gg_x, *grad;                   // [cotangents, elements]
+  const S *u, *grad;                      // [cotangents, elements]
   const S* x;                             // [elements]
-  S *gg_grad, *grad_x;                    // like gg_x and like x; null: not needed
+  S *gg_grad, *grad_x;                    // like u and like x; null: not needed
   ActivationParameters<A> parameters;
 };
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
     for (int k = 0; k < V; ++k) slopes[k] = activation_slopes<kFunction>(load(x.element[k]), c.parameters);
     for (std::int64_t i = 0; i < c.cotangents; ++i) {
       const std::int64_t at = i * c.elements + v * V;
-      const Vector<S> u = load_vector(c.gg_x + at, is_aligned(c.gg_x + at));
+      const Vector<S> u = load_vector(c.u + at, is_aligned(c.u + at));
       Vector<S> g = u, gg_grad;
       if (c.grad_x) g = load_vector(c.grad + at, is_aligned(c.grad + at));
 #pragma unroll
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(256, 1) activation_double_backward_kernel(cons
     A sum = 0;
     for (std::int64_t i = 0; i < c.cotangents; ++i) {
       const std::int64_t at = i * c.elements + j;
-      const A u = load(c.gg_x[at]);
+      const A u = load(c.u[at]);
       if (c.gg_grad) c.gg_grad[at] = store<S>(times_slope<kFunction>(s, u));
       if (c.grad_x) sum += times_bend<kFunction>(s, u, load(c.grad[at]));
     }

@@ -15,18 +15,18 @@
 namespace rk::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> gg_x,
-                                                              std::optional<Tensor> gg_weight,
-                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
+                                                              std::optional<Tensor> b, Tensor grad, Tensor x,
                                                               std::optional<Tensor> weight, Tensor mean, Tensor invstd,
                                                               bool training, bool need_grad, bool need_x,
                                                               bool need_weight) {
   const char* op = "batch_norm_double_backward";
   const DeviceScope scope(x);
-  const int64_t cotangents = check_batch_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd);
+  const int64_t cotangents = check_batch_norm(op, u, a, b, grad, x, weight, mean, invstd);
   const auto sizes = sizes_of(x);
   const ScalarType accumulation = accumulation_type(x.scalar_type());
-  const auto u = contiguous(gg_x), w = contiguous(weight), a = contiguous(gg_weight), b = contiguous(gg_bias);
+  const auto dense_u = contiguous(u), dense_weight = contiguous(weight), dense_a = contiguous(a),
+             dense_b = contiguous(b);
   const Tensor g = contiguous(grad), dense_x = contiguous(x), m = contiguous(mean), r = contiguous(invstd);
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, dtype);
@@ -42,14 +42,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     c.images = x.size(0);
     c.channels = x.size(1);
     c.inner = x.size(2);
-    c.u = pointer<const S>(u);
+    c.u = pointer<const S>(dense_u);
     c.g = pointer<const S>(g);
-    c.x = training || gg_weight || need_x ? pointer<const S>(dense_x) : nullptr;
+    c.x = training || a || need_x ? pointer<const S>(dense_x) : nullptr;
     c.grad = need_grad ? pointer<S>(gg_grad) : nullptr;
     c.grad_x = need_x ? pointer<S>(grad_x) : nullptr;
-    c.weight = pointer<const A>(w);
-    c.a = pointer<const A>(a);
-    c.b = pointer<const A>(b);
+    c.weight = pointer<const A>(dense_weight);
+    c.a = pointer<const A>(dense_a);
+    c.b = pointer<const A>(dense_b);
     c.mean = pointer<const A>(m);
     c.invstd = pointer<const A>(r);
     c.grad_weight = need_weight ? pointer<A>(grad_weight) : nullptr;

@@ -69,19 +69,18 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(Tensor grad, Tensor x, st
   return call.slopes();
 }
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> gg_x,
-                                                              std::optional<Tensor> gg_weight,
-                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
+                                                              std::optional<Tensor> b, Tensor grad, Tensor x,
                                                               std::optional<Tensor> weight, Tensor mean, Tensor rstd,
                                                               int64_t groups, bool need_grad, bool need_x,
                                                               bool need_weight) {
   const DeviceScope scope(x);
   const char* op = "group_norm_double_backward";
-  check_group_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups);
+  check_group_norm(op, u, a, b, grad, x, weight, mean, rstd, groups);
   Tensors call(op, true, x, grad, weight, mean, rstd, groups);
-  if (gg_x) call.gg_x = dense_in(call.innermost, *gg_x);
-  call.gg_weight = contiguous(gg_weight);
-  call.gg_bias = contiguous(gg_bias);
+  if (u) call.u = dense_in(call.innermost, *u);
+  call.a = contiguous(a);
+  call.b = contiguous(b);
   if (need_grad) call.gg_grad = call.image();
   if (need_x) call.grad_x = call.image();
   if (need_weight) call.grad_weight = call.sums({x.size(1)});

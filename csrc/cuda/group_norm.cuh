@@ -2,7 +2,7 @@
 //
 // A unit of work is what one block sums over and then writes: one group of one sample where channels are planes; as many
 // groups of one sample as 32 channels hold, at least one, where channels are innermost.  The second sweep finds a unit
-// that fits the L2 cache there, so that device memory is read once: x and grad for the backward, and gg_x for its
+// that fits the L2 cache there, so that device memory is read once: x and grad for the backward, and u for its
 // derivative.  The sums of a channel are made in `slots`, each by one warp (planes) or one thread (innermost), and
 // added in order: no atomics, the same bits on every run.  A second kernel adds the samples' shares of grad_weight.
 #pragma once
@@ -24,17 +24,17 @@ struct GroupNormCall {
   bool second;
   std::int64_t samples, channels, positions, groups;
   std::int64_t unit_groups, slots;
-  const S *x, *g, *u;                     // [N, C, S] in one layout; u: null if absent
-  const A *weight, *gg_weight, *gg_bias;  // [C] or null
-  const A *mean, *rstd;                   // [N, groups]
-  S *gg_grad, *grad_x;                    // outputs or null
-  A* sums;                                // [N, C, slots, 5]
-  A *sample_weight, *sample_bias;         // [N, C] or null
-  A *grad_weight, *grad_bias;             // [C] outputs or null
+  const S *x, *g, *u;              // [N, C, S] in one layout; u: null if absent
+  const A *weight, *a, *b;         // [C] or null
+  const A *mean, *rstd;            // [N, groups]
+  S *gg_grad, *grad_x;             // outputs or null
+  A* sums;                         // [N, C, slots, 5]
+  A *sample_weight, *sample_bias;  // [N, C] or null
+  A *grad_weight, *grad_bias;      // [C] outputs or null
 
-  __device__ __forceinline__ A w(std::int64_t c) const { return weight ? weight[c] : A(1); }
-  __device__ __forceinline__ A a(std::int64_t c) const { return gg_weight ? gg_weight[c] : A(0); }
-  __device__ __forceinline__ A b(std::int64_t c) const { return gg_bias ? gg_bias[c] : A(0); }
+  __device__ __forceinline__ A weight_at(std::int64_t c) const { return weight ? weight[c] : A(1); }
+  __device__ __forceinline__ A a_at(std::int64_t c) const { return a ? a[c] : A(0); }
+  __device__ __forceinline__ A b_at(std::int64_t c) const { return b ? b[c] : A(0); }
 };
 
 // The innermost layout and the number of units and slots follow from the shape alone.
@@ -94,7 +94,8 @@ __device__ __forceinline__ GroupScalars<accumulation_t<S>> finish_group(const Gr
     return s;
   };
   NormSums<A> s{};
-  for (std::int64_t j = lane; j < width; j += 32) sums_of(first + j).add_to(s, c.w(first + j), c.a(first + j));
+  for (std::int64_t j = lane; j < width; j += 32)
+    sums_of(first + j).add_to(s, c.weight_at(first + j), c.a_at(first + j));
   s = {warp_sum(s.u), warp_sum(s.ux), warp_sum(s.g), warp_sum(s.gx), warp_sum(s.ug), warp_sum(s.ag), warp_sum(s.agx)};
   const A count = A(width * c.positions > 0 ? width * c.positions : 1);
   GroupScalars<A> k;
@@ -116,8 +117,8 @@ __device__ __forceinline__ ChannelBends<accumulation_t<S>> bends_of(const GroupN
                                                                     const GroupScalars<accumulation_t<S>>& k,
                                                                     std::int64_t channel) {
   using A = accumulation_t<S>;
-  if (c.second) return channel_bends(k.bends, k.r, c.w(channel), c.a(channel), c.b(channel));
-  const ChannelSlopes<A> s = channel_slopes(k.slopes, c.w(channel));
+  if (c.second) return channel_bends(k.bends, k.r, c.weight_at(channel), c.a_at(channel), c.b_at(channel));
+  const ChannelSlopes<A> s = channel_slopes(k.slopes, c.weight_at(channel));
   return {A(0), A(0), A(0), A(0), s.g, s.x, s.one};
 }
 

@@ -16,7 +16,7 @@ namespace {
 
 // The tensors of a call besides its logits; those that are not of its order stay empty.
 struct KlOthers {
-  std::optional<Tensor> gg_p, gg_q, grad, statistics_in, per_row, statistics, grad_p, grad_q;
+  std::optional<Tensor> u, v, grad, statistics_in, per_row, statistics, grad_p, grad_q;
 };
 
 void launch_on(Order order, const KlTensors& t, double temperature, const KlOthers& o, cudaStream_t stream) {
@@ -29,8 +29,8 @@ void launch_on(Order order, const KlTensors& t, double temperature, const KlOthe
     c.inverse_t = static_cast<A>(1.0 / temperature);
     c.p_logits = pointer<const S>(t.p);
     c.q_logits = pointer<const S>(t.q);
-    c.gg_p = pointer<const S>(o.gg_p);
-    c.gg_q = pointer<const S>(o.gg_q);
+    c.u = pointer<const S>(o.u);
+    c.v = pointer<const S>(o.v);
     c.grad = pointer<const A>(o.grad);
     c.statistics_in = pointer<const A>(o.statistics_in);
     c.per_row = pointer<A>(o.per_row);
@@ -64,15 +64,15 @@ std::tuple<Tensor, Tensor> kl_divergence_backward(Tensor grad, Tensor p_logits, 
   return {*o.grad_p, *o.grad_q};
 }
 
-std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> gg_p, std::optional<Tensor> gg_q,
+std::tuple<Tensor, Tensor, Tensor> kl_divergence_double_backward(std::optional<Tensor> u, std::optional<Tensor> v,
                                                                  Tensor grad, Tensor p_logits, Tensor q_logits,
                                                                  Tensor statistics, double temperature, bool need_p,
                                                                  bool need_q) {
   const DeviceScope scope(p_logits);
   const KlTensors t("kl_divergence_double_backward", p_logits, q_logits, temperature);
   KlOthers o;
-  o.gg_p = t.cotangent("gg_p", gg_p);
-  o.gg_q = t.cotangent("gg_q", gg_q);
+  o.u = t.cotangent("u", u);
+  o.v = t.cotangent("v", v);
   o.grad = t.per_row(grad);
   o.statistics_in = t.saved(statistics);
   o.per_row = t.new_rows();

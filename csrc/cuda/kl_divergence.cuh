@@ -18,10 +18,10 @@ struct KlCall {
   using A = accumulation_t<S>;
   std::int64_t rows, classes;
   A inverse_t;
-  const S *p_logits, *q_logits, *gg_p, *gg_q;  // [rows, classes]; a cotangent may be null: zeros
-  const A *grad, *statistics_in;               // [rows], [rows, kKlStatistics]
-  A *per_row, *statistics;                     // [rows], [rows, kKlStatistics] outputs
-  S *grad_p, *grad_q;                          // [rows, classes] outputs; null: not needed
+  const S *p_logits, *q_logits, *u, *v;  // [rows, classes]; a cotangent may be null: zeros
+  const A *grad, *statistics_in;         // [rows], [rows, kKlStatistics]
+  A *per_row, *statistics;               // [rows], [rows, kKlStatistics] outputs
+  S *grad_p, *grad_q;                    // [rows, classes] outputs; null: not needed
 };
 
 // max and log sum exp of z / T, in every thread
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(512, 1) kl_divergence_double_backward_kernel(c
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     const std::int64_t first = row * c.classes;
     const S *a = c.p_logits + first, *b = c.q_logits + first;
-    const S *us = c.gg_p ? c.gg_p + first : nullptr, *vs = c.gg_q ? c.gg_q + first : nullptr;
+    const S *us = c.u ? c.u + first : nullptr, *vs = c.v ? c.v + first : nullptr;
     const KlRow<A> r = kl_row(c, row);
     const A grad = c.grad[row];
     KlSums<A> s{};

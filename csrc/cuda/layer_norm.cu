@@ -65,19 +65,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad, Tensor x, st
   return call.slopes();
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tensor> gg_x,
-                                                              std::optional<Tensor> gg_weight,
-                                                              std::optional<Tensor> gg_bias, Tensor grad, Tensor x,
+std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
+                                                              std::optional<Tensor> b, Tensor grad, Tensor x,
                                                               std::optional<Tensor> weight, std::optional<Tensor> mean,
                                                               Tensor rstd, bool need_grad, bool need_x,
                                                               bool need_weight) {
   const DeviceScope scope(x);
   const char* op = "layer_norm_double_backward";
-  const int64_t cotangents = check_layer_norm(op, gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd);
+  const int64_t cotangents = check_layer_norm(op, u, a, b, grad, x, weight, mean, rstd);
   Tensors call(op, cotangents, x, grad, weight, mean, rstd);
-  call.gg_x = contiguous(gg_x);
-  call.gg_weight = contiguous(gg_weight);
-  call.gg_bias = contiguous(gg_bias);
+  call.u = contiguous(u);
+  call.a = contiguous(a);
+  call.b = contiguous(b);
   if (need_grad) call.gg_grad = call.matrix(call.grad);
   if (need_x) call.grad_x = call.matrix(call.x);
   if (need_weight) call.grad_weight = call.sums({x.size(1)});

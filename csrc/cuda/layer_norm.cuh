@@ -1,7 +1,7 @@
 // Kernels of layer_norm_backward and its derivative, RMSNorm included.  Formulas: math/layer_norm.h.
 //
 // A block sums over a row and then writes it; the second sweep finds the row in the L1 or L2 cache, so device memory is
-// read once: x, grad and the result for the backward, and gg_x and another result for its derivative.  Sums down the
+// read once: x, grad and the result for the backward, and u and another result for its derivative.  Sums down the
 // columns are made on the way, for the chunk of rows that a block takes, in shared memory, where each thread owns its
 // columns; another kernel adds the chunks in order: no atomics, the same bits on every run.  Rows too long for that have
 // a kernel for the chunks' sums, which reads everything again.
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(256, 2) layer_norm_backward_kernel(const Layer
       for (int k = 0; k < count; ++k) {
         A x, g, u;
         at(k, x, g, u);
-        const A xh = (x - mean) * r, h = c.w(j + k) * g;
+        const A xh = (x - mean) * r, h = c.weight_at(j + k) * g;
         sum_g += h;
         sum_gx += h * xh;
         weights.add(j, count, k, g * xh);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(256, 2) layer_norm_backward_kernel(const Layer
       write_at(c.grad_x + (i * c.rows + row) * c.cols, j, count, [&](int k) {
         A x, g, u;
         at(k, x, g, u);
-        return s.x_g * (c.w(j + k) * g) + (s.x_x * ((x - mean) * r) + s.x_one);
+        return s.x_g * (c.weight_at(j + k) * g) + (s.x_x * ((x - mean) * r) + s.x_one);
       });
     });
   };
@@ -78,7 +78,7 @@ __device__ __forceinline__ NormBends<accumulation_t<S>> sum_bends(const LayerNor
     for (int k = 0; k < count; ++k) {
       A x, g, u;
       at(k, x, g, u);
-      const A xh = (x - mean) * r, h = c.w(j + k) * g, ag = c.a(j + k) * g;
+      const A xh = (x - mean) * r, h = c.weight_at(j + k) * g, ag = c.a_at(j + k) * g;
       s.u += u;
       s.ux += u * xh;
       s.g += h;
@@ -93,8 +93,8 @@ __device__ __forceinline__ NormBends<accumulation_t<S>> sum_bends(const LayerNor
   s.ug = block_sum(s.ug);
   s.u = c.mean ? block_sum(s.u) : A(0);
   s.g = c.mean ? block_sum(s.g) : A(0);
-  if (c.gg_weight) s.agx = block_sum(s.agx);
-  s.ag = c.mean && c.gg_weight ? block_sum(s.ag) : A(0);
+  if (c.a) s.agx = block_sum(s.agx);
+  s.ag = c.mean && c.a ? block_sum(s.ag) : A(0);
   const NormBends<A> d = norm_bends(s, r, A(c.cols));
   if (c.t && threadIdx.x == 0) {
     c.t[2 * (i * c.rows + row)] = d.t_x;
@@ -118,13 +118,14 @@ __global__ void __launch_bounds__(256, 2) layer_norm_double_backward_kernel(cons
           A x, g, u;
           at(k, x, g, u);
           const A xh = (x - mean) * r;
-          return c.w(j + k) * (r * u + (d.t_x * xh + d.t_one)) + (c.a(j + k) * xh + c.b(j + k));
+          return c.weight_at(j + k) * (r * u + (d.t_x * xh + d.t_one)) + (c.a_at(j + k) * xh + c.b_at(j + k));
         });
       if (c.grad_x)
         write_at(c.grad_x + row * c.cols, j, count, [&](int k) {
           A x, g, u;
           at(k, x, g, u);
-          return d.x_u * u + (d.x_g * c.w(j + k) + r * c.a(j + k)) * g + (d.x_x * ((x - mean) * r) + d.x_one);
+          return d.x_u * u + (d.x_g * c.weight_at(j + k) + r * c.a_at(j + k)) * g +
+                 (d.x_x * ((x - mean) * r) + d.x_one);
         });
       if (weights.sums)
 #pragma unroll
@@ -172,8 +173,8 @@ __global__ void __launch_bounds__(256, 2) layer_norm_several_kernel(const LayerN
                      for (int k = 0; k < kCount; ++k) {
                        A x_k, g, u;
                        at(k, x_k, g, u);
-                       gg_grad[k] = c.w(j + k) * (r * u + (d.t_x * xh[k] + d.t_one));
-                       sum[k] += d.x_u * u + d.x_g * c.w(j + k) * g + (d.x_x * xh[k] + d.x_one);
+                       gg_grad[k] = c.weight_at(j + k) * (r * u + (d.t_x * xh[k] + d.t_one));
+                       sum[k] += d.x_u * u + d.x_g * c.weight_at(j + k) * g + (d.x_x * xh[k] + d.x_one);
                      }
                      if (c.gg_grad) write_at(c.gg_grad + from, j, kCount, [&](int k) { return gg_grad[k]; });
                    });

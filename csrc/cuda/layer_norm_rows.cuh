@@ -14,20 +14,20 @@ template <class S>
 struct LayerNormCall {
   using A = accumulation_t<S>;
   std::int64_t rows, cols, cotangents = 1, chunk_rows, chunks;
-  bool sums_in_block;                     // down the columns
-  const S* x;                             // [rows, cols]
-  const S *g, *u;                         // [cotangents, rows, cols]; u: null if absent
-  const A *weight, *gg_weight, *gg_bias;  // [cols] or null
-  const A *mean, *rstd;                   // [rows]; mean: null for RMSNorm
-  S *gg_grad, *grad_x;                    // outputs or null: like g, and like x or (of the first backward) g
-  A* t;                                   // [cotangents, rows, 2]: t_x, t_one, from the row kernel to the column kernel
-  NormBends<A>* bends;                    // [cotangents, rows] if there are several
-  A *partial_weight, *partial_bias;       // [chunks, cols] or null
-  A *grad_weight, *grad_bias;             // [cols] outputs or null
+  bool sums_in_block;                // down the columns
+  const S* x;                        // [rows, cols]
+  const S *g, *u;                    // [cotangents, rows, cols]; u: null if absent
+  const A *weight, *a, *b;           // [cols] or null
+  const A *mean, *rstd;              // [rows]; mean: null for RMSNorm
+  S *gg_grad, *grad_x;               // outputs or null: like g, and like x or (of the first backward) g
+  A* t;                              // [cotangents, rows, 2]: t_x, t_one, from the row kernel to the column kernel
+  NormBends<A>* bends;               // [cotangents, rows] if there are several
+  A *partial_weight, *partial_bias;  // [chunks, cols] or null
+  A *grad_weight, *grad_bias;        // [cols] outputs or null
 
-  __device__ __forceinline__ A w(std::int64_t j) const { return weight ? weight[j] : A(1); }
-  __device__ __forceinline__ A a(std::int64_t j) const { return gg_weight ? gg_weight[j] : A(0); }
-  __device__ __forceinline__ A b(std::int64_t j) const { return gg_bias ? gg_bias[j] : A(0); }
+  __device__ __forceinline__ A weight_at(std::int64_t j) const { return weight ? weight[j] : A(1); }
+  __device__ __forceinline__ A a_at(std::int64_t j) const { return a ? a[j] : A(0); }
+  __device__ __forceinline__ A b_at(std::int64_t j) const { return b ? b[j] : A(0); }
 };
 
 // `threads` threads share n adjacent elements: f(j, count, at) for element j and, where they are taken in vectors, the

@@ -13,7 +13,7 @@ namespace rk::cuda {
 struct NormTensors {
   const char* op;
   Tensor x, grad, rstd;
-  std::optional<Tensor> mean, weight, gg_x, gg_weight, gg_bias;
+  std::optional<Tensor> mean, weight, u, a, b;
   std::optional<Tensor> gg_grad, grad_x, grad_weight, grad_bias;  // what is needed
 
   ScalarType accumulation() const { return accumulation_type(x.scalar_type()); }
@@ -24,10 +24,10 @@ struct NormTensors {
     using A = accumulation_t<S>;
     c.x = pointer<const S>(x);
     c.g = pointer<const S>(grad);
-    c.u = pointer<const S>(gg_x);
+    c.u = pointer<const S>(u);
     c.weight = pointer<const A>(weight);
-    c.gg_weight = pointer<const A>(gg_weight);
-    c.gg_bias = pointer<const A>(gg_bias);
+    c.a = pointer<const A>(a);
+    c.b = pointer<const A>(b);
     c.mean = pointer<const A>(mean);
     c.rstd = pointer<const A>(rstd);
     c.gg_grad = pointer<S>(gg_grad);

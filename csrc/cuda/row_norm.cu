@@ -23,7 +23,7 @@ struct Tensors {
   int64_t inner;
   double p;
   Norm norm;
-  std::optional<Tensor> gg_x, grad, norms, per_row, out, partial, ties;
+  std::optional<Tensor> u, grad, norms, per_row, out, partial, ties;
 
   Tensors(const char* name, const Tensor& rows, const std::optional<Tensor>& weights, int64_t run, double exponent,
           bool squared)
@@ -55,8 +55,8 @@ struct Tensors {
       c.chunks = std::max<int64_t>(1, (c.cols + kChunk - 1) / kChunk);
       c.x = pointer<const S>(x);
       c.x_stride = x.stride(0);
-      c.gg_x = pointer<const S>(gg_x);
-      c.gg_x_stride = gg_x ? gg_x->stride(0) : 0;
+      c.u = pointer<const S>(u);
+      c.u_stride = u ? u->stride(0) : 0;
       c.grad = pointer<const A>(grad);
       c.norms = pointer<const A>(norms);
       c.weight = pointer<const A>(weight);
@@ -95,14 +95,14 @@ Tensor row_norm_backward(Tensor grad, Tensor x, Tensor norm, std::optional<Tenso
   return grad_x;
 }
 
-std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor gg_x, Tensor grad, Tensor x, Tensor norm,
+std::tuple<Tensor, Tensor> row_norm_double_backward(Tensor u, Tensor grad, Tensor x, Tensor norm,
                                                     std::optional<Tensor> weight, int64_t inner, double p,
                                                     bool squared) {
   const DeviceScope scope(x);
   Tensors call("row_norm_double_backward", x, weight, inner, p, squared);
-  check_tensor(call.op, "gg_x", gg_x, {x.size(0), x.size(1)}, x.scalar_type(), x);
+  check_tensor(call.op, "u", u, {x.size(0), x.size(1)}, x.scalar_type(), x);
   call.set_grad(grad, norm);
-  call.gg_x = with_dense_rows(gg_x);
+  call.u = with_dense_rows(u);
   const bool flat = call.norm == Norm::kL1 || call.norm == Norm::kInf;
   Tensor gg_grad = torch::stable::new_empty(x, {x.size(0)}, call.accumulation());
   Tensor grad_x = flat ? torch::stable::new_empty(x, {0}) : torch::stable::new_empty(x, {x.size(0), x.size(1)});

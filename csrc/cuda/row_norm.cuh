@@ -2,8 +2,8 @@
 //
 // B rows, N columns; a unit of work is a chunk of kChunk columns of one row, one block each.  Rows of one chunk need
 // one launch per call, longer rows a second one, between which the chunks' sums lie in `partial`.  Bytes: x once for
-// the value; x and the result once for the backward; x, gg_x and the result once for the double backward of rows of one
-// chunk (longer rows read x and gg_x twice).
+// the value; x and the result once for the backward; x, u and the result once for the double backward of rows of one
+// chunk (longer rows read x and u twice).
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,10 @@ struct RowNormCall {
   Norm norm;
   A p;
   std::int64_t rows, cols, chunks;
-  const S *x, *gg_x;                   // [rows, cols]
-  std::int64_t x_stride, gg_x_stride;  // elements between rows
-  const A *grad, *norms;               // [rows]
-  const A* weight;                     // [channels] or null: `inner` adjacent columns share an entry
+  const S *x, *u;                   // [rows, cols]
+  std::int64_t x_stride, u_stride;  // elements between rows
+  const A *grad, *norms;            // [rows]
+  const A* weight;                  // [channels] or null: `inner` adjacent columns share an entry
   std::int64_t inner, channels;
   A *partial, *ties;  // [rows, chunks], for rows of several chunks
   A* per_row;         // [rows] output
@@ -76,7 +76,7 @@ struct ChunkWeights {
 template <class S>
 struct Unit {
   std::int64_t row, chunk, columns;
-  const S *x, *gg_x;
+  const S *x, *u;
   S* out;
   ChunkWeights<accumulation_t<S>> weights;
 
@@ -85,7 +85,7 @@ struct Unit {
         chunk(chunk_),
         columns(c.cols - chunk * kChunk < kChunk ? c.cols - chunk * kChunk : kChunk),
         x(c.x + row * c.x_stride + chunk * kChunk),
-        gg_x(c.gg_x + row * c.gg_x_stride + chunk * kChunk),
+        u(c.u + row * c.u_stride + chunk * kChunk),
         out(c.out + row * c.cols + chunk * kChunk),
         weights(c, chunk * kChunk) {}
   __device__ __forceinline__ Unit(const RowNormCall<S>& c, std::int64_t unit)
@@ -210,8 +210,8 @@ __device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall
   using A = accumulation_t<S>;
   const A n = c.norms[u.row], p = c.p, ties = ties_of_row<kNorm>(c, u);
   A total = 0;
-  read(u.x, u.gg_x, u.columns, u.weights,
-       [&](A w, A v, A gg) { total += w * gg * RowNorm<kNorm, A>::slope(w * v, n, p, ties); });
+  read(u.x, u.u, u.columns, u.weights,
+       [&](A w, A v, A u_j) { total += w * u_j * RowNorm<kNorm, A>::slope(w * v, n, p, ties); });
   return block_sum(total);
 }
 
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(256, 2) row_norm_double_backward_kernel(const 
     if (u.chunk == 0 && threadIdx.x == 0) c.per_row[u.row] = s;
     if constexpr (kNorm != Norm::kL1 && kNorm != Norm::kInf) {
       const A n = c.norms[u.row], grad = c.grad[u.row], p = c.p;
-      transform(u.x, u.gg_x, u.out, u.columns, u.weights,
-                [&](A w, A v, A gg) { return grad * w * RowNorm<kNorm, A>::bend(w * v, w * gg, s, n, p); });
+      transform(u.x, u.u, u.out, u.columns, u.weights,
+                [&](A w, A v, A u_j) { return grad * w * RowNorm<kNorm, A>::bend(w * v, w * u_j, s, n, p); });
     }
   }
 }

@@ -15,17 +15,17 @@ namespace {
 
 constexpr const char* kOp = "softmax_double_backward";
 
-std::tuple<Tensor, Tensor> softmax_double_backward(Tensor gg_x, Tensor grad, Tensor output, bool log, bool need_grad,
+std::tuple<Tensor, Tensor> softmax_double_backward(Tensor u, Tensor grad, Tensor output, bool log, bool need_grad,
                                                    bool need_output) {
   const DeviceScope scope(output);
-  const SoftmaxTensors t(kOp, gg_x, grad, output, need_grad, need_output);
+  const SoftmaxTensors t(kOp, u, grad, output, need_grad, need_output);
   visit_storage(output.scalar_type(), [&](auto element) {
     using S = decltype(element);
     SoftmaxCall<S> c{};
     c.batch = t.output.size(0);
     c.classes = t.output.size(1);
     c.inner = t.output.size(2);
-    c.gg_x = pointer<const S>(t.gg_x);
+    c.u = pointer<const S>(t.u);
     c.grad = pointer<const S>(t.grad);
     c.output = pointer<const S>(t.output);
     c.gg_grad = need_grad ? pointer<S>(t.gg_grad) : nullptr;

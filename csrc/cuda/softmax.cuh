@@ -2,7 +2,7 @@
 //
 // Rows whose classes are adjacent (inner = 1): one block each.  Rows side by side, as the pixels of an image: one thread
 // each, neighbours reading neighbours.  Both make two sweeps, the second of which finds its row in the L1 or L2 cache:
-// device memory is read once, gg_x, grad and output, and written once, gg_grad and grad_output.
+// device memory is read once, u, grad and output, and written once, gg_grad and grad_output.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@ namespace rk::cuda {
 template <class S>
 struct SoftmaxCall {
   std::int64_t batch, classes, inner;
-  const S *gg_x, *grad, *output;  // [batch, classes, inner]
-  S *gg_grad, *grad_output;       // null: not needed
+  const S *u, *grad, *output;  // [batch, classes, inner]
+  S *gg_grad, *grad_output;    // null: not needed
 };
 
 // One element's numbers on the way in and out.
@@ -26,10 +26,10 @@ struct SoftmaxElement {
   using A = accumulation_t<S>;
   A p, u, g;
 
-  __device__ __forceinline__ SoftmaxElement(S output, S gg_x, S grad)
-      : p(Softmax<kLog, A>::probability(load(output))), u(load(gg_x)), g(load(grad)) {}
+  __device__ __forceinline__ SoftmaxElement(S output, S u, S grad)
+      : p(Softmax<kLog, A>::probability(load(output))), u(load(u)), g(load(grad)) {}
   __device__ __forceinline__ SoftmaxElement(const SoftmaxCall<S>& c, std::int64_t j)
-      : SoftmaxElement(c.output[j], c.gg_x[j], c.grad[j]) {}
+      : SoftmaxElement(c.output[j], c.u[j], c.grad[j]) {}
 
   __device__ __forceinline__ void add_to(A& total_g, A& mean_u) const {
     total_g += Softmax<kLog, A>::total_g_term(p, g);
@@ -42,17 +42,17 @@ struct SoftmaxElement {
 };
 
 // One row, of which a block's threads have a share each.  f(j, element) for single elements at the end of a row;
-// f_vector(j, output, gg_x, grad) for 16-byte vectors of them.
+// f_vector(j, output, u, grad) for 16-byte vectors of them.
 template <class S, class Vectors, class Single>
 __device__ __forceinline__ void for_row(const SoftmaxCall<S>& c, std::int64_t row, const Vectors& f_vector,
                                         const Single& f) {
   constexpr int V = Vector<S>::kSize;
   const std::int64_t first = row * c.classes, vectors = c.classes / V;
-  const bool o_aligned = is_aligned(c.output + first), u_aligned = is_aligned(c.gg_x + first),
+  const bool o_aligned = is_aligned(c.output + first), u_aligned = is_aligned(c.u + first),
              g_aligned = is_aligned(c.grad + first);
   for (std::int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
     const std::int64_t j = first + v * V;
-    f_vector(j, load_vector(c.output + j, o_aligned), load_vector(c.gg_x + j, u_aligned),
+    f_vector(j, load_vector(c.output + j, o_aligned), load_vector(c.u + j, u_aligned),
              load_vector(c.grad + j, g_aligned));
   }
   for (std::int64_t j = first + vectors * V + threadIdx.x; j < first + c.classes; j += blockDim.x) f(j);

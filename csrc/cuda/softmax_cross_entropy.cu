@@ -20,7 +20,7 @@ struct CrossEntropyTensors {
   Tensor logits, target;
   double label_smoothing, temperature;
   int64_t ignore_index;
-  std::optional<Tensor> gg, grad, statistics_in, per_row, statistics, out;
+  std::optional<Tensor> u, grad, statistics_in, per_row, statistics, out;
 
   CrossEntropyTensors(const char* name, const Tensor& z, const Tensor& t, double smoothing, double temp, int64_t ignore)
       : op(name),
@@ -51,8 +51,8 @@ struct CrossEntropyTensors {
       c.classes = logits.size(1);
       c.logits = pointer<const S>(logits);
       c.logits_stride = logits.stride(0);
-      c.gg = pointer<const S>(gg);
-      c.gg_stride = gg ? gg->stride(0) : 0;
+      c.u = pointer<const S>(u);
+      c.u_stride = u ? u->stride(0) : 0;
       if (is_index_target(target))
         c.indices = pointer<const int64_t>(target);
       else if (target.scalar_type() == accumulation())
@@ -97,16 +97,16 @@ Tensor softmax_cross_entropy_backward(Tensor grad, Tensor logits, Tensor statist
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor gg_logits, Tensor grad, Tensor logits,
+std::tuple<Tensor, Tensor> softmax_cross_entropy_double_backward(Tensor u, Tensor grad, Tensor logits,
                                                                  Tensor statistics, Tensor target,
                                                                  double label_smoothing, double temperature,
                                                                  int64_t ignore_index) {
   const DeviceScope scope(logits);
   CrossEntropyTensors call("softmax_cross_entropy_double_backward", logits, target, label_smoothing, temperature,
                            ignore_index);
-  check_tensor(call.op, "gg_logits", gg_logits, sizes_of(logits), logits.scalar_type(), logits);
+  check_tensor(call.op, "u", u, sizes_of(logits), logits.scalar_type(), logits);
   call.set_grad(grad, statistics);
-  call.gg = with_dense_rows(gg_logits);
+  call.u = with_dense_rows(u);
   Tensor gg_grad = call.new_rows(), grad_logits = call.new_logits();
   call.per_row = gg_grad;
   call.out = grad_logits;

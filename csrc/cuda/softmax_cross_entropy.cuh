@@ -18,11 +18,11 @@ template <class S>
 struct CrossEntropyCall {
   using A = accumulation_t<S>;
   std::int64_t rows, classes;
-  const S *logits, *gg;                   // [rows, classes]; gg: cotangent of grad_logits
-  std::int64_t logits_stride, gg_stride;  // elements between rows
-  const std::int64_t* indices;            // [rows], or null
-  const S* narrow_target;                 // [rows, classes] probabilities as fine as the logits, or null
-  const A* wide_target;                   // the same in the accumulation type, or null
+  const S *logits, *u;                   // [rows, classes]; u: cotangent of grad_logits
+  std::int64_t logits_stride, u_stride;  // elements between rows
+  const std::int64_t* indices;           // [rows], or null
+  const S* narrow_target;                // [rows, classes] probabilities as fine as the logits, or null
+  const A* wide_target;                  // the same in the accumulation type, or null
   std::int64_t target_stride, ignore_index;
   A label_smoothing, inverse_t;
   const A *grad, *statistics_in;  // [rows], [rows, 2]
@@ -133,18 +133,18 @@ __global__ void __launch_bounds__(512, 1) softmax_cross_entropy_double_backward_
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     const RowTarget<S> target(c, row);
     if (settle_row(c, target, row)) continue;
-    const S *z = c.logits + row * c.logits_stride, *gg = c.gg + row * c.gg_stride;
+    const S *z = c.logits + row * c.logits_stride, *u_row = c.u + row * c.u_stride;
     const A max = c.statistics_in[2 * row], log_sum = c.statistics_in[2 * row + 1], grad = c.grad[row];
     const A total_q = target.total_q(c.classes), inverse_t = c.inverse_t;
     A mean_u = 0, dot_qu = 0;
-    read(z, gg, c.classes, Counter{}, [&](std::int64_t j, A v, A u) {
+    read(z, u_row, c.classes, Counter{}, [&](std::int64_t j, A v, A u) {
       mean_u += softmax_probability(v * inverse_t, max, log_sum) * u;
       dot_qu += target.q(j) * u;
     });
     mean_u = block_sum(mean_u);
     dot_qu = block_sum(dot_qu);
     if (threadIdx.x == 0) c.per_row[row] = (total_q * mean_u - dot_qu) * inverse_t;
-    transform(z, gg, c.out + row * c.classes, c.classes, Counter{}, [&](std::int64_t, A v, A u) {
+    transform(z, u_row, c.out + row * c.classes, c.classes, Counter{}, [&](std::int64_t, A v, A u) {
       const A p = softmax_probability(v * inverse_t, max, log_sum);
       return grad * cross_entropy_bend(p, u, mean_u, total_q, inverse_t);
     });

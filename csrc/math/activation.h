@@ -1,8 +1,8 @@
 // Activations y = f(x): slope f' and bend f'', side by side.
 //
 //   backward   grad_x  = f'(x) grad
-//   double     gg_grad = f'(x) gg_x          gg_x = cotangent of grad_x
-//   backward   grad_x  = f''(x) gg_x grad
+//   double     gg_grad = f'(x) u          u = cotangent of grad_x
+//   backward   grad_x  = f''(x) u grad
 //
 // For tanh, sigmoid, and elu of which only the result y is known, x is y: the slope is written as a function s(y), and
 // the bend is s'(y), as PyTorch differentiates these backwards.

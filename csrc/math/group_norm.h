@@ -11,14 +11,14 @@ struct ChannelSums {
   A g, gx;      // g, g xh
   A u, ux, ug;  // u, u xh, u g
 
-  RK_HOST_DEVICE void add_to(NormSums<A>& group, A weight, A gg_weight) const {
+  RK_HOST_DEVICE void add_to(NormSums<A>& group, A weight, A a) const {
     group.u += u;
     group.ux += ux;
     group.g += weight * g;
     group.gx += weight * gx;
     group.ug += weight * ug;
-    group.ag += gg_weight * g;
-    group.agx += gg_weight * gx;
+    group.ag += a * g;
+    group.agx += a * gx;
   }
 
   // sum g t
@@ -45,9 +45,9 @@ struct ChannelBends {
 };
 
 template <class A>
-RK_HOST_DEVICE ChannelBends<A> channel_bends(const NormBends<A>& group, A r, A weight, A gg_weight, A gg_bias) {
-  return {weight * r, weight * group.t_x + gg_weight,     weight * group.t_one + gg_bias,
-          group.x_u,  group.x_g * weight + r * gg_weight, group.x_x,
+RK_HOST_DEVICE ChannelBends<A> channel_bends(const NormBends<A>& group, A r, A weight, A a, A b) {
+  return {weight * r, weight * group.t_x + a,     weight * group.t_one + b,
+          group.x_u,  group.x_g * weight + r * a, group.x_x,
           group.x_one};
 }
 

@@ -2,11 +2,11 @@
 //
 //   value          n = finish(sum_k term(a_k))                      (a maximum instead of a sum for p = inf)
 //   backward       grad_x_k = grad * w_k * slope(a_k)               slope = dn/da_k
-//   double         s        = sum_k v_k slope(a_k)                  v_k = w_k * gg_x_k
+//   double         s        = sum_k v_k slope(a_k)                  v_k = w_k * u_k
 //   backward       gg_grad  = s
 //                  grad_x_k = grad * w_k * bend(a_k, v_k)           bend = sum_j v_j d2n/(da_j da_k)
 //
-// where gg_x is the cotangent of the backward's grad_x.  Where a norm has a corner, the subgradient is zero, in both
+// where u is the cotangent of the backward's grad_x.  Where a norm has a corner, the subgradient is zero, in both
 // orders: at a = 0 for every p, at a_k = 0 for L1 and for the bend of 1 < p < 2.  Linf shares its slope equally between
 // ties.
 #pragma once

@@ -9,7 +9,7 @@ from robustkern.ops._pytorch_derivatives import nothing, register_derivative
 
 
 @register_derivative(reference.activation_double_backward)
-def _(gg_x, grad, x, function, parameters, need_grad, need_x):  # type: ignore[no-untyped-def]
-    gg_grad = torch.empty_like(x) if gg_x.dim() == x.dim() else x.new_empty(gg_x.shape)
-    grad_x = torch.empty_like(x) if gg_x.dim() == x.dim() else x.new_empty(x.shape)
+def _(u, grad, x, function, parameters, need_grad, need_x):  # type: ignore[no-untyped-def]
+    gg_grad = torch.empty_like(x) if u.dim() == x.dim() else x.new_empty(u.shape)
+    grad_x = torch.empty_like(x) if u.dim() == x.dim() else x.new_empty(x.shape)
     return gg_grad if need_grad else nothing(x), grad_x if need_x else nothing(x)

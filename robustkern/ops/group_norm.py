@@ -23,5 +23,5 @@ def _(grad, x, weight, mean, rstd, groups, need_x, need_weight, need_bias):  # t
 
 
 @register_derivative(reference.group_norm_double_backward)
-def _(gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, groups, need_grad, need_x, need_weight):  # type: ignore[no-untyped-def]
+def _(u, a, b, grad, x, weight, mean, rstd, groups, need_grad, need_x, need_weight):  # type: ignore[no-untyped-def]
     return _like(x, need_grad), _like(x, need_x), vector(x, x.shape[1], need_weight)

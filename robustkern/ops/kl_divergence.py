@@ -81,7 +81,7 @@ def _register() -> None:
         return tuple(p_logits.new_empty(p_logits.shape if need else [0]) for need in (need_p, need_q))
 
     @register_fake("kl_divergence_double_backward")
-    def _(gg_p, gg_q, grad, p_logits, q_logits, statistics, temperature, need_p, need_q):  # type: ignore[no-untyped-def]
+    def _(u, v, grad, p_logits, q_logits, statistics, temperature, need_p, need_q):  # type: ignore[no-untyped-def]
         per_row = p_logits.new_empty([p_logits.shape[0]], dtype=accumulation_dtype(p_logits.dtype))
         return per_row, *(p_logits.new_empty(p_logits.shape if need else [0]) for need in (need_p, need_q))
 
@@ -106,14 +106,14 @@ def _register() -> None:
         ctx.set_materialize_grads(False)
 
     # The statistics are functions of the logits, and their derivatives in those of the logits.
-    def double_backward(ctx: Any, gg_p: Tensor | None, gg_q: Tensor | None) -> tuple[Any, ...]:
-        gg_p, gg_q = gg_p if ctx.gave_p else None, gg_q if ctx.gave_q else None
-        if gg_p is None and gg_q is None:
+    def double_backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
+        u, v = u if ctx.gave_p else None, v if ctx.gave_q else None
+        if u is None and v is None:
             return (None,) * 7
         _, need_p, need_q, *_ = ctx.needs_input_grad
         grad, p_logits, q_logits, statistics = ctx.saved_tensors
         gg_grad, grad_p, grad_q = ops.kl_divergence_double_backward(
-            gg_p, gg_q, grad, p_logits, q_logits, statistics, ctx.temperature, need_p, need_q
+            u, v, grad, p_logits, q_logits, statistics, ctx.temperature, need_p, need_q
         )
         return gg_grad, grad_p if need_p else None, grad_q if need_q else None, None, None, None, None
 

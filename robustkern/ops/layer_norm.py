@@ -14,7 +14,7 @@ def _(grad, x, weight, mean, rstd, need_x, need_weight, need_bias):  # type: ign
 
 
 @register_derivative(reference.layer_norm_double_backward)
-def _(gg_x, gg_weight, gg_bias, grad, x, weight, mean, rstd, need_grad, need_x, need_weight):  # type: ignore[no-untyped-def]
+def _(u, a, b, grad, x, weight, mean, rstd, need_grad, need_x, need_weight):  # type: ignore[no-untyped-def]
     gg_grad = x.new_empty(grad.shape) if need_grad else nothing(x)
     grad_x = x.new_empty(x.shape) if need_x else nothing(x)
     return gg_grad, grad_x, vector(x, x.shape[1], need_weight)

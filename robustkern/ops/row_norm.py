@@ -116,7 +116,7 @@ def _register() -> None:
         return x.new_empty(x.shape)
 
     @register_fake("row_norm_double_backward")
-    def _(gg_x, grad, x, norm, weight, inner, p, squared):  # type: ignore[no-untyped-def]
+    def _(u, grad, x, norm, weight, inner, p, squared):  # type: ignore[no-untyped-def]
         gg_grad = x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype))
         return gg_grad, x.new_empty([0]) if _is_flat(p) else x.new_empty(x.shape)
 
@@ -142,13 +142,13 @@ def _register() -> None:
         ctx.set_materialize_grads(False)
 
     # d(grad, x) of row_norm_backward     | L1, Linf | L2, squared, Lp
-    #   gg_grad = <gg_x, dn/dx>           |    yes   |      yes
-    #   grad_x  = grad d2n/dx2 gg_x       |     0    |      yes
-    def double_backward(ctx: Any, gg_x: Tensor | None) -> tuple[Any, ...]:
-        if gg_x is None:
+    #   gg_grad = <u, dn/dx>           |    yes   |      yes
+    #   grad_x  = grad d2n/dx2 u       |     0    |      yes
+    def double_backward(ctx: Any, u: Tensor | None) -> tuple[Any, ...]:
+        if u is None:
             return (None,) * 7
         grad, x, norm, weight = ctx.saved_tensors
-        gg_grad, grad_x = ops.row_norm_double_backward(gg_x, grad, x, norm, weight, ctx.inner, ctx.p, ctx.squared)
+        gg_grad, grad_x = ops.row_norm_double_backward(u, grad, x, norm, weight, ctx.inner, ctx.p, ctx.squared)
         return gg_grad, None if _is_flat(ctx.p) else grad_x, None, None, None, None, None
 
     torch.library.register_autograd("robustkern::row_norm_backward", double_backward, setup_context=setup_backward)

@@ -12,18 +12,18 @@ Slopes = tuple[Tensor, Tensor]  # f'(x), f''(x)
 
 
 def activation_double_backward(
-    gg_x: Tensor,  # like x, or [K, *x.shape]
-    grad: Tensor,  # like gg_x
+    u: Tensor,  # like x, or [K, *x.shape]
+    grad: Tensor,  # like u
     x: Tensor,
     function: str,
     parameters: Sequence[float],
     need_grad: bool = True,
     need_x: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """gg_grad = f'(x) gg_x and grad_x = f''(x) gg_x grad, summed over the K cotangents where there are several.
+    """gg_grad = f'(x) u and grad_x = f''(x) u grad, summed over the K cotangents where there are several.
 
     Args:
-        gg_x: cotangent of the first backward's grad_x = f'(x) grad.
+        u: cotangent of the first backward's grad_x = f'(x) grad.
         grad: cotangent of the activation's result.
         x: input of the activation; for "tanh", "sigmoid", and "elu" with is_result the result y, in which case f'(x) is
             the function s(y), and s'(y) stands for f''(x).
@@ -34,15 +34,15 @@ def activation_double_backward(
         need_x: whether grad_x is.
     """
     slope, bend = _SLOPES[function](x, *parameters)
-    product = gg_x * grad
-    if gg_x.dim() > x.dim():
+    product = u * grad
+    if u.dim() > x.dim():
         product = product.sum(0)
 
     def times(factor: Tensor, t: Tensor) -> Tensor:
         """Where hardswish is flat it selects, as in PyTorch: zero, whatever t."""
         return torch.where(factor == 0, torch.zeros_like(t), factor * t) if function == "hardswish" else factor * t
 
-    return times(slope, gg_x) if need_grad else x.new_empty([0]), times(bend, product) if need_x else x.new_empty([0])
+    return times(slope, u) if need_grad else x.new_empty([0]), times(bend, product) if need_x else x.new_empty([0])
 
 
 def _gelu(x: Tensor) -> Slopes:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def attention_double_backward(
-    gg_q: Tensor | None,  # [B, H, L, D]
-    gg_k: Tensor | None,  # [B, G, S, D]
-    gg_v: Tensor | None,  # [B, G, S, E]
+    a: Tensor | None,  # [B, H, L, D]
+    b: Tensor | None,  # [B, G, S, D]
+    c: Tensor | None,  # [B, G, S, E]
     grad: Tensor,  # [B, H, L, E]
     q: Tensor,  # [B, H, L, D]
     k: Tensor,  # [B, G, S, D]
@@ -22,16 +22,16 @@ def attention_double_backward(
     need_k: bool = True,
     need_v: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of L = sum <gg_x, grad_x> over x in (q, k, v), grad_x being the first derivatives of attention.
+    """Gradients of L = <a, grad_q> + <b, grad_k> + <c, grad_v>, of attention's first derivatives, in grad, q, k and v.
 
     ::
 
         S = scale q k^T + mask      P = softmax(S)      dP = grad v^T      D = sum_j P dP      dS = P (dP - D)
-        T = scale (gg_q k^T + q gg_k^T)                 t = sum_j P T      Pd = P (T - t)
-        G = (dP - D) (T - t) + grad gg_v^T              g = sum_j P G      W = P (G - g)
+        T = scale (a k^T + q b^T)                 t = sum_j P T      Pd = P (T - t)
+        G = (dP - D) (T - t) + grad c^T           g = sum_j P G      W = P (G - g)
 
-        gg_grad = Pd v + P gg_v                         grad_q = scale (W k + dS gg_k)
-        grad_v = Pd^T grad                              grad_k = scale (W^T q + dS^T gg_q)
+        gg_grad = Pd v + P c                         grad_q = scale (W k + dS b)
+        grad_v = Pd^T grad                           grad_k = scale (W^T q + dS^T a)
 
     A row whose keys are all masked attends to nothing: its probabilities are zero.  Stores the scores of all heads.
 
@@ -46,9 +46,9 @@ def attention_double_backward(
     def per_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, group)).sum(2) if group > 1 else x
 
-    a = torch.zeros_like(q) if gg_q is None else gg_q
-    b = per_head(torch.zeros_like(k) if gg_k is None else gg_k)
-    c = per_head(torch.zeros_like(v) if gg_v is None else gg_v)
+    a = torch.zeros_like(q) if a is None else a
+    b = per_head(torch.zeros_like(k) if b is None else b)
+    c = per_head(torch.zeros_like(v) if c is None else c)
     keys, values = per_head(k), per_head(v)
 
     scores = scale * (q @ keys.mT)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def batch_norm_double_backward(
-    gg_x: Tensor | None,  # [N, C, S] or [K, N, C, S]
-    gg_weight: Tensor | None,  # [C]
-    gg_bias: Tensor | None,  # [C]
-    grad: Tensor,  # like gg_x
+    u: Tensor | None,  # [N, C, S] or [K, N, C, S]
+    a: Tensor | None,  # [C]
+    b: Tensor | None,  # [C]
+    grad: Tensor,  # like u
     x: Tensor,  # [N, C, S]
     weight: Tensor | None,  # [C]
     mean: Tensor,  # [C]
@@ -30,12 +30,12 @@ def batch_norm_double_backward(
     and in evaluation mode, where mean and r are constants, gg_grad = w r u + a xh + b, grad_x = a r g and
     grad_weight = r sum u g.  Of K cotangents, which have no a and b, grad_x and grad_weight are the sums.
 
-    w r P is symmetric: with grad in the place of gg_x, gg_grad is the grad_x of the first backward.
+    w r P is symmetric: with grad in the place of u, gg_grad is the grad_x of the first backward.
 
     Args:
-        gg_x: u, the cotangent of grad_x; None for zero, as for the next two.
-        gg_weight: a, the cotangent of grad_weight.
-        gg_bias: b, the cotangent of grad_bias.
+        u: the cotangent of grad_x; None for zero, as for the next two.
+        a: the cotangent of grad_weight.
+        b: the cotangent of grad_bias.
         grad: g, the gradient that the first backward was given.
         x: the input; any floating-point dtype.
         weight: w, ones if None.
@@ -57,10 +57,10 @@ def batch_norm_double_backward(
 
     count = x.shape[0] * x.shape[2]
     r = channels(invstd)
-    w, a, b = (None if v is None else channels(v) for v in (weight, gg_weight, gg_bias))
+    w, a, b = (None if v is None else channels(v) for v in (weight, a, b))
     scale = r if w is None else w * r
     xh = (x - channels(mean)) * r
-    u = x.new_zeros(()).expand_as(grad) if gg_x is None else gg_x
+    u = x.new_zeros(()).expand_as(grad) if u is None else u
 
     def total(v: Tensor) -> Tensor:
         return v.sum((-3, -1), keepdim=True)

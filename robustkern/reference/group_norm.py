@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def group_norm_double_backward(
-    gg_x: Tensor | None,  # [N, C, S] cotangent of grad_x
-    gg_weight: Tensor | None,  # [C] of grad_weight
-    gg_bias: Tensor | None,  # [C] of grad_bias
+    u: Tensor | None,  # [N, C, S] cotangent of grad_x
+    a: Tensor | None,  # [C] of grad_weight
+    b: Tensor | None,  # [C] of grad_bias
     grad: Tensor,  # [N, C, S] of the output
     x: Tensor,  # [N, C, S]
     weight: Tensor | None,  # [C]
@@ -20,11 +20,11 @@ def group_norm_double_backward(
     need_x: bool = True,
     need_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Gradients of L = <gg_x, grad_x> + <gg_weight, grad_weight> + <gg_bias, grad_bias> in grad, x and weight.
+    r"""Gradients of L = <u, grad_x> + <a, grad_weight> + <b, grad_bias> in grad, x and weight.
 
         P(v)        = v - mean(v) - xh mean(v xh),  xh = (x - mean) rstd
-        gg_grad     = weight t + gg_weight xh + gg_bias,  t = rstd P(gg_x)
-        grad_x      = -rstd^2 [mean(gg_x P(h)) xh + mean(h xh) P(gg_x) + mean(gg_x xh) P(h)] + rstd P(gg_weight grad)
+        gg_grad     = weight t + a xh + b,  t = rstd P(u)
+        grad_x      = -rstd^2 [mean(u P(h)) xh + mean(h xh) P(u) + mean(u xh) P(h)] + rstd P(a grad)
         grad_weight = sum over samples and positions of grad t
 
     with h = weight grad and the means over one group of one sample.
@@ -50,12 +50,12 @@ def group_norm_double_backward(
     def project(v: Tensor) -> Tensor:
         return v - average(v) - xh * average(v * xh)
 
-    w, a, b = per_channel(weight), per_channel(gg_weight), per_channel(gg_bias)
+    w, a, b = per_channel(weight), per_channel(a), per_channel(b)
     g = grouped(grad)
     h = g if w is None else w * g
     gg_grad, grad_x, grad_weight = torch.zeros_like(xh), torch.zeros_like(xh), x.new_zeros(c)
-    if gg_x is not None:
-        u = grouped(gg_x)
+    if u is not None:
+        u = grouped(u)
         t = r * project(u)
         gg_grad = t if w is None else w * t
         projected = project(h)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def layer_norm_double_backward(
-    gg_x: Tensor | None,  # [B, D] or [K, B, D], cotangent of grad_x
-    gg_weight: Tensor | None,  # [D] of grad_weight
-    gg_bias: Tensor | None,  # [D] of grad_bias
-    grad: Tensor,  # like gg_x, of the output
+    u: Tensor | None,  # [B, D] or [K, B, D], cotangent of grad_x
+    a: Tensor | None,  # [D] of grad_weight
+    b: Tensor | None,  # [D] of grad_bias
+    grad: Tensor,  # like u, of the output
     x: Tensor,  # [B, D]
     weight: Tensor | None,  # [D]
     mean: Tensor | None,  # [B]
@@ -18,15 +18,15 @@ def layer_norm_double_backward(
     need_x: bool = True,
     need_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Gradients of L = <gg_x, grad_x> + <gg_weight, grad_weight> + <gg_bias, grad_bias> in grad, x and weight.
+    r"""Gradients of L = <u, grad_x> + <a, grad_weight> + <b, grad_bias> in grad, x and weight.
 
         P(v)        = v - mean(v) - xh mean(v xh),  xh = (x - mean) rstd
-        gg_grad     = weight t + gg_weight xh + gg_bias,  t = rstd P(gg_x)
-        grad_x      = -rstd^2 [mean(gg_x P(h)) xh + mean(h xh) P(gg_x) + mean(gg_x xh) P(h)] + rstd P(gg_weight grad)
+        gg_grad     = weight t + a xh + b,  t = rstd P(u)
+        grad_x      = -rstd^2 [mean(u P(h)) xh + mean(h xh) P(u) + mean(u xh) P(h)] + rstd P(a grad)
         grad_weight = sum over rows of grad t
 
     with h = weight grad and the means over a row.  Without `mean` this is RMSNorm: mean(v) drops out of P.  Of K
-    cotangents, which have no gg_weight and gg_bias, grad_x and grad_weight are the sums.
+    cotangents, which have no a and b, grad_x and grad_weight are the sums.
 
     Returns:
         gg_grad, like grad, and grad_x [B, D] in the dtype of x, grad_weight [D] in the dtype of rstd; [0] where not
@@ -45,14 +45,14 @@ def layer_norm_double_backward(
     def like_x(v: Tensor | None) -> Tensor | None:
         return None if v is None else v.to(x.dtype)
 
-    w, a, b = like_x(weight), like_x(gg_weight), like_x(gg_bias)
+    w, a, b = like_x(weight), like_x(a), like_x(b)
     h = grad if w is None else w * grad
     gg_grad, grad_x, grad_weight = x.new_zeros([1]), x.new_zeros([1]), x.new_zeros([1])
-    if gg_x is not None:
-        t = r * project(gg_x)
+    if u is not None:
+        t = r * project(u)
         gg_grad = t if w is None else w * t
         projected = project(h)
-        second = average(gg_x * projected) * xh + average(h * xh) * project(gg_x) + average(gg_x * xh) * projected
+        second = average(u * projected) * xh + average(h * xh) * project(u) + average(u * xh) * projected
         grad_x = -r * r * second
         grad_weight = (grad * t).flatten(0, -2).sum(0)
         if grad.dim() > x.dim():

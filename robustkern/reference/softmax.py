@@ -6,19 +6,19 @@ from torch import Tensor
 
 
 def softmax_double_backward(
-    gg_x: Tensor,  # [B, C, S]
+    u: Tensor,  # [B, C, S]
     grad: Tensor,  # [B, C, S]
     output: Tensor,  # [B, C, S]
     log: bool,
     need_grad: bool = True,
     need_output: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """softmax: gg_grad = p (u - <p, u>), grad_output = u (g - <p, g>) - g <p, u>, with u = gg_x, g = grad.
+    """softmax: gg_grad = p (u - <p, u>), grad_output = u (g - <p, g>) - g <p, u>, with g = grad.
 
     log_softmax: gg_grad = u - <p, u>, grad_output = -p u sum(g).
 
     Args:
-        gg_x: cotangent of the first backward's grad_x.
+        u: cotangent of the first backward's grad_x.
         grad: cotangent of the output.
         output: p, or log p if `log`, normalised over its middle dimension, as are all sums.
         log: the derivative of log_softmax.
@@ -26,11 +26,11 @@ def softmax_double_backward(
         need_output: whether grad_output is.
     """
     p = output.exp() if log else output
-    mean_u = (p * gg_x).sum(1, keepdim=True)
+    mean_u = (p * u).sum(1, keepdim=True)
     nothing = output.new_empty([0])
     if log:
-        gg_grad, grad_output = gg_x - mean_u, -grad.sum(1, keepdim=True) * p * gg_x
+        gg_grad, grad_output = u - mean_u, -grad.sum(1, keepdim=True) * p * u
     else:
         mean_g = (p * grad).sum(1, keepdim=True)
-        gg_grad, grad_output = p * (gg_x - mean_u), gg_x * (grad - mean_g) - grad * mean_u
+        gg_grad, grad_output = p * (u - mean_u), u * (grad - mean_g) - grad * mean_u
     return gg_grad if need_grad else nothing, grad_output if need_output else nothing

@@ -62,18 +62,18 @@ struct Problem {
   using A = rk::cuda::accumulation_t<S>;
   Activation function;
   std::int64_t n;
-  Buffer<S> gg_x, grad, x, gg_grad, grad_x;
+  Buffer<S> u, grad, x, gg_grad, grad_x;
 
   Problem(Draw& draw, Activation kind, std::int64_t elements)
       : function(kind),
         n(elements),
-        gg_x(n, draw(0, 8)),
+        u(n, draw(0, 8)),
         grad(n, draw(0, 8)),
         x(n, draw(0, 8)),
         gg_grad(n, draw(0, 8)),
         grad_x(n, draw(0, 8)) {
     const bool of_result = kind == Activation::kTanh || kind == Activation::kSigmoid || kind == Activation::kEluResult;
-    gg_x.fill_normal(draw.random);
+    u.fill_normal(draw.random);
     grad.fill_normal(draw.random);
     x.fill_normal(draw.random, of_result ? 0.3 : draw.one_of({1.0, 4.0}));
   }
@@ -81,7 +81,7 @@ struct Problem {
   ActivationCall<S> call(bool need_grad = true, bool need_x = true) {
     ActivationCall<S> c{};
     c.elements = n;
-    c.gg_x = gg_x.data();
+    c.u = u.data();
     c.grad = need_x ? grad.data() : nullptr;
     c.x = x.data();
     c.gg_grad = need_grad ? gg_grad.data() : nullptr;
@@ -97,16 +97,16 @@ struct Problem {
 
   void check_element(std::int64_t j, bool need_grad, bool need_x) const {
     const double loose = 60 * epsilon<A>(), store = epsilon<S>();
-    const double u = to_double(gg_x[j]), g = to_double(grad[j]);
+    const double u_j = to_double(u[j]), g = to_double(grad[j]);
     const Truth want = truth(function, to_double(x[j]));
     if (need_grad) {
-      const double value = want.slope * u;
-      expect_close(to_double(gg_grad[j]), value, store * std::fabs(value) + loose * std::fabs(u) + 1e-7,
+      const double value = want.slope * u_j;
+      expect_close(to_double(gg_grad[j]), value, store * std::fabs(value) + loose * std::fabs(u_j) + 1e-7,
                    text("gg_grad", j));
     }
     if (need_x) {
-      const double value = want.bend * u * g;
-      expect_close(to_double(grad_x[j]), value, store * std::fabs(value) + loose * std::fabs(u * g) + 1e-7,
+      const double value = want.bend * u_j * g;
+      expect_close(to_double(grad_x[j]), value, store * std::fabs(value) + loose * std::fabs(u_j * g) + 1e-7,
                    text("grad_x", j));
     }
   }
@@ -132,7 +132,7 @@ void test_several(const Options& options, Draw& draw, std::int64_t count) {
   g.fill_normal(draw.random);
   ActivationCall<float> c = t.call();
   c.cotangents = count;
-  c.gg_x = u.data();
+  c.u = u.data();
   c.grad = g.data();
   c.gg_grad = gg_grad.data();
   const auto call = [&] { return rk::cuda::launch_activation_double_backward(Activation::kGelu, c, nullptr); };
@@ -160,12 +160,12 @@ void test_extremes(Draw& draw) {
     std::copy_n(values, 6, t.x.data());
     expect_success(rk::cuda::launch_activation_double_backward(function, t.call(), nullptr));
     const double right = function == Activation::kElu ? scale : 1.0;
-    for (const int j : {0, 2}) expect_close(t.gg_grad[j], right * t.gg_x[j], 1e-6, t.text("gg_grad of a huge x", j));
+    for (const int j : {0, 2}) expect_close(t.gg_grad[j], right * t.u[j], 1e-6, t.text("gg_grad of a huge x", j));
     for (const int j : {1, 3}) expect_close(t.gg_grad[j], 0.0, 1e-6, t.text("gg_grad of a huge negative x", j));
     for (const int j : {0, 1, 2, 3}) expect_close(t.grad_x[j], 0.0, 1e-6, t.text("grad_x of a huge x", j));
     if (function != Activation::kElu) t.check_element(4, true, true);
     if (function == Activation::kElu || function == Activation::kHardswish) {
-      expect_close(t.gg_grad[5], right * t.gg_x[5], 1e-6, t.text("gg_grad of NaN, which is above all", 5));
+      expect_close(t.gg_grad[5], right * t.u[5], 1e-6, t.text("gg_grad of NaN, which is above all", 5));
       expect_close(t.grad_x[5], 0.0, 0.0, t.text("grad_x of NaN, which is above all", 5));
       continue;
     }
@@ -192,7 +192,7 @@ void test_huge() {
   std::fill_n(g.last_row(), cols, from_double<__half>(3.0));
   ActivationCall<__half> c{};
   c.elements = rows * cols;
-  c.gg_x = u.data();
+  c.u = u.data();
   c.grad = g.data();
   c.x = x.data();
   c.gg_grad = gg_grad.data();

@@ -19,7 +19,7 @@ struct Problem {
   std::int64_t samples, channels, positions, groups;
   bool innermost, weighted, has_u, affine;
   Buffer<S> x, g, u, gg_grad, grad_x;
-  Buffer<A> weight, gg_weight, gg_bias, mean, rstd, sums, sample_weight, sample_bias, grad_weight, grad_bias;
+  Buffer<A> weight, a, b, mean, rstd, sums, sample_weight, sample_bias, grad_weight, grad_bias;
 
   Problem(Draw& draw, bool rows, std::int64_t n, std::int64_t group_count, std::int64_t width, std::int64_t s)
       : samples(n),
@@ -36,8 +36,8 @@ struct Problem {
         gg_grad(n * channels * s, draw(0, 8)),
         grad_x(n * channels * s, draw(0, 8)),
         weight(channels),
-        gg_weight(channels),
-        gg_bias(channels),
+        a(channels),
+        b(channels),
         mean(n * groups),
         rstd(n * groups),
         sums(n * channels * slots() * 5),
@@ -46,7 +46,7 @@ struct Problem {
         grad_weight(channels),
         grad_bias(channels) {
     for (Buffer<S>* b : {&x, &g, &u}) b->fill_normal(draw.random);
-    for (Buffer<A>* b : {&weight, &gg_weight, &gg_bias}) b->fill_normal(draw.random);
+    for (Buffer<A>* parameters : {&weight, &a, &b}) parameters->fill_normal(draw.random);
     for (std::int64_t i = 0; i < n * groups; ++i) {
       mean[i] = static_cast<A>(0.125 * draw(-4, 4));
       rstd[i] = static_cast<A>(0.25 * draw(1, 8));
@@ -77,8 +77,8 @@ struct Problem {
     c.g = g.data();
     if (second && has_u) c.u = u.data();
     if (weighted) c.weight = weight.data();
-    if (second && affine) c.gg_weight = gg_weight.data();
-    if (second && affine) c.gg_bias = gg_bias.data();
+    if (second && affine) c.a = a.data();
+    if (second && affine) c.b = b.data();
     c.mean = mean.data();
     c.rstd = rstd.data();
     if (second) c.gg_grad = gg_grad.data();
@@ -135,7 +135,7 @@ void compare(const Problem<S>& t, bool second) {
         g.push_back(to_double(t.g[at]));
         h.push_back((t.weighted ? to_double(t.weight[c]) : 1.0) * g.back());
         u.push_back(t.has_u ? to_double(t.u[at]) : 0.0);
-        ag.push_back(t.affine ? to_double(t.gg_weight[c]) * g.back() : 0.0);
+        ag.push_back(t.affine ? to_double(t.a[c]) * g.back() : 0.0);
       }
       const std::vector<double> pu = project(u, xh), ph = project(h, xh), pag = project(ag, xh);
       const double k = product(u, ph), hx = product(h, xh), ux = product(u, xh);
@@ -143,7 +143,7 @@ void compare(const Problem<S>& t, bool second) {
         const std::int64_t c = group * width + i / t.positions, at = t.at(n, c, i % t.positions);
         const std::string where = text + " at " + std::to_string(at);
         const double w = t.weighted ? to_double(t.weight[c]) : 1.0;
-        const double a = t.affine ? to_double(t.gg_weight[c]) : 0.0, b = t.affine ? to_double(t.gg_bias[c]) : 0.0;
+        const double a = t.affine ? to_double(t.a[c]) : 0.0, b = t.affine ? to_double(t.b[c]) : 0.0;
         const double scale = 4 * (1 + r) * (1 + r) * (1 + std::fabs(xh[i]));
         grad_bias[c] += g[i];
         grad_weight[c] += second ? g[i] * r * pu[i] : g[i] * xh[i];

@@ -57,8 +57,8 @@ struct Problem {
     c.inverse_t = static_cast<A>(1.0 / temperature);
     c.p_logits = a.data();
     c.q_logits = b.data();
-    if (has_u) c.gg_p = u.data();
-    if (has_v) c.gg_q = v.data();
+    if (has_u) c.u = u.data();
+    if (has_v) c.v = v.data();
     c.grad = grad.data();
     c.statistics_in = statistics_in.data();
     if (order != Order::kBackward) c.per_row = per_row.data();

@@ -19,7 +19,7 @@ struct Problem {
   std::int64_t rows, cols;
   bool centred, weighted, has_u, affine, own_kernel = false;  // own_kernel: for sums down the columns
   Buffer<S> x, g, u, gg_grad, grad_x;
-  Buffer<A> weight, gg_weight, gg_bias, mean, rstd, t, partial_weight, partial_bias, grad_weight, grad_bias;
+  Buffer<A> weight, a, b, mean, rstd, t, partial_weight, partial_bias, grad_weight, grad_bias;
 
   Problem(Draw& draw, std::int64_t row_count, std::int64_t columns)
       : rows(row_count),
@@ -34,8 +34,8 @@ struct Problem {
         gg_grad(rows * cols, draw(0, 8)),
         grad_x(rows * cols, draw(0, 8)),
         weight(cols),
-        gg_weight(cols),
-        gg_bias(cols),
+        a(cols),
+        b(cols),
         mean(rows),
         rstd(rows),
         t(2 * rows),
@@ -44,7 +44,7 @@ struct Problem {
         grad_weight(cols),
         grad_bias(cols) {
     for (Buffer<S>* b : {&x, &g, &u}) b->fill_normal(draw.random);
-    for (Buffer<A>* b : {&weight, &gg_weight, &gg_bias}) b->fill_normal(draw.random);
+    for (Buffer<A>* parameters : {&weight, &a, &b}) parameters->fill_normal(draw.random);
     for (std::int64_t row = 0; row < rows; ++row) {
       mean[row] = static_cast<A>(0.125 * draw(-4, 4));
       rstd[row] = static_cast<A>(0.25 * draw(1, 8));
@@ -60,8 +60,8 @@ struct Problem {
     c.g = g.data();
     if (second && has_u) c.u = u.data();
     if (weighted) c.weight = weight.data();
-    if (second && affine) c.gg_weight = gg_weight.data();
-    if (second && affine) c.gg_bias = gg_bias.data();
+    if (second && affine) c.a = a.data();
+    if (second && affine) c.b = b.data();
     if (centred) c.mean = mean.data();
     c.rstd = rstd.data();
     if (second) c.gg_grad = gg_grad.data();
@@ -96,8 +96,8 @@ struct Row {
       g.push_back(to_double(t.g[at]));
       h.push_back(w[j] * g[j]);
       u.push_back(t.has_u ? to_double(t.u[at]) : 0.0);
-      a.push_back(t.affine ? to_double(t.gg_weight[j]) : 0.0);
-      b.push_back(t.affine ? to_double(t.gg_bias[j]) : 0.0);
+      a.push_back(t.affine ? to_double(t.a[j]) : 0.0);
+      b.push_back(t.affine ? to_double(t.b[j]) : 0.0);
     }
   }
 

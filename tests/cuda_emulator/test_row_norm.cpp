@@ -26,7 +26,7 @@ struct Problem {
   Norm norm;
   double p;
   bool weighted;
-  Buffer<S> x, gg_x, out;
+  Buffer<S> x, u, out;
   Buffer<A> weight, grad, norms, per_row, partial, ties;
 
   Problem(Draw& draw, Norm kind, double exponent, std::int64_t row_count, std::int64_t groups, std::int64_t run,
@@ -41,7 +41,7 @@ struct Problem {
         p(exponent),
         weighted(with_weight),
         x(rows * stride, draw(0, 8)),
-        gg_x(rows * stride, draw(0, 8)),
+        u(rows * stride, draw(0, 8)),
         out(rows * cols, draw(0, 8)),
         weight(channels),
         grad(rows),
@@ -62,7 +62,7 @@ struct Problem {
         x[row * stride + j] = from_double<S>(scale * value);
       }
     }
-    gg_x.fill_normal(draw.random);
+    u.fill_normal(draw.random);
     grad.fill_normal(draw.random);
     for (std::int64_t i = 0; i < channels; ++i) weight[i] = static_cast<A>(0.25 * draw(1, 8));
   }
@@ -78,8 +78,8 @@ struct Problem {
     c.cols = cols;
     c.chunks = chunks;
     c.x = x.data();
-    c.gg_x = gg_x.data();
-    c.x_stride = c.gg_x_stride = stride;
+    c.u = u.data();
+    c.x_stride = c.u_stride = stride;
     c.grad = grad.data();
     c.norms = norms.data();
     c.weight = weighted ? weight.data() : nullptr;
@@ -176,7 +176,7 @@ void test_problem(const Options& options, Problem<S>& t) {
     std::vector<double> v;
     double s = 0.0, size = 0.0, largest = 0.0;
     for (std::int64_t j = 0; j < t.cols; ++j) {
-      v.push_back(t.w(j) * to_double(t.gg_x[row * t.stride + j]));
+      v.push_back(t.w(j) * to_double(t.u[row * t.stride + j]));
       s += v[j] * slope[row][j];
       size += std::fabs(v[j] * slope[row][j]);
     }
@@ -226,17 +226,17 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 140000, cols = rk::cuda::kChunk;
-  LastRowOnly<__half> x(rows, cols), gg_x(rows, cols), out(rows, cols);
+  LastRowOnly<__half> x(rows, cols), u(rows, cols), out(rows, cols);
   std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
-  std::fill_n(gg_x.last_row(), cols, from_double<__half>(1.0));
+  std::fill_n(u.last_row(), cols, from_double<__half>(1.0));
   std::vector<float> per_row(rows), norms(rows, 64.0f), grad(rows, 256.0f);
   RowNormCall<__half> c{};
   c.norm = Norm::kL2;
   c.rows = rows;
-  c.cols = c.x_stride = c.gg_x_stride = cols;
+  c.cols = c.x_stride = c.u_stride = cols;
   c.chunks = c.inner = c.channels = 1;
   c.x = x.data();
-  c.gg_x = gg_x.data();
+  c.u = u.data();
   c.out = out.data();
   c.grad = grad.data();
   c.norms = norms.data();

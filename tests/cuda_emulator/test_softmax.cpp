@@ -16,7 +16,7 @@ struct Problem {
   using A = rk::cuda::accumulation_t<S>;
   bool log;
   std::int64_t batch, classes, inner, n;
-  Buffer<S> gg_x, grad, output, gg_grad, grad_output;
+  Buffer<S> u, grad, output, gg_grad, grad_output;
 
   Problem(Draw& draw, bool of_log, std::int64_t rows, std::int64_t class_count, std::int64_t columns)
       : log(of_log),
@@ -24,12 +24,12 @@ struct Problem {
         classes(class_count),
         inner(columns),
         n(batch * classes * inner),
-        gg_x(n, draw(0, 8)),
+        u(n, draw(0, 8)),
         grad(n, draw(0, 8)),
         output(n, draw(0, 8)),
         gg_grad(n, draw(0, 8)),
         grad_output(n, draw(0, 8)) {
-    gg_x.fill_normal(draw.random);
+    u.fill_normal(draw.random);
     grad.fill_normal(draw.random);
     Buffer<double> logits(n);
     logits.fill_normal(draw.random, 2.0);
@@ -52,7 +52,7 @@ struct Problem {
     c.batch = batch;
     c.classes = classes;
     c.inner = inner;
-    c.gg_x = gg_x.data();
+    c.u = u.data();
     c.grad = grad.data();
     c.output = output.data();
     c.gg_grad = need_grad ? gg_grad.data() : nullptr;
@@ -72,22 +72,23 @@ struct Problem {
         double mean_u = 0.0, mean_g = 0.0, sum_g = 0.0, size = 0.0;
         for (std::int64_t c = 0; c < classes; ++c) {
           const std::int64_t j = index(row, c, s);
-          mean_u += p(j) * to_double(gg_x[j]);
+          mean_u += p(j) * to_double(u[j]);
           mean_g += p(j) * to_double(grad[j]);
           sum_g += to_double(grad[j]);
           size += std::fabs(to_double(grad[j]));
         }
         for (std::int64_t c = 0; c < classes; ++c) {
           const std::int64_t j = index(row, c, s);
-          const double u = to_double(gg_x[j]), g = to_double(grad[j]);
-          const double want_g = log ? u - mean_u : p(j) * (u - mean_u);
-          const double want_o = log ? -p(j) * u * sum_g : u * (g - mean_g) - g * mean_u;
+          const double u_j = to_double(u[j]), g = to_double(grad[j]);
+          const double want_g = log ? u_j - mean_u : p(j) * (u_j - mean_u);
+          const double want_o = log ? -p(j) * u_j * sum_g : u_j * (g - mean_g) - g * mean_u;
           if (need_grad)
             expect_close(to_double(gg_grad[j]), want_g, store * std::fabs(want_g) + 4 * loose + 1e-7,
                          text("gg_grad", j));
           if (need_output)
             expect_close(to_double(grad_output[j]), want_o,
-                         store * std::fabs(want_o) + loose * (8 + std::fabs(u) * size) + 1e-7, text("grad_output", j));
+                         store * std::fabs(want_o) + loose * (8 + std::fabs(u_j) * size) + 1e-7,
+                         text("grad_output", j));
         }
       }
   }
@@ -128,7 +129,7 @@ void test_huge() {
   c.batch = rows;
   c.classes = classes;
   c.inner = 1;
-  c.gg_x = u.data();
+  c.u = u.data();
   c.grad = g.data();
   c.output = o.data();
   c.gg_grad = gg_grad.data();

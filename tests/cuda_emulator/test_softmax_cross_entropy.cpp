@@ -22,7 +22,7 @@ struct Problem {
   std::int64_t rows, classes, stride;
   Target target;
   double smoothing, temperature;
-  Buffer<S> logits, gg, out, narrow;
+  Buffer<S> logits, u, out, narrow;
   Buffer<std::int64_t> indices;
   Buffer<A> wide, grad, per_row, statistics, statistics_in;
 
@@ -34,7 +34,7 @@ struct Problem {
         smoothing(draw.one_of({0.0, 0.1})),
         temperature(draw.one_of({1.0, 0.5, 4.0})),
         logits(rows * stride, draw(0, 8)),
-        gg(rows * stride, draw(0, 8)),
+        u(rows * stride, draw(0, 8)),
         out(rows * classes, draw(0, 8)),
         narrow(rows * stride),
         indices(rows),
@@ -44,7 +44,7 @@ struct Problem {
         statistics(2 * rows),
         statistics_in(2 * rows) {
     logits.fill_normal(draw.random, draw.one_of({1.0, 20.0}));
-    gg.fill_normal(draw.random);
+    u.fill_normal(draw.random);
     grad.fill_normal(draw.random);
     for (std::int64_t row = 0; row < rows; ++row) {
       const int kind_of_row = draw(0, 6);
@@ -70,8 +70,8 @@ struct Problem {
     c.rows = rows;
     c.classes = classes;
     c.logits = logits.data();
-    c.gg = gg.data();
-    c.logits_stride = c.gg_stride = c.target_stride = stride;
+    c.u = u.data();
+    c.logits_stride = c.u_stride = c.target_stride = stride;
     if (target == Target::indices) c.indices = indices.data();
     if (target == Target::narrow) c.narrow_target = narrow.data();
     if (target == Target::wide) c.wide_target = wide.data();
@@ -104,7 +104,7 @@ struct Row {
     for (std::int64_t j = 0; j < t.classes; ++j) sum += std::exp(t.z(row, j) - max);
     log_sum = std::log(sum);
     for (std::int64_t j = 0; j < t.classes; ++j) {
-      const double q = t.q(row, j), u = to_double(t.gg[row * t.stride + j]);
+      const double q = t.q(row, j), u = to_double(t.u[row * t.stride + j]);
       p.push_back(std::exp(t.z(row, j) - max - log_sum));
       loss += q * (max + log_sum - t.z(row, j));
       total_q += q;
@@ -165,7 +165,7 @@ void test_problem(const Options& options, Problem<S>& t) {
                    t.text("gg_grad", row));
     }
     for (std::int64_t j = 0; j < t.classes; ++j) {
-      const double got = to_double(t.out[row * t.classes + j]), u = to_double(t.gg[row * t.stride + j]);
+      const double got = to_double(t.out[row * t.classes + j]), u = to_double(t.u[row * t.stride + j]);
       if (is_settled(row, got, t.text("second grad_logits", row, j))) continue;
       const double bend = t.grad[row] * w.total_q * w.p[j] * (u - w.mean_u) / (t.temperature * t.temperature);
       const double size = std::fabs(t.grad[row]) * w.total_q / (t.temperature * t.temperature);
@@ -195,16 +195,16 @@ void test_small_grid(Draw& draw) {
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
   constexpr std::int64_t rows = 70000, classes = 40000;
-  LastRowOnly<__half> logits(rows, classes), gg(rows, classes), out(rows, classes);
+  LastRowOnly<__half> logits(rows, classes), u(rows, classes), out(rows, classes);
   std::fill_n(logits.last_row(), classes, from_double<__half>(3.0));
-  std::fill_n(gg.last_row(), classes, from_double<__half>(1.0));
+  std::fill_n(u.last_row(), classes, from_double<__half>(1.0));
   std::vector<float> per_row(rows), statistics(2 * rows), grad(rows, -1000.0f);
   const std::vector<std::int64_t> indices(rows, classes - 1);
   CrossEntropyCall<__half> c{};
   c.rows = rows;
-  c.classes = c.logits_stride = c.gg_stride = classes;
+  c.classes = c.logits_stride = c.u_stride = classes;
   c.logits = logits.data();
-  c.gg = gg.data();
+  c.u = u.data();
   c.indices = indices.data();
   c.ignore_index = ignored;
   c.inverse_t = 1.0f;

@@ -36,9 +36,9 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
         needs: tuple[bool, bool] = (True, True),
         zero: tuple[int, ...] = (),
     ) -> DerivativeSample:
-        gg_x, grad, x = tensors
+        u, grad, x = tensors
         function, parameters = FUNCTIONS[key]
-        arguments = {"gg_x": gg_x, "grad": grad, "x": x, "function": function, "parameters": list(parameters)}
+        arguments = {"u": u, "grad": grad, "x": x, "function": function, "parameters": list(parameters)}
         return DerivativeSample(name, {**arguments, "need_grad": needs[0], "need_x": needs[1]}, zero)
 
     def three(*shape: int) -> list[Tensor]:

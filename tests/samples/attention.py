@@ -43,9 +43,9 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
         return DerivativeSample(
             name,
             {
-                "gg_q": tensor(*like_q) if "q" in given else None,
-                "gg_k": tensor(*like_k) if "k" in given else None,
-                "gg_v": tensor(*like_v) if "v" in given else None,
+                "a": tensor(*like_q) if "q" in given else None,
+                "b": tensor(*like_k) if "k" in given else None,
+                "c": tensor(*like_v) if "v" in given else None,
                 "grad": tensor(heads, queries, value_size),
                 "q": tensor(*like_q),
                 "k": tensor(*like_k),

@@ -39,9 +39,9 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
         return DerivativeSample(
             name,
             {
-                "gg_x": image(*several) if u else None,
-                "gg_weight": wide(channels) if a else None,
-                "gg_bias": wide(channels) if b else None,
+                "u": image(*several) if u else None,
+                "a": wide(channels) if a else None,
+                "b": wide(channels) if b else None,
                 "grad": image(*several),
                 "x": x,
                 "weight": wide(channels) + 2.0 if affine else None,

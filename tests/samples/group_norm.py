@@ -40,9 +40,9 @@ def _inputs(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], i
     variance = (rows - mean[:, :, None]).square().mean(2) if s else rows.new_zeros(n, groups)
     vectors = [make(c).to(accumulation) for _ in range(3)]
     return {
-        "gg_x": tensor(),
-        "gg_weight": vectors[0],
-        "gg_bias": vectors[1],
+        "u": tensor(),
+        "a": vectors[0],
+        "b": vectors[1],
         "grad": tensor(),
         "x": x,
         "weight": vectors[2],
@@ -74,12 +74,12 @@ def backward_samples(device: str, dtype: torch.dtype) -> Iterator[DerivativeSamp
 
 def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[DerivativeSample]:
     names = ("grad", "x", "weight")
-    cotangents = ("gg_x", "gg_weight", "gg_bias")
+    cotangents = ("u", "a", "b")
     for innermost in (False, True):
         for shape in SHAPES:
             inputs = _inputs(device, dtype, shape, innermost)
             title = _title(shape, innermost)
-            input_gradient = inputs | {"gg_weight": None, "gg_bias": None}
+            input_gradient = inputs | {"a": None, "b": None}
             zero: tuple[int, ...] = () if inputs["x"].numel() else (2,)
             yield DerivativeSample(title, input_gradient | needs(names, *names), zero)
             yield DerivativeSample(f"{title} every cotangent", inputs | needs(names, *names), zero)
@@ -90,8 +90,8 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
             yield DerivativeSample(f"{title} {only} only", inputs | needs(names, only))
         for only in cotangents:
             others = {name: None for name in cotangents if name != only}
-            zero = {"gg_x": (), "gg_weight": (2,), "gg_bias": (1, 2)}[only]
+            zero = {"u": (), "a": (2,), "b": (1, 2)}[only]
             yield DerivativeSample(f"{title} {only} alone", inputs | others | needs(names, *names), zero)
         other = _inputs(device, dtype, SHAPES[0], not innermost)
-        mixed = inputs | {"gg_x": other["gg_x"], "grad": inputs["grad"].flip(0, 2)}
+        mixed = inputs | {"u": other["u"], "grad": inputs["grad"].flip(0, 2)}
         yield DerivativeSample(f"{title} cotangents in another layout", mixed | needs(names, *names))

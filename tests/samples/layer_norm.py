@@ -29,9 +29,9 @@ def _row_inputs(
     variance = centred.square().mean(1) if columns else wide.new_zeros(rows)
     vectors = [make(columns).to(accumulation) for _ in range(3)]
     return {
-        "gg_x": make(*several, rows, columns),
-        "gg_weight": None if several else vectors[0],
-        "gg_bias": None if several else vectors[1],
+        "u": make(*several, rows, columns),
+        "a": None if several else vectors[0],
+        "b": None if several else vectors[1],
         "grad": make(*several, rows, columns),
         "x": x,
         "weight": vectors[2],
@@ -60,12 +60,12 @@ def backward_samples(device: str, dtype: torch.dtype) -> Iterator[DerivativeSamp
 
 def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[DerivativeSample]:
     names = ("grad", "x", "weight")
-    cotangents = ("gg_x", "gg_weight", "gg_bias")
+    cotangents = ("u", "a", "b")
     for rms in (False, True):
         for rows, columns in SHAPES:
             inputs = _row_inputs(device, dtype, rows, columns, rms)
             title = f"{'rms ' if rms else ''}{rows}x{columns}"
-            input_gradient = inputs | {"gg_weight": None, "gg_bias": None}
+            input_gradient = inputs | {"a": None, "b": None}
             zero: tuple[int, ...] = () if rows else (2,)
             yield DerivativeSample(title, input_gradient | needs(names, *names), zero)
             yield DerivativeSample(f"{title} every cotangent", inputs | needs(names, *names), zero)
@@ -85,10 +85,9 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
             yield DerivativeSample(f"{title} 2 cotangents, {only} only", several | needs(names, only))
         for only in cotangents:
             others = {name: None for name in cotangents if name != only}
-            zero = {"gg_x": (), "gg_weight": (2,), "gg_bias": (1, 2)}[only]
+            zero = {"u": (), "a": (2,), "b": (1, 2)}[only]
             yield DerivativeSample(f"{title} {only} alone", inputs | others | needs(names, *names), zero)
         transposed = {
-            name: inputs[name].t().contiguous().t() if name in ("gg_x", "grad", "x") else inputs[name]
-            for name in inputs
+            name: inputs[name].t().contiguous().t() if name in ("u", "grad", "x") else inputs[name] for name in inputs
         }
         yield DerivativeSample(f"{title} transposed", transposed | needs(names, *names))

@@ -17,7 +17,7 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
     ) -> DerivativeSample:
         x = make(*shape)
         output = (torch.log_softmax(2 * x, 1) if log else torch.softmax(2 * x, 1)) if x.numel() else x
-        arguments = {"gg_x": make(*shape), "grad": make(*shape), "output": output, "log": log}
+        arguments = {"u": make(*shape), "grad": make(*shape), "output": output, "log": log}
         return DerivativeSample(name, {**arguments, "need_grad": needs[0], "need_output": needs[1]}, zero)
 
     for log in (True, False):

@@ -24,8 +24,8 @@ void check_like(const char* name, const std::optional<Tensor>& t, const std::vec
   if (t) check_like(name, *t, sizes, q);
 }
 
-AttentionShape check_attention(const AttentionArguments& a) {
-  const Tensor &q = a.q, &k = a.k, &v = a.v;
+AttentionShape check_attention(const AttentionArguments& in) {
+  const Tensor &q = in.q, &k = in.k, &v = in.v;
   RK_CHECK(is_floating_point(q.scalar_type()), kOp, ": q must be float32, float64, float16 or bfloat16, got ",
            describe(q));
   const std::pair<const char*, const Tensor&> four_dimensional[] = {{"q", q}, {"k", k}, {"v", v}};
@@ -38,13 +38,13 @@ AttentionShape check_attention(const AttentionArguments& a) {
       like_k{s.batch, s.key_heads, s.keys, s.key_size}, like_v{s.batch, s.key_heads, s.keys, s.value_size};
   check_like("k", k, like_k, q);
   check_like("v", v, like_v, q);
-  check_like("grad", a.grad, {s.batch, s.heads, s.queries, s.value_size}, q);
-  check_like("gg_q", a.gg_q, like_q, q);
-  check_like("gg_k", a.gg_k, like_k, q);
-  check_like("gg_v", a.gg_v, like_v, q);
-  if (!a.mask) return s;
+  check_like("grad", in.grad, {s.batch, s.heads, s.queries, s.value_size}, q);
+  check_like("a", in.a, like_q, q);
+  check_like("b", in.b, like_k, q);
+  check_like("c", in.c, like_v, q);
+  if (!in.mask) return s;
   const std::vector<int64_t> scores{s.batch, s.heads, s.queries, s.keys};
-  const Tensor& m = *a.mask;
+  const Tensor& m = *in.mask;
   bool fits = m.dim() <= 4 && is_floating_point(m.scalar_type()) && m.device() == q.device();
   for (int64_t d = 1; fits && d <= m.dim(); ++d) fits = m.size(-d) == 1 || m.size(-d) == scores[4 - d];
   RK_CHECK(fits, kOp, ": mask must be floating-point, broadcastable to ", shape_text(scores), " and on ",
@@ -53,7 +53,7 @@ AttentionShape check_attention(const AttentionArguments& a) {
 }
 
 AttentionPlan attention_plan(const AttentionArguments& x, bool grad, bool q, bool k, bool v) {
-  AttentionPlan p{x.gg_q.has_value(), x.gg_k.has_value(), x.gg_v.has_value(), false, false, false, false};
+  AttentionPlan p{x.a.has_value(), x.b.has_value(), x.c.has_value(), false, false, false, false};
   const bool any = p.a || p.b || p.c;
   p.grad = grad && any;
   p.q = q && any;

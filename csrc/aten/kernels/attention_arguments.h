@@ -23,7 +23,7 @@ struct AttentionShape {
 };
 
 struct AttentionArguments {
-  const std::optional<Tensor>&gg_q, &gg_k, &gg_v;
+  const std::optional<Tensor>&a, &b, &c;
   const Tensor &grad, &q, &k, &v;
   const std::optional<Tensor>& mask;
 };
@@ -58,15 +58,15 @@ AttentionCall attention_call(const AttentionArguments& in, bool causal, double s
 
 // What an implementation registers: `run` writes the results that the plan has.
 template <void (*run)(const AttentionCall&)>
-AttentionResults attention_double_backward(const std::optional<Tensor>& gg_q, const std::optional<Tensor>& gg_k,
-                                           const std::optional<Tensor>& gg_v, const Tensor& grad, const Tensor& q,
+AttentionResults attention_double_backward(const std::optional<Tensor>& a, const std::optional<Tensor>& b,
+                                           const std::optional<Tensor>& c, const Tensor& grad, const Tensor& q,
                                            const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                                            bool causal, double scale, bool need_grad, bool need_q, bool need_k,
                                            bool need_v) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const AttentionCall call =
-      attention_call({gg_q, gg_k, gg_v, grad, q, k, v, mask}, causal, scale, need_grad, need_q, need_k, need_v);
+      attention_call({a, b, c, grad, q, k, v, mask}, causal, scale, need_grad, need_q, need_k, need_v);
   if (!call.plan.nothing()) run(call);
   return call.results;
 }

@@ -23,9 +23,9 @@ class Blocks {
  public:
   explicit Blocks(const AttentionCall& call) : call_(call) {
     k_ = flat(in_.k);
-    b_ = flat(in_.gg_k);
+    b_ = flat(in_.b);
     v_ = flat(in_.v);
-    c_ = flat(in_.gg_v);
+    c_ = flat(in_.c);
     if (in_.mask) mask_ = additive_mask(*in_.mask, s_);
     if (plan_.k) sum_k_ = at::zeros_like(k_);
     if (plan_.v) sum_v_ = at::zeros_like(v_);
@@ -73,8 +73,7 @@ class Blocks {
     const int64_t cols = call_.causal ? std::min(s_.keys, first + rows) : s_.keys;
     const auto head = [&](const Tensor& t) { return t.defined() ? t.narrow(1, 0, cols) : t; };
     const Tensor k = head(k_), b = head(b_), v = head(v_), c = head(c_);
-    const Tensor q = rows_of(in_.q, first, rows), a = rows_of(in_.gg_q, first, rows),
-                 g = rows_of(in_.grad, first, rows);
+    const Tensor q = rows_of(in_.q, first, rows), a = rows_of(in_.a, first, rows), g = rows_of(in_.grad, first, rows);
     const Tensor p = probabilities(q, k, first, rows);
     Tensor t, slope, bend;  // T - t, dP - D, G - g
     if (plan_.tangent()) {

@@ -73,7 +73,7 @@ struct Task {
   AttentionPlan plan;
   bool causal;
   double scale;
-  Rows gg_q, gg_k, gg_v, grad, q, k, v;            // inputs
+  Rows a, b, c, grad, q, k, v;                     // inputs
   Rows result_grad, result_q, result_k, result_v;  // outputs that the plan has
   Tensor mask;                                     // [B, H, L, S], accumulation type, or undefined
   int64_t block_rows, blocks;                      // rows of q in a block, blocks in a head
@@ -205,9 +205,9 @@ class Worker {
     turned_keys_ = Pair<A>::beside(turned_keys_memory_, s_.key_size, width_);
     turned_values_ = Pair<A>::beside(turned_values_memory_, s_.value_size, width_);
     take(task_.k, keys_.first, turned_keys_.first);
-    if (plan.b) take(task_.gg_k, keys_.second, turned_keys_.second);
+    if (plan.b) take(task_.b, keys_.second, turned_keys_.second);
     if (plan.slope() || plan.grad) take(task_.v, values_.first, turned_values_.first);
-    if (plan.c) take(task_.gg_v, values_.second, turned_values_.second);
+    if (plan.c) take(task_.c, values_.second, turned_values_.second);
   }
 
   void run_block(int64_t batch, int64_t head, int64_t key_head, int64_t first) {
@@ -220,7 +220,7 @@ class Worker {
     const auto queries = Pair<A>::beneath(queries_memory_, rows, s_.key_size);  // scale q and scale A
     const Matrix<A> grad{grad_memory_, rows, s_.value_size, s_.value_size};
     read(task_.q, batch, head, first, queries.first);
-    if (plan.a) read(task_.gg_q, batch, head, first, queries.second);
+    if (plan.a) read(task_.a, batch, head, first, queries.second);
     rk::cpu::scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
     if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad);
 
@@ -333,9 +333,9 @@ void run(const AttentionCall& call) {
   task.q = rows(in.q);
   task.k = rows(in.k);
   task.v = rows(in.v);
-  if (in.gg_q) task.gg_q = rows(*in.gg_q);
-  if (in.gg_k) task.gg_k = rows(*in.gg_k);
-  if (in.gg_v) task.gg_v = rows(*in.gg_v);
+  if (in.a) task.a = rows(*in.a);
+  if (in.b) task.b = rows(*in.b);
+  if (in.c) task.c = rows(*in.c);
   if (in.mask) task.mask = additive_mask(*in.mask, s);
   if (plan.grad) task.result_grad = Rows(std::get<0>(results));
   if (plan.q) task.result_q = Rows(std::get<1>(results));

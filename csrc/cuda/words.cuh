@@ -1,0 +1,131 @@
+// 16 bytes of a tensor on their way through registers: what one thread loads or stores at once.
+//
+// They travel as four raw words and become numbers where they are used.  As an array of 16-bit elements, some of which
+// may be read one by one, they would be merged piece by piece, and each merge would wait for the load before it.
+// Whether 16 bytes may be read at once is therefore known to the compiler, and decided on the host, by `aligned`.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../math/scalar.h"
+#include "launch.cuh"
+
+namespace rk::cuda {
+
+template <class S>
+struct Words {
+  using A = rk::accumulation_t<S>;
+  static constexpr int kSize = 16 / sizeof(S);
+  static constexpr int kPerWord = sizeof(S) == 2 ? 2 : 1;
+  uint4 raw;
+
+  // The element k, which must be known after unrolling.
+  __device__ __forceinline__ A operator[](int k) const {
+    if constexpr (sizeof(S) == 8) {
+      const std::uint32_t words[2] = {word(2 * k), word(2 * k + 1)};
+      return bits_as<double>(words);
+    } else if constexpr (sizeof(S) == 4) {
+      return bits_as<float>(word(k));
+    } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+      return bits_as<float>(k % 2 ? word(k / 2) & 0xffff0000u : word(k / 2) << 16);
+    } else {
+      const __half2 pair = bits_as<__half2>(word(k / 2));
+      return k % 2 ? __high2float(pair) : __low2float(pair);
+    }
+  }
+
+  // values, each rounded to the nearest S.
+  static __device__ __forceinline__ Words of(const A (&values)[kSize]) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(S) == 8)
+        words[i] = half_of(values[i / 2], i % 2);
+      else if constexpr (sizeof(S) == 4)
+        words[i] = bits_as<std::uint32_t>(values[i]);
+      else if constexpr (std::is_same_v<S, __nv_bfloat16>)
+        words[i] = bits_as<std::uint32_t>(__floats2bfloat162_rn(values[2 * i], values[2 * i + 1]));
+      else
+        words[i] = bits_as<std::uint32_t>(__floats2half2_rn(values[2 * i], values[2 * i + 1]));
+    }
+    return {make_uint4(words[0], words[1], words[2], words[3])};
+  }
+
+ private:
+  __device__ __forceinline__ std::uint32_t word(int i) const {
+    return i == 0 ? raw.x : i == 1 ? raw.y : i == 2 ? raw.z : raw.w;
+  }
+  template <class To, class From>
+  static __device__ __forceinline__ To bits_as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+  }
+  static __device__ __forceinline__ std::uint32_t half_of(double value, int high) {
+    std::uint32_t words[2];
+    memcpy(words, &value, sizeof(value));
+    return words[high];
+  }
+};
+
+// The 16 bytes at `from`; without kAligned element by element.  A thread gets the same elements wherever they lie, so
+// that no bit of a sum depends on addresses.
+template <bool kAligned, class S>
+__device__ __forceinline__ Words<S> load_words(const S* from) {
+  if constexpr (kAligned) {
+    return {*reinterpret_cast<const uint4*>(from)};
+  } else {
+    S elements[Words<S>::kSize];
+#pragma unroll
+    for (int k = 0; k < Words<S>::kSize; ++k) elements[k] = from[k];
+    Words<S> result;
+    memcpy(&result, elements, sizeof(result));
+    return result;
+  }
+}
+
+// The first `count` elements at `from`, and zeros for the others.
+template <class S>
+__device__ __forceinline__ Words<S> load_some_words(const S* from, int count) {
+  S elements[Words<S>::kSize] = {};
+#pragma unroll
+  for (int k = 0; k < Words<S>::kSize; ++k)
+    if (k < count) elements[k] = from[k];
+  Words<S> result;
+  memcpy(&result, elements, sizeof(result));
+  return result;
+}
+
+template <bool kAligned, class S>
+__device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<uint4*>(to) = words.raw;
+  } else {
+    S elements[Words<S>::kSize];
+    memcpy(elements, &words, sizeof(words));
+#pragma unroll
+    for (int k = 0; k < Words<S>::kSize; ++k) to[k] = elements[k];
+  }
+}
+
+template <class S>
+__device__ __forceinline__ void store_some_words(S* to, const Words<S>& words, int count) {
+  S elements[Words<S>::kSize];
+  memcpy(elements, &words, sizeof(words));
+#pragma unroll
+  for (int k = 0; k < Words<S>::kSize; ++k)
+    if (k < count) to[k] = elements[k];
+}
+
+// On the host: whether vectors at these pointers, null or not, and at every multiple of `stride` elements from them can
+// be loaded at once.
+template <class S, class... Pointers>
+bool aligned(std::int64_t stride, const Pointers*... pointers) {
+  static_assert((std::is_same_v<Pointers, S> && ...));
+  return stride % Words<S>::kSize == 0 && ((reinterpret_cast<std::uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+}  // namespace rk::cuda

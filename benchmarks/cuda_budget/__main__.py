@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sources = sorted({case.source for case in cases})
         code = {source: parse(*texts) for source, texts in disassembled(sources).items()}
-        launches = record([case.name for case in cases])
+        launches = record([case.name for case in cases], sources)
     except Unavailable as missing:
         print(f"cuda-budget: skipped: {missing}")
         return 0

@@ -35,8 +35,8 @@ class Launch:
         return cls(kernel, gx * gy * gz, bx * by * bz, shared, bytes.fromhex(parameters))
 
 
-def build() -> Path:
-    """The emulated extension, unoptimised, since no kernel runs."""
+def build(stems: list[str]) -> Path:
+    """The emulated extension with the operators of these sources, unoptimised, since no kernel runs."""
     sys.path.insert(0, str(ROOT / "tests" / "cuda_emulator"))
     try:
         import build as emulated
@@ -50,7 +50,7 @@ def build() -> Path:
         raise Unavailable(str(missing)) from None
     flags += ["-fPIC", "-w", *compile_torch, f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-DROBUSTKERN_EMULATED=1"]
     out = OUT / "recorder"
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "ops.cpp", CSRC / "bindings.cpp"]
+    sources = [*(CSRC / "cuda" / f"{stem}.cu" for stem in stems), CSRC / "ops.cpp", CSRC / "bindings.cpp"]
     objects = [out / (source.name + ".o") for source in sources]
 
     def compile_one(index: int) -> None:
@@ -63,9 +63,9 @@ def build() -> Path:
     return extension
 
 
-def record(names: list[str]) -> dict[str, list[Launch]]:
-    """The launches of these cases; a case that fails gives the reason instead, in an exception."""
-    extension = build()
+def record(names: list[str], stems: list[str]) -> dict[str, list[Launch]]:
+    """The launches of these cases, whose kernels these sources hold."""
+    extension = build(stems)
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, VARIABLE: str(Path(folder) / "launches"), "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])

@@ -32,7 +32,8 @@ def analyse(case: Case, launches: list[Launch], kernels: dict[str, Kernel]) -> P
         elif launch.kernel not in kernels:
             raise Unread(f"{launch.kernel} was not compiled")
         else:
-            readings.append(read(case, stated, launch, kernels[launch.kernel]))
+            together = sum(other.grid for other in launches if other.kernel == launch.kernel)
+            readings.append(read(case, stated, launch, kernels[launch.kernel], launch.grid / together))
     return predict(case, readings, rounds)
 
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Unread as reason:
             unread.append(f"{case.name}: {reason}")
             continue
-        rows += [report.row_of(reading) for reading in prediction.readings]
+        rows += report.rows_of(prediction)
         calls.append(report.call_row(prediction))
         failed = failed or not all(reading.passed for reading in prediction.readings)
     if options.json:

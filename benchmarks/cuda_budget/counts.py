@@ -123,7 +123,7 @@ def counts_of(way: Way, trips: float, tensors: int) -> Counts:
     stride = strides(one for one in whole if one.address not in skipped)
     parts: list[tuple[int | None, int, list[Instruction]]] = []
     for step in way.steps:
-        share = 1.0 if step.loop is None else trips / step.unrolled
+        share = 1.0 if step.loop is None else max(1.0, trips / step.unrolled)
         for one in step.instructions:
             counts.add(one, share, stride.get(one.address, 0), one.address not in skipped)
         if parts and parts[-1][0] == step.loop:
@@ -139,8 +139,8 @@ def counts_of(way: Way, trips: float, tensors: int) -> Counts:
             sum(one.is_global_load and one.width == way.width and one.address not in skipped for one in instructions)
             / taken
         )
-        again = trips / unrolled if loop is not None else 1
+        again = max(1.0, trips / unrolled) if loop is not None else 1.0
         cycles, most = simulate(instructions, way.width, skipped, first, passes=2 if flat or again > 1 else 1)
-        counts.cycles += cycles * max(again, 1.0)
+        counts.cycles += cycles * again
         counts.in_flight = max(counts.in_flight, most * way.width)
     return counts

@@ -22,7 +22,7 @@ from .cases import Case, Kernel
 from .constants import Evaluator, decide
 from .counts import Counts, counts_of, simulate
 from .flow import Flow, flow_of
-from .path import Way, main_loop
+from .path import Step, Way, main_loop
 from .recorder import Launch
 from .sass import Instruction
 from .sass import Kernel as Code
@@ -49,6 +49,11 @@ class Reading:
     thread: Counts = field(default_factory=Counts)  # a warp's, from its start to its end
     passes: float = 0.0  # over the ways, by a warp
     joined: bool = True  # the warps of a block share a row
+    portion: float = 1.0  # of the call's work, where launches of one kernel share it
+
+    @property
+    def tensor_bytes(self) -> float:
+        return self.case.tensor_bytes * self.portion
 
     @property
     def warps(self) -> int:
@@ -56,7 +61,7 @@ class Reading:
 
     @property
     def bytes(self) -> float:
-        return sum(self.stated.moves) * self.case.tensor_bytes
+        return sum(self.stated.moves) * self.tensor_bytes
 
     @property
     def issued(self) -> dict[str, float]:
@@ -132,12 +137,12 @@ def reloaded(reading: Reading) -> tuple[float, float]:
     """Bytes of later sweeps over rows that come from L2, and from device memory, since caches hold not all of them."""
     case, stated = reading.case, reading.stated
     loads = sum(way.sweeps[i][0] * time for way, i, time in sweeps_of(reading)) - stated.moves[0]
-    of_block = case.row * case.element_bytes * stated.moves[0] or case.tensor_bytes
+    of_block = case.row * case.element_bytes * stated.moves[0] or reading.tensor_bytes
     of_sm = of_block * reading.resident * (1 if reading.joined else reading.warps)
-    of_all = min(of_sm * machine.SMS, case.tensor_bytes * stated.moves[0])
+    of_all = min(of_sm * machine.SMS, reading.tensor_bytes * stated.moves[0])
     if loads <= 0 or of_sm <= machine.L1:
         return 0.0, 0.0
-    again = float(loads * case.tensor_bytes)
+    again = loads * reading.tensor_bytes
     return again, again * max(0.0, 1 - machine.L2 / of_all)
 
 
@@ -149,8 +154,8 @@ def sweeps_of(reading: Reading) -> list[tuple[Way, int, int]]:
     return [(way, 0, times[i] if times else 1) for i, way in enumerate(reading.ways)]
 
 
-def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
-    reading = Reading(case, stated, launch, code)
+def read(case: Case, stated: Kernel, launch: Launch, code: Code, portion: float = 1.0) -> Reading:
+    reading = Reading(case, stated, launch, code, portion=portion)
     reading.resident = machine.resident_blocks(launch.block, code.registers, code.shared + launch.shared)
     evaluator = Evaluator(code, launch.parameters, launch.block, launch.grid)
     flow = flow_of(code, lambda blocks: decide(blocks, evaluator))
@@ -163,8 +168,9 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code) -> Reading:
     warps = launch.grid * reading.warps
     for number, way in enumerate(reading.ways):
         swept = any(step.loop is not None for step in way.steps)
-        reading.joined = joined = any(one.base == "BAR" for one in code.instructions)
-        units = case.tensor_bytes / way.width  # of one tensor
+        on_way = way.steps if len(reading.ways) == 1 else [Step(code.instructions)]
+        reading.joined = joined = any(one.base == "BAR" for step in on_way for one in step.instructions)
+        units = reading.tensor_bytes / way.width  # of one tensor
         passes, trips = units / (32 * way.vectors * warps), 1.0
         if swept:
             row = max(1.0, case.row * case.element_bytes / way.width)
@@ -200,7 +206,7 @@ class Prediction:
 
 def held_in_l2(reading: Reading) -> float:
     """Of tensors that the kernel before has touched, what L2 still holds: all that fits, if it begins at that end."""
-    again = reading.stated.again * reading.case.tensor_bytes
+    again = reading.stated.again * reading.tensor_bytes
     if again <= machine.L2:
         return float(again)
     return float(machine.L2) if reading.stated.backwards else 0.0

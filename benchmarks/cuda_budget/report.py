@@ -52,6 +52,16 @@ def row_of(reading: Reading) -> dict[str, Any]:
     }
 
 
+def rows_of(prediction: Prediction) -> list[dict[str, Any]]:
+    """One for each kernel, of its launches the slowest."""
+    slowest: dict[str, Reading] = {}
+    for reading in prediction.readings:
+        known = slowest.setdefault(reading.code.name, reading)
+        if reading.share < known.share:
+            slowest[reading.code.name] = reading
+    return [row_of(reading) for reading in slowest.values()]
+
+
 def call_row(prediction: Prediction) -> dict[str, Any]:
     return {
         "case": prediction.case.name,

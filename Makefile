@@ -96,7 +96,7 @@ cuda-compile: build
 
 # nvcc may come without its disassembler.
 $(VENV)/.nvdisasm: $(VENV)/.installed
-	test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvdisasm" || $(PIP) install -c constraints.txt nvidia-cuda-nvdisasm
+	test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvdisasm" || $(PIP) install -c constraints.txt nvidia-cuda-nvdisasm==13.2.78
 	@touch $@
 
 cuda-budget: build $(VENV)/.nvdisasm

@@ -134,6 +134,9 @@ class Evaluator:
             return {operands[0]: self.compare(one, operands, state)}
         if one.base in ("PLOP3", "UPLOP3") and operands[0] not in ("PT", "UPT"):
             return {operands[0]: self.table([self.value(o, state) for o in operands[2:5]], int(operands[5], 16))}
+        if one.opcode in ("SHF.R.U32.HI", "USHF.R.U32.HI") and operands[1] in ("RZ", "URZ"):
+            size, by = self.value(operands[3], state), self.value(operands[2], state)
+            return {operands[0]: None if size is None or by is None else size >> by}
         if one.base in ("LOP3", "ULOP3"):
             return self.logic(operands, state)
         return {}

@@ -48,7 +48,7 @@ class Counts:
     double: float = 0
     cycles: float = 0  # that the warp takes alone
     barriers: int = 0
-    divisions: int = 0  # calls of subroutines: divisions and square roots by the book, 64-bit integer division
+    divisions: int = 0  # reciprocals, of integers as well, and calls of subroutines
     local: int = 0  # accesses to local memory
     in_flight: int = 0  # most bytes of tensors that one thread has under way
     loads: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # by width in bits
@@ -56,13 +56,13 @@ class Counts:
 
     def add(self, one: Instruction, share: float, stride: int, executed: bool) -> None:
         self.instructions += share
+        self.divisions += one.opcode.startswith("MUFU.RCP") or one.base == "CALL"
         if one.base in _SPECIAL:
             self.special += share
         elif one.base in _DOUBLE:
             self.double += share
-        elif one.base in ("BAR", "CALL"):
-            self.barriers += one.base == "BAR"
-            self.divisions += one.base == "CALL"
+        elif one.base == "BAR":
+            self.barriers += 1
         elif one.base in ("LDL", "STL") and executed:
             self.local += 1
         elif one.base in _SHARED:

@@ -22,7 +22,7 @@ from .cases import Case, Kernel
 from .constants import Evaluator, decide
 from .counts import Counts, counts_of, simulate
 from .flow import Flow, flow_of
-from .path import Step, Way, main_loop
+from .path import Way, main_loop
 from .recorder import Launch
 from .sass import Instruction
 from .sass import Kernel as Code
@@ -48,8 +48,15 @@ class Reading:
     resident: int = 0  # blocks on an SM
     thread: Counts = field(default_factory=Counts)  # a warp's, from its start to its end
     passes: float = 0.0  # over the ways, by a warp
-    joined: bool = True  # the warps of a block share a row
     portion: float = 1.0  # of the call's work, where launches of one kernel share it
+
+    @property
+    def warps_of_row(self) -> int:
+        """One pass a warp, if the grid is as large as that; if not, blocks go on to other rows, all warps together."""
+        rows = self.tensor_bytes / max(1, self.case.row * self.case.element_bytes)
+        share = round(self.launch.grid * self.warps / rows)
+        together = any(one.base == "BAR" for one in self.code.instructions)
+        return min(self.warps, share) if share else self.warps if together else 1
 
     @property
     def tensor_bytes(self) -> float:
@@ -138,7 +145,7 @@ def reloaded(reading: Reading) -> tuple[float, float]:
     case, stated = reading.case, reading.stated
     loads = sum(way.sweeps[i][0] * time for way, i, time in sweeps_of(reading)) - stated.moves[0]
     of_block = case.row * case.element_bytes * stated.moves[0] or reading.tensor_bytes
-    of_sm = of_block * reading.resident * (1 if reading.joined else reading.warps)
+    of_sm = of_block * reading.resident * reading.warps // reading.warps_of_row
     of_all = min(of_sm * machine.SMS, reading.tensor_bytes * stated.moves[0])
     if loads <= 0 or of_sm <= machine.L1:
         return 0.0, 0.0
@@ -168,13 +175,11 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code, portion: float 
     warps = launch.grid * reading.warps
     for number, way in enumerate(reading.ways):
         swept = any(step.loop is not None for step in way.steps)
-        on_way = way.steps if len(reading.ways) == 1 else [Step(code.instructions)]
-        reading.joined = joined = any(one.base == "BAR" for step in on_way for one in step.instructions)
         units = reading.tensor_bytes / way.width  # of one tensor
         passes, trips = units / (32 * way.vectors * warps), 1.0
         if swept:
             row = max(1.0, case.row * case.element_bytes / way.width)
-            of_row = reading.warps if joined else 1
+            of_row = reading.warps_of_row
             trips = row / (32 * of_row)
             passes = units / row * of_row / warps
         if stated.times:

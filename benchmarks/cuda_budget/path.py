@@ -182,7 +182,7 @@ class Search:
         return result[::-1]
 
     def walk(self, region: Loop | None, index: int | None, joins: bool, sign: int = 1) -> dict:
-        """States at the end of a loop's pass, or of the kernel, each with the longest way there; the shortest for -1."""
+        """States at the end of a loop's pass, or of the kernel, each by the longest way; with sign -1 the shortest."""
         blocks, loops = self.flow.blocks, self.flow.loops
         body = region.body if region else set(range(len(blocks)))
         start = region.header if region else 0

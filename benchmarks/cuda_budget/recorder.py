@@ -6,6 +6,8 @@ touches, so that neither shapes nor grids are told twice.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -39,8 +41,7 @@ def build(stems: list[str]) -> Path:
     """The emulated extension with the operators of these sources, unoptimised, since no kernel runs."""
     sys.path.insert(0, str(ROOT / "tests" / "cuda_emulator"))
     try:
-        import build as emulated
-        import toolchain as emulator
+        emulated, emulator = importlib.import_module("build"), importlib.import_module("toolchain")
     finally:
         sys.path.pop(0)
     try:
@@ -79,8 +80,6 @@ def record(names: list[str], stems: list[str]) -> dict[str, list[Launch]]:
 
 def main() -> None:
     """In a process of its own: the emulated operators stand where the real ones would."""
-    import importlib.util
-
     from .cases import CASES
 
     spec = importlib.util.spec_from_file_location("_C", sys.argv[1])

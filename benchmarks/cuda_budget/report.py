@@ -116,13 +116,13 @@ own bound is below {TARGET:.0%} of a copy and the case states no arithmetic floo
 Assumed: {machine.BANDWIDTH / 1e12:g} TB/s, {machine.CLOCK / 1e9:g} GHz, {machine.ISSUE:g} instructions issued a
 scheduler and cycle, {machine.MEMORY_LATENCY / machine.CLOCK * 1e9:.0f} ns from memory and {machine.L2_LATENCY} cycles
 from L2, {machine.L2_BANDWIDTH / 1e12:g} TB/s from L2, of which {machine.L2 // 2**20} MiB hold what was touched last.
-A second kernel that goes over tensors again finds them there if they fit; if not, it finds that much if it begins at the end
-where the first one left off, and nothing otherwise.  The way through a kernel is that of a large, aligned call with the
-case's own arguments: which tensors are absent is read from the launch.
+A second kernel that goes over tensors again finds them there if they fit; if not, it finds that much if it begins at
+the end where the first one left off, and nothing otherwise.  The way through a kernel is that of a large, aligned call
+with the case's own arguments: which tensors are absent is read from the launch.
 
 ## Kernels: own bound
 Loads and stores of one pass of a thread, by width in bits; instructions for each 16 bytes from or to device memory;
-warps that an SM holds; bytes that it has under way.
+warps that an SM holds; divisions, which are reciprocals on the way; bytes that an SM has under way.
 
 {markdown(rows)}
 

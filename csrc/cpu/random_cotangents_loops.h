@@ -156,15 +156,6 @@ RK_MULTIVERSION static void reflect(const A* u, const FourReflections<A>& h, std
   }
 }
 
-// Of a number that all of a row's entries share, or of one for each.
-template <class Each>
-RK_HOST_DEVICE auto entry(Each of, std::int64_t e) {
-  if constexpr (std::is_pointer_v<Each>)
-    return of[e];
-  else
-    return of;
-}
-
 template <class A>
 RK_MULTIVERSION static A sum(const A* v, std::int64_t n) {
   return ordered_sum<A>(n, [=](std::int64_t e, A s) RK_INLINE_LAMBDA { return s + v[e]; });

@@ -17,6 +17,21 @@
 
 namespace rk::cpu {
 
+// A number that all entries share, or the one of entry j.
+template <class Each>
+RK_HOST_DEVICE auto entry(Each of, std::int64_t j) {
+  if constexpr (std::is_pointer_v<Each>)
+    return of[j];
+  else
+    return of;
+}
+
+// The larger of two numbers, or NaN if one of them is.
+template <class A>
+RK_HOST_DEVICE A larger(A most, A v) {
+  return (v > most) | is_nan(v) ? v : most;
+}
+
 // 128 bytes: four AVX2 or two AVX-512 registers, enough independent sums to hide the latency of an addition.
 template <class A>
 inline constexpr int kPartialSums = 128 / sizeof(A);

@@ -12,7 +12,7 @@ namespace rk::cpu {
 
 using Sums = BatchNormSums<double>;
 
-inline void add(Sums& to, const Sums& from) {
+RK_HOST_DEVICE void add(Sums& to, const Sums& from) {
   to.u += from.u;
   to.g += from.g;
   to.ug += from.ug;
@@ -32,14 +32,7 @@ struct Place {
 // Lane by lane to sums[0], sums[1], ...
 template <class A>
 RK_HOST_DEVICE void add_lanes(const NormLanes<A>& from, Sums* sums, int lanes) {
-  for (int k = 0; k < lanes; ++k) {
-    Sums& s = sums[k];
-    s.u += from.u[k];
-    s.g += from.h[k];
-    s.ug += from.uh[k];
-    s.ux += from.ux[k];
-    s.gx += from.hx[k];
-  }
+  for (int k = 0; k < lanes; ++k) add(sums[k], {from.u[k], from.h[k], from.uh[k], from.ux[k], from.hx[k]});
 }
 
 // Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.  Fetches the run behind

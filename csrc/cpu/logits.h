@@ -6,25 +6,24 @@
 namespace rk::cpu {
 
 template <class A>
-RK_MULTIVERSION static A largest(const A* z, int64_t n) {
-  return max_over<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; });
+A sum_exp(const A* z, int64_t n, A inverse_t, A max) {
+  return vector_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
 }
 
 template <class A>
-RK_MULTIVERSION static A sum_exp(const A* z, int64_t n, A inverse_t, A max) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
-}
-
-template <class A>
-RK_MULTIVERSION static A dot(const A* a, const A* b, int64_t n) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
+A dot(const A* a, const A* b, int64_t n) {
+  return vector_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
 }
 
 // max_c z_c / T of a row, whose pieces are read(begin, n).
 template <class A, class Read>
 A row_max(int64_t classes, A inverse_t, const Read& read) {
-  A max = -std::numeric_limits<A>::infinity();
-  for_pieces(classes, [&](int64_t begin, int64_t n) { max = larger(max, largest(read(begin, n), n)); });
+  const A least = -std::numeric_limits<A>::infinity();
+  A max = least;
+  for_pieces(classes, [&](int64_t begin, int64_t n) {
+    const A* const z = read(begin, n);
+    max = larger(max, vector_max<A>(n, least, [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; }));
+  });
   return max * inverse_t;
 }
 

@@ -101,4 +101,23 @@ RK_HOST_DEVICE A max_over(std::int64_t n, A least, const F& f) {
   return best;
 }
 
+// The same, and a plain loop, as functions compiled for every instruction set.  f is made of what is inlined into it: a
+// lambda marked RK_INLINE_LAMBDA.
+template <class A, class F>
+RK_MULTIVERSION static A vector_sum(std::int64_t n, F f) {
+  return sum_over<A>(n, f);
+}
+template <class A, class F, class G>
+RK_MULTIVERSION static void vector_sums(std::int64_t n, A& total_f, A& total_g, F f, G g) {
+  sums_over<A>(n, total_f, total_g, f, g);
+}
+template <class A, class F>
+RK_MULTIVERSION static A vector_max(std::int64_t n, A least, F f) {
+  return max_over<A>(n, least, f);
+}
+template <class F>
+RK_MULTIVERSION static void vector_loop(std::int64_t n, F f) {
+  for (std::int64_t j = 0; j < n; ++j) f(j);
+}
+
 }  // namespace rk::cpu

@@ -20,14 +20,6 @@ struct SoftmaxPiece {
   int64_t n;
 };
 
-template <bool kLog, class A>
-RK_MULTIVERSION void row_sums(const SoftmaxPiece<A>& w, A& total_g, A& mean_u) {
-  const A *p = w.p, *u = w.u, *g = w.g;
-  sums_over<A>(
-      w.n, total_g, mean_u, [=](int64_t j) RK_INLINE_LAMBDA { return Softmax<kLog, A>::total_g_term(p[j], g[j]); },
-      [=](int64_t j) RK_INLINE_LAMBDA { return p[j] * u[j]; });
-}
-
 // One class of n rows: adds to their sums.
 template <bool kLog, class A>
 RK_MULTIVERSION void add_class(const SoftmaxPiece<A>& w, double* __restrict__ total_g, double* __restrict__ mean_u) {
@@ -50,13 +42,8 @@ RK_MULTIVERSION void finish(const SoftmaxPiece<A>& w, Each total_g, Each mean_u,
   }
 }
 
-RK_MULTIVERSION void add(const double* from, double* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
-}
-
-template <class A>
-RK_MULTIVERSION void exponentials(const A* o, A* p, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) p[j] = exp_nonpositive(o[j]);
+void add(const double* from, double* to, int64_t n) {
+  vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { to[j] += from[j]; });
 }
 
 struct SoftmaxArguments {
@@ -75,8 +62,10 @@ template <bool kLog, class A>
 SoftmaxPiece<A> read(const SoftmaxArguments& c, int64_t begin, int64_t n, Buffers<A>& b) {
   SoftmaxPiece<A> w{c.output.read(begin, n, b.o), c.u.read(begin, n, b.u), c.grad.read(begin, n, b.g), n};
   if constexpr (kLog) {
-    exponentials(w.p, b.p.element, n);
-    w.p = b.p.element;
+    const A* const o = w.p;
+    A* const p = b.p.element;
+    vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { p[j] = exp_nonpositive(o[j]); });
+    w.p = p;
   }
   return w;
 }
@@ -98,7 +87,8 @@ void run_row(const SoftmaxArguments& c, int64_t row, Buffers<A>& b) {
   for (int64_t j = 0; j < c.classes; j += kPiece) {
     w = read<kLog>(c, first + j, std::min(kPiece, c.classes - j), b);
     A part_g, part_u;
-    row_sums<kLog>(w, part_g, part_u);
+    const auto term = [=](int64_t k) RK_INLINE_LAMBDA { return Softmax<kLog, A>::total_g_term(w.p[k], w.g[k]); };
+    vector_sums<A>(w.n, part_g, part_u, term, [=](int64_t k) RK_INLINE_LAMBDA { return w.p[k] * w.u[k]; });
     total_g += part_g;
     mean_u += part_u;
   }

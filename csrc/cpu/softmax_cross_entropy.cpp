@@ -21,46 +21,16 @@ struct RowState {
   A max, log_sum, total_q, grad, inverse_t, mean_u;
 };
 
-// sum of q_c and of q_c (max - z_c / T); a null target is one of zeros
-template <class A>
-RK_MULTIVERSION void gaps(const A* z, const A* t, int64_t n, A inverse_t, A max, Smoothing<A> s, A& q_sum, A& gap_sum) {
-  if (t)
-    sums_over<A>(
-        n, q_sum, gap_sum, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); },
-        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.q(t[j]), max - z[j] * inverse_t); });
-  else
-    sums_over<A>(
-        n, q_sum, gap_sum, [=](int64_t) RK_INLINE_LAMBDA { return s.floor; },
-        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.floor, max - z[j] * inverse_t); });
+// f(q), where q(j) is the target's share of class j; a null target is one of zeros.
+template <class A, class F>
+auto with_target(const A* t, Smoothing<A> s, const F& f) {
+  return t ? f([=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); })
+           : f([=](int64_t) RK_INLINE_LAMBDA { return s.floor; });
 }
 
 template <class A>
-RK_MULTIVERSION void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
-  for (int64_t j = 0; j < n; ++j) p[j] = softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum);
-}
-
-template <class A>
-RK_MULTIVERSION A dot_q(const A* t, const A* u, int64_t n, Smoothing<A> s) {
-  return t ? sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]) * u[j]; })
-           : sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.floor * u[j]; });
-}
-
-template <class A>
-RK_MULTIVERSION A sum_q(const A* t, int64_t n, Smoothing<A> s) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); });
-}
-
-template <class A>
-RK_MULTIVERSION void slopes(const A* p, const A* t, A* __restrict__ out, int64_t n, Smoothing<A> s, RowState<A> r) {
-  if (t)
-    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.q(t[j]), r.total_q, r.inverse_t);
-  else
-    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.floor, r.total_q, r.inverse_t);
-}
-
-template <class A>
-RK_MULTIVERSION void bends(const A* p, const A* u, A* __restrict__ out, int64_t n, RowState<A> r) {
-  for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
+  vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { p[j] = softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum); });
 }
 
 // Few classes: a tile of rows, transposed, so that a lane is a row.
@@ -231,7 +201,10 @@ struct Row {
   A total_q() {
     if (a.index) return a.smoothing.keep + a.smoothing.floor * A(a.classes);
     double total = 0;
-    for_pieces(a.classes, [&](int64_t begin, int64_t n) { total += sum_q(t(begin, n), n, a.smoothing); });
+    for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+      const A* const target = t(begin, n);
+      total += vector_sum<A>(n, [=, s = a.smoothing](int64_t j) RK_INLINE_LAMBDA { return s.q(target[j]); });
+    });
     return A(total);
   }
 };
@@ -261,9 +234,14 @@ void value_row(const CrossEntropyArguments<A>& a, int64_t row) {
     const A* z = w.z(begin, n);
     sum += sum_exp(z, n, a.inverse_t, max);
     if (spread) {
-      A q = 0, g = 0;
-      gaps(z, w.t(begin, n), n, a.inverse_t, max, a.smoothing, q, g);
-      total_q += q, gap += g;
+      A q_sum, gap_sum;  // of q_c, and of q_c (max - z_c / T)
+      with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
+        const auto term = [=, inverse_t = a.inverse_t](int64_t j)
+                              RK_INLINE_LAMBDA { return cross_entropy_term(q(j), max - z[j] * inverse_t); };
+        vector_sums<A>(n, q_sum, gap_sum, q, term);
+      });
+      total_q += q_sum;
+      gap += gap_sum;
     }
     if (const int64_t y = w.y(begin, n); y >= 0) {
       total_q += a.smoothing.keep;
@@ -284,7 +262,11 @@ void backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     probabilities(w.z(begin, n), p, n, r);
     w.write(begin, n, [&](A* out) {
-      slopes(p, w.t(begin, n), out, n, a.smoothing, r);
+      with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
+        vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
+          out[j] = r.grad * cross_entropy_slope(p[j], q(j), r.total_q, r.inverse_t);
+        });
+      });
       if (const int64_t y = w.y(begin, n); y >= 0)
         out[y] = r.grad * cross_entropy_slope(p[y], a.smoothing.q(A(1)), r.total_q, r.inverse_t);
     });
@@ -302,7 +284,9 @@ void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
     const A* u = w.u(begin, n);
     probabilities(w.z(begin, n), p, n, r);
     mean_u += dot(p, u, n);
-    dot_qu += dot_q(w.t(begin, n), u, n, a.smoothing);
+    dot_qu += with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
+      return vector_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return q(j) * u[j]; });
+    });
     if (const int64_t y = w.y(begin, n); y >= 0) dot_qu += a.smoothing.keep * u[y];
   });
   a.per_row[row] = A((double(r.total_q) * mean_u - dot_qu) * double(r.inverse_t));
@@ -310,7 +294,11 @@ void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     const A* u = w.u(begin, n);
     if (a.classes > kPiece) probabilities(w.z(begin, n), p, n, r);
-    w.write(begin, n, [&](A* out) { bends(p, u, out, n, r); });
+    w.write(begin, n, [&](A* out) {
+      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
+        out[j] = r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+      });
+    });
   });
 }
 

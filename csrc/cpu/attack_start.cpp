@@ -28,6 +28,29 @@ RK_MULTIVERSION void draw(PhiloxKey key, uint32_t first, int64_t sample, uint32_
   }
 }
 
+template <class A>
+RK_MULTIVERSION double squares(const A* u, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA { return double(u[j]) * double(u[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION double sizes(const A* u, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA { return double(absolute(u[j])); });
+}
+
+template <class A>
+RK_MULTIVERSION void offset_uniform(const A* x, const A* u, const A* eps, A* out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const Interval<A> to = linf_interval(x[j], eps[j]);
+    out[j] = clamp(fused(eps[j], u[j], x[j]), to.low, to.high);
+  }
+}
+
+template <class A>
+RK_MULTIVERSION void offset(const A* x, const A* u, A scale, A* out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) out[j] = clamp(x[j] + scale * u[j], A(0), A(1));
+}
+
 struct Start {
   Ball ball;
   PhiloxKey key;
@@ -46,11 +69,8 @@ void run_row(const Start& c, int64_t row, const Input& x, const AttackOutput<A>&
     drawn.resize(4 * blocks);
     c.ball == Ball::kL2 ? draw<Ball::kL2>(c.key, 0, sample, c.stream, drawn.data(), blocks)
                         : draw<Ball::kL1>(c.key, 0, sample, c.stream, drawn.data(), blocks);
-    const A* const u = drawn.data();
-    const auto square = [=](int64_t j) RK_INLINE_LAMBDA { return double(u[j]) * double(u[j]); };
-    const auto size = [=](int64_t j) RK_INLINE_LAMBDA { return double(absolute(u[j])); };
     const double length =
-        c.ball == Ball::kL2 ? std::sqrt(vector_sum<double>(c.columns, square)) : vector_sum<double>(c.columns, size);
+        c.ball == Ball::kL2 ? std::sqrt(squares(drawn.data(), c.columns)) : sizes(drawn.data(), c.columns);
     scale = start_scale(start_words(c.key, 0, sample, c.stream + 1).w0, *eps.at(0), length, c.columns);
   }
   for_pieces(c.columns, [&](int64_t begin, int64_t n) {
@@ -60,15 +80,10 @@ void run_row(const Start& c, int64_t row, const Input& x, const AttackOutput<A>&
     if (c.ball == Ball::kLinf) {
       A* const u = b.adversary.element;
       draw<Ball::kLinf>(c.key, static_cast<uint32_t>(begin / 4), sample, c.stream, u, (n + 3) / 4);
-      const A* const most = eps.at(begin);
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
-        const Interval<A> within = linf_interval(clean[j], most[j]);
-        to[j] = clamp(fused(most[j], u[j], clean[j]), within.low, within.high);
-      });
-      if (out.narrow()) linf_intervals(clean, most, b.low.element, b.high.element, n);
+      offset_uniform(clean, u, eps.at(begin), to, n);
+      if (out.narrow()) linf_intervals(clean, eps.at(begin), b.low.element, b.high.element, n);
     } else {
-      const A* const u = drawn.data() + begin;
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { to[j] = clamp(clean[j] + scale * u[j], A(0), A(1)); });
+      offset(clean, drawn.data() + begin, scale, to, n);
       if (out.narrow()) intervals(to, clean, b.low.element, b.high.element, n);
     }
     out.close(at, n, b);

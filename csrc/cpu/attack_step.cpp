@@ -24,38 +24,87 @@ struct AttackPiece {
 };
 
 template <bool kGrad, class A>
-void linf_piece(const AttackPiece<A>& w) {
-  vector_loop(w.n, [=](int64_t j) RK_INLINE_LAMBDA {
-    const Interval<A> to = linf_interval(w.x[j], w.eps[j]);
-    w.out[j] = linf_step(w.adversary[j], kGrad ? w.grad[j] : A(0), w.step[j] * w.scale, to);
-  });
+RK_HOST_DEVICE void linf_loop(const AttackPiece<A>& w) {
+  const A *adversary = w.adversary, *grad = w.grad, *x = w.x, *eps = w.eps, *step = w.step;
+  A* out = w.out;
+  for (int64_t j = 0; j < w.n; ++j) {
+    const Interval<A> to = linf_interval(x[j], eps[j]);
+    out[j] = linf_step(adversary[j], kGrad ? grad[j] : A(0), step[j] * w.scale, to);
+  }
 }
 
 template <bool kGrad, class A>
-void l2_piece(const AttackPiece<A>& w, const L2Step<A>& s) {
-  vector_loop(w.n, [=](int64_t j)
-                       RK_INLINE_LAMBDA { w.out[j] = l2_step(w.adversary[j], w.x[j], kGrad ? w.grad[j] : A(0), s); });
+RK_HOST_DEVICE void l2_loop(const AttackPiece<A>& w, const L2Step<A>& s) {
+  const A *adversary = w.adversary, *grad = w.grad, *x = w.x;
+  A* out = w.out;
+  for (int64_t j = 0; j < w.n; ++j) out[j] = l2_step(adversary[j], x[j], kGrad ? grad[j] : A(0), s);
 }
 
 template <class A>
-double sum_dd(const AttackPiece<A>& w) {
-  return vector_sum<double>(w.n, [=](int64_t j) RK_INLINE_LAMBDA {
-    const double d = double(w.adversary[j]) - double(w.x[j]);
+RK_MULTIVERSION void linf_piece(const AttackPiece<A>& w) {
+  w.grad ? linf_loop<true>(w) : linf_loop<false>(w);
+}
+
+template <class A>
+RK_MULTIVERSION void l2_piece(const AttackPiece<A>& w, const L2Step<A>& s) {
+  w.grad ? l2_loop<true>(w, s) : l2_loop<false>(w, s);
+}
+
+template <class A>
+RK_MULTIVERSION double sum_dd(const A* a, const A* x, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA {
+    const double d = double(a[j]) - double(x[j]);
     return d * d;
   });
 }
 
 template <class A>
-void sum_g(const AttackPiece<A>& w, double scale, double& gg, double& gd) {
-  vector_sums<double>(
-      w.n, gg, gd,
+RK_MULTIVERSION void sum_g(const A* g, const A* a, const A* x, double scale, int64_t n, double& gg, double& gd) {
+  sums_over<double>(
+      n, gg, gd,
       [=](int64_t j) RK_INLINE_LAMBDA {
-        const double v = double(without_nan(w.grad[j])) * scale;
+        const double v = double(without_nan(g[j])) * scale;
         return v * v;
       },
-      [=](int64_t j) RK_INLINE_LAMBDA {
-        return double(without_nan(w.grad[j])) * scale * (double(w.adversary[j]) - double(w.x[j]));
-      });
+      [=](int64_t j) RK_INLINE_LAMBDA { return double(without_nan(g[j])) * scale * (double(a[j]) - double(x[j])); });
+}
+
+template <class A>
+RK_MULTIVERSION A largest_of(const A* g, int64_t n) {
+  return max_over<A>(n, A(0), [=](int64_t j) RK_INLINE_LAMBDA { return absolute(without_nan(g[j])); });
+}
+
+template <class A>
+RK_MULTIVERSION void l1_sizes(const A* a, const A* g, A* size, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) size[j] = l1_size(a[j], g[j]);
+}
+
+template <class A>
+RK_MULTIVERSION void l1_move(const A* a, const A* g, A least, A step, A* moved, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) moved[j] = l1_moved(a[j], g[j], least, step);
+}
+
+template <class A>
+RK_MULTIVERSION double l1_total(const A* moved, const A* x, A t, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA { return double(l1_length(moved[j] - x[j], x[j], t)); });
+}
+
+template <class A>
+RK_MULTIVERSION double l1_inside(const A* moved, const A* x, A t, int64_t n) {
+  return sum_over<double>(n, [=](int64_t j) RK_INLINE_LAMBDA {
+    const A v = moved[j] - x[j], size = absolute(v) - t;
+    return size > A(0) && size < l1_room(v, x[j]) ? 1.0 : 0.0;
+  });
+}
+
+template <class A>
+RK_MULTIVERSION A l1_farthest(const A* moved, const A* x, int64_t n) {
+  return max_over<A>(n, A(0), [=](int64_t j) RK_INLINE_LAMBDA { return absolute(moved[j] - x[j]); });
+}
+
+template <class A>
+RK_MULTIVERSION void l1_piece(const A* moved, const A* x, A t, A* out, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) out[j] = l1_point(moved[j], x[j], t);
 }
 
 template <class A>
@@ -116,7 +165,7 @@ class Step {
 
   void linf(int64_t row, int64_t begin) {
     const AttackPiece<A> w = piece(row, begin, std::min(kPiece, columns_ - begin));
-    w.grad ? linf_piece<true>(w) : linf_piece<false>(w);
+    linf_piece(w);
     close(w, row * columns_ + begin);
   }
 
@@ -126,14 +175,13 @@ class Step {
     L2Sums s{};
     for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
-      s.dd += sum_dd(w);
+      s.dd += sum_dd(w.adversary, w.x, n);
       if (!has_grad_) return;
       double gg, gd;
-      sum_g(w, scale, gg, gd);
+      sum_g(w.grad, w.adversary, w.x, scale, n, gg, gd);
       s.gg += gg;
       s.gd += gd;
-      const auto size = [=](int64_t j) RK_INLINE_LAMBDA { return absolute(without_nan(w.grad[j])); };
-      if (sizeof(A) == 8) largest = std::max(largest, vector_max<A>(n, A(0), size));
+      if (sizeof(A) == 8) largest = std::max(largest, largest_of(w.grad, n));
     });
     return s;
   }
@@ -150,7 +198,7 @@ class Step {
     const L2Step<A> step(s, step_of(row), double(*eps_.at(0)), scale);
     for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
-      w.grad ? l2_piece<true>(w, step) : l2_piece<false>(w, step);
+      l2_piece(w, step);
       close(w, row * columns_ + begin);
     });
   }
@@ -167,8 +215,7 @@ class Step {
     const A t = l1_threshold(*eps_.at(0));
     for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
-      const A *const moved = moved_.data() + begin, *const x = clean_.data() + begin;
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { w.out[j] = l1_point(moved[j], x[j], t); });
+      l1_piece(moved_.data() + begin, clean_.data() + begin, t, w.out, n);
       close(w, row * columns_ + begin);
     });
   }
@@ -177,8 +224,7 @@ class Step {
     size_.resize(columns_);
     for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
-      A* const size = size_.data() + begin;
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { size[j] = l1_size(w.adversary[j], w.grad[j]); });
+      l1_sizes(w.adversary, w.grad, size_.data() + begin, n);
     });
     ordered_ = size_;
     std::nth_element(ordered_.begin(), ordered_.begin() + (coordinates_ - 1), ordered_.end(), std::greater<A>());
@@ -187,8 +233,7 @@ class Step {
     const A step = A(step_of(row) / double(std::max<int64_t>(chosen, 1)));
     for_pieces(columns_, [&](int64_t begin, int64_t n) {
       const AttackPiece<A> w = piece(row, begin, n);
-      A* const moved = moved_.data() + begin;
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { moved[j] = l1_moved(w.adversary[j], w.grad[j], least, step); });
+      l1_move(w.adversary, w.grad, least, step, moved_.data() + begin, n);
     });
   }
 
@@ -196,23 +241,15 @@ class Step {
   // linear function, halved where they leave the bracket.
   A l1_threshold(A eps) const {
     const A *const moved = moved_.data(), *const x = clean_.data();
-    const auto excess_at = [&](A t) {
-      const auto length = [=](int64_t j) RK_INLINE_LAMBDA { return double(l1_length(moved[j] - x[j], x[j], t)); };
-      return vector_sum<double>(columns_, length) - double(eps);
-    };
-    double excess = excess_at(A(0));
+    double excess = l1_total(moved, x, A(0), columns_) - double(eps);
     if (!(excess > 0.0)) return A(0);
-    const auto distance = [=](int64_t j) RK_INLINE_LAMBDA { return absolute(moved[j] - x[j]); };
-    A low = A(0), high = vector_max<A>(columns_, A(0), distance);
+    A low = A(0), high = l1_farthest(moved, x, columns_);
     for (int trial = 0; trial < 100; ++trial) {
-      const double inside = vector_sum<double>(columns_, [=](int64_t j) RK_INLINE_LAMBDA {
-        const A v = moved[j] - x[j], size = absolute(v) - low;
-        return size > A(0) && size < l1_room(v, x[j]) ? 1.0 : 0.0;
-      });
+      const double inside = l1_inside(moved, x, low, columns_);
       A t = inside > 0.0 ? A(double(low) + excess / inside) : high;
       if (!(t > low && t < high)) t = low + (high - low) / A(2);
       if (!(t > low && t < high)) break;
-      const double total = excess_at(t);
+      const double total = l1_total(moved, x, t, columns_) - double(eps);
       if (total > 0.0)
         low = t, excess = total;
       else

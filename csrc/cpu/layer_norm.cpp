@@ -35,6 +35,11 @@ RK_MULTIVERSION void add_sums(const NormPiece<A>& p, const A* w, double* totals)
 }
 
 template <class A>
+RK_MULTIVERSION void write_slopes(const NormPiece<A>& p, NormSlopes<A> c, A* __restrict__ out) {
+  for (int64_t j = 0; j < p.n; ++j) out[j] = c.x_g * (p.weight[j] * p.g[j]) + (c.x_x * p.normalized(j) + c.x_one);
+}
+
+template <class A>
 RK_MULTIVERSION void write_bends(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ out) {
   if (p.a) {
     for (int64_t j = 0; j < p.n; ++j)
@@ -60,6 +65,12 @@ RK_MULTIVERSION void write_gg_grad(const NormPiece<A>& p, NormBends<A> c, A* __r
 template <class A>
 RK_MULTIVERSION void add_weight_bends(const NormPiece<A>& p, NormBends<A> c, A* __restrict__ totals) {
   for (int64_t j = 0; j < p.n; ++j) totals[j] += p.g[j] * (p.r * p.u[j] + (c.t_x * p.normalized(j) + c.t_one));
+}
+
+// += g xh
+template <class A>
+RK_MULTIVERSION void add_weight_slopes(const NormPiece<A>& p, A* __restrict__ totals) {
+  for (int64_t j = 0; j < p.n; ++j) totals[j] += p.g[j] * p.normalized(j);
 }
 
 template <class A>
@@ -181,16 +192,8 @@ void backward_row(const LayerNormArguments<A>& a, int64_t i, int64_t k) {
   const NormSlopes<A> c{A(d.x_g), A(d.x_x), A(d.x_one)};
   for_pieces(a.cols, [&](int64_t begin, int64_t n) {
     const NormPiece<A> p = row.piece(begin, n);
-    if (a.grad_x)
-      row.write(a.grad_x, begin, n, [&](A* out) {
-        vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
-          out[j] = c.x_g * (p.weight[j] * p.g[j]) + (c.x_x * p.normalized(j) + c.x_one);
-        });
-      });
-    if (a.partial_weight) {
-      A* const totals = column_totals(a.partial_weight, a, i, begin);
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { totals[j] += p.g[j] * p.normalized(j); });
-    }
+    if (a.grad_x) row.write(a.grad_x, begin, n, [&](A* out) { write_slopes(p, c, out); });
+    if (a.partial_weight) add_weight_slopes(p, column_totals(a.partial_weight, a, i, begin));
     if (a.partial_bias) add_to(column_totals(a.partial_bias, a, i, begin), p.g, n);
   });
 }

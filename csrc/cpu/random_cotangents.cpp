@@ -108,7 +108,7 @@ void find_roots(const CotangentArguments& c, int64_t sample, Rows<R>& s) {
   for (int64_t e = S; e < c.size(); e += S)
     vector_loop(S, [=](int64_t j) RK_INLINE_LAMBDA { max[j] = z[e + j] > max[j] ? z[e + j] : max[j]; });
   for (int64_t e = 0; e < c.size(); e += S)
-    vector_loop(S, [=](int64_t j) RK_INLINE_LAMBDA { log_sum[j] += exp_fixed(z[e + j] - max[j]); });
+    vector_add(S, log_sum, [=](int64_t j) RK_INLINE_LAMBDA { return exp_fixed(z[e + j] - max[j]); });
   vector_loop(S, [=](int64_t j) RK_INLINE_LAMBDA { log_sum[j] = log_fixed(log_sum[j]); });
   for (int64_t e = 0; e < c.size(); e += S) roots(z + e, max, log_sum, a + e, S);
 }
@@ -181,14 +181,14 @@ void for_rows(const CotangentArguments& c, int64_t sample, int64_t first, int64_
 template <class R>
 void transform(const CotangentArguments& c, const R* v, R scale, R* w, Rows<R>& s) {
   const int64_t n = c.size(), S = c.positions;
-  if (c.kind == Kind::kPlain) return vector_loop(n, [=](int64_t e) RK_INLINE_LAMBDA { w[e] = v[e] * scale; });
+  if (c.kind == Kind::kPlain) return vector_write(n, w, [=](int64_t e) RK_INLINE_LAMBDA { return v[e] * scale; });
   const R* const a = s.a.data();
   R* const d = s.d.data();
   if (S == 1 && c.kind == Kind::kCentred) return centre(v, sum(v, n) / R(n), scale, w, n);
   if (S == 1) return fisher(a, v, dot(a, v, n), scale, w, n);
   std::fill_n(d, S, R(0));
   if (c.kind == Kind::kCentred) {
-    for (int64_t e = 0; e < n; e += S) vector_loop(S, [=](int64_t j) RK_INLINE_LAMBDA { d[j] += v[e + j]; });
+    for (int64_t e = 0; e < n; e += S) vector_add(S, d, [=](int64_t j) RK_INLINE_LAMBDA { return v[e + j]; });
     vector_loop(S, [=, classes = R(c.classes)](int64_t j) RK_INLINE_LAMBDA { d[j] /= classes; });
     for (int64_t e = 0; e < n; e += S) centre(v + e, d, scale, w + e, S);
   } else {

@@ -226,8 +226,9 @@ void write_slopes(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
     const A* x = weighted(a, a.x, row, begin, n, buffer);
     write_weighted(a, row, begin, n, [&](A* out) {
       visit_norm(a.norm, [&]<Norm kNorm>() {
-        vector_loop(
-            n, [=](int64_t j) RK_INLINE_LAMBDA { out[j] = r.grad * RowNorm<kNorm, A>::slope(x[j], r.n, r.p, r.ties); });
+        vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+          return r.grad * RowNorm<kNorm, A>::slope(x[j], r.n, r.p, r.ties);
+        });
       });
     });
   });
@@ -264,8 +265,8 @@ void write_bends(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
     write_weighted(a, row, begin, n, [&](A* out) {
       visit_norm(a.norm, [&]<Norm kNorm>() {
         if constexpr (!is_flat(kNorm))
-          vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
-            out[j] = r.grad * RowNorm<kNorm, A>::bend(x[j], v[j], r.s, r.n, r.p);
+          vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+            return r.grad * RowNorm<kNorm, A>::bend(x[j], v[j], r.s, r.n, r.p);
           });
       });
     });

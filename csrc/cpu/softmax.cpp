@@ -64,7 +64,7 @@ SoftmaxPiece<A> read(const SoftmaxArguments& c, int64_t begin, int64_t n, Buffer
   if constexpr (kLog) {
     const A* const o = w.p;
     A* const p = b.p.element;
-    vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { p[j] = exp_nonpositive(o[j]); });
+    vector_write(n, p, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(o[j]); });
     w.p = p;
   }
   return w;

@@ -30,7 +30,8 @@ auto with_target(const A* t, Smoothing<A> s, const F& f) {
 
 template <class A>
 void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
-  vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { p[j] = softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum); });
+  vector_write(n, p,
+               [=](int64_t j) RK_INLINE_LAMBDA { return softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum); });
 }
 
 // Few classes: a tile of rows, transposed, so that a lane is a row.
@@ -263,8 +264,8 @@ void backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
     probabilities(w.z(begin, n), p, n, r);
     w.write(begin, n, [&](A* out) {
       with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
-        vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
-          out[j] = r.grad * cross_entropy_slope(p[j], q(j), r.total_q, r.inverse_t);
+        vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+          return r.grad * cross_entropy_slope(p[j], q(j), r.total_q, r.inverse_t);
         });
       });
       if (const int64_t y = w.y(begin, n); y >= 0)
@@ -295,8 +296,8 @@ void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
     const A* u = w.u(begin, n);
     if (a.classes > kPiece) probabilities(w.z(begin, n), p, n, r);
     w.write(begin, n, [&](A* out) {
-      vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA {
-        out[j] = r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+      vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+        return r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
       });
     });
   });

@@ -87,7 +87,7 @@ def _split_weight(x: Tensor, weight: Tensor | float | None) -> tuple[float, Tens
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """x [B, C, ...] as rows [B, N] in the order of its memory, and how many adjacent columns share a channel.
 
-    A norm does not care for the order of a row, so channels_last and other permuted layouts are viewed, not copied.
+    The order within a row does not matter, so channels_last and other permuted layouts are viewed, not copied.
     """
     if x.dim() == 1:
         return x.unsqueeze(1), 1
@@ -129,8 +129,8 @@ def _register() -> None:
         if grad is None:
             return (None,) * 5
         x, norm, weight = ctx.saved_tensors
-        # The norm counts as a number here: row_norm_backward's own formula differentiates it as the function of x
-        # that it is.
+        # The norm is a constant here: the derivative of row_norm_backward already takes into account that it depends
+        # on x.
         grad_x = ops.row_norm_backward(grad, x, norm.detach(), weight, ctx.inner, ctx.p, ctx.squared)
         return grad_x, None, None, None, None
 

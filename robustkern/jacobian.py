@@ -83,7 +83,7 @@ def jacobian_norm(
         x: the inputs, a leaf that requires grad, [B, ...] float32, float64, float16 or bfloat16.
         projections: K, or "exact" for the sum over a basis, which takes D of them ((C - 1) D / C for centred and
             fisher).
-        law: law of the projections: "orthonormal" (K <= D), "sphere", "gaussian" or "rademacher"; see
+        law: of the projections: "orthonormal" (K <= D), "sphere", "gaussian" or "rademacher"; see
             `robustkern.ops.random_cotangents`.
         kind: "plain", "centred" or "fisher", as above; fisher is differentiated through p too.
         weight: a number or one value per channel of x, such as eps / std: the norm of J diag(weight).

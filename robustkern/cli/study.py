@@ -72,8 +72,8 @@ def run_study(
 ) -> Study:
     """Train, measure, draw, and print the table.
 
-    The arguments are the command's: `methods` and `sweep` with commas, "none" or None; without `jobs` at most 8 models
-    at a time, on a GPU one. `plan` are the other fields of `Plan`.
+    The arguments are the command's: `methods` and `sweep` are separated by commas, "none" or None; without `jobs`, at
+    most 8 models run at a time, on a GPU one. `plan` holds the other fields of `Plan`.
 
     Raises:
         UsageError: A setting makes no sense, or the folder holds another study.
@@ -88,7 +88,7 @@ def run_study(
         say(console, f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}")
 
     if report is not None:
-        make_writable(report)  # or all that is trained would be for nothing
+        make_writable(report)  # fails now rather than after all the training
     study = run(chosen, out, root=root, jobs=_cores(chosen) if jobs is None else jobs, on_unit=on_unit)
     console.print("[dim]drawing[/dim]")
     page = write_report(study, draw(study, report), report)

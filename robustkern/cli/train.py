@@ -109,7 +109,7 @@ def train_command(
 def _chosen(
     file: Path | None, out: Path | None, resume: bool, options: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[TrainingConfig, Path]:
-    """The configuration and the run directory, from what was given, a file of settings and a run to go on with."""
+    """The configuration and the run directory, from the options, a file of settings and a run to go on with."""
     if file is not None:
         try:
             read = read_settings(file)
@@ -128,7 +128,7 @@ def _chosen(
 def _resumed(
     stored: TrainingConfig, data: str | None, method: str | None, options: dict[str, Any], settings: dict[str, Any]
 ) -> TrainingConfig:
-    """The stored configuration with what was given on the command line; `train` refuses if that changes anything."""
+    """The stored configuration, updated by the command line; `train` refuses if that changes anything."""
     if data is not None and data not in datasets.NAMES:
         data = str(Path(data).resolve())
     method = method or stored.method

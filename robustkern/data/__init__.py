@@ -89,7 +89,7 @@ def _digits(folders: list[Path], split: str) -> Dataset:
     bunch = load_digits()
     labels = torch.from_numpy(bunch.target).long()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # the number of each image in its class, from 1
+    number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of each image within its class, from 1
     is_test = number % 5 == 0
     return Dataset("digits", images, labels, _DIGITS).take(is_test if split == "test" else ~is_test)
 

@@ -28,7 +28,8 @@ def load_folder(root: Path, split: str) -> Dataset:
 
     Reads PNG, JPEG, BMP, WebP and PPM (PGM, PBM) in any of Pillow's modes.  Grey stays grey, [1, H, W]; everything else
     becomes RGB, [3, H, W]; RGB with three equal channels counts as grey if other images are grey.  An 8-bit value v
-    becomes v / 255, 16-bit grey v / 65535; of 16-bit colour Pillow keeps the upper 8 bits.  EXIF's orientation is applied.
+    becomes v / 255, 16-bit grey v / 65535; of 16-bit colour Pillow keeps the upper 8 bits.  EXIF's orientation is
+    applied.
     An alpha channel, or a transparent colour, must be opaque throughout: what a transparent pixel shows depends on what
     lies behind it, so such an image is refused.
 

@@ -20,9 +20,9 @@ class RandomState:
     """The random numbers that the next forward pass draws from PyTorch's default generators, such as dropout's masks.
 
     Passes that are compared must be of one function: each of them but the first runs within `again()`, which draws
-    the same numbers and leaves the generators as it found them, as after one pass.  It covers the CPU's generator, those
-    of the GPUs that x and the model's parameters are on, and the given one; it does not cover Python's and NumPy's, nor
-    what torch.compile traces or a CUDA graph captures.
+    the same numbers and leaves the generators as it found them, as after one pass.  It covers the CPU's generator,
+    those of the GPUs that x and the model's parameters are on, and the given one; it does not cover Python's and
+    NumPy's, nor what torch.compile traces or a CUDA graph captures.
     """
 
     def __init__(self, model: Model, x: Tensor, generator: torch.Generator | None = None) -> None:
@@ -53,7 +53,7 @@ def _set(states: list[tuple[torch.Generator, Tensor]]) -> None:
 
 @contextmanager
 def frozen_statistics(model: Model) -> Iterator[None]:
-    """In this context, BatchNorm and InstanceNorm in training mode normalise as usual but keep their running statistics."""
+    """Inside, BatchNorm and InstanceNorm in training mode normalise as usual but keep their running statistics."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     frozen = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
     flags = [m.track_running_stats for m in frozen]

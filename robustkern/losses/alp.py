@@ -21,7 +21,7 @@ class ALP(GivenAttackLoss):
 
     Code that also averages over the classes needs a weight C times as large.
 
-    The published robustness did not hold up against stronger attacks (Engstrom et al. 2018): ALP is here for comparison.
+    The published robustness did not hold against stronger attacks (Engstrom et al. 2018): ALP is here for comparison.
 
     Args:
         attack: `robustkern.attacks.PGD`, `FGSM` or `NFGSM`, or anything with the same call.

@@ -32,10 +32,10 @@ class CURE(Loss):
 
     x + z may leave [0, 1].  Passes: 12, twice those of a gradient penalty.
 
-    BatchNorm: in the mode of the model; the published code fine-tunes in eval mode.  In training mode each pass is normalised by
-    its own batch, only that of x enters the running statistics, and the gradients also contain the other samples' part
-    (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.  Source:
-    Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
+    BatchNorm: in the mode of the model; the published code fine-tunes in eval mode.  In training mode each pass is
+    normalised by its own batch, only that of x enters the running statistics, and the gradients also contain the other
+    samples' part (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.
+    Source: Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
     """
 
     weight: float = 4.0

@@ -27,9 +27,10 @@ class Lazy(Loss):
         orientation: the loss on the other steps; None: the cross-entropy with the label smoothing of the loss.
 
     The call takes what the loss takes, and a draw that says which step it is: without one it raises a ValueError unless
-    every = 1, since every call would be penalised.  On a step without penalty, its Terms have smoothness 0 and weight 0.
-    An `AWP` inside perturbs the weights on the penalised steps, one around it on all.  BatchNorm, derivatives: those of the loss.  Source: Karras et al., Analyzing and improving the image quality
-    of StyleGAN, CVPR 2020, appendix B (lazy regularisation).
+    every = 1, since every call would be penalised.  On a step without penalty, its Terms have smoothness and weight 0.
+    An `AWP` inside perturbs the weights on the penalised steps, one around it on all.  BatchNorm, derivatives: those of
+    the loss.  Source: Karras et al., Analyzing and improving the image quality of StyleGAN, CVPR 2020, appendix B (lazy
+    regularisation).
     """
 
     loss: Callable[..., Terms]

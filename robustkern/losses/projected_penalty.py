@@ -26,7 +26,7 @@ class ProjectedPenalty(Loss):
         weight: multiplies the smoothness term.
         projections: K; a step takes as long as 1 + K plain ones.  "exact": not random, with K the number of classes.
         eps: multiplies the columns of the Jacobian: a number or one value per channel of x.
-        law: law of the projections: "orthonormal" (K at most the number of classes), "sphere", "gaussian", "rademacher".
+        law: of the projections: "orthonormal" (K at most the number of classes), "sphere", "gaussian", "rademacher".
         fraction: penalise that share of each batch, drawn anew each time; the expected value stays.  The forward pass
             then runs in two parts, and only the first is differentiated twice.  A model with BatchNorm in training
             mode needs its batch whole, and so may a model that is not an `nn.Module`: there it saves nothing.
@@ -100,7 +100,7 @@ def _needs_the_batch_whole(model: Model) -> bool:
 def _choose(
     x: Tensor, offset: int, total: int, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, int]:
-    """Among the rows of x, which begin at `offset`: the penalised ones, the others, and how many penalised ones precede."""
+    """Among the rows of x, which begin at `offset`: the penalised ones, the others, how many penalised precede them."""
     order = torch.randperm(total, generator=generator, device=x.device)
     chosen, others = (rows.sort().values for rows in (order[:count], order[count:]))
     if len(x) == total:  # needs no waiting for the device

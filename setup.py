@@ -164,7 +164,7 @@ if torch:
             super().build_extension(extension)
 
         def precompile(self, header: str, extension: Extension) -> str:
-            """Compiles a header with the flags of the extension's sources, as they need it; returns where its copy is."""
+            """Compiles a header with the flags of the extension's sources, which it must match; returns its path."""
             compiler, names = self.compiler, (self.compiler.src_extensions, self.compiler.obj_extension)
             compiler.src_extensions, compiler.obj_extension = [".h"], ".h.gch"
             [compiled] = compiler.compile(

@@ -29,7 +29,7 @@ def check(case: Case, provider: str, backend: str) -> None:
     """Raises AssertionError unless the provider computes what the reference does; tested on the first and last rows,
     since rows are independent.
 
-    Kernels are held to the accuracy of the reference.  Other people's code only has to compute the same function, to half
+    Kernels are held to the accuracy of the reference.  Other people's code must only compute the same function, to half
     of the digits.
     """
     actual = case.results(provider, backend)

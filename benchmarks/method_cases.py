@@ -213,7 +213,7 @@ def _grad_align(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _awp(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The direction from a copy of the model, whose running statistics may change; then the loss at the perturbed weights."""
+    """The direction from a copy of the model, whose running statistics may change; then the loss at w + v."""
     adversary = _ascend(model, _uniform(x), x, _cross_entropy_at(model, y), STEPS)
     proxy = copy.deepcopy(model)
     weights = {name: w for name, w in proxy.named_parameters() if w.dim() > 1}

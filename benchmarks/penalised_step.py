@@ -51,7 +51,7 @@ class Truth:
 
     def __init__(self, spec: Spec, device: str, measured: Iterable[str] = ()) -> None:
         self.spec, self.device = spec, device
-        self._measured = set(measured)  # columns of this run; stock's own error is measured with its column, if that is one
+        self._measured = set(measured)  # columns of this run: the error of stock comes with its column, if that is one
         self._exact: dict[str, Tensor] = {}
         self._stock_error: dict[str, float] = {}
         self._compiled: Tensor | None = None  # gradient of stock torch.compile

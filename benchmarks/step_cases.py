@@ -161,7 +161,7 @@ class Case:
     def _finite_differences(self, x: Tensor, y: Tensor) -> Tensor:
         """v, the penalty's derivative in g, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
 
-        The gradient of <g, v> in the parameters is that of the penalty, which is what a step needs.  This holds even for
+        The gradient of <g, v> in the parameters is that of the penalty, which a step needs.  This holds even for
         models that mix the samples of a batch, since h is the same for all.
         """
         loss = F.cross_entropy(self.model(x), y, reduction="none")

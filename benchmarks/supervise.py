@@ -48,7 +48,7 @@ class Progress:
 
 
 def supervise(module: str, arguments: list[str]) -> int:
-    """Runs `python -m module arguments --progress FILE` until it ends by itself; returns its exit status, 1 after a crash."""
+    """Runs `python -m module arguments --progress FILE` until it ends by itself; gives its status, 1 after a crash."""
     with tempfile.TemporaryDirectory() as folder:
         path, crashed = Path(folder) / "progress.json", False
         while True:

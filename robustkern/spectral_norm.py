@@ -49,7 +49,7 @@ def jacobian_spectral_norm(
         outputs: [B, C] or [B, C, d1, ...], computed from x by differentiable operations.
         x: the inputs, a leaf that requires grad.
         iterations: >= 0.
-        start: the first v, of the shape of outputs and of any length; None: random.  Where it is zero, so is the result.
+        start: the first v, in the shape of outputs, of any length; None: random.  Where it is zero, so is the result.
         generator: source of a random start, on the device of outputs; None: the default one.
         return_vectors: also return v, the left singular vectors, of the shape of outputs: the next start.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.

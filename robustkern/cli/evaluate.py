@@ -30,7 +30,7 @@ from .errors import FAILED, one_line_errors, print_error
 from .options import ROOT_HELP, device_name, names, option, path, takes
 from .progress import bar, say
 
-_ATTACKS_HELP = f"Of {', '.join(ATTACKS)}; with commas."
+_ATTACKS_HELP = f"Attacks, separated by commas, of: {', '.join(ATTACKS)}."
 _OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
 _EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench reads them.'
 
@@ -44,7 +44,7 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN", parser=path)],
     device: Annotated[str, option("cpu or cuda.", read=device_name)] = "cpu",
     threads: Annotated[int | None, option("CPU threads.", read=THREADS)] = None,
-    data: Annotated[str | None, option("Another data set than it was trained on.")] = None,
+    data: Annotated[str | None, option("Another data set than the one it was trained on.")] = None,
     root: Annotated[Path | None, option(ROOT_HELP, read=path)] = None,
     out: Annotated[Path | None, option(_OUT_HELP, read=path)] = None,
     export: Annotated[Path | None, option(_EXPORT_HELP, read=path)] = None,

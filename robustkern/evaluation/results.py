@@ -26,8 +26,9 @@ class Settings:
         eps: Radius of the ball, in units of the images.
         norm: "linf" or "l2".
         samples: The first N test images; 0: all.
-        attacks: Of `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and, targeted, on the
-            difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack has it).
+        attacks: Names from `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and,
+            targeted, on the difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack
+            has it).
         pgd_steps: Steps of PGD. Each is eps / 4 long.
         restarts: Random starts of PGD.
         apgd_steps: Steps of APGD.

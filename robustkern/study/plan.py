@@ -62,7 +62,7 @@ class Plan:
             method, in its place.
         seeds: Models of each kind.
         sweep: Multiples of the gradient penalty's weight; empty for none.
-        two_by_two: Whether to train on shuffled labels as well.
+        two_by_two: Train on shuffled labels as well.
         samples: Test images that are measured.
         epochs: Epochs of each training; None: half the recipe's, after which every method has shown what it does.
         threads: CPU threads of each training.

@@ -85,7 +85,7 @@ def train(
         resume: Go on with the run in `out`, which must have the same configuration. Without one there, start. The
             number of processes may be another one.
         observer: Told how the run goes.
-        timeout: Seconds after which a process that does not answer is given up by the others.
+        timeout: Seconds after which the others give up on a process that does not answer.
         draw: Write `curves.png` and `gradients.png` as well.
 
     Raises:

@@ -46,7 +46,7 @@ class MethodOptions:
         norm: Norm of the input gradient: 1 for Linf attacks, 2, inf, or any p >= 1.
         projections: Random projections of the Jacobian for each sample; 0: its exact norm.
         law: Law of the projections.
-        every: Penalise one step in every N, with N times the weight.
+        every: Penalise one step in N, with N times the weight.
         fraction: Penalise the Jacobian on this share of each batch.
         label_smoothing: Label smoothing, 0 to 1.
     """

@@ -31,7 +31,7 @@ _TITLES = {
     "eager": "stock eager", "compile": "torch.compile", "reference": "reference", "robustkern": "robustkern",
     "operator": "bare kernel", "plain": "plain step", "plain_installed": "plain step, installed",
     "installed": "robustkern installed", "installed_compile": "torch.compile, installed",
-    "finite_differences": "finite differences",
+    "finite_differences": "finite differences", "installed_graph": "robustkern installed, one CUDA graph",
 }  # fmt: skip
 # The case of each operator that stands for it in README.md.
 _REPRESENTATIVE = {

@@ -24,8 +24,8 @@ Model = Callable[[Tensor], Tensor]
 def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The model as an attack must see it: in eval mode, so that BatchNorm is fixed, and with no parameter gradients.
 
-    Every module's mode, every parameter's requires_grad and every buffer is restored at the end, whatever happened
-    inside.  A function that is not an `nn.Module` is called as is, and so is an exported program, which has one mode.
+    Every module's mode, every parameter's requires_grad and every buffer is put back on the way out, whatever happened
+    inside.  A function that is no `nn.Module` is called as it is, and so is an exported program, which has one mode.
     """
     seen = model if isinstance(model, nn.Module) else nn.Module()
     modes = [(module, module.training) for module in seen.modules()]

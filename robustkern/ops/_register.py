@@ -1,4 +1,4 @@
-"""What every operator registers with PyTorch: its fake, its vmap rule and the end of its chain of derivatives."""
+"""What every operator registers with PyTorch in the same way: its vmap rule and the end of its chain."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ def refuse_derivatives(op: Any, why: str) -> None:
 
 
 def refuse_order(op: Any, order: str) -> None:
-    """Makes differentiating the end of a chain of operators an error; `order` is the name of its derivatives."""
+    """Makes differentiating the end of a chain of operators an error; `order` is what its derivatives are called."""
     refuse_derivatives(op, f"{order} derivatives are not supported; use impl='reference'")

@@ -105,7 +105,7 @@ def _register() -> None:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
-    # The statistics are functions of the logits; their derivatives are part of those in the logits.
+    # The statistics are functions of the logits, and their derivatives in those of the logits.
     def double_backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
         u, v = u if ctx.gave_p else None, v if ctx.gave_q else None
         if u is None and v is None:

@@ -95,7 +95,7 @@ def _register() -> None:
         return ops.margin_loss_backward(grad, *ctx.saved_tensors), None, None, None
 
     torch.library.register_autograd("robustkern::margin_loss", backward, setup_context=setup)
-    # Its second derivative in the logits is zero for cw, but not for dlr, and the saved gradients do not tell which.
+    # Its second derivative in the logits is zero for cw, but not for dlr, and the slopes do not tell.
     refuse_order(ops.margin_loss_backward, "second-order")
     register_row_vmap(ops.margin_loss, (True, True, True, False))
     register_row_vmap(ops.margin_loss_backward, (True, True))

@@ -97,7 +97,7 @@ def random_cotangents(
     if kind == "fisher" or torch.compiler.is_compiling():
         outputs = outputs if kind == "fisher" else outputs.detach()
         return kernel(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
-    # Nothing to differentiate: the detour through the autograd key, in Python, would take longer than a small kernel.
+    # Nothing to differentiate: the way through the autograd key, in Python, would take longer than small kernels do.
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
 

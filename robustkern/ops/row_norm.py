@@ -129,8 +129,8 @@ def _register() -> None:
         if grad is None:
             return (None,) * 5
         x, norm, weight = ctx.saved_tensors
-        # The norm is a constant here: the derivative of row_norm_backward already takes into account that it depends
-        # on x.
+        # The norm counts as a number here: row_norm_backward's own formula differentiates it as the function of x
+        # that it is.
         grad_x = ops.row_norm_backward(grad, x, norm.detach(), weight, ctx.inner, ctx.p, ctx.squared)
         return grad_x, None, None, None, None
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs once at a tiny size, so that none rots; whether it is fast is not a test's business."""
+"""Every benchmark runs once at a tiny size, so that none breaks unnoticed; speed is not tested."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ pytest.importorskip("pytest_benchmark")
 from robustkern import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-# On a busy machine, threads would mostly wait for each other; and what this pytest was told is not for another one.
+# On a busy machine, threads would mostly wait for each other; and this pytest's options are not for another one.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
 
 pytestmark = pytest.mark.skipif(_library.extension() is None, reason=f"kernels not built: {_library.why_unavailable()}")
@@ -71,7 +71,7 @@ def test_the_script_for_gpus_ends_in_time(tmp_path):
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
     out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
-    # In a process of their own: the programs tell the C library to keep freed memory.
+    # In a process of their own, since the programs make the C library keep freed memory.
     tiny = ["--size", "tiny", *shared[:4], "--out", str(out)]
     steps = ["--size", "tiny", *shared, "--only", "Batch", "--providers"]
     programs = {

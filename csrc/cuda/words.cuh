@@ -61,7 +61,7 @@ struct Words {
   static __device__ __forceinline__ To bits_as(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
-    memcpy(&to, &from, sizeof(To));
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
   }
   static __device__ __forceinline__ std::uint32_t half_of(double value, int high) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ Words<S> load_words(const S* from) {
 template <class S>
 __device__ __forceinline__ Words<S> load_some_words(const S* from, int count, const Words<S>& others = {}) {
   S elements[Words<S>::kSize];
-  memcpy(elements, &others, sizeof(others));
+  memcpy(static_cast<void*>(elements), &others, sizeof(others));
 #pragma unroll
   for (int k = 0; k < Words<S>::kSize; ++k)
     if (k < count) elements[k] = from[k];
@@ -106,7 +106,7 @@ __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
     *reinterpret_cast<uint4*>(to) = words.raw;
   } else {
     S elements[Words<S>::kSize];
-    memcpy(elements, &words, sizeof(words));
+    memcpy(static_cast<void*>(elements), &words, sizeof(words));
 #pragma unroll
     for (int k = 0; k < Words<S>::kSize; ++k) to[k] = elements[k];
   }
@@ -115,7 +115,7 @@ __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
 template <class S>
 __device__ __forceinline__ void store_some_words(S* to, const Words<S>& words, int count) {
   S elements[Words<S>::kSize];
-  memcpy(elements, &words, sizeof(words));
+  memcpy(static_cast<void*>(elements), &words, sizeof(words));
 #pragma unroll
   for (int k = 0; k < Words<S>::kSize; ++k)
     if (k < count) to[k] = elements[k];

@@ -73,17 +73,18 @@ __device__ __forceinline__ Words<S> words_of(accumulation_t<S> v) {
 // Where one thread's vectors of one chunk lie in a row of n elements.
 template <bool kAligned, class S, int kChunk>
 struct Share {
-  static constexpr int V = Words<S>::kSize;
+  static constexpr int V = Words<S>::kSize, kCount = kChunk;
   std::int64_t first;  // element
   std::int64_t left;   // elements from there to the end of the row, if any
   int step;            // elements from one vector to the next
 
-  static __device__ __forceinline__ std::int64_t chunks(std::int64_t n) {
-    const std::int64_t size = std::int64_t{V * kChunk} * blockDim.x;
-    return (n + size - 1) / size;
+  // Of a row of n elements, less than 64 GB: 64-bit division would be a subroutine.
+  static __device__ __forceinline__ int chunks(std::int64_t n) {
+    const unsigned size = kChunk * blockDim.x;
+    return static_cast<int>((static_cast<unsigned>((n + V - 1) / V) + (size - 1)) / size);
   }
-  __device__ __forceinline__ Share(std::int64_t chunk, std::int64_t n)
-      : first((chunk * kChunk * blockDim.x + threadIdx.x) * V),
+  __device__ __forceinline__ Share(int chunk, std::int64_t n)
+      : first((std::int64_t{chunk} * kChunk * blockDim.x + threadIdx.x) * V),
         left(n - first),
         step(V * static_cast<int>(blockDim.x)) {}
 
@@ -93,12 +94,25 @@ struct Share {
     if constexpr (kAligned) return rest > 0 ? V : 0;
     return rest >= V ? V : rest > 0 ? static_cast<int>(rest) : 0;
   }
+  // Elements of the chunk; all are there but in the last of a row.
+  __device__ __forceinline__ int count_all(bool is_last) const {
+    if (!is_last) return V * kChunk;
+    int total = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) total += count(i);
+    return total;
+  }
   __device__ __forceinline__ bool has(int i) const { return left > i * step; }
+  // The first element of vector i, and whether element j is one of its own.
+  __device__ __forceinline__ std::int64_t element(int i) const { return first + std::int64_t{i} * step; }
+  __device__ __forceinline__ bool contains(int i, std::int64_t j) const {
+    return static_cast<std::uint64_t>(j - first - i * step) < std::uint64_t{V};
+  }
 
   __device__ __forceinline__ void load(Words<S> (&x)[kChunk], const S* row, const Words<S>& others) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const S* const from = row + first + i * step;
+      const S* const from = row + element(i);
       if constexpr (kAligned) {
         x[i] = others;
         if (has(i)) x[i] = load_words<true>(from);
@@ -108,7 +122,7 @@ struct Share {
     }
   }
   __device__ __forceinline__ void store(S* row, int i, const accumulation_t<S> (&values)[V]) const {
-    S* const to = row + first + i * step;
+    S* const to = row + element(i);
     if constexpr (kAligned) {
       if (has(i)) store_words<true>(to, Words<S>::of(values));
     } else {

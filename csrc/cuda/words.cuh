@@ -103,7 +103,7 @@ __device__ __forceinline__ Words<S> load_some_words(const S* from, int count, co
 template <bool kAligned, class S>
 __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
   if constexpr (kAligned) {
-    *reinterpret_cast<uint4*>(to) = words.raw;
+    __stwb(reinterpret_cast<uint4*>(to), words.raw);  // an assignment may become four, of a word each
   } else {
     S elements[Words<S>::kSize];
     memcpy(static_cast<void*>(elements), &words, sizeof(words));

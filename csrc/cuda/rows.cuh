@@ -1,9 +1,9 @@
 // Rows that a block, or one warp of a block, works on alone, in chunks that stay in registers.
 //
-// Thread t of T takes the 16-byte vectors t, t + T, t + 2T, ... of a row; kChunk of them, from every input, are a chunk,
-// and are loaded before the first is used.  A kernel that needs its row twice goes over the chunks from the last to the
-// first, and back: the chunk that the first sweep ends with need not be loaded again, and the others are those that the
-// caches have seen last.  A row of one chunk is read once.
+// A chunk of a row are kChunk 16-byte vectors to each thread, from every input, and all are loaded before the first is
+// used.  A warp's vectors lie together, so that a thread's are 512 bytes apart: a constant.  A kernel that needs its row
+// twice goes over the chunks from the last to the first, and back: the chunk that the first sweep ends with need not be
+// loaded again, and the others are those that the caches have seen last.  A row of one chunk is read once.
 //
 // Where a thread has less than its share, `others` stands in the place of what is missing: numbers that change no sum and
 // no maximum.  So it makes no difference to any bit whether a row's vectors may be loaded at once (kAligned, by
@@ -74,25 +74,27 @@ __device__ __forceinline__ Words<S> words_of(accumulation_t<S> v) {
 template <bool kAligned, class S, int kChunk>
 struct Share {
   static constexpr int V = Words<S>::kSize, kCount = kChunk;
-  std::int64_t first;  // element
-  std::int64_t left;   // elements from there to the end of the row, if any
-  int step;            // elements from one vector to the next
+  static constexpr int kStep = 32 * V;  // elements from one vector to the next
+  std::int64_t first;                   // element
+  int left;                             // elements from there to the end of the row, if any; many are enough
 
   // Of a row of n elements, less than 64 GB: 64-bit division would be a subroutine.
   static __device__ __forceinline__ int chunks(std::int64_t n) {
     const unsigned size = kChunk * blockDim.x;
     return static_cast<int>((static_cast<unsigned>((n + V - 1) / V) + (size - 1)) / size);
   }
-  __device__ __forceinline__ Share(int chunk, std::int64_t n)
-      : first((std::int64_t{chunk} * kChunk * blockDim.x + threadIdx.x) * V),
-        left(n - first),
-        step(V * static_cast<int>(blockDim.x)) {}
+  __device__ __forceinline__ Share(int chunk, std::int64_t n) {
+    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    first = std::int64_t{chunk} * kChunk * V * blockDim.x + (warp * kChunk * kStep + lane * V);
+    constexpr std::int64_t many = kChunk * kStep;
+    left = static_cast<int>(n - first < many ? n - first < 0 ? 0 : n - first : many);
+  }
 
   // Elements of vector i: all or none, if kAligned.
   __device__ __forceinline__ int count(int i) const {
-    const std::int64_t rest = left - i * step;
+    const int rest = left - i * kStep;
     if constexpr (kAligned) return rest > 0 ? V : 0;
-    return rest >= V ? V : rest > 0 ? static_cast<int>(rest) : 0;
+    return rest >= V ? V : rest > 0 ? rest : 0;
   }
   // Elements of the chunk; all are there but in the last of a row.
   __device__ __forceinline__ int count_all(bool is_last) const {
@@ -102,11 +104,11 @@ struct Share {
     for (int i = 0; i < kChunk; ++i) total += count(i);
     return total;
   }
-  __device__ __forceinline__ bool has(int i) const { return left > i * step; }
+  __device__ __forceinline__ bool has(int i) const { return left > i * kStep; }
   // The first element of vector i, and whether element j is one of its own.
-  __device__ __forceinline__ std::int64_t element(int i) const { return first + std::int64_t{i} * step; }
+  __device__ __forceinline__ std::int64_t element(int i) const { return first + i * kStep; }
   __device__ __forceinline__ bool contains(int i, std::int64_t j) const {
-    return static_cast<std::uint64_t>(j - first - i * step) < std::uint64_t{V};
+    return static_cast<std::uint64_t>(j - first - i * kStep) < std::uint64_t{V};
   }
 
   __device__ __forceinline__ void load(Words<S> (&x)[kChunk], const S* row, const Words<S>& others) const {

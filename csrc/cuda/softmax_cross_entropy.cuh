@@ -14,6 +14,7 @@
 #include "../math/fixed.h"
 #include "../math/softmax_cross_entropy.h"
 #include "rows.cuh"
+#include "running_row.cuh"
 
 namespace rk::cuda {
 
@@ -107,56 +108,6 @@ __device__ __forceinline__ bool settle_row(const CrossEntropyCall<S>& c, const R
   return true;
 }
 
-// What some threads know of a row so far: its maximum, and sums relative to it, in powers of two: k = log2(e) / T.
-template <class A>
-struct RunningRow {
-  A max = -static_cast<A>(INFINITY);
-  A sum = 0;               // sum 2^((z - max) k)
-  A weight = 0, gaps = 0;  // sum w, sum w (z - max) k
-
-  // What is subtracted from z: the maximum, where there is one.
-  __device__ __forceinline__ A pivot() const { return max == -static_cast<A>(INFINITY) ? A(0) : max; }
-
-  __device__ __forceinline__ void raise_to(A new_max, A k) {
-    const A before = pivot();
-    const bool empty = max == -static_cast<A>(INFINITY);
-    max = new_max;
-    const A step = (before - pivot()) * k;
-    sum *= empty ? A(0) : exp2_nonpositive(step);
-    if (weight != A(0)) gaps += weight * step;
-  }
-
-  // The same for all threads of a row together.
-  __device__ __forceinline__ void join(A k) {
-    __shared__ A part[4][32];
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    join_warp(k);
-    if (warps == 1) return;
-    __syncthreads();  // part may still be read from the row before
-    if (lane == 0) {
-      part[0][warp] = max;
-      part[1][warp] = sum;
-      part[2][warp] = weight;
-      part[3][warp] = gaps;
-    }
-    __syncthreads();
-    const bool mine = lane < warps;
-    max = mine ? part[0][lane] : -static_cast<A>(INFINITY);
-    sum = mine ? part[1][lane] : A(0);
-    weight = mine ? part[2][lane] : A(0);
-    gaps = mine ? part[3][lane] : A(0);
-    join_warp(k);
-  }
-
- private:
-  __device__ __forceinline__ void join_warp(A k) {
-    raise_to(warp_reduce(max, Larger{}), k);
-    sum = warp_sum(sum);
-    weight = warp_sum(weight);
-    gaps = warp_sum(gaps);
-  }
-};
-
 template <Target kTarget, bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
@@ -167,7 +118,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
     const RowTarget<kTarget, S> target(c, row);
     if (settle_row(c, target, row)) return;
     const S* const z = c.logits + row * c.logits_stride;
-    RunningRow<A> r;
+    RunningRow<A, kTarget != Target::kIndex> r;
     const int chunks = ShareOfRow::chunks(c.classes);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const ShareOfRow share(chunk, c.classes);

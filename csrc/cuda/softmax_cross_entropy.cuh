@@ -180,13 +180,18 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
   });
 }
 
-// p of one row's logits.
+// p of one row's logits, divided by `scale`: the exponent is a multiply-add, and what it loses in rounding the row's sum
+// is the same for all classes.
 template <class A>
 struct RowSoftmax {
-  A inverse_t, max, log2_sum;
+  A inverse_t, max, log2_sum, scale;
   template <class S>
   __device__ __forceinline__ RowSoftmax(const CrossEntropyCall<S>& c, std::int64_t row)
-      : inverse_t(c.inverse_t), max(c.statistics_in[2 * row]), log2_sum(c.statistics_in[2 * row + 1] * kLog2E<A>) {}
+      : inverse_t(c.inverse_t), max(c.statistics_in[2 * row]) {
+    const A log_sum = c.statistics_in[2 * row + 1];
+    log2_sum = log_sum * kLog2E<A>;
+    scale = A(1) - fused(log_sum, kLog2E<A>, -log2_sum) * A(0.69314718055994530942);
+  }
   __device__ __forceinline__ A operator()(A z) const {
     return exp2_nonpositive(fused(fused(z, inverse_t, -max), kLog2E<A>, -log2_sum));
   }
@@ -205,7 +210,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     S* const out = c.out + row * c.classes;
     const RowSoftmax<A> p(c, row);
     const A grad = c.grad[row], inverse_t = c.inverse_t,
-            total_q_t = target.template total_q<ShareOfRow>(c.classes) * inverse_t;
+            total_q_t = target.template total_q<ShareOfRow>(c.classes) * inverse_t * p.scale;
     const auto slope = [&](A z_j, A q_j) {  // 1 / T in the sum and the target once, instead of in every element
       return grad * cross_entropy_slope(p(z_j), q_j * inverse_t, total_q_t, A(1));
     };
@@ -272,7 +277,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
       }
     }
     row_sums(sums);
-    const A mean_u = sums[0], factor = grad * (total_q * inverse_t * inverse_t);
+    const A mean_u = sums[0] * p.scale, factor = grad * (total_q * inverse_t * inverse_t) * p.scale;
     if (threadIdx.x == 0) {
       A dot_qu = sums[1];
       if constexpr (kTarget != Target::kProbabilities)

@@ -25,8 +25,8 @@ struct KlCall {
   S *grad_p, *grad_q;                    // [rows, classes] outputs; null: not needed
 };
 
-// Vectors of every input in a chunk: of two inputs, or of up to four.
-constexpr int kKlChunk = 2, kKlDoubleChunk = 1;
+// Vectors of every input in a round: of two inputs, or of up to four.
+constexpr int kKlVectors = 2, kKlDoubleVectors = 1;
 
 // A row's numbers, with the exponents of p and q in powers of two: a multiply-add each.
 template <class A>
@@ -61,11 +61,11 @@ __device__ __forceinline__ void kl_measure(RunningRow<A, false>& row, A k, A inv
   log_sum = std::log(row.sum) + fused(row.max, inverse_t, -max);
 }
 
-template <class S, int kChunk, class A>
-__device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Words<S> (&z)[kChunk], A k) {
+template <class S, int kVectors, class A>
+__device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Words<S> (&z)[kVectors], A k) {
   A max = row.max;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     A top = z[i][0];
 #pragma unroll
     for (int j = 1; j < Words<S>::kSize; ++j) top = Larger{}(top, z[i][j]);
@@ -74,7 +74,7 @@ __device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Words<S
   row.raise_to(max, k);
   const A pivot = row.pivot();
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     A sum = 0;
 #pragma unroll
     for (int j = 0; j < Words<S>::kSize; ++j) sum += exp2_nonpositive((z[i][j] - pivot) * k);
@@ -85,21 +85,21 @@ __device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Words<S
 template <bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_kernel(const KlCall<S> c) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kKlChunk>;
+  using ShareOfRow = Share<kAligned, S, kKlVectors>;
   constexpr int V = Words<S>::kSize;
   constexpr A none = RunningRow<A, false>::kNone;
   const A k = c.inverse_t * kLog2E<A>;
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int chunks = ShareOfRow::chunks(c.classes);
-    Words<S> a[kKlChunk], b[kKlChunk];
-    const auto load_chunk = [&](const ShareOfRow& share) {
+    const int rounds = ShareOfRow::rounds(c.classes);
+    Words<S> a[kKlVectors], b[kKlVectors];
+    const auto load_round = [&](const ShareOfRow& share) {
       share.load(a, c.p_logits + first, words_of<S>(none));
       share.load(b, c.q_logits + first, words_of<S>(none));
     };
     RunningRow<A, false> of_a, of_b;
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      load_chunk(ShareOfRow(chunk, c.classes));
+    for (int round = rounds - 1; round >= 0; --round) {
+      load_round(ShareOfRow(round, c.classes));
       kl_take(of_a, a, k);
       kl_take(of_b, b, k);
     }
@@ -109,11 +109,11 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_kernel(co
     kl_measure(of_b, k, c.inverse_t, r.q_max, r.q_log_sum);
     const KlScale<A> z(r);
     A sums[1] = {}, top = none;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const ShareOfRow share(chunk, c.classes);
-      if (chunk > 0) load_chunk(share);
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      if (round > 0) load_round(share);
 #pragma unroll
-      for (int i = 0; i < kKlChunk; ++i) {
+      for (int i = 0; i < kKlVectors; ++i) {
         A sum = 0, vector_top = none;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -147,25 +147,25 @@ __device__ __forceinline__ KlRow<accumulation_t<S>> kl_row(const KlCall<S>& c, s
 template <bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_backward_kernel(const KlCall<S> c) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kKlChunk>;
+  using ShareOfRow = Share<kAligned, S, kKlVectors>;
   constexpr int V = Words<S>::kSize;
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int chunks = ShareOfRow::chunks(c.classes);
+    const int rounds = ShareOfRow::rounds(c.classes);
     const KlRow<A> r = kl_row(c, row);
     const KlScale<A> z(r);
     const A factor = c.grad[row] * r.inverse_t;
-    Words<S> a[kKlChunk], b[kKlChunk];
-    const auto load_chunk = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
+    Words<S> a[kKlVectors], b[kKlVectors];
+    const auto load_round = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
       share.load(a, c.p_logits + first, words_of<S>(RunningRow<A, false>::kNone));
       share.load(b, c.q_logits + first, words_of<S>(RunningRow<A, false>::kNone));
     };
     A sums[1] = {};
     if (c.grad_p) {
-      for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-        load_chunk(ShareOfRow(chunk, c.classes));
+      for (int round = rounds - 1; round >= 0; --round) {
+        load_round(ShareOfRow(round, c.classes));
 #pragma unroll
-        for (int i = 0; i < kKlChunk; ++i) {
+        for (int i = 0; i < kKlVectors; ++i) {
           A mean_e = 0;
 #pragma unroll
           for (int j = 0; j < V; ++j) {
@@ -177,11 +177,11 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_backward_
       }
       row_sums(sums);
     }
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const ShareOfRow share(chunk, c.classes);
-      if (chunk > 0 || !c.grad_p) load_chunk(share);
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      if (round > 0 || !c.grad_p) load_round(share);
 #pragma unroll
-      for (int i = 0; i < kKlChunk; ++i) {
+      for (int i = 0; i < kKlVectors; ++i) {
         A grad_p[V], grad_q[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -200,26 +200,26 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_backward_
 template <bool kU, bool kV, bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_double_backward_kernel(const KlCall<S> c) {
   using A = accumulation_t<S>;
-  constexpr int kChunk = kKlDoubleChunk;
-  using ShareOfRow = Share<kAligned, S, kChunk>;
+  constexpr int kVectors = kKlDoubleVectors;
+  using ShareOfRow = Share<kAligned, S, kVectors>;
   constexpr int V = Words<S>::kSize;
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int chunks = ShareOfRow::chunks(c.classes);
+    const int rounds = ShareOfRow::rounds(c.classes);
     const KlRow<A> r = kl_row(c, row);
     const KlScale<A> z(r);
-    Words<S> a[kChunk], b[kChunk], u[kChunk], v[kChunk];
-    const auto load_chunk = [&](const ShareOfRow& share) {
+    Words<S> a[kVectors], b[kVectors], u[kVectors], v[kVectors];
+    const auto load_round = [&](const ShareOfRow& share) {
       share.load(a, c.p_logits + first, words_of<S>(RunningRow<A, false>::kNone));
       share.load(b, c.q_logits + first, words_of<S>(RunningRow<A, false>::kNone));
       if constexpr (kU) share.load(u, c.u + first, {});
       if constexpr (kV) share.load(v, c.v + first, {});
     };
     A sums[4] = {};
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      load_chunk(ShareOfRow(chunk, c.classes));
+    for (int round = rounds - 1; round >= 0; --round) {
+      load_round(ShareOfRow(round, c.classes));
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         A mean_e = 0, u_p = 0, v_q = 0, v_difference = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -243,10 +243,10 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_double_ba
     KlSums<A> s{sums[0], sums[1], sums[2] - sums[3], sums[2], A(0)};
     if constexpr (kU) {
       A cross[1] = {};
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (chunk > 0) load_chunk(ShareOfRow(chunk, c.classes));
+      for (int round = 0; round < rounds; ++round) {
+        if (round > 0) load_round(ShareOfRow(round, c.classes));
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
+        for (int i = 0; i < kVectors; ++i) {
           A sum = 0;
 #pragma unroll
           for (int j = 0; j < V; ++j) {
@@ -261,13 +261,13 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_double_ba
     }
     if (threadIdx.x == 0) c.per_row[row] = (s.cross + sums[3]) * r.inverse_t;
     const A factor = c.grad[row] * (r.inverse_t * r.inverse_t);
-    // Back again where the chunk in registers is the last.
-    for (int step = 0; step < chunks; ++step) {
-      const int chunk = kU ? chunks - 1 - step : step;
-      const ShareOfRow share(chunk, c.classes);
-      if (step > 0) load_chunk(share);
+    // Back again where the round in registers is the last.
+    for (int step = 0; step < rounds; ++step) {
+      const int round = kU ? rounds - 1 - step : step;
+      const ShareOfRow share(round, c.classes);
+      if (step > 0) load_round(share);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         A grad_p[V], grad_q[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -287,16 +287,16 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_double_ba
 
 template <bool kAligned, class S>
 cudaError_t launch_kl_as(Order order, const KlCall<S>& c, cudaStream_t stream) {
-  const auto with = [&](auto kernel, int chunk) {
-    const dim3 block = block_for_rows<S>(c.classes, chunk);
+  const auto with = [&](auto kernel, int round) {
+    const dim3 block = block_for_rows<S>(c.classes, round);
     return launch(kernel, grid_for_rows(c.rows, block), block, 0, stream, c);
   };
-  if (order == Order::kValue) return with(kl_divergence_kernel<kAligned, S>, kKlChunk);
-  if (order == Order::kBackward) return with(kl_divergence_backward_kernel<kAligned, S>, kKlChunk);
-  if (c.u && c.v) return with(kl_divergence_double_backward_kernel<true, true, kAligned, S>, kKlDoubleChunk);
-  if (c.u) return with(kl_divergence_double_backward_kernel<true, false, kAligned, S>, kKlDoubleChunk);
-  if (c.v) return with(kl_divergence_double_backward_kernel<false, true, kAligned, S>, kKlDoubleChunk);
-  return with(kl_divergence_double_backward_kernel<false, false, false, S>, kKlDoubleChunk);  // of nothing: zeros
+  if (order == Order::kValue) return with(kl_divergence_kernel<kAligned, S>, kKlVectors);
+  if (order == Order::kBackward) return with(kl_divergence_backward_kernel<kAligned, S>, kKlVectors);
+  if (c.u && c.v) return with(kl_divergence_double_backward_kernel<true, true, kAligned, S>, kKlDoubleVectors);
+  if (c.u) return with(kl_divergence_double_backward_kernel<true, false, kAligned, S>, kKlDoubleVectors);
+  if (c.v) return with(kl_divergence_double_backward_kernel<false, true, kAligned, S>, kKlDoubleVectors);
+  return with(kl_divergence_double_backward_kernel<false, false, false, S>, kKlDoubleVectors);  // of nothing: zeros
 }
 
 template <class S>

@@ -1,9 +1,9 @@
-// Rows that a block, or one warp of a block, works on alone, in chunks that stay in registers.
+// Rows that a block, or one warp of a block, works on alone, in rounds that stay in registers.
 //
-// A chunk of a row are kChunk 16-byte vectors to each thread, from every input, and all are loaded before the first is
+// A round of a row are kVectors 16-byte vectors to each thread, from every input, and all are loaded before the first is
 // used.  A warp's vectors lie together, so that a thread's are 512 bytes apart: a constant.  A kernel that needs its row
-// twice goes over the chunks from the last to the first, and back: the chunk that the first sweep ends with need not be
-// loaded again, and the others are those that the caches have seen last.  A row of one chunk is read once.
+// twice goes over the rounds from the last to the first, and back: the round that the first sweep ends with need not be
+// loaded again, and the others are those that the caches have seen last.  A row of one round is read once.
 //
 // Where a thread has less than its share, `others` stands in the place of what is missing: numbers that change no sum and
 // no maximum.  So it makes no difference to any bit whether a row's vectors may be loaded at once (kAligned, by
@@ -18,11 +18,11 @@
 
 namespace rk::cuda {
 
-// Threads and rows of a block: one row to many threads, or several rows to a warp each.
+// Threads and rows of a block, of `vectors` to a thread and round: many threads for a row, or a warp for each of several.
 template <class S>
-dim3 block_for_rows(std::int64_t columns, int chunk) {
+dim3 block_for_rows(std::int64_t columns, int vectors) {
   constexpr std::int64_t most = 512;
-  const std::int64_t per_thread = std::int64_t{Words<S>::kSize} * chunk;
+  const std::int64_t per_thread = std::int64_t{Words<S>::kSize} * vectors;
   const std::int64_t threads = ((columns + per_thread - 1) / per_thread + 31) / 32 * 32;
   return threads <= 32 ? dim3(32, 4) : dim3(static_cast<unsigned>(threads < most ? threads : most));
 }
@@ -70,23 +70,23 @@ __device__ __forceinline__ Words<S> words_of(accumulation_t<S> v) {
   return Words<S>::of(values);
 }
 
-// Where one thread's vectors of one chunk lie in a row of n elements.
-template <bool kAligned, class S, int kChunk>
+// Where one thread's vectors of one round lie in a row of n elements.
+template <bool kAligned, class S, int kVectors>
 struct Share {
-  static constexpr int V = Words<S>::kSize, kCount = kChunk;
+  static constexpr int V = Words<S>::kSize, kCount = kVectors;
   static constexpr int kStep = 32 * V;  // elements from one vector to the next
   std::int64_t first;                   // element
   int left;                             // elements from there to the end of the row, if any; many are enough
 
   // Of a row of n elements, less than 64 GB: 64-bit division would be a subroutine.
-  static __device__ __forceinline__ int chunks(std::int64_t n) {
-    const unsigned size = kChunk * blockDim.x;
+  static __device__ __forceinline__ int rounds(std::int64_t n) {
+    const unsigned size = kVectors * blockDim.x;
     return static_cast<int>((static_cast<unsigned>((n + V - 1) / V) + (size - 1)) / size);
   }
-  __device__ __forceinline__ Share(int chunk, std::int64_t n) {
+  __device__ __forceinline__ Share(int round, std::int64_t n) {
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    first = std::int64_t{chunk} * kChunk * V * blockDim.x + (warp * kChunk * kStep + lane * V);
-    constexpr std::int64_t many = kChunk * kStep;
+    first = std::int64_t{round} * kVectors * V * blockDim.x + (warp * kVectors * kStep + lane * V);
+    constexpr std::int64_t many = kVectors * kStep;
     left = static_cast<int>(n - first < many ? n - first < 0 ? 0 : n - first : many);
   }
 
@@ -96,12 +96,12 @@ struct Share {
     if constexpr (kAligned) return rest > 0 ? V : 0;
     return rest >= V ? V : rest > 0 ? rest : 0;
   }
-  // Elements of the chunk; all are there but in the last of a row.
+  // Elements of the round; all are there but in the last of a row.
   __device__ __forceinline__ int count_all(bool is_last) const {
-    if (!is_last) return V * kChunk;
+    if (!is_last) return V * kVectors;
     int total = 0;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) total += count(i);
+    for (int i = 0; i < kVectors; ++i) total += count(i);
     return total;
   }
   __device__ __forceinline__ bool has(int i) const { return left > i * kStep; }
@@ -111,9 +111,9 @@ struct Share {
     return static_cast<std::uint64_t>(j - first - i * kStep) < std::uint64_t{V};
   }
 
-  __device__ __forceinline__ void load(Words<S> (&x)[kChunk], const S* row, const Words<S>& others) const {
+  __device__ __forceinline__ void load(Words<S> (&x)[kVectors], const S* row, const Words<S>& others) const {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const S* const from = row + element(i);
       if constexpr (kAligned) {
         x[i] = others;

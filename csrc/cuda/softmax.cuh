@@ -37,28 +37,28 @@ struct SoftmaxElement {
   }
 };
 
-constexpr int kSoftmaxChunk = 2;  // vectors of every input in a chunk
+constexpr int kSoftmaxVectors = 2;  // vectors of every input in a round
 
 template <bool kLog, bool kAligned, class S>
 __global__ void __launch_bounds__(512, 2) softmax_double_backward_rows_kernel(const SoftmaxCall<S> c) {
   using A = accumulation_t<S>;
   using Element = SoftmaxElement<kLog, A>;
-  using ShareOfRow = Share<kAligned, S, kSoftmaxChunk>;
+  using ShareOfRow = Share<kAligned, S, kSoftmaxVectors>;
   constexpr int V = Words<S>::kSize;
   for_rows(c.batch, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int chunks = ShareOfRow::chunks(c.classes);
-    Words<S> o[kSoftmaxChunk], u[kSoftmaxChunk], g[kSoftmaxChunk];
-    const auto load_chunk = [&](const ShareOfRow& share) {
+    const int rounds = ShareOfRow::rounds(c.classes);
+    Words<S> o[kSoftmaxVectors], u[kSoftmaxVectors], g[kSoftmaxVectors];
+    const auto load_round = [&](const ShareOfRow& share) {
       share.load(o, c.output + first, {});
       share.load(u, c.u + first, {});
       share.load(g, c.grad + first, {});
     };
     A sums[2] = {};
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      load_chunk(ShareOfRow(chunk, c.classes));
+    for (int round = rounds - 1; round >= 0; --round) {
+      load_round(ShareOfRow(round, c.classes));
 #pragma unroll
-      for (int i = 0; i < kSoftmaxChunk; ++i) {
+      for (int i = 0; i < kSoftmaxVectors; ++i) {
         A total_g = 0, mean_u = 0;
 #pragma unroll
         for (int k = 0; k < V; ++k) Element(o[i][k], u[i][k], g[i][k]).add_to(total_g, mean_u);
@@ -67,11 +67,11 @@ __global__ void __launch_bounds__(512, 2) softmax_double_backward_rows_kernel(co
       }
     }
     row_sums(sums);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const ShareOfRow share(chunk, c.classes);
-      if (chunk > 0) load_chunk(share);
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      if (round > 0) load_round(share);
 #pragma unroll
-      for (int i = 0; i < kSoftmaxChunk; ++i) {
+      for (int i = 0; i < kSoftmaxVectors; ++i) {
         A gg_grad[V], grad_output[V];
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(256) softmax_double_backward_columns_kernel(co
 
 template <bool kLog, bool kAligned, class S>
 cudaError_t launch_softmax_rows(const SoftmaxCall<S>& c, cudaStream_t stream) {
-  const dim3 block = block_for_rows<S>(c.classes, kSoftmaxChunk);
+  const dim3 block = block_for_rows<S>(c.classes, kSoftmaxVectors);
   return launch(softmax_double_backward_rows_kernel<kLog, kAligned, S>, grid_for_rows(c.batch, block), block, 0, stream,
                 c);
 }

@@ -21,9 +21,9 @@ namespace rk::cuda {
 // What a row's target is: an index; an index with label smoothing; probabilities.
 enum class Target { kIndex, kSmoothedIndex, kProbabilities };
 
-// Vectors of every input in a chunk: probabilities need registers of their own.
+// Vectors of every input in a round: probabilities need registers of their own.
 template <Target kTarget>
-inline constexpr int kCrossEntropyChunk = kTarget == Target::kProbabilities ? 2 : 4;
+inline constexpr int kCrossEntropyVectors = kTarget == Target::kProbabilities ? 2 : 4;
 
 template <class S>
 struct CrossEntropyCall {
@@ -75,8 +75,8 @@ struct RowTarget {
   __device__ __forceinline__ A total_q(std::int64_t classes) const {
     if constexpr (kTarget != Target::kProbabilities) return smoothing.keep + smoothing.floor * A(classes);
     A total[1] = {};
-    for (int chunk = 0; chunk < ShareOfRow::chunks(classes); ++chunk) {
-      const ShareOfRow share(chunk, classes);
+    for (int round = 0; round < ShareOfRow::rounds(classes); ++round) {
+      const ShareOfRow share(round, classes);
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
         A q[V];
         weights(share.element(i), share.count(i), q);
@@ -111,7 +111,7 @@ __device__ __forceinline__ bool settle_row(const CrossEntropyCall<S>& c, const R
 template <Target kTarget, bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kCrossEntropyChunk<kTarget>>;
+  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
   constexpr int V = Words<S>::kSize;
   const A k = c.inverse_t * kLog2E<A>;
   for_rows(c.rows, [&](std::int64_t row) {
@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
     if (settle_row(c, target, row)) return;
     const S* const z = c.logits + row * c.logits_stride;
     RunningRow<A, kTarget != Target::kIndex> r;
-    const int chunks = ShareOfRow::chunks(c.classes);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const ShareOfRow share(chunk, c.classes);
+    const int rounds = ShareOfRow::rounds(c.classes);
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
       Words<S> x[ShareOfRow::kCount];
       share.load(x, z, words_of<S>(-static_cast<A>(INFINITY)));
       A max = r.max;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
           r.gaps += gaps;
         }
       }
-      if constexpr (kTarget == Target::kSmoothedIndex) r.weight += A(share.count_all(chunk + 1 == chunks));
+      if constexpr (kTarget == Target::kSmoothedIndex) r.weight += A(share.count_all(round + 1 == rounds));
     }
     r.join(k);
     if (threadIdx.x != 0) return;
@@ -201,7 +201,7 @@ template <Target kTarget, bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kCrossEntropyChunk<kTarget>>;
+  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
   constexpr int V = Words<S>::kSize;
   for_rows(c.rows, [&](std::int64_t row) {
     const RowTarget<kTarget, S> target(c, row);
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
       return grad * cross_entropy_slope(p(z_j), q_j * inverse_t, total_q_t, A(1));
     };
     [[maybe_unused]] bool has_index = false;
-    for (int chunk = 0; chunk < ShareOfRow::chunks(c.classes); ++chunk) {
-      const ShareOfRow share(chunk, c.classes);
+    for (int round = 0; round < ShareOfRow::rounds(c.classes); ++round) {
+      const ShareOfRow share(round, c.classes);
       Words<S> x[ShareOfRow::kCount];
       share.load(x, z, {});
 #pragma unroll
@@ -245,7 +245,7 @@ template <Target kTarget, bool kAligned, class S>
 __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kCrossEntropyChunk<kTarget>>;
+  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
   constexpr int V = Words<S>::kSize;
   for_rows(c.rows, [&](std::int64_t row) {
     const RowTarget<kTarget, S> target(c, row);
@@ -254,11 +254,11 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     S* const out = c.out + row * c.classes;
     const RowSoftmax<A> p(c, row);
     const A grad = c.grad[row], inverse_t = c.inverse_t, total_q = target.template total_q<ShareOfRow>(c.classes);
-    const int chunks = ShareOfRow::chunks(c.classes);
+    const int rounds = ShareOfRow::rounds(c.classes);
     Words<S> x[ShareOfRow::kCount], y[ShareOfRow::kCount];
     A sums[2] = {};  // sum p u, and sum u or sum q u
-    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      const ShareOfRow share(chunk, c.classes);
+    for (int round = rounds - 1; round >= 0; --round) {
+      const ShareOfRow share(round, c.classes);
       share.load(x, z, {});
       share.load(y, u, {});
 #pragma unroll
@@ -284,9 +284,9 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
         dot_qu = target.smoothing.floor * dot_qu + target.smoothing.keep * load(u[target.index]);
       c.per_row[row] = (total_q * mean_u - dot_qu) * inverse_t;
     }
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const ShareOfRow share(chunk, c.classes);
-      if (chunk > 0) {
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      if (round > 0) {
         share.load(x, z, {});
         share.load(y, u, {});
       }
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
 template <Target kTarget, bool kAligned, class S>
 cudaError_t launch_cross_entropy_as(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
   constexpr Target kOfBackward = kTarget == Target::kSmoothedIndex ? Target::kIndex : kTarget;  // the same there
-  const dim3 block = block_for_rows<S>(c.classes, kCrossEntropyChunk<kTarget>), grid = grid_for_rows(c.rows, block);
+  const dim3 block = block_for_rows<S>(c.classes, kCrossEntropyVectors<kTarget>), grid = grid_for_rows(c.rows, block);
   switch (order) {
     case Order::kValue: return launch(softmax_cross_entropy_kernel<kTarget, kAligned, S>, grid, block, 0, stream, c);
     case Order::kBackward:

@@ -289,7 +289,7 @@ int main(int argc, char** argv) {
     test_alignment<__nv_bfloat16>(draw, 8 * draw(1, 90));
     test_infinite(draw, draw(2, 500));
   }
-  test_shapes<float>(options, draw, 3, 5000);  // several chunks
+  test_shapes<float>(options, draw, 3, 5000);  // several rounds
   test_shapes<__nv_bfloat16>(options, draw, 2, 20000);
   if (options.huge) test_huge();
   return finish();

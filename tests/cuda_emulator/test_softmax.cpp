@@ -177,7 +177,7 @@ int main(int argc, char** argv) {
     test_alignment<__half>(draw, 8 * draw(1, 60), 1);
     test_alignment<__nv_bfloat16>(draw, draw(1, 30), draw(2, 60));
   }
-  test_shape<float>(options, draw, 2, 9000, 1);  // several chunks
+  test_shape<float>(options, draw, 2, 9000, 1);  // several rounds
   test_shape<__nv_bfloat16>(options, draw, 2, 20000, 1);
   test_small_grid(draw);
   if (options.huge) test_huge();

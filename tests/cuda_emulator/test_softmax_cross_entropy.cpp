@@ -302,7 +302,7 @@ int main(int argc, char** argv) {
     test_infinite(draw, draw(2, 700));
   }
   test_shapes<float>(options, draw, 3, 5000);
-  test_shapes<float>(options, draw, 2, 20001);  // several chunks
+  test_shapes<float>(options, draw, 2, 20001);  // several rounds
   test_shapes<__nv_bfloat16>(options, draw, 2, 40000);
   if (options.huge) test_huge();
   return finish();

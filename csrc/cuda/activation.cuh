@@ -75,13 +75,17 @@ __global__ void __launch_bounds__(256, 4) activation_double_backward_several_ker
         store_some_words(to, Words<S>::of(values), count);
     };
     const Words<S> x = load_at(c.x + first);
-    Words<S> u = load_at(c.u + first), g = load_at(c.grad + first);
+    Words<S> u{}, g{};
+    if (c.cotangents > 0) {
+      u = load_at(c.u + first);
+      g = load_at(c.grad + first);
+    }
     Slopes<A> slopes[V];
     A sum[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       slopes[k] = activation_slopes<kFunction>(x[k], c.parameters);
-      sum[k] = A(-0.0);  // a sum of one term is that term, of either sign
+      sum[k] = c.cotangents ? A(-0.0) : A(0);  // a sum of one term is that term, of either sign
     }
 #pragma unroll 1
     for (std::int64_t i = 0; i < c.cotangents; ++i) {

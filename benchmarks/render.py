@@ -32,7 +32,7 @@ _TITLES = {
     "eager": "stock eager", "compile": "torch.compile", "reference": "reference", "robustkern": "robustkern",
     "operator": "bare kernel", "plain": "plain step", "plain_installed": "plain step, installed",
     "installed": "robustkern installed", "installed_compile": "torch.compile, installed",
-    "finite_differences": "finite differences",
+    "finite_differences": "finite differences", "installed_graph": "robustkern installed, one CUDA graph",
 }  # fmt: skip
 # The case of each operator that stands for it in README.md.
 _REPRESENTATIVE = {
@@ -40,6 +40,13 @@ _REPRESENTATIVE = {
     "softmax_cross_entropy": ("float32", "1000 classes"),
     "kl_divergence": ("float32", "1000 classes"),
 }
+
+
+def stands_for(op: str, dtype: str, case: str) -> bool:
+    """Whether this is the case that stands for its operator."""
+    if op not in _REPRESENTATIVE:
+        raise SystemExit(f"no case stands for {op}: add its dtype and case to _REPRESENTATIVE in benchmarks/render.py")
+    return (dtype, case) == _REPRESENTATIVE[op]
 
 
 def case_name(row: Row) -> str:
@@ -108,17 +115,13 @@ def readme_ops(results: Row) -> str:
 
     lines = []
     for (op, _, dtype, _, case, order), columns in groups.items():
-        if (dtype, case) == _REPRESENTATIVE[op]:
+        if stands_for(op, dtype, case):
             lines.append(line(f"{op}, {order.replace('_', ' ')}", columns))
     gains = {key: gain for key, c in groups.items() if (gain := speed_up(c, "eager")) is not None}
     if gains:
         op, _, dtype, _, case, order = key = min(gains, key=gains.__getitem__)
         lines.append(line(f"worst of {len(gains)}: {op}, {order.replace('_', ' ')}, {dtype}, {case}", groups[key]))
-    shapes = {
-        k[0]: f"{k[0]} {'x'.join(map(str, k[3]))} {k[2]} {k[4]}"
-        for k in groups
-        if (k[2], k[4]) == _REPRESENTATIVE[k[0]]
-    }
+    shapes = {k[0]: f"{k[0]} {'x'.join(map(str, k[3]))} {k[2]} {k[4]}" for k in groups if stands_for(k[0], k[2], k[4])}
     return f"{sentence(results['ops'])} {'; '.join(shapes.values())}.\n\n{table(header, lines)}"
 
 

@@ -20,7 +20,8 @@ from .step_models import ATTENTION, MODELS, Shape, available
 PLAIN, PLAIN_INSTALLED = "plain", "plain_installed"
 STOCK, INSTALLED, FINITE_DIFFERENCES = "eager", "installed", "finite_differences"
 COMPILED = ("compile", "installed_compile")
-PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, INSTALLED, FINITE_DIFFERENCES, *COMPILED)
+GRAPHED = "installed_graph"
+PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, INSTALLED, GRAPHED, FINITE_DIFFERENCES, *COMPILED)
 PENALTIES: dict[str, tuple[float, bool]] = {"L1": (1.0, False), "L2": (2.0, False), "squared L2": (2.0, True)}
 
 Gradients = tuple[Tensor, ...]
@@ -39,6 +40,7 @@ class Spec:
     channels_last: bool = False
     autocast: bool = False  # bfloat16
     compiled: bool = True  # whether there are columns of torch.compile, which take a minute each
+    graphed: bool = False  # whether there is a column of the step as one CUDA graph
 
     @property
     def name(self) -> str:
@@ -48,7 +50,8 @@ class Spec:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return tuple(p for p in PROVIDERS if self.compiled or p not in COMPILED)
+        left_out = (() if self.compiled else COMPILED) + (() if self.graphed else (GRAPHED,))
+        return tuple(p for p in PROVIDERS if p not in left_out)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.penalty}"
@@ -77,6 +80,8 @@ class Case:
         loss = self._losses()[provider]
         if provider in COMPILED:
             return self._compiled(provider, loss, backend)
+        if provider == GRAPHED:
+            return self._graphed()
 
         def step() -> Gradients:
             with self._conditions(provider):
@@ -129,6 +134,23 @@ class Case:
 
         return step
 
+    def _graphed(self) -> Step:
+        """The step of "installed", captured once and replayed."""
+        step, stream, graph = self.step(INSTALLED), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            gradients = step()
+
+        def replay() -> Gradients:
+            graph.replay()
+            return gradients
+
+        return replay
+
     def _take_gradients(self) -> Gradients:
         gradients = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
         for parameter in self.parameters:
@@ -141,7 +163,7 @@ class Case:
     def _losses(self) -> dict[str, Loss]:
         plain, penalised = self._plain, self._penalised
         return {
-            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised,
+            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised, GRAPHED: penalised,
             FINITE_DIFFERENCES: self._finite_differences, **dict.fromkeys(COMPILED, penalised),
         }  # fmt: skip
 
@@ -214,17 +236,20 @@ def _specs(size: str, device: str) -> list[Spec]:
             Spec("MLP with GELU", 4, shape, compiled=False),
         ]
     if device == "cuda":
-        resnet, vit = "PreAct-ResNet-18, BatchNorm", "ViT"
-        return [
-            Spec(resnet, 256),
-            Spec(resnet, 256, channels_last=True, autocast=True),
-            Spec(vit, 256),
-            Spec(vit, 256, autocast=True),
+        resnet, of_size_b = "PreAct-ResNet-18, BatchNorm", "ViT-B/16"
+        cases = [
+            Spec(resnet, 128),
+            Spec(resnet, 128, channels_last=True, autocast=True),
+            Spec(of_size_b, 64, (3, 224, 224), autocast=True),
+            Spec(resnet, 256, compiled=False),
+            Spec(resnet, 256, channels_last=True, autocast=True, compiled=False),
             Spec("ConvNeXt blocks", 256, channels_last=True),
+            Spec("ViT", 256),
             Spec("conv-BatchNorm-ReLU of PyTorch issue 3076", 512),
             Spec("PreAct-ResNet-18 of PyTorch issue 7714", 128),
             Spec("MLP with GELU", 1024, penalty="L1"),
         ]
+        return [replace(spec, graphed=True) for spec in cases]
     batch_norm, group_norm = (f"PreAct-ResNet-18 of width 32, {norm}Norm" for norm in ("Batch", "Group"))
     return [
         Spec(batch_norm, 48),

@@ -1,7 +1,5 @@
 """Checks of numbers and generators: one sentence that names the function, the argument, what it takes and what came."""
 
-from __future__ import annotations
-
 import math
 import operator
 

@@ -1,7 +1,5 @@
 """Bases of cotangents, with which a Jacobian norm is a sum and no estimate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

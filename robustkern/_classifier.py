@@ -1,7 +1,5 @@
 """What every attack and every loss is called with: a model, images, labels; and the logits that come out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +12,7 @@ from robustkern._dtypes import DTYPES
 
 
 def check_call(name: str, model: object, x: Any, y: Any, generator: object = None, *, soft: bool = False) -> Tensor:
-    """y, as int64 if it holds classes.  What is in x and y is looked at on the CPU only: a GPU would be waited for.
+    """y, as int64 if it holds classes.  Numbers in x and y are looked at on the CPU only: on a GPU that takes waiting.
 
     Args:
         name: the attack or loss, for messages.

@@ -1,6 +1,4 @@
-"""Files that anybody may have written: regular ones, of a bounded size; JSON of a bounded depth, no key twice."""
-
-from __future__ import annotations
+"""Reads files that anybody may have written: regular files of bounded size, JSON of bounded depth, no key twice."""
 
 import errno
 import json
@@ -11,7 +9,7 @@ from typing import IO, Any
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     """A file to read from; OSError for a pipe or a device, which may never end."""
-    # Without O_NONBLOCK a pipe that nobody writes to would wait for ever before it could be seen to be one.
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

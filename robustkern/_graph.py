@@ -1,7 +1,5 @@
 """The graph that autograd has built."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """J^T w, the gradient of outputs with respect to inputs, checked: a wrong use is one sentence, never a silent zero."""
 
-from __future__ import annotations
-
 import sys
 
 import torch

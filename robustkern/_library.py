@@ -1,7 +1,5 @@
 """Finds and loads the compiled extensions.  Importing this never fails; it remembers why something is missing."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

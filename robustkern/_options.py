@@ -1,10 +1,9 @@
 """Options of attacks and losses, checked by their names: what has one name means the same everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -77,10 +76,6 @@ def _flag(owner: str, name: str, value: object) -> bool:
     return bool(value)
 
 
-def _weight(owner: str, name: str, value: object) -> float:
-    return check_number(owner, name, value, 0)
-
-
 def _norm_order(owner: str, name: str, value: Any) -> float:
     try:
         order = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
@@ -89,18 +84,6 @@ def _norm_order(owner: str, name: str, value: Any) -> float:
     if not order >= 1.0:
         raise ValueError(f"{owner}: {name} must be 1, 2, inf or any number >= 1, got {shown(value)}")
     return order
-
-
-def _positive(owner: str, name: str, value: object) -> float:
-    return check_number(owner, name, value, 0, open_below=True)
-
-
-def _share(owner: str, name: str, value: object) -> float:
-    return check_number(owner, name, value, 0, 1)
-
-
-def _count(owner: str, name: str, value: object) -> int:
-    return check_integer(owner, name, value, 1)
 
 
 def _projections(owner: str, name: str, value: Any) -> Any:
@@ -118,14 +101,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {"impl": IMPLS, "law": LAWS, "norm": NORM
 _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "eps": _magnitude,
     "step_size": lambda owner, name, value: None if value is None else _magnitude(owner, name, value, positive=True),
-    "fraction": lambda owner, name, value: check_number(owner, name, value, 0, 1, open_below=True),
+    "fraction": partial(check_number, least=0, most=1, open_below=True),
     "orientation": lambda owner, name, value: None if value is None else _function(owner, name, value),
     "projections": _projections,
     "p": _norm_order,
-    **dict.fromkeys(("steps", "restarts", "coordinates", "every"), _count),
+    **dict.fromkeys(("steps", "restarts", "coordinates", "every"), partial(check_integer, least=1)),
     **dict.fromkeys(("random_start", "targeted", "early_exit", "squared"), _flag),
-    **dict.fromkeys(("weight", "ratio", "gamma", "noise"), _weight),
-    **dict.fromkeys(("xi", "h", "temperature"), _positive),
-    "label_smoothing": _share,
+    **dict.fromkeys(("weight", "ratio", "gamma", "noise"), partial(check_number, least=0)),
+    **dict.fromkeys(("xi", "h", "temperature"), partial(check_number, least=0, open_below=True)),
+    "label_smoothing": partial(check_number, least=0, most=1),
     **dict.fromkeys(("attack", "loss"), _function),
 }

@@ -1,6 +1,4 @@
-"""Pickles, looked at before they are run: what a pickle makes may be larger than itself by any factor."""
-
-from __future__ import annotations
+"""Pickles, inspected before they are run: a small pickle may make objects of any size."""
 
 import pickletools
 
@@ -12,9 +10,9 @@ def check_pickle(content: bytes, most: int) -> set[str]:
 
     Args:
         content: A pickle.
-        most: Instructions that it may have, and places to remember things. Ten times that may be the elements of all
-            that it makes, as seen by whoever walks through it: a tuple of a tuple twice, and so on forty times over,
-            takes years to be hashed, and so does a smaller one as the key of many mappings.
+        most: How many instructions, and places to remember things, it may have. What it makes may have ten times as
+            many elements, each counted whenever a walk meets it: a tuple that holds a tuple twice, and so on forty
+            times over, takes years to be hashed, and so does a smaller one that is the key of many mappings.
 
     Raises:
         ValueError: It is no pickle, or makes more.

@@ -1,9 +1,7 @@
 """Settings: fields of a dataclass, each declared once with its type, its default and the numbers that it may be.
 
-What a setting is stands in the docstring of its class, whose first sentence about it is the help of the command line.
+The docstring of the class says what each setting is; its first sentence is the help text of the command line.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import inspect

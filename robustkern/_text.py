@@ -4,8 +4,6 @@ What cannot be printed (control characters and terminal escapes, bytes of a name
 direction of writing) is everywhere shown as Python's repr shows it.
 """
 
-from __future__ import annotations
-
 import html
 import os
 import re

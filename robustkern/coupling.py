@@ -1,7 +1,5 @@
 """Whether a model treats each sample of a batch by itself, as penalties of a sample's gradient take for granted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,7 +43,7 @@ def batch_coupling(model: Callable[[Tensor], Tensor], x: Tensor) -> float:
     generator = torch.Generator(x.device).manual_seed(0)
     half = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     half[torch.randperm(len(x), generator=generator, device=x.device)[: len(x) // 2]] = True
-    with torch.enable_grad(), torch.random.fork_rng(_devices(x)), _unchanged_buffers(model):
+    with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), _unchanged_buffers(model):
         outputs = model(x)
         check_tensors(name, x, outputs=outputs)
         if outputs.dim() == 0 or len(outputs) != len(x):
@@ -61,10 +59,6 @@ def batch_coupling(model: Callable[[Tensor], Tensor], x: Tensor) -> float:
             across += float(squares[~chosen].sum())
             total += float(squares.sum())
     return (across / total) ** 0.5 if total > 0 else 0.0
-
-
-def _devices(x: Tensor) -> list[torch.device]:
-    return [x.device] if x.device.type == "cuda" else []
 
 
 @contextmanager

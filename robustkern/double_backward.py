@@ -1,7 +1,5 @@
 """The switch that gives PyTorch's own operators fused second derivatives."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Iterator
@@ -119,7 +117,7 @@ _TAGS = {False: " robustkern", True: " robustkern with zeros"}
 
 
 def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: ignore[no-untyped-def]
-    """Keeps what torch.compile caches on disk apart: its key is the traced program, not what replaces its operators."""
+    """Keeps apart what torch.compile caches on disk: its key is the traced program, whatever replaces its operators."""
     config = torch.compiler.config
     with _tagging:
         tag = config.cache_key_tag
@@ -142,7 +140,7 @@ def _saves_through_hooks(outputs: torch.Tensor) -> bool:
     """Whether PyTorch's own nodes have saved anything through torch.autograd.graph.saved_tensors_hooks.
 
     Checkpointing does.  It computes the forward again from within the backward, and under vmap PyTorch's operators save
-    other tensors there, or the same ones in another order: nobody notices where their shapes agree.
+    other tensors there, or the same ones in another order: where their shapes agree, no error tells.
     """
     for node in graph_nodes(outputs):
         for name in _saved_names(type(node)):

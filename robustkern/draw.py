@@ -1,7 +1,5 @@
 """What is random or scheduled in one call of a loss."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

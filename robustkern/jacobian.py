@@ -1,7 +1,5 @@
 """The Jacobian of a model's outputs with respect to its inputs: norms by random projection or exact, and itself."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Literal, overload
@@ -95,7 +93,7 @@ def jacobian_norm(
             be in what torch.compile traces.
         first: row of a larger batch that the first of these is: its projections are those that it has there.
         return_variance: also give an unbiased estimate of the estimate's variance, from the spread of the K values:
-            s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It takes K >= 2 and
+            s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It needs K >= 2 and
             `squared`, and assumes that a sample's outputs depend on no other sample, see above.  Not differentiable.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.
         impl: "auto", "kernel" or "reference".
@@ -113,29 +111,39 @@ def jacobian_norm(
     if not `squared`. Determinism: a function of the generator's state, and else as deterministic as the model's own
     backward. Source: Hoffman, Roberts and Yaida, "Robust learning with Jacobian regularization", 2019 (sphere).
     """
+    function = "jacobian_norm"
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     exact = projections == "exact"
-    check_outputs("jacobian_norm", outputs, x)
-    _check_options(outputs, projections, law, kind, squared, reduction, return_variance)
-    check_choice("jacobian_norm", "impl", impl, IMPLS)
-    check_generator("jacobian_norm", generator, outputs.device)
-    check_integer("jacobian_norm", "first", first, 0)
+    check_outputs(function, outputs, x)
+    if not exact:
+        check_integer(function, "projections", projections, 1, 'or "exact"')
+    check_choice(function, "law", law, LAWS)
+    check_choice(function, "kind", kind, KINDS)
+    check_choice(function, "reduction", reduction, ("none", "mean", "sum"))
+    if return_variance and not squared:
+        raise ValueError("jacobian_norm: return_variance needs squared=True: the root of an estimate is biased")
+    size = outputs.shape[1:].numel()
+    if return_variance and projections == 1 and not (law == "orthonormal" and size == 1):
+        raise ValueError("jacobian_norm: return_variance needs at least two projections: one value has no spread")
+    check_choice(function, "impl", impl, IMPLS)
+    check_generator(function, generator, outputs.device)
+    check_integer(function, "first", first, 0)
     if weight is not None and not isinstance(weight, Tensor):
-        check_number("jacobian_norm", "weight", weight, -math.inf)
+        check_number(function, "weight", weight, -math.inf)
     with torch.enable_grad(), fused_where_possible(impl):
         source = outputs if differentiable else outputs.detach()
-        count = outputs.shape[1:].numel() if exact else int(projections)
+        count = size if exact else int(projections)
         if exact:
             cotangents: Iterable[Tensor] = basis_cotangents(source, kind)
         else:
-            # A row's directions are those of its place: rows before these, which somebody else has, are put there.
+            # A row's directions are those of its place in the whole batch: zeros stand for the rows before these.
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents
         fold = differentiable and folds(outputs, x, count, impl)
 
         def gradient(cotangent: Tensor) -> Tensor:
-            return input_gradient("jacobian_norm", "outputs", outputs, x, cotangent, create_graph=differentiable)
+            return input_gradient(function, "outputs", outputs, x, cotangent, create_graph=differentiable)
 
         def norms(grads: Tensor) -> Tensor:
             return row_norm(grads, 2.0, weight, squared=squared, impl=impl)
@@ -143,14 +151,14 @@ def jacobian_norm(
         if fold:
             batch = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
             grads = torch.func.vmap(gradient)(batch)  # [K, *x.shape]
-            check_differentiable("jacobian_norm", "outputs", grads)
+            check_differentiable(function, "outputs", grads)
             stacked = norms(grads.flatten(0, 1)).unflatten(0, grads.shape[:2]).t()  # [B, K]
         else:
             values: list[Tensor] = []
             for cotangent in cotangents:
                 grad = gradient(cotangent)
                 if differentiable and not values:
-                    check_differentiable("jacobian_norm", "outputs", grad)
+                    check_differentiable(function, "outputs", grad)
                 with torch.set_grad_enabled(differentiable):
                     values.append(norms(grad))
             with torch.set_grad_enabled(differentiable):
@@ -284,19 +292,3 @@ def input_jacobian(
                 check_differentiable("input_jacobian", "outputs", rows[0])
     with torch.set_grad_enabled(differentiable):
         return torch.stack(rows, 1).reshape(*outputs.shape, *x.shape[1:])
-
-
-def _check_options(
-    outputs: Tensor, projections: Projections, law: str, kind: str, squared: bool, reduction: str, variance: bool
-) -> None:
-    function = "jacobian_norm"
-    if projections != "exact":
-        check_integer(function, "projections", projections, 1, 'or "exact"')
-    check_choice(function, "law", law, LAWS)
-    check_choice(function, "kind", kind, KINDS)
-    check_choice(function, "reduction", reduction, ("none", "mean", "sum"))
-    if variance and not squared:
-        raise ValueError("jacobian_norm: return_variance needs squared=True: the root of an estimate is biased")
-    size = outputs.shape[1:].numel()
-    if variance and projections == 1 and not (law == "orthonormal" and size == 1):
-        raise ValueError("jacobian_norm: return_variance needs at least two projections: one value has no spread")

@@ -1,7 +1,5 @@
 """Penalties on derivatives with respect to the input, as functions of (outputs, inputs)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The largest singular value of a Jacobian, by power iteration."""
 
-from __future__ import annotations
-
 from typing import Literal, overload
 
 import torch

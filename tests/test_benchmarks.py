@@ -43,6 +43,31 @@ def test_programs_that_only_print():
     assert trees.count("\n| ") == 5 and "second backward: RMSNorm" in trees
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a script for bash and coreutils")
+def test_rehearsal_of_the_script_for_gpus(tmp_path):
+    """Every stage runs on the CPU, says so in a line, and leaves its log."""
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "OUT": str(tmp_path), "SECONDS_IN_ALL": "900"}
+    script = ["bash", "benchmarks/gpu.sh", "cpu"]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
+    stages = {line[8:20].strip(): line[21:33].strip() for line in (tmp_path / "summary.txt").read_text().splitlines()}
+    tools = dict.fromkeys(("memcheck", "racecheck", "synccheck", "counters"), "skipped")
+    passed = dict.fromkeys(("build", "checks", "operators", "suite", "kernels", "steps"), "passed")
+    assert stages == tools | passed, done.stdout + done.stderr
+    assert done.returncode == 0
+    assert all((tmp_path / f"{stage}.log").exists() for stage in stages)
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a script for bash and coreutils")
+def test_the_script_for_gpus_ends_in_time(tmp_path):
+    """What there is no time for is said, and the exit status tells."""
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "OUT": str(tmp_path), "SECONDS_IN_ALL": "6"}
+    script = ["bash", "benchmarks/gpu.sh", "cpu"]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "OUT OF TIME" in (tmp_path / "summary.txt").read_text()
+
+
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
     out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]

@@ -93,7 +93,9 @@ def test_every_attack_and_loss_is_here():
     from robustkern import attacks
 
     made = {type(make()).__name__ for make in EVERY.values()}
-    assert made == {*losses.__all__, *attacks.__all__} - {"attacked"}
+    named = {*losses.__all__, *attacks.__all__} - {"attacked"}
+    assert not named - made, f"add {sorted(named - made)} to LOSSES or ATTACKS of tests/test_misuse.py"
+    assert not made - named, f"{sorted(made - named)} is not in __all__ of robustkern.losses or robustkern.attacks"
 
 
 @over_every
@@ -360,7 +362,9 @@ def test_wrong_options(name):
     for field in dataclasses.fields(made):
         if field.name in CHECKED_ELSEWHERE:
             continue
-        assert field.name in _CHECKS or field.name in _CHOICES or isinstance(field.default, str), field.name
+        checked = field.name in _CHECKS or field.name in _CHOICES or isinstance(field.default, str)
+        assert checked, f"add {field.name} to _CHECKS of robustkern/_options.py, or check it in {type(made).__name__}"
+        assert field.name in WRONG, f"add values that {field.name} must refuse to WRONG of tests/test_misuse.py"
         for value in WRONG[field.name]:
             with pytest.raises((TypeError, ValueError)) as error:
                 pytest.fail(f"{dataclasses.replace(made, **{field.name: value})}")

@@ -146,10 +146,7 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     Kept kept(ctx);
     const Mask mask = asked<3>(ctx, kept.integer());
     const auto norm = BatchNorm::of(kept, saved[2], saved[3]);
-    if (const auto grad_x = BatchNormBackward::of_several(g, x, w, norm, mask)) {
-      result[0] = *grad_x;
-      return result;
-    }
+    if (BatchNormBackward::of_several(result, g, x, w, norm, mask)) return result;
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(g);
     const BelowAutogradIf below(is_final(g));
@@ -172,7 +169,7 @@ std::optional<Triple> native_batch_norm(const Tensor& x, const std::optional<Ten
 
 void register_batch_norm(Registrar& r) {
   add_folding<ForwardBatchNorm>(/*when_large=*/false);
-  r.replace_forward<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
+  r.replace<at::_ops::native_batch_norm, native_batch_norm, Kind::kForward>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);
 }

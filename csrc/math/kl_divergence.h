@@ -54,11 +54,8 @@ RK_HOST_DEVICE bool kl_is_top(const KlRow<A>& r, A a) {
 // place.
 RK_HOST_DEVICE float kl_of_small(float d) {
 #if defined(__CUDA_ARCH__)  // the same multiplied out: a multiply-add a term
-  float s = d * (-1.0f / 2520.0f) + 1.0f / 360.0f;
-  s = s * d - 1.0f / 60.0f;
-  s = s * d + 1.0f / 12.0f;
-  s = s * d - 1.0f / 3.0f;
-  return 0.5f * d * d * (s * d + 1.0f);
+  return 0.5f * d * d *
+         power_series(d, 1.0f, -1.0f / 3.0f, 1.0f / 12.0f, -1.0f / 60.0f, 1.0f / 360.0f, -1.0f / 2520.0f);
 #else
   float s = 1.0f - d * (1.0f / 7.0f);
   s = 1.0f - d * (1.0f / 6.0f) * s;

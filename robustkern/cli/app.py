@@ -4,8 +4,6 @@ Exit status: 0 done, 1 failed, 2 wrong use, 75 stopped by SIGINT or SIGTERM with
 system can start the same command again with `--resume`.
 """
 
-from __future__ import annotations
-
 import typer
 
 from .demo import demo_command

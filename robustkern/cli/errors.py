@@ -1,7 +1,5 @@
 """Errors of the command line: what is wrong is one line on stderr, and an exit status."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings
@@ -32,7 +30,7 @@ class OneLineErrors(TyperGroup):
         except _UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
                 error.show()
-            elif os.environ.get("RANK", "0") == "0":  # what is the same for all processes, the first one tells
+            elif os.environ.get("RANK", "0") == "0":  # all processes have the same error: the first one prints it
                 print_error(" ".join(error.format_message().split()))
             status = error.exit_code
         sys.exit(status or 0)
@@ -45,7 +43,7 @@ def print_error(sentence: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Errors that a user can do something about become one line on stderr and an exit status; warnings a line."""
+    """Errors that a user can do something about become one line on stderr and an exit status; a warning, one line."""
     rank = os.environ.get("RANK", "0")
     told: set[str] = set()  # a study loads its data for every model
 

@@ -1,7 +1,5 @@
 """`robustkern evaluate`."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
 
 from robustkern import data as datasets
@@ -23,13 +21,14 @@ from robustkern.evaluation import ATTACKS, Accuracy, MissingPackage, Report, Set
 from robustkern.evaluation.report import FILES, export_state_dict, write_partial, write_report
 from robustkern.evaluation.suite import autoattack_package
 from robustkern.training import Interrupted, TrainingError, UsageError, load_model
+from robustkern.training.errors import require
 from robustkern.training.figures import eps_text
 from robustkern.training.files import RunLock, make_writable, refuse_foreign, remove_stale
 from robustkern.training.weights import load_model_for
 
 from .errors import FAILED, one_line_errors, print_error
 from .options import ROOT_HELP, device_name, names, option, path, takes
-from .progress import say
+from .progress import bar, say
 
 _ATTACKS_HELP = f"Of {', '.join(ATTACKS)}; with commas."
 _OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
@@ -39,12 +38,7 @@ _EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench re
 @takes(
     Settings,
     eps={"help": "Radius: 8/255 or 0.1. Default: the one it was trained with."},
-    attacks={
-        "kind": str,
-        "default": ",".join(ATTACKS),
-        "help": f"Of {', '.join(ATTACKS)}; with commas.",
-        "read": names,
-    },
+    attacks={"kind": str, "default": ",".join(ATTACKS), "help": _ATTACKS_HELP, "read": names},
 )
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN", parser=path)],
@@ -93,13 +87,11 @@ def evaluate_run(
         TrainingError: The run cannot be read, or a package is missing.
         Interrupted: SIGINT or SIGTERM; the attacks that were finished are in the files.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device")
+    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device")
     if threads is not None:
         torch.set_num_threads(threads)
     name = data or load_model(run)[1].get("data")
-    if not name:
-        raise UsageError(f"{run} does not say what it was trained on: give --data")
+    require(bool(name), f"{run} does not say what it was trained on: give --data")
     test = datasets.load(str(name), root, "test")
     model, description = load_model_for(run, test)
     if settings.get("eps") is None:
@@ -109,10 +101,8 @@ def evaluate_run(
     except ValueError as error:
         raise UsageError(str(error)) from error
     widest = box_diameter(chosen.norm, test.in_shape)
-    if chosen.eps > widest:
-        raise UsageError(
-            f"eps must be at most {widest:g}, the {chosen.norm} diameter of the images' box, got {chosen.eps}"
-        )
+    limit = f"{widest:g}, the {chosen.norm} diameter of the images' box"
+    require(chosen.eps <= widest, f"eps must be at most {limit}, got {chosen.eps}")
     if "autoattack" in chosen.attacks:
         try:
             autoattack_package()
@@ -139,8 +129,7 @@ def evaluate_run(
             kept = f"{folder}/ has what was finished ({', '.join(finished)})" if finished else "no attack was finished"
             raise Interrupted("stopped by a signal", f"{kept}; the same command begins anew") from None
     print_report(report, console, str(run))
-    files = f"\n{terminal(folder)}/ holds evaluation.json, evaluation.png and adversaries.safetensors"
-    say(console, files)
+    say(console, f"\n{terminal(folder)}/ holds evaluation.json, evaluation.png and adversaries.safetensors")
     if export is not None:
         say(console, f"{terminal(export)}: the weights, for loaders that take a state_dict")
     return report
@@ -192,13 +181,12 @@ def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The right to write an evaluation into a folder, which is empty or holds one, and the certainty that it can be."""
+    """The right to write an evaluation into a folder that is empty or holds one, once a trial file was written."""
 
     def check() -> None:
         refuse_foreign(folder, FILES, "an evaluation", marker=FILES[0])
-        for name in FILES:
-            if (folder / name).is_dir():
-                raise UsageError(f"{folder / name} is a folder, not a file of an evaluation")
+        for file in (folder / name for name in FILES):
+            require(not file.is_dir(), f"{file} is a folder, not a file of an evaluation")
 
     check()
     make_writable(folder)
@@ -223,7 +211,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """What is being measured, and how far it is: told by calling it with a name, what is done, and of how much."""
+    """A bar for what is being measured; it is called with the name of that, how much is done, and of how much."""
     tasks: dict[str, TaskID] = {}
 
     def on_stage(stage: str, done: int, total: int) -> None:
@@ -233,8 +221,5 @@ def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             tasks[stage] = progress.add_task(stage, total=total)
         progress.update(tasks[stage], completed=done, total=total)
 
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    ) as progress:  # fmt: skip
+    with bar(console, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         yield on_stage

@@ -3,8 +3,6 @@
 Needs nothing but Python and PyTorch, so that it works where everything else does not.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -29,7 +27,8 @@ def collect() -> dict[str, str]:
     facts["compiler"] = _compiler()
     facts["nvcc"] = _nvcc()
     facts["system"] = f"{platform.platform()} ({_os_release()})"
-    facts["cpu"] = f"{_cpu_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads"
+    cpu = _cpu_field("model name") or platform.processor() or platform.machine()
+    facts["cpu"] = f"{cpu}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads"
     facts["vectors"] = f"{_vector_level()} (PyTorch uses {torch.backends.cpu.get_cpu_capability()})"
     facts["gpu"] = _gpus()
     facts.update(_extensions())
@@ -133,10 +132,6 @@ def _cpu_field(name: str) -> str:
     except OSError:
         return ""
     return match.group(1) if match else ""
-
-
-def _cpu_name() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def _vector_level() -> str:

@@ -1,6 +1,4 @@
-"""Options of commands: a value is checked when it is read, and fields of a dataclass are options by themselves."""
-
-from __future__ import annotations
+"""Options of commands: each value is checked when it is read, and the fields of a dataclass can be options."""
 
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """What a training step of a method costs, with stock PyTorch and with the fused ops."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`robustkern study`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,8 +79,8 @@ def run_study(
         UsageError: A setting makes no sense, or the folder holds another study.
     """
     if methods is not None:
-        names = [] if methods.strip() == "none" else methods.split(",")
-        plan["methods"] = tuple(name.strip() for name in names if name.strip())
+        names = "" if methods.strip() == "none" else methods
+        plan["methods"] = tuple(name.strip() for name in names.split(",") if name.strip())
     chosen = Plan(**plan, sweep=_sweep(sweep), given=tuple(parse_given(text) for text in checkpoints))
 
     def on_unit(name: str, number: int, count: int, left: float) -> None:
@@ -105,8 +103,7 @@ def run_study(
         means = [measures[measure]["value"] for measure in _SHOWN]
         table.add_row(terminal(name), *("-" if mean is None else f"{mean:.3f}" for mean in means))
     console.print(table)
-    files = f"{terminal(page)} holds every figure and number; figures/ and study.json beside it"
-    say(console, files)
+    say(console, f"{terminal(page)} holds every figure and number; figures/ and study.json beside it")
     return study
 
 
@@ -121,7 +118,6 @@ def _sweep(text: str | None) -> tuple[float, ...]:
     if text is None:
         return SWEEP
     try:
-        factors = () if text.strip() == "none" else tuple(float(part) for part in text.split(","))
+        return () if text.strip() == "none" else tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--sweep: numbers with commas, or none, got {text!r}") from error
-    return factors

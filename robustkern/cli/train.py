@@ -1,7 +1,5 @@
 """`robustkern train`."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -147,5 +145,5 @@ def _print_result(console: Console, result: Result, config: TrainingConfig) -> N
             f"{name:>4} weights (epoch {row['epoch']}): test accuracy {100 * row['clean_accuracy']:.1f} %, "
             f"under PGD-{config.pgd_steps} {100 * row['robust_accuracy']:.1f} %",
         )
-    files = f"{terminal(result.out)}/ holds model.safetensors, metrics.jsonl and the figures"
-    say(console, f"[green]done[/green]: {files}")
+    out = terminal(result.out)
+    say(console, f"[green]done[/green]: {out}/ holds model.safetensors, metrics.jsonl and the figures")

@@ -5,11 +5,10 @@ Names: `digits` (scikit-learn's, embedded), `digits-28` (the same, enlarged), `m
 `DataError` that says how to get it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,20 +19,12 @@ from robustkern._packages import pip_install
 from .cifar import load_cifar10
 from .dataset import DataError, Dataset, DataWarning
 from .folder import load_folder
-from .idx import find_idx, load_idx
+from .idx import load_idx
 from .randomness import CropFlip, epoch_order, generator
 
 __all__ = [
-    "NAMES",
-    "CropFlip",
-    "DataError",
-    "DataWarning",
-    "Dataset",
-    "augmentation",
-    "epoch_order",
-    "generator",
-    "load",
-]
+    "NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "augmentation", "epoch_order", "generator", "load",
+]  # fmt: skip
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
 
@@ -98,11 +89,8 @@ def _digits(folders: list[Path], split: str) -> Dataset:
     bunch = load_digits()
     labels = torch.from_numpy(bunch.target).long()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    position = torch.zeros_like(labels)  # how many images of its class precede each image
-    for digit in range(10):
-        members = labels == digit
-        position[members] = torch.arange(int(members.sum()))
-    is_test = position % 5 == 4
+    number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of each image in its class, from 1
+    is_test = number % 5 == 0
     return Dataset("digits", images, labels, _DIGITS).take(is_test if split == "test" else ~is_test)
 
 
@@ -117,24 +105,16 @@ def _enlarged_digits(folders: list[Path], split: str) -> Dataset | None:
     return Dataset("digits-28", images, small.labels, small.classes)
 
 
-def _idx(name: str, classes: tuple[str, ...]) -> Callable[[list[Path], str], Dataset | None]:
-    def load_split(folders: list[Path], split: str) -> Dataset | None:
-        files = find_idx(folders, split)
-        return None if files is None else load_idx(name, files, classes)
-
-    return load_split
-
-
 _SOURCES = {
     "digits": _Source(_digits, pip_install("sklearn")),
     "digits-28": _Source(_enlarged_digits, pip_install("sklearn")),
     "fashion-mnist": _Source(
-        _idx("fashion-mnist", _FASHION),
+        partial(load_idx, "fashion-mnist", _FASHION),
         "run `apt-get install dataset-fashion-mnist`, or put the four files of "
         "https://github.com/zalandoresearch/fashion-mnist into a folder and pass it as --root",
     ),
     "mnist": _Source(
-        _idx("mnist", _DIGITS),
+        partial(load_idx, "mnist", _DIGITS),
         "put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
         "t10k-labels-idx1-ubyte.gz (https://yann.lecun.com/exdb/mnist/) into a folder and pass it as --root",
     ),

@@ -4,13 +4,11 @@ Pickles run code when they are read. The Python version is therefore read with a
 NumPy array of bytes and nothing else.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import pickle
 import tarfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +57,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         return text.encode("latin1")
 
 
-class _Global:
+class _Global(partial[Any]):
     """What stands for a global of the file: can be called and nothing else, not even be given another state."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
 
     def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("it wants to change a function")
@@ -105,7 +95,7 @@ def _no_call(*arguments: object) -> None:
 
 _RECONSTRUCT = _Global(lambda kind, shape, typecode: _Array())
 _GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,  # of NumPy 1
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): _Global(_no_call),
     ("numpy", "dtype"): _Global(_dtype),

@@ -1,7 +1,5 @@
 """A folder of images sorted into class folders: `DIR/train/<class>/*.png` and `DIR/test/<class>/*.png`."""
 
-from __future__ import annotations
-
 import os
 import stat
 import warnings

@@ -4,8 +4,6 @@ No generator lives longer than one call, so there is no hidden state to save: a 
 epoch sees the same order and the same crops as one that was never interrupted.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

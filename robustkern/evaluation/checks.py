@@ -7,8 +7,6 @@ mistakes of the evaluation itself. Training with penalties on gradients is a kno
 making a model robust, so a package that does so has to look hard.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +25,8 @@ from robustkern.attacks import FGSM, PGD, attacked
 from robustkern.attacks._common import box_diameter
 
 _FLAT = 1e-8  # an input gradient with no entry above is taken for zero
-_FEW_POINTS = 0.01  # by so much may an attack that should be weaker come out stronger: chance
-_LOSSES_DIFFER = 0.1  # by so much do losses, and more steps, differ on sound models as well
+_FEW_POINTS = 0.01  # by chance, an attack that should be weaker may come out stronger by this much
+_LOSSES_DIFFER = 0.1  # other losses, and more steps, make a difference of this much on sound models as well
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Subject:
         return PGD(**{**usual, **options})
 
     def noise(self) -> Tensor:
-        """Whether each sample is still classified right at a random point of the ball: all of 20 draws."""
+        """Whether each sample is still classified right at all of 20 random points of the ball."""
         right = correct(self.model, self.x, self.y)
         generator = self._generator()
         for _ in range(20):
@@ -157,10 +155,8 @@ def batch_independent(subject: Subject) -> Check:
     scale = whole.abs().max().clamp_min(1e-12)
     difference = max(float((other - whole).abs().max() / scale) for other in others)
     passed = difference <= 1e-4
-    found = "the same logits in batches of 1, 7 and 64"
-    if not passed:
-        found = f"logits change by {difference:.1e} with the batch"
-    return Check("batch independent", passed, found, {"relative_difference": difference})
+    same, changed = "the same logits in batches of 1, 7 and 64", f"logits change by {difference:.1e} with the batch"
+    return Check("batch independent", passed, same if passed else changed, {"relative_difference": difference})
 
 
 def logits(subject: Subject) -> Check:
@@ -191,7 +187,7 @@ def static(subject: Subject) -> Check:
 
 
 def gradients(subject: Subject) -> Check:
-    """Where the input gradient is zero, in float32 or for good, an attack on the cross-entropy goes nowhere."""
+    """Where the input gradient is zero, in float32 or in any precision, an attack on the cross-entropy goes nowhere."""
     right = correct(subject.model, subject.x, subject.y)
     x, y = subject.x[right], subject.y[right]
     flat32 = _flat_share(subject.model, x.float(), y)
@@ -213,7 +209,7 @@ def scale(subject: Subject) -> Check:
     attack = subject.pgd()
     accuracies = {f"ce, logits x {factor:g}": subject.accuracy(attack, _Scaled(subject.model, factor))
                   for factor in (1.0, 0.01, 0.1, 10.0, 100.0)}  # fmt: skip
-    for loss in _margin_losses(subject):
+    for loss in ("cw", "dlr") if _classes(subject) > 2 else ("cw",):
         accuracies[loss] = subject.accuracy(replace(attack, loss=loss))
     # Which loss is best differs from model to model: what was reported must hold against all of them.
     claimed = accuracies["ce, logits x 1"] if subject.reported is None else subject.reported
@@ -226,7 +222,7 @@ def scale(subject: Subject) -> Check:
 
 
 def radii(subject: Subject) -> Check:
-    """Accuracy must be the clean one at radius 0, fall with the radius, and be nothing where any image is in reach."""
+    """Accuracy must be the clean one at radius 0, fall with the radius, and vanish where every image is in reach."""
     everything = box_diameter(subject.norm, subject.x.shape[1:])
     chosen = sorted({0.0, 0.5 * subject.eps, subject.eps, min(2 * subject.eps, everything), everything})
     accuracies = {eps: subject.accuracy(subject.pgd(eps=eps)) for eps in chosen}
@@ -270,15 +266,8 @@ def black_box(subject: Subject) -> Check:
 
 
 _CHECKS: dict[str, Callable[[Subject], Check]] = {
-    "static": static,
-    "deterministic": deterministic,
-    "batch independent": batch_independent,
-    "logits": logits,
-    "gradients": gradients,
-    "scale": scale,
-    "radii": radii,
-    "effort": effort,
-    "black box": black_box,
+    check.__name__.replace("_", " "): check
+    for check in (static, deterministic, batch_independent, logits, gradients, scale, radii, effort, black_box)
 }
 
 
@@ -306,10 +295,6 @@ def _flat_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
     if grad is None:
         return 1.0
     return float((~(grad.flatten(1).abs().amax(1) > _FLAT)).float().mean())
-
-
-def _margin_losses(subject: Subject) -> tuple[str, ...]:
-    return ("cw", "dlr") if _classes(subject) > 2 else ("cw",)
 
 
 def _classes(subject: Subject) -> int:

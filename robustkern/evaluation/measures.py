@@ -1,11 +1,10 @@
 """How steep a classifier is around given images, and how far its decision is from changing."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
 from robustkern.jacobian import input_jacobian
 
@@ -79,8 +78,7 @@ def linearised_robustness(model: nn.Module, x: Tensor, y: Tensor, norm: str = "l
     Raises:
         ValueError: Another norm.
     """
-    if norm not in _DUAL:
-        raise ValueError(f"linearised_robustness: norm must be one of {', '.join(map(repr, _DUAL))}, got {norm!r}")
+    check_choice("linearised_robustness", "norm", norm, tuple(_DUAL))
     with attacked(model), torch.enable_grad():
         leaf = x.detach().requires_grad_()
         logits = model(leaf)

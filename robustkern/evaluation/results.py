@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,12 @@ class Accuracy:
     samples: int
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, name: str, right: Tensor, started: float | None = None) -> Accuracy:
+        """The share for which `right` [B] is true; `started` is what time.perf_counter() gave before."""
+        count = int(right.sum())  # a GPU is waited for before the clock is read
+        return cls(name, count, len(right), 0.0 if started is None else time.perf_counter() - started)
+
     @property
     def value(self) -> float:
         return self.right / max(1, self.samples)
@@ -104,7 +111,7 @@ class Report:
         steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
             constant is what an attack found: a lower bound.
         checks: Reasons to doubt the accuracies, sought.
-        unchecked: Why there was nothing to check, if there was not.
+        unchecked: Why nothing was checked; empty if something was.
         warnings: What the attacks' packages warned of.
         adversaries: For each attack, its adversarial images.  [N, C, H, W]
         x: The clean images.

@@ -31,21 +31,7 @@ from robustkern.losses.trades import TRADES
 from robustkern.losses.vat import VAT
 
 __all__ = [  # noqa: RUF022 - as sorted() has it
-    "ALP",
-    "AWP",
-    "AdversarialTraining",
-    "CURE",
-    "CrossEntropy",
-    "CrossLipschitz",
-    "Distillation",
-    "FisherPenalty",
-    "GradAlign",
-    "GradientPenalty",
-    "JacobianPenalty",
-    "LabelSmoothing",
-    "Lazy",
-    "LocalLinearity",
-    "MART",
-    "TRADES",
+    "ALP", "AWP", "AdversarialTraining", "CURE", "CrossEntropy", "CrossLipschitz", "Distillation", "FisherPenalty",
+    "GradAlign", "GradientPenalty", "JacobianPenalty", "LabelSmoothing", "Lazy", "LocalLinearity", "MART", "TRADES",
     "VAT",
-]
+]  # fmt: skip

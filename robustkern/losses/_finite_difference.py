@@ -1,7 +1,5 @@
 """The gradient penalty by finite differences, and how far it is from the exact one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

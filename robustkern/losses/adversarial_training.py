@@ -1,25 +1,20 @@
 """Adversarial training: the loss at the worst image near by."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from robustkern._classifier import logits_of
-from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, value_without_graph
-from robustkern.losses.attack_loss import AttackLoss
+from robustkern.losses.attack_loss import GivenAttackLoss
 from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
-_PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
-
 
 @dataclass(frozen=True)
-class AdversarialTraining(AttackLoss):
+class AdversarialTraining(GivenAttackLoss):
     """total = mean_i CE(f(x_i), y_i) + weight * mean_i (CE(f(x'_i), y_i) - CE(f(x_i), y_i)), x' by an attack.
 
     orientation: the mean cross-entropy at x.  smoothness: how much the attack raises it; to first order eps times the
@@ -41,13 +36,9 @@ class AdversarialTraining(AttackLoss):
     Differentiable once.  Sources: Goodfellow et al. 2015; Madry et al. 2018; Wong et al. 2020 (FGSM with random start).
     """
 
-    attack: FGSM | NFGSM | PGD = _PGD_10
     weight: float = 1.0
     label_smoothing: float = 0.0
     impl: str = "auto"
-
-    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        return self.attack(model, x, y, draw.generator, indices=draw.samples(x))
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
         def cross_entropy(logits: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """What losses with an attack inside share: the attack apart from the loss, and ascent in a ball."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,16 +8,18 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
-from robustkern._classifier import gradient_of
+from robustkern._classifier import gradient_of, logits_of
 from robustkern._options import check_options
-from robustkern.attacks import attacked
+from robustkern.attacks import FGSM, NFGSM, PGD, attacked
 from robustkern.attacks._common import check_batch
 from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState
 from robustkern.losses.loss import Loss, Model
 from robustkern.terms import Terms
 
 STARTS = ("gaussian", "uniform")
 _SMALL = 1e-3  # standard deviation of the Gaussian start, in units of the image
+_PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class AttackLoss(Loss):
     def terms(self, model: Model, x: Tensor, adversary: Any, y: Tensor, draw: Draw) -> Terms:
         """Both terms, given what the attack found."""
         raise NotImplementedError
+
+    def _both_logits(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Those at x and at the adversary, by two passes that draw the same random numbers."""
+        name, state = type(self).__name__, RandomState(model, x)
+        clean = logits_of(name, model, x, y)
+        with state.again():
+            return clean, logits_of(name, model, adversary, y)
+
+
+@dataclass(frozen=True)
+class GivenAttackLoss(AttackLoss):
+    """total = orientation + weight * smoothness, at x and at the adversaries of an attack that is given."""
+
+    attack: FGSM | NFGSM | PGD = _PGD_10
+
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        return self.attack(model, x, y, draw.generator, indices=draw.samples(x))
 
 
 @dataclass(frozen=True)

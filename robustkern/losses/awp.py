@@ -1,7 +1,5 @@
 """Adversarial weight perturbation (AWP)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,8 +31,8 @@ class AWP(Loss):
         gamma: length of the perturbation, relative to the weight; 0.01 for adversarial training, 0.005 for TRADES as
             published, which begins after ten epochs.  0: none, at no cost.
 
-    The perturbation is that of the loss at its own weight: who replaces `Terms.weight`, as a ramp does, changes the
-    total at the perturbed weights, and not where they are.
+    The perturbation is that of the loss at its own weight: replacing `Terms.weight`, as a ramp does, changes the total
+    at the perturbed weights, but not the perturbation.
 
     The loss has the same draw at both weights and draws the same random numbers, as do layers such as dropout.
 

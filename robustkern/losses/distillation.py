@@ -1,17 +1,15 @@
 """Defensive distillation: another network's predictions as targets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from robustkern import ops
 from robustkern._classifier import check_logits
 from robustkern.attacks import attacked
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -57,6 +55,5 @@ class Distillation(Loss):
             raise ValueError(
                 f"Distillation: teacher gives logits of shape {list(taught.shape)}, the model {list(logits.shape)}"
             )
-        loss = softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl)
-        orientation = loss.mean()
+        orientation = ops.softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl).mean()
         return Terms(orientation, orientation.new_zeros(()), 0.0)

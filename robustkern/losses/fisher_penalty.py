@@ -1,7 +1,5 @@
 """Fisher information regularisation: a predictive distribution that changes little in any direction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Gradient regularisation: double backpropagation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustkern._classifier import logits_of
 from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
 from robustkern.losses._finite_difference import EstimatorError, difference_quotient
 from robustkern.losses._passes import RandomState, frozen_statistics, leaf
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
 
@@ -86,10 +82,6 @@ class GradientPenalty(Loss):
             loss = self._cross_entropy(model, x, y)
             norm = gradient_norm(loss, x, self.p, weight=self.eps, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), norm.mean(), self.weight)
-
-    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        logits = logits_of("GradientPenalty", model, x, y)
-        return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
 
     def finite_difference_error(
         self, model: nn.Module, x: Tensor, y: Tensor, steps: Sequence[float] = (1.0, 0.1, 0.01)

@@ -1,7 +1,5 @@
 """Jacobian regularisation: logits that change little in any direction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,15 +1,13 @@
 """Label smoothing: outputs that are smooth, whatever the inputs do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern import ops
 from robustkern._classifier import logits_of
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -42,5 +40,5 @@ class LabelSmoothing(Loss):
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         logits = logits_of("LabelSmoothing", model, x, y)
-        certain, uniform = (softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
+        certain, uniform = (ops.softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
         return Terms((1.0 - self.weight) * certain.mean(), uniform.mean(), self.weight)

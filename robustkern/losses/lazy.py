@@ -1,7 +1,5 @@
 """Lazy regularisation: the smoothness term on some of the steps only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,20 +1,15 @@
 """MART: TRADES's term counts most where the clean prediction is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustkern._classifier import logits_of
+from robustkern import ops
 from robustkern._dtypes import accumulation_dtype
 from robustkern.draw import Draw
-from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.losses.loss import Model
-from robustkern.ops.kl_divergence import kl_divergence
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -46,16 +41,13 @@ class MART(AscentLoss):
     weight: float = 5.0
 
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda adversary: softmax_cross_entropy(model(adversary), y, impl=self.impl)
+        return lambda adversary: ops.softmax_cross_entropy(model(adversary), y, impl=self.impl)
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
-        state = RandomState(model, x)
-        clean = logits_of("MART", model, x, y)
-        with state.again():
-            attacked = logits_of("MART", model, adversary, y)
-        boosted = softmax_cross_entropy(attacked, y, impl=self.impl) - _log_without_runner_up(attacked, y)
-        doubt = 1.0 - (-softmax_cross_entropy(clean, y, impl=self.impl)).exp()
-        divergence = kl_divergence(clean, attacked, impl=self.impl)
+        clean, attacked = self._both_logits(model, x, adversary, y)
+        boosted = ops.softmax_cross_entropy(attacked, y, impl=self.impl) - _log_without_runner_up(attacked, y)
+        doubt = 1.0 - (-ops.softmax_cross_entropy(clean, y, impl=self.impl)).exp()
+        divergence = ops.kl_divergence(clean, attacked, impl=self.impl)
         return Terms(boosted.mean(), (doubt * divergence).mean(), self.weight)
 
 

@@ -1,7 +1,5 @@
 """What the penalties on a Jacobian share: random projections, of all or some of the samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,12 +24,12 @@ class ProjectedPenalty(Loss):
 
     Args:
         weight: of the smoothness term.
-        projections: K; a step takes 1 + K plain ones.  "exact" for none of the randomness, and as many as classes.
+        projections: K; a step takes 1 + K plain ones.  "exact": nothing is random, and K is the number of classes.
         eps: multiplies the columns of the Jacobian: a number or one value per channel of x.
         law: of the projections: "orthonormal" (K at most the number of classes), "sphere", "gaussian", "rademacher".
         fraction: penalise that share of each batch, drawn anew each time; the mean over draws stays.  The forward pass
             then runs in two parts, and only the first is differentiated twice.  A model with BatchNorm in training
-            mode needs its batch whole, and so may a model that is no `nn.Module`: there, nothing is saved by it.
+            mode needs its batch whole, and so may a model that is no `nn.Module`: there it saves nothing.
         label_smoothing: in the cross-entropy.
         impl: "auto", "kernel" or "reference".
 
@@ -58,14 +56,12 @@ class ProjectedPenalty(Loss):
         offset, total = (draw.shard.offset, draw.shard.total) if draw.shard else (0, len(x))
         count = min(total, max(1, round(self.fraction * total)))
         with fused_where_possible(self.impl):
-            if count == total:
+            if count == total or _needs_the_batch_whole(model):
                 x = leaf(x)
                 logits = logits_of(name, model, x, y)
                 norm = self._norm(logits, x, offset, generator)
-            elif _needs_the_batch_whole(model):
-                x = leaf(x)
-                logits = logits_of(name, model, x, y)
-                norm = self._norm(logits, x, offset, generator)[_choose(x, offset, total, count, generator)[0]]
+                if count < total:
+                    norm = norm[_choose(x, offset, total, count, generator)[0]]
             else:
                 mine, others, first = _choose(x, offset, total, count, generator)
                 chosen = leaf(x[mine])
@@ -73,10 +69,10 @@ class ProjectedPenalty(Loss):
                 norm = self._norm(outputs, chosen, first, generator)
                 rest = logits_of(name, model, x[others], y[others])
                 logits, y = torch.cat([outputs, rest]), torch.cat([y[mine], y[others]])
-            orientation = self._cross_entropy(logits, y)
+            loss = softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
         # The mean over those chosen, be they here or elsewhere, as a mean over the rows here.
         mean = norm.mean() if len(x) == total else norm.sum() * (total / (count * len(x)))
-        return Terms(orientation, self._scale(logits) * mean, self.weight)
+        return Terms(loss.mean(), self._scale(logits) * mean, self.weight)
 
     def _norm(self, outputs: Tensor, x: Tensor, first: int, generator: torch.Generator | None) -> Tensor:
         return jacobian_norm(
@@ -86,9 +82,6 @@ class ProjectedPenalty(Loss):
 
     def _scale(self, logits: Tensor) -> float:
         return 1.0
-
-    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        return softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl).mean()
 
 
 def _needs_the_batch_whole(model: Model) -> bool:

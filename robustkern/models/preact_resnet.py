@@ -1,7 +1,5 @@
 """Pre-activation ResNets for 32x32 images (He et al., Identity mappings in deep residual networks, ECCV 2016)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Confidence intervals for means of anything, by resampling."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The study's figures, each a function of models and data or of measured numbers, each one PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,16 @@ from torch import Tensor, nn
 from robustkern.attacks import PGD
 from robustkern.data import Dataset
 from robustkern.training.evaluation import device_of
-from robustkern.training.figures import COLORS, eps_text, error_bars, one_of_each, plain_axes, save_png
+from robustkern.training.figures import (
+    COLORS,
+    accuracy_band,
+    eps_text,
+    error_bars,
+    new_figure,
+    one_of_each,
+    plain_axes,
+    save_png,
+)
 
 from .inversion import invert, noise, seeded_grid
 from .measures import PROPORTIONS
@@ -45,14 +52,12 @@ def inversion_grids(
     x, _ = one_of_each(data)
     starts, targets = seeded_grid(x, data.num_classes)
     scale = torch.tensor(data.statistics()[1]).view(-1, 1, 1)
-    grids = {}
-    for name, network in networks.items():
-        grids[name] = _mosaic(_inverted(network, starts, targets, steps, step * scale), data.num_classes)
-    title = (
-        f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:.3g} σ)"
-        f"\n{_classes(data)}"
-    )
-    _panels(path, grids, columns, title)
+    grids = {
+        name: _mosaic(_inverted(network, starts, targets, steps, step * scale), data.num_classes)
+        for name, network in networks.items()
+    }
+    title = "inversions: row = the image begun with, column = the class it is driven to"
+    _panels(path, grids, columns, f"{title} ({steps} steps of {step:.3g} σ)\n{_classes(data)}")
 
 
 def noise_grids(
@@ -122,11 +127,8 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
     figure, (axes,) = _figure(1)
     for number, (name, points) in enumerate(curves.items()):
         color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
-        radii = [point["eps"] for point in points]
-        axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, linestyle=style, marker="o", markersize=3,
-                  label=f" {name}" if name.startswith("_") else name)  # fmt: skip
-        axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
-                          alpha=0.12, linewidth=0)  # fmt: skip
+        label = f" {name}" if name.startswith("_") else name
+        accuracy_band(axes, points, color, alpha=0.12, linestyle=style, markersize=3, label=label)
     axes.set_xlabel("radius of the ℓ∞ ball")
     axes.set_ylabel("accuracy under PGD-20 (%)")
     axes.set_ylim(0, 102)
@@ -251,14 +253,11 @@ def _mosaic(images: Tensor, columns: int) -> np.ndarray:
 
 
 def _panels(path: Path, sheets: Mapping[str, np.ndarray], columns: int, title: str) -> None:
-    from matplotlib.figure import Figure
-
     columns = min(columns, len(sheets))
     rows = -(-len(sheets) // columns)
     height, width = next(iter(sheets.values())).shape[:2]
     side = 11.0 / columns
-    figure = Figure(figsize=(11.0, rows * (side * height / width + 0.3) + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = new_figure(rows, columns, 11.0, rows * (side * height / width + 0.3) + 0.4)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (name, sheet) in zip(grid.flat, sheets.items()):
@@ -269,14 +268,12 @@ def _panels(path: Path, sheets: Mapping[str, np.ndarray], columns: int, title: s
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
     columns = min(3, panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(4.0 * columns if panels > 1 else 6.0, 3.3 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid[:panels]:
-        plain_axes(axes)
-    for axes in grid[panels:]:
-        axes.set_axis_off()
-    return figure, grid[:panels]
+    figure, axes = new_figure(rows, columns, 4.0 * columns if panels > 1 else 6.0, 3.3 * rows)
+    used, unused = axes.flat[:panels], axes.flat[panels:]
+    for one in used:
+        plain_axes(one)
+    for one in unused:
+        one.set_axis_off()
+    return figure, list(used)

@@ -1,7 +1,5 @@
 """Networks that a study measures without having trained them."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

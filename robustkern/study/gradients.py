@@ -1,7 +1,5 @@
 """What an input gradient looks like, in numbers: how far it points along the image, how smooth it is, where it lies."""
 
-from __future__ import annotations
-
 import math
 
 import torch

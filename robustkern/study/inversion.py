@@ -1,12 +1,11 @@
 """Inversion: images made by following a classifier's input gradient towards a class, and what others see in them."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
 
 NORMS = ("linf", "l2")
@@ -45,11 +44,10 @@ def invert(
     Raises:
         ValueError: Another norm, or steps < 1.
     """
-    if norm not in NORMS:
-        raise ValueError(f"invert: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    check_choice("invert", "norm", norm, NORMS)
     if steps < 1:
         raise ValueError(f"invert: steps must be at least 1, got {steps}")
-    # From anywhere in the box to anywhere else: the ball of an attack's step, out of the way.
+    # An attack's step stays in a ball: this one reaches from anywhere in the box to anywhere else, and limits nothing.
     everywhere = 1.0 if norm == "linf" else float(start[:1].numel()) ** 0.5
     parts = []
     with attacked(model), torch.enable_grad():

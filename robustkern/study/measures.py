@@ -1,7 +1,5 @@
 """Every measure of the study for one model, with intervals over images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,18 +37,11 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
 }
 
 
-# Of the others the mean. A few images have most of a gradient's norm where the loss saturates, and quotients by a
-# gradient that is nearly zero are as large as one likes.
+# Measures whose median is taken, of the others the mean. Where the loss saturates, a few images have most of a
+# gradient's norm, and a quotient by a gradient that is nearly zero can be of any size.
 MEDIANS = ("median_gradient_norm", "linearised_robustness")
-# Of yes and no.
-PROPORTIONS = (
-    "clean_accuracy",
-    "robust_accuracy",
-    "inversion_accuracy",
-    "noise_inversion_accuracy",
-    "inversion_transfer",
-    "noise_inversion_transfer",
-)
+# Shares of images: each image says yes or no.
+PROPORTIONS = tuple(name for name in MEASURES if name.endswith(("_accuracy", "_transfer")))
 NOISE_INVERSIONS = "inversions from noise"  # the images, beside the measures
 
 
@@ -151,7 +142,7 @@ def measure(
     starts, targets, labels = _starts(data, protocol.seeds_per_class)
     starts, targets, labels = starts.to(device), targets.to(device), labels.to(device)
     inverted = invert(model, starts, targets, steps=protocol.inversion_steps, step_size=protocol.inversion_step * scale)
-    # Towards its own class an image is named right before it is touched.
+    # Left out: an image driven towards its own class, which is named right from the beginning.
     for name, judge in (("inversion_accuracy", judges.robust), ("inversion_transfer", judges.standard)):
         named = inversion_accuracy(judge, inverted, targets)[targets != labels]
         values[name] = named.reshape(-1, data.num_classes - 1)  # what began with the same image belongs together
@@ -214,13 +205,17 @@ def summarise(
         if not len(finite):
             summary[name] = {"value": None, "low": None, "high": None, "images": 0}
             continue
-        statistic = "median" if name in MEDIANS else "mean"
-        low, high = bootstrap_interval(finite, statistic=statistic, confidence=confidence)
-        value = float(finite.double().mean() if statistic == "mean" else finite.double().quantile(0.5))
+        low, high = bootstrap_interval(finite, statistic="median" if name in MEDIANS else "mean", confidence=confidence)
+        value = centre(name, finite)
         if name in PROPORTIONS and not differences and value in (0.0, 1.0):
             low, high = wilson_interval(round(value * len(finite)), len(finite), confidence)
         summary[name] = {"value": value, "low": low, "high": high, "images": len(finite)}
     return summary
+
+
+def centre(name: str, values: Tensor) -> float:
+    """Mean, or of `MEDIANS` the median, of a measure's values."""
+    return float(values.double().quantile(0.5) if name in MEDIANS else values.double().mean())
 
 
 def _starts(data: Dataset, per_class: int) -> tuple[Tensor, Tensor, Tensor]:

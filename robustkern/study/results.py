@@ -1,7 +1,5 @@
 """What a study's numbers say: means, curves, the differences that the claim is about, rank correlations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .bootstrap import bootstrap_interval
-from .measures import MEASURES, MEDIANS, summarise
+from .measures import MEASURES, centre, summarise
 
 # name: (cell of the 2x2, cell that is subtracted); a cell is (oriented, smooth)
 CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
@@ -29,10 +27,7 @@ def summary(models: Sequence[Values]) -> dict[str, dict[str, Any]]:
     Args:
         models: The values of each seed.
     """
-    found = summarise({name: torch.stack([model[name] for model in models], 1) for name in MEASURES})
-    for name, values in found.items():
-        values["seeds"] = [_of_one(name, model[name]) for model in models]
-    return found
+    return _over_seeds({name: [model[name] for model in models] for name in MEASURES})
 
 
 def curve(standing: Sequence[Tensor], radii: Sequence[float]) -> list[dict[str, float]]:
@@ -61,11 +56,8 @@ def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, 
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for label, (one, other) in CONTRASTS.items():
-        found[label] = {}
-        for name in MEASURES:
-            pairs = [a[name] - b[name] for a, b in zip(cells[one], cells[other], strict=True)]
-            found[label][name] = summarise({name: torch.stack(pairs, 1)}, differences=True)[name]
-            found[label][name]["seeds"] = [_of_one(name, pair) for pair in pairs]
+        seeds = list(zip(cells[one], cells[other], strict=True))
+        found[label] = _over_seeds({name: [a[name] - b[name] for a, b in seeds] for name in MEASURES}, differences=True)
     return found
 
 
@@ -97,8 +89,10 @@ def _ranks(values: Tensor) -> Tensor:
     return below.double().sum(1) + (same.double().sum(1) + 1) / 2
 
 
-def _of_one(name: str, values: Tensor) -> float | None:
-    finite = values[values.isfinite()].double()
-    if not len(finite):
-        return None
-    return float(finite.quantile(0.5) if name in MEDIANS else finite.mean())
+def _over_seeds(values: Mapping[str, Sequence[Tensor]], *, differences: bool = False) -> dict[str, dict[str, Any]]:
+    """The summary of each measure's values, given for each seed, with the centre of each seed."""
+    found = summarise({name: torch.stack(list(seeds), 1) for name, seeds in values.items()}, differences=differences)
+    for name, seeds in values.items():
+        finite = [of_one[of_one.isfinite()] for of_one in seeds]
+        found[name]["seeds"] = [centre(name, of_one) if len(of_one) else None for of_one in finite]
+    return found

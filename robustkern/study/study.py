@@ -12,8 +12,6 @@ each with several seeds, measures every model by the same protocol, and writes f
 trained elsewhere can be measured beside them.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable
@@ -43,8 +41,9 @@ from robustkern.training import (
     teacher_recipe,
     train,
 )
+from robustkern.training.errors import require
 from robustkern.training.files import refuse_foreign, write_atomically
-from robustkern.training.weights import load_model_for, read_tensors
+from robustkern.training.weights import load_model_for, read_tensors, write_tensors
 
 from . import results
 from .given import load_given
@@ -137,8 +136,7 @@ def run(
         UsageError: The folder holds another study, or a given network does not fit the data.
         Interrupted: SIGINT or SIGTERM; what was trained was saved.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1, got {jobs}")
+    require(jobs >= 1, f"jobs must be at least 1, got {jobs}")
     torch.set_num_threads(plan.threads)  # of the figures as well
     entries = plan.entries()
     test = datasets.load(plan.data, root, "test")
@@ -191,12 +189,12 @@ def run(
 
 
 def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
-    """Whether a model was trained, as it would be now, and measured."""
+    """Whether a model was measured, and trained with the settings that it would have now."""
     assert unit.entry is not None
     if unit.entry.source:  # what lies behind the name may be another network by now
         return False
     out = folder / "models" / folder_name(unit.entry.name, unit.seed)
-    if not (out / "results.json").exists() or read_values(_values_path(folder, unit)) is None:
+    if not (out / "results.json").exists() or read_values(_values_path(folder, unit.entry, unit.seed)) is None:
         return False
     return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
 
@@ -230,12 +228,13 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
         network = load_model_for(out, test)[0]
     judges = Judges(**{judge: load_model_for(_judge(folder, judge), test)[0].to(plan.device) for judge in _JUDGES})
     network.to(plan.device)
-    eps = recipe(plan.data, "standard").eps
-    values = measure(network, test, judges, Protocol(eps, samples=plan.samples))
+    values = measure(network, test, judges, Protocol(plan.eps, samples=plan.samples))
     few = test.first(plan.samples)
     x, y = few.images.to(plan.device), few.labels.to(plan.device)
-    values[_CURVE] = accuracy_curve(network, x, y, [multiple * eps for multiple in RADII]).float().cpu()
-    _write_values(_values_path(folder, unit), values)
+    values[_CURVE] = accuracy_curve(network, x, y, [multiple * plan.eps for multiple in RADII]).float().cpu()
+    path = _values_path(folder, unit.entry, unit.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, values)
 
 
 def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Observer | None) -> None:
@@ -253,8 +252,7 @@ def _claim(plan: Plan, folder: Path) -> None:
         changed = [
             f"{name} {brief(theirs.get(name))} -> {value}" for name, value in mine.items() if theirs.get(name) != value
         ]
-        if changed:
-            raise UsageError(f"{folder} holds another study ({', '.join(changed)}): choose another folder")
+        require(not changed, f"{folder} holds another study ({', '.join(changed)}): choose another folder")
     write_atomically(path, json.dumps(mine, indent=1) + "\n")
 
 
@@ -265,8 +263,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = brief(getattr(error, "strerror", None) or error)
         raise UsageError(f"{path}: not the plan of a study ({reason})") from error
-    if not isinstance(plan, dict):
-        raise UsageError(f"{path}: not the plan of a study")
+    require(isinstance(plan, dict), f"{path}: not the plan of a study")
     return plan
 
 
@@ -274,28 +271,20 @@ def _judge(folder: Path, judge: str) -> Path:
     return folder / "judges" / judge
 
 
-def _values_path(folder: Path, unit: Unit) -> Path:
-    assert unit.entry is not None
-    return folder / "measures" / f"{folder_name(unit.entry.name, unit.seed)}.safetensors"
-
-
-def _write_values(path: Path, values: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({name: value.contiguous() for name, value in values.items()}))
+def _values_path(folder: Path, entry: Entry, seed: int) -> Path:
+    return folder / "measures" / f"{folder_name(entry.name, seed)}.safetensors"
 
 
 def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
     """A study from the files of its models."""
     study = Study(plan, test, folder)
-    radii = [multiple * recipe(plan.data, "standard").eps for multiple in RADII]
+    radii = [multiple * plan.eps for multiple in RADII]
     models: dict[str, list[dict[str, Tensor]]] = {}
     shapes: dict[str, torch.Size] = {}
     for entry in plan.entries():
         seeds = range(1 if entry.source else plan.seeds)
         models[entry.name] = []
-        for path in (_values_path(folder, Unit(entry, seed)) for seed in seeds):
+        for path in (_values_path(folder, entry, seed) for seed in seeds):
             values = read_values(path) or {}
             shapes = shapes or {name: values[name].shape for name in values if name in _NAMES}
             if not values or any(values[name].shape != shape for name, shape in shapes.items()):
@@ -309,7 +298,7 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
             study.terms[entry.name] = _rows(folder / "models" / folder_name(entry.name, 0))
     if plan.two_by_two:
         study.contrasts = results.contrasts({cell: models[name] for cell, name in TWO_BY_TWO.items()})
-    matrix = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled and not entry.swept]
+    matrix = [study.summary[name] for name in plan.matrix]
     for smoothness in results.SMOOTHNESS:
         if found := results.rank_correlations(matrix, smoothness):
             study.correlations[smoothness] = found

@@ -4,8 +4,6 @@ A checkpoint is two files, `checkpoint-<step>.pt` with the state and `checkpoint
 and SHA-256 of the first. The manifest is written last: without it there is no checkpoint.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -30,7 +28,7 @@ from .errors import TrainingError, UsageError
 from .files import sync_directory, write_atomically
 
 _FORMAT = 3
-_KEEP = 2  # one that is being written over by nobody, and one more in case it does not verify
+_KEEP = 2  # the last one, and the one before it in case the last does not verify
 _NAME = re.compile(r"checkpoint-(\d{9})\.json")
 _MOST_MANIFEST = 1 << 17  # bytes; it has a hundredth of that
 _MOST_INSTRUCTIONS = 1 << 20  # of a pickle; a thousand epochs take a twentieth of that
@@ -73,7 +71,7 @@ class Progress:
     ended: bool = False
 
     def check(self) -> None:
-        """ValueError unless everything has the type that it should have."""
+        """ValueError unless everything is of its type."""
         for name in ("step", "epoch", "skipped"):
             _require(type(getattr(self, name)) is int and 0 <= getattr(self, name) < 1 << 62, name)
         _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
@@ -121,7 +119,7 @@ class TrainState:
         return buffer.getvalue()
 
     def load_bytes(self, content: bytes, source: str) -> None:
-        """Become what `to_bytes` wrote; on an error nothing has changed.
+        """Restore what `to_bytes` wrote; after an error nothing has changed.
 
         Args:
             content: Its result.
@@ -155,7 +153,7 @@ class TrainState:
                 check_layout(state["best"], current, source)
             _check_buffers(state["optimizer"], self.optimizer)
             self.optimizer.load_state_dict(state["optimizer"])
-        # Of any type may be what should have been a mapping.
+        # What should be a mapping may be of any type.
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{source} belongs to another optimizer or version ({brief(error)})") from error
         self.model.load_state_dict(state["model"])
@@ -193,7 +191,7 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, config: T
     }
     path = folder / f"checkpoint-{progress.step:09d}.pt"
     try:
-        # A checkpoint of this step, if there is one, is not to be described by the old manifest while it is replaced.
+        # While an older checkpoint of this step is replaced, no manifest may describe it.
         path.with_suffix(".json").unlink(missing_ok=True)
         write_atomically(path, content)
         write_atomically(path.with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
@@ -262,15 +260,13 @@ def _read_verified(
     path = manifest_path.with_suffix(".pt")
     try:
         manifest = parse_json(read_bytes(manifest_path, _MOST_MANIFEST))
-        written_format = manifest["format"]
-        if written_format == _FORMAT:
-            expected_bytes, expected_hash = manifest["bytes"], manifest["sha256"]
-            written_fingerprint = manifest["fingerprint"]
-            written_config = TrainingConfig.from_yaml(manifest["config"])
+        if (written_format := manifest["format"]) != _FORMAT:
+            raise CheckpointError(f"{path} has format {brief(written_format)}, this version reads {_FORMAT}")
+        expected_bytes, expected_hash = manifest["bytes"], manifest["sha256"]
+        written_fingerprint = manifest["fingerprint"]
+        written_config = TrainingConfig.from_yaml(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest_path} is damaged ({type(error).__name__})") from error
-    if written_format != _FORMAT:
-        raise CheckpointError(f"{path} has format {brief(written_format)}, this version reads {_FORMAT}")
     try:
         content = read_bytes(path, most)
     except OSError as error:
@@ -287,9 +283,9 @@ def _read_verified(
 
 
 def check_archive(content: bytes) -> None:
-    """ValueError unless it is an archive of `torch.save` that loading makes no larger than it is.
+    """ValueError unless it is an archive of `torch.save`, and loading it makes nothing larger than the archive.
 
-    Entries could be compressed, and the pickle may call what `weights_only` takes for harmless, such as
+    Entries could be compressed, and the pickle could call functions that `weights_only` takes for harmless, such as
     bytearray(10**12).
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -12,7 +12,7 @@ from robustkern._arguments import shown
 from robustkern._settings import RADII, SEEDS, THREADS, Range, check_ranges, counts, setting
 from robustkern._text import brief
 
-from .errors import UsageError
+from .errors import UsageError, naming, require
 from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -109,26 +109,26 @@ class TrainingConfig:
         check_ranges(self, UsageError)
         for given in dataclasses.fields(self):
             value, kind = getattr(self, given.name), _PLAIN.get(str(given.type), object)
-            _require(isinstance(value, kind), f"{given.name} must be {given.type}, got {shown(value)}")
+            require(isinstance(value, kind), f"{given.name} must be {given.type}, got {shown(value)}")
         whole = self.validation < 1 or float(self.validation).is_integer()
-        _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
-        _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
-        _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
+        require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
+        require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
+        require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
         bounds = (0, *self.milestones, self.epochs)
-        _require(
+        require(
             not self.milestones or all(a < b for a, b in pairwise(bounds)),
             f"milestones must be ascending epochs from 1 to {self.epochs - 1}, got {list(self.milestones)}",
         )
         only_step = self.schedule == "step" or not self.milestones
-        _require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
-        _require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
-        _require(self.device in DEVICES, f"device must be cpu or cuda, got {self.device!r}")
-        _require(self.watch in WATCHES, f"watch must be one of {', '.join(WATCHES)}, got {self.watch!r}")
-        _require(
+        require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
+        require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
+        require(self.device in DEVICES, f"device must be cpu or cuda, got {self.device!r}")
+        require(self.watch in WATCHES, f"watch must be one of {', '.join(WATCHES)}, got {self.watch!r}")
+        require(
             self.watch != "stop" or self.validation > 0,
             "watch stop takes a validation set: no run may end early by what it sees of the test images",
         )
-        _require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
+        require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
 
     def to_yaml(self) -> str:
         """What `from_yaml` reads; numbers to their last bit."""
@@ -140,21 +140,18 @@ class TrainingConfig:
         """The configuration that `to_yaml` wrote; unknown and missing names, and wrong types, are refused."""
         values = parse_settings(text)
         missing = sorted(name for name in ("data", "method") if name not in values)
-        _require(not missing, f"missing setting {', '.join(missing)}")
+        require(not missing, f"missing setting {', '.join(missing)}")
         return cls(**values)
 
     def differences(self, other: TrainingConfig) -> list[str]:
         """What differs from another configuration, one readable phrase for each setting."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         changed = []
-        for name in mine:
+        for name, mine in vars(self).items():
+            theirs = vars(other)[name]
+            pairs = [(name, mine, theirs)]
             if name == "options":
-                for option in sorted(set(mine[name]) | set(theirs[name])):
-                    old, new = mine[name].get(option), theirs[name].get(option)
-                    if old != new:
-                        changed.append(f"{option} {old} -> {new}")
-            elif mine[name] != theirs[name]:
-                changed.append(f"{name} {mine[name]} -> {theirs[name]}")
+                pairs = [(option, mine.get(option), theirs.get(option)) for option in sorted({*mine, *theirs})]
+            changed += [f"{label} {old} -> {new}" for label, old, new in pairs if old != new]
         return changed
 
 
@@ -165,38 +162,33 @@ _TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool":
 def parse_settings(text: str) -> dict[str, Any]:
     """Fields of a `TrainingConfig`, or some of them, from YAML; unknown names and wrong types are refused."""
     values = load_yaml(text)
-    _require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
+    require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
     unknown = sorted(str(name) for name in set(values) - set(fields))
-    _require(not unknown, f"unknown setting {brief(', '.join(unknown))}")
+    require(not unknown, f"unknown setting {brief(', '.join(unknown))}")
     for name, value in values.items():
         kind = str(fields[name].type)
         if kind == "float" and isinstance(value, str):
             values[name] = value = parse_fraction(value)
         fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
         fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
-        _require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
+        require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
     if "milestones" in values:
         numbers = all(type(epoch) is int and abs(epoch) < 1 << 63 for epoch in values["milestones"])
-        _require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
+        require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
         values["milestones"] = tuple(values["milestones"])
     options = values.get("options", {})
     for name, value in options.items():
         plain = isinstance(name, str) and (value is None or type(value) in (str, int, float, bool))
-        _require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
+        require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
     return values
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """`parse_settings` of a file; errors name it."""
-    try:
-        # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
-        with open(path, "rb") as file:
-            return parse_settings(file.read(4 * MOST_BYTES + 1).decode())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error
+    # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
+    with naming(path), open(path, "rb") as file:
+        return parse_settings(file.read(4 * MOST_BYTES + 1).decode())
 
 
 def parse_fraction(text: str) -> float:
@@ -206,8 +198,3 @@ def parse_fraction(text: str) -> float:
         return float(numerator) / float(denominator) if slash else float(numerator)
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"{brief(repr(text))} is neither a number nor a fraction such as 8/255") from None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)

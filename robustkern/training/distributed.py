@@ -31,13 +31,13 @@ T = TypeVar("T")
 class Group:
     """Processes that train together.
 
-    What one does, all must do, in the same order: every method here is a meeting of all, but for the attributes.
+    All must call the same methods in the same order: in every method each process waits for the others.
 
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
         device: Where tensors that are exchanged lie: "cpu" for gloo, "cuda" for NCCL.
-        timeout: Seconds after which the others are given up.
+        timeout: Seconds after which a process gives up the others.
     """
 
     rank: int = 0
@@ -108,10 +108,10 @@ class Group:
 
 
 def settle_imports() -> None:
-    """Before a group begins: the modules of PyTorch that take the group of the moment as the default of an argument.
+    """Imports, before a group begins, the modules of PyTorch that keep the current group as the default of an argument.
 
-    The optimizers import them. Imported while a group exists, they hold it for ever; destroying it then does not end
-    gloo's threads, and one that still lets go of a tensor when the interpreter ends aborts the process.
+    The optimizers import them. If that happens while a group exists, they hold it for ever: destroying it then does not
+    end gloo's threads, and a thread that still releases a tensor when the interpreter ends aborts the process.
     """
     importlib.import_module("torch._dynamo")
 
@@ -155,7 +155,7 @@ def process_group(device: str, timeout: float = 600.0) -> Iterator[Group]:
 
 
 def _store_of_processes_with_gpus(group: Group, limit: timedelta) -> dist.Store:
-    """What the processes meet at; a process without a GPU is an error of all, for NCCL would wait for it."""
+    """The store where the processes meet. One process without a GPU is an error in all: NCCL would wait for it."""
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     problem = f"process {group.rank} has no GPU: it is number {local} of its machine, which has {count}"
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
@@ -163,7 +163,7 @@ def _store_of_processes_with_gpus(group: Group, limit: timedelta) -> dist.Store:
     store.set(f"gpu-{group.rank}", problem if local >= count else "found")
     answers = [store.get(f"gpu-{rank}").decode() for rank in range(group.size)]
     store.set(f"told-{group.rank}", "")
-    if group.main:  # the store may be this process's own: it ends after the others have read
+    if group.main:  # the store may live in this process, which must not end before the others have read
         store.wait([f"told-{rank}" for rank in range(group.size)])
     for answer in answers:
         if answer != "found":

@@ -1,7 +1,5 @@
 """Clean and robust accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
 from robustkern.data import Dataset, generator
 
@@ -101,7 +100,7 @@ def _share(
         batch = begin + rank
         if batch < len(x):
             correct += int(right(batch, x[batch].to(device), y[batch].to(device)).sum())
-        # Also without a batch: what it does, all processes may have to do together.
+        # A process without a batch calls it too: all of them may have to meet in it.
         if on_batch is not None:
             on_batch()
     if group is not None:
@@ -124,8 +123,7 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", b
     Raises:
         ValueError: Another `of`.
     """
-    if of not in _OF:
-        raise ValueError(f"input_gradients: of must be one of {', '.join(map(repr, _OF))}, got {of!r}")
+    check_choice("input_gradients", "of", of, _OF)
     parts = []
     with attacked(model), torch.enable_grad():
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):

@@ -61,7 +61,7 @@ struct Words {
   static __device__ __forceinline__ To bits_as(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
-    memcpy(&to, &from, sizeof(To));
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
   }
   static __device__ __forceinline__ std::uint32_t half_of(double value, int high) {

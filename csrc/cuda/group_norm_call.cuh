@@ -1,0 +1,135 @@
+// What the kernels of group_norm_backward and its derivative share: their arguments, and what an element adds to the sums
+// of its channel and gets from its coefficients.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/group_norm.h"
+#include "layer_norm_rows.cuh"
+
+namespace rk::cuda {
+
+// x / divisor for x below 2^16.
+struct SmallDivider {
+  unsigned divisor, magic;
+
+  static SmallDivider of(std::int64_t by) {
+    const unsigned divisor = static_cast<unsigned>(by);
+    return {divisor, divisor > 1 ? static_cast<unsigned>((std::uint64_t{1} << 32) / divisor + 1) : 0};
+  }
+  __device__ __forceinline__ unsigned quotient(unsigned x) const {
+    if (divisor == 1) return x;
+    return divisor < 65536 && x < 65536 ? __umulhi(x, magic) : x / divisor;
+  }
+};
+
+template <class S>
+struct GroupNormCall {
+  using A = accumulation_t<S>;
+  bool second;
+  std::int64_t samples, channels, positions, groups;
+  std::int64_t width;               // channels of a group
+  std::int64_t strip, strips;       // channels are innermost: channels of a strip, strips of a sample
+  int lanes;                        // that share a piece of a plane, or a row of a strip
+  int slots, slot_vectors, pieces;  // channels are planes: pieces of a plane, their vectors, pieces of a group
+  int threads;                      // of a block
+  SmallDivider by_width, by_slots;
+  A inverse;                       // 1 / elements of a group
+  const S *x, *g, *u;              // [N, C, S] in one layout; u: null if absent
+  const A *weight, *a, *b;         // [C] or null
+  const A *mean, *rstd;            // [N, groups]
+  S *gg_grad, *grad_x;             // outputs or null
+  A* scratch;                      // of scratch_size numbers
+  A *sample_weight, *sample_bias;  // [N, C] or null
+  A *grad_weight, *grad_bias;      // [C] outputs or null
+
+  __device__ __forceinline__ A weight_at(std::int64_t c) const { return weight ? weight[c] : A(1); }
+  __device__ __forceinline__ A a_at(std::int64_t c) const { return a ? a[c] : A(0); }
+  __device__ __forceinline__ A b_at(std::int64_t c) const { return b ? b[c] : A(0); }
+};
+
+// Sums of a channel's elements, of x - mean in the place of xh: multiplied by r at the end.
+template <bool kSecond, class A>
+struct Sums {
+  static constexpr int kCount = kSecond ? 5 : 2;
+  A sums[kCount] = {};
+
+  __device__ __forceinline__ void add(A d, A g, A u) {
+    sums[0] += g;
+    sums[1] += g * d;
+    if constexpr (kSecond) {
+      sums[2] += u;
+      sums[3] += u * d;
+      sums[4] += u * g;
+    }
+  }
+  __device__ __forceinline__ ChannelSums<A> of_channel(A r) const {
+    if constexpr (kSecond)
+      return {sums[0], r * sums[1], sums[2], r * sums[3], sums[4]};
+    else
+      return {sums[0], r * sums[1], A(0), A(0), A(0)};
+  }
+};
+
+// A group's sums as an array, for reductions, and from its means to coefficients.
+template <bool kSecond, class A>
+struct GroupSums {
+  static constexpr int kCount = kSecond ? 7 : 2;
+  A sums[kCount] = {};
+
+  __device__ __forceinline__ void add(const ChannelSums<A>& channel, A weight, A a) {
+    sums[0] += weight * channel.g;
+    sums[1] += weight * channel.gx;
+    if constexpr (kSecond) {
+      sums[2] += channel.u;
+      sums[3] += channel.ux;
+      sums[4] += weight * channel.ug;
+      sums[5] += a * channel.g;
+      sums[6] += a * channel.gx;
+    }
+  }
+  __device__ __forceinline__ NormSlopes<A> slopes(A r, A inverse) const {
+    return norm_slopes(sums[0] * inverse, sums[1] * inverse, r, A(1));
+  }
+  __device__ __forceinline__ NormBends<A> bends(A r, A inverse) const {
+    if constexpr (kSecond)
+      return norm_bends(NormSums<A>{sums[2] * inverse, sums[3] * inverse, sums[0] * inverse, sums[1] * inverse,
+                                    sums[4] * inverse, sums[5] * inverse, sums[6] * inverse},
+                        r, A(1));
+    else
+      return {};
+  }
+};
+
+// What the results of a channel's elements, and of its parameters, need to know of the group.
+template <bool kSecond, class A>
+struct GroupScalars {
+  A r;
+  NormBends<A> bends;
+  NormSlopes<A> slopes;
+
+  __device__ __forceinline__ GroupScalars(const GroupSums<kSecond, A>& sums, A rstd, A inverse)
+      : r(rstd), bends(sums.bends(rstd, inverse)), slopes(sums.slopes(rstd, inverse)) {}
+
+  __device__ __forceinline__ ChannelBends<A> of_channel(A weight, A a, A b) const {
+    if constexpr (kSecond) return channel_bends(bends, r, weight, a, b);
+    const ChannelSlopes<A> s = channel_slopes(slopes, weight);
+    return {A(0), A(0), A(0), A(0), s.g, s.x, s.one};
+  }
+  __device__ __forceinline__ A grad_weight(const ChannelSums<A>& channel) const {
+    return kSecond ? channel.weight_bend(bends, r) : channel.gx;
+  }
+};
+
+template <class A>
+__device__ __forceinline__ A gg_grad_of(const ChannelBends<A>& c, A xh, A u) {
+  return c.t_u * u + (c.t_x * xh + c.t_one);
+}
+
+template <bool kSecond, class A>
+__device__ __forceinline__ A grad_x_of(const ChannelBends<A>& c, A xh, A g, A u) {
+  const A first = c.x_g * g + (c.x_x * xh + c.x_one);
+  return kSecond ? c.x_u * u + first : first;
+}
+
+}  // namespace rk::cuda

@@ -9,17 +9,19 @@
 
 namespace rk::cuda {
 
-// x / divisor for x below 2^16.
-struct SmallDivider {
-  unsigned divisor, magic;
+// Division by a number that the host knows.
+struct Divider {
+  std::int64_t divisor;
+  std::uint64_t inverse;  // 2^64 / divisor, rounded up; 0 for 1
 
-  static SmallDivider of(std::int64_t by) {
-    const unsigned divisor = static_cast<unsigned>(by);
-    return {divisor, divisor > 1 ? static_cast<unsigned>((std::uint64_t{1} << 32) / divisor + 1) : 0};
+  static Divider of(std::int64_t divisor) {
+    return {divisor, divisor > 1 ? ~std::uint64_t{0} / static_cast<std::uint64_t>(divisor) + 1 : 0};
   }
   __device__ __forceinline__ unsigned quotient(unsigned x) const {
-    if (divisor == 1) return x;
-    return divisor < 65536 && x < 65536 ? __umulhi(x, magic) : x / divisor;
+    return inverse ? static_cast<unsigned>(__umul64hi(x, inverse)) : x;
+  }
+  __device__ __forceinline__ std::int64_t quotient(std::int64_t x) const {
+    return x >> 32 ? x / divisor : quotient(static_cast<unsigned>(x));
   }
 };
 
@@ -28,12 +30,12 @@ struct GroupNormCall {
   using A = accumulation_t<S>;
   bool second;
   std::int64_t samples, channels, positions, groups;
-  std::int64_t width;               // channels of a group
-  std::int64_t strip, strips;       // channels are innermost: channels of a strip, strips of a sample
-  int lanes;                        // that share a piece of a plane, or a row of a strip
-  int slots, slot_vectors, pieces;  // channels are planes: pieces of a plane, their vectors, pieces of a group
-  int threads;                      // of a block
-  SmallDivider by_width, by_slots;
+  std::int64_t width;                        // channels of a group
+  std::int64_t strip, strip_groups, strips;  // channels are innermost: of a strip; strips of a sample
+  int lanes;                                 // that share a piece of a plane, or a row of a strip
+  int slots, slot_vectors, pieces;           // channels are planes: pieces of a plane, their vectors, pieces of a group
+  int threads;                               // of a block
+  Divider by_width, by_slots, by_strips, by_groups;
   A inverse;                       // 1 / elements of a group
   const S *x, *g, *u;              // [N, C, S] in one layout; u: null if absent
   const A *weight, *a, *b;         // [C] or null

@@ -23,9 +23,7 @@ __global__ void __launch_bounds__(kHeld ? kHeldThreads : kPlaneThreads, kHeld ? 
   TeamSums<A, GroupSums<kSecond, A>::kCount> team(c.threads);
   const std::int64_t units = c.samples * c.groups;
   for (std::int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const std::int64_t group = units < (std::int64_t{1} << 32)
-                                   ? static_cast<unsigned>(unit) % static_cast<unsigned>(c.groups)
-                                   : unit % c.groups;
+    const std::int64_t group = unit - c.by_groups.quotient(unit) * c.groups;
     const A mean = c.mean[unit], r = c.rstd[unit];
     W x[kPieceVectors], g[kPieceVectors], u[kPieceVectors];
 
@@ -36,7 +34,8 @@ __global__ void __launch_bounds__(kHeld ? kHeldThreads : kPlaneThreads, kHeld ? 
       int left;             // vectors from it to the piece's end
     };
     const auto place_of = [&](int piece) {
-      const int channel = static_cast<int>(c.by_slots.quotient(piece)), slot = piece - channel * c.slots;
+      const int channel = static_cast<int>(c.by_slots.quotient(static_cast<unsigned>(piece))),
+                slot = piece - channel * c.slots;
       const std::int64_t from = std::int64_t{slot} * c.slot_vectors, plane = c.positions / V;
       const std::int64_t rest = plane - from < c.slot_vectors ? plane - from : c.slot_vectors;
       return Place{channel, slot, ((unit * c.width + channel) * plane + from + lane) * V,
@@ -177,7 +176,7 @@ void set_planes(GroupNormCall<S>& c, int V) {
   c.lanes = 1;
   while (c.lanes < 32 && c.lanes * kPieceVectors < c.slot_vectors) c.lanes *= 2;
   c.pieces = static_cast<int>(c.width * slots);
-  c.by_slots = SmallDivider::of(slots);
+  c.by_slots = Divider::of(slots);
   c.threads = 32;
   while (c.threads < kHeldThreads && c.threads / c.lanes < c.pieces) c.threads *= 2;
   if (c.threads / c.lanes < c.pieces) c.threads = kPlaneThreads;

@@ -14,7 +14,7 @@ constexpr int kTotalThreads = 256;
 template <class A>
 struct ColumnTotals {
   std::int64_t rows, cols;
-  const A* from[2];  // [rows, cols] or null
+  const A* from[2];  // [rows, cols]; the second or null
   A* to[2];          // [cols]
 };
 
@@ -24,11 +24,10 @@ __global__ void __launch_bounds__(kTotalThreads) column_totals_kernel(const Colu
   __shared__ A parts[kWarps][kTotalColumns];
   const int column = threadIdx.x % kTotalColumns, slice = threadIdx.x / kTotalColumns;
   const std::int64_t strips = (c.cols + kTotalColumns - 1) / kTotalColumns;
-  for (std::int64_t unit = blockIdx.x; unit < 2 * strips; unit += gridDim.x) {
+  for (std::int64_t unit = blockIdx.x; unit < (c.from[1] ? 2 : 1) * strips; unit += gridDim.x) {
     const bool second = unit >= strips;
     const A* const from = second ? c.from[1] : c.from[0];
     A* const to = second ? c.to[1] : c.to[0];
-    if (!from) continue;
     const std::int64_t j = (second ? unit - strips : unit) * kTotalColumns + column;
     A sum = 0;
     if (j < c.cols) {
@@ -48,16 +47,21 @@ __global__ void __launch_bounds__(kTotalThreads) column_totals_kernel(const Colu
   }
 }
 
-// out_i = the sums of from_i: [rows, cols], which may be null.
+// out_i = the sums of from_i: [rows, cols], where both are there.
 template <class A>
 cudaError_t launch_column_totals(const A* from_0, A* out_0, const A* from_1, A* out_1, std::int64_t rows,
                                  std::int64_t cols, cudaStream_t stream) {
-  if (!from_0 && !from_1) return cudaSuccess;
-  const bool both = from_0 && from_1;
-  const ColumnTotals<A> c{
-      rows, cols, {from_0 ? from_0 : from_1, both ? from_1 : nullptr}, {from_0 ? out_0 : out_1, out_1}};
+  ColumnTotals<A> c{rows, cols, {}, {}};
+  int matrices = 0;
+  const auto add = [&](const A* from, A* out) {
+    if (!from || !out) return;
+    c.from[matrices] = from;
+    c.to[matrices++] = out;
+  };
+  add(from_0, out_0);
+  add(from_1, out_1);
   const std::int64_t strips = (cols + kTotalColumns - 1) / kTotalColumns;
-  return launch(column_totals_kernel<A>, grid_for(both ? 2 * strips : strips), dim3(kTotalThreads), 0, stream, c);
+  return launch(column_totals_kernel<A>, grid_for(matrices * strips), dim3(kTotalThreads), 0, stream, c);
 }
 
 }  // namespace rk::cuda

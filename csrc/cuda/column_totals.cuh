@@ -14,8 +14,8 @@ constexpr int kTotalThreads = 256;
 template <class A>
 struct ColumnTotals {
   std::int64_t rows, cols;
-  const A* from[2];  // [rows, cols]; the second or null
-  A* to[2];          // [cols]
+  const A* from[2];  // [rows, cols]
+  A* to[2];          // [cols]; the second or null
 };
 
 template <class A>
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kTotalThreads) column_totals_kernel(const Colu
   __shared__ A parts[kWarps][kTotalColumns];
   const int column = threadIdx.x % kTotalColumns, slice = threadIdx.x / kTotalColumns;
   const std::int64_t strips = (c.cols + kTotalColumns - 1) / kTotalColumns;
-  for (std::int64_t unit = blockIdx.x; unit < (c.from[1] ? 2 : 1) * strips; unit += gridDim.x) {
+  for (std::int64_t unit = blockIdx.x; unit < (c.to[1] ? 2 : 1) * strips; unit += gridDim.x) {
     const bool second = unit >= strips;
     const A* const from = second ? c.from[1] : c.from[0];
     A* const to = second ? c.to[1] : c.to[0];
@@ -47,14 +47,14 @@ __global__ void __launch_bounds__(kTotalThreads) column_totals_kernel(const Colu
   }
 }
 
-// out_i = the sums of from_i: [rows, cols], where both are there.
+// out_i = the sums of from_i: [rows, cols], for each out_i that is there; of no rows zeros.
 template <class A>
 cudaError_t launch_column_totals(const A* from_0, A* out_0, const A* from_1, A* out_1, std::int64_t rows,
                                  std::int64_t cols, cudaStream_t stream) {
   ColumnTotals<A> c{rows, cols, {}, {}};
   int matrices = 0;
   const auto add = [&](const A* from, A* out) {
-    if (!from || !out) return;
+    if (!out) return;
     c.from[matrices] = from;
     c.to[matrices++] = out;
   };

@@ -297,6 +297,7 @@ int main(int argc, char** argv) {
   test_problem(options, Problem<__half>(draw, true, 1, 1, 8, 1100));
   test_problem(options, Problem<float>(draw, true, 2, 2, 45, 6));
   test_problem(options, Problem<float>(draw, true, 2, 1, 1, 3));
+  for (const bool innermost : {false, true}) test_problem(options, Problem<float>(draw, innermost, 0, 2, 2, 4));
   if (!thorough) return finish();
   test_problem(options, Problem<__half>(draw, false, 2, 2, 7, 8 * 130));
   test_problem(options, Problem<float>(draw, false, 1, 2, 2, 500));

@@ -371,6 +371,8 @@ int main(int argc, char** argv) {
   }
   test_small_grid(draw);
   test_misaligned(draw);
+  Problem<float> no_rows(draw, 0, 8);
+  test_problem(options, no_rows);
   test_partial_sums(options, Problem<float>(draw, 9, columns<float>(150)));
   test_partial_sums(options, Problem<__half>(draw, 3, columns<__half>(300)));
   test_partial_sums(options, Problem<float>(draw, 2, columns<float>(769)));

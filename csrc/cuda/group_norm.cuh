@@ -23,7 +23,7 @@ void set_units(GroupNormCall<S>& c, bool innermost) {
   c.width = c.channels / c.groups;
   c.by_width = Divider::of(c.width > 0 ? c.width : 1);
   c.by_groups = Divider::of(c.groups);
-  c.inverse = A(1) / A(c.width * c.positions > 0 ? c.width * c.positions : 1);
+  c.average = Mean<A>::of(c.width * c.positions > 0 ? c.width * c.positions : 1);
   const int V = in_words(innermost, c) ? Words<S>::kSize : 1;
   if (innermost)
     set_strips(c, V);

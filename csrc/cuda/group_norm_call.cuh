@@ -36,7 +36,7 @@ struct GroupNormCall {
   int slots, slot_vectors, pieces;           // channels are planes: pieces of a plane, their vectors, pieces of a group
   int threads;                               // of a block
   Divider by_width, by_slots, by_strips, by_groups;
-  A inverse;                       // 1 / elements of a group
+  Mean<A> average;                 // over a group
   const S *x, *g, *u;              // [N, C, S] in one layout; u: null if absent
   const A *weight, *a, *b;         // [C] or null
   const A *mean, *rstd;            // [N, groups]
@@ -90,13 +90,13 @@ struct GroupSums {
       sums[6] += a * channel.gx;
     }
   }
-  __device__ __forceinline__ NormSlopes<A> slopes(A r, A inverse) const {
-    return norm_slopes(sums[0] * inverse, sums[1] * inverse, r, A(1));
+  __device__ __forceinline__ NormSlopes<A> slopes(A r, const Mean<A>& average) const {
+    return norm_slopes(average(sums[0]), average(sums[1]), r, A(1));
   }
-  __device__ __forceinline__ NormBends<A> bends(A r, A inverse) const {
+  __device__ __forceinline__ NormBends<A> bends(A r, const Mean<A>& average) const {
     if constexpr (kSecond)
-      return norm_bends(NormSums<A>{sums[2] * inverse, sums[3] * inverse, sums[0] * inverse, sums[1] * inverse,
-                                    sums[4] * inverse, sums[5] * inverse, sums[6] * inverse},
+      return norm_bends(NormSums<A>{average(sums[2]), average(sums[3]), average(sums[0]), average(sums[1]),
+                                    average(sums[4]), average(sums[5]), average(sums[6])},
                         r, A(1));
     else
       return {};
@@ -110,8 +110,8 @@ struct GroupScalars {
   NormBends<A> bends;
   NormSlopes<A> slopes;
 
-  __device__ __forceinline__ GroupScalars(const GroupSums<kSecond, A>& sums, A rstd, A inverse)
-      : r(rstd), bends(sums.bends(rstd, inverse)), slopes(sums.slopes(rstd, inverse)) {}
+  __device__ __forceinline__ GroupScalars(const GroupSums<kSecond, A>& sums, A rstd, const Mean<A>& average)
+      : r(rstd), bends(sums.bends(rstd, average)), slopes(sums.slopes(rstd, average)) {}
 
   __device__ __forceinline__ ChannelBends<A> of_channel(A weight, A a, A b) const {
     if constexpr (kSecond) return channel_bends(bends, r, weight, a, b);

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kHeld ? kHeldThreads : kPlaneThreads, kHeld ? 
         if (c.slots > 1 && there && lane == 0) put_sums(held[first_piece], own);
       }
       team.add_up(s.sums);
-      const GroupScalars<kSecond, A> scalars(s, r, c.inverse);
+      const GroupScalars<kSecond, A> scalars(s, r, c.average);
       if (there) write(place, scalars.of_channel(weight, a, kSecond ? c.b_at(channel) : A(0)));
       if (sums_wanted && c.slots == 1 && there && lane == 0) write_sums(place.channel, own, scalars);
       if (sums_wanted && c.slots > 1) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kHeld ? kHeldThreads : kPlaneThreads, kHeld ? 
         if (there && lane == 0) put_sums(sums + piece * std::int64_t{3}, own);
       }
       team.add_up(s.sums);
-      const GroupScalars<kSecond, A> scalars(s, r, c.inverse);
+      const GroupScalars<kSecond, A> scalars(s, r, c.average);
       if (first_piece < c.pieces)
         for (int piece = first_piece + (c.pieces - 1 - first_piece) / step * step; piece >= 0; piece -= step) {
           const Place place = place_of(piece);

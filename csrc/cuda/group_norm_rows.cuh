@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) group_norm_rows_kernel(const
         s.add(sums_of(j), c.weight_at(begin + j), kSecond ? c.a_at(begin + j) : A(0));
 #pragma unroll
       for (A& sum : s.sums) sum = warp_sum(sum);
-      const GroupScalars<kSecond, A> scalars(s, r, c.inverse);
+      const GroupScalars<kSecond, A> scalars(s, r, c.average);
       for (int j = from + lane; j < from + width; j += 32) {
         const ChannelSums<A> own = sums_of(j);
         const std::int64_t at = sample * c.channels + begin + j;

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) layer_norm_backward_kernel(con
         for (int k = 0; k < V; ++k) s.add(x[i][k] - mean, g[i][k], w[i][k]);
       team.add_up(s.sums);
       if (!counts) return;
-      const NormSlopes<A> d = s.slopes(c.mean, r, c.inverse);
+      const NormSlopes<A> d = s.slopes(c.mean, r, c.average);
       S* const to = c.grad_x + (before + row) * c.cols + share.column;
 #pragma unroll
       for (int i = 0; i < kShares; ++i) {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kRowThreads,
         }
         team.add_up(s.sums);
         if (!counts) continue;
-        const NormBends<A> d = s.bends(c.mean, r, c.inverse);
+        const NormBends<A> d = s.bends(c.mean, r, c.average);
         S *const to_grad = c.gg_grad + from + share.column, *const to_x = c.grad_x + from + share.column;
 #pragma unroll
         for (int i = 0; i < kShares; ++i) {

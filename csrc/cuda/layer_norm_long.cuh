@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) layer_norm_long_backward_kerne
       for (int k = 0; k < V; ++k) s.add(x[k] - mean, g[k], w[k]);
     });
     team.add_up(s.sums);
-    const NormSlopes<A> d = s.slopes(c.mean, r, c.inverse);
+    const NormSlopes<A> d = s.slopes(c.mean, r, c.average);
     for_vectors_backwards<V>(c.cols, [&](std::int64_t j) {
       const W x = read_vector<W>(from_x + j), g = read_vector<W>(from_g + j);
       A w[V], grad_x[V];
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) layer_norm_long_double_backwar
         for (int k = 0; k < V; ++k) s.add(x[k] - mean, g[k], u[k], w[k], a[k]);
       });
       team.add_up(s.sums);
-      if (threadIdx.x == 0) c.bends[i * c.rows + row] = s.bends(c.mean, r, c.inverse);
+      if (threadIdx.x == 0) c.bends[i * c.rows + row] = s.bends(c.mean, r, c.average);
     }
     __syncthreads();
     if (!c.gg_grad && !c.grad_x) continue;

@@ -18,7 +18,6 @@ namespace rk::cuda {
 template <class S>
 void arrange(BatchNormCall<S>& c, const BatchNormLimits& limits = {}) {
   c.elements = c.images * c.channels * c.inner;
-  c.first = 0;
   is_across(c) ? arrange_across(c, limits) : arrange_along(c, limits);
 }
 

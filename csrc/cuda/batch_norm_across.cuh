@@ -4,9 +4,9 @@
 // rows.  Rows that are not whole vectors are folded: f rows one behind the other are whole vectors, and are taken for
 // one row of `columns` = f C, in which every channel has f columns.  A last row that is not whole is taken apart.
 //
-// Channels cannot go in groups through both sweeps, since a few of each row would be less than the memory moves at
-// once. The second sweep runs backwards instead, and finds in the L2 cache what the first has read last.  If there are
-// so few rows that a block takes all of one vector of channels, one launch does both.
+// The second sweep runs backwards, and finds in the L2 cache what the first has read last.  Channels cannot go in groups
+// that fit into the cache, since a few of each row are less than the memory moves at once.  If there are so few rows
+// that a block takes all of one vector of channels, one launch does both sweeps.
 #pragma once
 
 #include "batch_norm_calls.cuh"
@@ -332,7 +332,6 @@ void arrange_across(BatchNormCall<S>& c, const BatchNormLimits& limits) {
   const std::int64_t least = (c.items + shares - 1) / shares, rows = c.height * rows_at_least;
   c.share = c.fused ? c.items : least > rows ? least : rows;
   c.shares = c.items > c.share ? (c.items + c.share - 1) / c.share : 1;
-  c.group = c.channels;
 }
 
 template <class S, bool kAligned>

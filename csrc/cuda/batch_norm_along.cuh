@@ -4,9 +4,12 @@
 // with a vector: vectors lie as from the first element of the tensor on, and of those at an edge only the plane's own
 // elements count.  Elements behind the tensor's last whole vector are added one by one.
 //
-// Channels go in groups through both sweeps, the second backwards: what the first has read of 32 MiB is still in the L2
-// cache, so that five tensors move instead of eight.  A channel of one share needs one launch.  Otherwise every block
-// of the second sweep adds up its channel's few partial sums itself, for one cotangent; several have a kernel between.
+// The second sweep runs backwards, and finds in the L2 cache what the first has read last.  Groups of channels that fit
+// into the cache, through both sweeps one after the other, would move five tensors instead of eight; but L2 gives them
+// back little faster than memory does, and each group costs two launches more than that saves.
+//
+// A channel of one share needs one launch.  Otherwise every block of the second sweep adds up its channel's few partial
+// sums itself, for one cotangent; several have a kernel between.
 #pragma once
 
 #include "batch_norm_calls.cuh"
@@ -187,22 +190,21 @@ __device__ __forceinline__ ChannelCoefficients<rk::accumulation_t<S>> coefficien
 template <class S, bool kAligned, bool kTraining>
 __global__ void __launch_bounds__(kBatchNormThreads, 3) batch_norm_sums_along_kernel(const BatchNormCall<S> call) {
   using A = rk::accumulation_t<S>;
-  for_shares<false>(call, call.group, call.cotangents, [&](std::int64_t i, std::int64_t share, std::int64_t k) {
-    const auto c = call.one_of(k);
-    const std::int64_t channel = c.first + i;
-    A sums[kBatchNormSums] = {};
-    sum_along<kAligned, kTraining>(c, channel, share, sums);
-    const A total = block_sums(sums);
-    if (threadIdx.x < kBatchNormSums) c.partial_of(channel, threadIdx.x)[share] = total;
-  });
+  for_shares<false>(call, call.channels, call.cotangents,
+                    [&](std::int64_t channel, std::int64_t share, std::int64_t k) {
+                      const auto c = call.one_of(k);
+                      A sums[kBatchNormSums] = {};
+                      sum_along<kAligned, kTraining>(c, channel, share, sums);
+                      const A total = block_sums(sums);
+                      if (threadIdx.x < kBatchNormSums) c.partial_of(channel, threadIdx.x)[share] = total;
+                    });
 }
 
 // The second sweep of one cotangent.
 template <class S, bool kAligned>
 __global__ void __launch_bounds__(kBatchNormThreads, 3) batch_norm_apply_along_kernel(const BatchNormCall<S> c) {
   using A = rk::accumulation_t<S>;
-  for_shares<true>(c, c.group, 1, [&](std::int64_t i, std::int64_t share, std::int64_t) {
-    const std::int64_t channel = c.first + i;
+  for_shares<true>(c, c.channels, 1, [&](std::int64_t channel, std::int64_t share, std::int64_t) {
     A sums[kBatchNormSums] = {};
     for (std::int64_t j = threadIdx.x; j < c.shares; j += blockDim.x)
 #pragma unroll
@@ -255,8 +257,7 @@ __global__ void __launch_bounds__(kBatchNormThreads, 3)
     }
     if (c.grad_x) store_result<kWhole>(c.grad_x + at.offset, Words<S>::of(sum), at.low, at.high);
   };
-  for_shares<true>(c, c.group, 1, [&](std::int64_t i, std::int64_t share, std::int64_t) {
-    const std::int64_t channel = c.first + i;
+  for_shares<true>(c, c.channels, 1, [&](std::int64_t channel, std::int64_t share, std::int64_t) {
     for_vectors_along<1, true>(
         c, channel, share, [&](const PlaneVector(&at)[1]) { apply(std::bool_constant<kAligned>{}, channel, at[0]); });
     for_rest_along(c, channel, share,
@@ -281,35 +282,21 @@ void arrange_along(BatchNormCall<S>& c, const BatchNormLimits& limits) {
   while (c.fused && c.threads_log2 > 5 && c.items <= 1 << c.threads_log2) --c.threads_log2;
   c.planes_step = (1 << c.threads_log2) / c.vectors;
   c.vectors_step = (1 << c.threads_log2) % c.vectors;
-  // Of less than two groups the cache holds most as it is.  A channel that does not fit is not there after the first
-  // sweep however it is grouped.
-  const std::int64_t channel = (2 * c.cotangents + 1) * c.images * c.inner * std::int64_t(sizeof(S));
-  const std::int64_t bytes = channel * c.channels;
-  const bool groups = c.training && !c.fused && channel <= limits.resident && bytes >= 2 * limits.resident;
-  const std::int64_t launches = groups ? (bytes + limits.resident / 2) / limits.resident : 1;
-  c.group = launches > 1 ? (c.channels + launches - 1) / launches : c.channels;
 }
 
 template <class S, bool kAligned>
-cudaError_t launch_along(BatchNormCall<S> c, cudaStream_t stream) {
+cudaError_t launch_along(const BatchNormCall<S>& c, cudaStream_t stream) {
   const dim3 block(1u << c.threads_log2);
   if (c.fused) return launch(batch_norm_fused_along_kernel<S, kAligned>, grid_for(c.channels), block, 0, stream, c);
-  const std::int64_t group = c.group;
+  const dim3 grid = sweep_grid(c, c.channels, 1), all = sweep_grid(c, c.channels, c.cotangents);
+  cudaError_t status = c.training ? launch(batch_norm_sums_along_kernel<S, kAligned, true>, all, block, 0, stream, c)
+                                  : launch(batch_norm_sums_along_kernel<S, kAligned, false>, all, block, 0, stream, c);
   const bool results = c.training && (c.grad || c.grad_x);
-  for (c.first = 0; c.first < c.channels; c.first += group) {
-    if (c.group > c.channels - c.first) c.group = c.channels - c.first;
-    const dim3 grid = sweep_grid(c, c.group, 1), all = sweep_grid(c, c.group, c.cotangents);
-    cudaError_t status = c.training
-                             ? launch(batch_norm_sums_along_kernel<S, kAligned, true>, all, block, 0, stream, c)
-                             : launch(batch_norm_sums_along_kernel<S, kAligned, false>, all, block, 0, stream, c);
-    if (status == cudaSuccess && (results ? c.cotangents > 1 : c.grad_weight != nullptr))
-      status = launch_coefficients(c, stream);
-    if (status == cudaSuccess && results)
-      status = c.cotangents > 1 ? launch(batch_norm_apply_several_along_kernel<S, kAligned>, grid, block, 0, stream, c)
-                                : launch(batch_norm_apply_along_kernel<S, kAligned>, grid, block, 0, stream, c);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  if (status == cudaSuccess && (results ? c.cotangents > 1 : c.grad_weight != nullptr))
+    status = launch_coefficients(c, stream);
+  if (status != cudaSuccess || !results) return status;
+  return c.cotangents > 1 ? launch(batch_norm_apply_several_along_kernel<S, kAligned>, grid, block, 0, stream, c)
+                          : launch(batch_norm_apply_along_kernel<S, kAligned>, grid, block, 0, stream, c);
 }
 
 }  // namespace rk::cuda

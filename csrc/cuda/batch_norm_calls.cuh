@@ -18,10 +18,9 @@ constexpr int kBatchNormSums = 5;
 // every device: two blocks for each of an H200's 132 multiprocessors are resident at once and keep its memory busy;
 // more would only add partial sums.
 struct BatchNormLimits {
-  std::int64_t share_vectors = 2048;   // along: of each tensor, in a share, at least
-  std::int64_t blocks = 2 * 132;       // shares of a channel along, or blocks across, at most
-  std::int64_t block_rows = 2048;      // across: so few rows belong to one block, which needs no second launch
-  std::int64_t resident = 32ll << 20;  // along: bytes that the first sweep leaves in the L2 cache for the second
+  std::int64_t share_vectors = 2048;  // along: of each tensor, in a share, at least
+  std::int64_t blocks = 2 * 132;      // shares of a channel along, or blocks across, at most
+  std::int64_t block_rows = 2048;     // across: so few rows belong to one block, which needs no second launch
 };
 
 template <class S>
@@ -43,8 +42,6 @@ struct BatchNormCall {
   std::int64_t items;                      // along: vectors of a channel; across: folded rows that are whole
   std::int64_t shares;                     // of a channel's items, one block each
   std::int64_t share;                      // items in each
-  std::int64_t group;                      // along: channels of a launch
-  std::int64_t first;                      // along: the first of them
   bool edges;                              // along: planes that begin or end within a vector
   int threads_log2;                        // along: of a block's threads
   std::int64_t planes_step, vectors_step;  // along: planes, and vectors beyond, in as many vectors as there are threads
@@ -220,8 +217,7 @@ template <class S>
 __global__ void __launch_bounds__(kBatchNormThreads) batch_norm_coefficients_kernel(const BatchNormCall<S> call) {
   using A = rk::accumulation_t<S>;
   __shared__ A totals[kBatchNormSums];
-  for (std::int64_t i = blockIdx.x; i < call.group; i += gridDim.x) {
-    const std::int64_t channel = call.first + i;
+  for (std::int64_t channel = blockIdx.x; channel < call.channels; channel += gridDim.x) {
     A weight = 0, x_x = 0, x_1 = 0;
     for (std::int64_t k = 0; k < call.cotangents; ++k) {
       const auto c = call.one_of(k);
@@ -260,7 +256,7 @@ template <class S>
 cudaError_t launch_coefficients(const BatchNormCall<S>& c, cudaStream_t stream) {
   const std::int64_t rounded = (c.shares + 31) / 32 * 32;
   const dim3 block(static_cast<unsigned>(rounded < kBatchNormThreads ? rounded : kBatchNormThreads));
-  return launch(batch_norm_coefficients_kernel<S>, grid_for(c.group), block, 0, stream, c);
+  return launch(batch_norm_coefficients_kernel<S>, grid_for(c.channels), block, 0, stream, c);
 }
 
 }  // namespace rk::cuda

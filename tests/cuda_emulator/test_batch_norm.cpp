@@ -1,5 +1,5 @@
 // The kernels of batch_norm_double_backward against plain loops in double: random shapes in both layouts, alignments,
-// absent cotangents and outputs, fixed statistics, one and several cotangents, one launch and many.
+// absent cotangents and outputs, fixed statistics, one and several cotangents, one launch and several.
 #include "batch_norm.cuh"
 
 #include <algorithm>
@@ -206,7 +206,6 @@ int main(int argc, char** argv) {
   small.share_vectors = 16;
   small.blocks = 3;
   small.block_rows = 0;
-  small.resident = 1500;
   for (int round = 0; round < options.rounds; ++round) {
     const auto any = draw(0, 1) ? small : BatchNormLimits{};
     const int place = draw(0, 2) ? 0 : -1;

@@ -4,9 +4,9 @@
 // rows.  Rows that are not whole vectors are folded: f rows one behind the other are whole vectors, and are taken for
 // one row of `columns` = f C, in which every channel has f columns.  A last row that is not whole is taken apart.
 //
-// The second sweep runs backwards, and finds in the L2 cache what the first has read last.  Channels cannot go in groups
-// that fit into the cache, since a few of each row are less than the memory moves at once.  If there are so few rows
-// that a block takes all of one vector of channels, one launch does both sweeps.
+// The second sweep runs backwards, and finds in the L2 cache what the first has read last.  Channels cannot go in
+// groups that fit into the cache, since a few of each row are less than the memory moves at once.  If there are so few
+// rows that a block takes all of one vector of channels, one launch does both sweeps.
 #pragma once
 
 #include "batch_norm_calls.cuh"

@@ -83,11 +83,11 @@ def batch_norm(shape: tuple[int, ...], dtype: str, innermost: bool) -> None:
             x, None, None, empty(image, dtype), empty(image, dtype), numbers, numbers, numbers, True, True, True, True
         )
 
-    shares = -(-image[0] // 512) if innermost else -(-image[0] // max(1, 16384 // image[2]))
     kernels = (
+        Kernel("batch_norm_fused", (3, 2), (((3, 0),), ((3, 2),))),
         Kernel("batch_norm_sums", (3, 0), (((3, 0),),)),
-        Kernel("batch_norm_coefficients", rounds=-(-shares // 32)),
-        Kernel("batch_norm_apply", (3, 2), (((3, 2),),), again=3),
+        Kernel("batch_norm_coefficients", rounds=2),
+        Kernel("batch_norm_apply", (3, 2), (((3, 2),),), again=3, backwards=True),
     )
     layout = "NHWC" if innermost else "NCHW"
     add(Case(f"batch_norm {text(shape)} {dtype} {layout}", "batch_norm", dtype, shape, 5, kernels, call))
@@ -286,7 +286,9 @@ def margin_loss(shape: tuple[int, int], dtype: str) -> None:
 for _dtype in DTYPES:
     for _innermost in (False, True):
         batch_norm((128, 64, 32, 32), _dtype, _innermost)
-batch_norm((256, 256, 56, 56), "bfloat16", True)
+for _innermost in (False, True):
+    batch_norm((256, 256, 56, 56), "bfloat16", _innermost)
+    batch_norm((128, 512, 4, 4), "bfloat16", _innermost)
 for _dtype in DTYPES:
     layer_norm((64 * 197, 768), _dtype, rms=False)
     layer_norm((64 * 197, 768), _dtype, rms=True)

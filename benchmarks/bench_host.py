@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_host [--seconds S] [--limit 1.33]
 
-ResNet-18 of one channel on two images of 2x2 pixels: all of its operators, and next to nothing for them to compute (oneDNN is
-off, whose convolutions take tens of microseconds however small).  The replaced derivatives run however small.  Process time on one thread, all columns in turns.  A step that runs more nodes of
-autograd than the plain one may take longer: it is held to `--limit` times the plain step's time for each of them.
+ResNet-18 of one channel on two images of 2x2 pixels: all of its operators, and next to nothing for them to compute.
+oneDNN is off, whose convolutions take tens of microseconds however small; the replaced derivatives run however small.
+Process time on one thread, all rows in turns.  A step that runs more nodes of autograd than the plain one may take
+longer: it is held to `--limit` times the plain step's time for each of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import robustkern as rk
@@ -166,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     harness.keep_pages()
     above = []
-    print("| step | host ms | nodes run | over plain | over plain, for as many nodes |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| step | host ms | nodes run | over plain | over plain, for as many nodes |\n| --- | --- | --- | --- | --- |"
+    )
     for row in measure(options.seconds):
         ours = "installed" in row["name"] or row["name"].startswith(("GradientPenalty", "PGD"))
         if ours and row["each"] > options.limit:

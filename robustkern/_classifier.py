@@ -102,8 +102,14 @@ def check_logits(name: str, logits: Any, count: int, largest: int | None = None)
         raise TypeError(f"{name}: model must give floating-point logits, got {logits.dtype}")
     if logits.shape[1] < 2:
         raise ValueError(f"{name}: model must give a logit for each of two classes or more, got {logits.shape[1]}")
-    if largest is not None and largest >= logits.shape[1]:
-        raise ValueError(f"{name}: y must be classes from 0 to {logits.shape[1] - 1}, got {largest}")
+    if largest is not None:
+        check_largest(name, largest, logits.shape[1])
+
+
+def check_largest(name: str, largest: int, classes: int) -> None:
+    """Raises ValueError if the largest class is none of so many."""
+    if largest >= classes:
+        raise ValueError(f"{name}: y must be classes from 0 to {classes - 1}, got {largest}")
 
 
 def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""cuDNN's BatchNorm, which float32 networks on CUDA consist of: here with PyTorch's CPU kernels in the place of cuDNN's."""
+"""BatchNorm by cuDNN, as float32 networks on CUDA have it: here PyTorch's CPU kernels stand in for cuDNN's."""
 
 import pytest
 import torch

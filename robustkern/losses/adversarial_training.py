@@ -9,7 +9,7 @@ from torch import Tensor
 from robustkern._classifier import logits_of
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.draw import Draw
-from robustkern.losses._passes import RandomState, value_without_graph
+from robustkern.losses._passes import RandomState, Rise, value_without_graph
 from robustkern.losses.attack_loss import AttackLoss
 from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -57,4 +57,4 @@ class AdversarialTraining(AttackLoss):
         orientation = value_without_graph(model, cross_entropy, x.detach(), state)
         with state.again():
             attacked = logits_of("AdversarialTraining", model, adversary, y)
-        return Terms(orientation, cross_entropy(attacked) - orientation, self.weight)
+        return Rise.of(orientation, cross_entropy(attacked), self.weight)

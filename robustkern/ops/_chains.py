@@ -60,7 +60,9 @@ def has(name: str) -> bool:
 def link(op: Any, following: Any, only: tuple[str, int] | None = None) -> Link:
     """What the names of two operators' arguments say."""
     names = [argument.name for argument in op._schema.arguments]
-    needed, sources, cotangents = [], [], 0
+    needed: list[str] = []
+    sources: list[tuple[str, int]] = []
+    cotangents = 0
     for argument in following._schema.arguments:
         if argument.name.startswith("need_"):
             sources.append((IS_NEEDED, len(needed)))

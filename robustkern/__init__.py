@@ -5,6 +5,7 @@ from robustkern._version import __version__
 from robustkern.coupling import batch_coupling
 from robustkern.double_backward import fused_double_backward, install, is_installed, uninstall
 from robustkern.draw import Draw
+from robustkern.graphs import graphed
 from robustkern.jacobian import input_jacobian, jacobian_norm, suggest_projections
 from robustkern.penalties import gradient_norm
 from robustkern.spectral_norm import jacobian_spectral_norm
@@ -17,6 +18,7 @@ __all__ = [
     "batch_coupling",
     "fused_double_backward",
     "gradient_norm",
+    "graphed",
     "input_jacobian",
     "install",
     "is_installed",

@@ -118,7 +118,9 @@ def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: The values do not depend on x by a graph.
     """
-    grad = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    if not values.requires_grad:
+        raise ValueError(_independent(name))
+    grad: Tensor | None = torch.autograd.grad(values, x, torch.ones_like(values), allow_unused=True)[0]
     if grad is None:
         raise ValueError(_independent(name))
     return grad

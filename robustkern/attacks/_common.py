@@ -220,8 +220,8 @@ def evaluate(
         value = losses_of(loss, logits, y, towards, impl)
         value = -value if targeted else value
         grad = gradient_of(name, value, leaf) if need_grad else None
-    value, hit = value.detach(), logits.detach().argmax(1) == y
-    return value, (hit if targeted else ~hit) | value.isnan(), grad
+    value, named = value.detach(), logits.argmax(1)
+    return value, (named == y if targeted else named != y) | value.isnan(), grad
 
 
 class Attack:
@@ -284,7 +284,7 @@ class Best:
             self.loss = torch.full([len(self.fooled)], -torch.inf, dtype=loss.dtype, device=loss.device)
         best_loss, best_fooled = (t if rows is None else t[rows] for t in (self.loss, self.fooled))
         # Not `loss > best_loss` alone: NaN is the attacker's success, and compares false.
-        better = (fooled & ~best_fooled) | ((fooled == best_fooled) & ((loss > best_loss) | loss.isnan()))
+        better = (fooled > best_fooled) | ((fooled == best_fooled) & ((loss > best_loss) | loss.isnan()))
         loss, fooled = torch.where(better, loss, best_loss), fooled | best_fooled
         mask = better.view(-1, *[1] * (adversary.dim() - 1))
         if rows is None:

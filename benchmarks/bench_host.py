@@ -68,7 +68,7 @@ class Batch:
         self.penalty(self.model, self.x, self.y).backward(inputs=self.model.parameters())
 
     def plain_attack(self) -> None:
-        """As tutorials write it: the last iterate, no checks, and the model as it is."""
+        """As tutorials write it: the last iterate, looked at once, and no checks."""
         adversary = (self.x + torch.empty_like(self.x).uniform_(-EPS, EPS)).clamp_(0, 1)
         self.model.eval().requires_grad_(False)
         for _ in range(STEPS):
@@ -76,6 +76,8 @@ class Batch:
             (grad,) = torch.autograd.grad(F.cross_entropy(self.model(adversary), self.y), adversary)
             adversary = adversary.detach() + STEP_SIZE * grad.sign()
             adversary = torch.min(torch.max(adversary, self.x - EPS), self.x + EPS).clamp_(0, 1)
+        with torch.no_grad():
+            self.model(adversary)
         self.model.train().requires_grad_(True)
 
     def attack(self) -> None:

@@ -1,4 +1,4 @@
-"""The three compiled extensions; everything else about the package stands in pyproject.toml.
+"""The three compiled extensions; everything else about the package is in pyproject.toml.
 
 robustkern._C     operator schemas and CPU kernels, always built
 robustkern._aten  second derivatives for PyTorch's own operators, always built; serves the PyTorch it was built with
@@ -47,7 +47,7 @@ CXX_FLAGS = [
     "-std=c++20",
     "-Wall",
     "-Wextra",
-    "-Wno-psabi",  # vectors are passed between functions that are inlined only
+    "-Wno-psabi",  # vectors are passed only between functions that are inlined
     "-fvisibility=hidden",
     *(f"-isystem{path}" for path in (cpp_extension.include_paths() if torch else [])),  # whose warnings are not ours
     *VALUE_SAFE,
@@ -100,7 +100,7 @@ def architecture_flags(cuda: Path) -> list[str]:
 
 
 def cuda_extension() -> Extension | None:
-    """The CUDA half, or None; says on stderr which and why."""
+    """robustkern._cuda, or None; says on stderr which, and why."""
     wish, cuda = os.environ.get("ROBUSTKERN_CUDA", "auto"), find_cuda()
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"ROBUSTKERN_CUDA must be auto, 0 or 1, got {wish!r}")
@@ -111,7 +111,7 @@ def cuda_extension() -> Extension | None:
         print(f"robustkern: building without CUDA kernels ({why})", file=sys.stderr)
         return None
     print(f"robustkern: building CUDA kernels with {cuda}/bin/nvcc", file=sys.stderr)
-    cpp_extension.CUDA_HOME = str(cuda)  # PyTorch leaves it empty where it has no CUDA itself
+    cpp_extension.CUDA_HOME = str(cuda)  # a PyTorch without CUDA leaves it empty
     flags = architecture_flags(cuda)
     built_for = " ".join(re.findall(r",code=(\w+)", " ".join(flags)))
     runtime, name = shared_runtime(cuda)
@@ -133,7 +133,7 @@ def cuda_extension() -> Extension | None:
 
 
 def extensions() -> list[Extension]:
-    """All that can be built here."""
+    """Every extension that can be built here."""
     cpu = cpp_extension.CppExtension(
         "robustkern._C",
         ["csrc/ops.cpp", "csrc/bindings.cpp", *sources("cpu/*.cpp")],
@@ -160,7 +160,7 @@ def knows_precompiled_headers() -> bool:
 
 
 class WithoutPyTorch(build_ext):
-    """Refuses to compile; an sdist does not."""
+    """Refuses to compile, which an sdist does not need."""
 
     def run(self) -> None:
         raise SystemExit(
@@ -172,7 +172,7 @@ class WithoutPyTorch(build_ext):
 if torch:
 
     class WithPyTorch(cpp_extension.BuildExtension):
-        """All files of `robustkern._aten` share one reading of PyTorch's headers, which is most of their time."""
+        """Compiles PyTorch's headers, which take most of the time, once for all files of `robustkern._aten`."""
 
         def build_extension(self, extension: Extension) -> None:
             if extension.name == "robustkern._aten" and self.use_ninja and knows_precompiled_headers():
@@ -181,7 +181,7 @@ if torch:
             super().build_extension(extension)
 
         def precompile(self, header: str, extension: Extension) -> str:
-            """Compiles a header with the flags of the extension's sources, or none could use it; where its copy is."""
+            """Compiles a header with the flags of the extension's sources, which it must match; returns its path."""
             compiler, names = self.compiler, (self.compiler.src_extensions, self.compiler.obj_extension)
             compiler.src_extensions, compiler.obj_extension = [".h"], ".h.gch"
             [compiled] = compiler.compile(
@@ -200,7 +200,7 @@ if torch:
         version=VERSION,
         ext_modules=extensions(),
         cmdclass={"build_ext": with_pytorch},
-        options={"build_ext": {"build_temp": "build/temp"}},  # also of pip install -e, so that it compiles what changed
+        options={"build_ext": {"build_temp": "build/temp"}},  # also for pip install -e: compiles only what changed
     )
 else:
     setup(version=VERSION, ext_modules=[Extension("robustkern._C", [])], cmdclass={"build_ext": WithoutPyTorch})

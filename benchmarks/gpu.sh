@@ -1,107 +1,136 @@
 #!/usr/bin/env bash
-# Everything worth knowing from a machine with an NVIDIA GPU, in at most nine minutes and without a network:
-# builds both extensions in place, runs the tests on the device and compute-sanitizer beside them, then all benchmarks.
+# Everything worth knowing from a machine with an NVIDIA GPU, in at most nine minutes and without a network.
 #
-#   [PYTHON=python3] [OUT=folder] [ROBUSTKERN_COMMIT=id] benchmarks/gpu.sh
+#   [PYTHON=python3] [OUT=folder] [SECONDS_IN_ALL=540] [ROBUSTKERN_COMMIT=id] benchmarks/gpu.sh [cpu]
 #
-# Needs Python with PyTorch for CUDA, pytest, hypothesis, pybind11 and ninja; nvcc; compute-sanitizer if there is one.
-# Leaves benchmarks/results/<device>.json, copied to $OUT with the logs if OUT is set, and prints a summary last.
+# Builds for this GPU; holds every operator to float64, attention's backends and CUDA graphs to the eager step; runs
+# compute-sanitizer over all operators, a sample of the tests beside it; then, alone, times kernels by graph replay,
+# counts those that miss their budget with ncu, and times training steps.
+#
+# Needs Python with PyTorch for CUDA, pytest, hypothesis, pybind11 and ninja; nvcc; compute-sanitizer and ncu if there.
+# Every stage prints its line when it ends.  benchmarks/results/<device>.json is written after every case, and copied
+# with the logs to $OUT if that is set, also when the script is stopped: what was measured stays.
 # Exit status: 0 if every stage passed.  A stage that fails or runs past its time leaves the later ones alone.
+#
+# With `cpu` every stage runs in the form that it has on a CPU, in little time: a rehearsal.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 
+DEVICE=${1:-cuda}
 PYTHON=${PYTHON:-python3}
 LOGS=${OUT:-$(mktemp -d)}
+IN_ALL=${SECONDS_IN_ALL:-540}
 mkdir -p "$LOGS"
-export ROBUSTKERN_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 DEVICE LOGS PYTHON
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 unset ROBUSTKERN_EMULATED
-SUMMARY=()
+[ "$DEVICE" = cpu ] || export ROBUSTKERN_REQUIRE_CUDA=1
 FAILED=0
 STARTED=$SECONDS
 
-note() { # stage, exit status, seconds, last line of its log
+left() { echo $((IN_ALL - (SECONDS - STARTED))); }
+
+note() { # stage, exit status, seconds, what it found
   local verdict=passed
-  case $2 in 0) ;; 124 | 137) verdict='OUT OF TIME' ;; *) verdict="FAILED ($2)" ;; esac
-  [ "$2" -eq 0 ] || FAILED=1
-  SUMMARY+=("$(printf '%-22s %-12s %4d s  %s' "$1" "$verdict" "$3" "$4")")
+  case $2 in 0) ;; 77) verdict=skipped ;; 124 | 137) verdict='OUT OF TIME' ;; *) verdict="FAILED ($2)" ;; esac
+  case $2 in 0 | 77) ;; *) FAILED=1 ;; esac
+  printf '%4d s  %-12s %-12s %4d s  %s\n' $((SECONDS - STARTED)) "$1" "$verdict" "$3" "$4" | tee -a "$LOGS/summary.txt"
 }
+
+last_line() { grep -av '^ *$' "$1" | tail -n 1 | cut -c1-150; }
 
 stage() { # name, time limit in seconds, command...
   local name=$1 limit=$2 begin=$SECONDS status
   shift 2
+  [ "$limit" -le "$(left)" ] || limit=$(left)
+  if [ "$limit" -lt 5 ]; then
+    note "$name" 124 0 'no time is left'
+    return 124
+  fi
   timeout --kill-after=5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
   status=$?
-  note "$name" "$status" "$((SECONDS - begin))" "$(grep -v '^ *$' "$LOGS/$name.log" | tail -n 1 | cut -c1-110)"
+  note "$name" "$status" "$((SECONDS - begin))" "$(last_line "$LOGS/$name.log")"
+  grep -aE '^(FAILED|ERROR|X) ' "$LOGS/$name.log" | head -n 8 | cut -c1-200
   return "$status"
 }
 
 build() {
-  local capability
-  capability=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || return 1
-  ROBUSTKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} MAX_JOBS=$(nproc) \
-    "$PYTHON" setup.py build_ext --inplace || return 1
+  if [ "$DEVICE" = cuda ]; then
+    local capability
+    capability=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || return 1
+    ROBUSTKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} MAX_JOBS=$(nproc) \
+      "$PYTHON" setup.py build_ext --inplace || return 1
+  fi
   "$PYTHON" -c '
-import torch
+import os, torch
 from robustkern import _library
-missing = _library.why_unavailable() or _library.cuda_why_unavailable()
-assert missing is None, missing
-assert torch.cuda.is_available(), "PyTorch sees no device"
-print("built and loaded for", torch.cuda.get_device_name())'
+missing = _library.why_unavailable() or (os.environ["DEVICE"] == "cuda" and _library.cuda_why_unavailable())
+assert not missing, missing
+assert os.environ["DEVICE"] == "cpu" or torch.cuda.is_available(), "PyTorch sees no device"
+print("built and loaded for", torch.cuda.get_device_name() if os.environ["DEVICE"] == "cuda" else "the CPU")'
 }
 
-suite() {
-  local parallel=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 6)
-  "$PYTHON" -m pytest tests -m cuda -q -rf --maxfail=30 "${parallel[@]}" -p no:cacheprovider
+suite() { # a few cases of every test
+  local options=(--few 4 tests -m cuda)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && options+=(-n 6)
+  [ "$DEVICE" = cpu ] && options=(--few 1 tests/test_double_backward.py)
+  "$PYTHON" -m pytest "${options[@]}" -q -rf --maxfail=30 -p no:cacheprovider
 }
 
 sanitize() { # tool
+  if [ "$DEVICE" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not here, the samples run without it"
+    "$PYTHON" -m benchmarks.exercise --device "$DEVICE" --seconds 2
+    return 77
+  fi
   local filter=()
-  # Only this project's kernels: PyTorch's own are not at issue, and instrumenting them takes minutes.
+  # Only this project's kernels: PyTorch's own are not at issue, and instrumenting them takes minutes.  initcheck is
+  # not among the tools: it would have to follow what PyTorch's kernels write, and takes it for never written.
   compute-sanitizer --help 2>&1 | grep -q -e '--kernel-name ' && filter=(--kernel-name kns=rk)
   # Without the caching allocator every tensor is an allocation of its own, whose bounds the tool knows.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "${filter[@]}" \
-    "$PYTHON" -m benchmarks.exercise
+    "$PYTHON" -m benchmarks.exercise --device cuda --seconds 75
 }
-export -f build suite sanitize
-export PYTHON
 
-if ! stage build 120 bash -c build; then
+count() { # what the hardware counts of the kernels that miss their budget
+  [ "$DEVICE" = cuda ] && command -v ncu >/dev/null || {
+    echo 'ncu is not here'
+    return 77
+  }
+  "$PYTHON" -m benchmarks.gpu_kernels --counters "$LOGS/kernels.json"
+}
+
+finish() {
+  [ -n "${OUT:-}" ] && cp benchmarks/results/*.json "$OUT"/ 2>/dev/null
+  echo "== $((SECONDS - STARTED)) s, logs in $LOGS"
+}
+trap finish EXIT
+trap 'echo "stopped"; exit 130' INT TERM
+export -f build suite sanitize count
+
+stage build 130 bash -c build || {
   tail -n 30 "$LOGS/build.log"
-else
-  # Tests and tools check, they do not time: they may share the device.
-  TOOLS=(memcheck racecheck synccheck initcheck)
-  command -v compute-sanitizer >/dev/null || { TOOLS=(); note compute-sanitizer 127 0 'is not installed'; }
-  for tool in ${TOOLS[@]+"${TOOLS[@]}"}; do
-    (
-      begin=$SECONDS
-      timeout --kill-after=5 140 bash -c "sanitize $tool" >"$LOGS/$tool.log" 2>&1
-      echo "$? $((SECONDS - begin))" >"$LOGS/$tool.status"
-    ) &
-  done
-  stage suite 140 bash -c suite
-  wait
-  for tool in ${TOOLS[@]+"${TOOLS[@]}"}; do
-    read -r status seconds <"$LOGS/$tool.status"
-    rm -f "$LOGS/$tool.status"
-    note "$tool" "$status" "$seconds" "$(grep -E 'SUMMARY|samples' "$LOGS/$tool.log" | tail -n 1 | cut -c1-110)"
-  done
-  # What is left of nine minutes, in halves.  Compilation stops in time for every case to be measured without it.
-  left=$((535 - (SECONDS - STARTED)))
-  half=$((left / 2))
-  stage bench_ops "$half" "$PYTHON" -m benchmarks.bench_ops --device cuda --sizes large small --seconds 0.15 \
-    --compile-budget $((half * 6 / 10)) --budget $((half * 9 / 10))
-  stage penalised_step "$((535 - (SECONDS - STARTED)))" "$PYTHON" -m benchmarks.penalised_step --device cuda \
-    --seconds 0.5 --compile-budget $((half * 5 / 10)) --budget $((half * 8 / 10)) --limit $((half * 3 / 10))
-fi
+  exit 1
+}
+small=() columns=(plain eager installed installed_graph compile)
+[ "$DEVICE" = cpu ] && small=(--size tiny) && columns=(plain eager installed)
+stage checks 60 "$PYTHON" -m benchmarks.gpu_checks --device "$DEVICE"
+stage operators 75 "$PYTHON" -m benchmarks.exercise --device "$DEVICE" --check --seconds 60 \
+  --dtypes float32 bfloat16 float16 float64
 
-if [ -n "${OUT:-}" ]; then
-  cp benchmarks/results/*.json "$OUT"/ 2>/dev/null
-fi
-grep -hE ' of copy|^[a-z].*[0-9]x[0-9]|  [a-z_]+ +[0-9.]+ ms ' "$LOGS"/bench_ops.log "$LOGS"/penalised_step.log 2>/dev/null | grep -v USDT | cut -c1-180
-echo
-echo "== $((SECONDS - STARTED)) s, logs in $LOGS"
-grep -hE '^(FAILED|ERROR) ' "$LOGS/suite.log" 2>/dev/null | head -n 20
-printf '%s\n' "${SUMMARY[@]}"
+# Tests and tools check, they do not time: they may share the device.
+for tool in memcheck racecheck synccheck; do
+  stage "$tool" 100 bash -c "sanitize $tool" &
+done
+stage suite 100 bash -c suite
+wait
+grep -qE 'FAILED|OUT OF TIME' "$LOGS/summary.txt" && FAILED=1 # stages beside this shell cannot set it
+
+stage kernels 90 "$PYTHON" -m benchmarks.gpu_kernels --device "$DEVICE" "${small[@]}" --out "$LOGS/kernels.json"
+stage counters 80 bash -c count
+stage steps "$(($(left) - 5))" "$PYTHON" -m benchmarks.penalised_step --device "$DEVICE" "${small[@]}" \
+  --providers "${columns[@]}" --seconds 0.5 --limit 40 \
+  --compile-budget 60 --budget "$(($(left) - 40))"
+grep -hE ' of copy|^[a-zA-Z].*[0-9]x[0-9]|  [a-z_]+ +[0-9.]+ ms ' "$LOGS"/kernels.log "$LOGS"/steps.log 2>/dev/null |
+  grep -v USDT | cut -c1-180
 exit "$FAILED"

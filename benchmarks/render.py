@@ -3,8 +3,7 @@
     python -m benchmarks.render [--check]
 
 A table stands between <!-- benchmarks:begin NAME --> and <!-- benchmarks:end NAME -->.  No figure is typed by hand, and
-no row is left out
-because it is a loss.
+no row is left out because it is a loss.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _TITLES = {
     "eager": "stock eager", "compile": "torch.compile", "reference": "reference", "robustkern": "robustkern",
     "operator": "bare kernel", "plain": "plain step", "plain_installed": "plain step, installed",
     "installed": "robustkern installed", "installed_compile": "torch.compile, installed",
-    "finite_differences": "finite differences",
+    "finite_differences": "finite differences", "installed_graph": "robustkern installed, one CUDA graph",
 }  # fmt: skip
 # The case of each operator that stands for it in README.md.
 _REPRESENTATIVE = {
@@ -40,6 +39,13 @@ _REPRESENTATIVE = {
     "softmax_cross_entropy": ("float32", "1000 classes"),
     "kl_divergence": ("float32", "1000 classes"),
 }
+
+
+def stands_for(op: str, dtype: str, case: str) -> bool:
+    """Whether this is the case that stands for its operator."""
+    if op not in _REPRESENTATIVE:
+        raise SystemExit(f"no case stands for {op}: add its dtype and case to _REPRESENTATIVE in benchmarks/render.py")
+    return (dtype, case) == _REPRESENTATIVE[op]
 
 
 def case_name(row: Row) -> str:
@@ -108,17 +114,13 @@ def readme_ops(results: Row) -> str:
 
     lines = []
     for (op, _, dtype, _, case, order), columns in groups.items():
-        if (dtype, case) == _REPRESENTATIVE[op]:
+        if stands_for(op, dtype, case):
             lines.append(line(f"{op}, {order.replace('_', ' ')}", columns))
     gains = {key: gain for key, c in groups.items() if (gain := speed_up(c, "eager")) is not None}
     if gains:
         op, _, dtype, _, case, order = key = min(gains, key=gains.__getitem__)
         lines.append(line(f"worst of {len(gains)}: {op}, {order.replace('_', ' ')}, {dtype}, {case}", groups[key]))
-    shapes = {
-        k[0]: f"{k[0]} {'x'.join(map(str, k[3]))} {k[2]} {k[4]}"
-        for k in groups
-        if (k[2], k[4]) == _REPRESENTATIVE[k[0]]
-    }
+    shapes = {k[0]: f"{k[0]} {'x'.join(map(str, k[3]))} {k[2]} {k[4]}" for k in groups if stands_for(k[0], k[2], k[4])}
     return f"{sentence(results['ops'])} {'; '.join(shapes.values())}.\n\n{table(header, lines)}"
 
 
@@ -299,7 +301,7 @@ BLOCKS = (
 def featured(everything: dict[Path, Row], name: str) -> tuple[list[Path], list[Path]]:
     """The results whose tables of this section README.md shows, and those that it links to.
 
-    Every GPU's, and of the processors the one with the most figures, of several the last: not the one with the best.
+    Shown are every GPU's, and those of the processor with the most figures, not the best; of several, the last.
     """
     measured = [path for path, results in everything.items() if name in results]
     processors = [path for path in measured if path.stem.startswith("cpu-")]
@@ -378,7 +380,7 @@ def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[]
 
 
 def chart_path(images: Path, results: Path, name: str) -> Path:
-    """The chart of the processor that is shown has the plain name."""
+    """The path of a chart; for the processor that README.md shows, it has the plain name."""
     return images / (f"{name}.png" if results.stem.startswith("cpu-") else f"{name}-{results.stem}.png")
 
 

@@ -20,7 +20,8 @@ from .step_models import ATTENTION, MODELS, Shape, available
 PLAIN, PLAIN_INSTALLED = "plain", "plain_installed"
 STOCK, INSTALLED, FINITE_DIFFERENCES = "eager", "installed", "finite_differences"
 COMPILED = ("compile", "installed_compile")
-PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, INSTALLED, FINITE_DIFFERENCES, *COMPILED)
+GRAPHED = "installed_graph"
+PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, INSTALLED, GRAPHED, FINITE_DIFFERENCES, *COMPILED)
 PENALTIES: dict[str, tuple[float, bool]] = {"L1": (1.0, False), "L2": (2.0, False), "squared L2": (2.0, True)}
 
 Gradients = tuple[Tensor, ...]
@@ -39,6 +40,7 @@ class Spec:
     channels_last: bool = False
     autocast: bool = False  # bfloat16
     compiled: bool = True  # whether there are columns of torch.compile, which take a minute each
+    graphed: bool = False  # whether there is a column of the step as one CUDA graph
 
     @property
     def name(self) -> str:
@@ -48,7 +50,8 @@ class Spec:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return tuple(p for p in PROVIDERS if self.compiled or p not in COMPILED)
+        left_out = (() if self.compiled else COMPILED) + (() if self.graphed else (GRAPHED,))
+        return tuple(p for p in PROVIDERS if p not in left_out)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.penalty}"
@@ -77,6 +80,8 @@ class Case:
         loss = self._losses()[provider]
         if provider in COMPILED:
             return self._compiled(provider, loss, backend)
+        if provider == GRAPHED:
+            return self._graphed()
 
         def step() -> Gradients:
             with self._conditions(provider):
@@ -119,7 +124,7 @@ class Case:
                 torch.zeros_like(p) if grad is None else grad.detach() for p, grad in zip(self.parameters, grads)
             )
 
-        # Dynamo keeps what it compiled with the code object, which all columns would share.
+        # Dynamo caches compiled code by the code object, which all columns would share.
         traced.__code__ = traced.__code__.replace(co_name=f"step_{next(_steps)}_{provider}")
         compiled = torch.compile(traced, backend=backend, dynamic=False, fullgraph=True)
 
@@ -128,6 +133,23 @@ class Case:
                 return compiled(self.x, self.y)
 
         return step
+
+    def _graphed(self) -> Step:
+        """The step of "installed", captured once and replayed."""
+        step, stream, graph = self.step(INSTALLED), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            gradients = step()
+
+        def replay() -> Gradients:
+            graph.replay()
+            return gradients
+
+        return replay
 
     def _take_gradients(self) -> Gradients:
         gradients = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
@@ -141,7 +163,7 @@ class Case:
     def _losses(self) -> dict[str, Loss]:
         plain, penalised = self._plain, self._penalised
         return {
-            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised,
+            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised, GRAPHED: penalised,
             FINITE_DIFFERENCES: self._finite_differences, **dict.fromkeys(COMPILED, penalised),
         }  # fmt: skip
 
@@ -159,10 +181,10 @@ class Case:
         return loss.mean() + self.weight * norm.mean()
 
     def _finite_differences(self, x: Tensor, y: Tensor) -> Tensor:
-        """The penalty's derivative in g, v, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
+        """v, the penalty's derivative in g, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
 
-        In the parameters <g, v> has the gradient of the penalty, which is what a step needs; so it is for models that
-        mix the samples of a batch, too, as h is the same for all.
+        The gradient of <g, v> in the parameters is that of the penalty, which a step needs.  This holds even for
+        models that mix the samples of a batch, since h is the same for all.
         """
         loss = F.cross_entropy(self.model(x), y, reduction="none")
         (grad,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
@@ -214,17 +236,20 @@ def _specs(size: str, device: str) -> list[Spec]:
             Spec("MLP with GELU", 4, shape, compiled=False),
         ]
     if device == "cuda":
-        resnet, vit = "PreAct-ResNet-18, BatchNorm", "ViT"
-        return [
-            Spec(resnet, 256),
-            Spec(resnet, 256, channels_last=True, autocast=True),
-            Spec(vit, 256),
-            Spec(vit, 256, autocast=True),
+        resnet, of_size_b = "PreAct-ResNet-18, BatchNorm", "ViT-B/16"
+        cases = [
+            Spec(resnet, 128),
+            Spec(resnet, 128, channels_last=True, autocast=True),
+            Spec(of_size_b, 64, (3, 224, 224), autocast=True),
+            Spec(resnet, 256, compiled=False),
+            Spec(resnet, 256, channels_last=True, autocast=True, compiled=False),
             Spec("ConvNeXt blocks", 256, channels_last=True),
+            Spec("ViT", 256),
             Spec("conv-BatchNorm-ReLU of PyTorch issue 3076", 512),
             Spec("PreAct-ResNet-18 of PyTorch issue 7714", 128),
             Spec("MLP with GELU", 1024, penalty="L1"),
         ]
+        return [replace(spec, graphed=True) for spec in cases]
     batch_norm, group_norm = (f"PreAct-ResNet-18 of width 32, {norm}Norm" for norm in ("Batch", "Group"))
     return [
         Spec(batch_norm, 48),

@@ -1,4 +1,4 @@
-"""The networks whose training steps are timed, by the name that stands in the tables."""
+"""The networks whose training steps are timed, by their names in the tables."""
 
 from __future__ import annotations
 
@@ -149,6 +149,7 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "PreAct-ResNet-18 of width 32, GroupNorm": preact_resnet(32, RESNET18, "GroupNorm"),
     "ConvNeXt blocks": lambda shape: ConvNeXt(shape, channels=96, depth=4),
     "ViT": lambda shape: ViT(shape, patch=4, width=192, depth=4, heads=3),
+    "ViT-B/16": lambda shape: ViT(shape, patch=16, width=768, depth=12, heads=12),
     "conv-BatchNorm-ReLU of PyTorch issue 3076": conv_bn_relu,
     "PreAct-ResNet-18 of PyTorch issue 7714": preact_resnet(64, RESNET18),
     "pytorchcv PreResNet-20": pytorchcv_resnet,
@@ -161,7 +162,7 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
 }
 # Models that call scaled_dot_product_attention.  PyTorch's fused kernels of it have no second derivative, so whoever
 # penalises a gradient without robustkern selects SDPBackend.MATH, and so do the stock columns.
-ATTENTION = {"ViT", "tiny ViT"}
+ATTENTION = {"ViT", "ViT-B/16", "tiny ViT"}
 _PACKAGES = {"pytorchcv PreResNet-20": "pytorchcv", "x-transformers ViT": "x_transformers"}
 
 

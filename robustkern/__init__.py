@@ -12,21 +12,7 @@ from robustkern.spectral_norm import jacobian_spectral_norm
 from robustkern.terms import Terms
 
 __all__ = [
-    "Draw",
-    "Terms",
-    "__version__",
-    "batch_coupling",
-    "fused_double_backward",
-    "gradient_norm",
-    "graphed",
-    "input_jacobian",
-    "install",
-    "is_installed",
-    "jacobian_norm",
-    "jacobian_spectral_norm",
-    "losses",
-    "ops",
-    "reference",
-    "suggest_projections",
-    "uninstall",
-]
+    "Draw", "Terms", "__version__", "batch_coupling", "fused_double_backward", "gradient_norm", "graphed",
+    "input_jacobian", "install", "is_installed", "jacobian_norm", "jacobian_spectral_norm", "losses", "ops",
+    "reference", "suggest_projections", "uninstall",
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """`python -m robustkern` and the `robustkern` command."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 

@@ -1,7 +1,5 @@
 """The dtypes of data, and of sums over them."""
 
-from __future__ import annotations
-
 import torch
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -1,6 +1,4 @@
-"""Pickles, looked at before they are run: what a pickle makes may be larger than itself by any factor."""
-
-from __future__ import annotations
+"""Inspects a pickle before it is loaded: even a small one may build objects of any size."""
 
 import pickletools
 
@@ -8,18 +6,18 @@ _IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 def check_pickle(content: bytes, most: int) -> set[str]:
-    """What it imports by GLOBAL instructions, each "module name".
+    """The names that a pickle imports by GLOBAL instructions, each as "module name".
 
     Args:
         content: A pickle.
-        most: Instructions that it may have, and places to remember things. Ten times that may be the elements of all
-            that it makes, as seen by whoever walks through it: a tuple of a tuple twice, and so on forty times over,
-            takes years to be hashed, and so does a smaller one as the key of many mappings.
+        most: How many instructions and memo entries it may have. What it builds may have ten times as many elements,
+            counted each time a traversal reaches one: a tuple that holds a tuple twice, and so on forty levels deep,
+            takes years to hash, and so does a smaller one that is the key of many mappings.
 
     Raises:
-        ValueError: It is no pickle, or makes more.
+        ValueError: It is not a pickle, or exceeds these limits.
     """
-    stack: list[list[int] | None] = []  # the size of each object, in a list that its names share; None: a mark
+    stack: list[list[int] | None] = []  # each object's size, in a list that all references to it share; None: a mark
     memo: dict[int, list[int]] = {}
     imported: set[str] = set()
     total = 0

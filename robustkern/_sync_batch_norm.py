@@ -6,11 +6,9 @@
                       grad_x = -w r^2 [mean(u P(g)) xh + mean(g xh) P(u) + mean(u xh) P(g)] + r P(a g)
                       grad_w = r sum g P(u)
 
-Means run over all processes; sums, and a and b, belong to one.  grad_x is the derivative of the sum of all processes'
-losses, as PyTorch's first backward takes it, and grad_w is one process's share of it.
+Means run over all processes; sums, and a and b, belong to one process.  grad_x is the derivative of the sum of all
+processes' losses, as in PyTorch's first backward; grad_w is one process's share of that derivative.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Callable
@@ -26,7 +24,7 @@ _ORIGINAL: Callable[..., tuple[Tensor | None, ...]] = _functions.SyncBatchNorm.b
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over all processes, of which every process has a share in the derivative of each."""
+    """The sum over all processes; its derivative is the sum of all processes' cotangents."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
@@ -51,7 +49,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         ctx.group = group
         node = SimpleNamespace(saved_tensors=(x, w, mean, invstd, counts), process_group=group, needs_input_grad=needs)
         grads = _ORIGINAL(node, g)
-        # Of no samples PyTorch gives None, and a process without a node would not take part in what follows.
+        # PyTorch gives None for an empty batch; without a node, this process would miss the sums that follow.
         return tuple(
             torch.zeros_like(like) if grad is None and needed and like is not None else grad
             for grad, like, needed in zip(grads, (x, w, w), needs)
@@ -59,25 +57,18 @@ class _SyncBatchNormBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, w, mean, invstd, counts = ctx.saved_tensors
-        grads = _second_backward(u, a, b, g, x, w, mean, invstd, counts.sum(), ctx.group)
+        grads = _second_backward((u, a, b), ctx.saved_tensors, ctx.group)
         asked = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)]
         return (*asked, None, None, None)
 
 
 def _second_backward(
-    u: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    count: Tensor,
-    group: Any,
+    cotangents: tuple[Tensor | None, Tensor | None, Tensor | None], saved: tuple[Any, ...], group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cotangents of the first backward's gradients in those of grad, x and weight; differentiable once more."""
+    """Gradients in grad, x and weight, from cotangents of the first backward's results; differentiable once more."""
+    u, a, b = cotangents
+    grad, x, weight, mean, invstd, counts = saved
+    count = counts.sum()
     others = [d for d in range(x.dim()) if d != 1]
     wide = mean.dtype
 
@@ -90,7 +81,7 @@ def _second_backward(
 
     g, v = grad.to(wide), x.to(wide)
     center, r = spread(mean), spread(invstd)
-    if torch.is_grad_enabled():  # the statistics as functions of x, of the values that they have
+    if torch.is_grad_enabled():  # makes the statistics functions of x, with the same values
         own = spread(total(v)[0] / count)
         center = own + (center - own).detach()
         variance = spread(total((v - center).square())[0] / count)
@@ -117,7 +108,7 @@ def _second_backward(
 
 @functools.cache
 def replace(enabled: Callable[[], bool]) -> None:
-    """Gives SyncBatchNorm's backward a derivative wherever `enabled` while a graph is built."""
+    """Makes SyncBatchNorm's backward differentiable in every graph that is built while `enabled()` is true."""
     if not dist.is_available():
         return
 

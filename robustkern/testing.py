@@ -1,11 +1,10 @@
 """How accurate is accurate enough: the one check that every kernel passes.
 
-Public, so that kernels written elsewhere can be held to the same.
+Public, so that kernels written elsewhere can be held to the same standard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +29,13 @@ def derivatives(
 
     Args:
         function: f, twice differentiable.
-        x: where; it is detached first, and keeps its layout.
+        x: the point; it is detached first and keeps its layout.
         grad: cotangent of y, shaped like y.
         u: cotangent of grad_x, shaped like x.
         orders: how often f is differentiated: 0 to 2.
 
     Returns:
-        Four detached tensors; zeros for a derivative that autograd found not to exist, or was not asked for.
+        Four detached tensors; zeros for a derivative that is absent from the graph or was not asked for.
     """
     x = x.detach().requires_grad_()
     grad = grad.detach().requires_grad_()
@@ -67,17 +66,16 @@ def assert_as_accurate_as_reference(
 ) -> None:
     """error(actual) <= 2 error(eager) + 4 eps, relative to exact, in the L2 norm and in the maximum norm.
 
-    A kernel may round as often as plain PyTorch does in the same dtype, and twice at that; nobody has to invent a
-    tolerance.  Since both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns
-    zeros fails.
+    A kernel may be off by twice as much as plain PyTorch is in the same dtype; nobody has to invent a tolerance.  Since
+    both norms are taken over the whole tensor and `exact` must not be zero, a kernel that returns zeros fails.
 
     Args:
         actual: what the kernel returned.
-        eager: the reference on the same inputs in the same dtype.  If `actual` is float64, where the reference would be
-            compared with itself: the reference in float32, whose error then counts in units of eps.
+        eager: the reference on the same inputs in the same dtype.  For a float64 `actual`, where the reference
+            would be compared with itself, the reference in float32; its error then counts in units of eps.
         exact: the reference in float64 on the same inputs, converted with `cast`.
-        zero: `exact` is zero, and meant to be; the errors then count as they are.
-        what: how messages call the result.
+        zero: whether `exact` is meant to be zero; errors are then absolute.
+        what: name of the result in messages.
 
     Raises:
         AssertionError: the shape, dtype or device differs from that of `eager`, an element is not finite, `exact` is
@@ -85,25 +83,27 @@ def assert_as_accurate_as_reference(
     """
     for name, other in (("eager", eager), ("exact", exact)):
         if actual.shape != other.shape:
-            _fail(f"{what} has shape {list(actual.shape)}, {name} has {list(other.shape)}")
+            raise AssertionError(f"{what} has shape {list(actual.shape)}, {name} has {list(other.shape)}")
     rounding = torch.float32 if actual.dtype == torch.float64 else actual.dtype
     if eager.dtype != rounding or actual.device != eager.device:
-        _fail(
+        raise AssertionError(
             f"{what} is {actual.dtype} on {actual.device}, eager {eager.dtype} on {eager.device} instead of {rounding}"
         )
     if exact.dtype != torch.float64:
-        _fail(f"exact {what} must be float64, got {exact.dtype}")
+        raise AssertionError(f"exact {what} must be float64, got {exact.dtype}")
     if exact.numel() == 0:
         return
     actual, eager, exact = actual.detach(), eager.detach(), exact.detach().to(actual.device)
     for name, tensor in (("exact", exact), ("actual", actual)):
         bad = int((~tensor.isfinite()).sum())
         if bad:
-            _fail(f"{name} {what}: {bad} of {tensor.numel()} elements are not finite")
+            raise AssertionError(f"{name} {what}: {bad} of {tensor.numel()} elements are not finite")
     if bool((exact == 0).all()) != zero:
-        _fail(f"exact {what} is not zero" if zero else f"exact {what} is zero, so there is nothing to compare with")
+        raise AssertionError(
+            f"exact {what} is not zero" if zero else f"exact {what} is zero, so there is nothing to compare with"
+        )
     eps = torch.finfo(actual.dtype).eps
-    for name, norm in (("L2", torch.linalg.vector_norm), ("maximum", _largest)):
+    for name, norm in (("L2", torch.linalg.vector_norm), ("maximum", partial(torch.linalg.vector_norm, ord=torch.inf))):
         size = 1.0 if zero else float(norm(exact))
         error = float(norm(actual.double() - exact)) / size
         yardstick = float(norm(eager.double() - exact)) / size * (eps / torch.finfo(eager.dtype).eps)
@@ -112,15 +112,7 @@ def assert_as_accurate_as_reference(
             worst = int((actual.double() - exact).abs().argmax())
             index = [int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape)]
             there = f"worst at {index}: {actual.flatten()[worst].item():.9g}, exact {exact.flatten()[worst].item():.9g}"
-            _fail(
+            raise AssertionError(
                 f"{what}: {name} error {error:.3g} exceeds 2 * {yardstick:.3g} (reference in {eager.dtype}) + 4 eps "
                 f"= {allowed:.3g}; {there}"
             )
-
-
-def _largest(tensor: Tensor) -> Tensor:
-    return tensor.abs().max()
-
-
-def _fail(message: str) -> None:
-    raise AssertionError(message)

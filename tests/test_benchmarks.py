@@ -1,4 +1,4 @@
-"""Every benchmark runs once at a tiny size, so that none rots; whether it is fast is not a test's business."""
+"""Every benchmark runs once at a tiny size, so that none breaks unnoticed; speed is not tested."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ pytest.importorskip("pytest_benchmark")
 from robustkern import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-# On a busy machine, threads would mostly wait for each other; and what this pytest was told is not for another one.
+# On a busy machine, threads would mostly wait for each other; and this pytest's options are not for another one.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
 
 pytestmark = pytest.mark.skipif(_library.extension() is None, reason=f"kernels not built: {_library.why_unavailable()}")
@@ -45,10 +45,35 @@ def test_programs_that_only_print():
     assert trees.count("\n| ") == 5 and "second backward: RMSNorm" in trees
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a script for bash and coreutils")
+def test_rehearsal_of_the_script_for_gpus(tmp_path):
+    """Every stage runs on the CPU, says so in a line, and leaves its log."""
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "OUT": str(tmp_path), "SECONDS_IN_ALL": "900"}
+    script = ["bash", "benchmarks/gpu.sh", "cpu"]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
+    stages = {line[8:20].strip(): line[21:33].strip() for line in (tmp_path / "summary.txt").read_text().splitlines()}
+    tools = dict.fromkeys(("memcheck", "racecheck", "synccheck", "counters"), "skipped")
+    passed = dict.fromkeys(("build", "checks", "operators", "suite", "kernels", "steps"), "passed")
+    assert stages == tools | passed, done.stdout + done.stderr
+    assert done.returncode == 0
+    assert all((tmp_path / f"{stage}.log").exists() for stage in stages)
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a script for bash and coreutils")
+def test_the_script_for_gpus_ends_in_time(tmp_path):
+    """What there is no time for is said, and the exit status tells."""
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "OUT": str(tmp_path), "SECONDS_IN_ALL": "6"}
+    script = ["bash", "benchmarks/gpu.sh", "cpu"]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "OUT OF TIME" in (tmp_path / "summary.txt").read_text()
+
+
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
     out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
-    # In a process of their own: the programs tell the C library to keep freed memory.
+    # In a process of their own, since the programs make the C library keep freed memory.
     tiny = ["--size", "tiny", *shared[:4], "--out", str(out)]
     steps = ["--size", "tiny", *shared, "--only", "Batch", "--providers"]
     programs = {

@@ -30,7 +30,7 @@ NEXT = "9.9.9+cpu"
 
 @pytest.fixture
 def another_pytorch(monkeypatch):
-    """`robustkern._aten` is looked for again, in what says that it is another PyTorch; it must not be loaded."""
+    """Looks for `robustkern._aten` again, under what claims to be another PyTorch; it must not be loaded."""
 
     def load(version):
         def never(name):
@@ -191,7 +191,7 @@ def test_a_runtime_that_is_missing_is_one_sentence(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes believe that there is a GPU of this compute capability, and CUDA kernels compiled for others."""
+    """Pretends that there is a GPU of this compute capability, and CUDA kernels for other architectures."""
 
     def of(capability, architectures="sm_80 sm_90 sm_100 sm_120 compute_75 compute_80"):
         major, minor = capability
@@ -208,7 +208,7 @@ def gpu(monkeypatch):
 
 
 class OnCuda(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     device = torch.device("cuda", 0)
 

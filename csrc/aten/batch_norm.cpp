@@ -163,10 +163,7 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     Kept kept(ctx);
     const Mask mask = asked<3>(ctx, kept.integer());
     auto norm = BatchNorm::of(kept, saved[2], saved[3]);
-    if (const auto grad_x = BatchNormBackward::of_several(cotangents[0], x, w, norm, mask)) {
-      result[0] = *grad_x;
-      return result;
-    }
+    if (BatchNormBackward::of_several(result, cotangents[0], x, w, norm, mask)) return result;
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(cotangents[0]);
     const BelowAutogradIf below(is_final(cotangents[0]));
@@ -211,8 +208,8 @@ std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> cudnn_batch_norm(const
 
 void register_batch_norm(Registrar& r) {
   add_folding<ForwardBatchNorm>(/*when_large=*/false);
-  r.replace_forward<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
-  r.replace_forward<at::_ops::cudnn_batch_norm, cudnn_batch_norm>(kKernel);
+  r.replace<at::_ops::native_batch_norm, native_batch_norm, Kind::kForward>(kKernel);
+  r.replace<at::_ops::cudnn_batch_norm, cudnn_batch_norm, Kind::kForward>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);
 }

@@ -1,4 +1,4 @@
-"""What every attack does: see the model as it is used, check its arguments, ascend a loss, keep the best."""
+"""What every attack does: put the model into eval mode, check the arguments, ascend a loss, keep the best result."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _buffers(model: nn.Module) -> Iterator[tuple[Tensor, bool]]:
 def _evaluating(module: nn.Module) -> None:
     try:
         module.eval()
-    except NotImplementedError:  # of what torch.export made, which may be a part of the model
+    except NotImplementedError:  # from a module that torch.export made, which may be part of the model
         for child in module.children():
             _evaluating(child)
 
@@ -88,7 +88,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def box_diameter(norm: str, shape: Sequence[int]) -> float:
-    """How far two images of a shape, with values in [0, 1], can be apart."""
+    """The largest distance between two images of a shape with values in [0, 1]."""
     entries = math.prod(shape)
     return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries)}[norm]
 
@@ -104,11 +104,11 @@ def check_batch(
     eps: Tensor | float = 0.0,
     norm: str = "linf",
 ) -> tuple[Model, Tensor, Tensor]:
-    """The model with its logits checked, x and y as an attack works on them: without history, not of inference mode.
+    """The model, with a check on its logits; x and y as an attack needs them: detached and no inference tensors.
 
     Raises:
         TypeError: x is not floating-point, y is not integer, or another argument is of a wrong type.
-        ValueError: x is not in [0, 1], y or indices do not count its samples or are no classes, or no two images are
+        ValueError: x is not in [0, 1], y or indices do not match its samples, y are not classes, or no two images are
             eps apart.
     """
     y = check_call(name, model, x, y, generator)
@@ -212,7 +212,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, fooled, gradient of the loss) at the adversary: what the attack maximises, whether it has won already.
 
-    A loss that is NaN is the attacker's success.
+    A NaN loss counts as the attacker's success.
     """
     with torch.enable_grad() if need_grad else torch.no_grad():
         leaf = adversary.detach().requires_grad_(need_grad)
@@ -242,11 +242,11 @@ class Attack:
         """Adversarial examples for a batch.
 
         Args:
-            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
+            model: Maps images to logits [B, C >= 2]; any callable.  A module is left unchanged, and its parameters get
                 no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
             y: Their labels, or the targets; of any integer dtype.  [B]
-            generator: Where the random starts come from, on the device of x; by default PyTorch's own.
+            generator: Source of the random starts, on the device of x; by default PyTorch's own.
             indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
                 the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
 
@@ -255,7 +255,7 @@ class Attack:
 
         Raises:
             TypeError: An argument of another type or dtype.
-            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
+            ValueError: x outside [0, 1], y that are not among the classes, outputs that are not logits or do not depend
                 on x.
         """
         name = type(self).__name__
@@ -266,7 +266,7 @@ class Attack:
     def _search(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
     ) -> Tensor:
-        """The adversaries, given what was checked."""
+        """The adversaries for checked arguments."""
         raise NotImplementedError
 
 
@@ -279,7 +279,7 @@ class Best:
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def update(self, adversary: Tensor, loss: Tensor, fooled: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Takes in one adversary for each sample, or for the samples `rows`; which of them were better.  [rows]"""
+        """Takes in one adversary for each sample, or for the samples `rows`; returns which were better.  [rows]"""
         if self.loss is None:
             self.loss = torch.full([len(self.fooled)], -torch.inf, dtype=loss.dtype, device=loss.device)
         best_loss, best_fooled = (t if rows is None else t[rows] for t in (self.loss, self.fooled))

@@ -1,6 +1,4 @@
-"""The claim of gradient-regularised training, seen: the same network, trained with and without the penalty."""
-
-from __future__ import annotations
+"""A demonstration of gradient regularisation: the same network, trained with and without the penalty."""
 
 import dataclasses
 import json
@@ -8,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +14,7 @@ from robustkern import data as datasets
 from robustkern._settings import SEEDS, THREADS, counts
 from robustkern._text import terminal
 from robustkern.training import TrainingConfig, build_loss, figures, recipe, train
+from robustkern.training.environment import threads as cpu_threads
 from robustkern.training.files import refuse_foreign, write_atomically
 from robustkern.training.trainer import Result
 
@@ -27,6 +25,7 @@ from .progress import TrainingProgress, say
 
 _EVAL_EVERY = 5  # epochs; the attacks would take longer than the training
 _METHODS = ("standard", "gradient-penalty")
+_KEPT = ("orientation", "smoothness", "clean_accuracy", "robust_accuracy")  # of the last row of metrics
 _ROW_NAMES = {"standard": "cross-entropy\nalone", "gradient-penalty": "with the\npenalty"}
 
 
@@ -49,7 +48,7 @@ def run_demo(
 ) -> dict[str, dict[str, Any]]:
     """Train both networks, measure their steps, draw `gradients.png` and `curves.png`, print one row for each.
 
-    Runs that are already there are gone on with, so that an interrupted demo is finished by starting it again.
+    Runs that are already there are resumed, so that starting an interrupted demo again finishes it.
 
     Args:
         out: Where everything goes.
@@ -70,7 +69,10 @@ def run_demo(
             results[method] = train(config, out / method, root=root, resume=True, observer=progress)
         console.print()
     test_set = datasets.load(config.data, root, "test")
-    rows = {method: _row(result) for method, result in results.items()}
+    rows: dict[str, dict[str, Any]] = {
+        method: {"epochs": len(result.rows), **{name: result.rows[-1][name] for name in _KEPT}}
+        for method, result in results.items()
+    }
     console.print("measuring steps ...", style="dim")
     costs = _costs(config, results["standard"], datasets.load(config.data, root, "train"))
     for method in _METHODS:
@@ -91,21 +93,15 @@ def run_demo(
     return rows
 
 
-def _row(result: Result) -> dict[str, Any]:
-    last = result.rows[-1]
-    kept = ("orientation", "smoothness", "clean_accuracy", "robust_accuracy")
-    return {"epochs": len(result.rows), **{name: last[name] for name in kept}}
-
-
 def _recipe(data: str, method: str, **given: Any) -> TrainingConfig:
-    """The penalty is all that the two differ in: the other loss has the same smooth labels."""
+    """Both recipes differ in the penalty alone: the other loss has the same smooth labels."""
     if method == "standard":
         given["options"] = {"label_smoothing": recipe(data, "gradient-penalty").options["label_smoothing"]}
     return recipe(data, method, **given)
 
 
 def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset) -> dict[str, step_cost.StepCost]:
-    """Both methods, each with PyTorch's own operators and with the fused ones."""
+    """The step costs of both methods, each with PyTorch's own operators and with the fused ones."""
     x, y = train_set.images[: config.batch_size], train_set.labels[: config.batch_size]
     kernel = "kernel" if _library.extension() is not None else "auto"
     losses = {}
@@ -113,12 +109,8 @@ def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset
         options = _recipe(config.data, method).options
         for column, impl in (("reference", "reference"), ("kernel", kernel)):
             losses[f"{method}, {column}"] = build_loss(method, options, eps=config.eps, impl=impl)
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
+    with cpu_threads(config.threads):
         return step_cost.measure(standard.model, x, y, losses, baseline="standard, reference")
-    finally:
-        torch.set_num_threads(before)
 
 
 def _table(config: TrainingConfig, rows: dict[str, dict[str, Any]]) -> Table:

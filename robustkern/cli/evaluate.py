@@ -1,7 +1,5 @@
 """`robustkern evaluate`."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
 
 from robustkern import data as datasets
@@ -23,15 +21,16 @@ from robustkern.evaluation import ATTACKS, Accuracy, MissingPackage, Report, Set
 from robustkern.evaluation.report import FILES, export_state_dict, write_partial, write_report
 from robustkern.evaluation.suite import autoattack_package
 from robustkern.training import Interrupted, TrainingError, UsageError, load_model
+from robustkern.training.errors import require
 from robustkern.training.figures import eps_text
 from robustkern.training.files import RunLock, make_writable, refuse_foreign, remove_stale
 from robustkern.training.weights import load_model_for
 
 from .errors import FAILED, one_line_errors, print_error
 from .options import ROOT_HELP, device_name, names, option, path, takes
-from .progress import say
+from .progress import bar, say
 
-_ATTACKS_HELP = f"Of {', '.join(ATTACKS)}; with commas."
+_ATTACKS_HELP = f"Attacks, separated by commas, of: {', '.join(ATTACKS)}."
 _OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
 _EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench reads them.'
 
@@ -39,18 +38,13 @@ _EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench re
 @takes(
     Settings,
     eps={"help": "Radius: 8/255 or 0.1. Default: the one it was trained with."},
-    attacks={
-        "kind": str,
-        "default": ",".join(ATTACKS),
-        "help": f"Of {', '.join(ATTACKS)}; with commas.",
-        "read": names,
-    },
+    attacks={"kind": str, "default": ",".join(ATTACKS), "help": _ATTACKS_HELP, "read": names},
 )
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN", parser=path)],
     device: Annotated[str, option("cpu or cuda.", read=device_name)] = "cpu",
     threads: Annotated[int | None, option("CPU threads.", read=THREADS)] = None,
-    data: Annotated[str | None, option("Another data set than it was trained on.")] = None,
+    data: Annotated[str | None, option("Another data set than the one it was trained on.")] = None,
     root: Annotated[Path | None, option(ROOT_HELP, read=path)] = None,
     out: Annotated[Path | None, option(_OUT_HELP, read=path)] = None,
     export: Annotated[Path | None, option(_EXPORT_HELP, read=path)] = None,
@@ -84,22 +78,20 @@ def evaluate_run(
 ) -> Report:
     """Evaluate a run on its data set's test images, print the tables and write the files.
 
-    The arguments are the command's; `settings` are those of `Settings`, eps by default the one that the run was trained
-    with.
+    The arguments are the command's; `settings` are fields of `Settings`, where eps defaults to the one that the run was
+    trained with.
 
     Raises:
-        UsageError: The data set has other images or classes, a setting makes no sense, or the folder is neither empty
-            nor an evaluation, or in use.
+        UsageError: The data set has other images or classes, a setting makes no sense, or the folder is in use, or is
+            neither empty nor an evaluation.
         TrainingError: The run cannot be read, or a package is missing.
         Interrupted: SIGINT or SIGTERM; the attacks that were finished are in the files.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch sees no CUDA device")
+    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device")
     if threads is not None:
         torch.set_num_threads(threads)
     name = data or load_model(run)[1].get("data")
-    if not name:
-        raise UsageError(f"{run} does not say what it was trained on: give --data")
+    require(bool(name), f"{run} does not say what it was trained on: give --data")
     test = datasets.load(str(name), root, "test")
     model, description = load_model_for(run, test)
     if settings.get("eps") is None:
@@ -109,10 +101,8 @@ def evaluate_run(
     except ValueError as error:
         raise UsageError(str(error)) from error
     widest = box_diameter(chosen.norm, test.in_shape)
-    if chosen.eps > widest:
-        raise UsageError(
-            f"eps must be at most {widest:g}, the {chosen.norm} diameter of the images' box, got {chosen.eps}"
-        )
+    limit = f"{widest:g}, the {chosen.norm} diameter of the images' box"
+    require(chosen.eps <= widest, f"eps must be at most {limit}, got {chosen.eps}")
     if "autoattack" in chosen.attacks:
         try:
             autoattack_package()
@@ -121,7 +111,7 @@ def evaluate_run(
     folder = out or (run / "evaluation" if run.is_dir() else run.parent / f"evaluation-{run.stem}")
     source = {"run": str(run), "data": str(name), "model": description["model"], "weights": description["sha256"]}
     model = model.to(device)
-    # Whatever can go wrong with files does so now, and not after hours of attacks.
+    # Trouble with files shows now, not after hours of attacks.
     with _claimed(folder), _termination_as_interrupt():
         if export is not None:
             export_state_dict(model, export)
@@ -139,8 +129,7 @@ def evaluate_run(
             kept = f"{folder}/ has what was finished ({', '.join(finished)})" if finished else "no attack was finished"
             raise Interrupted("stopped by a signal", f"{kept}; the same command begins anew") from None
     print_report(report, console, str(run))
-    files = f"\n{terminal(folder)}/ holds evaluation.json, evaluation.png and adversaries.safetensors"
-    say(console, files)
+    say(console, f"\n{terminal(folder)}/ holds evaluation.json, evaluation.png and adversaries.safetensors")
     if export is not None:
         say(console, f"{terminal(export)}: the weights, for loaders that take a state_dict")
     return report
@@ -192,13 +181,12 @@ def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The right to write an evaluation into a folder, which is empty or holds one, and the certainty that it can be."""
+    """The right to write an evaluation into a folder that is empty or holds one; writes a trial file first."""
 
     def check() -> None:
         refuse_foreign(folder, FILES, "an evaluation", marker=FILES[0])
-        for name in FILES:
-            if (folder / name).is_dir():
-                raise UsageError(f"{folder / name} is a folder, not a file of an evaluation")
+        for file in (folder / name for name in FILES):
+            require(not file.is_dir(), f"{file} is a folder, not a file of an evaluation")
 
     check()
     make_writable(folder)
@@ -223,7 +211,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """What is being measured, and how far it is: told by calling it with a name, what is done, and of how much."""
+    """A progress bar; it is called with the name of what is measured, how much of it is done, and the total."""
     tasks: dict[str, TaskID] = {}
 
     def on_stage(stage: str, done: int, total: int) -> None:
@@ -233,8 +221,5 @@ def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             tasks[stage] = progress.add_task(stage, total=total)
         progress.update(tasks[stage], completed=done, total=total)
 
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    ) as progress:  # fmt: skip
+    with bar(console, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         yield on_stage

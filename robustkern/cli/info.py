@@ -1,9 +1,7 @@
-"""What a report of a problem needs: versions, machine, and which extensions loaded, or why not.
+"""What a bug report needs: versions, machine, and which extensions loaded, or why not.
 
 Needs nothing but Python and PyTorch, so that it works where everything else does not.
 """
-
-from __future__ import annotations
 
 import os
 import platform
@@ -29,7 +27,8 @@ def collect() -> dict[str, str]:
     facts["compiler"] = _compiler()
     facts["nvcc"] = _nvcc()
     facts["system"] = f"{platform.platform()} ({_os_release()})"
-    facts["cpu"] = f"{_cpu_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads"
+    cpu = _cpu_field("model name") or platform.processor() or platform.machine()
+    facts["cpu"] = f"{cpu}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads"
     facts["vectors"] = f"{_vector_level()} (PyTorch uses {torch.backends.cpu.get_cpu_capability()})"
     facts["gpu"] = _gpus()
     facts.update(_extensions())
@@ -37,12 +36,12 @@ def collect() -> dict[str, str]:
 
 
 def info_command() -> None:
-    """Print versions, machine and extensions: what a report of a problem needs."""
+    """Print versions, machine and extensions: what a bug report needs."""
     run([])
 
 
 def run(arguments: list[str]) -> int:
-    """Print the facts; the exit status."""
+    """Print the facts; returns the exit status."""
     if arguments:
         print(f"robustkern info takes no arguments, got {' '.join(arguments)}", file=sys.stderr)
         return 2
@@ -83,7 +82,7 @@ def _replaced() -> dict[str, str]:
     from robustkern.double_backward import replaced_operators
 
     on_cpu, on_cuda = replaced_operators("cpu"), replaced_operators("cuda")
-    # Matrix products are replaced for what MKL does on some CPUs: on CUDA there is nothing to gain.
+    # Matrix products are replaced because of MKL on some CPUs: on CUDA there is nothing to gain.
     left = [name for name in on_cpu if name not in on_cuda and name != "aten::mm"]
     facts = {"install() on cpu": _names(on_cpu), "install() on cuda": _names(on_cuda)}
     if left:
@@ -133,10 +132,6 @@ def _cpu_field(name: str) -> str:
     except OSError:
         return ""
     return match.group(1) if match else ""
-
-
-def _cpu_name() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def _vector_level() -> str:

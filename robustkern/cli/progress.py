@@ -16,8 +16,14 @@ _COLUMNS = "{:>7}{:>13}{:>12}{:>9}{:>9}{:>10}"
 
 
 def say(console: Console, text: str, **style: Any) -> None:
-    """Print a line as it is: neither coloured by what Rich sees in it, nor broken."""
+    """Print a line as it is: Rich neither colours nor breaks it."""
     console.print(text, highlight=False, soft_wrap=True, **style)
+
+
+def bar(console: Console, *columns: Any, **options: Any) -> Progress:
+    """A bar that names the work in progress, on a terminal only."""
+    name = TextColumn("{task.description}")
+    return Progress(name, *columns, console=console, transient=True, disable=not console.is_terminal, **options)
 
 
 class TrainingProgress(training.Observer):
@@ -30,18 +36,8 @@ class TrainingProgress(training.Observer):
         """
         self._console = console
         self._every = every
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("steps,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            transient=True,
-            expand=True,
-            disable=not console.is_terminal,
-        )
+        done, left = (MofNCompleteColumn(), TextColumn("steps,")), (TimeRemainingColumn(), TextColumn("left"))
+        self._bar = bar(console, BarColumn(bar_width=None), *done, *left, expand=True)
         self._task: TaskID | None = None
         self._epochs = 0
         self._prefix = ""

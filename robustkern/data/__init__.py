@@ -1,15 +1,14 @@
 """Data sets in memory: `load(name, root, split)`, and what each one is trained with by default.
 
 Names: `digits` (scikit-learn's, embedded), `digits-28` (the same, enlarged), `mnist` and `fashion-mnist` (IDX files),
-`cifar10` (the published archive's files), or the path of a folder of images. A data set that is not there raises a
+`cifar10` (the published archive's files), or the path of a folder of images. A missing data set raises a
 `DataError` that says how to get it.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,20 +19,12 @@ from robustkern._packages import pip_install
 from .cifar import load_cifar10
 from .dataset import DataError, Dataset, DataWarning
 from .folder import load_folder
-from .idx import find_idx, load_idx
+from .idx import load_idx
 from .randomness import CropFlip, epoch_order, generator
 
 __all__ = [
-    "NAMES",
-    "CropFlip",
-    "DataError",
-    "DataWarning",
-    "Dataset",
-    "augmentation",
-    "epoch_order",
-    "generator",
-    "load",
-]
+    "NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "augmentation", "epoch_order", "generator", "load",
+]  # fmt: skip
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
 
@@ -55,8 +46,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     Args:
         name: One of `NAMES`, or the path of a folder with `train/<class>/*.png` and `test/<class>/*.png`, whose images
             come in a random order that a fixed seed decides.
-        root: Where to look for its files first; a subfolder named after the data set is looked into as well. After
-            that come the places where Debian's packages put them.
+        root: The folder to search first, with its subfolder named after the data set. After that come the places
+            where Debian's packages put the files.
         split: "train" or "test".
 
     Raises:
@@ -88,8 +79,8 @@ def augmentation(name: str) -> CropFlip | None:
 def _digits(folders: list[Path], split: str) -> Dataset:
     """1797 grey images of 8x8 handwritten digits, shipped inside scikit-learn.
 
-    The split is by rule: of each class, every fifth image, counted in the order of the file, is a test image. That
-    makes 1442 training and 355 test images.
+    The split is fixed: in each class, every fifth image, in the order of the file, is a test image. That makes 1442
+    training and 355 test images.
     """
     try:
         from sklearn.datasets import load_digits
@@ -98,43 +89,32 @@ def _digits(folders: list[Path], split: str) -> Dataset:
     bunch = load_digits()
     labels = torch.from_numpy(bunch.target).long()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    position = torch.zeros_like(labels)  # how many images of its class precede each image
-    for digit in range(10):
-        members = labels == digit
-        position[members] = torch.arange(int(members.sum()))
-    is_test = position % 5 == 4
+    number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of each image within its class, from 1
+    is_test = number % 5 == 0
     return Dataset("digits", images, labels, _DIGITS).take(is_test if split == "test" else ~is_test)
 
 
 def _enlarged_digits(folders: list[Path], split: str) -> Dataset | None:
     """The digits enlarged to 28x28 by bicubic interpolation.
 
-    Nothing is added to what the images hold, but a network may now react to detail finer than any stroke. Whether it
-    does is what its input gradients show; at 8x8 there is no room to see it.
+    The images hold no more than before, but a network may now react to detail finer than any stroke. Its input
+    gradients show whether it does; at 8x8 there is no room to see it.
     """
     small = _digits(folders, split)
     images = F.interpolate(small.images, size=(28, 28), mode="bicubic", align_corners=False).clamp_(0, 1)
     return Dataset("digits-28", images, small.labels, small.classes)
 
 
-def _idx(name: str, classes: tuple[str, ...]) -> Callable[[list[Path], str], Dataset | None]:
-    def load_split(folders: list[Path], split: str) -> Dataset | None:
-        files = find_idx(folders, split)
-        return None if files is None else load_idx(name, files, classes)
-
-    return load_split
-
-
 _SOURCES = {
     "digits": _Source(_digits, pip_install("sklearn")),
     "digits-28": _Source(_enlarged_digits, pip_install("sklearn")),
     "fashion-mnist": _Source(
-        _idx("fashion-mnist", _FASHION),
+        partial(load_idx, "fashion-mnist", _FASHION),
         "run `apt-get install dataset-fashion-mnist`, or put the four files of "
         "https://github.com/zalandoresearch/fashion-mnist into a folder and pass it as --root",
     ),
     "mnist": _Source(
-        _idx("mnist", _DIGITS),
+        partial(load_idx, "mnist", _DIGITS),
         "put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
         "t10k-labels-idx1-ubyte.gz (https://yann.lecun.com/exdb/mnist/) into a folder and pass it as --root",
     ),

@@ -4,8 +4,6 @@ A file is: two zero bytes, a type code (8 for unsigned bytes), the number of dim
 32-bit integer, then the values in row-major order.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import struct
@@ -69,17 +67,16 @@ def find_idx(folders: list[Path], split: str) -> tuple[Path, Path] | None:
 
 def _either(folder: Path, stem: str) -> Path | None:
     # The published archives have been unpacked with "-idx3" as well as ".idx3" in their names.
-    for name in (stem, stem.replace("-idx", ".idx")):
-        for suffix in ("", ".gz"):
-            if (folder / (name + suffix)).is_file():
-                return folder / (name + suffix)
-    return None
+    paths = [folder / (name + suffix) for name in (stem, stem.replace("-idx", ".idx")) for suffix in ("", ".gz")]
+    return next(filter(Path.is_file, paths), None)
 
 
-def load_idx(name: str, files: tuple[Path, Path], classes: tuple[str, ...]) -> Dataset:
-    """A data set from an image file and a label file."""
-    pixels = read_idx(files[0], 3)
-    labels = read_idx(files[1], 1)
+def load_idx(name: str, classes: tuple[str, ...], folders: list[Path], split: str) -> Dataset | None:
+    """A split from its image file and its label file in the first folder that has both; None if none has."""
+    files = find_idx(folders, split)
+    if files is None:
+        return None
+    pixels, labels = read_idx(files[0], 3), read_idx(files[1], 1)
     if len(pixels) != len(labels):
         raise DataError(f"{files[0]} holds {len(pixels)} images but {files[1]} {len(labels)} labels")
     return Dataset.from_bytes(name, pixels[:, None], labels, classes)

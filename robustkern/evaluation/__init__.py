@@ -14,18 +14,6 @@ from .results import ATTACKS, Accuracy, Report, Settings
 from .suite import MissingPackage, evaluate, recheck
 
 __all__ = [
-    "ATTACKS",
-    "Accuracy",
-    "Check",
-    "MissingPackage",
-    "Report",
-    "Settings",
-    "Subject",
-    "evaluate",
-    "linearised_robustness",
-    "local_lipschitz",
-    "logit_margin",
-    "recheck",
-    "run_checks",
-    "wilson_interval",
-]
+    "ATTACKS", "Accuracy", "Check", "MissingPackage", "Report", "Settings", "Subject", "evaluate",
+    "linearised_robustness", "local_lipschitz", "logit_margin", "recheck", "run_checks", "wilson_interval",
+]  # fmt: skip

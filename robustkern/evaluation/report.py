@@ -1,13 +1,11 @@
-"""What an evaluation leaves: a JSON file, the adversarial images and a figure."""
-
-from __future__ import annotations
+"""The files of an evaluation: a JSON file, the adversarial images and a figure."""
 
 import dataclasses
-import io
 import json
 import math
 import platform
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,15 @@ from torch import nn
 
 from robustkern._text import plain
 from robustkern._version import __version__
-from robustkern.training.figures import COLORS, eps_text, error_bars, plain_axes, save_png
+from robustkern.training.figures import COLORS, accuracy_band, eps_text, error_bars, new_figure, plain_axes, save_png
 from robustkern.training.files import write_atomically
-from robustkern.training.weights import read_tensors
+from robustkern.training.weights import read_tensors, write_tensors
 
 from .results import Report
 from .suite import recheck
 
 FILES = ("evaluation.json", "adversaries.safetensors", "evaluation.png")
-_IDENTITY = "evaluation"  # of the metadata of the adversarial images
+_IDENTITY = "evaluation"  # a key in the metadata of the adversarial images
 
 
 def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, Any]) -> None:
@@ -36,7 +34,7 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
     Args:
         report: What was found.
         model: The model it was found on.
-        out: The folder; made if it is not there.
+        out: The folder; made if missing.
         source: What was evaluated, for the JSON file: path, data set and so on.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +43,7 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
     if report.clean.right:
         report.checks.append(recheck(report, model, stored, metadata.get(_IDENTITY, "")))
     _write_json(out, to_dict(report, source))
-    figure(out / FILES[2], report)  # after the numbers: no trouble with a picture may cost them
+    figure(out / FILES[2], report)  # last: trouble with a picture must not cost the numbers
 
 
 def write_partial(report: Report, out: Path, source: dict[str, Any]) -> None:
@@ -61,11 +59,8 @@ def write_partial(report: Report, out: Path, source: dict[str, Any]) -> None:
 
 
 def _write_adversaries(report: Report, out: Path) -> None:
-    from safetensors.torch import save
-
-    images = {name: adversary.cpu().contiguous() for name, adversary in report.adversaries.items()}
-    stored = {"clean": report.x.cpu().contiguous(), "labels": report.y.cpu().contiguous(), **images}
-    write_atomically(out / FILES[1], save(stored, metadata={_IDENTITY: report.identity}))
+    tensors = {"clean": report.x, "labels": report.y, **report.adversaries}
+    write_tensors(out / FILES[1], tensors, {_IDENTITY: report.identity})
 
 
 def _write_json(out: Path, values: dict[str, Any]) -> None:
@@ -73,7 +68,7 @@ def _write_json(out: Path, values: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """With null for numbers that JSON lacks: one such, of a model that gives NaN, may not cost the others."""
+    """The value, with None for numbers that JSON lacks: a model's NaN must not cost the other numbers."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,14 +108,8 @@ def figure(path: Path, report: Report) -> None:
         path: Where the PNG goes.
         report: What was found.
     """
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(10.5, 3.6), layout="constrained")
-    curve, classes = picture.subplots(1, 2)
-    radii = [point["eps"] for point in report.curve]
-    curve.plot(radii, [100 * p["accuracy"] for p in report.curve], color=COLORS[1], marker="o", markersize=4)
-    low, high = ([100 * p[end] for p in report.curve] for end in ("low", "high"))
-    curve.fill_between(radii, low, high, color=COLORS[1], alpha=0.18, linewidth=0)
+    picture, ((curve, classes),) = new_figure(1, 2, 10.5, 3.6)
+    accuracy_band(curve, report.curve, COLORS[1], alpha=0.18, markersize=4)
     worst = report.worst
     if worst is not None:
         ends = error_bars([worst.to_dict()], "accuracy", 100)
@@ -156,7 +145,7 @@ def figure(path: Path, report: Report) -> None:
 
 
 def export_state_dict(model: nn.Module, path: Path) -> None:
-    """Weights as loaders in the manner of RobustBench read them: `torch.load(path)["state_dict"]`, nothing but tensors.
+    """Write weights as RobustBench's loaders read them: `torch.load(path)["state_dict"]`, nothing but tensors.
 
     The names are those of the model's own `state_dict`, its normalisation included, so that inputs stay in [0, 1].
 
@@ -165,6 +154,4 @@ def export_state_dict(model: nn.Module, path: Path) -> None:
         path: The file, written atomically.
     """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({"state_dict": state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, partial(torch.save, {"state_dict": state}))

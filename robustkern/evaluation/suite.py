@@ -1,11 +1,11 @@
 """The evaluation: clean and attacked accuracies, the curve over the radius, steepness, and the checks behind them."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .results import Accuracy, Report, Settings
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (model, x, y, indices) -> adversary
 _CURVE_SAMPLES = 500
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
-_NOT_INCLUDED = " See flags_doc.md for details."  # what AutoAttack's warnings end with; the package comes without it
+_NOT_INCLUDED = " See flags_doc.md for details."  # how AutoAttack's warnings end; the package comes without that file
 
 
 class MissingPackage(RuntimeError):
@@ -42,10 +42,10 @@ def evaluate(
 ) -> Report:
     """Measure a classifier's robustness, and whether the measurement can be believed.
 
-    Every attack is run on every sample that is classified right; one that is not counts as wrong under any attack.
+    Every attack is run on every sample that is classified right; a sample that is not counts as wrong under any attack.
 
     Args:
-        model: Maps images in [0, 1] to logits, normalisation inside.  It leaves as it came.
+        model: Maps images in [0, 1] to logits, normalisation inside; left unchanged.
         data: The images; none of them may have been used to train or choose the model.
         settings: What is measured.
         device: Where the model is.
@@ -57,7 +57,7 @@ def evaluate(
         ValueError: The model does not give logits for the classes of the data.
     """
     if "autoattack" in settings.attacks:
-        autoattack_package()
+        autoattack_package()  # before anything is attacked
     report_stage = on_stage or (lambda stage, done, total: None)
     training = any(module.training for module in model.modules())
     data = data.first(settings.samples or None)
@@ -68,38 +68,34 @@ def evaluate(
         width = model(x[:1]).shape[1]
     if width != data.num_classes:
         raise ValueError(f"the model gives {width} logits, {data.name} has {data.num_classes} classes")
-    clean = Accuracy("clean", int(right.sum()), len(x), time.perf_counter() - started)
+    clean = Accuracy.of("clean", right, started)
     report = Report(settings, clean, data.classes, x, y)
 
     survivors = right.clone()
     with _warnings_of("auto-attack") as report.warnings:
         for name, attack in _attacks(settings, width):
             started = time.perf_counter()
-            # AutoAttack makes batches itself, and judges by all samples that it is given.
+            # AutoAttack makes batches itself, and raises its flags from all samples that it is given.
             size = len(x) if name == "AutoAttack" else settings.batch_size
-            adversary, fooled = _attack_all(model, x, y, right, attack, settings.batch_size, name, report_stage, size)
-            report.adversaries[name] = adversary
-            standing = right & ~fooled
+            on_batch = partial(report_stage, name)
+            report.adversaries[name], standing = _attack_all(
+                model, x, y, right, attack, settings.batch_size, size, on_batch
+            )
             survivors &= standing
-            report.attacks.append(Accuracy(name, int(standing.sum()), len(x), time.perf_counter() - started))
-            report.worst = Accuracy("worst case", int(survivors.sum()), len(x))
+            report.attacks.append(Accuracy.of(name, standing, started))
+            report.worst = Accuracy.of("worst case", survivors)
             if on_attack is not None:
                 on_attack(report)
     for label, name in enumerate(data.classes):
         members = y == label
-        count = int(members.sum())
-        report.per_class.append(
-            {
-                "class": name,
-                "clean": Accuracy(name, int(right[members].sum()), count).to_dict(),
-                "worst": Accuracy(name, int(survivors[members].sum()), count).to_dict() if report.attacks else None,
-            }
-        )
+        accuracy = Accuracy.of(name, right[members]).to_dict()
+        worst = Accuracy.of(name, survivors[members]).to_dict() if report.attacks else None
+        report.per_class.append({"class": name, "clean": accuracy, "worst": worst})
     _measure_curve(report, model, report_stage)
     _measure_steepness(report, model, report_stage)
     report_stage("checks", 0, 1)
     few = settings.check_samples
-    if not right[:few].any():  # attacks had nothing to do there, and every check would pass
+    if not right[:few].any():  # attacks had nothing to do, so every check would pass
         report.unchecked = f"none of the first {len(right[:few])} images is classified right"
     else:
         reported = float(survivors[:few].float().mean()) if report.attacks else None
@@ -108,18 +104,20 @@ def evaluate(
     if right.any() and report.attacks:
         report.checks.append(_in_ball(settings, x, report.adversaries))
         if "autoattack" in settings.attacks:
-            report.checks.append(_autoattack_flags(report))
+            # Such as that its black-box attack succeeded where its white-box ones did not.
+            flags = "; ".join(report.warnings) or "AutoAttack raised no flag"
+            report.checks.append(Check("AutoAttack's flags", not report.warnings, flags))
     return report
 
 
 def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor], identity: str | None = None) -> Check:
-    """The stored images must be of this evaluation, give its accuracies, and be in the ball around the clean ones.
+    """The stored images must belong to this evaluation, give its accuracies, and be in the ball around the clean ones.
 
     Args:
         report: What was found.
         model: The model it was found on.
         stored: What `adversaries.safetensors` holds: "clean", "labels", and for each attack its adversarial images.
-        identity: What its metadata call the evaluation that it belongs to; None: the same.
+        identity: The evaluation that its metadata name; None: the same.
     """
     if identity not in (None, report.identity):
         return Check("reproduced from file", False, f"the file belongs to another evaluation, {brief(identity)}")
@@ -159,31 +157,29 @@ def autoattack_package() -> Any:
 
 
 def _attacks(settings: Settings, classes: int) -> Iterator[tuple[str, Attack]]:
-    eps, norm, seed = settings.eps, settings.norm, settings.seed
-
-    def starts(x: Tensor, stream: int) -> torch.Generator:
-        return torch.Generator(x.device).manual_seed((seed * 1000 + stream) % 2**63)
-
+    eps, norm, seed = settings.eps, settings.norm, 1000 * settings.seed
     if "pgd" in settings.attacks:
         pgd = PGD(
             eps, step_size=eps / 4, steps=settings.pgd_steps, restarts=settings.restarts, norm=norm, early_exit=True
         )
-        name = f"PGD-{settings.pgd_steps}x{settings.restarts}"
-        yield name, lambda model, x, y, indices: pgd(model, x, y, starts(x, 0), indices=indices)
+        yield f"PGD-{settings.pgd_steps}x{settings.restarts}", _seeded(pgd, seed)
     if "apgd" in settings.attacks:
-        cross_entropy = APGD(eps, steps=settings.apgd_steps, norm=norm)
-        yield "APGD-CE", lambda model, x, y, indices: cross_entropy(model, x, y, starts(x, 1), indices=indices)
-        targeted = APGD(
-            eps,
-            steps=settings.apgd_steps,
-            norm=norm,
-            loss="dlr-targeted" if classes > 3 else "cw",
-            restarts=min(classes - 1, 9) if classes > 3 else 1,
-        )
-        name = "APGD-T" if classes > 3 else "APGD-CW"
-        yield name, lambda model, x, y, indices: targeted(model, x, y, starts(x, 2), indices=indices)
+        apgd = APGD(eps, steps=settings.apgd_steps, norm=norm)
+        yield "APGD-CE", _seeded(apgd, seed + 1)
+        if classes > 3:
+            yield "APGD-T", _seeded(replace(apgd, loss="dlr-targeted", restarts=min(classes - 1, 9)), seed + 2)
+        else:
+            yield "APGD-CW", _seeded(replace(apgd, loss="cw"), seed + 2)
     if "autoattack" in settings.attacks:
         yield "AutoAttack", lambda model, x, y, indices: _autoattack(model, x, y, settings, classes)
+
+
+def _seeded(attack: PGD | APGD, seed: int) -> Attack:
+    """The attack with random starts that depend on the seed and on the sample's number."""
+    seed %= 2**63
+    return lambda model, x, y, indices: attack(
+        model, x, y, torch.Generator(x.device).manual_seed(seed), indices=indices
+    )
 
 
 def _autoattack(model: nn.Module, x: Tensor, y: Tensor, settings: Settings, classes: int) -> Tensor:
@@ -208,25 +204,23 @@ def _attack_all(
     right: Tensor,
     attack: Attack,
     batch_size: int,
-    name: str,
-    report_stage: Callable[[str, int, int], None],
-    attack_size: int | None = None,
+    attack_size: int,
+    on_batch: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Adversaries of the samples classified right, the others as they are; and which of them fool the model.
+    """Adversaries of the samples classified right, with the others unchanged; and which are still classified right.
 
-    The attack gets `attack_size` of them at a time, by default `batch_size`.
+    The attack gets `attack_size` samples at a time. `on_batch` is told how many samples are done, and of how many.
     """
     adversary = x.clone()
     chosen = right.nonzero().squeeze(1)
     done = 0
-    report_stage(name, done, len(chosen))
-    for indices in chosen.split(attack_size or batch_size) if len(chosen) else ():
+    on_batch(done, len(chosen))
+    for indices in chosen.split(attack_size) if len(chosen) else ():
         adversary[indices] = attack(model, x[indices], y[indices], indices).to(x.dtype)
         done += len(indices)
-        report_stage(name, done, len(chosen))
-    # In the same batches as the clean accuracy: a sum in another order may tip a sample that stands on the edge.
-    fooled = right & ~correct(model, adversary, y, batch_size)
-    return adversary, fooled
+        on_batch(done, len(chosen))
+    # In the same batches as the clean accuracy: a sum in another order may change the class of a borderline sample.
+    return adversary, right & correct(model, adversary, y, batch_size)
 
 
 def _measure_curve(report: Report, model: nn.Module, report_stage: Callable[[str, int, int], None]) -> None:
@@ -237,48 +231,39 @@ def _measure_curve(report: Report, model: nn.Module, report_stage: Callable[[str
     for place, multiple in enumerate(RADII):
         report_stage("accuracy against eps", place, len(RADII))
         eps = multiple * settings.eps
-        pgd = PGD(min(eps, widest), steps=20, norm=settings.norm, early_exit=True)
-        standing = right
+        standing, size = right, settings.batch_size
         if eps:
-            seed = settings.seed
-
-            def attack(
-                model: nn.Module, x: Tensor, y: Tensor, indices: Tensor, pgd: PGD = pgd, seed: int = seed
-            ) -> Tensor:
-                return pgd(model, x, y, torch.Generator(x.device).manual_seed(seed), indices=indices)
-
-            _, fooled = _attack_all(model, x, y, right, attack, settings.batch_size, "", lambda *_: None)
-            standing = right & ~fooled
-        report.curve.append({"eps": eps, **Accuracy("PGD-20", int(standing.sum()), len(x)).to_dict()})
+            pgd = PGD(min(eps, widest), steps=20, norm=settings.norm, early_exit=True)
+            attack = _seeded(pgd, settings.seed)
+            _, standing = _attack_all(model, x, y, right, attack, size, size, lambda *_: None)
+        report.curve.append({"eps": eps, **Accuracy.of("PGD-20", standing).to_dict()})
 
 
 def _measure_steepness(report: Report, model: nn.Module, report_stage: Callable[[str, int, int], None]) -> None:
     settings = report.settings
-    few = settings.check_samples
-    x, y = report.x[:few], report.y[:few]
+    x, y = report.x[: settings.check_samples], report.y[: settings.check_samples]
     report_stage("steepness", 0, 1)
     generator = torch.Generator(x.device).manual_seed(settings.seed)
-    # Of Linf balls whatever the norm of the attacks.
+    # For Linf balls, whatever the norm of the attacks.
     ball, radius = ("", settings.eps) if settings.norm == "linf" else (", linf at 8/255", 8 / 255)
-    report.steepness[f"local Lipschitz constant{ball} (lower bound)"] = _summary(
-        local_lipschitz(model, x, radius, generator=generator)
-    )
-    report.steepness["logit margin"] = _summary(logit_margin(model, x, y))
-    report.steepness[f"linearised robustness, {settings.norm}"] = _summary(
-        linearised_robustness(model, x, y, settings.norm)
-    )
+    measured = {
+        f"local Lipschitz constant{ball} (lower bound)": local_lipschitz(model, x, radius, generator=generator),
+        "logit margin": logit_margin(model, x, y),
+        f"linearised robustness, {settings.norm}": linearised_robustness(model, x, y, settings.norm),
+    }
+    report.steepness.update({name: _summary(values) for name, values in measured.items()})
 
 
 def _summary(values: Tensor) -> dict[str, float | None]:
     finite = values[values.isfinite()].double()
     if not len(finite):
-        return {"mean": None, "q1": None, "median": None, "q3": None, "samples": 0}
+        return {**dict.fromkeys(("mean", "q1", "median", "q3")), "samples": 0}
     q1, median, q3 = (float(q) for q in torch.quantile(finite, finite.new_tensor([0.25, 0.5, 0.75])))
     return {"mean": float(finite.mean()), "q1": q1, "median": median, "q3": q3, "samples": len(finite)}
 
 
 def _in_ball(settings: Settings, x: Tensor, adversaries: dict[str, Tensor]) -> Check:
-    """Every adversarial image must be an image, and within eps of the clean one: recomputed from both."""
+    """Every adversarial image must be a valid image within eps of the clean one; recomputed from both."""
     farthest, outside = 0.0, 0.0
     for adversary in adversaries.values():
         change = (adversary.double() - x.double()).flatten(1)
@@ -293,15 +278,9 @@ def _in_ball(settings: Settings, x: Tensor, adversaries: dict[str, Tensor]) -> C
     return Check("in the ball", passed, found, {"farthest": farthest, "outside": outside})
 
 
-def _autoattack_flags(report: Report) -> Check:
-    """AutoAttack's own finding that its black-box attack got where its white-box ones did not, and its other flags."""
-    found = "; ".join(report.warnings) or "AutoAttack raised no flag"
-    return Check("AutoAttack's flags", not report.warnings, found)
-
-
 @contextmanager
 def _warnings_of(logger_name: str) -> Iterator[list[str]]:
-    """The warnings that a logger gets meanwhile, each once."""
+    """The warnings that a logger gets inside, each once."""
     seen: list[str] = []
 
     class Keep(logging.Handler):

@@ -1,35 +1,30 @@
-"""Adversarial training: the loss at the worst image near by."""
-
-from __future__ import annotations
+"""Adversarial training: the loss at the worst image nearby."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from robustkern._classifier import logits_of
-from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, Rise, value_without_graph
-from robustkern.losses.attack_loss import AttackLoss
+from robustkern.losses.attack_loss import GivenAttackLoss
 from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
-_PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
-
 
 @dataclass(frozen=True)
-class AdversarialTraining(AttackLoss):
+class AdversarialTraining(GivenAttackLoss):
     """total = mean_i CE(f(x_i), y_i) + weight * mean_i (CE(f(x'_i), y_i) - CE(f(x_i), y_i)), x' by an attack.
 
     orientation: the mean cross-entropy at x.  smoothness: how much the attack raises it; to first order eps times the
     dual norm of the input gradient.  With weight 1, the default, the total is the cross-entropy at the adversary, as
-    published; with 1/2, half of either (Goodfellow et al.).  `PGD` hands over the best of its iterates, where the
+    published; with 1/2, half of each (Goodfellow et al.).  `PGD` hands over the best of its iterates, where the
     published code takes the last.
 
     Args:
         attack: `robustkern.attacks.FGSM`, `NFGSM` or `PGD`, or anything with the same call.
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         label_smoothing: in the cross-entropy of both terms.
         impl: "auto", "kernel" or "reference".
 
@@ -37,17 +32,13 @@ class AdversarialTraining(AttackLoss):
     at weight 1; at any other weight, and where `Terms.weight` was replaced, its backward pass costs 3 more.
 
     BatchNorm is in eval mode during the attack, as in the published codes; then the adversaries go through the model
-    in its own mode, and in training mode theirs are the running statistics.  The pass at x leaves these alone.
+    in its own mode; in training mode, they alone enter the running statistics.
     Differentiable once.  Sources: Goodfellow et al. 2015; Madry et al. 2018; Wong et al. 2020 (FGSM with random start).
     """
 
-    attack: FGSM | NFGSM | PGD = _PGD_10
     weight: float = 1.0
     label_smoothing: float = 0.0
     impl: str = "auto"
-
-    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        return self.attack(model, x, y, draw.generator, indices=draw.samples(x))
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
         def cross_entropy(logits: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""What losses with an attack inside share: the attack apart from the loss, and ascent in a ball."""
-
-from __future__ import annotations
+"""What losses with an attack inside share: the attack, separate from the terms, and ascent in a ball."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,23 +8,25 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
-from robustkern._classifier import gradient_of
+from robustkern._classifier import gradient_of, logits_of
 from robustkern._options import check_options
-from robustkern.attacks import attacked
+from robustkern.attacks import FGSM, NFGSM, PGD, attacked
 from robustkern.attacks._common import check_batch
 from robustkern.draw import Draw
+from robustkern.losses._passes import RandomState
 from robustkern.losses.loss import Loss, Model
 from robustkern.terms import Terms
 
 STARTS = ("gaussian", "uniform")
 _SMALL = 1e-3  # standard deviation of the Gaussian start, in units of the image
+_PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
 
 
 @dataclass(frozen=True)
 class AttackLoss(Loss):
     """total = orientation + weight * smoothness, at x and at adversaries that an attack finds.
 
-    `adversaries` runs the attack, `terms` computes what is differentiated; a call is one after the other.
+    `adversaries` runs the attack, `terms` computes what is differentiated; a call runs one after the other.
     """
 
     soft: ClassVar[bool] = False
@@ -35,19 +35,36 @@ class AttackLoss(Loss):
         return self.terms(model, x, self.adversaries(model, x, y, draw), y, draw)
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Any:
-        """What the attack finds, without history: what `terms` is to be given."""
+        """What the attack finds, without history, for `terms`."""
         raise NotImplementedError
 
     def terms(self, model: Model, x: Tensor, adversary: Any, y: Tensor, draw: Draw) -> Terms:
         """Both terms, given what the attack found."""
         raise NotImplementedError
 
+    def _both_logits(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits at x and at the adversary, by two passes that draw the same random numbers."""
+        name, state = type(self).__name__, RandomState(model, x)
+        clean = logits_of(name, model, x, y)
+        with state.again():
+            return clean, logits_of(name, model, adversary, y)
+
+
+@dataclass(frozen=True)
+class GivenAttackLoss(AttackLoss):
+    """total = orientation + weight * smoothness, at x and at the adversaries of a given attack."""
+
+    attack: FGSM | NFGSM | PGD = _PGD_10
+
+    def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
+        return self.attack(model, x, y, draw.generator, indices=draw.samples(x))
+
 
 @dataclass(frozen=True)
 class AscentLoss(AttackLoss):
     """total = orientation + weight * smoothness, with adversaries that maximise something in a ball, step by step.
 
-    The last iterate is the adversary, as in the published codes.  An attack is one forward pass or two, and `steps`
+    The last iterate is the adversary, as in the published codes.  An attack takes one forward pass or two, and `steps`
     times forward and input gradient.
 
     Args:
@@ -82,7 +99,7 @@ class AscentLoss(AttackLoss):
         return adversary
 
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        """What is to be maximised, [B], as a function of the images; the model is in eval mode."""
+        """The function of the images that is maximised, [B]; the model is in eval mode."""
         raise NotImplementedError
 
     def _start(self, x: Tensor, draw: Draw) -> Tensor:
@@ -96,7 +113,7 @@ class AscentLoss(AttackLoss):
 
 
 def gradient(name: str, objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of each sample's objective, without history; `name` is that of the loss, for messages."""
+    """The gradient of each sample's objective, without history; `name` is the loss's, for messages."""
     with torch.enable_grad():
         probe = x.detach().requires_grad_()
         return gradient_of(name, objective(probe), probe)

@@ -1,15 +1,11 @@
 """Standard training: orientation without smoothness."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustkern._classifier import logits_of
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -32,9 +28,5 @@ class CrossEntropy(Loss):
     impl: str = "auto"
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
-        logits = logits_of("CrossEntropy", model, x, y)
-        loss = softmax_cross_entropy(
-            logits, y, label_smoothing=self.label_smoothing, temperature=self.temperature, impl=self.impl
-        )
-        orientation = loss.mean()
+        orientation = self._cross_entropy(model, x, y).mean()
         return Terms(orientation, orientation.new_zeros(()), 0.0)

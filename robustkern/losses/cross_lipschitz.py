@@ -1,7 +1,5 @@
 """Cross-Lipschitz regularisation: differences of logits that change little in any direction."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +20,7 @@ class CrossLipschitz(ProjectedPenalty):
     over the n samples of a batch and all pairs; 1e-4 is their example.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.

@@ -1,20 +1,14 @@
 """Curvature regularisation (CURE)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from robustkern._classifier import logits_of
-from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern import ops
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics, leaf
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.row_norm import row_norm
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -29,7 +23,7 @@ class CURE(Loss):
     (`squared=False`), since its gradient is that of the batch's mean loss.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps: size of the entries of z, a number or a tensor that broadcasts over a sample.  The published h, the L2
             length of z, is eps sqrt(N) for N entries: 3 for images divided by their standard deviation, of 3x32x32.
         squared: False for the norm itself.
@@ -38,10 +32,10 @@ class CURE(Loss):
 
     x + z may leave [0, 1].  Passes: 12, twice those of a gradient penalty.
 
-    BatchNorm: as the model is; the published code fine-tunes in eval mode.  In training mode each pass is normalised by
-    its own batch, only that of x enters the running statistics, and the gradients also contain the other samples' part
-    (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.  Source:
-    Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
+    BatchNorm: in the mode of the model; the published code fine-tunes in eval mode.  In training mode each pass is
+    normalised by its own batch, only that of x enters the running statistics, and the gradients also contain the other
+    samples' part (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.
+    Source: Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
     """
 
     weight: float = 4.0
@@ -53,19 +47,9 @@ class CURE(Loss):
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         x, state = leaf(x), RandomState(model, x)
         with fused_where_possible(self.impl):
-            loss, grad = self._gradient(model, x, y)
+            loss, grad = self._loss_and_gradient(model, x, y)
             probe = (x + self.eps * grad.sign()).detach().to(x.dtype).requires_grad_()
             with frozen_statistics(model), state.again():
-                _, moved = self._gradient(model, probe, y)
-            change = row_norm(moved - grad, 2, squared=self.squared, impl=self.impl)
+                _, moved = self._loss_and_gradient(model, probe, y)
+            change = ops.row_norm(moved - grad, 2, squared=self.squared, impl=self.impl)
         return Terms(loss.mean(), change.mean(), self.weight)
-
-    def _gradient(self, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            logits = logits_of("CURE", model, x, y)
-            loss = softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
-            grad = input_gradient("CURE", "loss", loss.sum(), x, create_graph=differentiable)
-        if differentiable:
-            check_differentiable("CURE", "loss", grad)
-        return loss, grad

@@ -1,17 +1,15 @@
 """Defensive distillation: another network's predictions as targets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from robustkern import ops
 from robustkern._classifier import check_logits
 from robustkern.attacks import attacked
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -24,16 +22,16 @@ class Distillation(Loss):
 
     A control among the robust methods.  Trained at T and used at 1, the network's logits are T times too large, its
     softmax saturates and gradients of the cross-entropy round to zero: attacks on that loss fail, others do not.
-    Gradients carry 1 / T, for which the learning rate has to make up.
+    Gradients include a factor 1 / T, for which the learning rate has to make up.
 
     Args:
         teacher: maps x to logits [B, C]; moved to the device of x, used in eval mode, without gradients, and otherwise
-            left as it came.
+            left unchanged.
         temperature: T > 0.
         impl: "auto", "kernel" or "reference".
 
     y is not used.  Passes: 4, one of them the teacher's.
-    BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
+    BatchNorm: in the mode of the model.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Papernot et al., Distillation as a defense to adversarial perturbations against deep neural networks, 2016;
     refuted by Carlini and Wagner, 2017.
     """
@@ -57,6 +55,5 @@ class Distillation(Loss):
             raise ValueError(
                 f"Distillation: teacher gives logits of shape {list(taught.shape)}, the model {list(logits.shape)}"
             )
-        loss = softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl)
-        orientation = loss.mean()
+        orientation = ops.softmax_cross_entropy(logits, taught, temperature=self.temperature, impl=self.impl).mean()
         return Terms(orientation, orientation.new_zeros(()), 0.0)

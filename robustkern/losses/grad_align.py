@@ -1,6 +1,4 @@
-"""GradAlign: fast adversarial training that stays aligned."""
-
-from __future__ import annotations
+"""GradAlign: fast adversarial training that keeps input gradients in the ball aligned."""
 
 from dataclasses import dataclass
 
@@ -8,9 +6,7 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
-from robustkern._classifier import logits_of
 from robustkern._dtypes import accumulation_dtype
-from robustkern._input_gradient import check_differentiable, input_gradient
 from robustkern._options import check_options
 from robustkern.attacks._common import check_batch
 from robustkern.double_backward import fused_where_possible
@@ -18,8 +14,6 @@ from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
 from robustkern.losses.loss import Model
-from robustkern.ops.row_norm import row_norm
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -36,7 +30,7 @@ class GradAlign(AttackLoss):
     for eps = 8/255.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps: radius of the ball in the Linf norm, in units of x; a number or a tensor that broadcasts over a sample.
         step_size: length of the step; None: eps.
         impl: "auto", "kernel" or "reference".
@@ -58,7 +52,7 @@ class GradAlign(AttackLoss):
         check_options(self, box=True)
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, RandomState]:
-        """Those of FGSM, the gradient at x, and what the pass that gave it drew."""
+        """The adversaries of FGSM, the gradient at x, and the random state of the pass that computed it."""
         logits, x, y = check_batch("GradAlign", model, x, y, draw.generator)
         step, state = self.eps if self.step_size is None else self.step_size, RandomState(model, x)
         with frozen_statistics(model):
@@ -73,12 +67,8 @@ class GradAlign(AttackLoss):
         probe = ops.attack_start(
             x.detach(), eps=self.eps, generator=draw.generator, samples=draw.samples(x), impl=self.impl
         ).requires_grad_()
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad(), fused_where_possible(self.impl), frozen_statistics(model), state.again():
-            loss = self._cross_entropy(model, probe, y)
-            second = input_gradient("GradAlign", "loss", loss.sum(), probe, create_graph=differentiable)
-        if differentiable:
-            check_differentiable("GradAlign", "loss", second)
+        with fused_where_possible(self.impl), frozen_statistics(model), state.again():
+            _, second = self._loss_and_gradient(model, probe, y)
         with state.again():
             orientation = self._cross_entropy(model, image, y).mean()
         return Terms(orientation, self._misalignment(first, second).mean(), self.weight)
@@ -86,12 +76,9 @@ class GradAlign(AttackLoss):
     def _misalignment(self, first: Tensor, second: Tensor) -> Tensor:
         """1 - cosine, [B]; 0 where it is not defined."""
         dtype = accumulation_dtype(second.dtype)
-        lengths = row_norm(first, 2, impl=self.impl), row_norm(second, 2, impl=self.impl)
+        lengths = ops.row_norm(first, 2, impl=self.impl), ops.row_norm(second, 2, impl=self.impl)
         defined = (lengths[0] > 0) & (lengths[1] > 0)
-        # Not by their product, which underflows first.
+        # Not divided by the product of both lengths, which underflows first.
         unit = first.to(dtype) / torch.where(defined, lengths[0], 1.0).view(-1, *[1] * (first.dim() - 1))
         cosine = (unit * second.to(dtype)).flatten(1).sum(1) / torch.where(defined, lengths[1], 1.0)
         return torch.where(defined, 1.0 - cosine, 0.0)
-
-    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        return softmax_cross_entropy(logits_of("GradAlign", model, x, y), y, impl=self.impl)

@@ -1,15 +1,13 @@
 """Label smoothing: outputs that are smooth, whatever the inputs do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern import ops
 from robustkern._classifier import logits_of
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -18,7 +16,7 @@ class LabelSmoothing(Loss):
     """total = (1 - weight) mean_i CE(f(x_i), y_i) + weight * mean_i 1/C sum_c -log p_ic.
 
     orientation: the cross-entropy's share, (1 - weight) of its mean.  smoothness: the mean over the classes of -log p,
-    least where the prediction is uniform: of the outputs, not in the input.  The total is the cross-entropy against
+    least for a uniform prediction: smooth outputs, not a smooth function.  The total is the cross-entropy against
     targets (1 - s) e_y + s / C with s = weight.
 
     A control among the robust methods: it flattens predictions, not the function.
@@ -28,7 +26,7 @@ class LabelSmoothing(Loss):
         impl: "auto", "kernel" or "reference".
 
     Passes: 3, a plain step.
-    BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
+    BatchNorm: in the mode of the model.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016.
     """
 
@@ -42,5 +40,5 @@ class LabelSmoothing(Loss):
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         logits = logits_of("LabelSmoothing", model, x, y)
-        certain, uniform = (softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
+        certain, uniform = (ops.softmax_cross_entropy(logits, y, label_smoothing=s, impl=self.impl) for s in (0.0, 1.0))
         return Terms((1.0 - self.weight) * certain.mean(), uniform.mean(), self.weight)

@@ -1,21 +1,17 @@
 """Local linearity regularisation (LLR)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from robustkern._classifier import gradient_of, logits_of
-from robustkern._input_gradient import check_differentiable, input_gradient
+from robustkern._classifier import gradient_of
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics, leaf
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.losses.loss import Model
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -31,8 +27,8 @@ class LocalLinearity(AscentLoss):
     Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and ratio = mu / lambda.
 
     Args:
-        weight: of the smoothness term.
-        ratio: of the steepness to the distance from linear.
+        weight: multiplies the smoothness term.
+        ratio: factor on the steepness, |delta . g|, relative to gamma.
         eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`; two steps from a uniform start.
 
     Passes: 2 + 2 steps for delta, 6 for the loss and its gradient, 3 at x + delta.
@@ -57,24 +53,17 @@ class LocalLinearity(AscentLoss):
         return lambda v: (self._cross_entropy(model, v, y) - loss - _dot(v - x, grad)).abs()
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
-        x, state, differentiable = leaf(x), RandomState(model, x), torch.is_grad_enabled()
+        x, state = leaf(x), RandomState(model, x)
         with fused_where_possible(self.impl):
-            with torch.enable_grad():
-                loss = self._cross_entropy(model, x, y)
-                grad = input_gradient("LocalLinearity", "loss", loss.sum(), x, create_graph=differentiable)
-            if differentiable:
-                check_differentiable("LocalLinearity", "loss", grad)
+            loss, grad = self._loss_and_gradient(model, x, y)
             with frozen_statistics(model), state.again():
                 moved = self._cross_entropy(model, adversary, y)
         linear = _dot(adversary - x.detach(), grad)
         gap = (moved - loss - linear).abs()
         return Terms(loss.mean(), (gap + self.ratio * linear.abs()).mean(), self.weight)
 
-    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        return softmax_cross_entropy(logits_of("LocalLinearity", model, x, y), y, impl=self.impl)
-
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of each sample, in float32 for 16-bit data.  [B]"""
+    """The inner product for each sample, in float32 for 16-bit data.  [B]"""
     product = a * b if a.dtype.itemsize > 2 else a.float() * b.float()
     return product.flatten(1).sum(1)

@@ -1,14 +1,15 @@
 """What every loss is: a frozen dataclass of options, called with a model, a batch and a draw."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from robustkern._classifier import check_call
+from robustkern import ops
+from robustkern._classifier import check_call, logits_of
+from robustkern._input_gradient import check_differentiable, input_gradient
 from robustkern._options import check_options
 from robustkern.draw import FRESH, Draw
 from robustkern.terms import Terms
@@ -21,6 +22,7 @@ class Loss:
     """total = orientation + weight * smoothness, each the mean over the batch of a per-sample quantity."""
 
     soft: ClassVar[bool] = True  # whether y may be probabilities
+    label_smoothing, temperature, impl = 0.0, 1.0, "auto"  # for losses without these options
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -30,9 +32,9 @@ class Loss:
 
         Args:
             model: Maps x to logits [B, C >= 2], normalisation inside; any callable, but an nn.Module for `AWP`.
-            x: Images, in [0, 1] where adversaries are looked for.  One that requires grad is used as it is, which is
-                what torch.compile of a whole step needs, any other as a new leaf; `Terms.backward(inputs=...)` spares
-                its own gradient.  [B, ...]
+            x: Images; in [0, 1] for losses with an attack inside.  If it requires grad, it is used as it is, which
+                torch.compile of a whole step needs; if not, as a new leaf.  `Terms.backward(inputs=...)` saves the time
+                for its own gradient.  [B, ...]
             y: Classes of any integer dtype [B]; for losses without an attack inside also probabilities [B, C].
             draw: What is random or scheduled in this call; None: random numbers from PyTorch's default generator, the
                 whole batch, and no step.
@@ -51,3 +53,20 @@ class Loss:
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         raise NotImplementedError
+
+    def _cross_entropy(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """CE(f(x_i), y_i), with the options of the loss.  [B]"""
+        logits = logits_of(type(self).__name__, model, x, y)
+        return ops.softmax_cross_entropy(
+            logits, y, label_smoothing=self.label_smoothing, temperature=self.temperature, impl=self.impl
+        )
+
+    def _loss_and_gradient(self, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross-entropy [B] and its gradient in x, which can be differentiated where grad mode is on."""
+        name, differentiable = type(self).__name__, torch.is_grad_enabled()
+        with torch.enable_grad():
+            loss = self._cross_entropy(model, x, y)
+            grad = input_gradient(name, "loss", loss.sum(), x, create_graph=differentiable)
+        if differentiable:
+            check_differentiable(name, "loss", grad)
+        return loss, grad

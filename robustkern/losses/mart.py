@@ -1,20 +1,15 @@
 """MART: TRADES's term counts most where the clean prediction is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustkern._classifier import logits_of
+from robustkern import ops
 from robustkern._dtypes import accumulation_dtype
 from robustkern.draw import Draw
-from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.losses.loss import Model
-from robustkern.ops.kl_divergence import kl_divergence
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -32,7 +27,7 @@ class MART(AscentLoss):
     The weight is the published lambda: 5 for ResNet-18, 6 for WideResNets.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`.
 
     Passes: 2 steps for the attack, 6 for both terms.
@@ -46,21 +41,18 @@ class MART(AscentLoss):
     weight: float = 5.0
 
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda adversary: softmax_cross_entropy(model(adversary), y, impl=self.impl)
+        return lambda adversary: ops.softmax_cross_entropy(model(adversary), y, impl=self.impl)
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
-        state = RandomState(model, x)
-        clean = logits_of("MART", model, x, y)
-        with state.again():
-            attacked = logits_of("MART", model, adversary, y)
-        boosted = softmax_cross_entropy(attacked, y, impl=self.impl) - _log_without_runner_up(attacked, y)
-        doubt = 1.0 - (-softmax_cross_entropy(clean, y, impl=self.impl)).exp()
-        divergence = kl_divergence(clean, attacked, impl=self.impl)
+        clean, attacked = self._both_logits(model, x, adversary, y)
+        boosted = ops.softmax_cross_entropy(attacked, y, impl=self.impl) - _log_without_runner_up(attacked, y)
+        doubt = 1.0 - (-ops.softmax_cross_entropy(clean, y, impl=self.impl)).exp()
+        divergence = ops.kl_divergence(clean, attacked, impl=self.impl)
         return Terms(boosted.mean(), (doubt * divergence).mean(), self.weight)
 
 
 def _log_without_runner_up(logits: Tensor, y: Tensor) -> Tensor:
-    """log(1 - max_{k != y} p_k), [B]: of the classes but that one, the log of their share."""
+    """log(1 - max_{k != y} p_k), [B]: the log of the share of all classes but that one."""
     z = logits.to(accumulation_dtype(logits.dtype))
     runner_up = z.detach().scatter(1, y[:, None].long(), float("-inf")).argmax(1, keepdim=True)
     return z.scatter(1, runner_up, float("-inf")).logsumexp(1) - z.logsumexp(1)

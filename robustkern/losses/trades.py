@@ -1,20 +1,15 @@
 """TRADES: predictions that an adversary cannot move."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from robustkern._classifier import logits_of
+from robustkern import ops
 from robustkern.draw import Draw
-from robustkern.losses._passes import RandomState
 from robustkern.losses.attack_loss import AscentLoss
 from robustkern.losses.loss import Model
-from robustkern.ops.kl_divergence import kl_divergence
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -28,7 +23,7 @@ class TRADES(AscentLoss):
     The weight is the published beta, 6 (written 1 / lambda in the paper).
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`.
 
     Passes: 1 + 2 steps for the attack, 6 for both terms.
@@ -44,12 +39,9 @@ class TRADES(AscentLoss):
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.no_grad():
             clean = model(x)
-        return lambda adversary: kl_divergence(clean, model(adversary), impl=self.impl)
+        return lambda adversary: ops.kl_divergence(clean, model(adversary), impl=self.impl)
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
-        state = RandomState(model, x)
-        clean = logits_of("TRADES", model, x, y)
-        with state.again():
-            attacked = logits_of("TRADES", model, adversary, y)
-        orientation = softmax_cross_entropy(clean, y, impl=self.impl).mean()
-        return Terms(orientation, kl_divergence(clean, attacked, impl=self.impl).mean(), self.weight)
+        clean, attacked = self._both_logits(model, x, adversary, y)
+        orientation = ops.softmax_cross_entropy(clean, y, impl=self.impl).mean()
+        return Terms(orientation, ops.kl_divergence(clean, attacked, impl=self.impl).mean(), self.weight)

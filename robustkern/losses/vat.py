@@ -1,7 +1,5 @@
 """Virtual adversarial training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +14,6 @@ from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss, gradient
 from robustkern.losses.loss import Model
-from robustkern.ops.kl_divergence import kl_divergence
-from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 from robustkern.terms import Terms
 
 
@@ -32,10 +28,10 @@ class VAT(AttackLoss):
     The weight is the published alpha, 1.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps: length of r in units of x, in the L2 norm; for norm "linf", r = eps sign(d).
-        xi: length, in the L2 norm, of the probe.  Published codes take 1e-6 (in float32, where most of its digits are
-            lost) to 10; here 1, which leaves bfloat16 something to see.
+        xi: length, in the L2 norm, of the probe.  Published code takes from 1e-6 (which loses most digits in float32)
+            to 10; with 1, the default, bfloat16 still resolves the probe.
         steps: power iterations.
         norm: "l2" or "linf".
         impl: "auto", "kernel" or "reference".
@@ -65,7 +61,7 @@ class VAT(AttackLoss):
             direction = draw.normal(x).to(x.dtype)
             for _ in range(self.steps):
                 probe = self._moved(x, direction, self.xi, "l2")
-                direction = gradient("VAT", lambda v: kl_divergence(clean, logits(v), impl=self.impl), probe)
+                direction = gradient("VAT", lambda v: ops.kl_divergence(clean, logits(v), impl=self.impl), probe)
             return self._moved(x, direction, self.eps, self.norm)
 
     def _moved(self, x: Tensor, direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
@@ -74,7 +70,7 @@ class VAT(AttackLoss):
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
         state = RandomState(model, x)
         clean = logits_of("VAT", model, x, y)
-        orientation = softmax_cross_entropy(clean, y, impl=self.impl).mean()
+        orientation = ops.softmax_cross_entropy(clean, y, impl=self.impl).mean()
         with frozen_statistics(model), state.again():
             moved = logits_of("VAT", model, adversary, y)
-        return Terms(orientation, kl_divergence(clean.detach(), moved, impl=self.impl).mean(), self.weight)
+        return Terms(orientation, ops.kl_divergence(clean.detach(), moved, impl=self.impl).mean(), self.weight)

@@ -3,8 +3,6 @@
 Every model takes images in [0, 1] and returns one [B, classes] tensor of logits; normalisation is its first layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

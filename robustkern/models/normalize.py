@@ -1,7 +1,5 @@
 """Normalisation as the first layer of a model, so that every attack and every eps works on images in [0, 1]."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,13 +1,11 @@
 """Pre-activation ResNets for 32x32 images (He et al., Identity mappings in deep residual networks, ECCV 2016)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm, ReLU, convolution, twice, around an identity; where the shape changes, a 1x1 convolution."""
+    """Twice BatchNorm, ReLU and convolution, bridged by an identity or, where the shape changes, a 1x1 convolution."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
 """A small convolutional network for 8x8 to 32x32 images: what a laptop trains in minutes."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

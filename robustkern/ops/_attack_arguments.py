@@ -59,7 +59,7 @@ def check_broadcast(op: str, name: str, value: Tensor, sample_shape: torch.Size)
 
 
 def check_ball(op: str, norm: str, eps: Tensor | float) -> None:
-    """Raises ValueError unless (norm, eps) is a ball."""
+    """Raises ValueError unless (norm, eps) describes a ball."""
     if norm not in NORMS:
         raise ValueError(f"{op}: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     if norm != "linf" and isinstance(eps, Tensor) and eps.numel() != 1:

@@ -9,9 +9,9 @@ import torch
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorates the function that gives the results of robustkern::`name` without computing them.
+    """Decorates the fake of robustkern::`name`, the function that returns its results without computing them.
 
-    PyTorch asks it also where one tensor of several is on the meta device, and no kernel then sees the call: hence the
+    PyTorch calls it even if only one of several tensors is on the meta device; no kernel then sees the call: hence the
     check.
     """
     operator = getattr(torch.ops.robustkern, name).default
@@ -39,7 +39,7 @@ def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:
 
     Args:
         op: the operator overload packet, such as torch.ops.robustkern.row_norm.
-        per_row: for each argument whether its first dimension counts rows; the others must not be mapped over.
+        per_row: for each argument, whether its first dimension counts rows; vmap must not map over the others.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:

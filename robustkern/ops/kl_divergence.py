@@ -1,4 +1,4 @@
-"""kl_divergence: how far apart two predictions of each sample are, both gradients and second derivatives."""
+"""kl_divergence: how far apart two predictions of each sample are, with both gradients and second derivatives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def kl_divergence(
     r"""kl_i = sum_c p_ic (log p_ic - log q_ic), with p = softmax(p_logits / T) and q = softmax(q_logits / T).
 
     Both logits are differentiated; detach the one that is a target.  A class with p = 0 (a logit of -inf, or too far
-    below the others) adds nothing to the value nor to any derivative, whatever q is; one with q = 0 and p > 0 makes
+    below the others) adds nothing to the value or to any derivative, whatever q is; one with q = 0 and p > 0 makes
     the divergence infinite.  The kernel sums terms that are never negative: two predictions that nearly agree keep the
     digits in which they differ, and equal ones give exactly 0.  Sums run in float32 for 16- and 32-bit logits and in
     float64 for float64.
@@ -30,14 +30,14 @@ def kl_divergence(
     Args:
         p_logits: [B, C] or [B, C, d1, ...] float32, float64, float16 or bfloat16; B may be 0.
         q_logits: of the same shape, dtype and device.
-        temperature: T > 0; gradients carry their 1 / T.
+        temperature: T > 0; gradients include the factor 1 / T.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
     Returns:
         [B] (or [B, d1, ...]), float32 for 16- and 32-bit logits, float64 for float64.
 
     Raises:
-        TypeError: logits of another dtype, or of two.
+        TypeError: logits of an unsupported dtype, or of two different ones.
         ValueError: shapes or devices differ, or T is not positive.
 
     Differentiability: twice in both logits; a third derivative raises.  Determinism: the same bits on every run and

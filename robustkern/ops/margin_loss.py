@@ -1,4 +1,4 @@
-"""margin_loss: how far the best wrong class is ahead of the right one, as attacks ascend it."""
+"""margin_loss: how far the best wrong class is ahead of the right one, which attacks maximise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def margin_loss(
     towards: Tensor | None = None,  # [B]
     impl: str = "auto",
 ) -> Tensor:  # [B]
-    r"""loss_i = z_o - z_y (cw), or (z_o - z_y) / (z_(1) - z_(3)) (dlr); o = towards, or the best class but y.
+    r"""loss_i = z_o - z_y (cw), or (z_o - z_y) / (z_(1) - z_(3)) (dlr); o = towards, or else the best wrong class.
 
     z_(1) >= z_(2) >= ... are the sorted logits.  Positive where sample i is misclassified.  With `towards`, dlr divides
     by z_(1) - (z_(3) + z_(4)) / 2.  dlr does not change if the logits are shifted or multiplied by a positive number;

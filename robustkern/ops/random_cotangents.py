@@ -43,7 +43,7 @@ def random_cotangents(
             "orthonormal": sqrt(D) times K orthonormal vectors, uniformly distributed (Haar), K <= D: of all laws the
             least variance, none at K = D.
         kind: "plain", "centred" or "fisher", as above.
-        generator: where the seed comes from, on the device of outputs.  None: the default one.  torch.compile traces
+        generator: source of the seed, on the device of outputs.  None: the default one.  torch.compile traces
             no generators: give a compiled function the seed.
         seed: one int64 on the device of outputs, [1].  The same seed gives the same v.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
@@ -109,7 +109,7 @@ def _register() -> None:
 
     register_chain("random_cotangents", only=("kind", KINDS.index("fisher")))
 
-    # Every mapped call draws the same v from its seed, as a loop would: not one call on all rows.
+    # Each mapped call draws v from its seed as a loop would; one call on all rows would draw other numbers.
     register_looped_vmap(ops.random_cotangents)
     register_looped_vmap(ops.random_cotangents_backward)
 

@@ -87,7 +87,7 @@ def _split_weight(x: Tensor, weight: Tensor | float | None) -> tuple[float, Tens
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """x [B, C, ...] as rows [B, N] in the order of its memory, and how many adjacent columns share a channel.
 
-    A norm does not care for the order of a row, so channels_last and other permuted layouts are viewed, not copied.
+    The order within a row does not matter, so channels_last and other permuted layouts are viewed, not copied.
     """
     if x.dim() == 1:
         return x.unsqueeze(1), 1

@@ -23,7 +23,7 @@ def softmax_cross_entropy(
 ) -> Tensor:  # [B] or [B, d1, ...]
     r"""loss_i = -sum_c q_ic log softmax(z_i / T)_c, with q = (1 - s) target + s / C.
 
-    The values of `torch.nn.functional.cross_entropy(reduction="none")`, whose second backward moves 25 logits-sized
+    Same values as `torch.nn.functional.cross_entropy(reduction="none")`, whose second backward moves 25 logits-sized
     tensors through memory; this one moves 3.  Stable for logits of any size.  Sums run in float32 for 16- and 32-bit
     logits and in float64 for float64.
 
@@ -33,7 +33,7 @@ def softmax_cross_entropy(
             not sum to one).
         label_smoothing: s in [0, 1].
         ignore_index: samples of this class have loss and gradient zero.
-        temperature: T > 0; gradients carry their 1 / T.
+        temperature: T > 0; gradients include the factor 1 / T.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
     Returns:
@@ -96,7 +96,7 @@ def _register() -> None:
         return logits.new_empty(logits.shape)
 
     @register_fake("softmax_cross_entropy_double_backward")
-    def _(gg, grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
+    def _(u, grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
         return logits.new_empty([logits.shape[0]], dtype=accumulation_dtype(logits.dtype)), logits.new_empty(
             logits.shape
         )

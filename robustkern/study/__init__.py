@@ -26,25 +26,7 @@ from .plan import Plan
 from .study import Study, run
 
 __all__ = [
-    "MEASURES",
-    "Judges",
-    "Plan",
-    "Protocol",
-    "Study",
-    "accuracy_curve",
-    "alignment",
-    "bootstrap_interval",
-    "edge_concentration",
-    "figures",
-    "input_gradients",
-    "inversion_accuracy",
-    "invert",
-    "low_frequency_share",
-    "measure",
-    "noise",
-    "run",
-    "seeded_grid",
-    "summarise",
-    "total_variation_ratio",
-    "white_noise_baseline",
-]
+    "MEASURES", "Judges", "Plan", "Protocol", "Study", "accuracy_curve", "alignment", "bootstrap_interval",
+    "edge_concentration", "figures", "input_gradients", "inversion_accuracy", "invert", "low_frequency_share",
+    "measure", "noise", "run", "seeded_grid", "summarise", "total_variation_ratio", "white_noise_baseline",
+]  # fmt: skip

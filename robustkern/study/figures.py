@@ -1,7 +1,5 @@
 """The study's figures, each a function of models and data or of measured numbers, each one PNG."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,16 @@ from torch import Tensor, nn
 from robustkern.attacks import PGD
 from robustkern.data import Dataset
 from robustkern.training.evaluation import device_of
-from robustkern.training.figures import COLORS, eps_text, error_bars, one_of_each, plain_axes, save_png
+from robustkern.training.figures import (
+    COLORS,
+    accuracy_band,
+    eps_text,
+    error_bars,
+    new_figure,
+    one_of_each,
+    plain_axes,
+    save_png,
+)
 
 from .inversion import invert, noise, seeded_grid
 from .measures import PROPORTIONS
@@ -30,7 +37,7 @@ def inversion_grids(
     step: float = 0.1,
     columns: int = 4,
 ) -> None:
-    """For each network a grid: rows are images, one of each class; columns the class each is turned into.
+    """For each network a grid: rows are images, one of each class; columns are the class that each is turned into.
 
     On the diagonal an image is driven further towards its own class. Images are shown as they are, in [0, 1].
 
@@ -45,14 +52,12 @@ def inversion_grids(
     x, _ = one_of_each(data)
     starts, targets = seeded_grid(x, data.num_classes)
     scale = torch.tensor(data.statistics()[1]).view(-1, 1, 1)
-    grids = {}
-    for name, network in networks.items():
-        grids[name] = _mosaic(_inverted(network, starts, targets, steps, step * scale), data.num_classes)
-    title = (
-        f"inversions: row = the image begun with, column = the class it is driven to ({steps} steps of {step:.3g} σ)"
-        f"\n{_classes(data)}"
-    )
-    _panels(path, grids, columns, title)
+    grids = {
+        name: _mosaic(_inverted(network, starts, targets, steps, step * scale), data.num_classes)
+        for name, network in networks.items()
+    }
+    title = "inversions: row = the image begun with, column = the class it is driven to"
+    _panels(path, grids, columns, f"{title} ({steps} steps of {step:.3g} σ)\n{_classes(data)}")
 
 
 def noise_grids(
@@ -69,12 +74,12 @@ def noise_grids(
 
     Args:
         path: Where the PNG goes.
-        data: For shapes, classes and standard deviations.
+        data: Gives shapes, classes and standard deviations.
         networks: Networks by name.
         steps: Steps of the inversion.
         step: Their length, in standard deviations of each channel.
-        rows: Starts.
-        made: For networks by name, such images that are there already, [rows * classes, C, H, W].
+        rows: Starts for each class.
+        made: Images that exist already, by the name of their network, [rows * classes, C, H, W].
     """
     std = data.statistics()[1]
     scale = torch.tensor(std).view(-1, 1, 1)
@@ -99,7 +104,7 @@ def perturbations(
         data: Images to choose from.
         networks: Networks by name.
         eps: Radius (Linf), several times what they were trained for.
-        targeted: Towards the next class instead of away from its own.
+        targeted: Whether to attack towards the next class instead of away from its own.
     """
     x, y = one_of_each(data, list(networks.values()))
     rows = {"image": _mosaic(x, len(x))}
@@ -117,16 +122,13 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
     Args:
         path: Where the PNG goes.
         curves: For each network, points of eps, accuracy, low, high.
-        title: Above it.
+        title: Title above the figure.
     """
     figure, (axes,) = _figure(1)
     for number, (name, points) in enumerate(curves.items()):
         color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
-        radii = [point["eps"] for point in points]
-        axes.plot(radii, [100 * p["accuracy"] for p in points], color=color, linestyle=style, marker="o", markersize=3,
-                  label=f" {name}" if name.startswith("_") else name)  # fmt: skip
-        axes.fill_between(radii, [100 * p["low"] for p in points], [100 * p["high"] for p in points], color=color,
-                          alpha=0.12, linewidth=0)  # fmt: skip
+        label = f" {name}" if name.startswith("_") else name
+        accuracy_band(axes, points, color, alpha=0.12, linestyle=style, markersize=3, label=label)
     axes.set_xlabel("radius of the ℓ∞ ball")
     axes.set_ylabel("accuracy under PGD-20 (%)")
     axes.set_ylim(0, 102)
@@ -229,7 +231,7 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
 
 
 def _classes(data: Dataset) -> str:
-    """Which column is which."""
+    """A line that says which column is which class."""
     return "left to right: " + ", ".join(data.classes)
 
 
@@ -239,7 +241,7 @@ def _inverted(network: nn.Module, starts: Tensor, targets: Tensor, steps: int, s
 
 
 def _mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Images side by side, one pixel of white between: [H, W] or [H, W, 3]."""
+    """Images side by side, with one white pixel between: [H, W] or [H, W, 3]."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)
@@ -251,14 +253,11 @@ def _mosaic(images: Tensor, columns: int) -> np.ndarray:
 
 
 def _panels(path: Path, sheets: Mapping[str, np.ndarray], columns: int, title: str) -> None:
-    from matplotlib.figure import Figure
-
     columns = min(columns, len(sheets))
     rows = -(-len(sheets) // columns)
     height, width = next(iter(sheets.values())).shape[:2]
     side = 11.0 / columns
-    figure = Figure(figsize=(11.0, rows * (side * height / width + 0.3) + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = new_figure(rows, columns, 11.0, rows * (side * height / width + 0.3) + 0.4)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (name, sheet) in zip(grid.flat, sheets.items()):
@@ -269,14 +268,12 @@ def _panels(path: Path, sheets: Mapping[str, np.ndarray], columns: int, title: s
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
     columns = min(3, panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(4.0 * columns if panels > 1 else 6.0, 3.3 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid[:panels]:
-        plain_axes(axes)
-    for axes in grid[panels:]:
-        axes.set_axis_off()
-    return figure, grid[:panels]
+    figure, axes = new_figure(rows, columns, 4.0 * columns if panels > 1 else 6.0, 3.3 * rows)
+    used, unused = axes.flat[:panels], axes.flat[panels:]
+    for one in used:
+        plain_axes(one)
+    for one in unused:
+        one.set_axis_off()
+    return figure, list(used)

@@ -1,7 +1,5 @@
 """A study's figures, and a report in one HTML file that needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from .plan import TWO_BY_TWO, Plan
 from .results import SMOOTHNESS
 from .study import Study
 
-Table = list[list[tuple[str, str]]]  # a head, then rows; of each cell its text, and what stands small beside it
+Table = list[list[tuple[str, str]]]  # a head, then rows; a cell is its text, and a small text below
 _TITLES = {
     "centred_alignment": "|cosine| of gradient and image, means out",
     "edge_concentration": "gradient energy on edges",
@@ -36,6 +34,23 @@ _SMOOTH_HEADS = {
 _SMOOTH_TITLES = {
     "gradient_norm": "eps · ‖∂ loss / ∂x‖₁ (smooth: small)",
     "local_lipschitz": "local Lipschitz constant of the logits",
+}
+_CAPTIONS = {
+    "gradients": "Input gradients of every network for the same images, one of each class: the gradient of the label's "
+    "logit, each divided by its 99.5th percentile of |value|. Colour shows where and with which sign, not how much.",
+    "inversions": "The seeded grid: rows begin with an image of each class, columns say which class it is driven to.",
+    "noise": "Images made from noise, one class a column.",
+    "perturbations": "The same images under attacks with three times the radius of training. Where nothing changes, "
+    "the network's loss has no gradient to follow.",
+    "terms": "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one: "
+    "what it is differs from method to method, as the panels say. One network of each.",
+    "accuracy": "Accuracy against the radius of PGD-20, on the images that are measured. Bands are 95 % bootstrap "
+    "intervals. An accuracy that hardly falls is not robustness, but a loss that shows the attack no way, as a "
+    "saturated one.",
+    "smoothness": "The thesis as a curve: the gradient penalty with ever larger weights (numbers: multiples of the "
+    "recipe's). Bars are 95 % bootstrap intervals over images.",
+    "two_by_two": "Orientation with and without smoothness, smoothness with and without orientation; first how smooth "
+    "each cell is. Bars are 95 % bootstrap intervals over images.",
 }
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
@@ -56,59 +71,29 @@ def draw(study: Study, to: Path | None = None) -> dict[str, tuple[Path, str]]:
     """
     plan, data, folder = study.plan, study.data, (to or study.folder) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    matrix = _matrix(plan)
-    trained = [name for name in matrix if name in study.terms]
-    networks = {name: study.network(name) for name in matrix}
-    eps = _eps(study)
+    networks = {name: study.network(name) for name in plan.matrix}
+    trained = [name for name in plan.matrix if name in study.terms]
     drawn: dict[str, tuple[Path, str]] = {}
 
-    def add(name: str, caption: str) -> Path:
-        drawn[name] = (folder / f"{name}.png", caption)
+    def add(name: str) -> Path:
+        drawn[name] = (folder / f"{name}.png", _CAPTIONS[name])
         return drawn[name][0]
 
-    caption = (
-        "Input gradients of every network for the same images, one of each class: the gradient of the label's logit, "
-        "each divided by its 99.5th percentile of |value|. Colour shows where and with which sign, not how much."
-    )
-    gradients(add("gradients", caption), data, networks)
-    caption = "The seeded grid: rows begin with an image of each class, columns say which class it is driven to."
-    figures.inversion_grids(add("inversions", caption), data, networks)
-    caption = "Images made from noise, one class a column."
-    figures.noise_grids(add("noise", caption), data, networks, made=study.noise)
-    caption = (
-        "The same images under attacks with three times the radius of training. Where nothing changes, the network's "
-        "loss has no gradient to follow."
-    )
-    figures.perturbations(add("perturbations", caption), data, networks, min(1.0, 3 * eps))
-    caption = (
-        "Both terms of each loss against the epoch, orientation on the left axis, smoothness on the right one: what it "
-        "is differs from method to method, as the panels say. One network of each."
-    )
+    gradients(add("gradients"), data, networks)
+    figures.inversion_grids(add("inversions"), data, networks)
+    figures.noise_grids(add("noise"), data, networks, made=study.noise)
+    figures.perturbations(add("perturbations"), data, networks, min(1.0, 3 * plan.eps))
     if trained:
         methods = {entry.name: entry.method for entry in plan.entries()}
         captions = {name: METHODS[methods[name]].smoothness or "none" for name in trained}
-        figures.term_panels(add("terms", caption), {name: study.terms[name] for name in trained}, captions)
-    caption = (
-        "Accuracy against the radius of PGD-20, on the images that are measured. Bands are 95 % bootstrap intervals. "
-        "An accuracy that hardly falls is not robustness, but a loss that shows the attack no way, as a saturated one."
-    )
-    figures.accuracy_curves(add("accuracy", caption), {name: study.curves[name] for name in matrix})
+        figures.term_panels(add("terms"), {name: study.terms[name] for name in trained}, captions)
+    figures.accuracy_curves(add("accuracy"), {name: study.curves[name] for name in plan.matrix})
     if plan.sweep:
-        points = _sweep_points(study)
-        caption = (
-            "The thesis as a curve: the gradient penalty with ever larger weights (numbers: multiples of the "
-            "recipe's). Bars are 95 % bootstrap intervals over images."
-        )
-        figures.against_smoothness(
-            add("smoothness", caption), points, _TITLES, smoothness=SMOOTHNESS[0], label=MEASURES[SMOOTHNESS[0]][0]
-        )
+        least, label = SMOOTHNESS[0], MEASURES[SMOOTHNESS[0]][0]
+        figures.against_smoothness(add("smoothness"), _sweep_points(study), _TITLES, smoothness=least, label=label)
     if plan.two_by_two:
         cells = {cell: study.summary[name] for cell, name in TWO_BY_TWO.items()}
-        caption = (
-            "Orientation with and without smoothness, smoothness with and without orientation; first how smooth each "
-            "cell is. Bars are 95 % bootstrap intervals over images."
-        )
-        figures.two_by_two(add("two_by_two", caption), cells, {**_SMOOTH_TITLES, **_TITLES})
+        figures.two_by_two(add("two_by_two"), cells, {**_SMOOTH_TITLES, **_TITLES})
     return drawn
 
 
@@ -124,7 +109,7 @@ def write_report(study: Study, drawn: dict[str, tuple[Path, str]], to: Path | No
     parts = [
         f"<h1>What a classifier learns to see: {in_html(plan.data)}</h1>",
         f"<p>{plan.seeds} model{'s' * (plan.seeds > 1)} of each kind, measured on the first {plan.samples} test "
-        f"images; attacks and penalties with ε = {eps_text(_eps(study))} (ℓ∞). robustkern {__version__}. Made again by "
+        f"images; attacks and penalties with ε = {eps_text(plan.eps)} (ℓ∞). robustkern {__version__}. Made again by "
         f"<code>{in_html(command(study))}</code>.</p>",
         "<p>Means over images and seeds; below each, the 95 % bootstrap interval over images, in which an image comes "
         "with all its seeds. Inversions are judged by two networks of another seed: one adversarially trained, the "
@@ -176,16 +161,12 @@ def tables(study: Study) -> list[tuple[str, str, Table]]:
         study: A finished study.
     """
     plan = study.plan
-    groups = {
-        "Methods": _matrix(plan),
-        "Orientation and smoothness, together and alone": list(TWO_BY_TWO.values()) if plan.two_by_two else [],
-        "The weight of the penalty": [e.name for e in plan.entries() if e.swept] if plan.sweep else [],
-    }
-    found = [
-        (title, "", _measures({name: study.summary[name] for name in names}))
-        for title, names in groups.items()
-        if names
-    ]
+    groups = {"Methods": plan.matrix}
+    if plan.two_by_two:
+        groups["Orientation and smoothness, together and alone"] = list(TWO_BY_TWO.values())
+    if plan.sweep:
+        groups["The weight of the penalty"] = [entry.name for entry in plan.entries() if entry.swept]
+    found = [(title, "", _measures({n: study.summary[n] for n in names})) for title, names in groups.items() if names]
     if study.contrasts:
         note = (
             "An image's value under one network less its value under the other, both of the same seed and trained on "
@@ -195,7 +176,7 @@ def tables(study: Study) -> list[tuple[str, str, Table]]:
         found.append(("Differences that the claim is about", note, _measures(study.contrasts)))
     if study.correlations:
         note = (
-            f"Spearman's, over the {len(_matrix(plan))} kinds of networks in the first table. Smoother is less of what "
+            f"Spearman's, over the {len(plan.matrix)} kinds of networks in the first table. Smoother is less of what "
             "heads the column: where loss gradients are zero for most images and large for a few, as with a saturated "
             "softmax, mean and median disagree."
         )
@@ -204,7 +185,7 @@ def tables(study: Study) -> list[tuple[str, str, Table]]:
 
 
 def judges_note(study: Study) -> str:
-    """How well the judges know the classes.
+    """A sentence on how well the judges know the classes.
 
     Args:
         study: A finished study.
@@ -214,41 +195,29 @@ def judges_note(study: Study) -> str:
 
 
 def command(study: Study) -> str:
-    """What makes the study again."""
-    plan = study.plan
+    """The command that makes the study again."""
+    plan, usual = study.plan, Plan(study.plan.data)
     words: list[object] = ["robustkern", "study", "--data", plan.data, "--seeds", plan.seeds, "--samples", plan.samples]
-    if plan.epochs != type(plan)(plan.data).epochs:
+    if plan.epochs != usual.epochs:
         words += ["--epochs", plan.epochs]
-    if plan.methods != type(plan)().methods:
+    if plan.methods != usual.methods:
         words += ["--methods", ",".join(plan.methods) or "none"]
-    if plan.sweep != type(plan)().sweep:
+    if plan.sweep != usual.sweep:
         words += ["--sweep", ",".join(f"{factor:g}" for factor in plan.sweep) or "none"]
     for name, source in plan.given:
         words += ["--checkpoint", f"{name}={source}"]
     for option, value in (("threads", plan.threads), ("device", plan.device)):
-        if value != getattr(type(plan)(plan.data), option):
+        if value != getattr(usual, option):
             words += [f"--{option}", value]
     return command_line([*words, *(["--no-two-by-two"] if not plan.two_by_two else [])])
 
 
-def _matrix(plan: Plan) -> list[str]:
-    """Every method and every given network, as against the sweep and the 2x2."""
-    return [entry.name for entry in plan.entries() if not entry.shuffled and not entry.swept]
-
-
-def _eps(study: Study) -> float:
-    from robustkern.training import recipe
-
-    return recipe(study.plan.data, "standard").eps
-
-
 def _sweep_points(study: Study) -> list[dict[str, Any]]:
-    plan = study.plan
-    chosen = [
-        ("gradient-penalty" if factor == 1.0 else f"gradient-penalty x {factor:g}", f"{factor:g}")
-        for factor in sorted({0.0, *plan.sweep, 1.0})
-    ]
-    return [{"line": "gradient penalty", "text": text, **study.summary[name]} for name, text in chosen]
+    points = []
+    for factor in sorted({0.0, *study.plan.sweep, 1.0}):
+        name = "gradient-penalty" if factor == 1.0 else f"gradient-penalty x {factor:g}"
+        points.append({"line": "gradient penalty", "text": f"{factor:g}", **study.summary[name]})
+    return points
 
 
 def _measures(lines: dict[str, dict[str, dict[str, Any]]]) -> Table:

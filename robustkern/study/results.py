@@ -1,7 +1,5 @@
 """What a study's numbers say: means, curves, the differences that the claim is about, rank correlations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .bootstrap import bootstrap_interval
-from .measures import MEASURES, MEDIANS, summarise
+from .measures import MEASURES, centre, summarise
 
 # name: (cell of the 2x2, cell that is subtracted); a cell is (oriented, smooth)
 CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
@@ -18,28 +16,25 @@ CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
     "orientation alone − neither": ((True, False), (False, False)),
     "smoothness alone − neither": ((False, True), (False, False)),
 }
-# What is small where a network is smooth: in the loss, as a mean and as a median, and in the logits.
+# Measures that are small where a network is smooth: of the loss, as a mean and as a median, and of the logits.
 SMOOTHNESS = ("gradient_norm", "median_gradient_norm", "local_lipschitz")
-Values = Mapping[str, Tensor]  # of one model: a number for each image, by measure
+Values = Mapping[str, Tensor]  # for one model: a number for each image, by measure
 
 
 def summary(models: Sequence[Values]) -> dict[str, dict[str, Any]]:
-    """Mean or median and interval of each measure over images and seeds, and that of each seed.
+    """Mean or median, and interval, of each measure over images and seeds, and the mean or median of each seed.
 
     Args:
         models: The values of each seed.
     """
-    found = summarise({name: torch.stack([model[name] for model in models], 1) for name in MEASURES})
-    for name, values in found.items():
-        values["seeds"] = [_of_one(name, model[name]) for model in models]
-    return found
+    return _over_seeds({name: [model[name] for model in models] for name in MEASURES})
 
 
 def curve(standing: Sequence[Tensor], radii: Sequence[float]) -> list[dict[str, float]]:
     """Points of eps, accuracy, low, high.
 
     Args:
-        standing: Of each seed, which image stands at which radius.  [N, len(radii)]
+        standing: For each seed, which image withstands which radius.  [N, len(radii)]
         radii: Ascending.
     """
     points = []
@@ -53,24 +48,21 @@ def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, 
     """For each of `CONTRASTS` and each measure: mean (or median) difference, low, high, and that of each seed.
 
     Paired: an image's value under one network less its value under the other, of the same seed; the bootstrap draws
-    images.  An interval that does not hold zero says that these networks differ on images like these; how much
-    networks of other seeds would differ, the seeds themselves show.
+    images.  An interval without zero says that these networks differ on images like these; the values of the
+    seeds show how much networks of other seeds would differ.
 
     Args:
         cells: By (oriented, smooth), the values of each seed.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for label, (one, other) in CONTRASTS.items():
-        found[label] = {}
-        for name in MEASURES:
-            pairs = [a[name] - b[name] for a, b in zip(cells[one], cells[other], strict=True)]
-            found[label][name] = summarise({name: torch.stack(pairs, 1)}, differences=True)[name]
-            found[label][name]["seeds"] = [_of_one(name, pair) for pair in pairs]
+        seeds = list(zip(cells[one], cells[other], strict=True))
+        found[label] = _over_seeds({name: [a[name] - b[name] for a, b in seeds] for name in MEASURES}, differences=True)
     return found
 
 
 def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoothness: str) -> dict[str, float]:
-    """Spearman's rank correlation over networks of each measure with smoothness, which is less of `smoothness`.
+    """Spearman's rank correlation, over networks, of each measure with smoothness: smoother is less of `smoothness`.
 
     Smoothness can be measured in several ways, and the answer depends on it: ask for more than one.
 
@@ -86,7 +78,7 @@ def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoot
         known = torch.tensor([pair for pair in pairs if None not in pair], dtype=torch.float64)
         if name not in SMOOTHNESS and len(known) >= 3:
             ranks = torch.stack([_ranks(-known[:, 0]), _ranks(known[:, 1])])
-            # Undefined where all are the same.
+            # Undefined where all values are the same.
             found[name] = float(torch.corrcoef(ranks).nan_to_num()[0, 1])
     return found
 
@@ -97,8 +89,10 @@ def _ranks(values: Tensor) -> Tensor:
     return below.double().sum(1) + (same.double().sum(1) + 1) / 2
 
 
-def _of_one(name: str, values: Tensor) -> float | None:
-    finite = values[values.isfinite()].double()
-    if not len(finite):
-        return None
-    return float(finite.quantile(0.5) if name in MEDIANS else finite.mean())
+def _over_seeds(values: Mapping[str, Sequence[Tensor]], *, differences: bool = False) -> dict[str, dict[str, Any]]:
+    """The summary of each measure's values, given for each seed, with the centre of each seed."""
+    found = summarise({name: torch.stack(list(seeds), 1) for name, seeds in values.items()}, differences=differences)
+    for name, seeds in values.items():
+        finite = [of_one[of_one.isfinite()] for of_one in seeds]
+        found[name]["seeds"] = [centre(name, of_one) if len(of_one) else None for of_one in finite]
+    return found

@@ -12,8 +12,6 @@ each with several seeds, measures every model by the same protocol, and writes f
 trained elsewhere can be measured beside them.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable
@@ -43,8 +41,9 @@ from robustkern.training import (
     teacher_recipe,
     train,
 )
+from robustkern.training.errors import require
 from robustkern.training.files import refuse_foreign, write_atomically
-from robustkern.training.weights import load_model_for, read_tensors
+from robustkern.training.weights import load_model_for, read_tensors, write_tensors
 
 from . import results
 from .given import load_given
@@ -52,7 +51,7 @@ from .measures import MEASURES, NOISE_INVERSIONS, Judges, Protocol, accuracy_cur
 from .parallel import in_parallel
 from .plan import TWO_BY_TWO, Entry, Plan, configuration, folder_name, teacher_folder, training_settings
 
-_JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
+_JUDGES = {"robust": "fgsm", "standard": "standard"}  # how each is trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
 _TERMS = ("epoch", "orientation", "smoothness")  # of a row of metrics, for the figures
@@ -71,12 +70,13 @@ class Study:
         summary: For each entry's name, for each measure: value, low, high over images and seeds, and their number.
         curves: For each entry's name, points of eps, accuracy, low, high under PGD-20.
         terms: For each entry that was trained, rows of metrics of its first model.
-        noise: For each entry, what its first model made from noise, see `robustkern.study.measures.NOISE_INVERSIONS`.
+        noise: For each entry, the images that its first model made from noise, see
+            `robustkern.study.measures.NOISE_INVERSIONS`.
         contrasts: Differences between the cells of the 2x2, see `robustkern.study.results.contrasts`.
-        correlations: For each of `robustkern.study.results.SMOOTHNESS`, of each measure with it, over the matrix; see
+        correlations: For each of `robustkern.study.results.SMOOTHNESS`, each measure's with it, over the matrix; see
             `robustkern.study.results.rank_correlations`.
         judges: The share of the test images that each judge names right.
-        folder: Where everything lies.
+        folder: Where all files are.
     """
 
     plan: Plan
@@ -122,14 +122,14 @@ def run(
     observer: Observer | None = None,
     on_unit: Callable[[str, int, int, float], None] | None = None,
 ) -> Study:
-    """Train and measure whatever is not there yet; killed at any moment, the same call goes on.
+    """Train and measure whatever is not there yet; if it is killed at any moment, the same call goes on.
 
     Args:
-        plan: What to do. A folder belongs to one plan, but for its seeds, methods, sweep and 2x2, which may grow.
+        plan: What to do. A folder belongs to one plan, of which only seeds, methods, sweep and 2x2 may grow.
         folder: Where everything goes.
         root: Folder with the data set's files.
         jobs: Models at a time, each in a process with `plan.threads` threads. The results do not depend on it.
-        observer: Is told how each training goes; with one job only.
+        observer: Told how each training goes; with one job only.
         on_unit: Told the name of each model before it is trained and measured, its number, of how many, and how many
             seconds are left, judging by those before (0: unknown).
 
@@ -137,9 +137,8 @@ def run(
         UsageError: The folder holds another study, or a given network does not fit the data.
         Interrupted: SIGINT or SIGTERM; what was trained was saved.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1, got {jobs}")
-    torch.set_num_threads(plan.threads)  # of the figures as well
+    require(jobs >= 1, f"jobs must be at least 1, got {jobs}")
+    torch.set_num_threads(plan.threads)  # for the figures too
     entries = plan.entries()
     test = datasets.load(plan.data, root, "test")
     for entry in entries:
@@ -148,7 +147,7 @@ def run(
     refuse_foreign(folder, _PARTS, "a study", marker="plan.json")
     folder.mkdir(parents=True, exist_ok=True)
     _claim(plan, folder)
-    # Seed by seed, so that a study that was stopped has something of everything.
+    # Seed by seed, so that a stopped study has some models of every kind.
     units = [Unit(entry, seed) for seed in range(plan.seeds) for entry in entries if not (entry.source and seed)]
     tasks = [
         *(Unit(None, judge=judge) for judge in _JUDGES),
@@ -191,12 +190,12 @@ def run(
 
 
 def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
-    """Whether a model was trained, as it would be now, and measured."""
+    """Whether a model was measured, and was trained with the settings that it would get now."""
     assert unit.entry is not None
-    if unit.entry.source:  # what lies behind the name may be another network by now
+    if unit.entry.source:  # its name may mean another network by now
         return False
     out = folder / "models" / folder_name(unit.entry.name, unit.seed)
-    if not (out / "results.json").exists() or read_values(_values_path(folder, unit)) is None:
+    if not (out / "results.json").exists() or read_values(_values_path(folder, unit.entry, unit.seed)) is None:
         return False
     return not read_config(out).differences(configuration(plan, unit.entry, unit.seed, folder, test.in_shape))
 
@@ -213,7 +212,7 @@ def read_values(path: Path) -> dict[str, Tensor] | None:
 
 def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:
     """Train one model, unless it is there or given, and measure it."""
-    torch.set_num_threads(plan.threads)  # a process of its own may come here first
+    torch.set_num_threads(plan.threads)  # this may be the first call in a process of its own
     if unit.entry is None:
         config = recipe(plan.data, _JUDGES[unit.judge], seed=_JUDGE_SEED, **training_settings(plan))
         _train(config, _judge(folder, unit.judge), root, observer)
@@ -230,22 +229,23 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
         network = load_model_for(out, test)[0]
     judges = Judges(**{judge: load_model_for(_judge(folder, judge), test)[0].to(plan.device) for judge in _JUDGES})
     network.to(plan.device)
-    eps = recipe(plan.data, "standard").eps
-    values = measure(network, test, judges, Protocol(eps, samples=plan.samples))
+    values = measure(network, test, judges, Protocol(plan.eps, samples=plan.samples))
     few = test.first(plan.samples)
     x, y = few.images.to(plan.device), few.labels.to(plan.device)
-    values[_CURVE] = accuracy_curve(network, x, y, [multiple * eps for multiple in RADII]).float().cpu()
-    _write_values(_values_path(folder, unit), values)
+    values[_CURVE] = accuracy_curve(network, x, y, [multiple * plan.eps for multiple in RADII]).float().cpu()
+    path = _values_path(folder, unit.entry, unit.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, values)
 
 
 def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Observer | None) -> None:
-    """Train, go on training, or leave a finished run of the same configuration as it is."""
+    """Train, resume, or leave a finished run of the same configuration as it is."""
     if not (out / "results.json").exists() or read_config(out).differences(config):
-        train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has figures of all
+        train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has their figures
 
 
 def _claim(plan: Plan, folder: Path) -> None:
-    """A folder holds models of one data set and one length of training."""
+    """Reserve a folder for this plan: it holds models of one data set and one length of training."""
     mine = {"data": plan.data, "epochs": plan.epochs, "samples": plan.samples, "threads": plan.threads}
     path = folder / "plan.json"
     if path.exists():
@@ -253,20 +253,18 @@ def _claim(plan: Plan, folder: Path) -> None:
         changed = [
             f"{name} {brief(theirs.get(name))} -> {value}" for name, value in mine.items() if theirs.get(name) != value
         ]
-        if changed:
-            raise UsageError(f"{folder} holds another study ({', '.join(changed)}): choose another folder")
+        require(not changed, f"{folder} holds another study ({', '.join(changed)}): choose another folder")
     write_atomically(path, json.dumps(mine, indent=1) + "\n")
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What a study's `plan.json` holds; UsageError if that is none."""
+    """The content of a study's `plan.json`; UsageError if it is not a plan."""
     try:
         plan = parse_json(read_bytes(path, _MOST_PLAN))
     except (OSError, ValueError) as error:
         reason = brief(getattr(error, "strerror", None) or error)
         raise UsageError(f"{path}: not the plan of a study ({reason})") from error
-    if not isinstance(plan, dict):
-        raise UsageError(f"{path}: not the plan of a study")
+    require(isinstance(plan, dict), f"{path}: not the plan of a study")
     return plan
 
 
@@ -274,28 +272,20 @@ def _judge(folder: Path, judge: str) -> Path:
     return folder / "judges" / judge
 
 
-def _values_path(folder: Path, unit: Unit) -> Path:
-    assert unit.entry is not None
-    return folder / "measures" / f"{folder_name(unit.entry.name, unit.seed)}.safetensors"
-
-
-def _write_values(path: Path, values: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({name: value.contiguous() for name, value in values.items()}))
+def _values_path(folder: Path, entry: Entry, seed: int) -> Path:
+    return folder / "measures" / f"{folder_name(entry.name, seed)}.safetensors"
 
 
 def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
     """A study from the files of its models."""
     study = Study(plan, test, folder)
-    radii = [multiple * recipe(plan.data, "standard").eps for multiple in RADII]
+    radii = [multiple * plan.eps for multiple in RADII]
     models: dict[str, list[dict[str, Tensor]]] = {}
     shapes: dict[str, torch.Size] = {}
     for entry in plan.entries():
         seeds = range(1 if entry.source else plan.seeds)
         models[entry.name] = []
-        for path in (_values_path(folder, Unit(entry, seed)) for seed in seeds):
+        for path in (_values_path(folder, entry, seed) for seed in seeds):
             values = read_values(path) or {}
             shapes = shapes or {name: values[name].shape for name in values if name in _NAMES}
             if not values or any(values[name].shape != shape for name, shape in shapes.items()):
@@ -309,7 +299,7 @@ def _read(plan: Plan, folder: Path, test: Dataset) -> Study:
             study.terms[entry.name] = _rows(folder / "models" / folder_name(entry.name, 0))
     if plan.two_by_two:
         study.contrasts = results.contrasts({cell: models[name] for cell, name in TWO_BY_TWO.items()})
-    matrix = [study.summary[entry.name] for entry in plan.entries() if not entry.shuffled and not entry.swept]
+    matrix = [study.summary[name] for name in plan.matrix]
     for smoothness in results.SMOOTHNESS:
         if found := results.rank_correlations(matrix, smoothness):
             study.correlations[smoothness] = found

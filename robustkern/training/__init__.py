@@ -13,28 +13,8 @@ from .trainer import Result, train
 from .weights import load_model, save_weights
 
 __all__ = [
-    "METHODS",
-    "CheckpointError",
-    "Interrupted",
-    "Method",
-    "Observer",
-    "Observers",
-    "Progress",
-    "Result",
-    "Row",
-    "TrainingConfig",
-    "TrainingError",
-    "UsageError",
-    "WeightAverage",
-    "build_loss",
-    "clean_accuracy",
-    "input_gradients",
-    "load_model",
-    "read_config",
-    "read_settings",
-    "recipe",
-    "robust_accuracy",
-    "save_weights",
-    "teacher_recipe",
+    "METHODS", "CheckpointError", "Interrupted", "Method", "Observer", "Observers", "Progress", "Result", "Row",
+    "TrainingConfig", "TrainingError", "UsageError", "WeightAverage", "build_loss", "clean_accuracy", "input_gradients",
+    "load_model", "read_config", "read_settings", "recipe", "robust_accuracy", "save_weights", "teacher_recipe",
     "train",
-]
+]  # fmt: skip

@@ -1,6 +1,4 @@
-"""Averages of the weights over the training: smoother than the last ones, and less prone to robust overfitting."""
-
-from __future__ import annotations
+"""Averages of the weights over training: smoother than the last ones, and less prone to robust overfitting."""
 
 import copy
 
@@ -11,18 +9,18 @@ from torch import nn
 class WeightAverage:
     """average <- d average + (1 - d) weights after each step, d = min(decay, (1 + t) / (10 + t)) at update t.
 
-    The warm-up of d keeps the initial weights from weighing for 1 / (1 - decay) steps.  Buffers, such as BatchNorm's
+    Without the warm-up of d the initial weights would count for 1 / (1 - decay) steps.  Buffers, such as BatchNorm's
     statistics, which are averages already, are copied.  The average is held in the dtype of the weights.
     Source: Gowal et al., Uncovering the limits of adversarial training against norm-bounded adversarial examples,
     2020.
 
     Args:
-        model: Whose weights are averaged; the average begins with what they are now.
+        model: The model whose weights are averaged; the average starts from their present values.
         decay: In [0, 1).
 
     Attributes:
         model: The averaged model, in eval mode.
-        updates: How many steps went into it.
+        updates: How many steps went into the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,7 +1,5 @@
 """The batches of an epoch, and whether a model can be trained on them."""
 
-from __future__ import annotations
-
 import torch
 
 from robustkern import models

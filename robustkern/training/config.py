@@ -12,7 +12,7 @@ from robustkern._arguments import shown
 from robustkern._settings import RADII, SEEDS, THREADS, Range, check_ranges, counts, setting
 from robustkern._text import brief
 
-from .errors import UsageError
+from .errors import UsageError, naming, require
 from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -33,25 +33,25 @@ class TrainingConfig:
         method: A name of `robustkern.training.METHODS`.
         options: The options of the method; those left out take the method's defaults.
         model: A name of `robustkern.models.MODELS`.
-        eps: Radius in units of the images: 8/255 or 0.1. Of the attack that measures robustness, and of methods that
-            need one.
+        eps: Radius in units of the images: 8/255 or 0.1. Used by the attack that measures robustness, and by methods
+            that need one.
         epochs: Passes over the training set.
-        batch_size: Samples per step, those of all processes together. The last, smaller batch of an epoch is trained
+        batch_size: Samples per step, of all processes together. The last, smaller batch of an epoch is trained
             on as well, and a single sample left over joins the batch before.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Weight decay. Decoupled for AdamW, L2 for SGD.
         schedule: "one-cycle", "cosine", "triangular", "step", "constant". In this order: a linear rise over the first
             quarter, then a cosine to zero; the cosine alone; a linear rise over the first half, a linear fall over the
-            second; times `gamma` at each of the `milestones`; the peak all the time.
+            second; the peak times `gamma` at each of the `milestones`; the peak all the time.
         milestones: For schedule "step": epochs after which the rate falls, 100,150. None: after half and three
             quarters.
-        gamma: What it is multiplied with there.
-        ramp: Share of the training over which the weight grows from 0 to full. That of the smoothness term, linearly.
+        gamma: Factor on the learning rate at each milestone.
+        ramp: Share of the training over which the smoothness weight grows from 0 to full. It grows linearly.
         clip: Largest gradient norm; 0: no clipping. A longer gradient is scaled down to it.
         ema: Decay of a moving average of the weights, such as 0.995; 0: none. See `WeightAverage`.
-        amp: Forward passes in bfloat16. Those of the loss, where PyTorch's autocast does that; weights, reductions of
-            the loss, optimizer and evaluation stay float32.
+        amp: Forward passes in bfloat16. Only those of the loss, where PyTorch's autocast does that; weights, reductions
+            of the loss, optimizer and evaluation stay float32.
         sync_batch_norm: With several GPUs: BatchNorm over the whole batch. Otherwise over each process's part.
         seed: Seed of everything random. Decides initial weights, validation split, order of the samples, augmentation
             and everything random in losses and attacks.
@@ -59,18 +59,18 @@ class TrainingConfig:
         device: "cpu" or "cuda".
         threads: CPU threads of each process. Part of the result, because they decide the order in which sums are taken.
         train_samples: Train on the first N samples; 0: all.
-        shuffle_labels: A control: training images get each other's labels. By the seed, those held out for validation
-            as well, so that there is nothing to learn but the images themselves.
-        validation: Hold out that share, or number, of the training samples; keep the best weights. A share is below
+        shuffle_labels: A control: training images get each other's labels. The seed decides which. Images held
+            out for validation get them too, so that there is nothing to learn but the images themselves.
+        validation: Hold out this share, or number, of the training samples; keep the best weights. A share is below
             1; 0: none.
         eval_samples: Attack the first N test or validation samples; 0: all.
         eval_every: Epochs between attacks; the last is always measured. Robust accuracy is null in the rows between.
         pgd_steps: Steps of the attack.
         watch: What to do about catastrophic overfitting: "warn", "stop" or "off". See `overfitting`; "stop" ends the
-            training, and takes a validation set.
+            training, and needs a validation set.
         checkpoint_every: Steps between checkpoints inside an epoch; 0: only at its end.
-        max_skipped: Steps in a row that may be skipped for a loss that is not finite. Or a gradient; more of them, and
-            the run fails.
+        max_skipped: Steps in a row that may be skipped for a loss that is not finite. The same goes for a gradient;
+            after more of them, the run fails.
     """
 
     data: str = setting(panel=WHAT)
@@ -109,29 +109,29 @@ class TrainingConfig:
         check_ranges(self, UsageError)
         for given in dataclasses.fields(self):
             value, kind = getattr(self, given.name), _PLAIN.get(str(given.type), object)
-            _require(isinstance(value, kind), f"{given.name} must be {given.type}, got {shown(value)}")
+            require(isinstance(value, kind), f"{given.name} must be {given.type}, got {shown(value)}")
         whole = self.validation < 1 or float(self.validation).is_integer()
-        _require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
-        _require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
-        _require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
+        require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
+        require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
+        require(self.schedule in SCHEDULES, f"no schedule {self.schedule!r}: {', '.join(SCHEDULES)}")
         bounds = (0, *self.milestones, self.epochs)
-        _require(
+        require(
             not self.milestones or all(a < b for a, b in pairwise(bounds)),
             f"milestones must be ascending epochs from 1 to {self.epochs - 1}, got {list(self.milestones)}",
         )
         only_step = self.schedule == "step" or not self.milestones
-        _require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
-        _require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
-        _require(self.device in DEVICES, f"device must be cpu or cuda, got {self.device!r}")
-        _require(self.watch in WATCHES, f"watch must be one of {', '.join(WATCHES)}, got {self.watch!r}")
-        _require(
+        require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
+        require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
+        require(self.device in DEVICES, f"device must be cpu or cuda, got {self.device!r}")
+        require(self.watch in WATCHES, f"watch must be one of {', '.join(WATCHES)}, got {self.watch!r}")
+        require(
             self.watch != "stop" or self.validation > 0,
             "watch stop takes a validation set: no run may end early by what it sees of the test images",
         )
-        _require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
+        require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
 
     def to_yaml(self) -> str:
-        """What `from_yaml` reads; numbers to their last bit."""
+        """The text that `from_yaml` reads; numbers keep their last bit."""
         values = dataclasses.asdict(self)
         return dump_yaml({**values, "milestones": list(self.milestones)})
 
@@ -140,21 +140,18 @@ class TrainingConfig:
         """The configuration that `to_yaml` wrote; unknown and missing names, and wrong types, are refused."""
         values = parse_settings(text)
         missing = sorted(name for name in ("data", "method") if name not in values)
-        _require(not missing, f"missing setting {', '.join(missing)}")
+        require(not missing, f"missing setting {', '.join(missing)}")
         return cls(**values)
 
     def differences(self, other: TrainingConfig) -> list[str]:
         """What differs from another configuration, one readable phrase for each setting."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         changed = []
-        for name in mine:
+        for name, mine in vars(self).items():
+            theirs = vars(other)[name]
+            pairs = [(name, mine, theirs)]
             if name == "options":
-                for option in sorted(set(mine[name]) | set(theirs[name])):
-                    old, new = mine[name].get(option), theirs[name].get(option)
-                    if old != new:
-                        changed.append(f"{option} {old} -> {new}")
-            elif mine[name] != theirs[name]:
-                changed.append(f"{name} {mine[name]} -> {theirs[name]}")
+                pairs = [(option, mine.get(option), theirs.get(option)) for option in sorted({*mine, *theirs})]
+            changed += [f"{label} {old} -> {new}" for label, old, new in pairs if old != new]
         return changed
 
 
@@ -165,38 +162,33 @@ _TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool":
 def parse_settings(text: str) -> dict[str, Any]:
     """Fields of a `TrainingConfig`, or some of them, from YAML; unknown names and wrong types are refused."""
     values = load_yaml(text)
-    _require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
+    require(isinstance(values, dict), f"expected a mapping of settings, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
     unknown = sorted(str(name) for name in set(values) - set(fields))
-    _require(not unknown, f"unknown setting {brief(', '.join(unknown))}")
+    require(not unknown, f"unknown setting {brief(', '.join(unknown))}")
     for name, value in values.items():
         kind = str(fields[name].type)
         if kind == "float" and isinstance(value, str):
             values[name] = value = parse_fraction(value)
         fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
         fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
-        _require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
+        require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
     if "milestones" in values:
         numbers = all(type(epoch) is int and abs(epoch) < 1 << 63 for epoch in values["milestones"])
-        _require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
+        require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
         values["milestones"] = tuple(values["milestones"])
     options = values.get("options", {})
     for name, value in options.items():
         plain = isinstance(name, str) and (value is None or type(value) in (str, int, float, bool))
-        _require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
+        require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
     return values
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """`parse_settings` of a file; errors name it."""
-    try:
-        # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
-        with open(path, "rb") as file:
-            return parse_settings(file.read(4 * MOST_BYTES + 1).decode())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error
+    # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
+    with naming(path), open(path, "rb") as file:
+        return parse_settings(file.read(4 * MOST_BYTES + 1).decode())
 
 
 def parse_fraction(text: str) -> float:
@@ -206,8 +198,3 @@ def parse_fraction(text: str) -> float:
         return float(numerator) / float(denominator) if slash else float(numerator)
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"{brief(repr(text))} is neither a number nor a fraction such as 8/255") from None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)

@@ -1,7 +1,5 @@
 """Settings of the process that a run needs, put back afterwards."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ import torch
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many CPU threads, and as many as before afterwards."""
+    """Use `count` CPU threads inside, and as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -23,7 +21,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: str) -> Iterator[None]:
-    """On a GPU, the algorithms that give the same bits each time, where there are such; on CPUs all of them do."""
+    """On a GPU, use algorithms that give the same bits each time, where they exist; on a CPU, all of them do."""
     if device == "cpu":
         yield
         return

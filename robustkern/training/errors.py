@@ -1,6 +1,8 @@
 """The two ways in which training refuses; each message is one sentence for the user."""
 
-from __future__ import annotations
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -15,8 +17,8 @@ class Interrupted(Exception):
     """A signal asked the run to stop, and its state was saved.
 
     Attributes:
-        done: How far it came.
-        further: What goes on from there.
+        done: How far the run got.
+        further: How to go on from there.
     """
 
     def __init__(self, done: str, further: str = "--resume goes on from there") -> None:
@@ -25,3 +27,20 @@ class Interrupted(Exception):
 
     def __str__(self) -> str:
         return f"{self.done}; {self.further}"
+
+
+def require(condition: bool, message: str) -> None:
+    """UsageError unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError or a ValueError becomes a UsageError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error

@@ -1,7 +1,5 @@
 """Clean and robust accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
 from robustkern.data import Dataset, generator
 
@@ -19,7 +18,7 @@ _OF = ("logit", "loss", "margin")
 
 
 class Attack(Protocol):
-    """What `robustkern.attacks` are."""
+    """The call of an attack, as in `robustkern.attacks`."""
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -82,7 +81,7 @@ def robust_accuracy(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
+    """The device that a model is on."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
@@ -101,7 +100,7 @@ def _share(
         batch = begin + rank
         if batch < len(x):
             correct += int(right(batch, x[batch].to(device), y[batch].to(device)).sum())
-        # Also without a batch: what it does, all processes may have to do together.
+        # A process without a batch calls it too: all of them may have to meet in it.
         if on_batch is not None:
             on_batch()
     if group is not None:
@@ -112,20 +111,19 @@ def _share(
 def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", batch_size: int = 250) -> Tensor:
     """d z_y / dx, d CE / dx or d (z_y - max_{j != y} z_j) / dx for each sample, in eval mode: [B, C, H, W].
 
-    The logit's is what a person is shown: it does not fade where a network is certain, as that of the loss does.
+    Figures show the logit's gradient: it does not fade where a network is certain, as that of the loss does.
 
     Args:
-        model: Maps images to logits; left as it came.
+        model: Maps images to logits; left unchanged.
         x: Images.  [B, C, H, W]
         y: Their labels.  [B]
         of: "logit", "loss" or "margin".
         batch_size: Samples at a time.
 
     Raises:
-        ValueError: Another `of`.
+        ValueError: An unknown `of`.
     """
-    if of not in _OF:
-        raise ValueError(f"input_gradients: of must be one of {', '.join(map(repr, _OF))}, got {of!r}")
+    check_choice("input_gradients", "of", of, _OF)
     parts = []
     with attacked(model), torch.enable_grad():
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):

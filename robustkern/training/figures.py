@@ -1,9 +1,8 @@
 """The two figures of a run: its curves, and what its input gradients look like."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Row]], eps: float) -> None:
         runs: Rows of metrics by the name of the run.
         eps: Radius of the attack, for the label.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-    terms, accuracy = figure.subplots(1, 2)
+    figure, ((terms, accuracy),) = new_figure(1, 2, 10.5, 3.4)
     images = "test"
     for color, (name, rows) in zip(COLORS[1 if len(runs) == 1 else 0 :], runs.items(), strict=False):
         epochs = [row["epoch"] for row in rows]
@@ -79,12 +75,10 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
     x, y = one_of_each(data, list(networks.values()), 10)
     columns, rows = len(x), 1 + len(networks)
-    figure = Figure(figsize=(1.15 * columns + 1.7, 1.15 * rows + 0.75), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = new_figure(rows, columns, 1.15 * columns + 1.7, 1.15 * rows + 0.75)
     grey = x.shape[1] == 1
     for column in range(columns):
         image = x[column, 0] if grey else x[column].movedim(0, 2)
@@ -97,7 +91,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
             grid[row, column].imshow(_normalised(grad[column]), cmap="RdBu_r", vmin=-1, vmax=1)
             if grey:
                 grid[row, column].contour(x[column, 0].numpy(), levels=[0.5], colors="#222222", linewidths=0.8)
-        # Upright, a name has no more room than the height of its row.
+        # The label runs upwards, so a name has no more room than the height of its row.
         long = len(name) > 14
         grid[row, 0].set_ylabel(name.replace("-", "-\n") if long else name, fontsize=8 if long else 10)
     grid[0, 0].set_ylabel("image", fontsize=10)
@@ -116,7 +110,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
 
 
 def eps_text(eps: float) -> str:
-    """Radii as the field writes them: 8/255 where it is a whole number of grey levels, else the plain number."""
+    """A radius as the literature writes it: 8/255 where it is a whole number of grey levels, else the plain number."""
     levels = eps * 255
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
@@ -125,9 +119,9 @@ def one_of_each(data: Dataset, networks: Sequence[nn.Module] = (), limit: int | 
     """The first image of each class that every network classifies right, else the first: images, labels.
 
     Args:
-        data: Images to choose from; the first 50 of each class are looked at.
+        data: Images to choose from; the first 50 of each class are tried.
         networks: Classifiers.
-        limit: Of the first so many classes; None: of all.
+        limit: How many classes, from the first on; None: all.
     """
     chosen = []
     for label in range(data.num_classes if limit is None else min(limit, data.num_classes)):
@@ -149,6 +143,22 @@ def _normalised(grad: Tensor) -> np.ndarray:
     return (grad / scale.clamp_min(torch.finfo(torch.float32).tiny)).numpy() if scale > 0 else grad.numpy()
 
 
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def accuracy_band(axes: Any, points: Sequence[Mapping[str, float]], color: str, *, alpha: float, **style: Any) -> None:
+    """Accuracies in percent against the radius, and their intervals as a pale band."""
+    radii = [point["eps"] for point in points]
+    accuracy, low, high = ([100 * point[part] for point in points] for part in ("accuracy", "low", "high"))
+    axes.plot(radii, accuracy, color=color, marker="o", **style)
+    axes.fill_between(radii, low, high, color=color, alpha=alpha, linewidth=0)
+
+
 def plain_axes(axes: Any, grid: str = "both") -> None:
     """Axes without a frame, with pale lines of a grid behind what is drawn: "x", "y" or "both"."""
     axes.grid(color="#e6e6e6", linewidth=0.7, axis=grid)
@@ -157,7 +167,7 @@ def plain_axes(axes: Any, grid: str = "both") -> None:
 
 
 def error_bars(points: Sequence[Mapping[str, float]], value: str = "value", scale: float = 1.0) -> list[list[float]]:
-    """How far below and above their values the intervals of points end, as Matplotlib takes it."""
+    """How far the intervals of points reach below and above their values, in the form that Matplotlib takes."""
     return [
         [scale * (point[value] - point["low"]) for point in points],
         [scale * (point["high"] - point[value]) for point in points],
@@ -165,7 +175,7 @@ def error_bars(points: Sequence[Mapping[str, float]], value: str = "value", scal
 
 
 def save_png(path: Path, figure: Any, dpi: int = _DPI) -> None:
-    """Write a figure with 256 colours, a third of the size of one with all of them.
+    """Write a figure with 256 colours, which takes a third of the bytes that all colours take.
 
     Args:
         path: Where the PNG goes.
@@ -174,10 +184,9 @@ def save_png(path: Path, figure: Any, dpi: int = _DPI) -> None:
     """
     from PIL import Image
 
-    full, reduced = io.BytesIO(), io.BytesIO()
+    full = io.BytesIO()
     with literal(figure):
         figure.savefig(full, format="png", dpi=dpi, facecolor="white")
     with Image.open(full) as picture:
         colours = picture.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    colours.save(reduced, "PNG", optimize=True)
-    write_atomically(path, reduced.getvalue())
+    write_atomically(path, partial(colours.save, format="PNG", optimize=True))

@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, whatever happens in between, and one process per folder."""
+"""Writes files so that each is always the old version or the new one; reserves a folder for one process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import IO
 
 from robustkern._text import brief
 
-from .errors import TrainingError, UsageError
+from .errors import TrainingError, UsageError, require
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"
-# Of files that we write; the end is `tempfile.mkstemp`'s.
+# Temporary names of files that we write; their end comes from `tempfile.mkstemp`.
 _STALE = re.compile(r"\.tmp-(probe|[\w-]+\.(yaml|jsonl?|pt|safetensors|png|html|md))-[a-z0-9_]{8}")
 _OWNER = re.compile(rb"\s*\d*\s*")
 
@@ -59,7 +59,7 @@ def sync_directory(folder: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What lies in a folder beside the lock and temporary files of ours, which may be left of a process that died."""
+    """Names in a folder, without our lock and our temporary files, which a process that died may have left."""
     return sorted(path.name for path in folder.iterdir() if path.name != _LOCK and not _STALE.fullmatch(path.name))
 
 
@@ -70,10 +70,9 @@ def refuse_foreign(folder: Path, ours: Collection[str], kind: str, marker: str |
         folder: The folder.
         ours: Names of what we write into it.
         kind: What we call such a folder.
-        marker: Where this file is, everything else may be there too.
+        marker: If this file is there, anything else may be there too.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a folder")
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file, not a folder")
     names = names_in(folder) if folder.exists() else []
     strange = [name for name in names if name not in ours] if marker not in names else []
     if strange:
@@ -88,7 +87,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder if it is not there, and find out now whether files can be written into it.
+    """Make a folder if it is not there, and check now whether files can be written into it.
 
     Raises:
         OSError: They cannot.
@@ -108,7 +107,7 @@ def _umask() -> int:
 class RunLock:
     """The right to write into a folder of ours; the system takes it back when the process ends, however it ends.
 
-    The file is neither followed, if it is a link, nor cut, nor written over unless it holds the number of a process.
+    A lock file that is a link is not followed; one that holds anything but the number of a process stays as it is.
 
     Raises:
         UsageError: Another process has it, or the file is none of ours.

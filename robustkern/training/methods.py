@@ -3,8 +3,6 @@
 A new method is a new entry: the configuration, the command line and the checkpoints take its options from here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +18,7 @@ from robustkern.data import Dataset
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 from .config import parse_fraction
-from .errors import UsageError
+from .errors import UsageError, require
 from .weights import load_model, load_model_for
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Draw | None], Terms]
@@ -39,7 +37,7 @@ class Method:
         build: Makes the loss of all options but `awp` and `every`: `build(eps=..., impl=..., **options)`.
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
         single_step: Whether it trains on single-step attacks, which can overfit to them catastrophically.
-        check: Refuses options that do not go with the images or classes: `check(data, **options)`.
+        check: Refuses options that do not fit the images or classes: `check(data, **options)`.
     """
 
     summary: str
@@ -51,20 +49,17 @@ class Method:
 
     def complete(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """All options, the missing ones from the defaults; unknown names and wrong types are refused."""
-        unknown = sorted(map(brief, set(options) - set(self.options)))
-        if unknown:
+        for unknown in sorted(map(brief, set(options) - set(self.options))):
             known = ", ".join(self.options) or "none"
-            raise UsageError(f"method {name} has no option {unknown[0]} (it has: {known})")
+            raise UsageError(f"method {name} has no option {unknown} (it has: {known})")
         completed = {}
         for option, default in self.options.items():
             value = options.get(option, default)
             try:
                 completed[option] = _converted(value, type(default))
             except (TypeError, UsageError) as error:
-                kind = _KINDS[type(default)]
-                raise UsageError(
-                    f"option {option} of method {name} must be {kind}, got {brief(repr(value))}"
-                ) from error
+                expected = f"option {option} of method {name} must be {_KINDS[type(default)]}"
+                raise UsageError(f"{expected}, got {brief(repr(value))}") from error
         return completed
 
 
@@ -72,7 +67,7 @@ _KINDS: dict[type, str] = {str: "a text", bool: "true or false", int: "an intege
 
 
 def _converted(value: Any, kind: type) -> Any:
-    """The value as that type, if it is one of it: numbers may be text too, as the command line gives them."""
+    """The value as that type. A number may be a text, as the command line gives it; TypeError for anything else."""
     if kind in (str, bool):
         if not isinstance(value, kind):
             raise TypeError
@@ -93,7 +88,7 @@ def _label_smoothing(*, eps: float, **options: Any) -> Loss:
 
 
 def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) -> Loss:
-    _require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
+    require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
     return losses.Distillation(load_model(teacher)[0], temperature, impl=impl)
 
 
@@ -102,7 +97,7 @@ def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
 
 
 def _gradient_penalty(*, norm: float, **options: Any) -> Loss:
-    _require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
+    require(norm >= 1, f"norm must be 1, 2, inf or another p >= 1, got {norm:g}")
     return losses.GradientPenalty(p=norm, **options)
 
 
@@ -122,7 +117,7 @@ def _projected(penalty: type[ProjectedPenalty], *, projections: int, **options: 
 
 def _check_projections(data: Dataset, *, projections: int, law: str, **options: Any) -> None:
     most = data.num_classes
-    _require(
+    require(
         law != "orthonormal" or projections <= most,
         f"projections must be at most {most} for law orthonormal and the {most} classes of {data.name}, got "
         f"{projections}; 0 is the exact norm",
@@ -234,18 +229,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)
-
-
 def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> Loss:
     """The loss of a method.
 
     Args:
         name: A name of `METHODS`.
         options: Its options; those left out take the method's defaults.
-        eps: Radius of the perturbations it should stand, in units of the images.
+        eps: Radius of the perturbations that it should withstand, in units of the images.
         impl: "auto", "kernel" or "reference".
     """
     method = _method(name)
@@ -264,13 +254,12 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
 
 
 def check_options(name: str, options: dict[str, Any], data: Dataset) -> None:
-    """Raises UsageError if the options of a method do not go with the images or classes that it shall be trained on."""
+    """Raises UsageError if the options of a method do not fit the images or classes that it will be trained on."""
     method = _method(name)
     if method.check is not None:
         method.check(data, **method.complete(name, options))
 
 
 def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise UsageError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
+    require(name in METHODS, f"no method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]

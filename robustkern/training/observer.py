@@ -1,7 +1,5 @@
 """What a run tells whoever watches it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +9,7 @@ from .config import TrainingConfig
 
 
 class Observer:
-    """What a run tells whoever watches it; override what is of interest.  Of several processes, the first one tells."""
+    """What a run tells an observer; override what is of interest.  Of several processes, only the first tells."""
 
     def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
         """Training begins, or goes on, at `progress`."""

@@ -1,7 +1,5 @@
 """What each data set is trained with when the user does not say otherwise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from .config import TrainingConfig
 from .methods import METHODS
 
 # Radii at which the images keep their meaning for a person: digits of 8x8 pixels in 17 grey levels and clothes in 28x28
-# stand more than photographs do.
+# keep it at larger radii than photographs do.
 _RECIPES: dict[str, dict[str, Any]] = {
     # One thread: the steps are so short that a second one costs more than it brings.
     "digits": {"eps": 0.15, "epochs": 40, "lr": 0.1, "threads": 1},
@@ -21,15 +19,10 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "cifar10": {"eps": 8 / 255, "epochs": 30, "lr": 0.1, "model": "preact-resnet18"},
 }
 
-# Options of the methods that have them. Label smoothing keeps the loss from vanishing at the training images: where it
-# does, so does its gradient, and a penalty on that gradient has nothing left to act on. The few digits, which are soon
-# learnt by heart, need more of both than the larger sets.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "digits": {"label_smoothing": 0.2},
-    "digits-28": {"label_smoothing": 0.1},
-    "mnist": {"label_smoothing": 0.1},
-    "fashion-mnist": {"label_smoothing": 0.1},
-}
+# For the methods that have the option. Label smoothing keeps the loss from vanishing at the training images: if it
+# vanished, so would its gradient, and a penalty on that gradient would have nothing left to act on. The few digits,
+# which are soon learnt by heart, need more of both than the larger sets.
+_SMOOTHING = {"digits": 0.2, "digits-28": 0.1, "mnist": 0.1, "fashion-mnist": 0.1}
 
 # Options of one method. Attacks of seven steps are those of the study's paper; the digits' weights were tried out.
 _SEVEN_STEPS: dict[str, dict[str, Any]] = {name: {"steps": 7} for name in ("pgd", "trades", "mart", "alp")}
@@ -41,19 +34,17 @@ _DIGITS: dict[str, dict[str, Any]] = {
     **_SEVEN_STEPS,
 }
 _BY_METHOD: dict[str, dict[str, dict[str, Any]]] = {
-    "digits": _DIGITS,
-    "digits-28": _DIGITS,
-    "mnist": _SEVEN_STEPS,
-    "fashion-mnist": _SEVEN_STEPS,
-    "cifar10": _SEVEN_STEPS,
+    **dict.fromkeys(_RECIPES, _SEVEN_STEPS),
+    **dict.fromkeys(("digits", "digits-28"), _DIGITS),
 }
 
 # Trained at the adversary alone, as published.  A weight that grew from 0 would mix both losses on the way, and pay for
 # the gradient of the one at the clean image as well.  No smooth labels: nothing needs the loss not to vanish here.
 _AT_THE_ADVERSARY = ("fgsm", "n-fgsm", "pgd")
+_HARD_LABELS = (*_AT_THE_ADVERSARY, "standard")
 
 
-# Gradients carry one over the temperature, for which the learning rate makes up. Published: 0.4 instead of 0.2.
+# Gradients are divided by the temperature, and a larger learning rate makes up for it. Published: 0.4 instead of 0.2.
 _DISTILLATION_LR = 0.4
 
 
@@ -87,10 +78,8 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     values.update(given)
     options = dict(values.pop("options", {}))
     if method in METHODS:
-        known = METHODS[method].options
-        usual = {name: value for name, value in _OPTIONS.get(data, {}).items() if name in known}
-        if method in (*_AT_THE_ADVERSARY, "standard"):
-            usual.pop("label_smoothing", None)
-        usual.update(_BY_METHOD.get(data, {}).get(method, {}))
+        usual = dict(_BY_METHOD.get(data, {}).get(method, {}))
+        if data in _SMOOTHING and "label_smoothing" in METHODS[method].options and method not in _HARD_LABELS:
+            usual["label_smoothing"] = _SMOOTHING[data]
         options = METHODS[method].complete(method, {**usual, **options})
     return TrainingConfig(data=data, method=method, options=options, **values)

@@ -1,6 +1,4 @@
-"""The folder of a run: every file that a run leaves, and whose it is, which is asked before anything is written."""
-
-from __future__ import annotations
+"""The folder of a run: every file that a run writes, and the right to write there, which is checked first."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from robustkern.data import Dataset
 from .checkpoint import CheckpointError, Row, TrainState, fingerprint, load_latest, manifests, save_checkpoint
 from .config import TrainingConfig
 from .distributed import Group
-from .errors import UsageError
+from .errors import UsageError, naming, require
 from .files import RunLock, names_in, remove_stale, write_atomically
 from .methods import METHODS
 from .weights import save_weights
@@ -24,7 +22,7 @@ from .yaml_files import MOST_BYTES
 
 
 class RunFolder:
-    """The files of a run, each written atomically by the first process; what fails there fails in all.
+    """The files of a run, each written atomically by the first process; an error there is an error in all of them.
 
     Args:
         path: The folder; made if missing.
@@ -42,15 +40,14 @@ class RunFolder:
         """The right to write there.
 
         Args:
-            resume: The folder may hold a run of the same configuration.
+            resume: Whether the folder may hold a run of the same configuration.
 
         Raises:
             UsageError: It is neither empty nor such a run, or another process works in it.
         """
 
         def claim() -> None:
-            if self.path.exists() and not self.path.is_dir():
-                raise UsageError(f"{self.path} is a file, not a folder")
+            require(self.path.is_dir() or not self.path.exists(), f"{self.path} is a file, not a folder")
             self.path.mkdir(parents=True, exist_ok=True)
             _check_claim(self.config, self.path, resume)  # nothing is written into the folder of somebody else
             lock.enter_context(RunLock(self.path))
@@ -62,7 +59,7 @@ class RunFolder:
             yield
 
     def restore(self, state: TrainState, steps_per_epoch: int) -> list[str]:
-        """Bring a new state, on all processes, to where the run was left; a sentence for each checkpoint passed over.
+        """Restore, on all processes, the state that the run was left in; a sentence for each checkpoint passed over.
 
         Raises:
             CheckpointError: There are checkpoints, and none can be used.
@@ -90,7 +87,7 @@ class RunFolder:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, unless the last one is of this very step and epoch.
 
-        While a checkpoint is replaced there is none, and a signal may come.
+        Replacing that one would leave a moment without it, in which a signal may come.
         """
         position = state.progress.step, state.progress.epoch
         if position != self._saved:
@@ -118,7 +115,7 @@ class RunFolder:
         self.group.on_main(save)
 
     def write_not_finite(self, step: int, epoch: int, samples: list[int]) -> Path:
-        """Which samples gave a loss or a gradient that is not finite; where that was written."""
+        """Write down which samples gave a loss or a gradient that is not finite; returns the path of the file."""
         self._write("not-finite.json", json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
         return self.path / "not-finite.json"
 
@@ -150,17 +147,14 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
     path = out / "config.yaml"
     names = names_in(out)
     if path.name not in names:
-        if "config.json" in names:
-            raise UsageError(f"{out} holds a run of an earlier version, with a config.json: choose another --out")
-        if manifests(out):
-            raise UsageError(
-                f"{out} holds checkpoints, but not their config.yaml: put it back, or choose another --out"
-            )
-        if names:
-            raise UsageError(f"{out} is neither empty nor a run, it holds {brief(names[0])}: choose another --out")
+        old = "config.json" in names
+        require(not old, f"{out} holds a run of an earlier version, with a config.json: choose another --out")
+        lost = f"{out} holds checkpoints, but not their config.yaml: put it back, or choose another --out"
+        require(not manifests(out), lost)
+        for name in names:
+            raise UsageError(f"{out} is neither empty nor a run, it holds {brief(name)}: choose another --out")
         return
-    if not resume:
-        raise UsageError(f"{out} already holds a run: pass --resume to go on with it, or another --out")
+    require(resume, f"{out} already holds a run: pass --resume to go on with it, or another --out")
     if changed := _differences(read_config(out), config):
         raise UsageError(f"{path} was written with other settings: {', '.join(changed)}; start anew with another --out")
     if not manifests(out) and (weights := [name for name in names if name.endswith(".safetensors")]):
@@ -168,12 +162,12 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
 
 
 def _differences(written: TrainingConfig, config: TrainingConfig) -> list[str]:
-    """What differs between two configurations, options that are left out taken for their defaults."""
+    """What differs between two configurations, where options that are left out count as their defaults."""
     return _completed(written).differences(_completed(config))
 
 
 def _completed(config: TrainingConfig) -> TrainingConfig:
-    """With the options left out, such as those that are younger than the run."""
+    """The configuration with the options that it leaves out, such as those that are newer than the run."""
     defaults = METHODS[config.method].options if config.method in METHODS else {}
     return replace(config, options={**defaults, **config.options})
 
@@ -181,9 +175,5 @@ def _completed(config: TrainingConfig) -> TrainingConfig:
 def read_config(out: str | Path) -> TrainingConfig:
     """The configuration of a run directory."""
     path = Path(out) / "config.yaml"
-    try:
+    with naming(path):
         return TrainingConfig.from_yaml(read_bytes(path, 4 * MOST_BYTES).decode())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, UsageError) as error:
-        raise UsageError(f"{path}: {error}") from error

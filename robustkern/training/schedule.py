@@ -1,12 +1,10 @@
 """Learning rate and smoothness weight as functions of the step, so that a schedule has no state to save."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
 _WARM_UP = 0.25  # share of the steps in which the one-cycle schedule rises
-_MILESTONES = (0.5, 0.75)  # shares of the steps after which the step schedule falls, unless it is told
+_MILESTONES = (0.5, 0.75)  # shares of the steps after which the step schedule falls by default
 
 
 def learning_rate(
@@ -20,7 +18,7 @@ def learning_rate(
         step: Steps already taken.
         steps: Steps of the whole run.
         milestones: For "step", the shares of the steps after which it falls; by default half and three quarters.
-        gamma: What it is multiplied with at each of them.
+        gamma: The factor at each of them.
     """
     if schedule == "constant":
         return peak

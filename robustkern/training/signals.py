@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that the loop grants between two steps."""
+"""SIGINT and SIGTERM as a request to stop, which the loop grants between two steps."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class Stepper:
     def _terms(self, x: Tensor, y: Tensor, shard: Shard, step: int) -> Terms:
         config = self.config
         draw = Draw(_generator(config.seed, step, config.device), step, shard if self.group.size > 1 else None)
-        # No cache: a weight that was cast where no gradient is recorded would be taken from it where one is.
+        # No cache: a pass that records gradients would take from it a weight that was cast without recording.
         with torch.autocast(config.device, torch.bfloat16, enabled=config.amp, cache_enabled=False):
             return self.loss(self.model, x, y, draw)
 

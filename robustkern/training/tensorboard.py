@@ -1,7 +1,5 @@
 """The metrics of a run as scalars for TensorBoard."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

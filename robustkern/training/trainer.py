@@ -84,8 +84,8 @@ def train(
         root: Where the files of the data set are, on each machine.
         resume: Go on with the run in `out`, which must have the same configuration. Without one there, start. The
             number of processes may be another one.
-        observer: Is told how the run goes.
-        timeout: Seconds after which a process that does not answer is given up by the others.
+        observer: Told how the run goes.
+        timeout: Seconds after which the others give up on a process that does not answer.
         draw: Write `curves.png` and `gradients.png` as well.
 
     Raises:
@@ -119,7 +119,7 @@ def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig)
 
 
 def _prepare(config: TrainingConfig) -> Any:
-    """The loss; whatever can be known to be wrong without the images is an error."""
+    """Builds the loss; raises whatever can be known to be wrong without the images."""
     if config.data not in datasets.NAMES and not Path(config.data).is_dir():
         known = ", ".join(datasets.NAMES)
         raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
@@ -188,7 +188,7 @@ class _Run:
         return self.state.progress
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Train to the end, and write down what came of it; the accuracies of the weights on test images."""
+        """Train to the end, and write down the results; returns the accuracies of the weights on test images."""
         # Rows that a killed process wrote after its last checkpoint are not part of the run.
         self.folder.write_metrics(self.progress.rows)
         self.observer.on_start(self.config, self.steps_per_epoch, self.progress)

@@ -1,9 +1,7 @@
-"""How good a run's weights are, which were the best, and whether it has collapsed.
+"""How good a run's weights are, which ones were the best, and whether the run has collapsed.
 
-With a validation set, everything is decided and recorded by that, and the test images are looked at once, at the end.
+With a validation set, that set decides everything, and the test images are looked at once, at the end.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
@@ -62,7 +60,7 @@ def overfitting(robust: float, fgsm: float | None, rows: Sequence[Row], key: str
         robust: Accuracy under PGD now.
         fgsm: Accuracy under FGSM now, if it was measured.
         rows: The epochs before.
-        key: What accuracy under PGD is called in them.
+        key: The name of accuracy under PGD in them.
     """
     before = next((value for row in reversed(rows) if (value := row.get(key)) is not None), None)
     if before is not None and before - robust > _DROP:
@@ -76,9 +74,9 @@ class Validation:
     """Measures accuracies, keeps the best weights, watches for catastrophic overfitting.
 
     The weights and, if there is one, their average are measured on the validation set, or on the test set if nothing
-    was held out. The best are those with the highest robust accuracy on the validation set, of both, the earliest in
-    case of a tie; without a validation set no weights are called the best. Single-step methods are attacked by FGSM
-    too.
+    was held out. Of both, those with the highest robust accuracy on the validation set are the best, the earliest in
+    case of a tie; without a validation set no weights are called the best. A network that is trained on single-step
+    attacks is attacked by FGSM too.
 
     Args:
         config: Of the run.
@@ -107,7 +105,7 @@ class Validation:
         return {"last": self.state.model, **({} if average is None else {"ema": average.model})}
 
     def epoch(self, row: Row) -> str | None:
-        """Put the accuracies after an epoch into its row; a warning of catastrophic overfitting, if need be."""
+        """Put the accuracies after an epoch into its row; returns a warning of catastrophic overfitting, if any."""
         config, progress = self.config, self.state.progress
         number = progress.epoch + 1
         data, prefix = (self.test_set, "") if self.validation_set is None else (self.validation_set, "validation_")
@@ -141,7 +139,7 @@ class Validation:
         return f"epoch {number} looks like catastrophic overfitting: {sign}{ending}"
 
     def final(self) -> dict[str, dict[str, Any]]:
-        """Accuracies on test images of the last weights, their average and the best ones, as far as there are any."""
+        """Accuracies on test images: of the last weights and, if there are such, of their average and the best."""
         progress, of = self.state.progress, self._candidates
         if self.validation_set is None:
             last = progress.rows[-1]

@@ -1,6 +1,4 @@
-"""Weights as one safetensors file that says which model they belong to and verifies when it is read."""
-
-from __future__ import annotations
+"""Weights as one safetensors file that says which model they belong to and is verified when it is read."""
 
 import hashlib
 import json
@@ -33,13 +31,18 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], descriptio
         model: The model or its state; all of it is saved, normalisation included.
         description: What `load_model` needs to build it again: model, classes, in_shape, and anything else.
     """
+    check_finite(model)
+    state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
+    header = {**description, "sha256": _digest(state)}
+    write_tensors(path, state, {KEY: json.dumps(header, sort_keys=True)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically."""
     from safetensors.torch import save
 
-    check_finite(model)
-    values = model.state_dict() if isinstance(model, nn.Module) else model
-    state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-    header = {**description, "sha256": _digest(state)}
-    write_atomically(path, save(state, metadata={KEY: json.dumps(header, sort_keys=True)}))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(stored, metadata=metadata))
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -60,7 +63,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         header = parse_json(metadata[KEY])
         _check_description(header)
         create = partial(models.create, header["model"], len(header["classes"]), tuple(header["in_shape"]))
-        with torch.device("meta"):  # without memory: how large it would be, the file decides
+        with torch.device("meta"):  # takes no memory: the file decides how large the model is
             expected = create().state_dict()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
@@ -75,7 +78,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_model_for(path: str | Path, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_model`, of a model that takes the images of `data` and means the same by its classes.
+    """`load_model`, for a model that takes the images of `data` and has the same classes.
 
     Raises:
         CheckpointError: As `load_model`.
@@ -93,7 +96,7 @@ def load_model_for(path: str | Path, data: Dataset) -> tuple[nn.Module, dict[str
 
 
 def _names(classes: tuple[str, ...], others: tuple[str, ...]) -> str:
-    """How many, and the first names, at least up to where two lists of them part."""
+    """How many classes there are, and the names around the first one that differs from the other list."""
     parting = next((i for i, (a, b) in enumerate(zip(classes, others)) if a != b), 0)
     shown = classes[max(0, parting - 2) : parting + 3]
     dots = ["..."] * (parting > 2), ["..."] * (parting + 3 < len(classes))
@@ -104,13 +107,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a safetensors file holds: tensors and metadata.
 
     Raises:
-        CheckpointError: It is none, or cannot be read.
+        CheckpointError: It is not a safetensors file, or cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        # Not `safe_open`, which takes no names that are not UTF-8.
+        # Not `safe_open`: it refuses paths that are not UTF-8.
         content = read_bytes(path, _MOST_BYTES)
         tensors = load(content)
         header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -123,7 +126,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_description(header: Any) -> None:
-    """ValueError unless it is what `save_weights` was given for a model of ours."""
+    """ValueError unless it describes one of our models, as `save_weights` was given it."""
     if not isinstance(header, dict) or header.get("model") not in tuple(models.MODELS):
         raise ValueError(f"it names none of the models {', '.join(models.MODELS)}")
     classes, shape, eps = header.get("classes"), header.get("in_shape"), header.get("eps", 1.0)
@@ -142,5 +145,5 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(f"{name} {state[name].dtype} {list(state[name].shape)}".encode())
-        digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

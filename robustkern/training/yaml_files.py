@@ -1,11 +1,9 @@
-"""YAML as version 1.2 has it, and of that plain data alone.
+"""YAML 1.2, and only plain data.
 
-PyYAML reads version 1.1, where 010 is eight, 1:00 sixty, no false and 5e-4 a text, and where a few bytes of aliases
-grow into gigabytes.  Here 010 is ten, 1:00 and no are texts, and anchors, aliases, tags and keys that stand twice are
-refused, as is what is too long or too deep for settings.
+PyYAML reads version 1.1, in which 010 is eight, 1:00 is sixty, `no` is false and 5e-4 is a text, and in which a few
+bytes of aliases grow into gigabytes.  Here 010 is ten, and 1:00 and `no` are texts.  Anchors, aliases, tags and keys
+that stand twice are refused, and so is anything too long or too deep for settings.
 """
-
-from __future__ import annotations
 
 import re
 from functools import cache
@@ -51,7 +49,7 @@ def load_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """What `load_yaml` reads back as it was, floating-point numbers to their last bit; so does a reader of YAML 1.1."""
+    """Text that readers of YAML 1.2 and 1.1 read back as it was, floating-point numbers to their last bit."""
     import yaml
 
     return yaml.dump(values, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
@@ -74,11 +72,9 @@ def _loader() -> Any:
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
             if getattr(event, "anchor", None) or getattr(event, "tag", None):  # an alias has its anchor's name
-                raise yaml.composer.ComposerError(
-                    None, None, "anchors, aliases and tags are not read", event.start_mark
-                )
+                raise yaml.MarkedYAMLError(None, None, "anchors, aliases and tags are not read", event.start_mark)
             if self.depth == _DEPTH:
-                raise yaml.composer.ComposerError(None, None, f"more than {_DEPTH} levels", event.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"more than {_DEPTH} levels", event.start_mark)
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
@@ -88,10 +84,10 @@ def _loader() -> Any:
             seen = set()
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+                    raise yaml.MarkedYAMLError(None, None, "a key must be a name", key.start_mark)
                 name = self.construct_object(key)
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{brief(name)} stands twice", key.start_mark)
+                    raise yaml.MarkedYAMLError(None, None, f"{brief(name)} stands twice", key.start_mark)
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
@@ -112,9 +108,9 @@ def _dumper() -> Any:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Puts quotes around what either version of YAML would take for something else than a text."""
+        """Quotes each text that either version of YAML would take for something else."""
 
-    # Between other quotes PyYAML writes line breaks of Unicode that it does not read again.
+    # Within single quotes PyYAML writes line breaks of Unicode that it cannot read back.
     def text(dumper: Any, value: str) -> Any:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
 

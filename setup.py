@@ -71,6 +71,20 @@ def find_cuda() -> Path | None:
     return Path(nvcc).resolve().parent.parent if nvcc else None
 
 
+def shared_runtime(cuda: Path) -> tuple[Path, str]:
+    """The folder of the toolkit's shared runtime, and its name for the linker.
+
+    The one that PyTorch has loaded serves us too, as its soname is the same: with a second, static one, errors and
+    devices would have two truths.  A toolkit of pip packages has it without the link that developers use.
+    """
+    for folder in (cuda / "lib64", cuda / "lib"):
+        if (folder / "libcudart.so").exists():
+            return folder, "cudart"
+        if versions := sorted(path.name for path in folder.glob("libcudart.so.*")):
+            return folder, f":{versions[0]}"  # the shortest: libcudart.so.13 before libcudart.so.13.0.96
+    raise SystemExit(f"the CUDA toolkit in {cuda} has no libcudart.so: install its runtime (nvidia-cuda-runtime), too")
+
+
 def architecture_flags(cuda: Path) -> list[str]:
     """nvcc's flags for $TORCH_CUDA_ARCH_LIST; by default for what it knows of CUDA_IMAGES and CUDA_PTX."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -100,12 +114,15 @@ def cuda_extension() -> Extension | None:
     cpp_extension.CUDA_HOME = str(cuda)  # a PyTorch without CUDA leaves it empty
     flags = architecture_flags(cuda)
     built_for = " ".join(re.findall(r",code=(\w+)", " ".join(flags)))
+    runtime, name = shared_runtime(cuda)
     return Extension(
         "robustkern._cuda",
         ["csrc/cuda/module.cpp", *sources("cuda/*.cu")],
         include_dirs=[*cpp_extension.include_paths(), str(cuda / "include")],
-        library_dirs=[*cpp_extension.library_paths(), str(cuda / "lib64")],
-        libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
+        library_dirs=[*cpp_extension.library_paths(), str(runtime)],
+        # A PyTorch without CUDA has loaded none.
+        runtime_library_dirs=[] if torch.version.cuda else [str(runtime)],
+        libraries=["c10", "torch", "torch_cpu", name, "dl"],
         define_macros=[*DEFINES, ("USE_CUDA", None), ("RK_CUDA_ARCHITECTURES", f'"{built_for}"')],
         extra_compile_args={
             "cxx": CXX_FLAGS,

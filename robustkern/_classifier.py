@@ -100,8 +100,14 @@ def check_logits(name: str, logits: Any, count: int, largest: int | None = None)
         raise TypeError(f"{name}: model must give floating-point logits, got {logits.dtype}")
     if logits.shape[1] < 2:
         raise ValueError(f"{name}: model must give a logit for each of two classes or more, got {logits.shape[1]}")
-    if largest is not None and largest >= logits.shape[1]:
-        raise ValueError(f"{name}: y must be classes from 0 to {logits.shape[1] - 1}, got {largest}")
+    if largest is not None:
+        check_largest(name, largest, logits.shape[1])
+
+
+def check_largest(name: str, largest: int, classes: int) -> None:
+    """Raises ValueError if the largest class is none of so many."""
+    if largest >= classes:
+        raise ValueError(f"{name}: y must be classes from 0 to {classes - 1}, got {largest}")
 
 
 def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +116,9 @@ def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: The values have no graph that leads to x.
     """
-    grad = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    if not values.requires_grad:
+        raise ValueError(_independent(name))
+    grad: Tensor | None = torch.autograd.grad(values, x, torch.ones_like(values), allow_unused=True)[0]
     if grad is None:
         raise ValueError(_independent(name))
     return grad

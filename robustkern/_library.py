@@ -19,6 +19,11 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError:
         return None, f"robustkern.{name} is not built; build it with: {BUILD}"
     except ImportError as error:  # built for another PyTorch, Python or machine
+        if runtime := re.search(r"libcudart\.so[.\d]*", str(error)):
+            return None, (
+                f"robustkern.{name} needs {runtime[0]}, the CUDA runtime of its toolkit, which PyTorch "
+                f"{torch.__version__} does not bring: install a PyTorch for this CUDA, or rebuild it with: {BUILD}"
+            )
         return None, (
             f"robustkern.{name} is built but does not load with PyTorch {torch.__version__}: {error}; "
             f"rebuild it with: {BUILD}"

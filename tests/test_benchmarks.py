@@ -38,6 +38,8 @@ def test_suites():
 def test_programs_that_only_print():
     orders = python("-m", "benchmarks.bench_orders", "--only", "rms_norm", "--seconds", "0.001", "--limit", "99")
     assert orders.count("| rms_norm |") == 15 and "0 above 99.0" in orders
+    host = python("-m", "benchmarks.bench_host", "--seconds", "0.01", "--limit", "99")
+    assert host.count("\n| ") == 10 and "0 above 99.00" in host
     options = ("--size", "tiny", "--rounds", "2", "--launches", "1", "--limit", "99", "--only", "RMSNorm", "entropy")
     trees = python("-m", "benchmarks.compare", str(ROOT), *options)
     assert trees.count("\n| ") == 5 and "second backward: RMSNorm" in trees

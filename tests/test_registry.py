@@ -284,7 +284,7 @@ def test_every_penalty_is_public():
 
 # ------------------------------------------------------------------ floors
 
-CORE = ("ops", "reference", "penalties", "jacobian", "spectral_norm", "coupling", "double_backward")
+CORE = ("ops", "reference", "penalties", "jacobian", "spectral_norm", "coupling", "double_backward", "graphs")
 LABORATORY = {
     "losses",
     "draw",

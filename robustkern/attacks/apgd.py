@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate
+from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate, keep_rows
 from robustkern.reference.random_cotangents import draw_seed
 
 _MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
@@ -60,12 +60,15 @@ class APGD(Attack):
         classes = self._classes(model, x, y) if self.loss == "dlr-targeted" and len(x) else None
         best = Best(x)
         for restart in range(self.restarts):
-            rows = (~best.fooled).nonzero().squeeze(1)
-            if not len(rows):
+            rows = (~best.fooled).nonzero().squeeze(1) if restart else None  # at first all: nothing to wait for
+            if not len(x if rows is None else rows):
                 break
-            towards = None if classes is None else classes[rows, restart]
-            samples = rows if indices is None else indices[rows]
-            adversary, loss, fooled = self._ascend(model, x[rows], y[rows], towards, seed, samples, restart)
+            towards = None if classes is None else classes[:, restart].contiguous()
+            images, labels, samples = x, y, indices
+            if rows is not None:
+                images, labels, samples, towards = keep_rows(rows, x, y, indices, towards)
+                samples = rows if samples is None else samples
+            adversary, loss, fooled = self._ascend(model, images, labels, towards, seed, samples, restart)
             best.update(adversary, loss, fooled, rows)
         return best.adversary
 
@@ -88,7 +91,7 @@ class APGD(Attack):
         y: Tensor,
         towards: Tensor | None,
         seed: Tensor | None,
-        samples: Tensor,
+        samples: Tensor | None,
         restart: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One restart: the best adversary of each sample, its loss, whether it fools the model."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustkern import _late
 from robustkern.losses.loss import Model
+from robustkern.terms import Terms
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -78,8 +81,9 @@ def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: T
 
     A loss that shows a term which its total does not depend on pays for the value alone: where the gradient that
     arrives is zero nothing is computed, and where it is not, forward and backward pass are, with the same random
-    `state`.  Running statistics stay as they are.  Differentiable once.  A model that is no `nn.Module`, whose
-    parameters cannot be seen, gets its graph at once.
+    `state`.  A GPU, which would be waited for, is not asked whether it is zero: see `Rise`.  Running statistics stay as
+    they are.  Differentiable once.  A model that is no `nn.Module`, whose parameters cannot be seen, gets its graph at
+    once.
     """
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if not torch.is_grad_enabled() or not parameters:
@@ -87,6 +91,30 @@ def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: T
             return function(model(x))
     value: Tensor = _Deferred.apply(model, function, x, state, *parameters)
     return value
+
+
+class Rise(Terms):
+    """The terms of which the smoothness is how much the attacked loss is above the orientation.
+
+    With weight 1 the total is the attacked loss, and nothing of it leads to the orientation.
+    """
+
+    _attacked: Tensor | None = None
+
+    @classmethod
+    def of(cls, orientation: Tensor, attacked: Tensor, weight: float) -> Rise:
+        terms = cls(orientation, attacked - orientation, weight)
+        terms._attacked = attacked
+        return terms
+
+    @property
+    def total(self) -> Tensor:
+        return super().total if self._attacked is None or self.weight != 1 else self._attacked
+
+    def _replace(self, **fields: Any) -> Rise:
+        terms = super()._replace(**fields)
+        terms._attacked = self._attacked if fields.keys() <= {"weight"} else None
+        return terms
 
 
 class _Deferred(torch.autograd.Function):
@@ -105,7 +133,7 @@ class _Deferred(torch.autograd.Function):
         nothing = (None,) * (4 + len(ctx.parameters))
         if torch.is_grad_enabled():
             raise RuntimeError("the clean term of an adversarial loss is differentiable once, not with create_graph")
-        if not bool(grad.any()):
+        if not _late.must_wait(grad) and not bool(grad.any()):
             return nothing
         (x,) = ctx.saved_tensors
         with (

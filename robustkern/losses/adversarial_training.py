@@ -6,7 +6,7 @@ from torch import Tensor
 
 from robustkern._classifier import logits_of
 from robustkern.draw import Draw
-from robustkern.losses._passes import RandomState, value_without_graph
+from robustkern.losses._passes import RandomState, Rise, value_without_graph
 from robustkern.losses.attack_loss import GivenAttackLoss
 from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -48,4 +48,4 @@ class AdversarialTraining(GivenAttackLoss):
         orientation = value_without_graph(model, cross_entropy, x.detach(), state)
         with state.again():
             attacked = logits_of("AdversarialTraining", model, adversary, y)
-        return Terms(orientation, cross_entropy(attacked) - orientation, self.weight)
+        return Rise.of(orientation, cross_entropy(attacked), self.weight)

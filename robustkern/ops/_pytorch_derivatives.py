@@ -15,7 +15,8 @@ from torch import Tensor
 
 from robustkern import _library
 from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._register import refuse_derivatives, register_fake, register_looped_vmap
+from robustkern.ops._chains import refuse_derivatives
+from robustkern.ops._register import register_fake, register_looped_vmap
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -58,7 +59,7 @@ def register_derivative(reference: Function) -> Callable[[Function], None]:
         register_fake(name)(fake)
         # Under install(), a C++ node differentiates it.  A call without that node was recorded by make_fx.
         refuse_derivatives(
-            entry.operator,
+            entry.operator.default,
             "a recorded derivative cannot be differentiated, since make_fx detaches what a backward pass has saved; "
             "record the penalty and its gradients together, or differentiate the function itself",
         )

@@ -1,4 +1,4 @@
-"""What every operator registers with PyTorch in the same way: its vmap rule and the end of its chain."""
+"""What every operator registers with PyTorch in the same way: its fake kernel and its vmap rule."""
 
 from __future__ import annotations
 
@@ -84,20 +84,3 @@ def register_looped_vmap(operator: Any) -> None:
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
     torch.library.register_vmap(operator.default, rule)
-
-
-def refuse_derivatives(op: Any, why: str) -> None:
-    """Makes differentiating `op` an error rather than a zero."""
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{op}: {why}")
-
-    torch.library.register_autograd(op.default, backward, setup_context=setup_context)
-
-
-def refuse_order(op: Any, order: str) -> None:
-    """Makes differentiating the end of a chain of operators an error; `order` is what its derivatives are called."""
-    refuse_derivatives(op, f"{order} derivatives are not supported; use impl='reference'")

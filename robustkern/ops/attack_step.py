@@ -82,12 +82,12 @@ def attack_step(
             adversary, x, grad, eps=eps, step_size=step_size, norm=norm, scale=scale, coordinates=coordinates
         )
     rows = Rows(adversary)
-    buffer = adversary.detach()
+    buffer = _detached(adversary)
     flat = rows.view(buffer)
     torch.ops.robustkern.attack_step(
         flat,
-        rows.view(x.detach()),
-        None if grad is None else rows.view(grad.detach()),
+        rows.view(_detached(x)),
+        None if grad is None else rows.view(_detached(grad)),
         rows.table(op, "eps", eps, x),
         rows.table(op, "step_size", step_size, x),
         None if scale is None else scale.detach().to(accumulation_dtype(x.dtype)),
@@ -100,6 +100,10 @@ def attack_step(
     elif not torch.compiler.is_compiling() and not adversary.is_inference():
         torch.autograd.graph.increment_version(adversary)
     return adversary
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _inverse(order: list[int]) -> list[int]:

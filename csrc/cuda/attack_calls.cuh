@@ -10,7 +10,7 @@ template <class A>
 ColumnTable<A> table_of(const Tensor& table, int64_t inner, int64_t columns) {
   const int64_t count = table.size(0);
   return {pointer<const A>(table), static_cast<std::uint32_t>(count),
-          static_cast<std::uint32_t>(count == columns ? 1 : inner)};
+          static_cast<std::uint32_t>(count == columns || count == 1 ? 1 : inner)};
 }
 
 }  // namespace rk::cuda

@@ -61,7 +61,7 @@ struct Words {
   static __device__ __forceinline__ To bits_as(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
-    memcpy(&to, &from, sizeof(To));
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
   }
   static __device__ __forceinline__ std::uint32_t half_of(double value, int high) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
     *reinterpret_cast<uint4*>(to) = words.raw;
   } else {
     S elements[Words<S>::kSize];
-    memcpy(elements, &words, sizeof(words));
+    memcpy(static_cast<void*>(elements), &words, sizeof(words));
 #pragma unroll
     for (int k = 0; k < Words<S>::kSize; ++k) to[k] = elements[k];
   }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
 template <class S>
 __device__ __forceinline__ void store_some_words(S* to, const Words<S>& words, int count) {
   S elements[Words<S>::kSize];
-  memcpy(elements, &words, sizeof(words));
+  memcpy(static_cast<void*>(elements), &words, sizeof(words));
 #pragma unroll
   for (int k = 0; k < Words<S>::kSize; ++k)
     if (k < count) to[k] = elements[k];

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "attack.cuh"
+#include "attack_step.cuh"
 #include "testing.h"
 
 namespace {

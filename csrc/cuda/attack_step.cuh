@@ -79,7 +79,7 @@ template <class S>
 struct AttackTile {
   using A = accumulation_t<S>;
   static constexpr int kVectors = 2, V = Words<S>::kSize;
-  static constexpr unsigned kMostThreads = 1024;
+  static constexpr unsigned kMostThreads = 512;
   Held<S, kVectors> adversary, x, grad;
 
   __device__ __forceinline__ void load(const AttackStepCall<S>& c, std::int64_t begin, std::uint32_t count) {
@@ -222,7 +222,7 @@ __device__ __forceinline__ L2Step<accumulation_t<S>> l2_step_in_double(const Att
 }
 
 template <class S>
-__global__ void __launch_bounds__(1024, 1) attack_step_l2_kernel(const AttackStepCall<S> c) {
+__global__ void __launch_bounds__(512, 1) attack_step_l2_kernel(const AttackStepCall<S> c) {
   using A = accumulation_t<S>;
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     AttackRow<false, S> r(c, row);
@@ -422,7 +422,7 @@ __device__ __forceinline__ typename Row::A l1_threshold(Row& r, typename Row::A 
 }
 
 template <bool kTiles, class S>
-__global__ void __launch_bounds__(1024, 1) attack_step_l1_kernel(const AttackStepCall<S> c) {
+__global__ void __launch_bounds__(512, 1) attack_step_l1_kernel(const AttackStepCall<S> c) {
   using A = accumulation_t<S>;
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     AttackRow<kTiles, S> r(c, row);

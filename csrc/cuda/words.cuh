@@ -87,10 +87,11 @@ __device__ __forceinline__ Words<S> load_words(const S* from) {
   }
 }
 
-// The first `count` elements at `from`, and zeros for the others.
+// The first `count` elements at `from`, and those of `others` in the place of the rest, by default zeros.
 template <class S>
-__device__ __forceinline__ Words<S> load_some_words(const S* from, int count) {
-  S elements[Words<S>::kSize] = {};
+__device__ __forceinline__ Words<S> load_some_words(const S* from, int count, const Words<S>& others = {}) {
+  S elements[Words<S>::kSize];
+  memcpy(static_cast<void*>(elements), &others, sizeof(others));
 #pragma unroll
   for (int k = 0; k < Words<S>::kSize; ++k)
     if (k < count) elements[k] = from[k];

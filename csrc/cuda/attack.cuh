@@ -1,47 +1,16 @@
-// What the kernels of attack_step and attack_start have in common: their calls, numbers for columns, rounding inwards.
+// What the kernels of attack_step and attack_start have in common: slabs of rows, rounding inwards.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "../math/attack_step.h"
+#include "column_table.cuh"
 #include "divisor.cuh"
 #include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {
-
-// Numbers for columns: [1], [C] or [N].  Entry (j / inner) % count belongs to column j.
-template <class A>
-struct ColumnTable {
-  const A* number = nullptr;
-  std::uint32_t count = 1, inner = 1;
-  Divisor by_inner, by_count;
-
-  ColumnTable() = default;
-  ColumnTable(const A* numbers, std::uint32_t entries, std::uint32_t run)
-      : number(numbers), count(entries), inner(run), by_inner(run), by_count(entries) {}
-
-  // The numbers of adjacent columns: the entry of the first, and how many columns still share it.
-  struct Cursor {
-    const A* number;
-    std::uint32_t count, inner, entry, left;
-
-    __device__ __forceinline__ A next() {
-      const A value = number[entry];
-      if (--left == 0) {
-        left = inner;
-        if (++entry == count) entry = 0;
-      }
-      return value;
-    }
-  };
-  __device__ __forceinline__ Cursor at(std::uint32_t column) const {
-    if (count == 1) return {number, 1, 0, 0, ~0u};
-    const std::uint32_t run = by_inner.quotient(column);
-    return {number, count, inner, by_count.remainder(run), inner - (column - run * inner)};
-  }
-};
 
 // All elements in slabs of whole rows, fewer than 2^31 elements each, so that indices within one have 32 bits.
 struct Slabs {

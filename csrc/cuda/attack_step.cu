@@ -41,7 +41,7 @@ void attack_step(Tensor adversary, Tensor x, std::optional<Tensor> grad, Tensor 
       queue = torch::stable::new_empty(x, {space.queue}, ScalarType::Int);
       partial = torch::stable::new_empty(x, {space.partial}, accumulation_type(x.scalar_type()));
       steps = torch::stable::new_empty(x, {space.steps}, accumulation_type(x.scalar_type()));
-      c.queue = reinterpret_cast<std::uint32_t*>(pointer<int32_t>(queue));
+      c.queue = pointer<std::uint32_t>(queue);
       c.partial = pointer<A>(partial);
       c.steps = reinterpret_cast<L2Step<A>*>(pointer<A>(steps));
     }

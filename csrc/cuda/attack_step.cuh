@@ -60,14 +60,11 @@ __global__ void __launch_bounds__(256)
   const std::uint32_t row = by_columns.quotient(j), column = j - row * c.columns;
   auto eps = c.eps.at(column), step = c.step.at(column);
   const A scale = c.scale_of(slabs.first_row() + row);
-  if (eps.left >= V && step.left >= V) {
-    const A eps_here = eps.next(), step_here = step.next() * scale;
+  A eps_of[V], step_of[V];
+  eps.fill(eps_of);
+  step.fill(step_of);
 #pragma unroll
-    for (int k = 0; k < V; ++k) move(k, eps_here, step_here);
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) move(k, eps.next(), step.next() * scale);
-  }
+  for (int k = 0; k < V; ++k) move(k, eps_of[k], step_of[k] * scale);
   if constexpr (kAligned)
     store_words<true>(c.adversary + at, Words<S>::of(a));
   else

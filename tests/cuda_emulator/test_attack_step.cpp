@@ -58,15 +58,14 @@ struct Problem {
   }
 
   AttackStepCall<S> call() {
-    const auto count = static_cast<std::uint32_t>(channels);
     AttackStepCall<S> c{};
     c.rows = rows;
     c.columns = static_cast<std::uint32_t>(columns);
     c.adversary = adversary.data();
     c.x = x.data();
     c.grad = ascends ? grad.data() : nullptr;
-    c.eps = {eps.data(), count, static_cast<std::uint32_t>(columns / channels)};
-    c.step = {step.data(), 1, 1};
+    c.eps = {eps.data(), channels, columns / channels, columns};
+    c.step = {step.data(), 1, 1, columns};
     c.scale = scaled ? scale.data() : nullptr;
     c.coordinates = coordinates;
     c.queue = reinterpret_cast<std::uint32_t*>(queue.data());
@@ -177,7 +176,7 @@ template <class S>
 void test_alignment(Draw& draw) {
   for (const int inner : {64, 2048 / static_cast<int>(sizeof(S)) * 3})
     for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
-      Problem<S> t(draw, ball, 2, inner, 0);
+      Problem<S> t(draw, ball, 2, ball == Ball::kLinf ? 64 : inner, 0);
       expect_success(t.run());
       Buffer<S> adversary(t.start.size(), 1), x(t.start.size(), 1);
       std::copy_n(t.start.data(), t.start.size(), adversary.data());
@@ -194,7 +193,7 @@ void test_alignment(Draw& draw) {
 // Gradients whose squares leave the range of their type.
 template <class S>
 void test_sizes_of_gradients(Draw& draw) {
-  for (const int inner : {100, 4200})
+  for (const int inner : {100, 1400})
     for (const double size : {1e-36, 1e-25, 1e25, 1e37}) {
       Problem<S> t(draw, Ball::kL2, 2, inner);
       t.ascends = true;
@@ -281,7 +280,7 @@ void test_huge() {
   c.adversary = adversary.data();
   c.x = x.data();
   c.grad = grad.data();
-  c.eps = c.step = {number.data(), 1, 1};
+  c.eps = c.step = {number.data(), 1, 1, columns};
   c.coordinates = columns;
   for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
     std::fill_n(adversary.last_row(), columns, from_double<__half>(0.5));

@@ -28,12 +28,13 @@ struct Problem {
   bool weighted;
   Buffer<S> x, u, out;
   Buffer<A> weight, grad, norms, per_row, partial, ties;
+  Buffer<std::uint64_t> queue;
 
   Problem(Draw& draw, Norm kind, double exponent, std::int64_t row_count, std::int64_t groups, std::int64_t run,
           bool with_weight)
       : rows(row_count),
         cols(groups * run),
-        chunks((cols + rk::cuda::kChunk - 1) / rk::cuda::kChunk),
+        chunks((cols + rk::cuda::kRowChunk<S> - 1) / rk::cuda::kRowChunk<S>),
         stride(cols + draw(0, 1) * draw(0, 9)),
         inner(run),
         channels(groups),
@@ -48,7 +49,8 @@ struct Problem {
         norms(rows),
         per_row(rows),
         partial(rows * chunks),
-        ties(rows * chunks) {
+        ties(rows * chunks),
+        queue(rk::cuda::RowQueue::words(rows)) {
     const bool whole_numbers = draw(0, 2) == 0;  // ties
     for (std::int64_t row = 0; row < rows; ++row) {
       const int kind_of_row = draw(0, 7);
@@ -82,9 +84,8 @@ struct Problem {
     c.x_stride = c.u_stride = stride;
     c.grad = grad.data();
     c.norms = norms.data();
-    c.weight = weighted ? weight.data() : nullptr;
-    c.inner = inner;
-    c.channels = channels;
+    if (weighted) c.weights = {weight.data(), channels, inner, cols};
+    c.queue = reinterpret_cast<std::uint32_t*>(queue.data());
     c.partial = partial.data();
     c.ties = ties.data();
     c.per_row = per_row.data();
@@ -204,9 +205,9 @@ void test_shapes(const Options& options, Draw& draw) {
 
 template <class S>
 void test_long_rows(const Options& options, Draw& draw, Norm norm) {
-  Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::kChunk * 2 / 3) + draw(1, 40), true);
+  Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::kRowChunk<S> * 2 / 3) + draw(1, 40), true);
   test_problem(options, chunks);
-  Problem<S> long_runs(draw, norm, 3.0, 1, 1, rk::cuda::kChunk + draw(1, 40), draw(0, 1) == 1);
+  Problem<S> long_runs(draw, norm, 3.0, 1, 1, static_cast<int>(rk::cuda::kRowChunk<S>) + draw(1, 40), draw(0, 1) == 1);
   test_problem(options, long_runs);
 }
 
@@ -225,7 +226,7 @@ void test_small_grid(Draw& draw) {
 
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
-  constexpr std::int64_t rows = 140000, cols = rk::cuda::kChunk;
+  constexpr std::int64_t rows = 140000, cols = rk::cuda::kRowChunk<__half>;
   LastRowOnly<__half> x(rows, cols), u(rows, cols), out(rows, cols);
   std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
   std::fill_n(u.last_row(), cols, from_double<__half>(1.0));
@@ -234,7 +235,7 @@ void test_huge() {
   c.norm = Norm::kL2;
   c.rows = rows;
   c.cols = c.x_stride = c.u_stride = cols;
-  c.chunks = c.inner = c.channels = 1;
+  c.chunks = 1;
   c.x = x.data();
   c.u = u.data();
   c.out = out.data();

@@ -211,6 +211,33 @@ void test_long_rows(const Options& options, Draw& draw, Norm norm) {
   test_problem(options, long_runs);
 }
 
+// Bits do not depend on where x, u and the result lie.
+template <class S>
+void test_alignment(Draw& draw, Norm norm, std::int64_t cols) {
+  Problem<S> t(draw, norm, 3.0, 2, 1, cols, false);
+  const auto run = [&](int offset, Order order) {
+    Buffer<S> x(t.rows * cols, offset), u(t.rows * cols, offset), out(t.rows * cols, offset);
+    for (std::int64_t row = 0; row < t.rows; ++row) {
+      std::copy_n(t.x.data() + row * t.stride, cols, x.data() + row * cols);
+      std::copy_n(t.u.data() + row * t.stride, cols, u.data() + row * cols);
+    }
+    auto c = t.call();
+    c.x = x.data(), c.u = u.data(), c.out = out.data();
+    c.x_stride = c.u_stride = cols;
+    expect_success(rk::cuda::launch_row_norm(order, c, nullptr));
+    std::vector<double> got(t.per_row.data(), t.per_row.data() + t.rows);
+    if (order == Order::kValue) std::copy_n(t.per_row.data(), t.rows, t.norms.data());
+    if (order != Order::kValue)
+      for (std::size_t j = 0; j < out.size(); ++j) got.push_back(to_double(out[j]));
+    return got;
+  };
+  for (const Order order : {Order::kValue, Order::kBackward, Order::kDoubleBackward}) {
+    const std::vector<double> want = run(0, order), got = run(1, order);
+    for (std::size_t j = 0; j < want.size(); ++j)
+      if (want[j] == want[j] || got[j] == got[j]) expect_close(got[j], want[j], 0.0, t.text() + " one element further");
+  }
+}
+
 // Fewer blocks than rows: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
   Problem<float> t(draw, Norm::kL2, 2.0, 7, 1, 600, false);
@@ -262,8 +289,12 @@ int main(int argc, char** argv) {
     test_shapes<__half>(options, draw);
     test_small_grid(draw);
   }
-  for (const Norm norm : {Norm::kL1, Norm::kL2, Norm::kInf}) {
+  for (const Norm norm : {Norm::kL1, Norm::kL2, Norm::kSquaredL2, Norm::kInf, Norm::kP}) {
     test_long_rows<float>(options, draw, norm);
+    test_long_rows<__nv_bfloat16>(options, draw, norm);
+    test_long_rows<double>(options, draw, norm);
+    for (const std::int64_t cols : {96, 9600}) test_alignment<float>(draw, norm, cols);
+    for (const std::int64_t cols : {96, 19200}) test_alignment<__nv_bfloat16>(draw, norm, cols);
   }
   if (options.huge) test_huge();
   return finish();

@@ -20,7 +20,7 @@ OTHER := build/torch-$(TORCH)
 # What `make check` leaves to `make test`: minutes of training, of torch.compile, of other processes.
 LEFT_TO_TEST := benchmarks cli compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models resume study
 
-.PHONY: help build demo test check lint format bench render compat cuda-compile test-cuda-emulated clean
+.PHONY: help build demo test check lint format bench render compat cuda-compile cuda-budget test-cuda-emulated clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make format              ruff and clang-format, in place"
 	@echo "make compat              compile without making code against the headers of every PyTorch that README names"
 	@echo "make cuda-compile        compile the CUDA kernels with nvcc, on any machine; fails on a register spill"
+	@echo "make cuda-budget         what share of a copy's speed each CUDA kernel's machine code allows; nvcc, no GPU; fails below 85 %"
 	@echo "make test-cuda-emulated  run the CUDA kernels on the CPU: plain, under ASan + UBSan, under TSan"
 	@echo "make bench               benchmarks of this machine; make render puts them into README.md"
 
@@ -92,6 +93,14 @@ compat: $(VENV)/.installed
 
 cuda-compile: build
 	$(BIN)/python tests/cuda_compile.py $(ARCHITECTURES)
+
+# nvcc may come without its disassembler.
+$(VENV)/.nvdisasm: $(VENV)/.installed
+	test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvdisasm" || $(PIP) install -c constraints.txt nvidia-cuda-nvdisasm
+	@touch $@
+
+cuda-budget: build $(VENV)/.nvdisasm
+	$(BIN)/python -m benchmarks.cuda_budget
 
 test-cuda-emulated: build $(VENV)/.dev
 	sh tests/cuda_emulator/run.sh $(BIN)/python

@@ -77,13 +77,13 @@ def test_a_target_is_not_differentiated(impl, constant, device):
 def test_what_is_not_asked_for_changes_nothing_else(classes, device):
     """Nor does a cotangent that is absent differ from one of zeros."""
     p, q = logits(device, 37, classes), logits(device, 37, classes, seed=1)
-    gg = logits(device, 37, classes, seed=2)
+    u = logits(device, 37, classes, seed=2)
     ops, grad = torch.ops.robustkern, torch.ones(37, device=device, dtype=p.dtype)
     saved = grad, p, q, ops.kl_divergence(p, q, 1.0)[1], 1.0
     both = ops.kl_divergence_backward(*saved, True, True)
     torch.testing.assert_close(ops.kl_divergence_backward(*saved, True, False)[0], both[0])
     torch.testing.assert_close(ops.kl_divergence_backward(*saved, False, True)[1], both[1])
-    for cotangents in ((gg, None), (None, gg)):
+    for cotangents in ((u, None), (None, u)):
         zeros = [torch.zeros_like(p) if t is None else t for t in cotangents]
         both = ops.kl_divergence_double_backward(*zeros, *saved, True, True)
         only_p = ops.kl_divergence_double_backward(*cotangents, *saved, True, False)

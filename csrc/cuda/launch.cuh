@@ -72,7 +72,7 @@ template <class... Parameters, class... Arguments>
   const cudaError_t pending = cudaGetLastError();
   return status != cudaSuccess ? status : pending;
 #else
-  return ::cuda_emulator::launch(grid, block, dynamic_shared, [&] { std::apply(kernel, values); });
+  return ::cuda_emulator::launch(grid, block, dynamic_shared, kernel, values);
 #endif
 }
 

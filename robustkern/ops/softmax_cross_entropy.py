@@ -97,7 +97,7 @@ def _register() -> None:
         return logits.new_empty(logits.shape)
 
     @register_fake("softmax_cross_entropy_double_backward")
-    def _(gg, grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
+    def _(u, grad, logits, statistics, target, label_smoothing, temperature, ignore_index):  # type: ignore[no-untyped-def]
         return logits.new_empty([logits.shape[0]], dtype=accumulation_dtype(logits.dtype)), logits.new_empty(
             logits.shape
         )
@@ -128,14 +128,14 @@ def _register() -> None:
         ctx.set_materialize_grads(False)
 
     # d(grad, logits) of softmax_cross_entropy_backward, the statistics being functions of the logits:
-    #   gg_grad     = <gg, d loss / d z>      yes
-    #   grad_logits = grad d2 loss / dz2 gg   yes
-    def double_backward(ctx: Any, gg: Tensor | None) -> tuple[Any, ...]:
-        if gg is None:
+    #   gg_grad     = <u, d loss / d z>      yes
+    #   grad_logits = grad d2 loss / dz2 u   yes
+    def double_backward(ctx: Any, u: Tensor | None) -> tuple[Any, ...]:
+        if u is None:
             return (None,) * 7
         grad, logits, statistics, target = ctx.saved_tensors
         gg_grad, grad_logits = ops.softmax_cross_entropy_double_backward(
-            gg, grad, logits, statistics, target, *ctx.options
+            u, grad, logits, statistics, target, *ctx.options
         )
         return gg_grad, grad_logits, None, None, None, None, None
 

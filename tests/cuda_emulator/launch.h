@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include <thread>
 #endif
 
+#include "record.h"
 #include "scheduler.h"
 
 namespace cuda_emulator {
@@ -199,10 +201,19 @@ inline void run_grid(dim3 grid, dim3 dimensions, std::size_t dynamic_shared, con
 inline char last_report[16384] = "";
 
 // run_grid with the manners of the CUDA runtime: an error code instead of an exception.
-template <class F>
-cudaError_t launch(dim3 grid, dim3 block, std::size_t dynamic_shared, F&& kernel) {
+template <class... Parameters>
+cudaError_t launch(dim3 grid, dim3 block, std::size_t dynamic_shared, void (*kernel)(Parameters...),
+                   std::tuple<Parameters...>& values) {
   try {
-    run_grid(grid, block, dynamic_shared, Kernel(kernel));
+    if (Record::wanted()) {
+      check_launch_configuration(grid, block, dynamic_shared);
+      Record record(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared);
+      std::apply([&](const auto&... value) { (record.add(&value, sizeof value, alignof(decltype(value))), ...); },
+                 values);
+      return cudaSuccess;
+    }
+    auto call = [&] { std::apply(kernel, values); };
+    run_grid(grid, block, dynamic_shared, Kernel(call));
     return cudaSuccess;
   } catch (const std::exception& error) {
     std::snprintf(last_report, sizeof last_report, "CUDA emulator: %s", error.what());

@@ -1,0 +1,82 @@
+"""A budget for the CUDA kernels that needs nvcc and no GPU: python -m benchmarks.cuda_budget [--only REGEX].
+
+Compiles csrc/cuda for sm_90, reads every kernel's main loop in the machine code, and fails where a kernel's own bound
+falls below 85 % of a copy, unless its floor is arithmetic and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+
+from . import report
+from .cases import CASES, Case
+from .model import Prediction, Reading, Unread, predict, read
+from .recorder import Launch, record
+from .sass import Kernel, parse
+from .toolchain import Unavailable, disassembled
+
+
+def analyse(case: Case, launches: list[Launch], kernels: dict[str, Kernel]) -> Prediction:
+    """One case, from what was launched and what was compiled."""
+    readings: list[Reading] = []
+    rounds: list[int] = []
+    for launch in launches:
+        stated = next((kernel for kernel in case.kernels if re.search(kernel.name, launch.kernel)), None)
+        if stated is None:
+            raise Unread(f"{report.stem(launch.kernel)} is not among the kernels of the case")
+        if not stated.sweeps:
+            rounds.append(stated.rounds)
+        elif launch.kernel not in kernels:
+            raise Unread(f"{launch.kernel} was not compiled")
+        else:
+            readings.append(read(case, stated, launch, kernels[launch.kernel]))
+    return predict(case, readings, rounds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_budget", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", metavar="REGEX", default="", help="the cases whose name it finds")
+    parser.add_argument("--list", action="store_true", help="names of cases, nothing compiled")
+    parser.add_argument("--write", action="store_true", help="the tables into docs/cuda-budget.md")
+    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    options = parser.parse_args(arguments)
+    if options.write and options.only:
+        parser.error("--write is for all cases")
+    cases = [case for name, case in CASES.items() if re.search(options.only, name)]
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    if not cases:
+        parser.error(f"no case is called {options.only}: see --list")
+    try:
+        sources = sorted({case.source for case in cases})
+        code = {source: parse(*texts) for source, texts in disassembled(sources).items()}
+        launches = record([case.name for case in cases], sources)
+    except Unavailable as missing:
+        print(f"cuda-budget: skipped: {missing}")
+        return 0
+    rows, calls, unread = [], [], []
+    failed = False
+    for case in cases:
+        try:
+            prediction = analyse(case, launches[case.name], code[case.source])
+        except Unread as reason:
+            unread.append(f"{case.name}: {reason}")
+            continue
+        rows += [report.row_of(reading) for reading in prediction.readings]
+        calls.append(report.call_row(prediction))
+        failed = failed or not all(reading.passed for reading in prediction.readings)
+    if options.json:
+        print(json.dumps({"kernels": rows, "calls": calls, "unread": unread}, indent=1))
+    elif options.write:
+        report.PAGE.write_text(report.page(rows, calls))
+    else:
+        print(report.plain(rows), report.plain(calls), report.in_words(), *unread, sep="\n\n")
+    return 1 if failed or unread else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

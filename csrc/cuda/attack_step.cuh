@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(512, 1) attack_step_l2_kernel(const AttackStep
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     AttackRow<false, S> r(c, row);
     A s[3];
-    r.sum(s, [](A (&part)[3], A a, A x, A g) { add_l2(part, a, x, g); });
+    r.sum(s, [](A(&part)[3], A a, A x, A g) { add_l2(part, a, x, g); });
     const L2Step<A> step = l2_in_range(c, s) ? l2_step_of(c, row, s, A(1)) : l2_step_in_double(c, row, r);
     r.rewrite([&](A a, A x, A g) { return l2_step(a, x, g, step); });
   }
@@ -232,10 +232,11 @@ __global__ void __launch_bounds__(512, 1) attack_step_l2_kernel(const AttackStep
 
 constexpr unsigned kQueuedThreads = 512;
 template <class S>
-constexpr std::int64_t kAttackChunk = kQueuedThreads* AttackTile<S>::kVectors* Words<S>::kSize;
+constexpr std::int64_t kAttackChunk = kQueuedThreads * AttackTile<S>::kVectors * Words<S>::kSize;
 
 template <class S>
-__global__ void __launch_bounds__(kQueuedThreads, 2) attack_step_l2_queue_kernel(const AttackStepCall<S> c, const RowQueue q) {
+__global__ void __launch_bounds__(kQueuedThreads, 2)
+    attack_step_l2_queue_kernel(const AttackStepCall<S> c, const RowQueue q) {
   using A = accumulation_t<S>;
   constexpr std::int64_t kChunk = kAttackChunk<S>;
   AttackTile<S> tile;
@@ -277,7 +278,6 @@ __global__ void __launch_bounds__(kQueuedThreads, 2) attack_step_l2_queue_kernel
                      [&](A a, A x, A g) { return l2_step(a, x, g, step); });
       });
 }
-
 
 template <class A>
 struct BitsOf;
@@ -389,7 +389,7 @@ __device__ __forceinline__ typename Row::A l1_threshold(Row& r, typename Row::A 
   // How far the row is outside for a threshold, and how many coordinates it would shorten.
   const auto excess_at = [&](A t, A& inside) {
     A s[2];
-    r.sum(s, [&](A (&part)[2], A a, A x, A g) {
+    r.sum(s, [&](A(&part)[2], A a, A x, A g) {
       const A v = moved(a, g) - x, size = absolute(v) - t, room = l1_room(v, x);
       part[0] += size > A(0) ? (size < room ? size : room) : A(0);
       part[1] += size > A(0) && size < room ? A(1) : A(0);
@@ -477,8 +477,7 @@ cudaError_t launch_attack_step_linf(const AttackStepCall<S>& c, cudaStream_t str
 template <class S>
 cudaError_t launch_attack_step_l2(const AttackStepCall<S>& c, cudaStream_t stream) {
   const AttackRows<S> rows(c.columns);
-  if (rows.chunks == 1)
-    return launch(attack_step_l2_kernel<S>, grid_for(c.rows), dim3(rows.threads), 0, stream, c);
+  if (rows.chunks == 1) return launch(attack_step_l2_kernel<S>, grid_for(c.rows), dim3(rows.threads), 0, stream, c);
   const RowQueue queue(c.rows, rows.chunks, 3 * std::int64_t{c.columns} * sizeof(S), c.queue);
   const cudaError_t status = clear_queue(c.queue, c.rows, stream);
   if (status != cudaSuccess) return status;

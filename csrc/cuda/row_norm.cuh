@@ -20,7 +20,7 @@ namespace rk::cuda {
 constexpr int kRowVectors = 4;  // that a thread holds of each tensor
 constexpr unsigned kRowThreads = 512;
 template <class S>
-constexpr std::int64_t kRowChunk = std::int64_t{kRowThreads} * kRowVectors* Words<S>::kSize;
+constexpr std::int64_t kRowChunk = std::int64_t{kRowThreads} * kRowVectors * Words<S>::kSize;
 
 template <class S>
 struct RowNormCall {

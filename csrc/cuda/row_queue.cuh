@@ -18,9 +18,9 @@ struct RowQueue {
   static constexpr std::int64_t kGroupBytes = 20 << 20;  // with the next group's, within the L2 cache
   static constexpr std::int64_t kBlocks = 4096;          // more than run at a time
 
-  std::int64_t rows, chunks, group;   // rows of a group
-  unsigned long long* taken;          // [1]
-  unsigned *arrived, *ready;          // [rows]
+  std::int64_t rows, chunks, group;  // rows of a group
+  unsigned long long* taken;         // [1]
+  unsigned *arrived, *ready;         // [rows]
 
   // Words of 4 bytes for the counters of so many rows.
   static std::int64_t words(std::int64_t rows) { return 2 + 2 * rows; }

@@ -211,11 +211,11 @@ void test_choices(Draw& draw) {
       t.ascends = true;
       t.coordinates = draw.one_of({1, 5, 50, 100000});
       for (std::size_t j = 0; j < t.grad.size(); ++j) {
-        if (kind == 0) t.grad[j] = j % 3 ? 1.0f : -1.0f;                                // all alike
-        if (kind == 1) t.grad[j] = 0.0f;                                                // nowhere to go
-        if (kind == 2) t.grad[j] = std::ldexp(t.grad[j], draw(-120, 100));              // of all magnitudes
-        if (kind == 3) t.grad[j] = j % 5 ? 0.0f : t.grad[j];                            // few
-        if (kind == 4) t.start[j] = t.grad[j] > 0.0f ? 1.0f : 0.0f;                     // all at their walls
+        if (kind == 0) t.grad[j] = j % 3 ? 1.0f : -1.0f;                    // all alike
+        if (kind == 1) t.grad[j] = 0.0f;                                    // nowhere to go
+        if (kind == 2) t.grad[j] = std::ldexp(t.grad[j], draw(-120, 100));  // of all magnitudes
+        if (kind == 3) t.grad[j] = j % 5 ? 0.0f : t.grad[j];                // few
+        if (kind == 4) t.start[j] = t.grad[j] > 0.0f ? 1.0f : 0.0f;         // all at their walls
       }
       expect_success(t.run());
       t.check();

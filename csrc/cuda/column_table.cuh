@@ -51,17 +51,27 @@ struct ColumnTable {
         for (int k = 0; k < kCount; ++k) values[k] = next();
       }
     }
-  };
-  // For at most 2^31 - 1 columns from there on.
-  __device__ __forceinline__ Cursor at(std::int64_t column) const {
-    if (count == 1) return {number, 1, 0, 0, ~0u};
-    if (wide) {
-      const std::int64_t run = column / inner;
-      return {number, count, run % count, clipped(inner), clipped(inner - (column - run * inner))};
+    // The cursor of the column `columns` further on.
+    __device__ __forceinline__ Cursor after(std::uint32_t columns) const {
+      if (columns < left) return {number, count, entry, inner, left - columns};
+      const std::uint32_t beyond = columns - left, runs = beyond / inner;
+      std::int64_t to = entry + 1 + runs;
+      if (to >= count) to -= count;
+      if (to >= count) to = static_cast<std::uint32_t>(to) % static_cast<std::uint32_t>(count);  // a short table
+      return {number, count, to, inner, inner - (beyond - runs * inner)};
     }
-    const auto j = static_cast<std::uint32_t>(column), run = by_inner.quotient(j),
-               length = static_cast<std::uint32_t>(inner);
-    return {number, count, by_count.remainder(run), length, length - (j - run * length)};
+  };
+
+  // Unless wide.
+  __device__ __forceinline__ Cursor at(std::uint32_t column) const {
+    if (count == 1) return {number, 1, 0, 0, ~0u};
+    const std::uint32_t run = by_inner.quotient(column), length = static_cast<std::uint32_t>(inner);
+    return {number, count, by_count.remainder(run), length, length - (column - run * length)};
+  }
+  // Of any column, by 64-bit divisions; runs count as 2^32 - 1 columns at most.
+  __device__ __forceinline__ Cursor far(std::int64_t column) const {
+    const std::int64_t run = column / inner;
+    return {number, count, run % count, clipped(inner), clipped(inner - (column - run * inner))};
   }
 
  private:

@@ -52,7 +52,7 @@ struct Tensors {
       c.p = static_cast<A>(p);
       c.rows = x.size(0);
       c.cols = x.size(1);
-      c.chunks = std::max<int64_t>(1, (c.cols + kRowChunk<S> - 1) / kRowChunk<S>);
+      c.chunks = std::max<int64_t>(1, (c.cols + row_chunk<S>(norm) - 1) / row_chunk<S>(norm));
       c.x = pointer<const S>(x);
       c.x_stride = x.stride(0);
       c.u = pointer<const S>(u);

@@ -17,10 +17,14 @@
 
 namespace rk::cuda {
 
-constexpr int kRowVectors = 4;  // that a thread holds of each tensor
+// What a thread holds of each tensor, in vectors; fewer where a power is many instructions an element.
+template <Norm kNorm>
+inline constexpr int kRowVectors = kNorm == Norm::kP ? 2 : 4;
 constexpr unsigned kRowThreads = 512;
 template <class S>
-constexpr std::int64_t kRowChunk = std::int64_t{kRowThreads} * kRowVectors * Words<S>::kSize;
+std::int64_t row_chunk(Norm norm) {
+  return std::int64_t{kRowThreads} * Words<S>::kSize * (norm == Norm::kP ? 2 : 4);
+}
 
 template <class S>
 struct RowNormCall {
@@ -39,11 +43,12 @@ struct RowNormCall {
   bool aligned;                     // all rows of x, u and out
 };
 
-template <class S>
-using HeldRow = Held<S, kRowVectors>;
+template <Norm kNorm, class S>
+using HeldRow = Held<S, kRowVectors<kNorm>>;
 
-template <class S>
+template <Norm kNorm, class S>
 struct Unit {
+  static constexpr std::int64_t kChunk = std::int64_t{kRowThreads} * Words<S>::kSize * kRowVectors<kNorm>;
   std::int64_t row, chunk, begin;  // of its columns
   std::uint32_t columns;
   const S *x, *u;
@@ -52,59 +57,70 @@ struct Unit {
   __device__ __forceinline__ Unit(const RowNormCall<S>& c, std::int64_t row_, std::int64_t chunk_)
       : row(row_),
         chunk(chunk_),
-        begin(chunk * kRowChunk<S>),
-        columns(static_cast<std::uint32_t>(c.cols - begin < kRowChunk<S> ? c.cols - begin : kRowChunk<S>)),
+        begin(chunk * kChunk),
+        columns(static_cast<std::uint32_t>(c.cols - begin < kChunk ? c.cols - begin : kChunk)),
         x(c.x + row * c.x_stride + begin),
         u(c.u + row * c.u_stride + begin),
         out(c.out + row * c.cols + begin) {}
 };
 
-// f(unit) for this block's units: grids are rows, or chunks x rows (unit_grid).
-template <class S, class F>
+// f(unit) for this block's units: a grid is rows, or chunks x rows (unit_grid).
+template <Norm kNorm, class S, class F>
 __device__ __forceinline__ void for_units(const RowNormCall<S>& c, const F& f) {
-  if (c.chunks == 1) {
-    for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) f(Unit<S>(c, row, 0));
-  } else {
-    for (std::int64_t chunk = blockIdx.x; chunk < c.chunks; chunk += gridDim.x)
-      for (std::int64_t row = blockIdx.y; row < c.rows; row += gridDim.y) f(Unit<S>(c, row, chunk));
-  }
+  const bool several = c.chunks > 1;
+  const std::int64_t first = several ? blockIdx.y : blockIdx.x, step = several ? gridDim.y : gridDim.x;
+#pragma unroll 1
+  for (std::int64_t row = first; row < c.rows; row += step) f(Unit<kNorm, S>(c, row, several ? blockIdx.x : 0));
 }
 
 template <class S>
 dim3 unit_grid(const RowNormCall<S>& c) {
   if (c.chunks == 1) return grid_for(c.rows);
-  return dim3(grid_for(c.chunks).x, static_cast<unsigned>(c.rows < 65535 ? c.rows : 65535));
+  return dim3(static_cast<unsigned>(c.chunks), static_cast<unsigned>(c.rows < 65535 ? c.rows : 65535));
 }
 
 // f(i, k, w) for every element of a thread's vectors, w its column's weight.  Columns beyond the row, whose elements are
-// zeros, have the weight 1.
-template <class S, class F>
-__device__ __forceinline__ void for_weights(const RowNormCall<S>& c, const Unit<S>& u, const F& f) {
+// zeros, have the weight 1.  kOnce: one piece of code, with weights or without.
+template <bool kOnce, Norm kNorm, class S, class F>
+__device__ __forceinline__ void for_weights(const RowNormCall<S>& c, const Unit<kNorm, S>& u, const F& f) {
   using A = accumulation_t<S>;
   constexpr int V = Words<S>::kSize;
-  if (!c.weights.number) {
+  if (!kOnce && !c.weights.number) {
 #pragma unroll
-    for (int i = 0; i < kRowVectors; ++i)
+    for (int i = 0; i < kRowVectors<kNorm>; ++i)
 #pragma unroll
       for (int k = 0; k < V; ++k) f(i, k, A(1));
     return;
   }
+  typename ColumnTable<A>::Cursor start{};
+  if (c.weights.wide) start = c.weights.far(u.begin);
 #pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) {
+  for (int i = 0; i < kRowVectors<kNorm>; ++i) {
+    const std::uint32_t j = HeldRow<kNorm, S>::first(i);
     A w[V];
-    c.weights.at(u.begin + HeldRow<S>::first(i)).fill(w);
 #pragma unroll
-    for (int k = 0; k < V; ++k) f(i, k, k < HeldRow<S>::left(i, u.columns) ? w[k] : A(1));
+    for (int k = 0; k < V; ++k) w[k] = A(1);
+    if (c.weights.number && j < u.columns)
+      (c.weights.wide ? start.after(j) : c.weights.at(static_cast<std::uint32_t>(u.begin) + j)).fill(w);
+#pragma unroll
+    for (int k = 0; k < V; ++k) f(i, k, k < HeldRow<kNorm, S>::left(i, u.columns) ? w[k] : A(1));
   }
 }
 
-// f(p) with p as a whole number where it is a small one.
-template <Norm kNorm, class A, class F>
-__device__ __forceinline__ void with_exponent(A p, const F& f) {
+// f(p, i, k, w) likewise, with p as a whole number where it is a small one.
+template <Norm kNorm, class S, class F>
+__device__ __forceinline__ void for_columns(const RowNormCall<S>& c, const Unit<kNorm, S>& u, const F& f) {
+  using A = accumulation_t<S>;
   if constexpr (kNorm == Norm::kP) {
-    if (p <= A(7) && p == std::floor(p)) return f(WholeExponent{static_cast<int>(p)});
+    if (c.p <= A(7) && c.p == std::floor(c.p)) {
+      const WholeExponent p{static_cast<int>(c.p)};
+      for_weights<false>(c, u, [&](int i, int k, A w) { f(p, i, k, w); });
+    } else {
+      for_weights<true>(c, u, [&](int i, int k, A w) { f(c.p, i, k, w); });
+    }
+  } else {
+    for_weights<false>(c, u, [&](int i, int k, A w) { f(c.p, i, k, w); });
   }
-  f(p);
 }
 
 template <Norm kNorm, class A>
@@ -116,18 +132,15 @@ __device__ __forceinline__ A block_total(A total) {
   return kNorm == Norm::kInf ? block_max(total, A(0)) : block_sum(total);
 }
 
-// One thread's share of the sum (maximum for Linf) of term(a_j / scale) over a unit.
+// One thread's share of the sum (maximum for Linf) of term(a_j) over a unit.
 template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> thread_terms(const RowNormCall<S>& c, const Unit<S>& u,
-                                                          accumulation_t<S> scale) {
+__device__ __forceinline__ accumulation_t<S> thread_terms(const RowNormCall<S>& c, const Unit<kNorm, S>& u) {
   using A = accumulation_t<S>;
-  HeldRow<S> x;
+  HeldRow<kNorm, S> x;
   x.load(u.x, u.columns, c.aligned);
   A total = 0;
-  with_exponent<kNorm>(c.p, [&](auto p) {
-    for_weights(c, u, [&](int i, int k, A w) {
-      total = joined<kNorm>(total, RowNorm<kNorm, A>::term(w * x.words[i][k] / scale, p));
-    });
+  for_columns(c, u, [&](auto p, int i, int k, A w) {
+    total = joined<kNorm>(total, RowNorm<kNorm, A>::term(w * x.words[i][k], p));
   });
   return total;
 }
@@ -143,14 +156,17 @@ __device__ __forceinline__ accumulation_t<S> row_total(const accumulation_t<S>* 
   return block_total<kNorm>(total);
 }
 
-// The same over a whole row by one block, for the few rows whose terms overflowed or vanished.
+// The sum of term(a_j / scale) over a whole row by one block, for the few rows whose terms overflowed or vanished.
 template <Norm kNorm, class S>
 __device__ __forceinline__ accumulation_t<S> scaled_total(const RowNormCall<S>& c, std::int64_t row,
                                                           accumulation_t<S> scale) {
-  accumulation_t<S> total = 0;
+  using A = accumulation_t<S>;
+  A total = 0;
 #pragma unroll 1
-  for (std::int64_t chunk = 0; chunk < c.chunks; ++chunk)
-    total = joined<kNorm>(total, thread_terms<kNorm>(c, Unit<S>(c, row, chunk), scale));
+  for (std::int64_t j = threadIdx.x; j < c.cols; j += blockDim.x) {
+    const A w = c.weights.number ? c.weights.far(j).next() : A(1);
+    total = joined<kNorm>(total, RowNorm<kNorm, A>::term(w * load(c.x[row * c.x_stride + j]) / scale, c.p));
+  }
   return block_total<kNorm>(total);
 }
 
@@ -172,8 +188,8 @@ __device__ __forceinline__ void finish_row(const RowNormCall<S>& c, std::int64_t
 template <Norm kNorm, class S>
 __global__ void __launch_bounds__(kRowThreads, 1) row_norm_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
-  for_units(c, [&](const Unit<S>& u) {
-    const A total = block_total<kNorm>(thread_terms<kNorm>(c, u, A(1)));
+  for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
+    const A total = block_total<kNorm>(thread_terms(c, u));
     if (c.chunks == 1)
       finish_row<kNorm>(c, u.row, total);
     else if (threadIdx.x == 0)
@@ -189,19 +205,19 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_finish_kernel(const R
 
 // How many of some columns share the row's maximum, in every thread.
 template <class S>
-__device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c, const Unit<S>& u,
-                                                        const HeldRow<S>& x) {
+__device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c, const Unit<Norm::kInf, S>& u,
+                                                        const HeldRow<Norm::kInf, S>& x) {
   using A = accumulation_t<S>;
   const A n = c.norms[u.row];
   A count = 0;
-  for_weights(c, u, [&](int i, int k, A w) { count += absolute(w * x.words[i][k]) == n ? A(1) : A(0); });
+  for_weights<false>(c, u, [&](int i, int k, A w) { count += absolute(w * x.words[i][k]) == n ? A(1) : A(0); });
   return block_sum(count);
 }
 
 template <class S>
 __global__ void __launch_bounds__(kRowThreads, 1) row_norm_ties_kernel(const RowNormCall<S> c) {
-  for_units(c, [&](const Unit<S>& u) {
-    HeldRow<S> x;
+  for_units<Norm::kInf>(c, [&](const Unit<Norm::kInf, S>& u) {
+    HeldRow<Norm::kInf, S> x;
     x.load(u.x, u.columns, c.aligned);
     const accumulation_t<S> count = block_ties(c, u, x);
     if (threadIdx.x == 0) c.ties[u.row * c.chunks + u.chunk] = count;
@@ -209,10 +225,12 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_ties_kernel(const Row
 }
 
 template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> ties_of_row(const RowNormCall<S>& c, const Unit<S>& u,
-                                                         const HeldRow<S>& x) {
-  if constexpr (kNorm != Norm::kInf) return accumulation_t<S>(1);
-  return c.chunks == 1 ? block_ties(c, u, x) : row_total<Norm::kL1>(c.ties, c, u.row);
+__device__ __forceinline__ accumulation_t<S> ties_of_row(const RowNormCall<S>& c, const Unit<kNorm, S>& u,
+                                                         const HeldRow<kNorm, S>& x) {
+  if constexpr (kNorm == Norm::kInf)
+    return c.chunks == 1 ? block_ties(c, u, x) : row_total<Norm::kL1>(c.ties, c, u.row);
+  else
+    return accumulation_t<S>(1);
 }
 
 // The numbers of a row that its elements are divided by.
@@ -226,17 +244,15 @@ struct RowDivisors {
 template <Norm kNorm, class S>
 __global__ void __launch_bounds__(kRowThreads, 1) row_norm_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
-  for_units(c, [&](const Unit<S>& u) {
-    HeldRow<S> x;
+  for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
+    HeldRow<kNorm, S> x;
     x.load(u.x, u.columns, c.aligned);
     const RowDivisors<A> row(c, u.row, ties_of_row<kNorm>(c, u, x));
     const A grad = c.grad[u.row];
-    with_exponent<kNorm>(c.p, [&](auto p) {
-      A result[Words<S>::kSize];
-      for_weights(c, u, [&](int i, int k, A w) {
-        result[k] = grad * w * RowNorm<kNorm, A>::slope(w * x.words[i][k], row.n, p, row.ties);
-        if (k == Words<S>::kSize - 1) x.words[i] = Words<S>::of(result);
-      });
+    A result[Words<S>::kSize];
+    for_columns(c, u, [&](auto p, int i, int k, A w) {
+      result[k] = grad * w * RowNorm<kNorm, A>::slope(w * x.words[i][k], row.n, p, row.ties);
+      if (k == Words<S>::kSize - 1) x.words[i] = Words<S>::of(result);
     });
     x.store(u.out, u.columns, c.aligned);
   });
@@ -244,33 +260,31 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_backward_kernel(const
 
 // s = sum_k v_k slope(a_k) over the unit's columns, in every thread
 template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall<S>& c, const Unit<S>& u,
-                                                               const HeldRow<S>& x, const HeldRow<S>& u_row,
+__device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall<S>& c, const Unit<kNorm, S>& u,
+                                                               const HeldRow<kNorm, S>& x,
+                                                               const HeldRow<kNorm, S>& u_row,
                                                                const RowDivisors<accumulation_t<S>>& row) {
   using A = accumulation_t<S>;
   A total = 0;
-  with_exponent<kNorm>(c.p, [&](auto p) {
-    for_weights(c, u, [&](int i, int k, A w) {
-      total += w * u_row.words[i][k] * RowNorm<kNorm, A>::slope(w * x.words[i][k], row.n, p, row.ties);
-    });
+  for_columns(c, u, [&](auto p, int i, int k, A w) {
+    total += w * u_row.words[i][k] * RowNorm<kNorm, A>::slope(w * x.words[i][k], row.n, p, row.ties);
   });
   return block_sum(total);
 }
 
 // grad_x of a unit, in the place of x.
 template <Norm kNorm, class S>
-__device__ __forceinline__ void bend_unit(const RowNormCall<S>& c, const Unit<S>& u, HeldRow<S>& x, HeldRow<S>& u_row,
-                                          const RowDivisors<accumulation_t<S>>& row, accumulation_t<S> s) {
+__device__ __forceinline__ void bend_unit(const RowNormCall<S>& c, const Unit<kNorm, S>& u, HeldRow<kNorm, S>& x,
+                                          HeldRow<kNorm, S>& u_row, const RowDivisors<accumulation_t<S>>& row,
+                                          accumulation_t<S> s) {
   using A = accumulation_t<S>;
   const A grad = c.grad[u.row];
   x.begin_pass();
   u_row.begin_pass();
-  with_exponent<kNorm>(c.p, [&](auto p) {
-    A result[Words<S>::kSize];
-    for_weights(c, u, [&](int i, int k, A w) {
-      result[k] = grad * w * RowNorm<kNorm, A>::bend(w * x.words[i][k], w * u_row.words[i][k], s, row.n, p);
-      if (k == Words<S>::kSize - 1) x.words[i] = Words<S>::of(result);
-    });
+  A result[Words<S>::kSize];
+  for_columns(c, u, [&](auto p, int i, int k, A w) {
+    result[k] = grad * w * RowNorm<kNorm, A>::bend(w * x.words[i][k], w * u_row.words[i][k], s, row.n, p);
+    if (k == Words<S>::kSize - 1) x.words[i] = Words<S>::of(result);
   });
   x.store(u.out, u.columns, c.aligned);
 }
@@ -284,8 +298,8 @@ inline constexpr bool kBendNeedsSum = kHasBend<kNorm> && kNorm != Norm::kSquared
 template <Norm kNorm, class S>
 __global__ void __launch_bounds__(kRowThreads, 1) row_norm_double_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
-  for_units(c, [&](const Unit<S>& u) {
-    HeldRow<S> x, u_row;
+  for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
+    HeldRow<kNorm, S> x, u_row;
     x.load(u.x, u.columns, c.aligned);
     u_row.load(u.u, u.columns, c.aligned);
     const RowDivisors<A> row(c, u.row, ties_of_row<kNorm>(c, u, x));
@@ -307,9 +321,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_total_kernel(const Ro
 template <Norm kNorm, class S>
 __global__ void __launch_bounds__(kRowThreads, 1) row_norm_queue_kernel(const RowNormCall<S> c, const RowQueue q) {
   using A = accumulation_t<S>;
-  HeldRow<S> x, u_row;
+  HeldRow<kNorm, S> x, u_row;
   const auto load = [&](std::int64_t row, std::int64_t chunk) {
-    const Unit<S> u(c, row, chunk);
+    const Unit<kNorm, S> u(c, row, chunk);
     x.load(u.x, u.columns, c.aligned);
     u_row.load(u.u, u.columns, c.aligned);
     return u;
@@ -317,7 +331,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_queue_kernel(const Ro
   run_queue(
       q,
       [&](std::int64_t row, std::int64_t chunk) {
-        const Unit<S> u = load(row, chunk);
+        const Unit<kNorm, S> u = load(row, chunk);
         const A s = block_directional<kNorm>(c, u, x, u_row, RowDivisors<A>(c, row, A(1)));
         if (threadIdx.x == 0) c.partial[row * c.chunks + chunk] = s;
       },
@@ -327,14 +341,15 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_queue_kernel(const Ro
       },
       [&](std::int64_t row, std::int64_t chunk) { load(row, chunk); },
       [&](std::int64_t row, std::int64_t chunk) {
-        bend_unit<kNorm>(c, Unit<S>(c, row, chunk), x, u_row, RowDivisors<A>(c, row, A(1)), __ldcg(c.per_row + row));
+        bend_unit<kNorm>(c, Unit<kNorm, S>(c, row, chunk), x, u_row, RowDivisors<A>(c, row, A(1)),
+                         __ldcg(c.per_row + row));
       });
 }
 
 // Launches one call; c.partial (and c.ties for Linf) must hold rows * chunks numbers when chunks > 1.
 template <Norm kNorm, class S>
 cudaError_t launch_row_norm(Order order, const RowNormCall<S>& c, cudaStream_t stream) {
-  const dim3 block(threads_to_hold<S, kRowVectors>(c.cols, kRowThreads)), units = unit_grid(c);
+  const dim3 block(threads_to_hold<S, kRowVectors<kNorm>>(c.cols, kRowThreads)), units = unit_grid(c);
   const bool several = c.chunks > 1;
   cudaError_t status = cudaSuccess;
   if (order == Order::kValue) {

@@ -34,7 +34,7 @@ struct Problem {
           bool with_weight)
       : rows(row_count),
         cols(groups * run),
-        chunks((cols + rk::cuda::kRowChunk<S> - 1) / rk::cuda::kRowChunk<S>),
+        chunks((cols + rk::cuda::row_chunk<S>(kind) - 1) / rk::cuda::row_chunk<S>(kind)),
         stride(cols + draw(0, 1) * draw(0, 9)),
         inner(run),
         channels(groups),
@@ -205,9 +205,10 @@ void test_shapes(const Options& options, Draw& draw) {
 
 template <class S>
 void test_long_rows(const Options& options, Draw& draw, Norm norm) {
-  Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::kRowChunk<S> * 2 / 3) + draw(1, 40), true);
+  Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::row_chunk<S>(norm) * 2 / 3) + draw(1, 40), true);
   test_problem(options, chunks);
-  Problem<S> long_runs(draw, norm, 3.0, 1, 1, static_cast<int>(rk::cuda::kRowChunk<S>) + draw(1, 40), draw(0, 1) == 1);
+  Problem<S> long_runs(draw, norm, 3.0, 1, 1, static_cast<int>(rk::cuda::row_chunk<S>(norm)) + draw(1, 40),
+                       draw(0, 1) == 1);
   test_problem(options, long_runs);
 }
 
@@ -253,7 +254,8 @@ void test_small_grid(Draw& draw) {
 
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
-  constexpr std::int64_t rows = 140000, cols = rk::cuda::kRowChunk<__half>;
+  constexpr std::int64_t rows = 140000;
+  const std::int64_t cols = rk::cuda::row_chunk<__half>(Norm::kL2);
   LastRowOnly<__half> x(rows, cols), u(rows, cols), out(rows, cols);
   std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
   std::fill_n(u.last_row(), cols, from_double<__half>(1.0));

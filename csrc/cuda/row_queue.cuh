@@ -4,7 +4,8 @@
 // Blocks take chunks from a queue in this order: the sums of a group of rows, then the second pass of the same rows, and
 // so on.  A second pass waits for sums that were taken before it, by blocks that run and wait for nothing, so that the
 // order alone excludes a deadlock, whatever the number of blocks that run at a time.  Whose block a chunk falls to
-// changes no result: a row's partial sums are added in their order, by the block that brings the last.
+// changes no result: a row's partial sums are added in their order, by the block that brings the last.  (In the emulator,
+// whose blocks run one after another, none ever has to wait.)
 #pragma once
 
 #include <cstdint>

@@ -259,7 +259,7 @@ def row_norm(shape: tuple[int, int], dtype: str) -> None:
         )
 
     one = (((1, 0),),)
-    row = min(columns, 32768 // DTYPES[dtype].itemsize)
+    row = min(columns, 16384 // DTYPES[dtype].itemsize)
     several = columns > row
     finish = (Kernel("row_norm_finish", rounds=2),) if several else ()
     queue = Kernel("row_norm_queue", (2, 1), (((2, 0), (2, 1)),), times=(1, 1))

@@ -20,7 +20,7 @@ namespace rk::cuda {
 // What a thread holds of each tensor, in vectors; fewer where a power is many instructions an element.
 template <Norm kNorm>
 inline constexpr int kRowVectors = kNorm == Norm::kP ? 2 : 4;
-constexpr unsigned kRowThreads = 512;
+constexpr unsigned kRowThreads = 256;
 template <class S>
 std::int64_t row_chunk(Norm norm) {
   return std::int64_t{kRowThreads} * Words<S>::kSize * (norm == Norm::kP ? 2 : 4);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void finish_row(const RowNormCall<S>& c, std::int64_t
 }
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
   for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
     const A total = block_total<kNorm>(thread_terms(c, u));
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_kernel(const RowNormC
 }
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_finish_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_finish_kernel(const RowNormCall<S> c) {
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x)
     finish_row<kNorm>(c, row, row_total<kNorm>(c.partial, c, row));
 }
@@ -215,7 +215,7 @@ __device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c,
 }
 
 template <class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_ties_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_ties_kernel(const RowNormCall<S> c) {
   for_units<Norm::kInf>(c, [&](const Unit<Norm::kInf, S>& u) {
     HeldRow<Norm::kInf, S> x;
     x.load(u.x, u.columns, c.aligned);
@@ -242,7 +242,7 @@ struct RowDivisors {
 };
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_backward_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
   for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
     HeldRow<kNorm, S> x;
@@ -296,7 +296,7 @@ inline constexpr bool kBendNeedsSum = kHasBend<kNorm> && kNorm != Norm::kSquared
 
 // Whole rows, or units whose results need no sum.
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_double_backward_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_double_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
   for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
     HeldRow<kNorm, S> x, u_row;
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_double_backward_kerne
 
 // s of rows of several chunks.
 template <class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_total_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_total_kernel(const RowNormCall<S> c) {
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
     const accumulation_t<S> s = row_total<Norm::kL1>(c.partial, c, row);
     if (threadIdx.x == 0) c.per_row[row] = s;
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_norm_total_kernel(const Ro
 }
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(kRowThreads, 1) row_norm_queue_kernel(const RowNormCall<S> c, const RowQueue q) {
+__global__ void __launch_bounds__(kRowThreads, 3) row_norm_queue_kernel(const RowNormCall<S> c, const RowQueue q) {
   using A = accumulation_t<S>;
   HeldRow<kNorm, S> x, u_row;
   const auto load = [&](std::int64_t row, std::int64_t chunk) {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "divisor.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -42,16 +43,15 @@ struct QueueItem {
   bool sums;
 
   // One thread's work.
-  __device__ __forceinline__ QueueItem(const RowQueue& q, std::uint64_t ticket) {
-    const std::uint64_t chunks = q.chunks, whole = 2 * q.group * chunks, group = ticket / whole;
-    const std::uint64_t begin = group * q.group, left = q.rows - begin;
-    const std::uint64_t rows = left < std::uint64_t(q.group) ? left : q.group;
-    std::uint64_t rest = ticket - group * whole;
-    sums = rest < rows * chunks;
-    if (!sums) rest -= rows * chunks;
-    const std::uint64_t in_group = rest / chunks, j = rest - in_group * chunks;
-    row = static_cast<std::int64_t>(begin + in_group);
-    chunk = static_cast<std::int64_t>(sums ? j : chunks - 1 - j);  // what was read last is the likeliest to be near
+  __device__ __forceinline__ QueueItem(const RowQueue& q, std::int64_t ticket) {
+    const std::int64_t whole = 2 * q.group * q.chunks, group = quotient(ticket, whole), begin = group * q.group;
+    const std::int64_t sums_here = (q.rows - begin < q.group ? q.rows - begin : q.group) * q.chunks;
+    std::int64_t rest = ticket - group * whole;
+    sums = rest < sums_here;
+    if (!sums) rest -= sums_here;
+    const std::int64_t in_group = quotient(rest, q.chunks), j = rest - in_group * q.chunks;
+    row = begin + in_group;
+    chunk = sums ? j : q.chunks - 1 - j;  // what was read last is the likeliest to be near
   }
 };
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ void run_queue(const RowQueue& q, const SumChunk& sum
   for (;;) {
     if (leader) {
       if (ticket < items) {
-        const QueueItem item(q, ticket);
+        const QueueItem item(q, static_cast<std::int64_t>(ticket));
         shared_row = item.row, shared_chunk = item.chunk, shared_sums = item.sums;
         ticket = atomicAdd(q.taken, 1ull);  // wanted only after this item
       } else {

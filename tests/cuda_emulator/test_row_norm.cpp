@@ -254,12 +254,12 @@ void test_small_grid(Draw& draw) {
 
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
-  constexpr std::int64_t rows = 140000;
+  constexpr std::int64_t rows = 280000;
   const std::int64_t cols = rk::cuda::row_chunk<__half>(Norm::kL2);
   LastRowOnly<__half> x(rows, cols), u(rows, cols), out(rows, cols);
   std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
   std::fill_n(u.last_row(), cols, from_double<__half>(1.0));
-  std::vector<float> per_row(rows), norms(rows, 64.0f), grad(rows, 256.0f);
+  std::vector<float> per_row(rows), norms(rows, static_cast<float>(0.5 * std::sqrt(double(cols)))), grad(rows, 256.0f);
   RowNormCall<__half> c{};
   c.norm = Norm::kL2;
   c.rows = rows;
@@ -273,11 +273,11 @@ void test_huge() {
   c.per_row = per_row.data();
   const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_row_norm(Order::kValue, c, nullptr));
-  expect_close(per_row[rows - 1], 64.0, 1e-3, "norm of the last row");
+  expect_close(per_row[rows - 1], norms[0], 1e-3, "norm of the last row");
   expect_success(rk::cuda::launch_row_norm(Order::kBackward, c, nullptr));
-  expect_close(to_double(out.last_row()[cols - 1]), 2.0, 1e-3, "grad_x of the last element");
+  expect_close(to_double(out.last_row()[cols - 1]), 128.0 / norms[0], 1e-3, "grad_x of the last element");
   expect_success(rk::cuda::launch_row_norm(Order::kDoubleBackward, c, nullptr));
-  expect_close(per_row[rows - 1], 128.0, 1e-2, "gg_grad of the last row");
+  expect_close(per_row[rows - 1], 0.5 * double(cols) / norms[0], 1e-2, "gg_grad of the last row");
   expect_close(to_double(out.last_row()[cols - 1]), 0.0, 1e-3, "second grad_x of the last element");
 }
 
@@ -291,8 +291,10 @@ int main(int argc, char** argv) {
     test_shapes<__half>(options, draw);
     test_small_grid(draw);
   }
+  const bool thorough = options.rounds > 3;  // ThreadSanitizer takes its time for every block
   for (const Norm norm : {Norm::kL1, Norm::kL2, Norm::kSquaredL2, Norm::kInf, Norm::kP}) {
     test_long_rows<float>(options, draw, norm);
+    if (!thorough) continue;
     test_long_rows<__nv_bfloat16>(options, draw, norm);
     test_long_rows<double>(options, draw, norm);
     for (const std::int64_t cols : {96, 9600}) test_alignment<float>(draw, norm, cols);

@@ -49,4 +49,15 @@ __device__ __forceinline__ accumulation_t<S> stored_between(accumulation_t<S> v,
   }
 }
 
+// The nearest number that S stores between v, 0 <= v, and x, a number of S: v rounded towards x.
+template <class S>
+__device__ __forceinline__ accumulation_t<S> stored_towards(accumulation_t<S> v, accumulation_t<S> x) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    const std::uint32_t up = v < x ? 0xffffu : 0u;
+    return __uint_as_float((__float_as_uint(v) + up) & 0xffff0000u);
+  } else {
+    return stored_between<S>(v, between(v, x));
+  }
+}
+
 }  // namespace rk::cuda

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(512, 1) attack_start_kernel(const AttackStartC
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const A x = load(pixels.element[k]), to = clamp(x + scale * u[k], A(0), A(1));
-        pixels.element[k] = store<S>(stored_between<S>(to, between(to, x)));
+        pixels.element[k] = store<S>(stored_towards<S>(to, x));
       }
       pixels.store(c.adversary + at, left, c.whole);
     });

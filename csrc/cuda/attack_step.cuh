@@ -108,7 +108,7 @@ struct AttackTile {
       for (int k = 0; k < V; ++k) {
         const A clean = x.words[i][k];
         to[k] = f(adversary.words[i][k], clean, grad.words[i][k]);
-        to[k] = stored_between<S>(to[k], between(to[k], clean));
+        to[k] = stored_towards<S>(to[k], clean);
       }
       adversary.words[i] = Words<S>::of(to);
     }

@@ -11,6 +11,7 @@
 // ties.
 #pragma once
 
+#include "fixed.h"
 #include "scalar.h"
 
 namespace rk {
@@ -23,8 +24,8 @@ RK_HOST_DEVICE A divide_or_zero(A v, A n) {
   return n == A(0) ? A(0) : v / n;
 }
 
-// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers: a quotient is off by two
-// more roundings.
+// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers.  A quotient is put right by
+// what is left over, so that a / a is 1: the bend of a row of one number must vanish.
 template <class A>
 struct SharedDivisor {
   A n, first, second;
@@ -37,7 +38,9 @@ struct SharedDivisor {
 };
 template <class A>
 RK_HOST_DEVICE A divide_or_zero(A v, SharedDivisor<A> d) {
-  return d.n == A(0) ? A(0) : v * d.first * d.second;
+  const A scaled = v * d.first, quotient = scaled * d.second;
+  const A left = fused(-quotient, d.n * d.first, scaled);  // NaN where one of them is infinite
+  return d.n == A(0) ? A(0) : is_nan(left) ? quotient : fused(left, d.second, quotient);
 }
 RK_HOST_DEVICE float number(float n) { return n; }
 RK_HOST_DEVICE double number(double n) { return n; }

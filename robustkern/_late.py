@@ -1,7 +1,5 @@
 """Numbers that a device has computed, read without waiting for it: later, when it is through anyway."""
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What every attack does: put the model into eval mode, check the arguments, ascend a loss, keep the best result."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Auto-PGD: projected gradient ascent that finds its step size by itself."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One-step attacks, as fast adversarial training uses them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

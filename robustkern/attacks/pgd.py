@@ -1,7 +1,5 @@
 """Projected gradient descent."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

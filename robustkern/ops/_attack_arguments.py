@@ -1,7 +1,5 @@
 """What attack_step and attack_start have in common: the ball, and tensors as rows in the order of memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

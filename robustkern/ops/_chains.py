@@ -11,8 +11,6 @@ not asked for, is [0].  Results beyond the cotangents have no derivative.
 alone, torch.library's formulas in Python do, at a tenth of a millisecond a call.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any, NamedTuple
 

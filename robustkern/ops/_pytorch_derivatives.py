@@ -4,8 +4,6 @@ These operators stand at the end of a chain that PyTorch owns; `robustkern.insta
 kernel and a reference of the same signature: `torch.ops.robustkern.<name>` and `robustkern.reference.<name>`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What every operator registers with PyTorch in the same way: its fake kernel and its vmap rule."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which implementation serves a call: the kernel or the reference."""
 
-from __future__ import annotations
-
 import torch
 from torch.autograd import forward_ad
 

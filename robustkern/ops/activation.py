@@ -1,7 +1,5 @@
 """activation_double_backward: the second derivative of gelu, silu, mish, softplus, elu, hardswish, tanh and sigmoid."""
 
-from __future__ import annotations
-
 import torch
 
 from robustkern import reference

@@ -1,7 +1,5 @@
 """attack_start: a random point in the ball around each sample."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """attack_step: one step of a gradient attack, and the way back into the ball and the box."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

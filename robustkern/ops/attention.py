@@ -1,7 +1,5 @@
 """attention_double_backward: the second derivative of attention, as `robustkern.install()` puts it into PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

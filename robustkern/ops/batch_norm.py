@@ -1,7 +1,5 @@
 """batch_norm_double_backward: the second derivative of BatchNorm, as `robustkern.install()` puts it into PyTorch."""
 
-from __future__ import annotations
-
 import torch
 
 from robustkern import reference

@@ -1,7 +1,5 @@
 """group_norm: first and second derivative of F.group_norm, which `robustkern.install()` uses."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from robustkern import reference

@@ -1,7 +1,5 @@
 """kl_divergence: how far apart two predictions of each sample are, with both gradients and second derivatives."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """layer_norm: first and second derivative of F.layer_norm and F.rms_norm, which `robustkern.install()` uses."""
 
-from __future__ import annotations
-
 from robustkern import reference
 from robustkern.ops._pytorch_derivatives import nothing, register_derivative, vector
 

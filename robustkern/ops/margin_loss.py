@@ -1,7 +1,5 @@
 """margin_loss: how far the best wrong class is ahead of the right one, which attacks maximise."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

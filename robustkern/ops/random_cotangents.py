@@ -1,7 +1,5 @@
 """random_cotangents: random directions in the space of a model's outputs, for estimates of its Jacobian."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """row_norm: the norm of each sample, its gradient and its second derivative."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """softmax_double_backward: the second derivative of softmax and log_softmax."""
 
-from __future__ import annotations
-
 from robustkern import reference
 from robustkern.ops._pytorch_derivatives import nothing, register_derivative
 

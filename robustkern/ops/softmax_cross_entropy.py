@@ -1,7 +1,5 @@
 """softmax_cross_entropy: the loss of each sample, its gradient and its Hessian-vector product."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

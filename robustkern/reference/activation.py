@@ -1,7 +1,5 @@
 """Second derivatives of activations in plain PyTorch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """attack_start in plain PyTorch, from the same random bits as the kernels."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

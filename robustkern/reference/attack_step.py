@@ -1,7 +1,5 @@
 """attack_step in plain PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The second derivative of scaled dot-product attention in plain PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The second derivative of batch normalisation in plain PyTorch."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """First and second derivative of group normalisation in plain PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

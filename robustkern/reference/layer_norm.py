@@ -1,7 +1,5 @@
 """First and second derivative of layer normalisation in plain PyTorch."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

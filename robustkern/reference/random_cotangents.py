@@ -1,7 +1,5 @@
 """random_cotangents in plain PyTorch, from the same random bits as the kernels."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """row_norm in plain PyTorch."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Second derivatives of softmax and log_softmax in plain PyTorch."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

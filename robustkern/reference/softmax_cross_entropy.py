@@ -1,7 +1,5 @@
 """softmax_cross_entropy in plain PyTorch."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

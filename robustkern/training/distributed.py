@@ -6,8 +6,6 @@ losses run several forward passes, and differentiate with respect to the input i
 final gradients is right whatever a loss does. The price is that communication does not overlap the backward pass.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence

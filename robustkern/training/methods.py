@@ -32,7 +32,6 @@ class Method:
     """A training method.
 
     Attributes:
-        summary: One line for tables and help texts.
         options: Its options and their defaults. The types of the defaults are the types of the options.
         build: Makes the loss of all options but `awp` and `every`: `build(eps=..., impl=..., **options)`.
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
@@ -40,7 +39,6 @@ class Method:
         check: Refuses options that do not fit the images or classes: `check(data, **options)`.
     """
 
-    summary: str
     options: dict[str, Any]
     build: Callable[..., Loss]
     smoothness: str | None = None
@@ -124,103 +122,84 @@ def _check_projections(data: Dataset, *, projections: int, law: str, **options: 
     )
 
 
-def _projected_method(summary: str, penalty: type[ProjectedPenalty], weight: float, smoothness: str) -> Method:
+def _projected_method(penalty: type[ProjectedPenalty], weight: float, smoothness: str) -> Method:
     options = {
         "weight": weight, "projections": 1, "law": "orthonormal", "every": 1, "fraction": 1.0, "label_smoothing": 0.0
     }  # fmt: skip
-    return Method(summary, options, partial(_projected, penalty), smoothness, check=_check_projections)
+    return Method(options, partial(_projected, penalty), smoothness, check=_check_projections)
 
 
 _STEPS = {"steps": 10, "step_size": 0.0, "awp": 0.0}
 _MIXED = {"weight": 1.0, "label_smoothing": 0.0, "awp": 0.0}
 
 METHODS: dict[str, Method] = {
-    "standard": Method("cross-entropy alone", {"label_smoothing": 0.0, "temperature": 1.0}, _standard),
-    "label-smoothing": Method(
-        "cross-entropy against smoothed labels", {"weight": 0.1}, _label_smoothing, "mean of −log p over the classes"
-    ),
+    "standard": Method({"label_smoothing": 0.0, "temperature": 1.0}, _standard),
+    "label-smoothing": Method({"weight": 0.1}, _label_smoothing, "mean of −log p over the classes"),
     "distillation": Method(
-        "cross-entropy against a teacher's predictions",
         {"teacher": "", "temperature": 100.0},
         _distillation,
         check=_check_teacher,
     ),
     "fgsm": Method(
-        "cross-entropy at adversaries of one step from a random start",
         {"step_size": 0.0, **_MIXED},
         partial(_adversarial, FGSM),
         _RISE,
         single_step=True,
     ),
     "n-fgsm": Method(
-        "cross-entropy at adversaries of one step from stronger noise",
         {"step_size": 0.0, "noise": 2.0, **_MIXED},
         partial(_adversarial, NFGSM),
         _RISE,
         single_step=True,
     ),
-    "pgd": Method(
-        "cross-entropy at adversaries of several steps", {**_STEPS, **_MIXED}, partial(_adversarial, PGD), _RISE
-    ),
+    "pgd": Method({**_STEPS, **_MIXED}, partial(_adversarial, PGD), _RISE),
     "trades": Method(
-        "cross-entropy and how far an adversary moves the prediction",
         {"weight": 6.0, **_STEPS},
         losses.TRADES,
         "mean of KL(p(x) ‖ p(x′))",
     ),
     "mart": Method(
-        "boosted cross-entropy at adversaries and TRADES's term where the network errs",
         {"weight": 5.0, **_STEPS},
         losses.MART,
         "mean of (1 − p_y) KL(p(x) ‖ p(x′))",
     ),
     "alp": Method(
-        "cross-entropy at adversaries and the distance of their logits",
         {"weight": 0.5, **_STEPS},
         _alp,
         "mean of ‖z(x) − z(x′)‖²",
     ),
     "vat": Method(
-        "cross-entropy and the divergence along the direction of fastest change",
         {"weight": 1.0, "xi": 1.0, "steps": 1, "awp": 0.0, "every": 1},
         partial(losses.VAT, norm="linf"),
         "mean of KL(p(x) ‖ p(x + r))",
     ),
     "gradient-penalty": Method(
-        "cross-entropy and the norm of its input gradient",
         {"weight": 1.0, "norm": 1.0, "label_smoothing": 0.0, "estimator": "exact", "h": 0.1, "every": 1},
         _gradient_penalty,
         "mean of ‖eps · ∂ℓ/∂x‖",
     ),
-    "jacobian": _projected_method(
-        "cross-entropy and the norm of the logits' Jacobian", losses.JacobianPenalty, 3.0, "mean of ‖eps · J‖²"
-    ),
+    "jacobian": _projected_method(losses.JacobianPenalty, 3.0, "mean of ‖eps · J‖²"),
     "fisher": _projected_method(
-        "cross-entropy and the trace of the Fisher information in the input",
         losses.FisherPenalty,
         30.0,
         "mean of eps² · tr FIM",
     ),
     "cross-lipschitz": _projected_method(
-        "cross-entropy and the Jacobian norm of the logits' differences",
         losses.CrossLipschitz,
         10.0,
         "mean of ‖eps · (∂z_l − ∂z_m)/∂x‖²",
     ),
     "llr": Method(
-        "cross-entropy and how far it is from linear in the ball",
         {"weight": 4.0, "ratio": 0.75, **_STEPS, "steps": 2, "every": 1},
         losses.LocalLinearity,
         "mean of |ℓ(x + δ) − ℓ(x) − δ·∇ℓ| + |δ·∇ℓ| ratio",
     ),
     "cure": Method(
-        "cross-entropy and how much its input gradient changes along its signs",
         {"weight": 4.0, "label_smoothing": 0.0, "every": 1},
         losses.CURE,
         "mean of ‖∇ℓ(x + z) − ∇ℓ(x)‖²",
     ),
     "gradalign": Method(
-        "cross-entropy at adversaries of one step and how much the input gradient turns",
         {"weight": 0.2, "step_size": 0.0, "awp": 0.0},
         losses.GradAlign,
         "mean of 1 − cos(∇ℓ(x), ∇ℓ(x + η))",

@@ -1,7 +1,5 @@
 """One step of training: the loss on this process's part of the batch, gradients of all parts, the optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ resumed ends with the same bits as one that was not. Nor does any of it depend o
 each batch: their results differ by rounding, but for BatchNorm, which normalises by each process's part.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from dataclasses import dataclass

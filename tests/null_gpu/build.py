@@ -17,7 +17,7 @@ LIBRARIES = ("libtorch_cuda", "libc10_cuda", "libtorch_cuda_linalg", "libtorch_p
 # nvrtc and these of cuDNN work without a GPU.
 REAL = re.compile(r"nvrtc|cudnnGet(Version|CudartVersion|ErrorString|LastErrorString|Property)|cublasLtGetVersion")
 CREATES = re.compile(r"^(cublas|cudnn|cusparse|cusolver|cufft).*Create(?!Plan)")
-COMPUTES = re.compile(r"[Gg]em[mv]|Matmul$|BackendExecute|BatchNormalization(For|Back)ward|Convolution(For|Back)ward|RNN")
+COMPUTES = re.compile(r"[Gg]em[mv]|Matmul$|BackendExecute|^cuLaunch|BatchNormalization(For|Back)ward|Convolution(For|Back)ward|RNN")
 
 
 def symbols(library: Path, which: str) -> set[str]:

@@ -16,6 +16,7 @@
 #include <set>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 namespace {
 
@@ -163,9 +164,9 @@ cudaError_t copy(const char* function, void* to, const void* from, size_t bytes)
 extern "C" {
 
 // For Python, through ctypes.
-void null_gpu_record(int on) {
+int null_gpu_record(int on) {
   const std::lock_guard lock(state().mutex);
-  state().recording = on != 0;
+  return std::exchange(state().recording, on != 0);
 }
 const char* null_gpu_log() { return state().log.c_str(); }
 void null_gpu_clear() {
@@ -333,6 +334,14 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
   *flags = 0;
   *active = 1;
+  return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
+  cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device);
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   return CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext* context) {

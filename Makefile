@@ -12,12 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/* csrc/*/*,$(addprefix $(folder)/*.,cpp h cu cuh)))
 JOBS ?= 2
-ARCHITECTURES ?= # of cuda-compile, such as 90; all by default
+ARCHITECTURES ?= # for cuda-compile, such as 90; all by default
 VERSIONS ?= # of PyTorch for compat, such as 2.10.0; all by default
 
 OTHER := build/torch-$(TORCH)
 
-# What `make check` leaves to `make test`: minutes of training, of torch.compile, of other processes.
+# Tests that `make check` leaves to `make test`: they take minutes, for training, torch.compile or other processes.
 LEFT_TO_TEST := benchmarks cli compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models resume study
 
 .PHONY: help build demo test check lint format bench render compat cuda-compile cuda-budget test-cuda-emulated clean

@@ -1,4 +1,4 @@
-"""The three compiled extensions; everything else about the package stands in pyproject.toml.
+"""The three compiled extensions; everything else about the package is in pyproject.toml.
 
 robustkern._C     operator schemas and CPU kernels, always built
 robustkern._aten  second derivatives for PyTorch's own operators, always built; serves the PyTorch it was built with
@@ -47,7 +47,7 @@ CXX_FLAGS = [
     "-std=c++20",
     "-Wall",
     "-Wextra",
-    "-Wno-psabi",  # vectors are passed between functions that are inlined only
+    "-Wno-psabi",  # vectors are passed only between functions that are inlined
     "-fvisibility=hidden",
     *(f"-isystem{path}" for path in (cpp_extension.include_paths() if torch else [])),  # whose warnings are not ours
     *VALUE_SAFE,
@@ -71,6 +71,20 @@ def find_cuda() -> Path | None:
     return Path(nvcc).resolve().parent.parent if nvcc else None
 
 
+def shared_runtime(cuda: Path) -> tuple[Path, str]:
+    """The folder of the toolkit's shared runtime, and its name for the linker.
+
+    The one that PyTorch has loaded serves us too, as its soname is the same: with a second, static one, errors and
+    devices would have two truths.  A toolkit of pip packages has it without the link that developers use.
+    """
+    for folder in (cuda / "lib64", cuda / "lib"):
+        if (folder / "libcudart.so").exists():
+            return folder, "cudart"
+        if versions := sorted(path.name for path in folder.glob("libcudart.so.*")):
+            return folder, f":{versions[0]}"  # the shortest: libcudart.so.13 before libcudart.so.13.0.96
+    raise SystemExit(f"the CUDA toolkit in {cuda} has no libcudart.so: install its runtime (nvidia-cuda-runtime), too")
+
+
 def architecture_flags(cuda: Path) -> list[str]:
     """nvcc's flags for $TORCH_CUDA_ARCH_LIST; by default for what it knows of CUDA_IMAGES and CUDA_PTX."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -86,7 +100,7 @@ def architecture_flags(cuda: Path) -> list[str]:
 
 
 def cuda_extension() -> Extension | None:
-    """The CUDA half, or None; says on stderr which and why."""
+    """robustkern._cuda, or None; says on stderr which, and why."""
     wish, cuda = os.environ.get("ROBUSTKERN_CUDA", "auto"), find_cuda()
     if wish not in ("auto", "0", "1"):
         raise SystemExit(f"ROBUSTKERN_CUDA must be auto, 0 or 1, got {wish!r}")
@@ -97,15 +111,18 @@ def cuda_extension() -> Extension | None:
         print(f"robustkern: building without CUDA kernels ({why})", file=sys.stderr)
         return None
     print(f"robustkern: building CUDA kernels with {cuda}/bin/nvcc", file=sys.stderr)
-    cpp_extension.CUDA_HOME = str(cuda)  # PyTorch leaves it empty where it has no CUDA itself
+    cpp_extension.CUDA_HOME = str(cuda)  # a PyTorch without CUDA leaves it empty
     flags = architecture_flags(cuda)
     built_for = " ".join(re.findall(r",code=(\w+)", " ".join(flags)))
+    runtime, name = shared_runtime(cuda)
     return Extension(
         "robustkern._cuda",
         ["csrc/cuda/module.cpp", *sources("cuda/*.cu")],
         include_dirs=[*cpp_extension.include_paths(), str(cuda / "include")],
-        library_dirs=[*cpp_extension.library_paths(), str(cuda / "lib64")],
-        libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "pthread", "dl"],
+        library_dirs=[*cpp_extension.library_paths(), str(runtime)],
+        # A PyTorch without CUDA has loaded none.
+        runtime_library_dirs=[] if torch.version.cuda else [str(runtime)],
+        libraries=["c10", "torch", "torch_cpu", name, "dl"],
         define_macros=[*DEFINES, ("USE_CUDA", None), ("RK_CUDA_ARCHITECTURES", f'"{built_for}"')],
         extra_compile_args={
             "cxx": CXX_FLAGS,
@@ -116,7 +133,7 @@ def cuda_extension() -> Extension | None:
 
 
 def extensions() -> list[Extension]:
-    """All that can be built here."""
+    """Every extension that can be built here."""
     cpu = cpp_extension.CppExtension(
         "robustkern._C",
         ["csrc/ops.cpp", "csrc/bindings.cpp", *sources("cpu/*.cpp")],
@@ -143,7 +160,7 @@ def knows_precompiled_headers() -> bool:
 
 
 class WithoutPyTorch(build_ext):
-    """Refuses to compile; an sdist does not."""
+    """Refuses to compile, which an sdist does not need."""
 
     def run(self) -> None:
         raise SystemExit(
@@ -155,7 +172,7 @@ class WithoutPyTorch(build_ext):
 if torch:
 
     class WithPyTorch(cpp_extension.BuildExtension):
-        """All files of `robustkern._aten` share one reading of PyTorch's headers, which is most of their time."""
+        """Compiles PyTorch's headers, which take most of the time, once for all files of `robustkern._aten`."""
 
         def build_extension(self, extension: Extension) -> None:
             if extension.name == "robustkern._aten" and self.use_ninja and knows_precompiled_headers():
@@ -164,7 +181,7 @@ if torch:
             super().build_extension(extension)
 
         def precompile(self, header: str, extension: Extension) -> str:
-            """Compiles a header with the flags of the extension's sources, or none could use it; where its copy is."""
+            """Compiles a header with the flags of the extension's sources, which it must match; returns its path."""
             compiler, names = self.compiler, (self.compiler.src_extensions, self.compiler.obj_extension)
             compiler.src_extensions, compiler.obj_extension = [".h"], ".h.gch"
             [compiled] = compiler.compile(
@@ -183,7 +200,7 @@ if torch:
         version=VERSION,
         ext_modules=extensions(),
         cmdclass={"build_ext": with_pytorch},
-        options={"build_ext": {"build_temp": "build/temp"}},  # also of pip install -e, so that it compiles what changed
+        options={"build_ext": {"build_temp": "build/temp"}},  # also for pip install -e: compiles only what changed
     )
 else:
     setup(version=VERSION, ext_modules=[Extension("robustkern._C", [])], cmdclass={"build_ext": WithoutPyTorch})

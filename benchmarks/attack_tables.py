@@ -6,7 +6,7 @@ from .markdown import Row, sentence, table, times
 
 
 def cotangents(results: Row) -> str:
-    """Random directions: ours, PyTorch's, and what the numbers and flops alone would take."""
+    """Random directions: ours, PyTorch's, and the time that the random numbers and flops alone would take."""
     section = results["cotangents"]
     cases: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in section["rows"]:

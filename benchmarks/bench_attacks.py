@@ -1,12 +1,12 @@
 """Times what an attack adds to the network's passes: python -m benchmarks.bench_attacks.
 
     python -m benchmarks.bench_attacks                 everything, into benchmarks/results/<device>.json: five minutes
-    python -m benchmarks.bench_attacks --size tiny     whether everything runs; writes only to --out
+    python -m benchmarks.bench_attacks --size tiny     checks that everything runs; writes only to --out
 
-A pass is one forward and one input gradient of the model in eval mode, without parameter gradients.  An attack's row is
-its time over that of its passes, measured in turn, which is as sharp as the machine is quiet; and what it adds to each
-pass, measured on a model that costs next to nothing.  Rows of operators are the time of attack_step, attack_start and
-margin_loss, and of the same in PyTorch's own operators, with the bytes that cannot but be moved.
+A pass is one forward and one input gradient of the model in eval mode, without parameter gradients.  An attack's row
+gives its time over that of its passes, measured in turn, which is only as precise as the machine is quiet; and what it
+adds to each pass, measured on a model that costs next to nothing.  Rows of operators give the time of attack_step,
+attack_start and margin_loss, that of the same in PyTorch's own operators, and the bytes that must be moved.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def models(size: str, device: str) -> list[tuple[str, int, Shape]]:
 
 
 def stock_pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """What is written by hand: as many passes, PyTorch's operators, no best iterate."""
+    """PGD as written by hand: as many passes, PyTorch's operators, no best iterate."""
     adversary = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
     for _ in range(_STEPS):
         adversary = adversary.detach().requires_grad_()
@@ -55,7 +55,7 @@ def stock_pgd(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def attacks(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], object], int, int]]:
-    """Each with the number of its passes, and of forwards besides."""
+    """Each attack, with the number of its passes and of its further forwards."""
     last = {"steps": _STEPS}
     return {
         "stock PGD": (lambda: stock_pgd(model, x, y), _STEPS, 0),
@@ -81,7 +81,7 @@ def measure_attacks(
     x = torch.rand(batch, *shape, generator=generator).to(device)
     y = torch.randint(10, (batch,), generator=generator).to(device)
     with attacked(model), torch.no_grad():
-        y = model(x).argmax(1)  # correctly classified: nothing is left out
+        y = model(x).argmax(1)  # every sample is classified correctly, so none is left out
 
     one_pass, forward = passes_of(model, x, y)
     free = Free().eval()
@@ -133,7 +133,7 @@ def rk_model(name: str, shape: Shape) -> nn.Module:
 
 
 def operators(shape: tuple[int, ...], device: str) -> dict[str, tuple[Callable[[], object], Callable[[], object], int]]:
-    """robustkern's call, PyTorch's, and the bytes."""
+    """robustkern's call, PyTorch's, and the bytes that must be moved."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=generator).to(device)
     grad = torch.randn(shape, generator=generator).to(device)

@@ -1,8 +1,8 @@
 """Times random_cotangents against what PyTorch offers: python -m benchmarks.bench_cotangents.
 
 Orthonormal directions: torch.linalg.qr of a batched Gaussian matrix, with the signs that make it Haar-distributed.  The
-sphere: normal numbers, divided by their norms.  Beside each figure stands the floor: the normal numbers that cannot but
-be drawn, at what one of ours costs on all threads, and the flops of the reflections, at those of a matrix product.
+sphere: normal numbers, divided by their norms.  Beside each figure stands the floor: the normal numbers that must be
+drawn, at the cost of one of ours on all threads, and the flops of the reflections, at the cost of a matrix product's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sphere(batch: int, classes: int, projections: int, device: str) -> Tensor:
 
 
 def floor(law: str, batch: int, classes: int, projections: int, costs: tuple[float, float]) -> float:
-    """Milliseconds: normal numbers, and flops of the reflections."""
+    """The least milliseconds: for the normal numbers, and for the flops of the reflections."""
     normal, flop = costs
     if law == "sphere":
         return batch * projections * classes * normal

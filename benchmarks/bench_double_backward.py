@@ -1,9 +1,9 @@
 """Times the second backward of PyTorch's operators, stock and installed: python -m benchmarks.bench_double_backward.
 
-One row a case: the second autograd.grad of a graph built by PyTorch and of one built under robustkern.install(), and
+One row per case: the second autograd.grad of a graph built by PyTorch and of one built under robustkern.install(), and
 the rate at which the latter moves the fewest bytes that it can: x, the gradient and its cotangent read once, the
-gradients of the gradient and of x written once; three more for functions whose derivative in x passes through PyTorch's
-first backward once more, and for sums over all of memory before the first result.
+gradients of the gradient and of x written once; three tensors more for functions whose derivative in x passes through
+PyTorch's first backward once more, and for sums over all of memory before the first result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Times training steps with a penalty on the Jacobian of the logits, by K random projections or exact.
 
     python -m benchmarks.bench_jacobian                 everything, into benchmarks/results/<device>.json: five minutes
-    python -m benchmarks.bench_jacobian --size tiny     whether everything runs; writes only to --out
+    python -m benchmarks.bench_jacobian --size tiny     checks that everything runs; writes only to --out
 
 The gradients of every column are compared with stock PyTorch's in float64, for the same projections, before anything is
 timed.  The variance of the estimates is measured over many draws, beside what each law promises.
@@ -97,7 +97,7 @@ def _vmap(x: Tensor, case: Case, projections: Projections) -> tuple[Tensor, Tens
 
 
 def _directions(outputs: Tensor, projections: Projections) -> Iterator[Tensor]:
-    """Independent, uniform on the sphere of radius sqrt(C)."""
+    """Independent directions, uniform on the sphere of radius sqrt(C)."""
     generator = torch.Generator().manual_seed(_SEED)
     for _ in range(int(projections)):
         v = torch.randn(outputs.shape, generator=generator)
@@ -125,7 +125,7 @@ class Case:
         self.weight = self._balance()
 
     def step(self, provider: str, projections: Projections) -> Callable[[], Tensor]:
-        """One training step of a column; its gradients in one vector."""
+        """One training step of a column; it returns the gradients in one vector."""
 
         def step() -> Tensor:
             with installed(provider == OURS):
@@ -138,7 +138,7 @@ class Case:
         return step
 
     def exact_gradient(self, cotangents: Tensor | None) -> Tensor:
-        """In float64 by stock PyTorch, for given projections [K, B, C]; None: of the plain step."""
+        """The gradient in float64 by stock PyTorch, for given projections [K, B, C]; None: that of the plain step."""
         double = Case(self.spec, self.device, torch.float64)
         outputs = double.model(double.x)
         total = F.cross_entropy(outputs, double.y)
@@ -149,7 +149,7 @@ class Case:
         return _flat(double.parameters, grads)
 
     def cotangents(self, provider: str, projections: Projections) -> Tensor:
-        """Those whose mean of ||J^T w||^2 a column computes."""
+        """The cotangents w whose mean of ||J^T w||^2 a column computes."""
         outputs = torch.zeros(self.spec.batch, 10, device=self.device)
         if projections == "exact":
             return 10**0.5 * torch.eye(10, device=self.device)[:, None, :].expand(10, *outputs.shape)
@@ -227,10 +227,10 @@ class Truth:
         self._stock_error = 0.0
 
     def error(self, provider: str, gradient: Tensor) -> float:
-        """The gradient's relative error; AssertionError if it is none of a step of this kind.
+        """The gradient's relative error; AssertionError if it cannot be that of such a step.
 
-        Held to half of the digits, or to four times stock PyTorch's own error where that is larger: an activation near
-        its kink can fall on either side.
+        It must be right to half of the digits, or to four times stock PyTorch's own error where that is larger: an
+        activation near its kink can fall on either side.
         """
         drawn = RECIPE if provider == VMAP else provider
         if drawn not in self._exact:

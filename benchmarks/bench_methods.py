@@ -1,13 +1,13 @@
 """Times a training step of every method: python -m benchmarks.bench_methods.
 
     python -m benchmarks.bench_methods                 everything, into benchmarks/results/<device>.json
-    python -m benchmarks.bench_methods --size tiny     whether everything runs; writes only to --out
+    python -m benchmarks.bench_methods --size tiny     checks that everything runs; writes only to --out
     python -m benchmarks.bench_methods --only trades   methods whose name contains that, into --out
 
 A step is what precedes the optimizer: attack, forward passes, loss, and backward passes to the parameters, the model in
 training mode.  Each method's step, robustkern's and the same in stock PyTorch (method_cases.py), is timed in turn with
 the plain step and given as a multiple of it, beside a third of the number of passes that robustkern's makes.  Before
-that, both losses are compared: attacks begin at random, so the values agree roughly.
+that, both losses are compared: attacks start at random points, so the values agree only roughly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .method_cases import Method, methods
 from .step_models import MODELS, Shape
 
 Row = dict[str, Any]
-_ROUGHLY = 0.25  # relative difference of two losses whose attacks began elsewhere
+_ROUGHLY = 0.25  # relative difference of two losses whose attacks started at different points
 
 
 def models(size: str, device: str) -> list[tuple[str, int, Shape]]:
@@ -67,7 +67,7 @@ def measure(
     if not abs(values[0] - values[1]) <= _ROUGHLY * abs(values[1]):
         raise SystemExit(f"{method.name}: the loss is {values[0]:.4g}, stock PyTorch's {values[1]:.4g}")
     timings = interleaved({"plain": plain, "stock": stock, "robustkern": ours}, seconds=3 * seconds, least=3)
-    model.load_state_dict(state)  # the next method finds the running statistics as this one did
+    model.load_state_dict(state)  # so that the next method starts with the same running statistics
     times = {name: timing.ms for name, timing in timings.items()}
     ratio = timings["robustkern"].over(timings["plain"])
     return {

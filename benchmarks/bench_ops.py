@@ -26,10 +26,10 @@ _CHECKED_ELEMENTS = 1 << 20
 
 
 def check(case: Case, provider: str, backend: str) -> None:
-    """Raises AssertionError unless the provider computes what the reference does; on the first and last rows, rows
-    being independent.
+    """Raises AssertionError unless the provider computes what the reference does; tested on the first and last rows,
+    since rows are independent.
 
-    Kernels are held to the accuracy of the reference.  Other people's code only has to compute the same function: half
+    Kernels are held to the accuracy of the reference.  Other people's code must only compute the same function, to half
     of the digits.
     """
     actual = case.results(provider, backend)
@@ -69,7 +69,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows of one case: one for each order and provider, with a figure or the reason why there is none."""
     case = spec.build(device)
-    broken: dict[str, str] = {}  # the chain of all orders fails, single ones may work
+    broken: dict[str, str] = {}  # if the chain of all orders fails, single orders may work
     wrong: dict[str, str] = dict(left_out)  # not timed at all
     for provider in providers:
         if provider == "operator" or provider in wrong:  # the bare kernels are those that "robustkern" is checked with
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--sizes", nargs="+", default=["small", "large"], choices=("tiny", "small", "large"))
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
-    parser.add_argument("--match", default="", help="a regular expression: only cases whose name it is found in")
+    parser.add_argument("--match", default="", help="only cases whose name contains this regular expression")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--seconds", type=float, default=2.0, help="roughly, for each order of each case")
     parser.add_argument(

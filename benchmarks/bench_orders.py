@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_orders [--only NAME ...] [--seconds S] [--limit 1.05]
 
-Process time on one thread, both in turns, the median of the rounds' ratios.  Ends with status 1 where one is above the
-limit in three quarters of the rounds; third orders that PyTorch gets wrong are marked, and not held to it.
+Both run in turns on one thread; shown is the median over the rounds of the ratio of process times.  Ends with status 1
+if a ratio is above the limit in three quarters of the rounds; third orders that PyTorch gets wrong are marked, and not
+held to it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def cases() -> Iterator[tuple[str, str, int, Callable[[], None]]]:
 
 
 def ratios(step: Callable[[], None], seconds: float) -> list[float]:
-    """Installed over stock, one of each round."""
+    """Installed over stock, one ratio for each round."""
 
     def clock(install: bool, calls: int) -> float:
         (rk.install if install else rk.uninstall)()

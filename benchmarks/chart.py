@@ -18,11 +18,11 @@ _BARS = {
     "installed": ("robustkern.install()", "#1f6f8b"),
     "installed_compile": ("torch.compile with robustkern installed", "#7fb7be"),
 }
-_LONGEST = 8.0  # longer bars are cut, their figure says how long they are
+_LONGEST = 8.0  # longer bars are cut; their label says how long they are
 
 
 def digest(groups: dict[Any, Columns]) -> str:
-    """What the chart shows, as a number: stored in the picture, so that it can be told from a stale one."""
+    """A hash of what the chart shows, stored in the picture, so that a stale picture can be recognised."""
     shown = [
         [list(key), [[provider, columns[provider].get("ratio")] for provider in _BARS if provider in columns]]
         for key, columns in groups.items()
@@ -95,7 +95,7 @@ def draw(groups: dict[Any, Columns], title: str) -> bytes:
 
 
 def _label(model: str, penalty: str) -> str:
-    """In two lines: the network, then batch, layout and penalty."""
+    """A label in two lines: the network, then batch, layout and penalty."""
     name, _, rest = model.partition(", ")
     if rest and not rest[0].isdigit():  # "PreAct-ResNet-18, BatchNorm, 48x..."
         norm, _, rest = rest.partition(", ")

@@ -1,10 +1,10 @@
-"""Whether another tree is as fast: kernels and training steps of two builds, in turns.
+"""Compares the speed of two trees: kernels and training steps of both builds, in turns.
 
     python -m benchmarks.compare ../other [--only layer_norm ViT] [--rounds 15] [--limit 1.02]
 
-One process runs each tree, and they take turns, a sample of equal work each; both are started anew a few times, since
-where a process has its memory can be worth ten per cent.  Prints, for each case, the median of the rounds' ratios, this
-tree over the other, in process time, with its quartiles; status 1 where the first quartile is above the limit.
+One process runs each tree; they take turns, with samples of equal work.  Both are started anew a few times, since the
+place of a process's memory can make a difference of ten per cent.  Prints, for each case, the median and quartiles of
+the rounds' ratios of process time, this tree over the other; status 1 if a first quartile is above the limit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def serve(size: str) -> None:
     for line in sys.stdin:
         wanted, calls = json.loads(line)
         if wanted != number:
-            number, work = wanted, None  # not two at a time in memory
+            number, work = wanted, None  # never two at a time in memory
             name, make = build[number]
             with robustkern.fused_double_backward() if name.startswith("second") else nullcontext():
                 work = make()

@@ -46,8 +46,8 @@ class Timing:
     def over(self, other: Timing) -> float:
         """As a multiple of another timing of the same rounds: the median of the rounds' ratios.
 
-        What lies side by side in a round is slowed by the same neighbours.  Of steps of a second, ten rounds on two
-        noisy virtual CPUs give this ratio within 2 per cent, the ratio of the fastest within 5.
+        Timings of one round are slowed by the same neighbours.  For steps of a second, ten rounds on two noisy virtual
+        CPUs give this ratio within 2 per cent, the ratio of the fastest within 5.
         """
         return statistics.median(ours / theirs for ours, theirs in zip(self.samples, other.samples, strict=True))
 
@@ -60,9 +60,8 @@ def keep_pages() -> bool:
     """Makes the C library keep freed memory, so that timings do not measure the operating system handing out zeroed
     pages.
 
-    glibc returns blocks above 32 MiB to the system on every free, and each new page then costs a fault of up to some
-    microseconds: more than
-    the kernels themselves.  Every column gains alike, those that allocate most gain most.
+    glibc returns blocks above 32 MiB to the system on every free, and each new page then costs a fault of up to a few
+    microseconds: more than the kernels themselves.  Every column gains; those that allocate most gain most.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -78,12 +77,11 @@ def synchronize(device: str) -> None:
 
 
 class Interleaved:
-    """Times several ways of doing the same thing in turn, so that a slow moment of the machine is one for all of them.
+    """Times several ways of doing the same thing in turn, so that a slow moment of the machine slows all of them.
 
     On CUDA each call lies between two events, after the L2 cache has been flushed by writing a buffer twice its size.
-    On the CPU data
-    that fit the cache are measured in cache: calls follow each other, as many to a sample as make it long enough for
-    the clock.
+    On the CPU, data that fit into the cache are measured in cache: calls follow each other, as many per sample as make
+    it long enough for the clock.
     """
 
     def __init__(self, device: str) -> None:
@@ -101,11 +99,11 @@ class Interleaved:
         most: int = 60,
         equally_long: bool = False,
     ) -> dict[str, Timing]:
-        """Rounds until `seconds` have passed, but between `least` and `most` of them.
+        """Runs rounds until `seconds` have passed, but between `least` and `most` of them.
 
-        With `equally_long`, samples of short functions are as many calls as the longest one takes time for.  The
-        fastest of short samples finds moments that the machine is never quiet enough for a long one to find: without
-        it, a step that does ten times the work looks more than ten times as slow.
+        With `equally_long`, a sample of a short function is as many calls as take the time of the longest function.
+        Without it, the fastest of short samples finds quiet moments that are never long enough for a long sample, and
+        a step that does ten times the work looks more than ten times as slow.
         """
         calls = {name: self._warm_up(function) for name, function in functions.items()}
         if equally_long and functions:
@@ -128,7 +126,7 @@ class Interleaved:
         return {name: _timing(values) for name, values in samples.items()}
 
     def _warm_up(self, function: Work) -> int:
-        """Calls to a sample."""
+        """Warms up, and returns the number of calls per sample."""
         if self.device == "cuda":
             for _ in range(3):
                 function()
@@ -177,9 +175,8 @@ class Copy:
 def peak_memory(function: Work, device: str) -> int:
     """Bytes that `function` holds at its peak, above what was held before it.
 
-    CUDA: torch.cuda.max_memory_allocated.  CPU: the allocations and frees of PyTorch's CPU allocator in order of time,
-    as its profiler
-    records them; scratch memory that oneDNN or a kernel takes elsewhere is not among them.
+    CUDA: torch.cuda.max_memory_allocated.  CPU: from the allocations and frees of PyTorch's CPU allocator in order of
+    time, as its profiler records them; scratch memory that oneDNN or a kernel takes elsewhere is not among them.
     """
     function()  # lazily created state is not counted
     if device == "cuda":
@@ -219,7 +216,7 @@ TOO_LATE_TO_COMPILE = "left out: the time for compilation was over"
 
 
 def report_wrong(rows: Iterable[Mapping[str, Any]]) -> int:
-    """Names the rows that failed the comparison with float64; the exit status."""
+    """Names the rows that failed the comparison with float64; returns the exit status."""
     wrong = {row["reason"]: None for row in rows if str(row.get("reason", "")).startswith("AssertionError")}
     for message in wrong:
         print(f"wrong result, not timed: {message}")
@@ -243,7 +240,7 @@ def differentiable_compilation() -> Iterator[None]:
 
 
 def cache_bytes(device: str) -> int:
-    """The last-level cache."""
+    """The size of the last-level cache."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -268,8 +265,8 @@ def _cpu() -> str:
 
 
 def device_name(device: str) -> str:
-    """What results are filed under.  Virtual machines give processors of several generations the same name, whose
-    vectors tell them apart."""
+    """The name that results are filed under.  Virtual machines give processors of several generations the same name;
+    their vector instructions tell them apart."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     vectors = {"AVX2": " with AVX2", "AVX512": " with AVX-512"}.get(torch.backends.cpu.get_cpu_capability(), "")
@@ -294,7 +291,7 @@ def stamp(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()),  # of other work at the start: a busy machine's figures are no good
+        "load": list(os.getloadavg()),  # from other work at the start: figures of a busy machine are unreliable
         "cache_bytes": cache_bytes(device),
         "kernels": extension.build_info() if extension is not None and hasattr(extension, "build_info") else None,
     }
@@ -311,7 +308,7 @@ def results_path(device: str) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The whole file or the old one, whatever happens in between."""
+    """Leaves the whole new file or the old one, whatever happens in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:

@@ -30,10 +30,10 @@ class Method:
     """One row of the table.
 
     Attributes:
-        name: As it stands there.
-        passes: Those of robustkern's step; a plain step has 3.
-        loss: robustkern's.
-        stock: The same by hand.
+        name: Its name there.
+        passes: The passes of robustkern's step; a plain step has 3.
+        loss: robustkern's loss.
+        stock: The same step by hand.
     """
 
     name: str
@@ -213,7 +213,7 @@ def _grad_align(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _awp(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The direction from a copy of the model, whose running statistics may change; then the loss at moved weights."""
+    """The direction from a copy of the model, whose running statistics may change; then the loss at w + v."""
     adversary = _ascend(model, _uniform(x), x, _cross_entropy_at(model, y), STEPS)
     proxy = copy.deepcopy(model)
     weights = {name: w for name, w in proxy.named_parameters() if w.dim() > 1}
@@ -224,7 +224,7 @@ def _awp(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def methods(model: nn.Module) -> list[Method]:
-    """All of them, for a model like this one."""
+    """All methods, for a model like this one."""
     teacher = copy.deepcopy(model).eval()
     pgd = PGD(EPS, SIZE, steps=STEPS)
     return [

@@ -1,4 +1,4 @@
-"""What is measured of each operator: its cases, the ways of computing them, and the bytes that cannot but be moved."""
+"""What is measured of each operator: its cases, the ways of computing them, and the bytes that must be moved."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Case:
 
         def traced(x: Tensor, grad: Tensor, u: Tensor, *rows: Tensor) -> tuple[Tensor | None, ...]:
             results = chain(self.eager, x, grad, u, rows)
-            # Detached: an output with a graph would have the compiler derive a third order, which it cannot.
+            # Detached: for an output with a graph, the compiler would derive a third order, which it cannot.
             return tuple(None if r is None else r.detach() for r in (results if everything else results[2:]))
 
         compiled = torch.compile(traced, backend=backend, dynamic=False)

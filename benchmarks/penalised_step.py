@@ -3,7 +3,7 @@
     python -m benchmarks.penalised_step                       everything, into benchmarks/results/<device>.json
     python -m benchmarks.penalised_step --only ConvNeXt ViT   these rows anew; the others keep their figures
     python -m benchmarks.penalised_step --resume              what this commit has not measured yet
-    python -m benchmarks.penalised_step --size tiny           whether everything runs; writes only to --out
+    python -m benchmarks.penalised_step --size tiny           checks that everything runs; writes only to --out
 
 The gradients of every column are compared with those of stock PyTorch in float64 before anything is timed.
 """
@@ -51,18 +51,18 @@ class Truth:
 
     def __init__(self, spec: Spec, device: str, measured: Iterable[str] = ()) -> None:
         self.spec, self.device = spec, device
-        self._measured = set(measured)  # columns of this run: stock's own error comes with stock's, if that is one
+        self._measured = set(measured)  # columns of this run: the error of stock comes with its column, if that is one
         self._exact: dict[str, Tensor] = {}
         self._stock_error: dict[str, float] = {}
         self._compiled: Tensor | None = None  # gradient of stock torch.compile
 
     def error(self, provider: str, gradient: Tensor) -> float:
-        """The gradient's relative error; AssertionError if it is none of a step of this kind.
+        """The gradient's relative error; AssertionError if it cannot be that of such a step.
 
-        Held to half of the digits, or to four times stock PyTorch's own error where that is larger: an activation near
-        its kink can fall on either side.  Where stock torch.compile is further off, compiled with robustkern must be
-        what it is without, within the same bound.  Finite differences are inexact by nature, and bfloat16 autocast
-        rounds more than any kernel: their error is recorded, not judged.
+        It must be right to half of the digits, or to four times stock PyTorch's own error where that is larger: an
+        activation near its kink can fall on either side.  Where stock torch.compile is further off, torch.compile with
+        robustkern must agree with it within the same bound.  Finite differences are inexact by nature, and bfloat16
+        autocast rounds more than any kernel: their error is recorded, not judged.
         """
         stock = PLAIN if provider.startswith(PLAIN) else STOCK
         if stock not in self._exact:
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     add("--size", default="full", choices=("tiny", "full"))
-    add("--only", nargs="+", default=[""], help="regular expressions: only cases in whose name one is found")
+    add("--only", nargs="+", default=[""], help="only cases whose name contains one of these regular expressions")
     add("--resume", action="store_true", help="leave out the cases that this commit has measured")
     add("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     add("--seconds", type=float, default=3.0, help="roughly, for each provider of each case")

@@ -34,9 +34,9 @@ def deviation(section: Row, model: str, law: str, projections: int | str, figure
 
 
 def as_precise(section: Row, model: str, projections: int | str) -> float | None:
-    """Plain steps that the recipe takes for the variance of our estimate: more projections, or every row.
+    """Plain steps that the recipe needs for the variance of our estimate, by more projections or by every row.
 
-    Linear in K between the measured ones, which is what each further autograd.grad costs.
+    Linear in K between the measured numbers, since each further autograd.grad costs the same.
     """
     columns = cases(section)
     wanted = deviation(section, model, "orthonormal", projections, "predicted")
@@ -102,7 +102,7 @@ def reasons(section: Row) -> list[str]:
 
 
 def cost(section: Row, model: str, provider: str, count: float) -> float:
-    """Plain steps of a step with K projections, between and beyond those that were measured."""
+    """The time of a step with K projections in plain steps, between and beyond the measured numbers."""
     measured = sorted(
         (k, c[provider]["ratio"])
         for (m, k), c in cases(section).items()
@@ -115,7 +115,7 @@ def cost(section: Row, model: str, provider: str, count: float) -> float:
 
 
 def digest(section: Row) -> str:
-    """What the picture shows, as a number: stored in it, so that it can be told from a stale one."""
+    """A hash of what the picture shows, stored in it, so that a stale picture can be recognised."""
     shown = [[r["model"], r["projections"], r["provider"], r.get("ratio")] for r in section["rows"]]
     return hashlib.sha256(json.dumps([shown, section["variances"], _COLOURS]).encode()).hexdigest()[:16]
 

@@ -3,8 +3,7 @@
     python -m benchmarks.render [--check]
 
 A table stands between <!-- benchmarks:begin NAME --> and <!-- benchmarks:end NAME -->.  No figure is typed by hand, and
-no row is left out
-because it is a loss.
+no row is left out because it is a loss.
 """
 
 from __future__ import annotations
@@ -302,7 +301,7 @@ BLOCKS = (
 def featured(everything: dict[Path, Row], name: str) -> tuple[list[Path], list[Path]]:
     """The results whose tables of this section README.md shows, and those that it links to.
 
-    Every GPU's, and of the processors the one with the most figures, of several the last: not the one with the best.
+    Shown are every GPU's, and those of the processor with the most figures, not the best; of several, the last.
     """
     measured = [path for path, results in everything.items() if name in results]
     processors = [path for path in measured if path.stem.startswith("cpu-")]
@@ -381,7 +380,7 @@ def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[]
 
 
 def chart_path(images: Path, results: Path, name: str) -> Path:
-    """The chart of the processor that is shown has the plain name."""
+    """The path of a chart; for the processor that README.md shows, it has the plain name."""
     return images / (f"{name}.png" if results.stem.startswith("cpu-") else f"{name}-{results.stem}.png")
 
 

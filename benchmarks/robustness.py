@@ -4,8 +4,8 @@
     python -m benchmarks.robustness --seeds 3 --jobs 2           every method, two rows at a time
     python -m benchmarks.robustness --time                       time a step of each row's method again, on its own
 
-A row is what `robustkern train` and `robustkern evaluate` give with the recipe of the data set, on one thread. Killed
-at any moment, the same command goes on: rows that are there already are left out, runs resume, and each finished row is
+A row is what `robustkern train` and `robustkern evaluate` give with the recipe of the data set, on one thread. If it
+is killed, the same command goes on: rows that are there already are left out, runs resume, and each finished row is
 written at once to docs/robustness.json, from which `python -m benchmarks.render` writes docs/robustness.md. The runs of
 a study (`robustkern study`) with as many epochs are used as they are: --runs STUDY/models.
 """
@@ -59,7 +59,7 @@ def rows(path: Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a row is made with."""
+    """How rows are made."""
 
     data: str
     runs: Path
@@ -84,7 +84,7 @@ class Work:
         return self.runs / f"{method}-{seed}"
 
     def command(self, method: str, seed: int) -> str:
-        """What makes the row again."""
+        """The command that makes the row again."""
         words = ["python -m benchmarks.robustness", f"--data {self.data}", f"--method {method}", f"--seed {seed}"]
         return " ".join([*words, *([f"--epochs {self.epochs}"] if self.epochs else []), "--again"])
 

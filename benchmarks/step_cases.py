@@ -124,7 +124,7 @@ class Case:
                 torch.zeros_like(p) if grad is None else grad.detach() for p, grad in zip(self.parameters, grads)
             )
 
-        # Dynamo keeps what it compiled with the code object, which all columns would share.
+        # Dynamo caches compiled code by the code object, which all columns would share.
         traced.__code__ = traced.__code__.replace(co_name=f"step_{next(_steps)}_{provider}")
         compiled = torch.compile(traced, backend=backend, dynamic=False, fullgraph=True)
 
@@ -181,10 +181,10 @@ class Case:
         return loss.mean() + self.weight * norm.mean()
 
     def _finite_differences(self, x: Tensor, y: Tensor) -> Tensor:
-        """The penalty's derivative in g, v, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
+        """v, the penalty's derivative in g, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
 
-        In the parameters <g, v> has the gradient of the penalty, which is what a step needs; so it is for models that
-        mix the samples of a batch, too, as h is the same for all.
+        The gradient of <g, v> in the parameters is that of the penalty, which a step needs.  This holds even for
+        models that mix the samples of a batch, since h is the same for all.
         """
         loss = F.cross_entropy(self.model(x), y, reduction="none")
         (grad,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)

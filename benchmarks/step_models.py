@@ -1,4 +1,4 @@
-"""The networks whose training steps are timed, by the name that stands in the tables."""
+"""The networks whose training steps are timed, by their names in the tables."""
 
 from __future__ import annotations
 

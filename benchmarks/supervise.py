@@ -15,7 +15,7 @@ _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal
 
 
 class Progress:
-    """What a benchmark is at and what it has finished, kept in a file that survives it."""
+    """What a benchmark is doing and what it has finished, kept in a file that survives it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +48,7 @@ class Progress:
 
 
 def supervise(module: str, arguments: list[str]) -> int:
-    """Runs `python -m module arguments --progress FILE` until it ends by itself; its exit status, 1 after a crash."""
+    """Runs `python -m module arguments --progress FILE` until it ends by itself; gives its status, 1 after a crash."""
     with tempfile.TemporaryDirectory() as folder:
         path, crashed = Path(folder) / "progress.json", False
         while True:

@@ -1,4 +1,4 @@
-"""Checks of numbers and generators: one sentence that names the function, the argument, what it takes and what came."""
+"""Checks of arguments: an error is one sentence with the function, the argument, what it must be and what was given."""
 
 import math
 import operator
@@ -7,16 +7,16 @@ import torch
 
 
 def shown(value: object) -> str:
-    """repr(value) on one line, at most 100 characters of it: for messages."""
+    """repr(value) on one line, cut to 100 characters: for messages."""
     try:
         text = " ".join(repr(value).split())
-    except Exception as error:  # an integer of 5000 digits, or anybody's class
+    except Exception as error:  # an integer of 5000 digits, or a class whose repr fails
         text = f"a {type(value).__name__} ({type(error).__name__})"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_integer(function: str, name: str, value: object, least: int, otherwise: str = "") -> int:
-    """`value` as an int; ValueError unless it is an integer of at least `least`, of 64 bits (not a bool, not 2.0).
+    """`value` as an int; ValueError unless it is a 64-bit integer of at least `least` (True and 2.0 are not integers).
 
     `otherwise`: what else the argument may be, for the message.
     """
@@ -37,7 +37,7 @@ def check_number(
     """`value` as a float; ValueError unless it is a finite number in [least, most] or, `open_below`, (least, most]."""
     try:
         number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         number = math.nan
     if not (least <= number <= most and math.isfinite(number)) or (open_below and number == least):
         interval = f"{'(' if open_below else '['}{least:g}, {most:g}{')' if math.isinf(most) else ']'}"
@@ -52,7 +52,7 @@ def check_choice(function: str, name: str, value: object, choices: tuple[str, ..
 
 
 def check_generator(function: str, generator: object, device: torch.device, like: str = "outputs") -> None:
-    """TypeError or ValueError unless it is None or a torch.Generator on that kind of device."""
+    """TypeError or ValueError unless `generator` is None or a torch.Generator on that kind of device."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):

@@ -1,4 +1,4 @@
-"""Bases of cotangents, with which a Jacobian norm is a sum and no estimate."""
+"""Bases of cotangents: a sum over one gives a Jacobian norm exactly."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from robustkern._dtypes import accumulation_dtype
 
 
 def unit_cotangents(outputs: Tensor) -> Iterator[Tensor]:
-    """e_j for each of the D outputs of a sample, of the shape of `outputs`, one at a time."""
+    """Yields e_j, in the shape of `outputs`, for each of the D outputs of a sample."""
     size = outputs.shape[1:].numel()
     for j in range(size):
         cotangent = torch.zeros_like(outputs, memory_format=torch.contiguous_format)
@@ -20,10 +20,10 @@ def unit_cotangents(outputs: Tensor) -> Iterator[Tensor]:
 def basis_cotangents(outputs: Tensor, kind: str) -> Iterator[Tensor]:
     """w_j with sum_j ||J^T w_j||^2 = ||J||_F^2, ||(I - 11^T/C) J||_F^2 or tr(FIM), as `kind` says.
 
-    The matrix M of the kind, w = M v, maps one direction a of each position's C classes to zero: a = 1 / sqrt(C)
-    (centred), sqrt(p) (fisher).  C - 1 orthonormal vectors across from it are therefore enough:
-    q_j = e_j - a_j (a + e_C) / (1 + a_C), rows of the Householder reflection that takes a to -e_C; a >= 0, so nothing
-    cancels.  They may count as numbers where M is differentiated, since M a = 0 adds nothing, in value and slope.
+    With w = M v, the matrix M of a kind maps one direction a of each position's C classes to zero: a = 1 / sqrt(C)
+    (centred) or sqrt(p) (fisher).  C - 1 orthonormal vectors orthogonal to a are therefore enough:
+    q_j = e_j - a_j (a + e_C) / (1 + a_C), rows of the Householder reflection that takes a to -e_C; as a >= 0, nothing
+    cancels.  Where M is differentiated, q_j may stay constant: M a = 0 adds nothing to the value or its derivative.
 
     Args:
         outputs: [B, C] or [B, C, ...]; only "fisher" reads them, and is differentiable in them.
@@ -32,7 +32,7 @@ def basis_cotangents(outputs: Tensor, kind: str) -> Iterator[Tensor]:
     batch, classes = outputs.shape[:2]
     if kind == "plain" or classes == 1:
         for cotangent in unit_cotangents(outputs):
-            # With one class, centred and fisher are zero: once, so that the sum has a term.
+            # With one class, centred and fisher are zero: one zero cotangent gives the sum a term.
             yield cotangent if kind == "plain" else torch.zeros_like(cotangent)
             if kind != "plain":
                 return

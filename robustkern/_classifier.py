@@ -1,4 +1,4 @@
-"""What every attack and every loss is called with: a model, images, labels; and the logits that come out."""
+"""Checks of what every attack and every loss is called with (a model, images, labels) and of the model's logits."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from robustkern._dtypes import DTYPES
 
 
 def check_call(name: str, model: object, x: Any, y: Any, generator: object = None, *, soft: bool = False) -> Tensor:
-    """y, as int64 if it holds classes.  Numbers in x and y are looked at on the CPU only: on a GPU that takes waiting.
+    """Checks a call and returns y, classes as int64.  Values are checked on the CPU only: reading them stalls a GPU.
 
     Args:
         name: the attack or loss, for messages.
@@ -49,7 +49,7 @@ def check_call(name: str, model: object, x: Any, y: Any, generator: object = Non
     if y.device != x.device:
         raise ValueError(f"{name}: y must be on {x.device} like x, got {y.device}")
     check_generator(name, generator, x.device, "x")
-    # The sum shows it at a fraction of the cost, but may overflow.
+    # The sum is a cheap first test; since it may overflow, only the second test decides.
     if is_readable(x) and not math.isfinite(x.detach().sum().item()) and not bool(x.isfinite().all()):
         raise ValueError(f"{name}: x must be finite, got values that are NaN or infinite")
     y = y if probabilities else y.long()
@@ -71,14 +71,14 @@ def check_least(name: str, least: int) -> None:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor can be looked at without waiting for a device, a compiler or a transform."""
+    """Whether the values of a tensor can be read without waiting for a device, a compiler or a transform."""
     if torch.compiler.is_compiling() or torch._C._functorch.get_interpreter_stack():
         return False
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
 def logits_of(name: str, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """model(x), if it is logits [B, C] of two classes or more, and y are some of them."""
+    """model(x); raises unless it is logits [B, C] with C >= 2 and every y is one of the C classes."""
     logits = model(x)
     classes = None if y.is_floating_point() or not len(y) or not is_readable(y) else int(y.max())
     check_logits(name, logits, len(x), classes)
@@ -92,7 +92,7 @@ def logits_of(name: str, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
 
 
 def check_logits(name: str, logits: Any, count: int, largest: int | None = None) -> None:
-    """Raises unless they are logits [count, C], with C >= 2 and more than the largest class."""
+    """Raises unless `logits` are [count, C] with C >= 2 and C greater than the largest class."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{name}: model must give logits [{count}, classes], got {got}")
@@ -100,17 +100,25 @@ def check_logits(name: str, logits: Any, count: int, largest: int | None = None)
         raise TypeError(f"{name}: model must give floating-point logits, got {logits.dtype}")
     if logits.shape[1] < 2:
         raise ValueError(f"{name}: model must give a logit for each of two classes or more, got {logits.shape[1]}")
-    if largest is not None and largest >= logits.shape[1]:
-        raise ValueError(f"{name}: y must be classes from 0 to {logits.shape[1] - 1}, got {largest}")
+    if largest is not None:
+        check_largest(name, largest, logits.shape[1])
+
+
+def check_largest(name: str, largest: int, classes: int) -> None:
+    """Raises ValueError if the largest class is none of so many."""
+    if largest >= classes:
+        raise ValueError(f"{name}: y must be classes from 0 to {classes - 1}, got {largest}")
 
 
 def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:
     """d sum(values) / d x, without history.
 
     Raises:
-        ValueError: The values do not depend on x by a graph.
+        ValueError: The values have no graph that leads to x.
     """
-    grad = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    if not values.requires_grad:
+        raise ValueError(_independent(name))
+    grad: Tensor | None = torch.autograd.grad(values, x, torch.ones_like(values), allow_unused=True)[0]
     if grad is None:
         raise ValueError(_independent(name))
     return grad

@@ -1,4 +1,4 @@
-"""Reads files that anybody may have written: regular files of bounded size, JSON of bounded depth, no key twice."""
+"""Reads files from unknown sources: only regular files of bounded size, and JSON of bounded depth with unique keys."""
 
 import errno
 import json
@@ -8,8 +8,8 @@ from typing import IO, Any
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """A file to read from; OSError for a pipe or a device, which may never end."""
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    """Opens a regular file for reading; OSError for a pipe or a device, which may never end."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait forever.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -18,7 +18,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """What a regular file of at most so many bytes holds; OSError if it cannot be read, is larger or another file."""
+    """The content of a regular file; OSError if it cannot be read, is not regular, or is larger than `most` bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -27,10 +27,10 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON document.
+    """The value of a JSON document.
 
     Raises:
-        ValueError: It is none, is nested too deeply or has a key twice.
+        ValueError: It is not JSON, is nested too deeply or has a key twice.
     """
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

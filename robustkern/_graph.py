@@ -7,7 +7,7 @@ from torch.autograd.graph import Node
 
 
 def graph_nodes(tensor: Tensor) -> Iterator[Node]:
-    """Every node that a backward pass from `tensor` can reach, once."""
+    """Yields every node that a backward pass from `tensor` can reach, once."""
     seen = set()
     stack = [tensor.grad_fn]
     while stack:

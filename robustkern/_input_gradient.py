@@ -1,4 +1,4 @@
-"""J^T w, the gradient of outputs with respect to inputs, checked: a wrong use is one sentence, never a silent zero."""
+"""J^T w, the gradient of outputs with respect to inputs, checked: wrong use raises and never gives a silent zero."""
 
 import sys
 
@@ -54,7 +54,7 @@ def input_gradient(
 
     Args:
         function: the public function, for messages.
-        name: what it calls the outputs.
+        name: its name for the outputs.
         outputs: computed from x.
         x: the inputs.
         cotangent: w, of the shape of the outputs; None for a scalar's 1.

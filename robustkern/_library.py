@@ -1,4 +1,4 @@
-"""Finds and loads the compiled extensions.  Importing this never fails; it remembers why something is missing."""
+"""Finds and loads the compiled extensions.  Importing this never fails; it records why one is missing."""
 
 import functools
 import importlib
@@ -19,6 +19,11 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError:
         return None, f"robustkern.{name} is not built; build it with: {BUILD}"
     except ImportError as error:  # built for another PyTorch, Python or machine
+        if runtime := re.search(r"libcudart\.so[.\d]*", str(error)):
+            return None, (
+                f"robustkern.{name} needs {runtime[0]}, the CUDA runtime of its toolkit, which PyTorch "
+                f"{torch.__version__} does not bring: install a PyTorch for this CUDA, or rebuild it with: {BUILD}"
+            )
         return None, (
             f"robustkern.{name} is built but does not load with PyTorch {torch.__version__}: {error}; "
             f"rebuild it with: {BUILD}"
@@ -27,8 +32,8 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def _load_aten() -> tuple[ModuleType | None, str | None]:
-    """Like _load, but loads nothing that was built with another PyTorch: it uses PyTorch's C++ classes, whose layout
-    and symbols change from version to version, and would crash rather than fail."""
+    """Like _load, but loads nothing that was built with another PyTorch: _aten uses PyTorch's C++ classes, whose layout
+    and symbols change from version to version, so a mismatch would crash instead of raising an error."""
     found = importlib.util.find_spec("robustkern._aten")
     if found is None or found.origin is None:
         return _load("_aten")
@@ -90,7 +95,7 @@ def cuda_why_unavailable() -> str | None:
 
 
 def architectures() -> tuple[str, ...]:
-    """What robustkern._cuda holds code for: images such as "sm_90", and PTX such as "compute_120"."""
+    """The architectures that robustkern._cuda holds code for: images such as "sm_90", and PTX such as "compute_120"."""
     return tuple(getattr(_CUDA, "architectures", "").split())
 
 
@@ -106,7 +111,7 @@ def why_no_image(index: int) -> str | None:
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether a GPU runs such code: an image if it is of the same major version and no older, PTX if no older."""
+    """Whether a GPU runs this code: an image of the GPU's major version, or PTX, if it is not newer than the GPU."""
     code, number, specific = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", architecture).groups()  # type: ignore[union-attr]
     built_for = divmod(int(number), 10)
     if specific == "a":
@@ -115,7 +120,7 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 
 
 def runs_on_cuda(index: int) -> bool:
-    """Whether the kernels run on the CUDA device of this index; says once if not.  robustkern._aten asks it."""
+    """Whether the kernels run on the CUDA device of this index; warns once if not.  robustkern._aten calls it."""
     missing = why_no_image(index)
     if missing is not None:
         warn_once(f"robustkern leaves PyTorch's own derivatives on cuda:{index}: {missing}")
@@ -127,7 +132,7 @@ def why_no_kernel(tensor: torch.Tensor) -> str | None:
     kind = tensor.device.type
     if kind == "cuda":
         missing = cuda_why_unavailable()
-        # Without a GPU there are fake tensors only.
+        # Without a GPU, a CUDA tensor can only be a fake one.
         return why_no_image(tensor.get_device()) if missing is None and torch.cuda.is_available() else missing
     if kind in ("cpu", "meta"):
         return why_unavailable()

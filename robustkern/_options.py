@@ -1,4 +1,4 @@
-"""Options of attacks and losses, checked by their names: what has one name means the same everywhere."""
+"""Checks the options of attacks and losses by name: a name means the same everywhere."""
 
 import dataclasses
 import math
@@ -18,14 +18,14 @@ from robustkern.reference.attack_step import NORMS
 
 
 def check_options(options: Any, *, box: bool = False, **choices: tuple[str, ...]) -> None:
-    """Raises ValueError (TypeError for what must be callable), naming class and option, unless every field makes sense.
+    """Checks every field; raises ValueError (TypeError for what must be callable) that names the class and the option.
 
-    Numbers become floats, and lists and arrays of them tensors.
+    Numbers become floats; lists and arrays of numbers become tensors.
 
     Args:
         options: an attack or a loss, a dataclass.
-        box: whether `eps` and `step_size` are of a ball in [0, 1]: in the Linf norm more than 1 makes no sense.
-        **choices: by the name of a field, the texts that it may be.
+        box: whether `eps` and `step_size` are lengths in [0, 1]^n: in the Linf norm, more than 1 makes no sense.
+        **choices: for the name of a field, the texts that it may hold.
     """
     owner = type(options).__name__
     for field in dataclasses.fields(options):
@@ -51,7 +51,7 @@ def check_options(options: Any, *, box: bool = False, **choices: tuple[str, ...]
 
 
 def _magnitude(owner: str, name: str, value: Any, *, positive: bool = False) -> float | Tensor:
-    """`value` as a float, or as a tensor if it is one, a list or an array; finite, and not negative or `positive`."""
+    """`value` as a float, or as a tensor if it is a tensor, list or array; finite, and >= 0, or > 0 if `positive`."""
     try:
         if isinstance(value, (str, bytes, bool)):
             raise TypeError
@@ -62,7 +62,7 @@ def _magnitude(owner: str, name: str, value: Any, *, positive: bool = False) -> 
         tensor = torch.as_tensor(number, device="cpu")  # not the default device, which may be "meta"
         sign = tensor > 0 if positive else tensor >= 0
         valid = tensor.dtype != torch.bool and tensor.numel() > 0 and bool((tensor.isfinite() & sign).all())
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: of complex numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: complex numbers
         valid = False
     if not valid:
         expected = "positive" if positive else "not negative"
@@ -79,7 +79,7 @@ def _flag(owner: str, name: str, value: object) -> bool:
 def _norm_order(owner: str, name: str, value: Any) -> float:
     try:
         order = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-    except OverflowError:  # an integer without end
+    except OverflowError:  # an integer too large for a float
         order = math.nan
     if not order >= 1.0:
         raise ValueError(f"{owner}: {name} must be 1, 2, inf or any number >= 1, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""Pickles, inspected before they are run: a small pickle may make objects of any size."""
+"""Inspects a pickle before it is loaded: even a small one may build objects of any size."""
 
 import pickletools
 
@@ -6,18 +6,18 @@ _IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 def check_pickle(content: bytes, most: int) -> set[str]:
-    """What it imports by GLOBAL instructions, each "module name".
+    """The names that a pickle imports by GLOBAL instructions, each as "module name".
 
     Args:
         content: A pickle.
-        most: How many instructions, and places to remember things, it may have. What it makes may have ten times as
-            many elements, each counted whenever a walk meets it: a tuple that holds a tuple twice, and so on forty
-            times over, takes years to be hashed, and so does a smaller one that is the key of many mappings.
+        most: How many instructions and memo entries it may have. What it builds may have ten times as many elements,
+            counted each time a traversal reaches one: a tuple that holds a tuple twice, and so on forty levels deep,
+            takes years to hash, and so does a smaller one that is the key of many mappings.
 
     Raises:
-        ValueError: It is no pickle, or makes more.
+        ValueError: It is not a pickle, or exceeds these limits.
     """
-    stack: list[list[int] | None] = []  # the size of each object, in a list that its names share; None: a mark
+    stack: list[list[int] | None] = []  # each object's size, in a list that all references to it share; None: a mark
     memo: dict[int, list[int]] = {}
     imported: set[str] = set()
     total = 0

@@ -1,6 +1,6 @@
-"""Settings: fields of a dataclass, each declared once with its type, its default and the numbers that it may be.
+"""Settings: fields of a dataclass, each declared once with its type, its default and its range.
 
-The docstring of the class says what each setting is; its first sentence is the help text of the command line.
+The docstring of the class describes each setting; the first sentence is its help text on the command line.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from robustkern._arguments import shown
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be: of one kind, between two ends.
+    """The numbers that a setting may take: integers or any real numbers, between two ends.
 
     Attributes:
         least: The smallest one.
         most: The largest one.
         integer: Whether it must be an integer.
-        open: Ends that do not belong to it: "", "(", ")" or "()".
-        unit: What they measure, for messages.
+        open: Which ends are excluded: "", "(", ")" or "()".
+        unit: The unit, for messages.
     """
 
     least: float
@@ -35,7 +35,7 @@ class Range:
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
             return False
-        number: Any = value  # mypy knows no order of a Real
+        number: Any = value  # mypy cannot compare Reals
         ends = [end for end, mark in ((self.least, "("), (self.most, ")")) if mark in self.open]
         return self.least <= number <= self.most and number not in ends
 
@@ -63,15 +63,15 @@ def setting(
 
     Args:
         default: Its default, if it has one.
-        valid: The numbers that it may be.
-        panel: Under which heading `--help` lists it.
-        flags: How the command line calls it, if not by its name: "--norm -p".
+        valid: The numbers that it may take.
+        panel: The heading under which `--help` lists it.
+        flags: Its option on the command line, if not its own name: "--norm -p".
     """
     return dataclasses.field(default=default, metadata={"valid": valid, "panel": panel, "flags": tuple(flags.split())})
 
 
 def check_ranges(settings: Any, error: type[Exception]) -> None:
-    """Raises `error` unless every number of a dataclass is one that it may be."""
+    """Raises `error` unless every number of a dataclass is in its range."""
     for field in dataclasses.fields(settings):
         valid, value = field.metadata.get("valid"), getattr(settings, field.name)
         if valid is not None and value not in valid:
@@ -79,7 +79,7 @@ def check_ranges(settings: Any, error: type[Exception]) -> None:
 
 
 def summaries(kind: type) -> dict[str, str]:
-    """The first sentence of what the docstring of a class says of each of its attributes."""
+    """The first sentence about each attribute in the docstring of a class."""
     section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
     texts = {name: " ".join(text.split()) for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.M)}
     return {name: re.sub('["`]', "", text.partition(". ")[0].rstrip(".")) + "." for name, text in texts.items()}

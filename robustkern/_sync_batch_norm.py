@@ -6,8 +6,8 @@
                       grad_x = -w r^2 [mean(u P(g)) xh + mean(g xh) P(u) + mean(u xh) P(g)] + r P(a g)
                       grad_w = r sum g P(u)
 
-Means run over all processes; sums, and a and b, belong to one.  grad_x is the derivative of the sum of all processes'
-losses, as PyTorch's first backward takes it, and grad_w is one process's share of it.
+Means run over all processes; sums, and a and b, belong to one process.  grad_x is the derivative of the sum of all
+processes' losses, as in PyTorch's first backward; grad_w is one process's share of that derivative.
 """
 
 import functools
@@ -49,7 +49,7 @@ class _SyncBatchNormBackward(torch.autograd.Function):
         ctx.group = group
         node = SimpleNamespace(saved_tensors=(x, w, mean, invstd, counts), process_group=group, needs_input_grad=needs)
         grads = _ORIGINAL(node, g)
-        # For no samples PyTorch gives None, and a process without a node would miss the sums that follow.
+        # PyTorch gives None for an empty batch; without a node, this process would miss the sums that follow.
         return tuple(
             torch.zeros_like(like) if grad is None and needed and like is not None else grad
             for grad, like, needed in zip(grads, (x, w, w), needs)
@@ -81,7 +81,7 @@ def _second_backward(
 
     g, v = grad.to(wide), x.to(wide)
     center, r = spread(mean), spread(invstd)
-    if torch.is_grad_enabled():  # the statistics as functions of x, of the values that they have
+    if torch.is_grad_enabled():  # makes the statistics functions of x, with the same values
         own = spread(total(v)[0] / count)
         center = own + (center - own).detach()
         variance = spread(total((v - center).square())[0] / count)
@@ -108,7 +108,7 @@ def _second_backward(
 
 @functools.cache
 def replace(enabled: Callable[[], bool]) -> None:
-    """Gives SyncBatchNorm's backward a derivative wherever `enabled` while a graph is built."""
+    """Makes SyncBatchNorm's backward differentiable in every graph that is built while `enabled()` is true."""
     if not dist.is_available():
         return
 

@@ -1,7 +1,7 @@
-"""Text from outside, such as names of files and classes, on its way out: one function for each place it goes to.
+"""Escapes text from outside, such as names of files and classes: one function for each place where it is shown.
 
-What cannot be printed (control characters and terminal escapes, bytes of a name that are not UTF-8, marks that turn the
-direction of writing) is everywhere shown as Python's repr shows it.
+What cannot be printed (control characters, terminal escapes, bytes that are not UTF-8, marks that change the direction
+of writing) is shown everywhere as Python's repr shows it.
 """
 
 import html
@@ -24,7 +24,7 @@ def plain(text: object) -> str:
 
 
 def brief(text: object, most: int = 160) -> str:
-    """`plain`, with the middle left out of what is longer than `most` characters: for messages."""
+    """`plain`, cut in the middle to `most` characters: for messages."""
     try:
         text = str(text)
     except ValueError:  # of an integer with thousands of digits
@@ -72,21 +72,21 @@ def _word(text: str) -> str:
 
 @contextmanager
 def literal(figure: Any) -> Iterator[None]:
-    """While it is open, Matplotlib draws what the figure's texts say: a $ in a name begins no formula, nor TeX."""
+    """In this context, Matplotlib draws a figure's texts literally: a $ in a name starts no formula, and TeX is off."""
     import matplotlib
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set(parse_math=False, usetex=False, text="\n".join(map(plain, text.get_text().split("\n"))))
-    # Labels of ticks are made while it draws.  Names may have letters that the font lacks, which are drawn as boxes, or
-    # be too long for any layout.
+    # The context covers the drawing, which makes the tick labels.  Names may have letters that the font lacks, drawn as
+    # boxes, or be too long for any layout.
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from|constrained_layout not applied", UserWarning)
         yield
 
 
 def loosen_streams() -> None:
-    """Let stdout and stderr print what their encoding lacks as escapes: an ASCII terminal is no error."""
+    """Makes stdout and stderr print characters that their encoding lacks as escapes, not raise: for ASCII terminals."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

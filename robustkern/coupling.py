@@ -1,4 +1,4 @@
-"""Whether a model treats each sample of a batch by itself, as penalties of a sample's gradient take for granted."""
+"""Whether a model treats each sample of a batch by itself, as penalties on a sample's gradient assume."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ from robustkern.ops.row_norm import row_norm
 def batch_coupling(model: Callable[[Tensor], Tensor], x: Tensor) -> float:
     r"""sqrt(sum_H ||w^T d f_H / d x_not H||^2 / sum_H ||w^T d f_H / d x||^2): how much samples depend on each other.
 
-    H are two random halves of the batch, w random signs.  Zero for a model that treats each sample by itself; then
-    gradient and Jacobian norms are each sample's own.  BatchNorm in training mode is the usual reason for more.
-    Penalties remain what their formula says, but of a sample's gradient together with the others' part: put BatchNorm
-    into eval mode, or use GroupNorm, where that matters.  Half of all pairs of samples are looked at: a model in which
-    few samples depend on few others can get a zero.
+    H runs over two random halves of the batch; w are random signs.  The result is zero for a model that treats each
+    sample by itself, so that gradient and Jacobian norms are each sample's own.  If it is not, the usual reason is
+    BatchNorm in training mode: penalties then include what the other samples contribute to a sample's gradient.  Where
+    that matters, put BatchNorm into eval mode or use GroupNorm.  Only half of all pairs of samples are tested: a model
+    in which few samples depend on few others can get zero.
 
     Args:
-        model: maps x [B, ...] to outputs [B, ...]; its mode is respected, its buffers and the random state of PyTorch
-            end as they were (the buffers of a function that is no `nn.Module` are out of reach).
+        model: maps x [B, ...] to outputs [B, ...]; it runs in its current mode, and its buffers and PyTorch's
+            random state are restored (except buffers behind a function that is not an `nn.Module`).
         x: a batch of at least two samples, floating point.
 
     Returns:

@@ -21,22 +21,22 @@ def install(*, materialize_zeros: bool = False) -> None:
     of a chain of small ones; SyncBatchNorm, which PyTorch cannot differentiate twice, gets a second backward.
     Everywhere else (no grad mode, plain training steps, torch.func, forward-mode differentiation, derivatives that are
     taken inside a torch.utils.checkpoint, DTensor and other tensors with a `__torch_dispatch__` of their own) PyTorch's
-    own kernels run, but for RMSNorm's backward, which PyTorch composes of a dozen operators.
+    own kernels run.  The exception is RMSNorm's backward, which PyTorch composes of a dozen operators.
 
-    First derivatives keep their bits, but for those of LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm:
-    always), and those of GELU, SiLU and Mish for several cotangents at once (torch.func.vmap over autograd.grad), which
-    run fused kernels too and differ by rounding.
+    First derivatives keep their bits, with these exceptions, which run fused kernels too and differ by rounding:
+    LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm always), and GELU, SiLU and Mish for several
+    cotangents at once (torch.func.vmap over autograd.grad).
 
-    Calling it again changes nothing but the option.  A graph keeps the derivatives it was built with: one built before
+    Calling it again only changes the option.  A graph keeps the derivatives it was built with: one built before
     `install()` stays PyTorch's, one built after it stays fused, whenever it is run.
 
     Args:
-        materialize_zeros: give derivatives that are identically zero, such as that of ReLU's gradient in its input, as
-            tensors of zeros, as PyTorch does.  By default they are not computed at all: after `.backward()` a
-            parameter that a penalty does not depend on has `.grad` None instead of zeros, which optimizers with
-            momentum or weight decay and DistributedDataParallel (`find_unused_parameters`) can tell apart; behind
-            tensors of less than 16,384 elements on the CPU PyTorch's zeros stay.
-            `torch.autograd.grad(outputs, inputs)` gives zeros for the inputs that it is asked for either way.
+        materialize_zeros: return derivatives that are identically zero, such as that of ReLU's gradient in its input,
+            as tensors of zeros, as PyTorch does.  By default they are not computed: after `.backward()`, a parameter
+            that a penalty does not depend on has `.grad` None instead of zeros.  Optimizers with momentum or weight
+            decay and DistributedDataParallel (`find_unused_parameters`) treat the two differently.  Behind tensors of
+            fewer than 16,384 elements on the CPU, PyTorch's zeros stay.  Either way,
+            `torch.autograd.grad(outputs, inputs)` returns zeros for the inputs that it is asked for.
 
     Raises:
         RuntimeError: the extension is missing; the message says why.
@@ -51,7 +51,7 @@ def install(*, materialize_zeros: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Gives PyTorch its own second derivatives back; without effect if they were never replaced."""
+    """Restores PyTorch's own second derivatives; does nothing if they were never replaced."""
     extension = _library.aten_extension()
     if extension is not None:
         extension.uninstall()
@@ -67,7 +67,7 @@ def is_installed() -> bool:
 
 @contextmanager
 def fused_double_backward() -> Iterator[None]:
-    """`install()` for the graphs built inside a with statement, in any thread; also ended by an exception.
+    """`install()` for the graphs that any thread builds inside a with statement; an exception ends it too.
 
         with robustkern.fused_double_backward():
             loss = criterion(model(x), y)
@@ -92,7 +92,7 @@ def fused_double_backward() -> Iterator[None]:
 def fused_where_possible(impl: str = "auto") -> AbstractContextManager[None]:
     """The scope that robustkern's own penalties open: none for the reference, without the extension, or while tracing.
 
-    What torch.compile traces is fused by `install()`: tracing cannot enter a scope halfway.
+    What torch.compile traces is fused by `install()` alone: tracing cannot enter a scope halfway.
     """
     missing = _library.aten_why_unavailable()
     if missing and impl != "reference" and not torch.compiler.is_compiling() and not _library.why_unavailable():
@@ -106,7 +106,7 @@ def replaced_operators(device: str = "cpu") -> list[str]:
     """The operators of PyTorch whose derivatives are replaced while installed, such as "aten::gelu_backward".
 
     Args:
-        device: "cpu" or "cuda"; the latter without the CUDA extension only those that need no kernel of ours.
+        device: "cpu" or "cuda"; for "cuda" without the CUDA extension, only those that need no kernel of ours.
     """
     extension = _library.aten_extension()
     return [] if extension is None else sorted(set(extension.operators(device == "cuda")))
@@ -117,7 +117,7 @@ _TAGS = {False: " robustkern", True: " robustkern with zeros"}
 
 
 def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: ignore[no-untyped-def]
-    """Keeps apart what torch.compile caches on disk: its key is the traced program, whatever replaces its operators."""
+    """Separates torch.compile's disk caches: the key, the traced program, does not show what replaces its operators."""
     config = torch.compiler.config
     with _tagging:
         tag = config.cache_key_tag
@@ -129,7 +129,7 @@ def _tag_compiled_code(extension, zeros: bool | None = None) -> None:  # type: i
 
 
 def folds(outputs: torch.Tensor, x: torch.Tensor, cotangents: int, impl: str = "auto") -> bool:
-    """Whether so many backward passes from `outputs` to x are best made as one, torch.func.vmap over autograd.grad."""
+    """Whether this many backward passes from `outputs` to x are best run as one: torch.func.vmap over autograd.grad."""
     extension = _library.aten_extension()
     if impl == "reference" or extension is None or torch.compiler.is_compiling():
         return False
@@ -139,15 +139,15 @@ def folds(outputs: torch.Tensor, x: torch.Tensor, cotangents: int, impl: str = "
 def _saves_through_hooks(outputs: torch.Tensor) -> bool:
     """Whether PyTorch's own nodes have saved anything through torch.autograd.graph.saved_tensors_hooks.
 
-    Checkpointing does.  It computes the forward again from within the backward, and under vmap PyTorch's operators save
-    other tensors there, or the same ones in another order: where their shapes agree, no error tells.
+    Checkpointing does.  It runs the forward again inside the backward, where PyTorch's operators, under vmap, save
+    other tensors or save them in another order; if their shapes agree, nothing reports the mistake.
     """
     for node in graph_nodes(outputs):
         for name in _saved_names(type(node)):
             saved = getattr(node, name)
             for tensor in saved if isinstance(saved, tuple) else (saved,):
                 if tensor is not None and getattr(tensor, "unpack_hook", tensor) is not None:
-                    return True  # or this PyTorch does not tell
+                    return True  # or this PyTorch cannot tell
     return False
 
 

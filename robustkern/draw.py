@@ -11,16 +11,16 @@ from robustkern.sharding import Shard
 
 @dataclass(frozen=True)
 class Draw:
-    """Where one call of a loss takes its random numbers from, which step it is, and which rows of the batch it sees.
+    """Where one call of a loss gets its random numbers, which step it belongs to, and which rows of the batch it sees.
 
-    A loss remembers nothing: whatever differs between two calls on the same batch stands here or in PyTorch's default
-    generators, and a training that gives each step the draw of its number ends, resumed, in the same bits.
+    A loss keeps no state: only this and PyTorch's default generators can make two calls on the same batch differ.  If a
+    step's draw depends only on the step's number, resumed training ends in the same bits.
 
     Attributes:
-        generator: Of the loss's own random numbers, on the device of x; the call moves it on.  None: PyTorch's default
-            one, which it has to be in a step that torch.compile traces.
-        step: Number of the step, from 0.  `robustkern.losses.Lazy` goes by it, and refuses None.
-        shard: Rows of a larger batch that x and y are; None: all of them.
+        generator: Source of the loss's own random numbers, on the device of x; the call advances it.  None: PyTorch's
+            default one, the only one that torch.compile can trace.
+        step: Number of the step, from 0.  `robustkern.losses.Lazy` depends on it and refuses None.
+        shard: Which rows of a larger batch x and y are; None: all of them.
     """
 
     generator: torch.Generator | None = None
@@ -36,10 +36,10 @@ class Draw:
         return None if self.shard is None else self.shard.samples(x.device)
 
     def normal(self, x: Tensor) -> Tensor:
-        """Normally distributed, in float32, [B, ...]; a sample's numbers do not depend on which process has it."""
+        """Normal random numbers, float32 [B, ...]; a sample's numbers do not depend on which process has it."""
         rows = len(x) if self.shard is None else self.shard.total
         noise = torch.randn(rows, *x.shape[1:], generator=self.generator, device=x.device)
         return noise if self.shard is None else self.shard.rows(noise)
 
 
-FRESH = Draw()  # what a call without one has
+FRESH = Draw()  # the draw of a call that gives none

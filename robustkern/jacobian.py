@@ -1,4 +1,4 @@
-"""The Jacobian of a model's outputs with respect to its inputs: norms by random projection or exact, and itself."""
+"""The Jacobian of a model's outputs with respect to its inputs, and its norms, by random projection or exact."""
 
 import math
 from collections.abc import Iterable
@@ -52,8 +52,8 @@ def jacobian_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""mean_k ||J_i^T w_ik||_2^2 ~ ||J_i||_F^2 for each sample i, with J_i = d outputs_i / d x_i and random w_ik.
 
-    Unbiased for every law and every number K of projections; exact for "exact" and for K = D orthonormal ones, D being
-    the number of outputs of a sample.  Other quantities are of the same form, kind says which:
+    Unbiased for every law and every number K of projections; exact for "exact" and for K = D orthonormal ones, where D
+    is the number of outputs of a sample.  `kind` chooses among three quantities of this form:
 
         plain    ||J||_F^2                                   Jacobian regularisation
         centred  ||(I - 11^T/C) J||_F^2                      C/2 times the cross-Lipschitz sum over pairs / C^2
@@ -66,17 +66,17 @@ def jacobian_norm(
         gaussian     2 ||A||_F^2
         rademacher   2 (||A||_F^2 - sum_c A_cc^2)
 
-    and that of a batch's mean another B times less: one projection is enough for training.  Each projection takes
-    one backward pass, and another in the backward pass of the result: a step with K of them takes 1 + K plain steps
-    in time, and K times the activations in memory.  Where `robustkern.install()` was in force when a network of
-    convolutions, linear layers, BatchNorm, LayerNorm, RMSNorm, ReLU, GELU, SiLU and Mish was run, the K passes are one,
-    in which every operator works on all cotangents at once (on the CPU if BatchNorm and ReLU see K MiB at most).
+    and that of a batch's mean is B times smaller still: one projection is enough for training.  Each projection takes
+    one backward pass, and another in the backward pass of the result: a step with K of them takes the time of 1 + K
+    plain steps, and K times the memory for activations.  If `robustkern.install()` was in force when a network of
+    convolutions, linear layers, BatchNorm, LayerNorm, RMSNorm, ReLU, GELU, SiLU and Mish ran, the K passes become one,
+    in which every operator works on all cotangents at once (on the CPU, if BatchNorm and ReLU see at most K MiB).
 
     To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
-    A model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
-    part, J_ji = d outputs_j / d x_i: `batch_coupling` measures how much.  Random projections, which differ from sample
-    to sample, then estimate sum_j ||J_ji||_F^2, while "exact", whose basis is the same for all, is
-    ||sum_j J_ji||_F^2; K = D is not exact there, and the variance is more than these formulas say.
+    In a model that mixes the samples of a batch, such as one with BatchNorm in training mode, other samples contribute
+    too, by J_ji = d outputs_j / d x_i: `batch_coupling` measures how much.  Random projections, which differ from
+    sample to sample, then estimate sum_j ||J_ji||_F^2, while "exact", whose basis is the same for all samples, gives
+    ||sum_j J_ji||_F^2.  There, K = D is not exact, and the variance is larger than these formulas say.
 
     Args:
         outputs: [B, C] or [B, C, d1, ...] (dense prediction), computed from x by differentiable operations.
@@ -89,10 +89,10 @@ def jacobian_norm(
         weight: a number or one value per channel of x, such as eps / std: the norm of J diag(weight).
         squared: False for the square root of the estimate, which is biased (downwards) unless it is exact.
         reduction: "none" [B], "mean" or "sum" over the batch.
-        generator: where the projections come from, on the device of outputs; None: the default one, which it has to
-            be in what torch.compile traces.
-        first: row of a larger batch that the first of these is: its projections are those that it has there.
-        return_variance: also give an unbiased estimate of the estimate's variance, from the spread of the K values:
+        generator: source of the projections, on the device of outputs; None: the default one, the only one that
+            torch.compile can trace.
+        first: position of the first row in a larger batch: every row gets the projections that it has there.
+        return_variance: also return an unbiased estimate of the estimate's variance, from the spread of the K values:
             s^2 / K, with (1 - K / D) for "orthonormal", where s^2 has the divisor K - 1.  It needs K >= 2 and
             `squared`, and assumes that a sample's outputs depend on no other sample, see above.  Not differentiable.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.
@@ -107,9 +107,9 @@ def jacobian_norm(
             detached; an option that is none of the above; K > D for "orthonormal".
         RuntimeError: the model was compiled from outside, see `gradient_norm`.
 
-    Differentiability: once more in the parameters and x if `create_graph`; where a Jacobian vanishes, by zero, also
-    if not `squared`. Determinism: a function of the generator's state, and else as deterministic as the model's own
-    backward. Source: Hoffman, Roberts and Yaida, "Robust learning with Jacobian regularization", 2019 (sphere).
+    Differentiability: once more in the parameters and x if `create_graph`; where a Jacobian vanishes, its derivative is
+    zero, even if not `squared`. Determinism: given the generator's state, as deterministic as the model's own backward.
+    Source: Hoffman, Roberts and Yaida, "Robust learning with Jacobian regularization", 2019 (sphere).
     """
     function = "jacobian_norm"
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
@@ -136,7 +136,7 @@ def jacobian_norm(
         if exact:
             cotangents: Iterable[Tensor] = basis_cotangents(source, kind)
         else:
-            # A row's directions are those of its place in the whole batch: zeros stand for the rows before these.
+            # A row's projections depend on its place in the whole batch: zeros stand in for the rows before these.
             padded = torch.cat([source.new_zeros(first, *source.shape[1:]), source]) if first else source
             cotangents = random_cotangents(padded, count, law=law, kind=kind, generator=generator, impl=impl)
             cotangents = cotangents[:, first:] if first else cotangents
@@ -166,7 +166,7 @@ def jacobian_norm(
     with torch.set_grad_enabled(differentiable):
         if squared:
             norm = stacked.sum(1) if exact else stacked.mean(1)
-        else:  # a norm again, and so without the infinite slope that a root has at zero
+        else:  # row_norm, unlike a square root, has no infinite slope at zero
             norm = row_norm(stacked, 2.0, 1.0 if exact else stacked.shape[1] ** -0.5, impl=impl)
         norm = _reduce(norm, reduction)
     if not return_variance:
@@ -175,14 +175,14 @@ def jacobian_norm(
 
 
 def _variance(values: Tensor, outputs: Tensor, exact: bool, law: str, reduction: str) -> Tensor:
-    """Of the mean of each row of values [B, K]."""
+    """The variance of the mean of each row of values [B, K]."""
     batch, count = values.shape
     size = outputs.shape[1:].numel()
     if exact or (law == "orthonormal" and count == size):
         variance = values.new_zeros(batch)
     else:
-        # The values of a whole frame have a constant sum, so that any two have the covariance -Var / (D - 1): drawn
-        # without replacement, as it were, with the same correction for a finite population.
+        # The D values of a whole frame have a constant sum, so any two have the covariance -Var / (D - 1), as if drawn
+        # without replacement: hence the correction for a finite population.
         variance = values.var(1) / count * (1 - count / size if law == "orthonormal" else 1.0)
     variance = _reduce(variance, "sum" if reduction == "mean" else reduction)
     return variance / batch**2 if reduction == "mean" else variance
@@ -206,24 +206,24 @@ def suggest_projections(
         estimate, variance = jacobian_norm(outputs, x, 4, reduction="mean", return_variance=True)
         suggest_projections(estimate, variance, 0.05, projections=4, dimensions=outputs[0].numel())
 
-    With reduction="mean" that is the standard deviation of a batch's mean, relative to it; with reduction="none" the
-    root mean square over the samples.  It is an estimate itself, from the given variance: take it from a batch that
-    is not too small.
+    With reduction="mean", the left side is the standard deviation of a batch's mean, relative to it; with
+    reduction="none", it is the root mean square over the samples.  K is itself an estimate, from the given variance:
+    use a batch that is not too small.
 
     Args:
-        estimate: as from `jacobian_norm(..., return_variance=True)`, of any reduction.
+        estimate: from `jacobian_norm(..., return_variance=True)`, with any reduction.
         variance: likewise.
-        relative_error: the one that is wanted, > 0.
-        projections: the K that they were taken with.
-        dimensions: D, the number of outputs of a sample; no answer is larger for law="orthonormal".
-        law: of the projections.
+        relative_error: the target, > 0.
+        projections: the K of that call.
+        dimensions: D, the number of outputs of a sample; for law="orthonormal", the answer is never larger.
+        law: that of the projections.
 
     Returns:
-        K, as a number: it waits for the device.
+        K as an int; getting it waits for the device.
 
     Raises:
-        ValueError: projections that show no variance, since they were exact, a relative_error that is not positive, or
-            an estimate and a variance that are not finite or not of one shape.
+        ValueError: the projections were exact and so show no variance, relative_error is not positive, or estimate and
+            variance are not finite or differ in shape.
 
     Differentiability: none. Determinism: complete.
     """
@@ -241,12 +241,12 @@ def suggest_projections(
             f"suggest_projections: {projections} projections by the law {law!r} in {dimensions} dimensions show no "
             "variance: take 2 or more, and fewer than there are dimensions if they are orthonormal"
         )
-    # The square of an estimate is too large by its variance; that of non-negative values is never larger itself.
+    # On average, the square of an estimate is too large by its variance, which for values >= 0 never exceeds it.
     squares, variances = (float(t.sum()) for t in (estimate.detach().double().square(), variance.detach().double()))
     if not math.isfinite(squares) or not math.isfinite(variances):
         raise ValueError(f"{function}: estimate and variance must be finite, got {estimate} and {variance}")
     wanted = relative_error**2 * (squares - variances if squares > variances else squares)
-    # s^2 in Var_K = s^2 / K, for orthonormal ones s^2 / K (1 - K / D)
+    # s^2, where Var_K = s^2 / K, or s^2 / K (1 - K / D) for orthonormal projections
     spread = variances * projections / (1 - projections / dimensions if orthonormal else 1)
     if spread == 0:
         return 1

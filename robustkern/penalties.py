@@ -20,15 +20,15 @@ def gradient_norm(
 ) -> Tensor:  # [B]
     r"""||w * d loss_i / d x_i||_p for each sample i.
 
-    The gradient is that of the sum of the losses, so each sample's is its own and does not shrink with the batch.  A
-    model that mixes the samples of a batch, such as one with BatchNorm in training mode, adds the other samples'
-    part.
+    The sum of the losses is differentiated: each sample gets its own gradient, which does not shrink as the batch
+    grows.  In a model that mixes the samples of a batch, such as one with BatchNorm in training mode, the other
+    samples' losses contribute too.
 
-    To penalise it, add a multiple of its mean to the loss and call backward; the second derivative is exact, and fused
-    for the operators that `robustkern.install()` replaces, installed or not.  (GroupNorm, RMSNorm, SiLU and Mish, whose
-    forward pass must know of it, are fused if the forward pass too ran installed or within
+    To penalise it, add a multiple of its mean to the loss and call backward.  The second derivative is exact, and fused
+    for the operators that `robustkern.install()` replaces, whether that was called or not.  (GroupNorm, RMSNorm, SiLU
+    and Mish are fused only if the forward pass, too, ran after `install()` or within
     `robustkern.fused_double_backward()`, as it does in `robustkern.losses`.)  A parameter that the penalty does not
-    depend on, such as the last bias, gets no gradient from it: `.grad` None, not zeros, if nothing else gives one.
+    depend on, such as the last bias, gets no gradient from it: if no other term gives one, `.grad` is None, not zeros.
 
     For robustness to perturbations bounded in the l_q norm take the dual p = q / (q - 1): Linf -> p = 1, L2 -> p = 2.
 
@@ -47,8 +47,8 @@ def gradient_norm(
     Raises:
         TypeError: x or loss is not a floating-point tensor.
         ValueError: x does not require grad, loss is not [B], loss does not depend on x, or its graph was detached.
-        RuntimeError: the model was compiled from outside (torch.compile of the model alone), whose gradient cannot
-            be differentiated again.
+        RuntimeError: the model was compiled from outside (torch.compile of the model alone): its gradient cannot be
+            differentiated again.
 
     Differentiability: once more in the parameters and x if `create_graph`.  Determinism: as deterministic as the
     model's own backward. Source: Drucker and LeCun, "Double backpropagation increasing generalization performance",

@@ -13,16 +13,16 @@ from torch import Tensor
 class Shard:
     """Rows offset, ..., offset + size - 1 of a batch of `total` rows; other processes have the rest.
 
-    A loss that draws random numbers for its samples draws them by the sample's row in the whole batch, so that two
-    processes with half the batch each see the numbers that one process with all of it sees.  Means over the rows of a
-    process, each times its `share`, add up to the mean over the batch.
+    A loss draws a sample's random numbers by its row in the whole batch, so that two processes with half the batch each
+    get the numbers that one process with all of it gets.  The processes' means over their rows, each times its `share`,
+    add up to the mean over the batch.
 
     Attributes:
         offset: First row.
         size: Number of rows, at least 1.
         total: Rows of the whole batch.
-        idle: These rows belong to another process too, and count for nothing here: a process for which a small last
-            batch has no row of its own still takes part in everything that all do together.
+        idle: Whether these rows belong to another process and count for nothing here: a process that gets no
+            row of a small last batch still takes part in every collective operation.
     """
 
     offset: int
@@ -38,17 +38,17 @@ class Shard:
 
     @classmethod
     def of(cls, rank: int, world_size: int, total: int) -> Shard:
-        """The part of process `rank`: contiguous, in the order of the ranks, sizes differing by at most one."""
+        """The part of process `rank`: contiguous rows, in the order of the ranks; sizes differ by at most one."""
         begin, end = (index * total // world_size for index in (rank, rank + 1))
         return cls(begin, end - begin, total) if end > begin else cls(0, 1, total, idle=True)
 
     @property
     def share(self) -> float:
-        """What a mean over these rows counts in the mean over the batch."""
+        """The weight of a mean over these rows in the mean over the batch."""
         return 0.0 if self.idle else self.size / self.total
 
     def samples(self, device: torch.device | str = "cpu") -> Tensor:
-        """Number of each row in the whole batch: what attacks take as `indices`.  [size] int64"""
+        """The number of each row in the whole batch, which attacks take as `indices`.  [size] int64"""
         return torch.arange(self.offset, self.offset + self.size, device=device)
 
     def rows(self, whole: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class Shard:
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """tensor = sum over the processes of share * tensor, in place; without other processes, tensor * share.
 
-        Every process must call it, with tensors of the same shapes.  For what a loss computes from the whole batch
-        before its own backward pass, such as the direction of an adversarial weight perturbation.
+        Every process must call it, with tensors of the same shapes.  It serves what a loss computes from the whole
+        batch before its own backward pass, such as the direction of an adversarial weight perturbation.
         """
         for tensor in tensors:
             tensor.mul_(self.share)
@@ -70,7 +70,7 @@ class Shard:
 
 
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """tensor = its sum over all processes, in place: one message for all of them, which must have one dtype."""
+    """tensor = its sum over all processes, in place: one message for all tensors, which must have one dtype."""
     if not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])

@@ -39,19 +39,19 @@ def jacobian_spectral_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""||J_i^T v_i||_2 -> sigma_max(J_i), with v_i from power iteration on J J^T: v <- J J^T v / ||J J^T v||.
 
-    Never above the true value, and never further below it than an iteration before.  The error shrinks by
-    (sigma_2 / sigma_1)^4 with each iteration; it lives in the space of the outputs, the smaller of the two, and takes
-    one backward pass and the derivative of one.  Few iterations are enough where the vectors of the same samples'
-    last call are given as the start.  With ten classes, say, `torch.linalg.matrix_norm(input_jacobian(outputs,
+    The result is never above the true value, and an iteration never lowers it.  The error shrinks by
+    (sigma_2 / sigma_1)^4 with each iteration.  An iteration works in the space of the outputs, the smaller of the two,
+    and takes one backward pass and the derivative of one.  Few iterations are enough if `start` holds the vectors from
+    the last call on the same samples.  With ten classes, say, `torch.linalg.matrix_norm(input_jacobian(outputs,
     x).flatten(2), 2)` is exact at the price of five iterations.
 
     Args:
         outputs: [B, C] or [B, C, d1, ...], computed from x by differentiable operations.
         x: the inputs, a leaf that requires grad.
         iterations: >= 0.
-        start: v, of the shape of outputs and of any length; None: random.  A sample whose start is zero gets zero.
-        generator: where a random start comes from, on the device of outputs; None: the default one.
-        return_vectors: also give v, the left singular vectors, of the shape of outputs: the next start.
+        start: the first v, in the shape of outputs, of any length; None: random.  Where it is zero, so is the result.
+        generator: source of a random start, on the device of outputs; None: the default one.
+        return_vectors: also return v, the left singular vectors, of the shape of outputs: the next start.
         create_graph: whether the result can be differentiated; by default, whether grad mode is on.
         impl: "auto", "kernel" or "reference".
 
@@ -61,9 +61,9 @@ def jacobian_spectral_norm(
     Raises:
         TypeError, ValueError, RuntimeError: as `jacobian_norm`.
 
-    Differentiability: once more in the parameters and x if `create_graph`, with v held fixed: the derivative of the
-    largest singular value once v has converged; zero where the Jacobian is zero. Determinism: a function of the start
-    or the generator's state, and else as deterministic as the model's own backward. Source: Yoshida and Miyato,
+    Differentiability: once more in the parameters and x if `create_graph`, with v held fixed, which is the derivative
+    of the largest singular value once v has converged; zero where the Jacobian is zero. Determinism: given the start or
+    the generator's state, as deterministic as the model's own backward. Source: Yoshida and Miyato,
     "Spectral norm regularization", 2017.
     """
     function = "jacobian_spectral_norm"
@@ -85,7 +85,7 @@ def jacobian_spectral_norm(
             v = start.detach().to(outputs.dtype)
         v = _normalized(v, v, impl)
         if iterations:
-            # J^T w is linear in w, and its derivative in w along u is J u: forward mode out of two reverse ones.
+            # J^T w is linear in w, and its derivative in w along u is J u: two reverse modes make a forward one.
             w = torch.zeros_like(v, requires_grad=True)
             linear = input_gradient(function, "outputs", outputs, x, w, create_graph=True)
         for _ in range(iterations):
@@ -102,6 +102,6 @@ def jacobian_spectral_norm(
 
 
 def _normalized(t: Tensor, otherwise: Tensor, impl: str) -> Tensor:
-    """Each sample of unit length; those of length zero are taken from `otherwise`."""
+    """t with each sample scaled to unit length; samples of length zero are taken from `otherwise`."""
     norm = row_norm(t.detach(), 2.0, impl=impl).view(-1, *(1 for _ in t.shape[1:]))
     return torch.where(norm > 0, t / torch.where(norm > 0, norm, 1.0), otherwise).to(t.dtype)

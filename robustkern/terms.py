@@ -1,4 +1,4 @@
-"""What a robust loss consists of: a term that orients the decision boundary and one that makes it smooth."""
+"""The two parts of a robust loss: a term that orients the decision boundary and one that makes it smooth."""
 
 from __future__ import annotations
 

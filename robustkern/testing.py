@@ -1,6 +1,6 @@
 """How accurate is accurate enough: the one check that every kernel passes.
 
-Public, so that kernels written elsewhere can be held to the same.
+Public, so that kernels written elsewhere can be held to the same standard.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ def derivatives(
 
     Args:
         function: f, twice differentiable.
-        x: where; it is detached first, and keeps its layout.
+        x: the point; it is detached first and keeps its layout.
         grad: cotangent of y, shaped like y.
         u: cotangent of grad_x, shaped like x.
         orders: how often f is differentiated: 0 to 2.
 
     Returns:
-        Four detached tensors; zeros for a derivative that autograd found not to exist, or was not asked for.
+        Four detached tensors; zeros for a derivative that is absent from the graph or was not asked for.
     """
     x = x.detach().requires_grad_()
     grad = grad.detach().requires_grad_()
@@ -71,11 +71,11 @@ def assert_as_accurate_as_reference(
 
     Args:
         actual: what the kernel returned.
-        eager: the reference on the same inputs in the same dtype.  If `actual` is float64, where the reference would be
-            compared with itself: the reference in float32, whose error then counts in units of eps.
+        eager: the reference on the same inputs in the same dtype.  For a float64 `actual`, where the reference
+            would be compared with itself, the reference in float32; its error then counts in units of eps.
         exact: the reference in float64 on the same inputs, converted with `cast`.
-        zero: `exact` is zero, and meant to be; the errors then count as they are.
-        what: how messages call the result.
+        zero: whether `exact` is meant to be zero; errors are then absolute.
+        what: name of the result in messages.
 
     Raises:
         AssertionError: the shape, dtype or device differs from that of `eager`, an element is not finite, `exact` is

@@ -1,4 +1,4 @@
-"""Models whose measured robustness is not to be believed, each for a reason of its own."""
+"""Models whose measured robustness is wrong, each for a different reason."""
 
 import copy
 
@@ -53,7 +53,7 @@ class AdaptsItsInput(Wrapped):
 
 
 class Wavy(Wrapped):
-    """Ripples of a grey level's length: gradients are true at the images, and lead nowhere off them."""
+    """Ripples one grey level long: gradients are right at the images, but lead nowhere away from them."""
 
     def forward(self, x):
         levels = 2 * torch.pi * 16

@@ -43,7 +43,7 @@ CASES = [
 
 over_all = pytest.mark.parametrize("case", CASES, ids=str)
 over_filled = pytest.mark.parametrize("case", [c for c in CASES if not c.empty], ids=str)
-# Those whose kernels can be differentiated twice.
+# Cases whose kernels can be differentiated twice.
 over_chains = pytest.mark.parametrize("case", [c for c in CASES if not c.empty and c.orders == 2], ids=str)
 over_small_chains = pytest.mark.parametrize(
     "case", [c for c in CASES if not c.empty and c.elements <= 1000 and c.orders == 2], ids=str
@@ -58,7 +58,7 @@ def in_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:
-    """Normally distributed, in the layout of the tensor; the same values for every dtype and device."""
+    """Normal random numbers in the layout of the tensor; the same values for every dtype and device."""
     values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.empty_like(tensor).copy_(values)
 
@@ -89,7 +89,7 @@ def assert_accurate(sample: Sample, grad: Tensor, u: Tensor, actual: Derivatives
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
-    """Equal in every bit, NaN and signed zeros included."""
+    """Asserts that every bit is equal, NaN and signed zeros included."""
     if isinstance(actual, tuple):
         assert len(actual) == len(expected)
         for a, e in zip(actual, expected, strict=True):
@@ -109,7 +109,7 @@ class Call:
     arguments: tuple[Any, ...]
 
     def __call__(self, **replaced: Any) -> tuple[Tensor, ...]:
-        """Runs the call, with some arguments replaced; the results as a tuple."""
+        """Runs the call, with some arguments replaced; returns the results as a tuple."""
         arguments = [replaced.get(a.name, value) for a, value in zip(self.operator._schema.arguments, self.arguments)]
         result = self.operator(*arguments)
         return result if isinstance(result, tuple) else (result,)

@@ -1,7 +1,7 @@
-"""Compiles robustkern._C and robustkern._aten, without making code, against the headers of several versions of PyTorch.
+"""Checks that robustkern._C and robustkern._aten compile against the headers of several versions of PyTorch.
 
 The headers come out of PyTorch's wheels for macOS, a tenth as large as those for Linux and with the same headers; they
-are kept in build/compat.  Prints a line for every version, and what the compiler says where it refuses one.
+are kept in build/compat.  Prints a line for every version, and the compiler's errors for one that it refuses.
 
 Usage: compat.py [VERSION ...]; by default all of VERSIONS.
 """
@@ -29,14 +29,14 @@ PRECOMPILED = ROOT / "csrc" / "aten" / "precompiled.h"  # read once for all file
 
 
 def headers(version: str) -> Path:
-    """The folder of the headers of this version, downloaded if need be."""
+    """The folder of the headers of this version, downloaded if necessary."""
     folder = CACHE / version
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             platforms = ("--platform=macosx_11_0_arm64", "--platform=macosx_14_0_arm64")
             choice = ("--no-deps", "--only-binary=:all:", *platforms, "--python-version=3.11", f"torch=={version}")
-            # A constraint on what this machine installs says nothing about headers.
+            # A constraint on what this machine installs must not constrain these headers.
             environment = os.environ | {"PIP_CONSTRAINT": os.devnull}
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "-d", scratch, *choice]
             subprocess.run(pip, check=True, env=environment)
@@ -59,7 +59,7 @@ def flags(extension: Extension, include: Path) -> list[str]:
 
 
 def precompile(compiler: str, extension: Extension, include: Path) -> list[str]:
-    """The flags under which a file of the extension finds PyTorch's headers read already."""
+    """Precompiles PyTorch's headers; returns the flags under which a file of the extension uses them."""
     header = shutil.copy(PRECOMPILED, include.parent)
     common = flags(extension, include)
     command = [compiler, *common, "-x", "c++-header", header, "-o", f"{header}.gch"]
@@ -82,7 +82,7 @@ def complaints(version: str) -> list[str]:
 
 
 def main() -> None:
-    """One line a version; exits with 1 if one does not compile."""
+    """Prints one line per version; exits with 1 if one does not compile."""
     failed = False
     for version in sys.argv[1:] or VERSIONS:
         start = time.perf_counter()

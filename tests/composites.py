@@ -7,18 +7,18 @@ import math
 import torch
 import torch.nn.functional as F
 
-noise = 0.0  # relative: what stands for a rounding after each step of a normalisation, and wherever `rounded` is called
-least = 1  # how many values there must be to a mean
+noise = 0.0  # relative size of the rounding to simulate after each step of a normalisation and in `rounded`
+least = 1  # how many values a mean must have
 _batch_norm, _instance_norm = F.batch_norm, F.instance_norm
 
 
 def rounded(t, phase=0):
-    """t, as if each element had been rounded by up to `noise`; so are its gradients, otherwise."""
+    """t, as if each element had been rounded by up to `noise`; its gradients are rounded too, by other amounts."""
     if not noise:
         return t
     i = torch.arange(t.numel(), dtype=t.dtype)
     value, slope = ((1.7 * i + 0.61 * i * i + 1e15 * noise + phase + k).cos().view(t.shape) for k in (0, 9))
-    # A kernel's derivative is not that of what it rounds: where terms cancel, theirs do not.
+    # A derivative is rounded independently of its function: where terms cancel, their roundings do not.
     return t * (1 + noise * slope) + (t * (noise * (value - slope))).detach()
 
 
@@ -31,7 +31,7 @@ def normalized(x, dims, eps, centred=True):
 
 
 def affine(y, w, b, first):
-    """y times w plus b, which lie along the dimensions of y from `first` on."""
+    """y times w plus b; w and b lie along the dimensions of y from `first` on."""
 
     def along(p):
         return p.view(*p.shape, *[1] * (y.dim() - first - p.dim()))
@@ -90,5 +90,5 @@ def hardsigmoid(x, inplace=False):
 TWICE = {
     "scaled_dot_product_attention": attention,
     "hardsigmoid": hardsigmoid,
-}  # of which PyTorch has no second derivative
+}  # PyTorch has no second derivative of these
 ALL = TWICE | {f.__name__: f for f in (batch_norm, instance_norm, group_norm, layer_norm, rms_norm)}

@@ -63,7 +63,7 @@ def pytest_addoption(parser):
 
 
 def few(items, most):
-    """Of all combinations of each test's parameters so many that every value is among them, and no more than `most`."""
+    """At most `most` combinations of each test's parameters, chosen so that every value occurs."""
     seen, kept = set(), defaultdict(set)
     for item in random.Random(0).sample(items, len(items)):
         parameters = item.callspec.params if hasattr(item, "callspec") else {"": None}
@@ -97,7 +97,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="session")
 def however_small():
-    """Replaced derivatives also for tensors so small that PyTorch's are as fast, which is what tests are made of."""
+    """Replaces derivatives even for tensors so small that PyTorch's are as fast: tests use such tensors."""
     if _library.aten_extension() is not None:
         _library.aten_extension().however_small(True)
 
@@ -117,7 +117,7 @@ def not_emulated() -> None:
 
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
-    """Runs are trained, but not drawn, which takes longer."""
+    """Runs are trained but not drawn, since drawing takes longer."""
     from robustkern.training.run_folder import RunFolder
 
     monkeypatch.setattr(RunFolder, "draw", lambda *_: None)

@@ -41,7 +41,7 @@ def keep_architectures(extension: Extension, chosen: list[str]) -> None:
 
 
 def find_nvcc(extension: Extension) -> str:
-    """nvcc of the toolkit that setup.py found."""
+    """The nvcc of the toolkit that setup.py found."""
     from torch.utils import cpp_extension
 
     return os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")

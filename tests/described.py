@@ -1,4 +1,4 @@
-"""What setup.py builds, for scripts that compile it in other ways: there is one list of sources, flags and defines."""
+"""What setup.py builds, for scripts that compile it in other ways: one list of sources, flags and defines for all."""
 
 import os
 import runpy
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def extensions(cuda: bool = False) -> dict[str, Extension]:
-    """The extensions by name, such as robustkern._C; with robustkern._cuda if asked, or SystemExit where it cannot be.
+    """The extensions by name, such as robustkern._C; with robustkern._cuda if asked for, or SystemExit if it cannot be.
 
     Paths of sources are relative to `ROOT`, which becomes the working directory.
     """

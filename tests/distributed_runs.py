@@ -19,7 +19,7 @@ from robustkern.training.run_folder import RunFolder
 
 
 def adversarial(model, x, y, draw, *, eps):
-    """Cross-entropy at an adversary from a random start, and of a noisy copy: what a sample draws is its own."""
+    """Cross-entropy at an adversary from a random start, and at a noisy copy: every sample draws its own numbers."""
     adversary = PGD(eps, steps=2)(model, x, y, draw.generator, indices=draw.samples(x))
     terms = losses.CrossEntropy()(model, x + 0.1 * draw.normal(x), y)
     return Terms(terms.orientation, losses.CrossEntropy()(model, adversary, y).orientation - terms.orientation, 1.0)
@@ -35,7 +35,7 @@ def build(name, options, *, eps, impl):
     return build_loss(name, options, eps=eps, impl=impl)
 
 
-# An odd batch, so that the parts differ; of the last one, a single sample, the batch before is made longer.
+# An odd batch, so that the parts differ; the last sample, alone in a batch, joins the batch before.
 SETTINGS = {"epochs": 2, "batch_size": 33, "train_samples": 67, "eval_samples": 30, "pgd_steps": 2, "threads": 1,
             "lr": 0.02, "ramp": 0.5}  # fmt: skip
 
@@ -69,15 +69,15 @@ CASES = {
 CASES["pgd in float32"], CASES["lazy in float32"] = CASES["pgd"], CASES["lazy"]
 FLOAT32 = {"pgd in float32", "lazy in float32"}
 
-# What takes no sign of a gradient. The others turn on the signs of gradients that are nearly zero, which another
-# division of the batch rounds to the other side in float32: they are compared in float64.
+# Cases that take no sign of a gradient. The others depend on the signs of gradients that are nearly zero, which
+# another division of the batch may flip in float32: they are compared in float64.
 SMOOTH = {"standard", "label-smoothing", "distillation", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz",
           "few projections", "a fraction", "no row, a fraction", "exact", "everything else"}  # fmt: skip
 
 
 @contextmanager
 def precision_of(case: str) -> Iterator[None]:
-    """Every network in float64 whose case needs it."""
+    """Makes networks float64 if the case needs it."""
     create = models.create
 
     def create_double(*args, **kwargs):
@@ -93,7 +93,7 @@ def precision_of(case: str) -> Iterator[None]:
 
 
 def prepare() -> None:
-    """In every process that is compared: crops as for photographs, no figures."""
+    """Prepares every process that is compared: crops as for photographs, no figures."""
     trainer_module.build_loss = build
     trainer_module.check_options = lambda *args: None  # that teacher is no file
     datasets.augmentation = lambda name: datasets.CropFlip(1, flip=False)

@@ -1,4 +1,4 @@
-"""Random command lines and damaged run directories: each is done, or refused in one line that names what is wrong.
+"""Random command lines and damaged run directories: each works, or is refused in one line that names what is wrong.
 
 The suite tries fixed seeds (`test_fuzz_commands.py`).  By hand, any number of them from any seed on:
 
@@ -38,7 +38,7 @@ from robustkern.training import Interrupted
 from robustkern.training import figures as training_figures
 from robustkern.training.run_folder import RunFolder
 
-STARTED = 75  # what a study that would begin to train exits with here
+STARTED = 75  # the exit status of a study that would begin to train here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Parameter:
 
 @functools.cache
 def commands() -> dict[str, tuple[Parameter, ...]]:
-    """Those of the typer app, with all of their parameters."""
+    """The commands of the typer app, with all of their parameters."""
     found = {}
     for name, command in typer.main.get_command(app).commands.items():
-        # What typer has wrapped around the function has its annotations still.
+        # Typer's wrapper of the function keeps its annotations.
         hints = typing.get_type_hints(command.callback, include_extras=True)
         parameters = []
         for parameter in command.params:
@@ -82,7 +82,7 @@ EVALUATE = ["--attacks", "pgd", "--samples", "4", "--pgd-steps", "1", "--restart
 
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
-    """Nothing is drawn, no step is timed, and a study stops where it would begin to train."""
+    """Inside, nothing is drawn, no step is timed, and a study stops where it would begin to train."""
 
     def stop(*args: object, **options: object) -> None:
         raise Interrupted("a study would begin here")
@@ -109,7 +109,7 @@ def invoke(*arguments: object) -> typing.Any:
 
 @functools.cache
 def world() -> Path:
-    """A folder with a run that was trained and evaluated, images, settings and what else a path may lead to."""
+    """A folder with a run that was trained and evaluated, images, settings and other things that a path may name."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-commands-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     run = folder / "run"
@@ -136,7 +136,7 @@ def world() -> Path:
 
 @contextlib.contextmanager
 def copy_of_the_world() -> Iterator[Path]:
-    """A copy to be spoilt, as the working directory."""
+    """A copy that may be damaged, as the working directory."""
     before, threads = os.getcwd(), torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="fuzz-commands-") as name:
         place = Path(name) / "world"
@@ -157,7 +157,7 @@ BAD = ["", " ", "x", "nan", "-1", "-0.5", "1e999", "1/0", "９" * 3 + "x", str(2
 PATHS = ["run", "run/config.yaml", "weights.safetensors", "file", "file/below", "foreign", "empty", "pets", "nothing",
          "new/folder", "settings.yaml", "broken.yaml", "wrong.yaml", ".", "/dev/null", "", "\0", "a" * 300]  # fmt: skip
 METHODS = ["standard", "pgd", "gradient-penalty", "jacobian", "vat", "gradalign", "distillation", "magic"]
-# Whatever is valid here is quickly done.
+# Whatever is valid here runs quickly.
 GOOD: dict[str, list[str]] = {
     "data": ["digits", "digits", "pets", "mnist", "nothing"],
     "method": METHODS,
@@ -193,7 +193,7 @@ def value(parameter: Parameter, rng: random.Random) -> str:
 
 
 def command_line(seed: int) -> list[str]:
-    """Arguments of the program; what is valid of them takes a second at most."""
+    """Arguments of the program; if they are valid, it takes a second at most."""
     rng = random.Random(seed)
     name = rng.choices(["train", "evaluate", "study", "demo", "info", "x"], [50, 30, 12, 4, 2, 2])[0]
     parameters = commands().get(name, ())
@@ -221,7 +221,7 @@ DONE = {"train": "results.json", "evaluate": "evaluation.json", "demo": "results
 
 
 def fault_of(result: typing.Any, words: list[str], place: Path, before: dict[str, bytes]) -> str | None:
-    """What is wrong with what a command line did; None if nothing is."""
+    """What a command line did wrong; None if nothing."""
     error = result.exception
     if error is not None and not isinstance(error, SystemExit):
         return "".join(traceback.format_exception(error)[-3:])
@@ -290,7 +290,7 @@ def try_command(seed: int) -> str | None:
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Spoils a file in one of the ways in which disks, editors and programs do; what it did."""
+    """Damages a file as disks, editors and programs do; returns what it did."""
     content = path.read_bytes()
     structured = path.suffix in (".json", ".jsonl", ".yaml")
     way = rng.choice(
@@ -364,7 +364,7 @@ def folder_command(rng: random.Random) -> list[str]:
 
 
 def try_folder(seed: int) -> str | None:
-    """The fault of one command on a run directory that was damaged, if it has one; refused, it changes nothing."""
+    """The fault of one command on a damaged run directory, if it has one; a refused command must change nothing."""
     rng = random.Random(seed)
     with copy_of_the_world() as place, quick():
         files = sorted(p for p in (place / "run").rglob("*") if p.is_file() and p.name != ".lock")

@@ -4,16 +4,16 @@
     python tests/fuzz_networks.py --case "Case(...)"        # as it was printed
 
 A seed makes a Case: layers and a loss in Python's own words, features (checkpoints, hooks, writes, ...) and a way to
-differentiate.  It runs without robustkern, with `install()` and with `install(materialize_zeros=True)`.  What is held:
+differentiate.  It runs without robustkern, with `install()` and with `install(materialize_zeros=True)`.  Required:
 
 * where PyTorch works, installed works and agrees: None is zero, or, with materialize_zeros, None where PyTorch's is;
-* where PyTorch raises, installed raises or is right.  Right is what float64 gives in elementary operators, and PyTorch
-  in these operators where it has no derivative of its own: there installed must not raise either;
+* where PyTorch raises, installed raises or is right.  The truth is what float64 gives in elementary operators; if
+  PyTorch lacks only the derivative of a replaced operator, installed must not raise either;
 * errors in float32 and below, and differences in float64, are at most a few times PyTorch's own and those that one
   rounding after each layer makes;
 * what is finite in PyTorch is finite.
 
-A failing case is printed after it has lost every layer and feature that it can fail without.
+A failing case is printed after every layer and feature has been removed that it fails without, too.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Network(nn.Module):
 
 
 class Run:
-    """One execution of a case; `results` are what it has found, by name.  `exact`: of the same values, in float64."""
+    """One execution of a case; `results` holds what it finds, by name.  `exact`: use the same values in float64."""
 
     def __init__(self, case: Case, mode: str | None = None, exact: bool = False) -> None:
         self.case, self.features, self.exact, self.results = case, case.features, exact, Results()
@@ -172,7 +172,7 @@ class Run:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def random_like(self, name: str, t: Tensor, *batch: int) -> Tensor:
-        """A cotangent or a tangent, which lies otherwise than t."""
+        """A cotangent or a tangent, in another layout than t."""
         return LAYOUTS["reversed"](self.random(f"like {name}", (*batch, *t.shape))).to(t.dtype)
 
     def loss(self, x: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class Run:
             with forward_ad.dual_level():
                 duals = [forward_ad.make_dual(t, self.random_like(name, t)) for name, t in zip(names, leaves)]
                 found = tuple(forward_ad.unpack_dual(g).tangent for g in gradient(*duals, create_graph=order > 2))
-        else:  # traced; what the graph has saved of outputs is cut from it, so that only eager derivatives are right
+        else:  # traced; outputs that the graph has saved are cut from it, so that only eager derivatives are right
             found = differentiated(norm(gradient if self.exact else make_fx(gradient)(*leaves))(*leaves), leaves)
         self.results.update(
             {f"{how} {name}": t for name, t in zip(names, found if isinstance(found, tuple) else (found,))}
@@ -309,7 +309,7 @@ def contiguous_if_frozen(x: Tensor, *args: Any, group_norm: Any = F.group_norm) 
 
 def attempt(case: Case, mode: str | None = None, functions: dict[str, Any] | None = None, exact: bool = False,
             noise: float = 0) -> Results | Exception:  # fmt: skip
-    """What a run finds, or what it raises; `functions` stand in for those of torch.nn.functional."""
+    """What a run finds, or what it raises; `functions` replace those of torch.nn.functional."""
     functions = {"group_norm": contiguous_if_frozen} | (functions or {})
     try:
         with mock.patch.multiple(F, **functions), mock.patch.object(composites, "noise", noise):
@@ -326,21 +326,21 @@ def norm(t: Tensor | None) -> float:
 
 
 def distance(ours: Tensor | None, theirs: Tensor | None) -> float:
-    """Where theirs is finite; None is zero."""
+    """The distance where theirs is finite; None is zero."""
     if ours is None or theirs is None:
         return norm(ours) + norm(theirs)
     return norm(torch.where(torch.isfinite(theirs), ours.double() - theirs.double(), 0))
 
 
 class Judge:
-    """Compares installed with what is expected; what that takes in float64 is computed only where they differ."""
+    """Compares installed with what is expected; float64 results are computed only where the two differ."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.basis, self.expected, self.strict = case, "stock", attempt(case), True
         names = (getattr(torch, d) for d in (case.dtype, case.features.get("autocast", case.dtype)))
         self.eps = max(torch.finfo(dtype).eps for dtype in names)
         if isinstance(self.expected, Exception) and not {"write", "checkpoint"} <= set(case.features):
-            # Installed must work where all that PyTorch lacks is a derivative of an operator that is replaced.
+            # Installed must work if PyTorch lacks only the derivative of a replaced operator.
             lacking = "derivative for" in str(self.expected) and case.how in AUTOGRAD
             self.strict = lacking and not {"switch", "subclass", "write"} & set(case.features)
             self.case = case.without("write", "subclass")
@@ -358,11 +358,11 @@ class Judge:
         return "0" in self.case.features.get("switch", "") or bool(third) or view
 
     def in_float64(self, noise: float = 0) -> Results:
-        for case in self.case, self.case.without("write"):  # which autocast hides in its copies
+        for case in self.case, self.case.without("write"):  # autocast's copies hide the write
             found = attempt(case, functions=composites.ALL, exact=True, noise=noise)
             if not isinstance(found, Exception):
                 return found
-        return self.expected  # what PyTorch itself finds must do
+        return self.expected  # there is only PyTorch's own result
 
     @functools.cached_property
     def exact(self) -> Results:
@@ -373,14 +373,14 @@ class Judge:
         return [self.in_float64(scale * self.eps) for scale in (1, -1, 0.7)]
 
     def judge(self, mode: str, ours: Results | Exception) -> tuple[str, str | None]:
-        """What was compared, and what is wrong."""
+        """What it was compared with, and what is wrong."""
         if isinstance(self.expected, Exception):
             return "both raise" if isinstance(ours, Exception) else "unverified", None
         if isinstance(ours, Exception):
             error = f"{type(ours).__name__}: {(str(ours).splitlines() or [''])[0][:140]}"
             composed = re.search("rms_?norm|group_?norm", str(self.case).lower())
             kept = "modified by an inplace operation" in error and composed
-            # What PyTorch cannot do for several cotangents it does not meet where it has lost the derivative.
+            # Where PyTorch has lost the derivative, it never reaches what it cannot do for several cotangents.
             lost = self.is_lossy and ("vmap" in error or self.case.how in FUNCTIONAL)
             if not self.strict or kept or lost or "a recorded derivative cannot be differentiated" in error:
                 return "both raise", None  # PyTorch composes RMSNorm and GroupNorm, and keeps other tensors
@@ -436,18 +436,18 @@ class Judge:
             return None
         exact = self.exact.get(name)
         error, own_error = distance(ours, exact), distance(theirs, exact)
-        # Also that of the lower orders: where a higher one is exactly zero, kernels that round are not.
+        # Include the lower orders: where a higher order is exactly zero, the rounded result of a kernel is not.
         names = [other for other in self.expected if other.rpartition(" ")[2] == name.rpartition(" ")[2]]
         lower = names[: names.index(name) + 1]
         noise = max(distance(run.get(n), self.exact.get(n)) for run in self.roundings for n in lower)
-        # Formulas that PyTorch does not have may round in terms that cancel, where elementary operators have none.
+        # Formulas that PyTorch does not have may round terms that cancel, which elementary operators do not have.
         if error <= 4 * own_error + (30 if self.basis == "stock" else 1000) * noise + tolerance:
             return None
         third, short = self.case.order == 3, self.eps > 1e-9
         if self.basis != "stock" and (short or self.of_stock or (third and self.case.how in FUNCTIONAL)):
             return None  # in another precision than ours, or with derivatives of PyTorch's in the middle
         if (third or short) and self.exact is self.expected:
-            return None  # there is no truth; PyTorch's third derivatives of most normalisations are wrong
+            return None  # no truth to compare with: PyTorch's third derivatives of most normalisations are wrong
         errors = f"installed {error:.2g}, {self.basis} {own_error:.2g}, roundings {noise:.2g}"
         return f"differs by {apart:.2g}, of {size:.2g}; errors: {errors}"
 
@@ -458,7 +458,7 @@ def check(case: Case) -> tuple[str, str | None]:
     for mode in "default", "zeros":
         ours = attempt(case, mode)
         if judge.case is not case and not isinstance(ours, Exception):
-            ours = attempt(judge.case, mode)  # what is expected is found without writes
+            ours = attempt(judge.case, mode)  # the expected result comes from the case without writes
         basis, wrong = judge.judge(mode, ours)
         if wrong:
             break
@@ -468,7 +468,7 @@ def check(case: Case) -> tuple[str, str | None]:
 
 
 def reproducible(case: Case) -> bool:
-    """Whether PyTorch finds the same again, whatever was in its memory before."""
+    """Whether PyTorch finds the same again, whatever its memory held before."""
 
     def found(junk: float) -> Results | Exception:
         kept = [torch.full((n,), junk, dtype=torch.float64) for n in range(1, 200)]

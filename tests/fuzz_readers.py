@@ -1,6 +1,6 @@
-"""Every reader of foreign bytes, fed with any bytes: it gives a result or one sentence, in bounded time and memory.
+"""Every reader of foreign bytes, fed with random bytes, gives a result or one sentence, in bounded time and memory.
 
-The suite feeds it by Hypothesis (`test_readers.py`).  By hand, guided by coverage, with the package atheris:
+The suite feeds them by Hypothesis (`test_readers.py`).  By hand, guided by coverage, with the package atheris:
 
     python tests/fuzz_readers.py cifar -max_total_time=600        # one of READERS; libFuzzer's options
 """
@@ -51,7 +51,7 @@ SENTENCES = (DataError, TrainingError, UsageError)
 
 @functools.cache
 def place() -> Path:
-    """A folder in memory, where there is one: fuzzers write it some thousand times a second."""
+    """A folder in memory, if the system has one: fuzzers write to it thousands of times a second."""
     memory = Path("/dev/shm")
     return Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
 
@@ -68,7 +68,7 @@ def archive(content: bytes) -> None:
 
 
 def packed(content: bytes) -> None:
-    """The same for what is inside of the compression, which no fuzzer finds a way through."""
+    """The same for compressed content: no fuzzer finds its way through the compression."""
     archive(gzip.compress(content, 1))
 
 
@@ -91,7 +91,7 @@ def manifest(content: bytes) -> None:
 
 
 def pickled(content: bytes) -> None:
-    """The pickle of a checkpoint in an archive that is as it should be."""
+    """The pickle of a checkpoint, in an otherwise valid archive."""
     state().load_bytes(zipped(content), "checkpoint")
 
 
@@ -104,7 +104,7 @@ def zipped(content: bytes) -> bytes:
 
 
 def description(content: bytes) -> None:
-    """The description of weights that are as they should be."""
+    """The description of otherwise valid weights."""
     weights.load_model(written(described(content), "model.safetensors"))
 
 
@@ -119,7 +119,7 @@ def described(content: bytes) -> bytes:
 
 
 def rows(content: bytes) -> None:
-    # `ValueError` is what becomes a sentence with the name of the file.
+    # The caller turns `ValueError` into a sentence with the name of the file.
     with contextlib.suppress(ValueError):
         study.parse_rows(content)
 
@@ -165,7 +165,7 @@ def pictures() -> list[bytes]:
 
 
 def seeds(reader: str) -> list[bytes]:
-    """Files as they should be, for a fuzzer to begin with."""
+    """Valid files for a fuzzer to start from."""
     batch = {b"labels": [1, 2], b"data": np.zeros((2, 3072), np.uint8), b"filenames": [b"x.png"] * 2}
     batches = [pickle.dumps(batch, protocol=number) for number in range(6)]
     tarred = io.BytesIO()
@@ -210,7 +210,7 @@ def seeds(reader: str) -> list[bytes]:
 
 
 def check(reader: str, content: bytes) -> str | None:
-    """Feed a reader; what it said, None if it took the bytes.  Any other exception than its sentences is raised."""
+    """Feed a reader; returns its message, None if it accepted the bytes.  Any exception without a message is raised."""
     try:
         READERS[reader](content)
     except SENTENCES as error:

@@ -24,13 +24,13 @@ def images(device, dtype=torch.float64, count=6):
 
 
 def jacobian_in_plain_pytorch(outputs, x):
-    """Independent of this package.  [B, D, N]"""
+    """The Jacobian [B, D, N], independent of this package."""
     rows = [torch.autograd.grad(one.sum(), x, create_graph=True)[0] for one in outputs.flatten(1).unbind(1)]
     return torch.stack(rows, 1).flatten(2)
 
 
 def norm_in_plain_pytorch(outputs, x, kind, squared=True):
-    """By the definitions, with C x C matrices; outputs [B, C, S]."""
+    """The norm by its definition, with C x C matrices; outputs [B, C, S]."""
     classes = outputs.shape[1]
     jacobian = jacobian_in_plain_pytorch(outputs, x).unflatten(1, outputs.shape[1:])
     if kind == "fisher":
@@ -50,6 +50,6 @@ def parameter_gradients(value, model):
 
 
 def assert_equal_but_for_rounding(actual, expected, roundings=64):
-    """In the max norm: no digit is lost but those that a few sums in another order lose."""
+    """Asserts equality in the max norm, up to the digits that a few sums in another order lose."""
     error, size = (actual - expected).abs().max(), expected.abs().max()
     assert error <= roundings * torch.finfo(expected.dtype).eps * size, f"{error:.2g} of {size:.2g}"

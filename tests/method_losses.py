@@ -1,4 +1,4 @@
-"""Every loss of the field with what it should be: a formula in stock PyTorch, and what it does to BatchNorm."""
+"""Every published loss with what it should compute: a formula in stock PyTorch, and its effect on BatchNorm."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Random = random.Random
 class Case:
     """One network, its input and how it is differentiated; its repr is the recipe."""
 
-    seed: int = 0  # of the values
+    seed: int = 0  # seed of the values
     dtype: str = "float64"
     shape: Shape = (2, 4)
     layout: str = "contiguous"
@@ -68,7 +68,7 @@ class Residual(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Of [N, T, D] to its last `keys` positions, in groups of heads; `mask` is None, bool, float or learned."""
+    """Attention of [N, T, D] to its last `keys` positions, in groups of heads; `mask`: None, bool, float or learned."""
 
     def __init__(self, size: int, heads: int, groups: int, keys: int, mask: str | None, causal: bool) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def divisor(r: Random, n: int) -> int:
 
 
 def spatial(s: Shape) -> int:
-    """The number of dimensions of an image; 0 if s is none."""
+    """The number of dimensions of an image; 0 if s is not one."""
     return len(s) - 2 if 3 <= len(s) <= 5 else 0
 
 
@@ -396,7 +396,7 @@ def pick(r: Random, weights: dict[Any, float]) -> Any:
 
 
 def make_case(seed: int, **given: Any) -> tuple[Case, set[str]]:
-    """The case of a seed, of the dtype and order given if any, and the names of the choices that made it."""
+    """The case of a seed, with the given dtype and order if any, and the names of the choices that made it."""
     r = Random(seed)
     batch, width = pick(r, {0: 0.3, 1: 2, 2: 6, 3: 3}), r.choice([1, 2, 3, 4, 4, 6])
     shapes = [(batch, width, *r.choice([(), (3,), (5,), (4,), (4, 4), (5, 3), (2, 3, 3), (3, 3, 2)]))]
@@ -411,7 +411,7 @@ def make_case(seed: int, **given: Any) -> tuple[Case, set[str]]:
         own = [i for i, made in enumerate(layers) if isinstance(made, str)]
         shared = r.choice(own) if own and maybe(r, 0.05) else None
         try:
-            # What normalises one or two values is zero or a sign, which has no digits but float64's.
+            # Normalising one or two values gives zero or a sign, whose digits are right in float64 only.
             least = mock.patch.object(composites, "least", 1 if dtype == "float64" else 3)
             with torch.no_grad(), least, mock.patch.multiple(F, **composites.ALL):
                 y = make_layer(text if shared is None else layers[shared])(x.clone()) if text else None

@@ -1,4 +1,4 @@
-"""One process of those that test_sync_batch_norm.py compares with one; stand-ins for SyncBatchNorm's CUDA kernels."""
+"""One of the processes that test_sync_batch_norm.py compares with one; replaces SyncBatchNorm's CUDA kernels."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def derivatives(normalize: Any, x: Tensor, v: Tensor, parameters: list[Tensor]) 
     wrt = [x, *parameters]
     y = normalize(x, *parameters)
     first = torch.autograd.grad((y.sin() * v).sum(), wrt, create_graph=True)
-    # What one process has of the parameters' gradients, it shares with no other: terms linear in them.
+    # A process's part of the parameters' gradients is its own, so the terms are linear in them.
     value = (first[0].square() * v.cos()).sum() + sum((g * (i + 2.0)).sum() for i, g in enumerate(first[1:]))
     second = torch.autograd.grad(value, wrt, create_graph=True)
     value = (second[0].square() * v.sin()).sum() + sum((g * (i + 1.0)).sum() for i, g in enumerate(second[1:]))

@@ -14,7 +14,7 @@ def test_value_and_derivatives(case, dtype, device):
 
 @over_small
 def test_formulas_are_the_derivatives_of_the_values(case, device):
-    """Against finite differences, which know nothing of the reference; in random directions for many inputs."""
+    """Compared with finite differences, which do not use the reference; in random directions for many inputs."""
     sample = case.sample(device, torch.float64)
     x = sample.inputs[0].detach().requires_grad_()
 

@@ -36,7 +36,7 @@ def call_of(case, order, device):
 
 
 def refused(call, argument, value):
-    """Runs the call with one argument replaced; the message, which names the operator, the argument and what came."""
+    """Runs the call with one argument replaced; returns the message, which names operator, argument and value."""
     with pytest.raises(RuntimeError, match=rf"(^|\s){call.name}: ") as error:
         call(**{argument: value})
     message = str(error.value).split("\n")[0]
@@ -80,7 +80,7 @@ def test_dtypes(case, order, device):
     for name, tensor in call.tensors.items():
         for dtype in (torch.float64, torch.float16, torch.int32, torch.complex64, torch.bool):
             if name in FREE and dtype.is_floating_point:
-                continue  # fine by itself; then the others are wrong
+                continue  # valid by itself, but then the others are wrong
             message = refused(call, name, tensor.to(dtype))
             names = {torch.float16: "float16", torch.bool: "bool", torch.complex64: "complex64", torch.int32: "int32"}
             assert f"got {shape_of(tensor)} {names.get(dtype, 'float64')} on " in message, message
@@ -199,7 +199,7 @@ MISUSE += [  # the rest of theirs is in test_attack_ops.py and test_kl_divergenc
 
 
 def brief(value):
-    """A name that is the same in every process: no addresses, no random numbers."""
+    """A test name that is the same in every process: no addresses, no random numbers."""
     return getattr(value, "__name__", "inputs" if isinstance(value, tuple) else str(value)[:30])
 
 
@@ -217,7 +217,7 @@ def test_every_operator_has_its_misuse_here():
 
 @pytest.mark.parametrize("bad", [3, -1, 10**12])
 def test_a_class_that_does_not_exist(bad, device, emulated):
-    """The CPU says so; a CUDA kernel cannot without stopping the device, so that the loss is NaN."""
+    """The CPU raises; a CUDA kernel could only stop the device, so there the loss is NaN."""
     target = CLASSES.to(device).clone()
     target[2] = bad
     if device == "cuda" or emulated:

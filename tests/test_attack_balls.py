@@ -1,4 +1,4 @@
-"""Every attack in every ball: optimal on linear models, inside whatever happens, the same for any batch."""
+"""Every attack in every ball: optimal on linear models, always inside the ball, the same for any batch."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def optimum(weight, x, eps, norm):
     if norm == "l2":
         return x + eps * weight / weight.norm(dim=1, keepdim=True)
     best, left = x.clone(), torch.full([len(x)], eps, dtype=x.dtype)
-    for k in weight.abs().argsort(1, descending=True).unbind(1):  # the best coordinates first, each up to its wall
+    for k in weight.abs().argsort(1, descending=True).unbind(1):  # the best coordinates first, each up to the box
         rows = torch.arange(len(x))
         room = torch.where(weight[rows, k] > 0, 1 - x[rows, k], x[rows, k])
         step = torch.minimum(room, left)
@@ -52,7 +52,7 @@ def test_optimal_on_a_linear_model(norm, eps):
     y = torch.tensor([0, 1] * 3)
     direction = (model[1].weight[1] - model[1].weight[0]).detach() * torch.where(y == 0, 1.0, -1.0)[:, None]
     expected = optimum(direction, x, eps, norm)
-    anywhere = norm != "l2"  # on a sphere, steps of one length only come closer and closer
+    anywhere = norm != "l2"  # on a sphere, steps of constant length only approach the optimum
     attacks = [PGD(eps, norm=norm, steps=40, random_start=anywhere), FGSM(eps, norm=norm, random_start=False)]
     attacks += [APGD(eps, norm=norm, steps=40, random_start=anywhere)] if norm != "l1" else []
     for attack in attacks:
@@ -178,7 +178,7 @@ def test_eps_of_each_channel_and_pixel():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_starts_are_uniform_in_the_ball(norm):
-    """Of a uniform point u in N dimensions, (||u|| / eps)^N is uniform in (0, 1), and its sign symmetric."""
+    """For a uniform point u in N dimensions, (||u|| / eps)^N is uniform in (0, 1), and its sign is symmetric."""
     x = torch.full((4000, 5), 0.5)
     u = ops.attack_start(x, eps=0.25, norm=norm, seed=torch.tensor([11])) - x
     share = (distance(u, torch.zeros_like(u), norm) / 0.25) ** 5
@@ -288,7 +288,7 @@ def test_early_exit_saves_passes(trained):
 
 @pytest.mark.parametrize("attack", [PGD(0.02, steps=3), FGSM(0.02), NFGSM(0.02), APGD(0.02, steps=5)], ids=repr)
 def test_a_sample_is_attacked_alike_in_any_batch(attack, trained):
-    """In float64, where the order of a matrix product's additions cannot turn a sign."""
+    """In float64, where the order of additions in a matrix product cannot flip a sign."""
     model, x, y = trained
     model, x = models.create("small-cnn", 4, (1, 8, 8)).double().eval(), x.double()
     numbers = torch.arange(24) * 3

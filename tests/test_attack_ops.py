@@ -29,7 +29,7 @@ def fresh(sample, dtype=None):
 def results(sample):
     """(kernel, reference, reference in float64)."""
     kernel, eager, exact = fresh(sample), fresh(sample), fresh(sample, torch.float64)
-    # Of a number that is written once, the kernel sees the rounded one: so does the truth.
+    # The kernel sees numbers that were rounded when they were stored, and so must the truth.
     return kernel(impl="kernel"), eager(impl="reference"), exact(impl="reference")
 
 

@@ -9,7 +9,7 @@ from robustkern.attacks import APGD, FGSM, PGD
 from robustkern.models import Normalize
 
 EPS, STEPS = {"linf": 0.1, "l2": 0.65}, 20
-# One random start finds three points more or less than another, in every package; the worst of five varies by one.
+# In every package, two random starts differ by up to three points; the worst of five starts varies by one.
 RESTARTS = 5
 
 
@@ -41,7 +41,7 @@ def test_pgd_and_torchattacks(norm, problem):
     model, x, y = problem
     eps = EPS[norm]
     theirs = torchattacks.PGD if norm == "linf" else torchattacks.PGDL2
-    # From the sample itself: the laws of the random starts differ.
+    # Both start at the sample: the distributions of random starts differ.
     theirs = theirs(model, eps=eps, alpha=eps / 5, steps=STEPS, random_start=False)
     ours = PGD(eps, step_size=eps / 5, steps=STEPS, norm=norm, random_start=False)
     reference = robust(model, theirs(x, y), y)

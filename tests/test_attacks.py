@@ -88,7 +88,7 @@ def test_does_not_touch_its_arguments_or_parameter_gradients(problem):
 def test_runs_under_no_grad_and_in_eval_mode_and_restores_modes(problem):
     _, x, y = problem
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).train()
-    model[1].eval()  # frozen by its owner: not to be thawed
+    model[1].eval()  # frozen by its owner: must stay so
     model[3].bias.requires_grad_(False)
     statistics = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -148,7 +148,7 @@ def test_wrong_use(arguments):
         PGD(**{"eps": 0.1, **arguments})
 
 
-# ------------------------------------------------------------------ the model leaves as it came
+# ------------------------------------------------------------------ the model is left unchanged
 
 
 class Watched(nn.Module):
@@ -284,7 +284,7 @@ def test_the_default_step_of_pgd_crosses_the_ball():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::3], ids=str)
 def test_images_in_any_order_of_memory(problem, norm, order):
-    """Also those whose samples lie innermost, as files that are stored by columns leave them."""
+    """Including a layout with the samples innermost, as files that are stored by columns give it."""
     model, x, y = problem
     laid = x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
     attack = PGD(0.1, steps=3, norm=norm, random_start=False)

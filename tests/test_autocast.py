@@ -64,7 +64,7 @@ def test_operators_take_what_autocast_gives_them(low, device):
     w = random_cotangents(x, 2, **options)
     with torch.autocast(device, low):
         assert torch.equal(random_cotangents(x, 2, **options), w)
-    assert w.dtype == low  # that of the outputs, of which it is a cotangent
+    assert w.dtype == low  # w is a cotangent of the outputs, and has their dtype
     probabilities = x.float().softmax(1)  # float32 beside 16-bit logits, as autocast leaves them
     assert softmax_cross_entropy(x, probabilities, impl="kernel").dtype == torch.float32
 

@@ -52,7 +52,7 @@ def test_awp_is_the_loss_at_the_worst_weights(case, device):
 
 @dataclasses.dataclass(frozen=True)
 class _Found(AttackLoss):
-    """A loss whose attack is done."""
+    """A loss whose attack has already run."""
 
     loss: AttackLoss
     found: Any

@@ -1,4 +1,4 @@
-"""Batches of an epoch: none of a single sample that could be avoided, and none that a model cannot be trained on."""
+"""Batches of an epoch: no avoidable batch of one sample, and none that a model cannot be trained on."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_single_sample_at_the_end_joins_the_batch_before(tmp_path, monkeypatch
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 12])
 @pytest.mark.parametrize(("count", "batch"), [(1, 8), (3, 1), (2, 2)])
 def test_batches_too_small_for_batch_norm_are_refused_before_training(model, size, count, batch):
-    """Exactly those on which PyTorch would raise."""
+    """Refused are exactly those on which PyTorch would raise."""
     data = datasets.Dataset("tiny", torch.rand(count, 3, size, size), torch.arange(count) % 2, ("a", "b"))
     config = recipe("digits", model=model, batch_size=batch)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Every benchmark runs once at a tiny size, so that none rots; whether it is fast is not a test's business."""
+"""Every benchmark runs once at a tiny size, so that none breaks unnoticed; speed is not tested."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ pytest.importorskip("pytest_benchmark")
 from robustkern import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-# On a busy machine, threads would mostly wait for each other; and what this pytest was told is not for another one.
+# On a busy machine, threads would mostly wait for each other; and this pytest's options are not for another one.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
 
 pytestmark = pytest.mark.skipif(_library.extension() is None, reason=f"kernels not built: {_library.why_unavailable()}")
@@ -38,6 +38,8 @@ def test_suites():
 def test_programs_that_only_print():
     orders = python("-m", "benchmarks.bench_orders", "--only", "rms_norm", "--seconds", "0.001", "--limit", "99")
     assert orders.count("| rms_norm |") == 15 and "0 above 99.0" in orders
+    host = python("-m", "benchmarks.bench_host", "--seconds", "0.01", "--limit", "99")
+    assert host.count("\n| ") == 10 and "0 above 99.00" in host
     options = ("--size", "tiny", "--rounds", "2", "--launches", "1", "--limit", "99", "--only", "RMSNorm", "entropy")
     trees = python("-m", "benchmarks.compare", str(ROOT), *options)
     assert trees.count("\n| ") == 5 and "second backward: RMSNorm" in trees
@@ -71,7 +73,7 @@ def test_the_script_for_gpus_ends_in_time(tmp_path):
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
     out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
-    # In a process of their own: the programs tell the C library to keep freed memory.
+    # In a process of their own, since the programs make the C library keep freed memory.
     tiny = ["--size", "tiny", *shared[:4], "--out", str(out)]
     steps = ["--size", "tiny", *shared, "--only", "Batch", "--providers"]
     programs = {

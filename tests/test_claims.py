@@ -102,7 +102,7 @@ def test_the_lock_of_an_earlier_version_is_taken_over(tmp_path):
 
 
 def write_everything(out):
-    """Each command that writes into a folder, shortly."""
+    """Runs each command that writes into a folder, briefly."""
     demo_arguments = (out, "digits", Console(quiet=True))
     return {
         "train": lambda: train(config(epochs=1), out),
@@ -183,7 +183,7 @@ def test_a_run_without_checkpoints_is_not_begun_anew(tmp_path):
 
 
 def put_images(folder, classes="ab", size=8, mode="L"):
-    """Two of each class; gives the folder."""
+    """Writes two images of each class; returns the folder."""
     for name in classes:
         (folder / name).mkdir(parents=True)
         for number in range(2):
@@ -192,7 +192,7 @@ def put_images(folder, classes="ab", size=8, mode="L"):
 
 
 def test_a_run_does_not_go_on_with_other_samples(tmp_path):
-    """Its order of the samples, and how many steps an epoch has, would be other ones."""
+    """The order of its samples and the number of steps per epoch would change."""
     for split in ("train", "test"):
         put_images(tmp_path / "data" / split)
     settings = recipe(str(tmp_path / "data"), "standard", epochs=1, pgd_steps=1, threads=1)

@@ -86,7 +86,7 @@ def test_forward_and_backward_of_a_compiled_call(case, backend, device):
 @over_operators
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_double_backward(case, backend, device):
-    """Over all samples of an operator, one compilation for each."""
+    """Tests all samples of an operator, with one compilation for each."""
     for other in (c for c in CASES if c.op == case.op and c.orders == 2 and not c.empty and c.elements <= 1000):
         torch._dynamo.reset()
         sample = other.sample(device, torch.float32)

@@ -1,4 +1,4 @@
-"""16-bit storage: every bit pattern in and every rounding out is PyTorch's own."""
+"""16-bit storage: every bit pattern is read, and every result is rounded, as PyTorch does."""
 
 import pytest
 import torch
@@ -67,12 +67,12 @@ def test_every_rounding(dtype, columns, device):
 @pytest.mark.parametrize("of_x", [False, True], ids=["x unread", "x read"])
 @over_low
 def test_batch_norm_reads_and_rounds_every_number(dtype, of_x, elements, device):
-    """Of fixed statistics every result is what float32 gives for the same numbers, rounded once."""
+    """With fixed statistics, every result is what float32 gives for the same numbers, rounded once."""
     u = all_patterns(dtype).repeat(2)[:elements].view(1, 1, -1).to(device)
     x, grad = torch.full_like(u, 3.0), u.flip(-1)
     one = torch.ones(1, device=device)
-    mean = one if of_x else one * torch.inf  # which is not looked at where x is not
-    scale = one * (1 + 2.0**-9)  # of bfloat16 results a half way case, of float16 ones a small change
+    mean = one if of_x else one * torch.inf  # mean is not read where x is not
+    scale = one * (1 + 2.0**-9)  # a half-way case for bfloat16 results, a small change for float16 ones
 
     def results(*tensors):
         u, g, x = tensors

@@ -45,7 +45,7 @@ def test_kinds_of_cotangents(case, kind, device):
 
 @over_small
 def test_a_cotangent_of_one_number(case, device):
-    """What .sum() sends: no strides at all.  To softmax it is the zero direction, so that bits are compared."""
+    """The cotangent of .sum(): all strides are zero.  For softmax it is the zero direction, so bits are compared."""
     sample = case.sample(device, torch.float32)
     grad, u = (t.flatten()[0].expand(t.shape) for t in cotangents(sample))
     expanded, dense = run(sample, grad, u), run(sample, grad.contiguous(), u.contiguous())

@@ -1,6 +1,6 @@
-"""The net itself is tested: the emulator passes correct kernels and finds every bug planted in them.
+"""Tests of the emulator itself: it passes correct kernels and finds every bug planted in them.
 
-The sample kernels contain the bugs below, each asleep until a run of their test program wakes it. By default each bug
+The sample kernels contain the bugs below, each off until a run of their test program turns it on. By default each bug
 is tried in one build that finds it; ``-m slow`` tries all bugs in all builds, and so measures the table in the README.
 """
 
@@ -80,21 +80,21 @@ def flags(sanitize: str | None) -> list[str]:
 
 
 def compile_test(source: str, sanitize: str | None) -> Path:
-    """Compiles one file of the emulator's folder; the object."""
+    """Compiles one file of the emulator's folder; returns the object."""
     target = OUT / f"{Path(source).stem}-{sanitize}.o"
     toolchain.compile_object(EMULATOR / source, target, flags(sanitize))
     return target
 
 
 def link_test(name: str, sanitize: str | None, objects: list[Path]) -> Path:
-    """Links a test program; the program."""
+    """Links a test program; returns its path."""
     target = OUT / f"{name}-{sanitize}"
     toolchain.link(objects, target, [flag for flag in flags(sanitize) if flag.startswith("-fsanitize=")])
     return target
 
 
 def execute(program: Path, sanitize: str | None, *arguments: str) -> tuple[str, str]:
-    """Runs a test program; in one word what it found, and its output."""
+    """Runs a test program; returns what it found, in one word, and its output."""
     environment = {**os.environ, **toolchain.sanitizer_environment(sanitize)}
     result = subprocess.run(
         [program, *arguments], capture_output=True, text=True, env=environment, timeout=300, check=False
@@ -115,7 +115,7 @@ def execute(program: Path, sanitize: str | None, *arguments: str) -> tuple[str, 
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Path]:
-    """The sample kernels' test program in every build, by way of running it."""
+    """The sample kernels' test program, for every way of running it."""
     sanitizers = list(toolchain.SANITIZERS)
     jobs = [(source, name) for name in sanitizers for source in ("sample_kernels.cu", "test_sample_kernels.cpp")]
     with toolchain.exclusive(OUT):
@@ -125,7 +125,7 @@ def programs() -> dict[str, Path]:
 
 
 def find(programs: dict[str, Path], bug: str, way: str) -> tuple[str, str]:
-    """Runs the sample kernels with a bug planted; what was found, and the program's output."""
+    """Runs the sample kernels with one bug; returns what was found, and the program's output."""
     return execute(programs[way], BUILD[way], "--plant", bug, *ARGUMENTS[way])
 
 
@@ -200,7 +200,7 @@ for bug in map(int, sys.argv[1:]):
 
 
 def use_sample_extension(sanitize: str | None, *bugs: int, order: str = "forward") -> str:
-    """Builds the sample extension as build.py would, calls its operator in a new Python; the output."""
+    """Builds the sample extension as build.py would, calls its operator in a new Python; returns the output."""
     extension = build.build_extension(EMULATOR / "sample_extension", OUT / f"extension-{sanitize}", sanitize)
     environment = {**os.environ, **build.environment(extension, sanitize), "ROBUSTKERN_EMULATOR_ORDER": order}
     command = [sys.executable, "-c", USE_SAMPLE_EXTENSION, *map(str, bugs)]

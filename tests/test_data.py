@@ -118,7 +118,7 @@ def test_digits_split_is_fixed_and_stratified():
     assert train.images.min() == 0 and train.images.max() == 1
     counts = torch.bincount(test.labels)
     assert counts.min() >= 34 and counts.max() <= 37
-    # No image is in both, and the rule is: every fifth of its class.
+    # No image is in both splits; every fifth of its class is a test image.
     seen = {image.numpy().tobytes() for image in train.images}
     assert sum(image.numpy().tobytes() in seen for image in test.images) == 0
     mean, std = train.statistics()

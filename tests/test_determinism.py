@@ -90,7 +90,7 @@ def test_every_output_is_written(case, dtype, device):
 
 # ------------------------------------------------------------------ random_cotangents
 
-# The same on the CPU with any instruction set, on CUDA and in the emulator, in this version and in the next.
+# The same on the CPU with any instruction set, on CUDA and in the emulator, in this version and in later ones.
 DIGESTS = {
     ("sphere", torch.float32): "279e3fd610b0924c",
     ("sphere", torch.float64): "6a950b100cc97a30",
@@ -135,7 +135,7 @@ def test_cotangents_have_the_same_bits_everywhere(law, dtype, device):
 
 
 def test_a_sample_of_cotangents_depends_on_its_place_alone(device):
-    """More samples or more projections change nothing of those before them."""
+    """More samples or more projections do not change those before them."""
     outputs, seed = torch.randn(11, 10, device=device), torch.tensor([5], device=device)
     for law in ("sphere", "gaussian", "rademacher", "orthonormal"):
         options = {"law": law, "kind": "fisher", "seed": seed, "impl": "kernel"}

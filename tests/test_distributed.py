@@ -1,4 +1,4 @@
-"""Several processes: the results of one, and no process waits for ever for one that is gone."""
+"""Several processes: they give the results of one, and no process waits forever for one that is gone."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def weights(path):
 
 
 def distance(config, one, other):
-    """Between two runs' weights, relative to how far the first one has moved from where it began."""
+    """The distance between two runs' weights, relative to how far the first has moved from its initial ones."""
     data, _ = split(datasets.load(config.data).first(config.train_samples), config.validation, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -60,8 +60,8 @@ def distance(config, one, other):
     return float((one - other).norm() / (one - begin).norm())
 
 
-# Magnified by a few steps. In float64: that of images and their gradients, which are float32. In float32, a pixel whose
-# gradient is nearly zero may be moved either way by an attack.
+# Rounding errors, magnified by a few steps. In float64 they come from images and their gradients, which are float32. In
+# float32, an attack may move a pixel whose gradient is nearly zero either way.
 ROUNDING, ROUNDING_64, SIGNS = 1e-4, 1e-6, 0.02
 
 
@@ -89,14 +89,14 @@ def test_two_processes_give_what_one_gives(tmp_path, two_processes, case):
     for mine, theirs in zip(alone.rows, rows, strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - {"ms_per_step"}:
-            # An accuracy may turn on one image that lies on the boundary.
+            # An accuracy may change by an image on the decision boundary.
             tolerance = {"abs": 0.04} if name.endswith("accuracy") else {"rel": limit, "abs": 1e-7}
             assert mine[name] == pytest.approx(theirs[name], **tolerance), name
 
 
 @pytest.mark.parametrize("case, limit", [("standard", 10 * ROUNDING), ("fisher", 10 * ROUNDING), ("pgd", 1.5 * SIGNS)])
 def test_the_comparison_would_notice(tmp_path, monkeypatch, case, limit):
-    """One row of a batch less, or other random numbers."""
+    """With one row less in a batch, or other random numbers."""
     whole = train(CASES[case], tmp_path / "whole").model.state_dict()
     with monkeypatch.context() as patch:
         batch = trainer_module._Run._batch
@@ -172,7 +172,7 @@ def test_a_run_is_resumed_by_another_number_of_processes(tmp_path):
     def start(rank, out, observer=None):
         train(settings, out, resume=True, observer=observer)
 
-    # By two that are killed after step 2, then by one that is killed after step 4, then by three.
+    # Two processes, killed after step 2; then one, killed after step 4; then three.
     out = tmp_path / "run"
     first = fork(out, start, out, _At(2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert "lost the others" in answers(out, first)[0]
@@ -284,7 +284,7 @@ def test_a_process_without_a_gpu_is_the_error_of_all(tmp_path, late):
 
 
 def test_processes_with_gpus_meet(tmp_path):
-    """gloo in the place of NCCL."""
+    """Uses gloo in place of NCCL."""
 
     def start(rank):
         torch.cuda.device_count, torch.cuda.set_device = lambda: 2, lambda local: None
@@ -349,7 +349,7 @@ def test_buffers_are_averaged_over_the_processes(tmp_path, monkeypatch):
     assert zero == one
     mean, var, count = json.loads("[" + zero[1:-1] + "]")
     assert mean == pytest.approx(alone.running_mean.tolist(), rel=1e-5, abs=1e-6)
-    # The variance within the parts lacks that between their means, and has another divisor.
+    # The variance within the parts lacks the variance between their means, and has another divisor.
     assert var == pytest.approx(alone.running_var.tolist(), rel=0.1, abs=0.02)
     assert count == 1 and not torch.allclose(torch.tensor(var), alone.running_var)
 

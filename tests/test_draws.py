@@ -1,4 +1,4 @@
-"""Dropout and its like: the passes that a loss compares are of one function, and cost the generators one pass."""
+"""Dropout and the like: a loss compares passes of one function, and the generators end as after one pass."""
 
 import itertools
 
@@ -13,7 +13,7 @@ LOSSES = {case.name: case for case in ATTACKED + PLAIN}
 
 
 class DropPath(nn.Module):
-    """Leaves a branch out for some of the samples, by torch.rand."""
+    """Skips a branch for some of the samples, chosen by torch.rand."""
 
     def __init__(self, branch):
         super().__init__()
@@ -38,7 +38,7 @@ def network(device, dtype=torch.float64):
 
 
 class OneMask(nn.Module):
-    """The same network with the same masks in every pass, made so from outside."""
+    """The same network with the same masks in every pass, forced from outside."""
 
     def __init__(self, model):
         super().__init__()
@@ -135,7 +135,7 @@ def test_the_change_of_the_gradient_is_that_of_one_function(device):
 
 
 def test_gradients_at_neighbours_are_aligned(device):
-    """With other masks they would not be, however near."""
+    """With different masks they would not be, however close the neighbour."""
     model, (x, y) = network(device), batch(device)
     loss = losses.GradAlign(WEIGHT, 1e-7)
     assert loss(model, x, y).smoothness < 1e-6

@@ -111,7 +111,7 @@ def test_strict_fails_where_a_check_does(run, monkeypatch):
 
 @pytest.mark.parametrize("some", [False, True])
 def test_where_nothing_is_right_nothing_is_checked(tmp_path, some):
-    """Of a constant network: right for none of the images, or for none of those that the checks attack."""
+    """A constant network is right for none of the images, or for none of those that the checks attack."""
     labels = data.load("digits", split="test").labels[:30].tolist()
     constant = models.create("small-cnn", 10, (1, 8, 8))
     chosen = next(label for label in range(10) if label not in labels[:5] and label in labels)

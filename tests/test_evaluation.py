@@ -162,7 +162,7 @@ def test_batch_norm_in_training_mode(digits):
     network.train()
     report = evaluate(network, digits, Settings(EPS, samples=20, attacks=("pgd",), pgd_steps=2, check_samples=20))
     assert "eval mode" in {check.name for check in report.checks if not check.passed}
-    assert network.training  # as it came
+    assert network.training  # unchanged
     frozen = copy.deepcopy(network).eval()
     frozen[1].track_running_stats, frozen[1].running_mean, frozen[1].running_var = False, None, None
     assert "batch independent" in flags(frozen, digits)
@@ -195,7 +195,7 @@ def test_stored_adversaries_that_give_another_accuracy_are_flagged(model, digits
 
 @pytest.mark.parametrize("moved", ["clean", "PGD-1x10"])
 def test_a_stored_image_outside_the_ball_is_flagged(model, digits, tmp_path, monkeypatch, moved):
-    """What is checked is what the file holds, not what was in memory."""
+    """The content of the file is checked, not that of memory."""
     import safetensors.torch
 
     from robustkern.evaluation import report as module

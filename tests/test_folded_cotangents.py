@@ -1,4 +1,4 @@
-"""Several cotangents in one backward pass: the norms and gradients of one after the other, in every form and layout."""
+"""Several cotangents in one backward pass give the norms and gradients of separate passes, in every form and layout."""
 
 import copy
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from robustkern.testing import assert_as_accurate_as_reference
 
 
 class Block(nn.Module):
-    """ConvNeXt's: depthwise convolution, LayerNorm over the channels, two linear layers, a scale for each channel."""
+    """A ConvNeXt block: depthwise convolution, LayerNorm over the channels, two linear layers, a scale per channel."""
 
     def __init__(self, channels, act):
         super().__init__()
@@ -45,7 +45,7 @@ def convnext(act="gelu"):
 
 
 class ResidualBlock(nn.Module):
-    """Of a pre-activation ResNet: BatchNorm, ReLU, convolution, twice, and a projection of half the image's size."""
+    """A block of a pre-activation ResNet: twice BatchNorm, ReLU and convolution, and a projection to half the size."""
 
     def __init__(self, channels, wide, training):
         super().__init__()
@@ -92,7 +92,7 @@ def results(model, x, *, fold, projections=4, stock=False, loss=True, **options)
     with nullcontext() if stock else rk.fused_double_backward():
         outputs = model(x)
         if not fold:
-            outputs.grad_fn.register_hook(lambda *grads: None)  # which a batched tensor must not reach
+            outputs.grad_fn.register_hook(lambda *grads: None)  # a batched tensor must not reach it
         assert folds(outputs, x, 2) == fold
         generator = torch.Generator().manual_seed(3)
         norms = rk.jacobian_norm(outputs, x, projections, generator=generator, **options)
@@ -173,7 +173,7 @@ def test_third_order(network, not_emulated):
 
 
 def test_per_parameter_gradients_of_several_cotangents(not_emulated):
-    """vmap over autograd.grad in the parameters, of which every cotangent has its own gradients."""
+    """vmap over autograd.grad in the parameters: every cotangent has its own gradients."""
     model, x = build(), batch()
     parameters = list(model.parameters())
     cotangents = torch.rand(3, 4, 6, dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_only_what_is_between_counts():
 
 
 def test_large_activations_are_not_folded_on_the_cpu():
-    """Of which a few cotangents leave nothing in the cache."""
+    """A few cotangents of them would fill the cache."""
     x = torch.rand(4, 3, 8, 8, requires_grad=True)
     with rk.fused_double_backward():
         for layer, limit in ((nn.ReLU(), 4), (nn.BatchNorm2d(4096), 4), (nn.GELU(), 2)):
@@ -245,7 +245,7 @@ def test_hooks_see_one_gradient_after_the_other(not_emulated):
 @pytest.mark.parametrize("network", ["gelu", "resnet"])
 @pytest.mark.parametrize("built_inside", [False, True])
 def test_a_graph_of_one_scope_in_the_other(network, built_inside, not_emulated):
-    """What was installed when a graph was built, and what is when it is run, changes no value."""
+    """Whether robustkern is installed when a graph is built, or when it runs, changes no value."""
     model, x = build(network=network), batch()
     scopes = [rk.fused_double_backward, nullcontext][:: 1 if built_inside else -1]
 
@@ -273,7 +273,7 @@ def test_a_graph_of_one_scope_in_the_other(network, built_inside, not_emulated):
     ],
 )
 def test_checkpointing(which, vmapped, not_emulated):
-    """What is computed again in the backward saves what was saved in the forward."""
+    """The recomputation in the backward saves what the forward saved."""
     model, x = build(), batch()
     cotangents = torch.rand(3, 4, 6, dtype=torch.float64)
     ranges = {"convolution": (0, 1), "block": (1, 2), "norms": (5, 7), "linear": (7, 8), "all": (0, 8)}

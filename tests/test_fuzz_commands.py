@@ -70,7 +70,7 @@ def test_every_number_has_a_range(name, parameter, tmp_path, monkeypatch):
     wrong = ["x", "nan", "-1", "-1e-9", "1/0", "1,2"]
     if parameter.kind is int:
         wrong += ["1.5", "inf", str(2**63), "9" * 5000]
-    elif parameter.name != "norm":  # of all numbers the one that may be infinite
+    elif parameter.name != "norm":  # the only number that may be infinite
         wrong += ["inf", "1e999"]
     for value in wrong:
         refused(name, parameter, value, tmp_path)
@@ -103,7 +103,7 @@ def test_what_is_no_option_is_one_line_too(line):
 
 
 def test_the_fuzzer_sees_faults(monkeypatch):
-    """A traceback, success without a result, two lines, a line that names nothing, what is left behind."""
+    """A traceback, success without a result, two lines, a line that names nothing, files left behind."""
 
     def judged(place, **given):
         usual = {"exit_code": 1, "exception": SystemExit(1), "stdout": "", "stderr": "robustkern: it failed"}

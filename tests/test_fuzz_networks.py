@@ -1,4 +1,4 @@
-"""The fuzzer of networks on fixed seeds, and that it finds what is planted."""
+"""The fuzzer of networks: fixed seeds pass, and planted faults are found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEEDS = range(300)
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
-    """Each case installs by itself.  PyTorch warns of its own slow paths; a second thread would only be waited for."""
+    """Each case calls install() itself.  PyTorch's warnings of slow paths are ignored; one thread is fastest."""
     rk.uninstall()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def test_what_was_found(case):
     basis, wrong = check(case)
     assert wrong is None and basis.startswith(
         ("stock", "composites")
-    )  # later PyTorch refuses third orders that are wrong
+    )  # later versions of PyTorch refuse third orders that they get wrong
 
 
 def test_the_seeds_reach_everything():

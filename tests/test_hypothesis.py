@@ -14,7 +14,7 @@ from robustkern.ops import row_norm, softmax_cross_entropy
 from tests.samples import Sample
 
 LARGEST = 40 if os.environ.get("ROBUSTKERN_EMULATED") else 700  # columns
-# The errors of a few numbers are a matter of luck, the reference's too; those of many can be compared.
+# With few numbers, errors are a matter of luck, even the reference's; with many they can be compared.
 BATCHES = st.integers(8, 16)
 
 

@@ -1,4 +1,4 @@
-"""Images of a folder: every mode that Pillow has gives the right numbers or is refused; nothing is left out unsaid."""
+"""Images of a folder: every mode of Pillow gives the right numbers or is refused; nothing is skipped silently."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ TRUTH = torch.from_numpy(RAMP) / 255
 
 
 def png(depth, kind, rows, transparent=b"", width=2):
-    """What Pillow cannot write: any depth, kind of colour and transparent colour."""
+    """A PNG that Pillow cannot write: of any depth, kind of colour and transparent colour."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -16,7 +16,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def python(code, path=PACKAGE.parent):
-    """Runs code in a fresh interpreter that finds robustkern in `path`; what it prints, as JSON."""
+    """Runs code in a fresh interpreter that finds robustkern in `path`; returns what it prints as JSON."""
     # An editable install would find the extension in the working tree, whatever folder the package comes from.
     isolate = "sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, '__name__', '') != '_EditableFinder']"
     program = f"import sys, json, warnings; sys.path.insert(0, {str(path)!r})\n{isolate}\n{code}"

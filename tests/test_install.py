@@ -36,7 +36,7 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def penalised(model: nn.Module, x: Tensor, y: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The gradients that a step with a penalty leaves, as PyTorch's users write it."""
+    """The gradients after a step with a penalty, written as PyTorch's users write it."""
     model.zero_grad()
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
@@ -204,7 +204,7 @@ def test_switching_in_many_threads():
                 with rk.fused_double_backward():
                     found = penalised(copy, x, y)
                 wrong.extend(n for n, g in found.items() if not (g - expected[n]).norm() <= 1e-8 * expected[n].norm())
-        except Exception as error:  # a thread's exception would go unseen
+        except Exception as error:  # an exception in a thread would go unnoticed
             wrong.append(repr(error))
 
     def switch() -> None:

@@ -58,7 +58,7 @@ def penalty_step(model: nn.Module, x: Tensor, with_loss: bool) -> tuple[Counter[
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU, nn.ReLU6], ids=lambda a: a.__name__)
 def test_penalty_of_a_piecewise_linear_network_takes_four_passes(activation: Callable[[], nn.Module]) -> None:
-    """Two in the graph's making (F, B), two in the backward of the penalty (U, W2) instead of four."""
+    """Two passes build the graph (F, B), and two form the penalty's backward (U, W2) instead of four."""
     model, x = small_net(activation), image()
     before, stock = penalty_step(model, x, with_loss=False)
     robustkern.install()
@@ -139,7 +139,7 @@ def test_in_place_on_a_leaf_is_pytorchs_error() -> None:
 
 
 def test_in_place_counts_versions() -> None:
-    """What another node has saved may not be overwritten unnoticed."""
+    """Overwriting what another node has saved must be noticed."""
     robustkern.install()
     x = image()
     y = x * 2.0

@@ -1,4 +1,4 @@
-"""Attention under robustkern.install(): what is special to it, beside what every replaced operator is tested for."""
+"""Attention under robustkern.install(): tests beyond those that every replaced operator has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BACKWARDS = ("flash_attention", "efficient_attention", "cudnn_attention")
 
 
 def blocked(*arguments: Any) -> tuple[Tensor, ...]:
-    """The implementation that serves CUDA tensors, on CPU tensors."""
+    """Runs the implementation for CUDA tensors on CPU tensors."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return ENTRY.operator.default.redispatch(cuda, *arguments)
 

@@ -157,7 +157,7 @@ def test_a_dual_head_over_an_rms_norm():
 
 @pytest.mark.parametrize("transform", ["jvp", "jacrev"])
 def test_attention_agrees_with_the_math_backend(transform):
-    """Whose second backward PyTorch has; the fused one's installed."""
+    """PyTorch has a second backward for the MATH backend only; install() adds the fused backend's."""
 
     def run() -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -183,7 +183,7 @@ def test_attention_agrees_with_the_math_backend(transform):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_tangents_through_attention(order, create_graph):
-    """Of the first backward, which PyTorch refuses, and of the second, which it has for the math backend alone."""
+    """Tangents of the first backward, which PyTorch refuses, and of the second, which it has for MATH alone."""
 
     def pull(u: Tensor, create_graph: bool = False) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -213,7 +213,7 @@ def compiled_autograd():
 
 
 class Attention(nn.Module):
-    """Whose output moves with the values alone: queries and keys have no part in some of its derivatives."""
+    """Attention that depends on x through the values alone: queries and keys have no part in some derivatives."""
 
     def __init__(self) -> None:
         super().__init__()

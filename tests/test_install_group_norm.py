@@ -49,7 +49,7 @@ def test_layout_is_kept(last, fused):
 
 
 def test_last_backward_of_a_penalised_step_of_channels_last_images():
-    """It is the kernel of the first one, for every subset of gradients, and PyTorch's gradients."""
+    """It runs the kernel of the first backward, for every subset of gradients, and gives PyTorch's gradients."""
     weight, bias = (torch.randn(6, dtype=torch.float64).requires_grad_() for _ in range(2))
 
     def run(wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
@@ -73,7 +73,7 @@ def test_last_backward_of_a_penalised_step_of_channels_last_images():
 
 @pytest.mark.parametrize("needed", ["weight", "bias", "both"])
 def test_parameters_alone_of_channels_last_images(needed, fused):
-    """PyTorch's backward writes to a gradient that it did not allocate here; ours is used instead."""
+    """Here PyTorch's backward would write to a gradient that it has not allocated; ours is used instead."""
     x = image(2, 4, 3, 3, last=True).detach()
     weight = torch.ones(4, dtype=x.dtype, requires_grad=needed != "bias")
     bias = torch.zeros(4, dtype=x.dtype, requires_grad=needed != "weight")

@@ -20,7 +20,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def both(function: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor | tuple[Tensor, ...], ...]:
-    """What a function returns without robustkern, and with it."""
+    """The results of a function without robustkern and with it."""
     stock = function()
     with rk.fused_double_backward():
         return stock, function()
@@ -75,7 +75,7 @@ def test_complex_input_stays_with_stock():
 
 
 def test_third_order_of_layer_norm_is_right():
-    """PyTorch's own takes mean and deviation for constants there."""
+    """PyTorch's own treats mean and deviation as constants there."""
     x = rows(3, 5)
 
     def second(t: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ SHAPES = [(512, 64, 64), (64, 512, 64), (300, 300, 300), (1000, 391, 77), (77, 1
 
 
 def in_backward(function: Callable[[], Tensor]) -> Tensor:
-    """What a function gives while a differentiable backward pass runs: a product of a forward pass is PyTorch's."""
+    """The result of a function inside a differentiable backward pass: products in a forward pass stay PyTorch's."""
     results = []
     start = torch.zeros((), requires_grad=True)
     end = start * 1.0
@@ -43,7 +43,7 @@ def in_backward(function: Callable[[], Tensor]) -> Tensor:
 
 
 def assert_near(actual: Tensor, a: Tensor, b: Tensor) -> None:
-    """Of a b, by what float32 makes of sums of terms of this size."""
+    """Asserts that the result is a b up to float32's rounding of sums of terms of this size."""
     a, b = a.detach().double(), b.detach().double()
     assert actual.dtype == torch.float32
     assert actual.shape == (a.shape[0], b.shape[1])
@@ -82,7 +82,7 @@ def test_bits_do_not_depend_on_threads():
 
 
 def check(function: Callable[[torch.dtype], Sequence[Tensor]]) -> None:
-    """That installed float32 results are as near to float64 ones as stock results are, and not zero."""
+    """Checks that installed float32 results are as close to float64 ones as stock results are, and not zero."""
     robustkern.uninstall()
     exact, stock = function(torch.float64), function(torch.float32)
     robustkern.install()
@@ -92,7 +92,7 @@ def check(function: Callable[[torch.dtype], Sequence[Tensor]]) -> None:
 
 @pytest.mark.parametrize("wanted", [w for w in product([False, True], repeat=3) if any(w)])
 def test_second_derivatives(wanted):
-    """Of a linear layer, for every subset of its input, weight and cotangent."""
+    """Second derivatives of a linear layer, for every subset of its input, weight and cotangent."""
     torch.manual_seed(0)
     values = torch.randn(600, 96), torch.randn(96, 130) / 10, torch.randn(600, 130)
 
@@ -160,7 +160,7 @@ def test_operations_are_counted():
 
 
 def test_checkpoints():
-    """They compute a forward again within a backward, and want to save what they saved at first."""
+    """They repeat the forward inside the backward, and expect to save what they saved at first."""
     model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Tanh(), nn.Linear(128, 64, bias=False))
     x = torch.randn(600, 64, requires_grad=True)
     robustkern.install()

@@ -161,7 +161,7 @@ def penalty_gradients(value: Tensor, inputs: tuple[Tensor, ...], grads: Any) -> 
 def test_vmap_over_grad(case, device):
     """torch.func.vmap over autograd.grad, wherever PyTorch's own result is that of a loop.
 
-    PyTorch's rules for the backwards of BatchNorm and LayerNorm take the statistics for constants: their second
+    PyTorch's rules for the backwards of BatchNorm and LayerNorm treat the statistics as constants: their second
     derivatives in x are wrong.
     """
     inputs = fresh(case, device)
@@ -178,7 +178,7 @@ def test_vmap_over_grad(case, device):
         return max(float((a - e).norm() / (1 + e.norm())) for a, e in zip(actual, expected))
 
     def error_of_stock() -> float:
-        """Of the function itself if PyTorch runs it, else of what stands for it."""
+        """The error of the function itself if PyTorch runs it, else of its stand-in."""
         try:
             return error(case.function)
         except RuntimeError:

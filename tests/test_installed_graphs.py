@@ -1,7 +1,7 @@
-"""What a graph built with replaced operators keeps, and whom it serves: installed runs wherever PyTorch runs.
+"""What a graph of replaced operators saves, and under which conditions it works: wherever PyTorch's does.
 
-In-place writes, checkpoints under a switch that moves, cotangents that are missing, batched or not finite, and tensors
-that answer for themselves (`__torch_dispatch__`).
+Conditions: in-place writes, checkpoints while the switch changes, cotangents that are missing, batched or not finite,
+and tensors with a `__torch_dispatch__` of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 def assert_runs_where_stock_does(
     run: Callable[[Callable[..., Tensor]], list[Tensor]], case: Case, right: Callable[..., Tensor] | None = None
 ) -> None:
-    """`run` of the case's function: right where PyTorch runs the function or what stands for it, else free to refuse.
+    """`run` on the case's function must be right where PyTorch runs the function or its stand-in; else it may refuse.
 
     What PyTorch refuses and robustkern runs is right, too, if the function has a stand-in to tell.
     """
@@ -107,7 +107,7 @@ def moved(before: bool, after: bool) -> dict[str, bool]:
 @over_cases
 @pytest.mark.parametrize("before, after", [(False, True), (True, False), (True, True)])
 def test_checkpoint_under_a_moving_switch(case, before, after, device):
-    """A checkpoint repeats its forward under the switch of the backward: what it holds is not to depend on that."""
+    """A checkpoint repeats its forward under the switch of the backward: what it saves must not depend on that."""
     inputs = fresh(case, device)
 
     def doubled(*args: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_checkpoint_under_a_moving_switch(case, before, after, device):
 
 @over_cases
 def test_saves_what_pytorch_saves(case, device):
-    """Under hooks, in the same order: whoever packs and unpacks may count."""
+    """Under hooks, in the same order: hooks that pack and unpack may count their calls."""
 
     def packed(switch: bool) -> list[tuple[torch.Size, torch.dtype]]:
         seen: list[tuple[torch.Size, torch.dtype]] = []
@@ -180,7 +180,7 @@ class Stop(torch.autograd.Function):
 @over_cases
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_undefined_cotangents(case, order, device):
-    """Nothing arrives from one of the paths, in one of the orders."""
+    """In one of the orders, no cotangent arrives from one of the paths."""
 
     def run(function: Callable[..., Tensor]) -> list[Tensor]:
         inputs = fresh(case, device)
@@ -201,7 +201,7 @@ def test_undefined_cotangents(case, order, device):
 
 @over_cases
 def test_zeros_where_pytorch_gives_zeros(case, device):
-    """torch.autograd.grad by name gives for every input what PyTorch gives, or says of it."""
+    """torch.autograd.grad gives for every single input what PyTorch gives, or raises."""
     inputs = fresh(case, device)
     for wrt in range(len(inputs)):
 
@@ -288,7 +288,7 @@ BATCHED = {"vmap": by_vmap, "is_grads_batched": by_grads_batched}
 @pytest.mark.parametrize("way", BATCHED)
 @pytest.mark.parametrize("create_graph", [False, True], ids=["", "create_graph"])
 def test_batched_passes_in_every_layout(case, order, way, create_graph, device):
-    """Of the first, second or third derivative: what a loop over the cotangents gives, and its gradients."""
+    """Batched first, second and third derivatives, and their gradients, are those of a loop over the cotangents."""
     original = fresh(case, device)
     for name, x in layouts(original[0].detach()):
         inputs = (x.detach().requires_grad_(), *original[1:])
@@ -348,7 +348,7 @@ def test_vectorized_hessian(case, create_graph, device):
 @over_cases
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=["inf", "nan"])
 def test_not_finite_values_stay_where_they_are(case, bad, device):
-    """One of them anywhere: the others are finite wherever they are in PyTorch, in every second derivative."""
+    """With one such value anywhere, every second derivative is finite wherever it is in PyTorch."""
     count = len(case.inputs(torch.float64))
     for where in [*range(count), None]:
         for which in range(count):

@@ -34,7 +34,7 @@ from robustkern.testing import assert_as_accurate_as_reference
 @pytest.mark.parametrize("projections", ["exact", 4])
 @pytest.mark.parametrize("installed", [False, True])
 def test_exact_values_and_gradients(kind, squared, impl, projections, installed, device):
-    """A basis, and a whole frame, are the Frobenius norm to the rounding of float64; so are the gradients."""
+    """A basis and a whole frame give the Frobenius norm and its gradients, to the rounding of float64."""
     model, x = network(device), images(device)
     with robustkern.fused_double_backward() if installed else contextlib.nullcontext():
         actual = jacobian_norm(model(x), x, projections, kind=kind, squared=squared, impl=impl)
@@ -54,7 +54,7 @@ def test_exact_values_and_gradients(kind, squared, impl, projections, installed,
 @over_squares
 @over_impls
 def test_estimates_and_their_gradients(kind, law, squared, impl, device):
-    """For given cotangents, through autograd.grad alone; fisher's depend on the outputs, and are differentiated."""
+    """Compared with autograd.grad, for given cotangents; fisher's depend on the outputs and are differentiated."""
     model, x = network(device), images(device)
     generators = [torch.Generator(device).manual_seed(5) for _ in range(2)]
     actual = jacobian_norm(
@@ -156,8 +156,8 @@ def test_autocast(kind, device):
         outputs = model(x)
         norm = jacobian_norm(outputs, x, "exact", kind=kind)
         assert outputs.dtype == torch.bfloat16 and norm.dtype == torch.float32
-    # The cotangents of a kind are rounded to bfloat16, which those of plain PyTorch, rows of the identity, need not be.
-    # With the same ones PyTorch's own backward gives the same; and both are as exact as what they were computed in.
+    # A kind's cotangents are rounded to bfloat16; plain PyTorch's, rows of the identity, need not be. With the same
+    # cotangents, PyTorch's own backward gives the same; and both are as exact as the dtype that they are computed in.
     rows = [torch.autograd.grad(outputs, x, w, retain_graph=True)[0] for w in basis_cotangents(outputs.detach(), kind)]
     torch.testing.assert_close(norm, sum(row.flatten(1).square().sum(1) for row in rows))
     eager = norm_in_plain_pytorch(outputs.float().unsqueeze(2), x, kind)
@@ -373,7 +373,7 @@ def test_batch_coupling_refuses(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_spectral_norm_in_half_precision(dtype, device):
-    """v is of unit length but for 8 or 11 bits, all its entries rounded alike: the norm is divided by what it is."""
+    """v has unit length only to 8 or 11 bits, as its entries are rounded alike: the norm is divided by the length."""
     x = torch.randn(3, 300, device=device).to(dtype).requires_grad_()
     norm = jacobian_spectral_norm(1 * x, x, 0, start=torch.ones_like(x), create_graph=False)
     torch.testing.assert_close(norm, torch.ones(3, device=device))

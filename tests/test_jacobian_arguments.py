@@ -1,4 +1,4 @@
-"""Jacobian norms: every wrong use is told in one sentence instead of training nothing."""
+"""Jacobian norms: every wrong use raises one sentence instead of training nothing."""
 
 import math
 

@@ -45,7 +45,7 @@ def matrix(model, x, kind):
 
 
 def predicted_variance(a, law, projections):
-    """Of one sample's estimate."""
+    """The variance of one sample's estimate."""
     d, trace, squares = len(a), a.trace(), a.square().sum()
     one = {
         "gaussian": 2 * squares,
@@ -83,7 +83,7 @@ def test_mean_and_variance(law, kind, projections, device):
 
 
 def test_the_laws_differ_by_more_than_the_bounds():
-    """Each law's figure would be refused for any other's."""
+    """Each law's figure would fail the test of any other law."""
     a, values, _ = estimates("cpu", "orthonormal", "plain", 3)
     squares = (values - a.trace()).square()
     for law in ("sphere", "gaussian", "rademacher"):
@@ -93,7 +93,7 @@ def test_the_laws_differ_by_more_than_the_bounds():
 @over_kinds
 @pytest.mark.parametrize("law", ["orthonormal", "gaussian"])
 def test_gradients_are_unbiased(law, kind, device):
-    """100 means of 200 samples each."""
+    """Tested on 100 means of 200 samples each."""
     model, x = network(device), point(device)
     exact = jacobian_norm(model(x), x, "exact", kind=kind)
     parameters = list(model.parameters())[:3]
@@ -189,11 +189,11 @@ def test_the_mean_does_not_depend_on_the_batch_size(device):
         torch.testing.assert_close(norm, matrix(model, x, "plain").trace())
         (coupled,) = torch.autograd.grad(outputs.mean(0)[0], many)
         (alone,) = torch.autograd.grad(model(x)[0, 0], x)
-        torch.testing.assert_close(size * coupled[:1], alone)  # what a weight would have to make up for
+        torch.testing.assert_close(size * coupled[:1], alone)  # a weight would have to make up for this factor
 
 
 def test_reference_and_op_draw_the_same(device):
-    """What these tests measure is what every implementation computes."""
+    """So what these tests measure holds for every implementation."""
     model, x = network(device), point(device)
     outputs = model(x)
     for law in LAWS:

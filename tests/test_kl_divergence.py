@@ -75,7 +75,7 @@ def test_a_target_is_not_differentiated(impl, constant, device):
 
 @pytest.mark.parametrize("classes", [10, 200])
 def test_what_is_not_asked_for_changes_nothing_else(classes, device):
-    """Nor does a cotangent that is absent differ from one of zeros."""
+    """An absent cotangent gives the same as one of zeros, too."""
     p, q = logits(device, 37, classes), logits(device, 37, classes, seed=1)
     u = logits(device, 37, classes, seed=2)
     ops, grad = torch.ops.robustkern, torch.ones(37, device=device, dtype=p.dtype)
@@ -95,7 +95,7 @@ def test_what_is_not_asked_for_changes_nothing_else(classes, device):
 @over_dtypes
 @pytest.mark.parametrize("classes", [3, 10, 100])
 def test_a_row_gives_the_same_wherever_it_stands(dtype, classes, device):
-    """Few classes are worked many rows at a time."""
+    """With few classes, many rows are processed at a time."""
     p, q = (3.0 * logits(device, 70, classes, seed=seed) for seed in (0, 1))
     inputs = [t.to(dtype) for t in (p, q, logits(device, 70, classes, seed=2), logits(device, 70, classes, seed=3))]
     grad = random_like(kl_divergence(*inputs[:2], impl="reference"), 4)
@@ -113,7 +113,7 @@ def test_a_row_gives_the_same_wherever_it_stands(dtype, classes, device):
 @over_impls
 @pytest.mark.parametrize("low", [-math.inf, -1e4])
 def test_classes_without_probability_count_for_nothing(impl, low, device):
-    """Neither in the value nor in any derivative, whatever the other prediction makes of them."""
+    """Neither in the value nor in any derivative, whatever the other prediction gives them."""
     p, q = logits(device, 4, 6), logits(device, 4, 6, seed=1)
     p[:, 1] = p[2:, 4] = low
     q[:2, 1] = low
@@ -132,7 +132,7 @@ def test_classes_without_probability_count_for_nothing(impl, low, device):
 
 @over_impls
 def test_one_hot_targets_give_the_cross_entropy(impl, device):
-    """The zeros for which torch.nn.functional.kl_div, given probabilities and their logarithm, returns NaN."""
+    """With zeros for which torch.nn.functional.kl_div, given probabilities and their logarithm, returns NaN."""
     q, y = logits(device, 4, 6).requires_grad_(), torch.tensor([0, 3, 5, 2], device=device)
     p = torch.full_like(q, -math.inf, requires_grad=False).scatter(1, y[:, None], 0.0)
     value = kl_divergence(p, q, impl=impl)
@@ -162,7 +162,7 @@ def test_equal_predictions_are_at_distance_zero(dtype, device):
 
 
 def test_predictions_that_nearly_agree_keep_their_digits(device):
-    """Where the sum of p log(p / q) in the same precision has none left, and is not even positive."""
+    """Even where the sum of p log(p / q) in the same precision has no digits left, and is not even positive."""
     p = logits(device, 64, 10, dtype=torch.float32)
     q = p + 1e-4 * logits(device, 64, 10, dtype=torch.float32, seed=1)
     exact = reference.kl_divergence(p.double(), q.double())

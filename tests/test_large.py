@@ -28,7 +28,7 @@ def twelve_gigabytes(device, emulated):
 
 @pytest.mark.usefixtures("twelve_gigabytes")
 def test_rows_far_apart(device):
-    """Offsets beyond 2^31 in memory of which only the ends are touched."""
+    """Offsets beyond 2^31, in memory of which only the ends are touched."""
     storage = torch.empty(BEYOND + 200, dtype=torch.bfloat16, device=device)
     ends = storage.as_strided((2, 100), (BEYOND + 50, 1))
     ends.copy_(torch.linspace(-1.0, 1.0, 200, device=device).view(2, 100))
@@ -86,7 +86,7 @@ def test_a_million_rows(device):
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target, reduction="none"))
 
 
-# Results of this many bytes are written past the caches on the CPU: of other lengths than pieces and cache lines have.
+# On the CPU, results of this many bytes bypass the caches; the length is no multiple of pieces or cache lines.
 STREAMED = 13 << 20
 
 
@@ -190,7 +190,7 @@ def test_large_group_norms_are_what_small_ones_are(channels, positions, channels
 @pytest.mark.usefixtures("not_emulated")
 @pytest.mark.parametrize("channels, inner", [(3, 20_001), (40, 1030), (40, 300), (300, 1), (7, 1)])
 def test_large_batch_norms_are_what_small_ones_are(channels, inner, device):
-    """In eval mode, where a sample has its derivative to itself; in training mode against the reference."""
+    """In eval mode, where each sample has its own derivative; in training mode they are compared with the reference."""
     samples = STREAMED // 4 // (channels * inner) + 1
     u, g, x = (normal(samples, channels, inner, dtype=torch.float32, device=device) for _ in range(3))
     a, b, weight, mean = normal(4, channels, dtype=torch.float32, device=device)

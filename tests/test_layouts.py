@@ -71,7 +71,7 @@ def test_any_layout_is_as_accurate(case, device):
 
 @over_small
 def test_one_row_repeated_without_copies(case, device):
-    """Rows at distance zero, as expand makes them."""
+    """Rows with stride zero, as expand makes them."""
     sample = case.sample(device, torch.float32)
     grad, u = cotangents(sample)
     repeated = sample.inputs[0][:1].expand_as(sample.inputs[0])

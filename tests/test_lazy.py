@@ -46,7 +46,7 @@ def test_the_mean_over_the_calls_is_the_loss(name):
     assert [call.smoothness.item() for call in calls] == [terms.smoothness.item(), 0, 0]
     each = [gradients(model, call) for call in calls]
     mean, alone = sum(each) / 3, each[1]
-    assert (whole - alone).norm() > 1e-3 * whole.norm()  # there is something to be lost
+    assert (whole - alone).norm() > 1e-3 * whole.norm()  # the penalty matters
     if "perturbed" not in name:
         torch.testing.assert_close(mean, whole)
         assert calls[1].orientation.item() == pytest.approx(terms.orientation.item(), rel=1e-12)
@@ -65,7 +65,7 @@ def test_what_is_not_penalised_costs_one_pass():
 
 
 def test_the_step_must_be_known():
-    """Every call would be the first of `every` otherwise, and the penalty so many times too strong."""
+    """Otherwise every call would be the first of `every`, and the penalty `every` times too strong."""
     model, (x, y) = network("cpu"), batch("cpu")
     for draw in (None, Draw(torch.Generator())):
         with pytest.raises(
@@ -94,7 +94,7 @@ def test_every_is_a_number_of_calls(every):
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "every" in method.options])
 def test_every_method_with_the_option(method, tmp_path):
-    """It reaches the loss: smoothness is shown though not every step measures it, and the weights end elsewhere."""
+    """The option reaches the loss: smoothness is shown though not every step measures it, and the weights change."""
     assert getattr(build_loss(method, {}, eps=EPS, impl="auto"), "every", 1) == 1
     assert build_loss(method, {"every": 4}, eps=EPS, impl="auto").every == 4
     settings = {"epochs": 1, "batch_size": 32, "train_samples": 96, "eval_samples": 10, "pgd_steps": 1, "threads": 1}

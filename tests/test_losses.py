@@ -117,7 +117,7 @@ def test_the_weight_means_the_same_for_every_batch_size(p, squared, device):
 
 
 def test_smoothness_predicts_the_loss_of_a_small_attack(device):
-    """With p dual to the threat's norm, it is to first order what the worst perturbation adds."""
+    """With p dual to the threat's norm, it is, to first order, what the worst perturbation adds."""
     model, (x, y) = network(device), batch(device)
     eps = 1e-5
     terms = GradientPenalty(p=1, eps=eps)(model, x, y)
@@ -144,7 +144,7 @@ def test_integer_images_are_refused(device):
 def test_terms():
     terms = Terms(torch.tensor(2.0), torch.tensor(3.0), 0.5)
     assert terms.total == 3.5
-    assert Terms(torch.tensor(2.0), torch.tensor(math.nan), 0.0).total == 2.0  # what is switched off spoils nothing
+    assert Terms(torch.tensor(2.0), torch.tensor(math.nan), 0.0).total == 2.0  # a term without weight has no effect
     w = torch.ones(2, requires_grad=True)
     v = torch.ones(2, requires_grad=True)
     Terms((w * v).sum(), (w * w).sum(), 0.5).backward(inputs=iter([w]))
@@ -154,7 +154,7 @@ def test_terms():
 
 @pytest.fixture
 def one_thread():
-    """Threads that wait for each other on a busy machine make many small steps thirty times slower."""
+    """One thread: on a busy machine, threads that wait for each other make many small steps thirty times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -178,7 +178,7 @@ def test_a_hundred_steps_leak_nothing(impl, device, emulated):
         terms.backward(inputs=model.parameters())
         references.extend([weakref.ref(x), weakref.ref(terms.smoothness)])
 
-    gc.disable()  # a cycle through autograd's nodes would only be hidden by the collector
+    gc.disable()  # the collector would only hide a cycle through autograd's nodes
     try:
         for _ in range(10):
             step()

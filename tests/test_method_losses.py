@@ -1,4 +1,4 @@
-"""The losses of the field: each is its formula, leaves the model as documented, and means the same for every batch."""
+"""The published losses: each equals its formula, leaves the model as documented, and means the same for every batch."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ def test_terms_and_parameter_gradients_are_those_of_the_formula(case, impl, devi
 
 
 class Twice(Shard):
-    """The rows of a batch of six, each of them twice."""
+    """The rows of a batch of six, each twice."""
 
     def samples(self, device="cpu"):
         return torch.arange(6, device=device).repeat(2)
@@ -86,7 +86,7 @@ def test_the_weight_means_the_same_for_every_batch_size(case, device):
 @over_losses
 def test_passes_and_batch_norm_are_as_documented(case, device):
     model, (x, y) = network(device, batch_norm=True), batch(device)
-    model[5].eval()  # a module that its owner froze
+    model[5].eval()  # a module that its owner has frozen
     model[0].bias.requires_grad_(False)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
@@ -120,7 +120,7 @@ def _cases():
 
 @over_losses
 def test_bfloat16_autocast(case, device):
-    """With autocast's cache, too: a pass without a graph must not leave its weights to one with."""
+    """With autocast's cache, too: a pass without a graph must not leave its cast weights to a pass with one."""
     model, (x, y) = network(device, torch.float32, batch_norm=True), batch(device, torch.float32)
     loss = prepared(case, device, torch.float32)
     with torch.autocast(device, torch.bfloat16):
@@ -149,7 +149,7 @@ def test_the_model_sees_images_only_and_the_attack_gains(case, device):
     assert 0 < (image - x).abs().max() <= reach * (1 + 1e-6) and not image.requires_grad
     smoothness = terms_of(loss, model, x, y, found, Draw()).smoothness
     assert smoothness > 0
-    if case.name != "GradAlign":  # nothing that is found by chance
+    if case.name != "GradAlign":  # nothing is found by chance
         noise = (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
         assert smoothness > terms_of(loss, model, x, y, noise, Draw()).smoothness
 
@@ -190,7 +190,7 @@ def test_nothing_is_differentiated_without_grad_mode(case, device):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_the_orientation_of_adversarial_training_is_differentiated_where_it_counts(weight, device):
-    """Its backward pass is put off, and must come whatever the weight is, given or set afterwards."""
+    """Its backward pass is deferred, and must come whatever the weight is, given or set afterwards."""
     model, (x, y) = network(device), batch(device)
     loss = losses.AdversarialTraining(FGSM(EPS), 1.0)
     found = loss.adversaries(model, x, y, Draw())
@@ -232,7 +232,7 @@ def test_frozen_statistics_change_nothing_but_the_statistics(norm, training, dev
 
 
 def test_a_teacher_goes_to_the_device_of_the_images():
-    """Without memory, "meta" is a device like any other."""
+    """Here the device is "meta", which has no memory."""
     loss = losses.Distillation(teacher(dtype=torch.float32), impl="reference")
     x = torch.rand(2, 3, 6, 6, device="meta")
     terms = loss(network("meta", torch.float32), x, torch.zeros(2, dtype=torch.int64, device="meta"))
@@ -246,7 +246,7 @@ def test_identical_images_have_no_divergence(device):
 
 
 def test_mart_weighs_by_doubt(device):
-    """A sample that is certainly right counts for nothing, one that is certainly wrong in full."""
+    """A sample that is certainly right counts nothing; one that is certainly wrong counts fully."""
     model, dtype = nn.Flatten(), torch.float64
     logits = torch.zeros(2, 5, device=device, dtype=dtype)
     logits[:, 2] = 200.0

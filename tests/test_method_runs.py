@@ -37,7 +37,7 @@ def outcome(out):
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("method", "options"), ATTACKS, ids=str)
 def test_a_resumed_attack_finds_the_same(tmp_path, method, options):
-    """Its random numbers are those of the step, whatever was drawn before."""
+    """Its random numbers depend on the step, whatever was drawn before."""
     config = recipe("digits", method, options=options, **SMALL)
     train(config, tmp_path / "whole")
     with pytest.raises(_Crash):

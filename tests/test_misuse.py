@@ -69,7 +69,7 @@ NEEDS_NO_LABELS = "Distillation"
 
 
 def result(made, model, x, y, **options):
-    """What differs if a label, a draw or a logit does: the adversary, or loss and parameter gradients."""
+    """The result that changes with a label, a draw or a logit: the adversary, or the loss and parameter gradients."""
     torch.manual_seed(3)
     found = made(model, x, y, **options)
     return found if isinstance(found, torch.Tensor) else torch.stack([found.orientation, found.smoothness]).detach()
@@ -186,7 +186,7 @@ def test_wrong_probabilities(name, wrong):
 
 @over_every
 def test_images_outside_the_box_are_told_to_their_last_digit(name):
-    """By all that look for adversaries in it; a derivative has no box."""
+    """By every class that looks for adversaries in the box; a derivative needs no box."""
     x, y = batch()
     x[0, 0, 0, 0] = 1.0000002
     if name in ("VAT", "TRADES", "MART", "ALP", "AWP", "LocalLinearity", "GradAlign", "AdversarialTraining", *ATTACKS):
@@ -240,7 +240,7 @@ def test_a_model_without_a_graph(name, model):
 
     needs_images = name not in ("CrossEntropy", "LabelSmoothing", "Distillation")
     if not needs_images and not isinstance(model, nn.Module):
-        assert trained().total.requires_grad  # its parameters have a graph, and that is all it takes
+        assert trained().total.requires_grad  # its parameters have a graph, which is enough
         return
     with pytest.raises((TypeError, ValueError)) as error:
         trained()
@@ -260,7 +260,7 @@ def test_any_callable_is_a_model(name, kind):
         "scripted": lambda: torch.jit.trace(net, x),
     }
     model = models[kind]()
-    if name == "CrossLipschitz of a part":  # of a function it takes the whole batch, and draws for all of it
+    if name == "CrossLipschitz of a part":  # for a function it takes the whole batch, and draws for all of it
         assert EVERY[name]()(model, x, y).total.isfinite()
         return
     if name in ONLY_MODULES and (kind == "scripted" or not isinstance(model, nn.Module)):
@@ -375,7 +375,7 @@ def test_wrong_options(name):
 
 @over_every
 def test_grey_levels_are_not_radii(name):
-    """Where eps is the radius of a ball in the box: 8 for 8/255 reaches every image."""
+    """Where eps is the radius of a ball in the box: 8 instead of 8/255 would reach every image."""
     make, boxed = EVERY[name], {*ATTACKS, "TRADES", "MART", "LocalLinearity", "GradAlign"}
     options = {field.name for field in dataclasses.fields(make())}
     if name in boxed and getattr(make(), "norm", "linf") == "linf":

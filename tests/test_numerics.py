@@ -133,7 +133,7 @@ def test_zero_rows_have_the_zero_subgradient_in_every_order(options, dtype, devi
     for row in (1, 3):
         assert not result.value[row].any()
         assert not result.grad_x[row].any()
-        if not options.get("squared"):  # whose second derivative is 2 everywhere
+        if not options.get("squared"):  # the second derivative of the square is 2 everywhere
             assert not result.gg_grad[row].any()
             assert not result.second[row].any()
     assert_accurate(sample, grad, u, result)
@@ -188,14 +188,14 @@ def test_scale_law(options, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @over_norms
 def test_subnormal_rows(options, dtype, device):
-    """Flushing to zero is allowed to no one."""
+    """No implementation may flush to zero."""
     if options.get("squared") and dtype != torch.float16:
         return  # its result is zero
     tiny = torch.finfo(dtype).smallest_normal / 8
     x = torch.tensor([[3.0, -2.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64).mul(tiny).to(device, dtype)
     value = row_norm(x, **options, impl="kernel")
     exact = reference.row_norm(x.double() * 2.0**100, **options) * 2.0 ** (-200 if options.get("squared") else -100)
-    if dtype == torch.float16:  # whose norms are float32
+    if dtype == torch.float16:  # its norms are float32
         return assert_as_accurate_as_reference(value, exact.float(), exact)
     spacing = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of subnormal numbers
     assert ((value.double() - exact).abs() <= 2 * spacing).all()
@@ -334,7 +334,7 @@ def test_gradients_sum_to_zero(device):
 def test_every_16_bit_number_is_read_and_rounded_as_pytorch_does(dtype, scale, device):
     """ELU's slope on the positive side is a constant: the result is one product, rounded once."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
-    for part in (every, every[5:12_345]):  # of a length that vectors do not divide
+    for part in (every, every[5:12_345]):  # of a length that is no multiple of a vector's
         x = torch.ones_like(part)
         gg_grad, _ = torch.ops.robustkern.activation_double_backward(
             part, x, x, "elu", [1.0, scale, 1.0, 0.0], True, False
@@ -364,5 +364,5 @@ def test_pieces_at_what_is_not_finite(function, in_place, device):
     for a, e, true in zip(actual, expected, exact):
         assert not (e.isfinite() & ~a.isfinite()).any()
         finite = e.isfinite() & a.isfinite() & true.isfinite()
-        for some in (finite & (true.abs() < 1e6), finite):  # next to huge ones nothing is seen of the others
+        for some in (finite & (true.abs() < 1e6), finite):  # errors of the others would not show beside huge ones
             assert_as_accurate_as_reference(a[some], e[some], true[some], zero=not true[some].any())

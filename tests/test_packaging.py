@@ -30,7 +30,7 @@ NEXT = "9.9.9+cpu"
 
 @pytest.fixture
 def another_pytorch(monkeypatch):
-    """`robustkern._aten` is looked for again, in what says that it is another PyTorch; it must not be loaded."""
+    """Looks for `robustkern._aten` again, under what claims to be another PyTorch; it must not be loaded."""
 
     def load(version):
         def never(name):
@@ -118,6 +118,28 @@ def test_what_code_runs_where(architecture, runs, does_not):
     assert not any(_runs_on(architecture, *gpu) for gpu in does_not)
 
 
+@pytest.fixture
+def toolkit(monkeypatch, tmp_path):
+    """What setup.py makes of a CUDA toolkit whose nvcc knows these architectures, and which has these files."""
+
+    def described_with(knows, *files):
+        nvcc = tmp_path / "bin" / "nvcc"
+        for path in (nvcc, *(tmp_path / file for file in files)):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {knows}\n")
+        nvcc.chmod(0o755)
+        monkeypatch.chdir(ROOT)  # what described.extensions changes is put back
+        for name in ("ROBUSTKERN_CUDA", "TORCH_CUDA_ARCH_LIST"):
+            monkeypatch.setenv(name, "")
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        monkeypatch.setattr(setuptools, "setup", setuptools.setup)
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
+        return described.extensions(cuda=True)["robustkern._cuda"]
+
+    return described_with
+
+
 @pytest.mark.parametrize(
     "knows, built_for",
     [
@@ -126,26 +148,50 @@ def test_what_code_runs_where(architecture, runs, does_not):
         ("80 90 100 120 130", "sm_80 sm_90 sm_100 sm_120 compute_80"),
     ],
 )
-def test_what_is_compiled_with_nvcc_of_any_age(monkeypatch, tmp_path, knows, built_for):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {knows}\n")
-    nvcc.chmod(0o755)
-    monkeypatch.chdir(ROOT)  # what described.extensions changes is put back
-    for name in ("ROBUSTKERN_CUDA", "TORCH_CUDA_ARCH_LIST"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(setuptools, "setup", setuptools.setup)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
-    extension = described.extensions(cuda=True)["robustkern._cuda"]
+def test_what_is_compiled_with_nvcc_of_any_age(toolkit, knows, built_for):
+    extension = toolkit(knows, "lib64/libcudart.so")
     flags = [flag for flag in extension.extra_compile_args["nvcc"] if "gencode" in flag]
     assert [flag.split("code=")[-1] for flag in flags] == built_for.split()
     assert ("RK_CUDA_ARCHITECTURES", f'"{built_for}"') in extension.define_macros
 
 
+@pytest.mark.parametrize(
+    ("files", "folder", "name"),
+    [
+        (["lib64/libcudart.so", "lib64/libcudart.so.13"], "lib64", "cudart"),
+        (["lib/libcudart.so.13", "lib/libcudart.so.13.0.96", "lib/libcudart_static.a"], "lib", ":libcudart.so.13"),
+        (["lib64/libcudart_static.a", "lib/libcudart.so.12"], "lib", ":libcudart.so.12"),
+    ],
+)
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_the_runtime_is_the_shared_one(toolkit, tmp_path, monkeypatch, files, folder, name, cuda):
+    """PyTorch's own, where it has one; else that of the toolkit."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    extension = toolkit("80 90", *files)
+    assert str(tmp_path / folder) in extension.library_dirs and name in extension.libraries
+    assert not any("static" in library for library in extension.libraries)
+    assert extension.runtime_library_dirs == ([] if cuda else [str(tmp_path / folder)])
+
+
+def test_a_toolkit_without_a_shared_runtime(toolkit):
+    with pytest.raises(SystemExit, match=r"has no libcudart\.so: install its runtime \(nvidia-cuda-runtime\), too"):
+        toolkit("80 90", "lib64/libcudart_static.a")
+
+
+def test_a_runtime_that_is_missing_is_one_sentence(monkeypatch):
+    def missing(name):
+        raise ImportError("libcudart.so.13: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(_library.importlib, "import_module", missing)
+    module, why = _library._load("_cuda")
+    assert module is None and "\n" not in why
+    assert why.startswith("robustkern._cuda needs libcudart.so.13, the CUDA runtime of its toolkit, which PyTorch ")
+    assert "install a PyTorch for this CUDA, or rebuild it with: pip install" in why
+
+
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes believe that there is a GPU of this compute capability, and CUDA kernels compiled for others."""
+    """Pretends that there is a GPU of this compute capability, and CUDA kernels for other architectures."""
 
     def of(capability, architectures="sm_80 sm_90 sm_100 sm_120 compute_75 compute_80"):
         major, minor = capability
@@ -162,7 +208,7 @@ def gpu(monkeypatch):
 
 
 class OnCuda(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     device = torch.device("cuda", 0)
 

@@ -1,4 +1,4 @@
-"""gradient_norm: what it computes, and that every wrong use is told in one sentence instead of training nothing."""
+"""gradient_norm: what it computes, and that every wrong use raises one sentence instead of training nothing."""
 
 import math
 
@@ -24,7 +24,7 @@ def per_sample_loss(model, x, y):
 
 
 def norm_in_plain_pytorch(loss, x, p, squared, weight=None):
-    """Independent of this package."""
+    """The norm, independent of this package."""
     gradients = torch.stack([torch.autograd.grad(one, x, create_graph=True)[0][i] for i, one in enumerate(loss)])
     if weight is not None:
         gradients = gradients * weight

@@ -23,7 +23,7 @@ def batch(device, dtype=torch.float64, count=6):
 
 
 def smoothness_in_plain_pytorch(penalty, model, x, eps=EPS):
-    """By each method's own definition; the cross-Lipschitz one as the sum over pairs."""
+    """The smoothness by each method's definition; the cross-Lipschitz one is the sum over pairs."""
     x = x.detach().requires_grad_()
     outputs = model(x)
     if penalty is not CrossLipschitz:
@@ -79,7 +79,7 @@ def test_the_weight_means_the_same_for_every_batch_size(penalty, device):
 
 
 def test_published_conventions(device):
-    """What other codes write, and the weight that it takes here."""
+    """Other codes' conventions, and the weights that they correspond to here."""
     model, (x, y) = network(device), batch(device)
     leaf = x.clone().requires_grad_()
     frobenius = norm_in_plain_pytorch(model(leaf).unsqueeze(2), leaf, "plain")
@@ -110,7 +110,7 @@ def test_fisher_predicts_the_divergence_under_small_random_perturbations(device)
 
 @over_penalties
 def test_every(penalty, device):
-    """One step of three, with three times the weight; a step that is left out is a plain one."""
+    """The penalty acts on one step of three, with three times the weight; the other steps are plain ones."""
     model, (x, y) = network(device), batch(device)
     always = penalty(WEIGHT, "exact", EPS)
     lazy = Lazy(always, 3)
@@ -124,7 +124,7 @@ def test_every(penalty, device):
 
 @over_penalties
 def test_a_fraction_is_unbiased(penalty, device):
-    """Over all draws; the cross-entropy is that of every sample in each of them."""
+    """The mean over all draws is unbiased; each draw has the cross-entropy of every sample."""
     model, (x, y) = network(device), batch(device)
     expected = penalty(WEIGHT, "exact", EPS)(model, x, y)
     loss, draw = penalty(WEIGHT, "exact", EPS, fraction=0.5), Draw(torch.Generator(device).manual_seed(0))

@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote train with a gradient penalty to the same losses before and after install()."""
+"""Networks from other packages train with a gradient penalty to the same losses before and after install()."""
 
 from contextlib import nullcontext
 
@@ -40,7 +40,7 @@ def start(build, dtype):
 
 
 def penalised_gradient(model, x, y, *, installed):
-    """Leaves the gradient of the penalised loss with the parameters; the loss."""
+    """Leaves the gradient of the penalised loss in the parameters; returns the loss."""
     with robustkern.fused_double_backward() if installed else nullcontext():
         x = x.clone().requires_grad_()
         loss = F.cross_entropy(model(x), y)
@@ -62,8 +62,8 @@ def losses(build, *, installed):
 
 @pytest.mark.parametrize("build", [preresnet, vit])
 def test_the_same_losses(build, not_emulated):
-    # In float64: in float32 a ReLU whose input is zero but for rounding sends two runs apart whatever computes them,
-    # stock PyTorch with its samples in another order included. What is left is far below float32's own rounding.
+    # In float64: in float32, a ReLU whose input is zero up to rounding makes any two runs diverge, even two of stock
+    # PyTorch with the samples in another order. The remaining difference is far below float32's rounding.
     stock, fused = losses(build, installed=False), losses(build, installed=True)
     torch.testing.assert_close(fused.float(), stock.float())
 
@@ -89,6 +89,6 @@ def test_the_same_gradient_at_every_step(build, not_emulated):
         fused_difference.append((fused - stock).norm() / stock.norm())
         reordered_difference.append((reordered - stock).norm() / stock.norm())
         optimizer.step()
-    # The median: a batch in another order has other signs at a few ReLUs now and then, and differs by far more.
+    # The median, because a reordered batch sometimes flips the signs of a few ReLUs and then differs by far more.
     excess = torch.stack(fused_difference).max() / torch.stack(reordered_difference).median()
     assert excess <= 2, f"gradients differ by {excess:.3g} times what a reordered batch changes"

@@ -1,4 +1,4 @@
-"""Where the code published with the paper that this package grew from computes something else than it says.
+"""Where the code that was published with the paper behind this package does not compute what it says.
 
 Each test writes the published formula down in a few lines and shows the difference to what it stands for, and that
 robustkern computes the latter. Source of the formulas: Helland and VanHoudnos, 2020, and its code.
@@ -52,7 +52,7 @@ def test_the_fisher_penalty_is_that_of_all_classes(network, batch):
     ours = FisherPenalty(weight=1.0, projections="exact", eps=EPS)(network, x, y).smoothness / 2
     torch.testing.assert_close(ours, true)
     assert published_fisher(network, x) > 10 * true
-    # It looks at one class: with the classes renamed, the published number is another one, the true one is not.
+    # It looks at one class: renaming the classes changes the published number, but not the true one.
     renamed = nn.Sequential(network, _Reverse())
     torch.testing.assert_close(half_the_trace_of_fisher(renamed, x), true)
     assert (published_fisher(renamed, x) / published_fisher(network, x)).log().abs() > 0.2
@@ -68,7 +68,7 @@ class _Reverse(nn.Module):
 
 
 class _Shift(nn.Module):
-    """More of the last class."""
+    """Adds to the logit of the last class."""
 
     def __init__(self, much):
         super().__init__()

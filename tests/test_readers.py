@@ -31,7 +31,7 @@ READ = sorted(READERS)
 
 @st.composite
 def damaged(draw, files):
-    """A file as it should be, with some of its bytes changed, cut out, repeated or put elsewhere."""
+    """A valid file, with some of its bytes changed, cut out, repeated or moved."""
     content = draw(st.sampled_from(files))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
@@ -44,7 +44,7 @@ def damaged(draw, files):
 @pytest.mark.parametrize("reader", READ)
 def test_files_as_they_should_be_are_taken(reader):
     outcomes = [check(reader, content) for content in seeds(reader)]
-    assert None in outcomes or reader == "manifest"  # whose checkpoint is empty
+    assert None in outcomes or reader == "manifest"  # its checkpoint is empty
 
 
 @pytest.mark.parametrize("reader", READ)
@@ -80,7 +80,7 @@ ANYTHING = st.recursive(
 
 @pytest.mark.parametrize("reader", ["description", "manifest", "plan", "metrics"])
 def test_values_of_wrong_types_are_one_sentence(reader):
-    """JSON that is well formed, with anything in place of what should stand there."""
+    """Well-formed JSON with a wrong value in some place."""
     (content,) = seeds(reader)
     fields = json.loads(content.splitlines()[0])
 
@@ -167,12 +167,12 @@ def twice():
 
 
 def remembered(count=60):
-    """So many tuples, each of the one before it twice."""
+    """`count` tuples, each holding the one before it twice."""
     return b"K\x01q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(count))
 
 
 def many_mappings():
-    """Thirty thousand, each with half a million elements to be hashed."""
+    """Thirty thousand mappings, each with half a million elements to hash."""
     return b"\x80\x02" + remembered(18) + b"}h\x12K\x01s0" * 30_000 + b"N."
 
 
@@ -184,7 +184,7 @@ def encoded_again():
 
 
 def shared():
-    """A list of forty lists, and 2^40 elements for whoever walks through."""
+    """A list of forty lists, which a traversal sees as 2^40 elements."""
     inner = []
     for _ in range(40):
         inner = [inner, inner]

@@ -1,4 +1,4 @@
-"""The truth itself: references against closed forms, against PyTorch's own functions, and at their corners."""
+"""The references, against closed forms, against PyTorch's own functions, and at their corners."""
 
 import math
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 ORDERS = ("", "_backward", "_double_backward")
 SCHEMAS = re.findall(r'"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
 STEMS = [name for name in SCHEMAS if not name.endswith("backward")]
-# Differentiable once: the second derivative of a random direction is nobody's penalty.
+# Differentiable once: nobody penalises the second derivative of a random direction.
 DIFFERENTIABLE_ONCE = {"margin_loss", "random_cotangents"}
 
 
@@ -37,7 +37,7 @@ def orders_of(stem):
 CHAINS = {stem + order for stem in STEMS for order in orders_of(stem)}
 # Derivatives of PyTorch's own operators, whose chains PyTorch begins.
 ENDS = [name for name in SCHEMAS if name not in CHAINS]
-LONGEST_FILE = 600  # a question, not a wall: one thing may take as many
+LONGEST_FILE = 600  # lines: a file that is one thing may have as many
 
 over_operators = pytest.mark.parametrize("op", STEMS)
 over_differentiable = pytest.mark.parametrize("op", [op for op in STEMS if op not in ops.IN_PLACE])
@@ -284,7 +284,7 @@ def test_every_penalty_is_public():
 
 # ------------------------------------------------------------------ floors
 
-CORE = ("ops", "reference", "penalties", "jacobian", "spectral_norm", "coupling", "double_backward")
+CORE = ("ops", "reference", "penalties", "jacobian", "spectral_norm", "coupling", "double_backward", "graphs")
 LABORATORY = {
     "losses",
     "draw",
@@ -318,7 +318,7 @@ def imports_of(module):
 
 
 def test_the_core_knows_nothing_of_the_laboratory():
-    """Whoever wants fused derivatives alone never meets a training loop."""
+    """Users of the fused derivatives alone never load a training loop."""
     reached, left = set(), [*CORE]
     while left:
         module = left.pop()
@@ -374,7 +374,7 @@ def test_no_fast_math():
 
 
 def test_no_tolerance_is_typed_by_hand():
-    """Only gradcheck in float64, whose differences are rough by nature, may be given one."""
+    """Only gradcheck in float64, whose finite differences are inexact by nature, may have one."""
     typed = re.compile(r"\b[ar]tol\s*=")
     for path in sources("tests/*.py"):
         for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -37,7 +37,7 @@ def config(**given):
 
 
 def outcome(out):
-    """What must be the same: weights to the bit, metrics but for their times."""
+    """What must be the same: every bit of the weights, and the metrics except for times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return (out / "model.safetensors").read_bytes(), [{**row, "ms_per_step": None} for row in rows]
 
@@ -52,7 +52,7 @@ def uninterrupted(tmp_path_factory):
 
 
 class _Crash(BaseException):
-    """The power goes out. Not an Exception: nothing may handle it."""
+    """A power failure. Not an Exception: nothing may handle it."""
 
 
 class _CrashAt(training.Observer):
@@ -125,13 +125,13 @@ def test_crash_at_any_file_operation(tmp_path, uninterrupted, monkeypatch):
 
 
 def everything(out):
-    """All that a run leaves and that must be the same, to the bit."""
+    """Everything that a run leaves and that must be the same, to the bit."""
     names = ("model.safetensors", "ema.safetensors", "best.safetensors", "results.json", "config.yaml")
     return outcome(out)[1], {name: (out / name).read_bytes() for name in names}
 
 
 def test_sigkill_at_twenty_random_moments(tmp_path):
-    """Killed twenty times while it works, then let finish; compared with a run that nobody disturbed."""
+    """Killed twenty times while it works, then allowed to finish; compared with an undisturbed run."""
     # A forked child needs no new import of PyTorch, so that the kills hit the training itself.
     context = multiprocessing.get_context("fork")
     settings = config(epochs=12, train_samples=256, validation=64, ema=0.9, eval_every=3, checkpoint_every=1)
@@ -159,7 +159,7 @@ def test_sigkill_at_twenty_random_moments(tmp_path):
         process, pipe = start(out)
         for _ in range(clock.choice((1, 2, 3, 4))):  # steps or batches of the evaluation
             last = max(last, pipe.recv())
-        time.sleep(clock.uniform(0.0, 0.02))  # and in the midst of whatever comes then: step, evaluation, file
+        time.sleep(clock.uniform(0.0, 0.02))  # and in the middle of whatever comes then: step, evaluation, file
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -207,7 +207,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, uninterrupted):
 
 
 def test_what_is_saved_is_not_written_again(tmp_path):
-    """While it is, a second signal would leave weights without a checkpoint, which nothing goes on from."""
+    """During that, a second signal would leave weights without a checkpoint, and the run could not resume."""
     train(config(epochs=1, checkpoint_every=0), tmp_path)
     (saved,) = tmp_path.glob("checkpoint-*.pt")
     before = saved.stat().st_ino

@@ -78,7 +78,7 @@ def test_every_setting_is_an_option_of_the_command_line_and_says_what_it_is():
 
 
 def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
-    """Each with a value of its own."""
+    """Each option gets a different value."""
     given = {
         "data": "digits-28", "method": "fgsm", "model": "preact-resnet18", "eps": 0.0625, "epochs": 7, "batch_size": 33,
         "optimizer": "adamw", "lr": 0.125, "weight_decay": 0.25, "schedule": "step", "milestones": (2, 5),
@@ -97,5 +97,5 @@ def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
         words += [flag] if value is True else [flag, text]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    settings = {name for name in vars(seen[0]) if name not in ("options", "sync_batch_norm")}  # that takes GPUs
+    settings = {name for name in vars(seen[0]) if name not in ("options", "sync_batch_norm")}  # it needs GPUs
     assert given == {name: getattr(seen[0], name) for name in settings}

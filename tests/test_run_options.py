@@ -133,7 +133,7 @@ def test_split_is_a_partition_by_the_seed():
 
 
 def scripted(monkeypatch, robust, clean=0.9, fgsm=0.1):
-    """Accuracies as told, one robust one for each call of the attack; the rest stays as it is."""
+    """Makes accuracies as given, one robust accuracy for each call of the attack; all else is unchanged."""
     values, seen = iter(robust), []
 
     def robust_accuracy(model, data, attack, **kwargs):
@@ -169,7 +169,7 @@ def test_best_weights_are_those_of_the_best_validation_accuracy(tmp_path, monkey
         states.append(copy.deepcopy(self.model.state_dict()))
 
     monkeypatch.setattr(run, "_end_epoch", end_epoch)
-    # After each epoch once, of the validation set; at the end of the test set, for the last weights and the best.
+    # Once after each epoch, on the validation set; at the end on the test set, for the last weights and the best.
     seen = scripted(monkeypatch, [0.4, 0.5, 0.5, 0.31, 0.32])
     result = train(tiny(validation=32, eval_samples=20), tmp_path)
     assert seen == [20] * 5

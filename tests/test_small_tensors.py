@@ -35,7 +35,7 @@ def ours(t: Tensor) -> list[str]:
 
 @over_cases
 def test_small_forwards_are_pytorchs(case, device):
-    """A plain step of small tensors is PyTorch's from end to end, but for GroupNorm where channels lie innermost."""
+    """A plain step on small tensors is PyTorch's from end to end, except for GroupNorm with channels innermost."""
     if device == "cpu" and not case.crashes:
         assert not ours(case.function(*fresh(case, device)))
 

@@ -1,7 +1,7 @@
-"""What random cotangents promise on average: under fixed seeds, and within stated numbers of standard deviations.
+"""What random cotangents promise on average, under fixed seeds and within stated numbers of standard deviations.
 
-A bound of 5 standard deviations is missed by chance once in 1.7 million tests; those on whole matrices hold many
-numbers, so theirs is 6.  The seeds are fixed: a test that passes passes always.
+A bound of 5 standard deviations is missed by chance once in 1.7 million tests; those on whole matrices cover
+many numbers, so their bound is 6.  The seeds are fixed: a test that passes once passes always.
 """
 
 import math
@@ -32,7 +32,7 @@ def assert_mean(values, expected, bound):
 
 
 def test_known_answers_of_philox():
-    """Of Random123, by the authors of Philox: zeros, ones, and digits of pi."""
+    """The answers of Random123, by the authors of Philox: for zeros, ones, and digits of pi."""
     ones, answers = 0xFFFFFFFF, {}
     answers[(0, 0, 0, 0), (0, 0)] = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     answers[(ones, ones, ones, ones), (ones, ones)] = (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -117,7 +117,7 @@ def test_all_directions_are_exact(device):
 
 
 def test_one_orthonormal_vector_is_the_sphere(device):
-    """Up to rounding the same numbers, drawn in another way."""
+    """The same numbers up to rounding, drawn in another way."""
     outputs = torch.zeros(50, 37, device=device)
     sphere, frame = (draw(outputs, 1, law=law) for law in ("sphere", "orthonormal"))
     torch.testing.assert_close(frame, sphere)
@@ -141,7 +141,7 @@ def test_frames_are_uniformly_distributed(size, device):
     direction = torch.arange(1.0, size + 1, dtype=torch.float64, device=device)
     along = (q @ (direction / direction.norm())).sort(0).values
     other = q[..., 0].sort(0).values
-    distance = (along - other).abs().mean(0)  # of distributions: 1.6 / sqrt(B) standard deviations are rarely passed
+    distance = (along - other).abs().mean(0)  # between distributions; it rarely exceeds 1.6 / sqrt(B)
     assert distance.max() < 4 / math.sqrt(BATCH)
 
 
@@ -150,7 +150,7 @@ def test_normal_numbers_are_normal(device):
     assert_mean(torch.stack([v, v**2, v**3, v**4, v**6], 1), torch.tensor([0.0, 1, 0, 3, 15], device=device), 6)
     exact = torch.special.ndtr(v.sort().values)
     steps = torch.arange(1, v.numel() + 1, device=device) / v.numel()
-    assert (exact - steps).abs().max() * math.sqrt(v.numel()) < 2.0  # Kolmogorov: passed with probability 7e-4
+    assert (exact - steps).abs().max() * math.sqrt(v.numel()) < 2.0  # Kolmogorov: exceeded with probability 7e-4
     assert v.abs().max() > 4.5
 
 

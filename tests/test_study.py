@@ -1,4 +1,4 @@
-"""A study, small: trained, measured, drawn, stopped, gone on with."""
+"""A small study: trained, measured, drawn, stopped, resumed."""
 
 import json
 import pickle
@@ -37,7 +37,7 @@ def study(*arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Few steps: what they lead to is measured elsewhere."""
+    """Makes inversions and the figures' attacks take few steps: their results are tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         quick = partial(Protocol, seeds_per_class=1, noise_images=1, noise_steps=2, inversion_steps=2)
         patch.setattr(module, "Protocol", quick)
@@ -103,11 +103,11 @@ def test_what_is_there_is_not_made_again(done, monkeypatch):
     assert models == {path: path.stat().st_mtime_ns for path in folder.glob("models/*/model.safetensors")}
     from safetensors.torch import load_file, save_file
 
-    # Measures of an earlier version, which took fewer, do not count as there.
+    # Measures of an earlier version, which took fewer, do not count.
     kept = load_file(gone)
     save_file({name: value for name, value in kept.items() if name != "median_gradient_norm"}, gone)
     assert run(Plan(**SMALL), folder).summary == summary
-    # What was trained in another way than it would be now does not count as there.
+    # A model that was trained in another way than now does not count.
     monkeypatch.setitem(recipes._BY_METHOD["digits"], "gradient-penalty", {"weight": 5.0})
     with pytest.raises(UsageError, match=r"written with other settings: weight 4.0 -> 5.0"):
         run(Plan(**SMALL), folder)

@@ -190,7 +190,7 @@ def test_bootstrap_interval_is_that_of_the_mean():
 
 
 def test_bootstrap_resamples_images_not_numbers():
-    """Ten seeds that say the same of every image are no more evidence than one."""
+    """Ten seeds with the same value for every image are no more evidence than one."""
     values = torch.rand(60, generator=torch.Generator().manual_seed(0))
     assert bootstrap_interval(values[:, None].expand(60, 10)) == pytest.approx(bootstrap_interval(values))
 
@@ -208,7 +208,7 @@ def test_bootstrap_of_the_median():
     values = torch.randn(101, 3, generator=generator).exp()
     low, high = bootstrap_interval(values, statistic="median")
     assert low <= float(values.median()) <= high and high - low < 0.6
-    values[0] = 1e9  # which would move a mean
+    values[0] = 1e9  # this would move a mean
     assert bootstrap_interval(values, statistic="median")[1] == pytest.approx(high, rel=0.1)
     with pytest.raises(ValueError, match="statistic must be 'mean' or 'median', got 'mode'"):
         bootstrap_interval(values, statistic="mode")
@@ -250,7 +250,7 @@ def test_contrasts_are_paired_differences():
     assert list(found) == list(results.CONTRASTS)
     for label, (one, other) in results.CONTRASTS.items():
         values = found[label]["alignment"]
-        # What image and seed share is gone: the difference is exact, whatever the spread of the images.
+        # What depends on image and seed cancels: the difference is exact, whatever the spread of the images.
         for part in (values["value"], values["low"], values["high"], *values["seeds"]):
             assert part == pytest.approx(effects[one] - effects[other], abs=1e-5)
 

@@ -13,7 +13,7 @@ import sync_batch_norm_run as run
 
 
 def normalize(x, w=None, b=None):
-    """In operators of which PyTorch has every derivative right."""
+    """BatchNorm in operators of which PyTorch gets every derivative right."""
     centred = x - x.mean((0, 2, 3), keepdim=True)
     y = centred * (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).rsqrt()
     return y if w is None else y * w.view(-1, 1, 1) + b.view(-1, 1, 1)
@@ -40,7 +40,7 @@ def test_sync_batch_norm(case, affine, tmp_path):
     expected = run.derivatives(normalize, x.requires_grad_(), v, [p.requires_grad_() for p in parameters])
     each = 1 + len(parameters)
     for i, e in enumerate(expected):
-        # of x side by side; of a parameter the sum, which DistributedDataParallel takes
+        # gradients of x are concatenated; those of a parameter are summed, as DistributedDataParallel does
         actual = torch.cat([p[i] for p in parts]) if i % each == 0 else sum(p[i] for p in parts)
         assert (actual - e).norm() <= 1e-9 * (1 + e.norm()), f"order {i // each + 1}, input {i % each}"
         assert e.abs().sum() > 0

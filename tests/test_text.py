@@ -1,4 +1,4 @@
-"""Names that nobody would choose, on their way to terminals, figures, HTML, Markdown, shells: shown, never obeyed."""
+"""Hostile names in terminals, figures, HTML, Markdown and shells: they are shown, never interpreted."""
 
 import html
 import io
@@ -30,7 +30,7 @@ from robustkern.study.report import command
 from robustkern.study.study import Study
 from robustkern.training.figures import save_png
 
-# Rich's markup and emoji, mathtext, HTML, Markdown, shells, terminals, the direction of writing, bytes without meaning.
+# Rich's markup and emoji, mathtext, HTML, Markdown, shells, terminals, the direction of writing, undecodable bytes.
 NAMES = ["[bold red]", "[ {x} ]", ":smile:", "$a$$", "$\\frac", "_first", "a|b`c``d`", "<img src=x onerror=y>&'\"",
          "*x*\\", "# head", "$(touch pwned);`touch pwned`'", "two\nlines\r", "\x1b[31mred\x07", "left\u202eright",
          "\x85\u2028", "é–中", os.fsdecode(b"\xff\xfe"), "-rf", " ", "~"]  # fmt: skip

@@ -28,7 +28,7 @@ def small(method="standard", **given):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_two_epochs_learn_and_leave_a_complete_run(tmp_path, method, monkeypatch):
-    drawn = method in ("standard", "gradient-penalty")  # the figures of one method are those of another
+    drawn = method in ("standard", "gradient-penalty")  # the figures of other methods are made in the same way
     if not drawn:
         monkeypatch.setattr(RunFolder, "draw", lambda *_: None)
     options = {"weight": 0.3} if "weight" in METHODS[method].options else {}
@@ -175,7 +175,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path, monkey
 def test_a_run_without_a_finite_step_fails_and_says_nothing_of_its_terms(tmp_path, monkeypatch):
     poison(monkeypatch, range(99), "loss")
     config = small(epochs=3, train_samples=64, max_skipped=9)
-    for resume in (False, True):  # and fails again, whoever looks at it again
+    for resume in (False, True):  # resumed, it fails again
         with pytest.raises(TrainingError, match="nothing was learnt: .* not finite in any of the 6 steps"):
             train(config, tmp_path, resume=resume)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_a_run_without_a_finite_step_fails_and_says_nothing_of_its_terms(tmp_pat
 
 
 def test_an_epoch_without_a_finite_step_has_no_terms(tmp_path, monkeypatch):
-    """One in the middle, whose numbers are neither zero nor those of another; the figures leave a gap."""
+    """An epoch in the middle, whose numbers are neither zero nor another epoch's; the figures leave a gap."""
     poison(monkeypatch, (2, 3), "gradient")
     result = train(small(epochs=3, train_samples=64), tmp_path)
     assert [row["orientation"] is None for row in result.rows] == [False, True, False]

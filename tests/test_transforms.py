@@ -31,7 +31,7 @@ def stacked(sample):
 
 
 def one_by_one(function, *stacks):
-    """What vmap promises to equal."""
+    """The loop that vmap must equal."""
     return [torch.stack(parts) for parts in zip(*(function(*level) for level in zip(*stacks)))]
 
 

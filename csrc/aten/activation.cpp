@@ -294,13 +294,13 @@ void register_activation(Registrar& r) {
   r.replace<at::_ops::hardswish_backward, hardswish_backward>(kKernel);
   r.replace<at::_ops::tanh_backward, tanh_backward>(kKernel);
   r.replace<at::_ops::sigmoid_backward, sigmoid_backward>(kKernel);
-  r.replace_forward<at::_ops::gelu, gelu>(kKernel);
-  r.replace_forward<at::_ops::silu, forward<Silu>>(kKernel);
-  r.replace_forward<at::_ops::mish, forward<Mish>>(kKernel);
-  r.replace_forward<at::_ops::silu_, forward_<Silu>>(kKernel);
-  r.replace_forward<at::_ops::mish_, forward_<Mish>>(kKernel);
-  r.replace_decomposed<at::_ops::silu_backward, silu_backward>(kKernel);
-  r.replace_decomposed<at::_ops::mish_backward, mish_backward>(kKernel);
+  r.replace<at::_ops::gelu, gelu, Kind::kForward>(kKernel);
+  r.replace<at::_ops::silu, forward<Silu>, Kind::kForward>(kKernel);
+  r.replace<at::_ops::mish, forward<Mish>, Kind::kForward>(kKernel);
+  r.replace<at::_ops::silu_, forward_<Silu>, Kind::kForward>(kKernel);
+  r.replace<at::_ops::mish_, forward_<Mish>, Kind::kForward>(kKernel);
+  r.replace<at::_ops::silu_backward, silu_backward, Kind::kDecomposed>(kKernel);
+  r.replace<at::_ops::mish_backward, mish_backward, Kind::kDecomposed>(kKernel);
 }
 
 }  // namespace rk::aten

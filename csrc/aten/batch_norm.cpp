@@ -122,57 +122,94 @@ std::optional<Triple> cudnn_batch_norm_backward(const Tensor& x, const Tensor& g
                                 {true, true, true});
 }
 
-// The statistics are handed over by the side, as LayerNorm's.
+// The statistics, and cuDNN's reserve, are handed over by the side, as LayerNorm's.
+struct Forward {
+  Tensor y, mean, invstd, reserve;
+};
+
+Forward run_forward(bool by_cudnn, const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+                    const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var, bool training,
+                    double momentum, double eps) {
+  Forward f;
+  if (by_cudnn)
+    std::tie(f.y, f.mean, f.invstd, f.reserve) =
+        at::cudnn_batch_norm(x, *w, b, running_mean, running_var, training, momentum, eps);
+  else
+    std::tie(f.y, f.mean, f.invstd) =
+        at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
+  return f;
+}
+
 struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& w,
                         const std::optional<Tensor>& b, const std::optional<Tensor>& running_mean,
                         const std::optional<Tensor>& running_var, bool training, double momentum, double eps,
-                        Statistics* statistics) {
+                        bool by_cudnn, Forward* result) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [y, mean, invstd] = at::native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps);
-    ctx->save_for_backward({x, optional_value(w), training ? mean : *running_mean, training ? invstd : *running_var});
+    *result = run_forward(by_cudnn, x, w, b, running_mean, running_var, training, momentum, eps);
+    // In eval mode PyTorch's own kernel is the derivative of cuDNN's.
+    ctx->save_for_backward({x, optional_value(w), training ? result->mean : *running_mean,
+                            training ? result->invstd : *running_var, training ? result->reserve : Tensor()});
     ctx->set_materialize_grads(false);
     Kept().put(to_bits({true, w && w->defined(), b && b->defined()})).put(training).put_number(eps).save(ctx);
-    *statistics = {mean, invstd};
-    return y;
+    return result->y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
-    variable_list result(9);
-    const Tensor& g = cotangents[0];
-    if (!g.defined()) return result;
+    variable_list result(10);
+    if (!cotangents[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &w = saved[1];
+    const Tensor &x = saved[0], &w = saved[1], &reserve = saved[4];
     Kept kept(ctx);
     const Mask mask = asked<3>(ctx, kept.integer());
-    const auto norm = BatchNorm::of(kept, saved[2], saved[3]);
-    if (const auto grad_x = BatchNormBackward::of_several(g, x, w, norm, mask)) {
-      result[0] = *grad_x;
-      return result;
-    }
+    auto norm = BatchNorm::of(kept, saved[2], saved[3]);
+    if (BatchNormBackward::of_several(result, cotangents[0], x, w, norm, mask)) return result;
     // PyTorch's batching rule takes the statistics for constants.
-    const bool composed = at::GradMode::is_enabled() && is_batched(g);
-    const BelowAutogradIf below(is_final(g));
+    const bool composed = at::GradMode::is_enabled() && is_batched(cotangents[0]);
+    const BelowAutogradIf below(is_final(cotangents[0]));
+    Tensor g = cotangents[0];
+    if (reserve.defined() && !composed) {  // cuDNN wants g as x lies, and may write into its reserve
+      norm.reserve = reserve.numel() ? reserve.clone() : reserve;
+      g = g.contiguous(x.suggest_memory_format());
+    }
     assign(result, composed ? norm.composed(x, w).first(g, mask) : norm.backward(g, x, w, mask), mask);
     return result;
   }
 };
 
+std::optional<Forward> batch_norm(bool by_cudnn, const Tensor& x, const std::optional<Tensor>& w,
+                                  const std::optional<Tensor>& b, const std::optional<Tensor>& running_mean,
+                                  const std::optional<Tensor>& running_var, bool training, double momentum,
+                                  double eps) {
+  if (!is_plain(x) || is_small(x, 1 << 15) || saves_through_hooks()) return std::nullopt;
+  Forward result;
+  result.y = ForwardBatchNorm::apply(x, w, b, running_mean, running_var, training, momentum, eps, by_cudnn, &result);
+  return result;
+}
+
 std::optional<Triple> native_batch_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
                                         const std::optional<Tensor>& running_mean,
                                         const std::optional<Tensor>& running_var, bool training, double momentum,
                                         double eps) {
-  if (!is_plain(x) || is_small(x, 1 << 15) || saves_through_hooks()) return std::nullopt;
-  Statistics statistics;
-  const Tensor y = ForwardBatchNorm::apply(x, w, b, running_mean, running_var, training, momentum, eps, &statistics);
-  return Triple{y, statistics.mean, statistics.rstd};
+  const auto f = batch_norm(false, x, w, b, running_mean, running_var, training, momentum, eps);
+  return f ? std::optional(Triple{f->y, f->mean, f->invstd}) : std::nullopt;
+}
+
+std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> cudnn_batch_norm(const Tensor& x, const Tensor& w,
+                                                                           const std::optional<Tensor>& b,
+                                                                           const std::optional<Tensor>& running_mean,
+                                                                           const std::optional<Tensor>& running_var,
+                                                                           bool training, double momentum, double eps) {
+  const auto f = batch_norm(true, x, w, b, running_mean, running_var, training, momentum, eps);
+  return f ? std::optional(std::tuple(f->y, f->mean, f->invstd, f->reserve)) : std::nullopt;
 }
 
 }  // namespace
 
 void register_batch_norm(Registrar& r) {
   add_folding<ForwardBatchNorm>(/*when_large=*/false);
-  r.replace_forward<at::_ops::native_batch_norm, native_batch_norm>(kKernel);
+  r.replace<at::_ops::native_batch_norm, native_batch_norm, Kind::kForward>(kKernel);
+  r.replace<at::_ops::cudnn_batch_norm, cudnn_batch_norm, Kind::kForward>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm_backward, cudnn_batch_norm_backward>(kKernel);
 }

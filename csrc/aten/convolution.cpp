@@ -103,7 +103,7 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     const Mask need = asked<3>(ctx);
 
     Tensor grad_g, grad_x, grad_w;
-    // Before grad_g is there, where the step's memory is at its peak.
+    // First, before grad_g takes memory: here is the step's peak.
     if (need[2] && u.defined()) grad_w = weight_gradient(geometry, g, u, w);
     if (need[0]) {
       if (u.defined()) grad_g = in_parts(geometry, g, u, w);

@@ -55,8 +55,8 @@ inline void note_hooks(AutogradContext* ctx) {
 // Whether somebody sees the gradients that this node is given or gives.
 bool has_hooks(torch::autograd::Node& node);
 
-// Says of a Function's backward that it works on several cotangents at least as well as on one after the other, if what it
-// saved went through no hooks: on the CPU in any case, or as long as it is small.
+// Says of a Function's backward that it works on several cotangents at least as fast as on one after the other, if what it
+// saved went through no hooks; when_large: on the CPU not only while it is small.
 struct Folding {
   bool (*folds)(torch::autograd::Node&);
   bool when_large;

@@ -99,8 +99,8 @@ inline bool composes(const variable_list& cotangents) {
 // without asking whether they are defined, so that zeros must be tensors there.
 inline bool in_compiled_autograd() { return !torch::autograd::get_current_node(); }
 
-// Zeros, like `like`, for the gradients that are asked for and that a backward left undefined, where that is no way to say
-// zero.
+// Where undefined does not stand for zero: zeros, like `like`, for the gradients that are asked for and that a backward
+// left undefined.
 template <size_t N>
 void fill_for_compiled_autograd(const MaskOf<N>& asked, variable_list& grads, const variable_list& like) {
   if (!in_compiled_autograd()) return;

@@ -221,7 +221,7 @@ std::optional<Triple> native_group_norm_backward(const Tensor& g, const Tensor& 
 }  // namespace
 
 void register_group_norm(Registrar& r) {
-  r.replace_forward<at::_ops::native_group_norm, native_group_norm>(kDoubleBackward);
+  r.replace<at::_ops::native_group_norm, native_group_norm, Kind::kForward>(kDoubleBackward);
   r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>(kDoubleBackward);
 }
 

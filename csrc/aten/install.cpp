@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "chains.h"
 #include "cotangents.h"
 #include "operators.h"
 
@@ -44,6 +45,13 @@ PYBIND11_MODULE(_aten, m) {
   m.def("materialize_zeros", [](bool value) { return the_switch.zeros.exchange(value); });
   m.def("however_small", [](bool value) { return the_switch.however_small.exchange(value); });
   m.def("folds", &folds);
+  py::enum_<From>(m, "From")
+      .value("ARGUMENT", From::kArgument)
+      .value("COTANGENT", From::kCotangent)
+      .value("IS_NEEDED", From::kIsNeeded)
+      .value("LAST_RESULT", From::kLastResult);
+  m.def("differentiate", &differentiate);
+  m.def("refuse_derivatives", &refuse_derivatives);
   m.def("runs_on_cuda", [](int device) { return runs_on_cuda(static_cast<c10::DeviceIndex>(device)); });
   m.def("operators", [](bool cuda) { return registrar().names(cuda); });
 }

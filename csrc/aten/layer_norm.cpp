@@ -118,10 +118,7 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
     LayerNorm norm{shape, saved[2], saved[3]};
     if (mask[2])  // of whose bias PyTorch's operator reads shape and type
       norm.bias = at::empty({1}, x.options().dtype(bias_type)).expand_symint(shape);
-    if (const auto grad_x = LayerNormBackward::of_several(g, x, w, norm, mask)) {
-      result[0] = *grad_x;
-      return result;
-    }
+    if (LayerNormBackward::of_several(result, g, x, w, norm, mask)) return result;
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(g);
     const BelowAutogradIf below(is_final(g));
@@ -164,10 +161,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const LayerNorm norm{kept.list(), Tensor(), saved[2]};
     const Mask mask{need_x, need_w, false};
 
-    if (const auto grad_x = LayerNormBackward::of_several(g, x, w, norm, mask)) {
-      result[0] = *grad_x;
-      return result;
-    }
+    if (LayerNormBackward::of_several(result, g, x, w, norm, mask)) return result;
     Triple grads;
     if (is_differentiated(g)) {
       grads = norm.composed(x, w).first(g, mask);
@@ -218,9 +212,9 @@ std::optional<Tensor> rms_norm(const Tensor& x, SymIntArrayRef shape, const std:
 void register_layer_norm(Registrar& r) {
   add_folding<ForwardLayerNorm>();
   add_folding<RmsNorm>();
-  r.replace_forward<at::_ops::native_layer_norm, native_layer_norm>(kDoubleBackward);
+  r.replace<at::_ops::native_layer_norm, native_layer_norm, Kind::kForward>(kDoubleBackward);
   r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kDoubleBackward);
-  r.replace_forward<at::_ops::rms_norm, rms_norm>(kDoubleBackward);
+  r.replace<at::_ops::rms_norm, rms_norm, Kind::kForward>(kDoubleBackward);
   r.replace<at::_ops::_fused_rms_norm_backward, fused_rms_norm_backward>(kDoubleBackward);
 }
 

@@ -25,9 +25,9 @@ bool would_miss_zeros(Node& node) {
   return accumulates ? !node.tensor_pre_hooks().empty() : has_hooks(node);
 }
 
-// Whether somebody would miss a zero that is left out of the pass at hand: a hook, which would be given None.  Whoever asked
-// torch.autograd.grad for a gradient by name gets zeros in any case.  Looked for once in each pass; captures only on the
-// device at hand, whose thread is this one.
+// Whether somebody would miss a zero that is left out of the pass at hand: a hook would be given None.  Whoever asked
+// torch.autograd.grad for a gradient by name gets zeros in any case: on this thread's device, since other devices have
+// threads of their own.  Looked for once in each pass.
 bool somebody_looks_on(const at::Device& device) {
   thread_local int last_pass = -1;
   thread_local bool hooked = false;

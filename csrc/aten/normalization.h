@@ -222,12 +222,14 @@ struct NormBackward : torch::autograd::Function<NormBackward<Norm>> {
     return spread(NormBackward::apply(g, x, w, norm, mask), mask);
   }
 
-  // grad_x of several cotangents, if g stands for them and nothing else is asked for.
-  static std::optional<Tensor> of_several(const Tensor& g, const Tensor& x, const Tensor& w, const Norm& norm,
-                                          const Mask& mask) {
-    if (mask != Mask{true, false, false}) return std::nullopt;
-    return for_several(
+  // Sets grad_x of several cotangents, if g stands for them and nothing else is asked for; whether it did.
+  static bool of_several(variable_list& grads, const Tensor& g, const Tensor& x, const Tensor& w, const Norm& norm,
+                         const Mask& mask) {
+    if (mask != Mask{true, false, false}) return false;
+    const auto grad_x = for_several(
         g, [&](const Tensor& cotangents) { return NormBackward::apply(cotangents, x, if_defined(w), norm, mask)[0]; });
+    if (grad_x) grads[0] = *grad_x;
+    return grad_x.has_value();
   }
 
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const std::optional<Tensor>& w,

@@ -5,62 +5,39 @@
 namespace rk::aten {
 namespace {
 
-using Numbers = std::vector<double>;
+void keep(Kept& kept, const at::Scalar& number) { kept.put_number(number.toDouble()); }
+void keep(Kept& kept, bool flag) { kept.put(flag); }
 
-// `backward` as a function of the cotangent, x and its numbers: a first backward, and its own transpose.
-template <class Backward>
-std::optional<Tensor> masked(const Tensor& g, const Tensor& x, const Numbers& numbers, const Backward& backward,
-                             bool differentiable = true) {
-  static_assert(std::is_empty_v<Backward>, "the function is made anew from its type");
+template <class T>
+T take(Kept& kept) {
+  if constexpr (std::is_same_v<T, bool>)
+    return kept.flag();
+  else
+    return kept.number();
+}
+
+// PyTorch's first backward, a function of the cotangent, x and some numbers, is its own transpose.
+template <auto backward, bool differentiable = true, class... Numbers>
+std::optional<Tensor> masked(const Tensor& g, const Tensor& x, Numbers... numbers) {
   const auto transposed = [](const Tensor& u, const variable_list& saved, Kept& kept) {
-    return Backward{}(u, saved[0], kept.numbers());
+    const std::tuple<Tensor, Tensor, std::decay_t<Numbers>...> arguments{u, saved[0],
+                                                                         take<std::decay_t<Numbers>>(kept)...};
+    return std::apply(backward, arguments);
   };
-  return linear_backward(
-      g, x, {[&] { return backward(g, x, numbers); }, transposed, {x}, Kept().put_numbers(numbers), differentiable});
-}
-
-std::optional<Tensor> threshold_backward(const Tensor& g, const Tensor& x, const at::Scalar& threshold) {
-  return masked(g, x, {threshold.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
-    return at::threshold_backward(v, at, n[0]);
-  });
-}
-std::optional<Tensor> leaky_relu_backward(const Tensor& g, const Tensor& x, const at::Scalar& slope, bool x_is_result) {
-  return masked(g, x, {slope.toDouble(), x_is_result ? 1.0 : 0.0},
-                [](const Tensor& v, const Tensor& at, const Numbers& n) {
-                  return at::leaky_relu_backward(v, at, n[0], n[1] != 0);
-                });
-}
-std::optional<Tensor> hardtanh_backward(const Tensor& g, const Tensor& x, const at::Scalar& low,
-                                        const at::Scalar& high) {
-  return masked(g, x, {low.toDouble(), high.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
-    return at::hardtanh_backward(v, at, n[0], n[1]);
-  });
-}
-std::optional<Tensor> hardsigmoid_backward(const Tensor& g, const Tensor& x) {
-  return masked(
-      g, x, {}, [](const Tensor& v, const Tensor& at, const Numbers&) { return at::hardsigmoid_backward(v, at); },
-      /*differentiable=*/false);
-}
-std::optional<Tensor> hardshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
-  return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
-    return at::hardshrink_backward(v, at, n[0]);
-  });
-}
-std::optional<Tensor> softshrink_backward(const Tensor& g, const Tensor& x, const at::Scalar& lambda) {
-  return masked(g, x, {lambda.toDouble()}, [](const Tensor& v, const Tensor& at, const Numbers& n) {
-    return at::softshrink_backward(v, at, n[0]);
-  });
+  Kept kept;
+  (keep(kept, numbers), ...);
+  return linear_backward(g, x, {[&] { return backward(g, x, numbers...); }, transposed, {x}, kept, differentiable});
 }
 
 }  // namespace
 
 void register_piecewise_linear(Registrar& r) {
-  r.replace<at::_ops::threshold_backward, threshold_backward>();
-  r.replace<at::_ops::leaky_relu_backward, leaky_relu_backward>();
-  r.replace<at::_ops::hardtanh_backward, hardtanh_backward>();
-  r.replace<at::_ops::hardsigmoid_backward, hardsigmoid_backward>();
-  r.replace<at::_ops::hardshrink_backward, hardshrink_backward>();
-  r.replace<at::_ops::softshrink_backward, softshrink_backward>();
+  r.replace<at::_ops::threshold_backward, masked<at::threshold_backward>>();
+  r.replace<at::_ops::leaky_relu_backward, masked<at::leaky_relu_backward>>();
+  r.replace<at::_ops::hardtanh_backward, masked<at::hardtanh_backward>>();
+  r.replace<at::_ops::hardsigmoid_backward, masked<at::hardsigmoid_backward, /*differentiable=*/false>>();
+  r.replace<at::_ops::hardshrink_backward, masked<at::hardshrink_backward>>();
+  r.replace<at::_ops::softshrink_backward, masked<at::softshrink_backward>>();
 }
 
 }  // namespace rk::aten

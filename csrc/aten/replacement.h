@@ -7,7 +7,7 @@
 //     std::optional<Tensor> gelu_backward(const Tensor& grad, const Tensor& x, c10::string_view approximate) { ... }
 //     void register_activation(Registrar& r) { r.replace<at::_ops::gelu_backward, gelu_backward>(kKernel); }
 //
-// A replacement that gives nothing leaves the call to PyTorch's kernel too, and to PyTorch's whatever that calls.
+// A replacement that returns nothing leaves the call, and whatever PyTorch's kernel calls in turn, to PyTorch.
 //
 // What a replacement's Function does:
 //   forward    runs the operator below autograd and saves its inputs; returns defined tensors only
@@ -59,6 +59,11 @@ template <class... Args>
 bool has_tangent(const Args&... args) {
   return any_tensor([](const Tensor& t) { return t._fw_grad(0).defined(); }, args...);
 }
+// Whether autograd, in any of its forms, is to differentiate this call.
+template <class... Args>
+bool to_be_differentiated(const Args&... args) {
+  return (at::GradMode::is_enabled() && wants_grad(args...)) || has_tangent(args...) || under_functorch_grad();
+}
 template <class... Args>
 bool all_known(const Args&... args) {
   return !any_tensor([](const Tensor& t) { return !is_known(t); }, args...);
@@ -71,6 +76,10 @@ bool serves(const Args&... args) {
          !under_functorch_grad() && !has_tangent(args...) && all_known(args...) && has_cotangent(args...);
 }
 
+// A decomposed operator has no derivative in PyTorch (silu_backward).  At AutogradOther stands its decomposition, which
+// can be differentiated, and which is needed only for that.
+enum class Kind { kBackward, kForward, kDecomposed };
+
 template <class Op, class Schema = typename Op::schema>
 struct Replacement;
 
@@ -78,31 +87,14 @@ template <class Op, class R, class... Args>
 struct Replacement<Op, R(Args...)> {
   // What a replacement gives, or nothing; of an operator in place the address of what it was given.
   using Ours = std::conditional_t<std::is_reference_v<R>, std::remove_reference_t<R>*, std::optional<R>>;
+  using Function = Ours (*)(Args...);
 
-  // A forward saves what PyTorch's does, or leaves it to that: see saves_through_hooks().
-  template <Ours (*ours)(Args...)>
-  static R forward_kernel(c10::DispatchKeySet keys, Args... args) {
-    return run<ours>(serves(args...), stock_keys<Op>(keys), std::forward<Args>(args)...);
-  }
-  template <Ours (*ours)(Args...)>
+  template <Kind kind, Function ours>
   static R kernel(c10::DispatchKeySet keys, Args... args) {
-    return run<ours>(serves(args...) && !in_checkpoint(), stock_keys<Op>(keys), std::forward<Args>(args)...);
-  }
-
-  // For an operator without a derivative in PyTorch (silu_backward).  At AutogradOther stands its decomposition, which
-  // can be differentiated, and which is needed only for that.
-  template <Ours (*ours)(Args...)>
-  static R decomposed_kernel(c10::DispatchKeySet keys, Args... args) {
-    const bool differentiable =
-        (at::GradMode::is_enabled() && wants_grad(args...)) || has_tangent(args...) || under_functorch_grad();
-    return run<ours>(serves(args...) && !in_checkpoint(),
-                     differentiable ? stock_keys<Op>(keys) : keys & c10::after_autograd_keyset,
-                     std::forward<Args>(args)...);
-  }
-
- private:
-  template <Ours (*ours)(Args...)>
-  static R run(bool serve, c10::DispatchKeySet stock, Args... args) {
+    // A forward saves the same tensors as PyTorch's, or leaves the call to it: see saves_through_hooks().
+    const bool serve = serves(args...) && (kind == Kind::kForward || !in_checkpoint());
+    const bool below = kind == Kind::kDecomposed && !to_be_differentiated(args...);
+    const auto stock = below ? keys & c10::after_autograd_keyset : stock_keys<Op>(keys);
     if (!serve) return Op::redispatch(stock, std::forward<Args>(args)...);
     if (auto result = ours(args...)) return *std::move(result);
     const UseStock guard;
@@ -131,17 +123,9 @@ class Registrar {
  public:
   // On CUDA only if `kernel`, the operator of robustkern that the replacement calls, has a kernel there: where the CUDA
   // extension is not built, PyTorch's own derivative stays.  None: written in PyTorch's operators.
-  template <class Op, auto ours>
+  template <class Op, typename Replacement<Op>::Function ours, Kind kind = Kind::kBackward>
   void replace(const char* kernel = nullptr, Devices devices = Devices::kAll) {
-    add<Op, Replacement<Op>::template kernel<ours>>(kernel, devices);
-  }
-  template <class Op, auto ours>
-  void replace_forward(const char* kernel) {
-    add<Op, Replacement<Op>::template forward_kernel<ours>>(kernel);
-  }
-  template <class Op, auto ours>
-  void replace_decomposed(const char* kernel) {
-    add<Op, Replacement<Op>::template decomposed_kernel<ours>>(kernel);
+    add<Op, Replacement<Op>::template kernel<kind, ours>>(kernel, devices);
   }
   // A kernel that decides by itself which calls it serves.
   template <class Op, auto replacement>
@@ -150,11 +134,10 @@ class Registrar {
     cpu_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
     if (devices == Devices::kCpu || (kernel && !has_cuda_kernel(kernel))) return;
     on_cuda_.emplace_back(Op::name);
-    if (kernel) {
+    if (kernel)
       cuda_.impl(full_name<Op>().c_str(), TORCH_FN(WhereCompiled<replacement>::kernel));
-    } else {
+    else
       cuda_.impl(full_name<Op>().c_str(), TORCH_FN(replacement));
-    }
   }
   const std::vector<std::string>& names(bool cuda) const { return cuda ? on_cuda_ : on_cpu_; }
 

@@ -36,9 +36,8 @@ inline bool is_plain(const Tensor& t) {
   return is_known(t) && !being_compiled(t) && is_floating_point(t.scalar_type());
 }
 
-// Whether PyTorch's own derivative of a tensor of so few elements is as fast: what a graph of ours costs more than PyTorch's,
-// a microsecond or two, is then all that is left of the difference.  Not for what is traced, of which nobody knows how large it
-// will be.
+// Whether a tensor is so small that PyTorch's own derivative is as fast: our graph costs a microsecond or two more, which
+// our kernel does not win back.  Never for what is traced, since nobody knows how large that will be.
 bool is_small(const Tensor& t, int64_t limit);
 
 // Whether this holds of a tensor among an operator's arguments.

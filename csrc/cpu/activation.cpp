@@ -102,8 +102,8 @@ void run_piece(const CotangentPiece<A>& w) {
     cotangent_piece<false, true>(w);
 }
 
-// Elements at a time.  Few, where they are converted, or written past the caches and so wait in the store queue while the
-// next are computed; several cotangents are so many streams that each should go on for a while.
+// Elements at a time.  Few where they are converted, and where they are written past the caches, since they then wait in
+// the store queue while the next are computed.  Several cotangents are so many streams that each should last for a while.
 int64_t elements_of_piece(const ActivationTensors& t) {
   const int64_t item = item_size(t.x.scalar_type());
   const bool few = item < 4 || t.x.numel() * item >= kStreamedBytes;
@@ -119,8 +119,6 @@ class Sweep {
         parameters_(choice.as<A>()),
         elements_(t.x.numel()),
         cotangents_(t.cotangents),
-        need_grad_(need_grad),
-        need_x_(need_x),
         x_(t.x),
         u_(t.u),
         grad_(t.grad),
@@ -133,14 +131,10 @@ class Sweep {
 
  private:
   void run_one(int64_t begin, int64_t n) {
-    ActivationPiece<A> piece{};
-    piece.n = n;
-    piece.x = x_.read(begin, n, in_x_);
-    piece.u = u_.read(begin, n, in_u_);
-    piece.grad = need_x_ ? grad_.read(begin, n, in_g_) : piece.u;
-    piece.gg_grad = gg_grad_.open(begin, out_g_);
-    piece.grad_x = grad_x_.open(begin, out_x_);
-    run_piece(function_, piece, parameters_);
+    const A *x = x_.read(begin, n, in_x_), *u = u_.read(begin, n, in_u_);
+    const A* const grad = grad_x_ ? grad_.read(begin, n, in_g_) : u;
+    run_piece(function_, ActivationPiece<A>{u, grad, x, gg_grad_.open(begin, out_g_), grad_x_.open(begin, out_x_), n},
+              parameters_);
     gg_grad_.close(begin, n, out_g_);
     grad_x_.close(begin, n, out_x_);
   }
@@ -150,7 +144,7 @@ class Sweep {
     const A* x = x_.read(begin, n, in_x_);
     run_piece(function_, ActivationPiece<A>{ones_.element, ones_.element, x, slope_.element, bend_.element, n},
               parameters_);
-    A* const sum = need_x_ ? grad_x_.open(begin, out_x_) : nullptr;
+    A* const sum = grad_x_ ? grad_x_.open(begin, out_x_) : nullptr;
     if (sum) std::fill(sum, sum + n, A(0));
     for (int64_t k = 0; k < cotangents_; ++k) {
       const int64_t at = k * elements_ + begin, next = k + 1 < cotangents_ ? elements_ : n - k * elements_;
@@ -160,9 +154,9 @@ class Sweep {
       piece.n = n;
       piece.u = u_.read(at, n, in_u_);
       piece.u_ahead = piece.u == in_u_.element ? 0 : next;
-      if (need_x_) piece.grad = grad_.read(at, n, in_g_);
+      if (grad_x_) piece.grad = grad_.read(at, n, in_g_);
       piece.grad_ahead = piece.grad == in_g_.element ? 0 : next;
-      if (need_grad_) piece.gg_grad = gg_grad_.open(at, out_g_);
+      if (gg_grad_) piece.gg_grad = gg_grad_.open(at, out_g_);
       piece.grad_x = sum;
       run_piece(piece);
       gg_grad_.close(at, n, out_g_);
@@ -173,7 +167,6 @@ class Sweep {
   const Activation function_;
   const ActivationParameters<A> parameters_;
   const int64_t elements_, cotangents_;
-  const bool need_grad_, need_x_;
   const Input x_, u_, grad_;
   const Output gg_grad_, grad_x_;
   Buffer<A> ones_, slope_, bend_, in_x_, in_u_, in_g_, out_g_, out_x_;

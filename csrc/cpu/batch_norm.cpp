@@ -99,6 +99,7 @@ class AlongChannels {
   void run() {
     std::vector<Sums> sums(a_.channels * units_);
     const auto sum = [&](int64_t i) { sums[i] = sums_of(i / units_, i % units_); };
+    const auto write = [&](int64_t i) { apply(i / units_, i % units_); };
     const auto finish = [&] {
       for (int64_t c = 0; c < a_.channels; ++c) {
         Sums total;
@@ -107,31 +108,25 @@ class AlongChannels {
       }
     };
     if (a_.training) {
-      share([&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sum(i);
-      });
+      share(sum);
       finish();
-      if (!a_.writes()) return;
-      share([&](int64_t begin, int64_t end) {
-        for (int64_t i = end; i-- > begin;) apply(i / units_, i % units_);
-      });
+      if (a_.writes()) share(write, /*backwards=*/true);
     } else {  // the coefficients do not wait for the sums: one sweep
       for (int64_t c = 0; c < a_.channels; ++c) coefficients_[c] = a_.coefficients(c, {});
-      share([&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          if (a_.grad_weight) sum(i);
-          if (a_.writes()) apply(i / units_, i % units_);
-        }
+      share([&](int64_t i) {
+        if (a_.grad_weight) sum(i);
+        if (a_.writes()) write(i);
       });
       if (a_.grad_weight) finish();
     }
   }
 
  private:
+  // f(unit) for all units; backwards: what a thread has read last comes first.
   template <class F>
-  void share(const F& f) const {
+  void share(const F& f, bool backwards = false) const {
     torch::stable::parallel_for(0, a_.channels * units_, 1, [&](int64_t begin, int64_t end) {
-      f(begin, end);
+      for (int64_t i = begin; i < end; ++i) f(backwards ? begin + (end - 1 - i) : i);
       finish_streams();
     });
   }
@@ -338,10 +333,6 @@ void run(const BatchNormArguments<A>& a) {
   run_along<A>(a);
 }
 
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::make_optional(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
 std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tensor> u, std::optional<Tensor> a,
                                                               std::optional<Tensor> b, Tensor grad, Tensor x,
                                                               std::optional<Tensor> weight, Tensor mean, Tensor invstd,
@@ -354,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
   const Tensor dense_u = u ? torch::stable::contiguous(*u) : torch::stable::new_zeros(x, sizes_of_grad);
   const Tensor g = torch::stable::contiguous(grad), dense_x = torch::stable::contiguous(x);
   const Tensor dense_mean = torch::stable::contiguous(mean), dense_invstd = torch::stable::contiguous(invstd);
-  const auto dense_weight = dense(weight), dense_a = dense(a), dense_b = dense(b);
+  const auto dense_weight = contiguous(weight), dense_a = contiguous(a), dense_b = contiguous(b);
   const auto output = [&](bool needed, const std::vector<int64_t>& shape, ScalarType type) {
     return torch::stable::new_empty(x, needed ? shape : std::vector<int64_t>{0}, type);
   };

@@ -6,13 +6,13 @@
 #include <type_traits>
 
 #include "../math/batch_norm.h"
-#include "lanes.h"
+#include "norm_sums.h"
 
 namespace rk::cpu {
 
 using Sums = BatchNormSums<double>;
 
-inline void add(Sums& to, const Sums& from) {
+RK_HOST_DEVICE void add(Sums& to, const Sums& from) {
   to.u += from.u;
   to.g += from.g;
   to.ug += from.ug;
@@ -29,30 +29,11 @@ struct Place {
   bool adds;  // to grad_x
 };
 
-// The five sums in vector registers.
+// Lane by lane to sums[0], sums[1], ...
 template <class A>
-struct SumLanes {
-  Lanes<A> u = {}, g = {}, ug = {}, ux = {}, gx = {};
-
-  RK_HOST_DEVICE void add(const Lanes<A>& v, const Lanes<A>& w, const Lanes<A>& d) {
-    u += v;
-    g += w;
-    ug += v * w;
-    ux += v * d;
-    gx += w * d;
-  }
-  // Lane by lane to sums[0], sums[1], ...
-  RK_HOST_DEVICE void add_to(Sums* sums, int lanes) const {
-    for (int k = 0; k < lanes; ++k) {
-      Sums& s = sums[k];
-      s.u += u[k];
-      s.g += g[k];
-      s.ug += ug[k];
-      s.ux += ux[k];
-      s.gx += gx[k];
-    }
-  }
-};
+RK_HOST_DEVICE void add_lanes(const NormLanes<A>& from, Sums* sums, int lanes) {
+  for (int k = 0; k < lanes; ++k) add(sums[k], {from.u[k], from.h[k], from.uh[k], from.ux[k], from.hx[k]});
+}
 
 // Adds the sums over `runs` runs of `length` to s, those with xh still without their factor r.  Fetches the run behind
 // each, since runs end before the processor has noticed them.
@@ -66,7 +47,7 @@ RK_MULTIVERSION static void sums_along(const S* __restrict__ u, const S* __restr
           length, [=](int64_t j) RK_INLINE_LAMBDA { return load(u[run * stride + j]) * load(g[run * stride + j]); });
     return;
   }
-  SumLanes<A> first, second;  // two, to hide the latency of the additions
+  NormLanes<A> first, second;  // two, to hide the latency of the additions
   Lanes<A> v, w, d, v_2, w_2, d_2;
   for (int64_t run = 0; run < runs; ++run, u += stride, g += stride, x += stride) {
     int64_t j = 0;
@@ -77,15 +58,15 @@ RK_MULTIVERSION static void sums_along(const S* __restrict__ u, const S* __restr
       load_two(v, v_2, u + j);
       load_two(w, w_2, g + j);
       load_two(d, d_2, x + j);
-      first.add(v, w, d - mean);
-      second.add(v_2, w_2, d_2 - mean);
+      first.template add<true>(d - mean, w, v);
+      second.template add<true>(d_2 - mean, w_2, v_2);
     }
     if constexpr (std::is_same_v<S, A>)
       if (j + L <= length) {
         load_lanes<A>(v, u + j);
         load_lanes<A>(w, g + j);
         load_lanes<A>(d, x + j);
-        first.add(v, w, d - mean);
+        first.template add<true>(d - mean, w, v);
         j += L;
       }
     for (; j < length; j += L) {  // behind the end u and g are zero, and so is all they are part of
@@ -93,14 +74,14 @@ RK_MULTIVERSION static void sums_along(const S* __restrict__ u, const S* __restr
       load_lanes(v, u + j, n);
       load_lanes(w, g + j, n);
       load_lanes(d, x + j, n);
-      second.add(v, w, d - mean);
+      second.template add<true>(d - mean, w, v);
     }
   }
   s.u += horizontal_sum_in_double<A>(first.u, second.u);
-  s.g += horizontal_sum_in_double<A>(first.g, second.g);
-  s.ug += horizontal_sum_in_double<A>(first.ug, second.ug);
+  s.g += horizontal_sum_in_double<A>(first.h, second.h);
+  s.ug += horizontal_sum_in_double<A>(first.uh, second.uh);
   s.ux += horizontal_sum_in_double<A>(first.ux, second.ux);
-  s.gx += horizontal_sum_in_double<A>(first.gx, second.gx);
+  s.gx += horizontal_sum_in_double<A>(first.hx, second.hx);
 }
 
 template <class A>
@@ -172,7 +153,7 @@ RK_MULTIVERSION static void sums_across(const A* __restrict__ u, const A* __rest
   Lanes<A> v, w, d;
   int64_t begin = 0;
   for (; begin + 2 * L <= channels; begin += 2 * L) {  // a cache line of float32
-    SumLanes<A> first, second;
+    NormLanes<A> first, second;
     Lanes<A> mean_1, mean_2;
     load_lanes<A>(mean_1, mean + begin);
     load_lanes<A>(mean_2, mean + begin + L);
@@ -184,27 +165,27 @@ RK_MULTIVERSION static void sums_across(const A* __restrict__ u, const A* __rest
       load_lanes<A>(v, u + o);
       load_lanes<A>(w, g + o);
       load_lanes<A>(d, x + o);
-      first.add(v, w, d - mean_1);
+      first.template add<true>(d - mean_1, w, v);
       load_lanes<A>(v, u + o + L);
       load_lanes<A>(w, g + o + L);
       load_lanes<A>(d, x + o + L);
-      second.add(v, w, d - mean_2);
+      second.template add<true>(d - mean_2, w, v);
     }
-    first.add_to(sums + begin, L);
-    second.add_to(sums + begin + L, L);
+    add_lanes(first, sums + begin, L);
+    add_lanes(second, sums + begin + L, L);
   }
   for (; begin < channels; begin += L) {
     const int width = int(std::min<int64_t>(L, channels - begin));
-    SumLanes<A> strip;
+    NormLanes<A> strip;
     Lanes<A> means;
     load_lanes<A>(means, mean + begin, width);
     for (int64_t o = begin; o < begin + rows * channels; o += channels) {
       load_lanes<A>(v, u + o, width);
       load_lanes<A>(w, g + o, width);
       load_lanes<A>(d, x + o, width);
-      strip.add(v, w, d - means);
+      strip.template add<true>(d - means, w, v);
     }
-    strip.add_to(sums + begin, width);
+    add_lanes(strip, sums + begin, width);
   }
 }
 

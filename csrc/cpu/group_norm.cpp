@@ -27,17 +27,25 @@ struct GroupNormPiece {
   int64_t count, length, stride;
 };
 
-// The coefficients of every channel of a sample, as arrays: of ChannelSlopes or ChannelBends.
-template <class A>
+// What ChannelSlopes or ChannelBends say: of one channel, or of every channel as arrays.
+template <class Each>
 struct GroupNormCoefficients {
-  const A *mean, *r;
-  const A *t_u, *t_x, *t_one, *x_u, *x_g, *x_x, *x_one;
-
-  GroupNormCoefficients from(int64_t c) const {
-    const auto at = [c](const A* p) { return p ? p + c : nullptr; };
-    return {mean + c, r + c, at(t_u), at(t_x), at(t_one), at(x_u), at(x_g), at(x_x), at(x_one)};
-  }
+  Each mean, r;
+  Each t_u, t_x, t_one, x_u, x_g, x_x, x_one;
 };
+
+// f(coefficients, offset) for every run of a piece: those of its channel, or those of all channels.
+template <bool kPlanes, class A, class F>
+RK_HOST_DEVICE void for_runs(const GroupNormPiece<A>& p, const GroupNormCoefficients<const A*>& k, const F& f) {
+  for (int64_t i = 0; i < p.count; ++i) {
+    if constexpr (kPlanes)
+      f(GroupNormCoefficients<A>{k.mean[i], k.r[i], k.t_u[i], k.t_x[i], k.t_one[i], k.x_u[i], k.x_g[i], k.x_x[i],
+                                 k.x_one[i]},
+        i * p.stride);
+    else
+      f(k, i * p.stride);
+  }
+}
 
 // totals[5 * channel + i] += the i-th of ChannelSums; the last three only where p.u is given.
 template <class A>
@@ -51,27 +59,36 @@ RK_MULTIVERSION void plane_sums(const GroupNormPiece<A>& p, const A* means, cons
   }
 }
 
-template <class A>
-RK_MULTIVERSION void plane_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
-  for (int64_t c = 0; c < p.count; ++c, out += p.stride) {
-    const A *x = p.x + c * p.stride, *u = p.u + c * p.stride;
-    const A mean = k.mean[c], r = k.r[c], t_u = k.t_u[c], t_x = k.t_x[c], t_one = k.t_one[c];
-    for (int64_t j = 0; j < p.length; ++j) out[j] = t_u * u[j] + (t_x * ((x[j] - mean) * r) + t_one);
-  }
+template <bool kPlanes, class A>
+RK_MULTIVERSION void write_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<const A*>& coefficients,
+                                   A* out) {
+  for_runs<kPlanes>(p, coefficients, [=](const auto& k, int64_t at) RK_INLINE_LAMBDA {
+    const A *x = p.x + at, *u = p.u + at;
+    A* __restrict__ to = out + at;
+    for (int64_t j = 0; j < p.length; ++j) {
+      const A xh = (x[j] - entry(k.mean, j)) * entry(k.r, j);
+      to[j] = entry(k.t_u, j) * u[j] + (entry(k.t_x, j) * xh + entry(k.t_one, j));
+    }
+  });
 }
 
-template <class A>
-RK_MULTIVERSION void plane_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
-  for (int64_t c = 0; c < p.count; ++c, out += p.stride) {
-    const A *x = p.x + c * p.stride, *g = p.g + c * p.stride;
-    const A mean = k.mean[c], r = k.r[c], x_g = k.x_g[c], x_x = k.x_x[c], x_one = k.x_one[c];
-    if (p.u) {
-      const A *u = p.u + c * p.stride, x_u = k.x_u[c];
-      for (int64_t j = 0; j < p.length; ++j) out[j] = x_u * u[j] + (x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one));
-    } else {
-      for (int64_t j = 0; j < p.length; ++j) out[j] = x_g * g[j] + (x_x * ((x[j] - mean) * r) + x_one);
+template <bool kPlanes, bool kSecond, class A>
+RK_HOST_DEVICE void grad_x_loop(const GroupNormPiece<A>& p, const GroupNormCoefficients<const A*>& coefficients,
+                                A* out) {
+  for_runs<kPlanes>(p, coefficients, [=](const auto& k, int64_t at) RK_INLINE_LAMBDA {
+    const A *x = p.x + at, *g = p.g + at, *u = p.u + at;
+    A* __restrict__ to = out + at;
+    for (int64_t j = 0; j < p.length; ++j) {
+      const A xh = (x[j] - entry(k.mean, j)) * entry(k.r, j);
+      const A rest = entry(k.x_g, j) * g[j] + (entry(k.x_x, j) * xh + entry(k.x_one, j));
+      to[j] = kSecond ? entry(k.x_u, j) * u[j] + rest : rest;
     }
-  }
+  });
+}
+
+template <bool kPlanes, class A>
+RK_MULTIVERSION void write_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<const A*>& k, A* out) {
+  p.u ? grad_x_loop<kPlanes, true>(p, k, out) : grad_x_loop<kPlanes, false>(p, k, out);
 }
 
 // sums: five arrays of p.length
@@ -81,30 +98,6 @@ RK_MULTIVERSION void row_sums(const GroupNormPiece<A>& p, const A* mean, const A
     column_sums<true>(p.count, p.length, p.stride, p.x, p.g, p.u, mean, r, sums);
   else
     column_sums<false, A>(p.count, p.length, p.stride, p.x, p.g, nullptr, mean, r, sums);
-}
-
-template <class A>
-RK_MULTIVERSION void row_gg_grad(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
-  for (int64_t i = 0; i < p.count; ++i, out += p.stride) {
-    const A *x = p.x + i * p.stride, *u = p.u + i * p.stride;
-    for (int64_t j = 0; j < p.length; ++j)
-      out[j] = k.t_u[j] * u[j] + (k.t_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.t_one[j]);
-  }
-}
-
-template <class A>
-RK_MULTIVERSION void row_grad_x(const GroupNormPiece<A>& p, const GroupNormCoefficients<A>& k, A* __restrict__ out) {
-  for (int64_t i = 0; i < p.count; ++i, out += p.stride) {
-    const A *x = p.x + i * p.stride, *g = p.g + i * p.stride;
-    if (p.u) {
-      const A* u = p.u + i * p.stride;
-      for (int64_t j = 0; j < p.length; ++j)
-        out[j] = k.x_u[j] * u[j] + (k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]));
-    } else {
-      for (int64_t j = 0; j < p.length; ++j)
-        out[j] = k.x_g[j] * g[j] + (k.x_x[j] * ((x[j] - k.mean[j]) * k.r[j]) + k.x_one[j]);
-    }
-  }
 }
 
 constexpr int64_t kSums = 5;              // of ChannelSums
@@ -195,9 +188,9 @@ class Pieces {
  public:
   explicit Pieces(const GroupNormArguments<A>& a) : a_(a) {}
 
-  // `count` runs of `length` elements, a run `stride` behind the last in memory.  Converted runs are adjacent.
-  GroupNormPiece<A> read(int64_t offset, int64_t count, int64_t length, int64_t stride) {
-    const int64_t n = count * length;
+  // `count` runs of `length` elements, of as many channels or positions.  Converted runs are adjacent.
+  GroupNormPiece<A> read(int64_t offset, int64_t count, int64_t length) {
+    const int64_t n = count * length, stride = a_.innermost ? a_.channels : a_.positions;
     return {a_.x.read(offset, n, x_),
             a_.g.read(offset, n, g_),
             a_.u ? a_.u.read(offset, n, u_) : nullptr,
@@ -241,8 +234,8 @@ class Unit {
     if (a_.innermost)
       sum_rows(part, pieces);
     else
-      for_planes(part, [&](int64_t c, int64_t count, int64_t offset, int64_t length) {
-        plane_sums(pieces.read(offset, count, length, a_.positions), array(0) + c, array(1) + c, sums_ + kSums * c);
+      for_pieces(part, [&](int64_t c, int64_t offset, int64_t count, int64_t length) {
+        plane_sums(pieces.read(offset, count, length), array(0) + c, array(1) + c, sums_ + kSums * c);
       });
   }
 
@@ -264,24 +257,17 @@ class Unit {
 
   void write_part(int64_t part, Pieces<A>& pieces) {
     if (!a_.gg_grad && !a_.grad_x) return;
-    const auto write = [&](const GroupNormPiece<A>& p, int64_t c, int64_t offset) {
-      const GroupNormCoefficients<A> k = coefficients().from(c);
-      const int64_t n = p.count * p.length;
+    for_pieces(part, [&](int64_t c, int64_t offset, int64_t count, int64_t length) {
+      const GroupNormPiece<A> p = pieces.read(offset, count, length);
+      const GroupNormCoefficients<const A*> k = coefficients(c);
+      const int64_t n = count * length;
       if (a_.gg_grad)
         pieces.write(a_.gg_grad, offset, n,
-                     [&](A* out) { a_.innermost ? row_gg_grad(p, k, out) : plane_gg_grad(p, k, out); });
+                     [&](A* out) { a_.innermost ? write_gg_grad<false>(p, k, out) : write_gg_grad<true>(p, k, out); });
       if (a_.grad_x)
         pieces.write(a_.grad_x, offset, n,
-                     [&](A* out) { a_.innermost ? row_grad_x(p, k, out) : plane_grad_x(p, k, out); });
-    };
-    if (a_.innermost)
-      for_rows(part, [&](int64_t c, int64_t width, int64_t offset, int64_t count) {
-        write(pieces.read(offset, count, width, a_.channels), c, offset);
-      });
-    else
-      for_planes(part, [&](int64_t c, int64_t count, int64_t offset, int64_t length) {
-        write(pieces.read(offset, count, length, a_.positions), c, offset);
-      });
+                     [&](A* out) { a_.innermost ? write_grad_x<false>(p, k, out) : write_grad_x<true>(p, k, out); });
+    });
   }
 
  private:
@@ -294,8 +280,10 @@ class Unit {
     const int64_t step = a_.innermost ? a_.unit_channels : 1;
     return {s[0], s[step], s[2 * step], s[3 * step], s[4 * step]};
   }
-  GroupNormCoefficients<A> coefficients() const {
-    return {array(0), array(1), array(2), array(3), array(4), array(5), array(6), array(7), array(8)};
+  // Those of the channels from c on.
+  GroupNormCoefficients<const A*> coefficients(int64_t c) const {
+    const auto from = [&](int64_t i) { return array(i) + c; };
+    return {from(0), from(1), from(2), from(3), from(4), from(5), from(6), from(7), from(8)};
   }
   void set_slopes(int64_t c, const NormSlopes<double>& group) {
     const ChannelSlopes<double> k = channel_slopes(group, weight(c));
@@ -315,24 +303,24 @@ class Unit {
     if (out) out[sample_ * a_.channels + first_channel_ + c] = A(value);
   }
 
-  // f(channel of the unit, channels, offset, positions): whole planes, or a stretch of one.
+  // f(first channel in the unit, offset, runs, length).  A piece is some planes, or a stretch of one; of channels
+  // innermost, all channels of some positions, or some of one.
   template <class F>
-  void for_planes(int64_t part, const F& f) {
-    const int64_t begin = part * a_.part_size, count = std::min(a_.unit_channels - begin, a_.part_size);
-    const int64_t offset = (sample_ * a_.channels + first_channel_ + begin) * a_.positions;
-    if (a_.positions <= kPiece) return f(begin, count, offset, a_.positions);
-    for (int64_t j = 0; j < a_.positions; j += kPiece) f(begin, count, offset + j, std::min(a_.positions - j, kPiece));
-  }
-
-  // f(first channel, channels, offset, positions): a piece is all channels of some positions, or some of one.
-  template <class F>
-  void for_rows(int64_t part, const F& f) {
-    const int64_t begin = part * a_.part_size, end = std::min(a_.positions, begin + a_.part_size);
-    for (int64_t c = 0; c < a_.channels; c += kPiece) {
-      const int64_t width = std::min(a_.channels - c, kPiece);
-      const int64_t rows = width == a_.channels ? std::min(kPiece / width, kRunningRows) : 1;
-      for (int64_t j = begin; j < end; j += rows)
-        f(c, width, (sample_ * a_.positions + j) * a_.channels + c, std::min(rows, end - j));
+  void for_pieces(int64_t part, const F& f) {
+    const int64_t begin = part * a_.part_size;
+    if (a_.innermost) {
+      const int64_t end = std::min(a_.positions, begin + a_.part_size);
+      for (int64_t c = 0; c < a_.channels; c += kPiece) {
+        const int64_t width = std::min(a_.channels - c, kPiece);
+        const int64_t rows = width == a_.channels ? std::min(kPiece / width, kRunningRows) : 1;
+        for (int64_t j = begin; j < end; j += rows)
+          f(c, (sample_ * a_.positions + j) * a_.channels + c, std::min(rows, end - j), width);
+      }
+    } else {
+      const int64_t count = std::min(a_.unit_channels - begin, a_.part_size);  // of short planes, or one
+      const int64_t offset = (sample_ * a_.channels + first_channel_ + begin) * a_.positions;
+      for (int64_t j = 0; j < a_.positions; j += kPiece)
+        f(begin, offset + j, count, std::min(a_.positions - j, kPiece));
     }
   }
 
@@ -345,12 +333,12 @@ class Unit {
         add_in_double(sums + i * a_.unit_channels + channel, running + i * width, width);
       rows = 0;
     };
-    for_rows(part, [&](int64_t c, int64_t w, int64_t offset, int64_t count) {
+    for_pieces(part, [&](int64_t c, int64_t offset, int64_t count, int64_t w) {
       if (rows && (c != channel || rows + count > kRunningRows)) flush();
       if (!rows) std::fill_n(running, kSums * w, A(0));
       channel = c;
       width = w;
-      row_sums(pieces.read(offset, count, w, a_.channels), array(0) + c, array(1) + c, running);
+      row_sums(pieces.read(offset, count, w), array(0) + c, array(1) + c, running);
       rows += count;
     });
     flush();

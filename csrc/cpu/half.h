@@ -16,14 +16,6 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-template <class To, class From>
-RK_HOST_DEVICE To bit_cast(From v) {
-  static_assert(sizeof(To) == sizeof(From));
-  To r;
-  std::memcpy(&r, &v, sizeof r);
-  return r;
-}
-
 // Conversions in integer arithmetic, which the compiler vectorises for every instruction set.
 RK_HOST_DEVICE float load(float v) { return v; }
 RK_HOST_DEVICE double load(double v) { return v; }

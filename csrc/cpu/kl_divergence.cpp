@@ -1,6 +1,6 @@
-// kl_divergence on the CPU.  Formulas: math/kl_divergence.h.  Rows of few classes are worked many at a time
-// (kl_divergence_tiles.h).  A longer row is worked by one thread in pieces that stay in its L1 cache, so that it is read
-// from memory once, whatever the number of sweeps over it; sums across pieces run in double.
+// kl_divergence on the CPU.  Formulas: math/kl_divergence.h.  A row of few classes is a lane of a tile.  A longer one is
+// worked by one thread in pieces that stay in its L1 cache, so that it is read from memory once, whatever the number of
+// sweeps over it; sums across pieces run in double.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,8 +9,7 @@
 
 #include "../arguments/kl_divergence.h"
 #include "../math/kl_divergence.h"
-#include "elements.h"
-#include "kl_divergence_tiles.h"
+#include "logits.h"
 
 namespace rk::cpu {
 namespace {
@@ -23,16 +22,6 @@ struct KlPiece {
 };
 
 template <class A>
-RK_MULTIVERSION A kl_largest(const A* z, int64_t n) {
-  return max_over<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; });
-}
-
-template <class A>
-RK_MULTIVERSION A kl_sum_exp(const A* z, int64_t n, A inverse_t, A max) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
-}
-
-template <class A>
 RK_MULTIVERSION void kl_points(const A* a, const A* b, int64_t n, KlRow<A> r, A* __restrict__ p, A* __restrict__ q,
                                A* __restrict__ d) {
   for (int64_t j = 0; j < n; ++j) {
@@ -43,42 +32,10 @@ RK_MULTIVERSION void kl_points(const A* a, const A* b, int64_t n, KlRow<A> r, A*
   }
 }
 
-template <class A>
-RK_MULTIVERSION A kl_sum(const KlPiece<A>& w) {
-  const A *p = w.p, *q = w.q, *d = w.d;
-  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return kl_term(p[j], q[j], d[j]); });
-}
-
-template <class A>
-RK_MULTIVERSION A kl_dot(const A* a, const A* b, int64_t n) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
-}
-
-// the largest d of p's first choices
-template <class A>
-RK_MULTIVERSION A kl_top(const A* a, const A* d, int64_t n, KlRow<A> r) {
-  const A least = -std::numeric_limits<A>::infinity();
-  return max_over<A>(n, least, [=](int64_t j) RK_INLINE_LAMBDA { return kl_is_top(r, a[j]) ? d[j] : least; });
-}
-
 // sum of p e
 template <class A>
-RK_MULTIVERSION A kl_mean(const KlPiece<A>& w, A top) {
-  const A *p = w.p, *d = w.d;
-  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return p[j] * (d[j] - top); });
-}
-
-// sum of (q - p) v: the difference first, since the two sums nearly agree where the predictions do
-template <class A>
-RK_MULTIVERSION A kl_dot_difference(const KlPiece<A>& w) {
-  const A *p = w.p, *q = w.q, *v = w.v;
-  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return (q[j] - p[j]) * v[j]; });
-}
-
-template <class A>
-RK_MULTIVERSION A kl_cross(const KlPiece<A>& w, A top, KlSums<A> s) {
-  const A *p = w.p, *d = w.d, *u = w.u;
-  return sum_over<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return kl_cross_term(p[j], d[j] - top, u[j], s); });
+A kl_mean(const KlPiece<A>& w, A top) {
+  return vector_sum<A>(w.n, [=](int64_t j) RK_INLINE_LAMBDA { return w.p[j] * (w.d[j] - top); });
 }
 
 template <class A>
@@ -99,6 +56,129 @@ RK_MULTIVERSION void kl_bends(const KlPiece<A>& w, A grad, A top, KlSums<A> s, A
     grad_p[j] = grad * kl_bend_p(p[j], d[j] - top, u[j], v[j], s, inverse_t);
     grad_q[j] = grad * kl_bend_q(p[j], q[j], u[j], v[j], s, inverse_t);
   }
+}
+
+// Few classes: a tile of rows, transposed, so that a lane is a row.
+template <class A>
+struct KlTile {
+  alignas(64) TileMatrix<A> a, b, d;        // logits, which become gradients; d, in the backward passes e
+  TileMatrix<A> u, v;                       // cotangents of both gradients; for the value p and q
+  A statistics[kKlStatistics * kTileRows];  // as columns
+  TileColumn<A> grad, per_row;
+  int64_t classes;
+  A inverse_t;
+  bool needs_q;  // backward: q's gradient is wanted, or has a cotangent
+
+  RK_HOST_DEVICE KlRow<A> row(int k) const {
+    return {statistics[k],
+            statistics[kTileRows + k],
+            statistics[2 * kTileRows + k],
+            statistics[3 * kTileRows + k],
+            statistics[4 * kTileRows + k],
+            inverse_t};
+  }
+};
+
+// f(i, k) for every entry i of a tile, whose lane is k.
+template <class F>
+RK_HOST_DEVICE void for_entries(int64_t classes, const F& f) {
+  for (int64_t c = 0; c < classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) f(c * kTileRows + k, k);
+}
+
+// max and log sum exp of z / T; p = exp(z / T - max), to be multiplied by inverse_sum
+template <class A>
+RK_HOST_DEVICE void kl_tile_measure(const A* z, int64_t classes, A inverse_t, A* max_of, A* log_sum_of, A* p,
+                                    A* inverse_sum) {
+  A max[kTileRows], sum[kTileRows] = {};
+  tile_max(z, classes, inverse_t, max);
+  for_entries(classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
+    const A e = exp_nonpositive(z[i] * inverse_t - max[k]);
+    p[i] = e;
+    sum[k] += e;
+  });
+  for (int k = 0; k < kTileRows; ++k) {
+    max_of[k] = max[k];
+    log_sum_of[k] = log_from_one(sum[k]);
+    inverse_sum[k] = A(1) / sum[k];
+  }
+}
+
+// statistics, and per_row = value
+template <class A>
+RK_MULTIVERSION void kl_tile_value(KlTile<A>& w) {
+  const A least = -std::numeric_limits<A>::infinity();
+  A inverse_p[kTileRows], inverse_q[kTileRows], sum[kTileRows] = {}, top[kTileRows];
+  kl_tile_measure(w.a, w.classes, w.inverse_t, w.statistics, w.statistics + kTileRows, w.u, inverse_p);
+  kl_tile_measure(w.b, w.classes, w.inverse_t, w.statistics + 2 * kTileRows, w.statistics + 3 * kTileRows, w.v,
+                  inverse_q);
+  for (int k = 0; k < kTileRows; ++k) top[k] = least;
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
+    const KlRow<A> r = w.row(k);
+    const KlPoint<A> point(r, w.a[i], w.b[i], w.u[i] * inverse_p[k], w.v[i] * inverse_q[k]);
+    w.u[i] = point.p;
+    w.v[i] = point.q;
+    w.d[i] = point.d;
+    top[k] = larger(top[k], kl_is_top(r, w.a[i]) ? point.d : least);
+  });
+  // A loop of its own: with the choices of KlPoint and kl_term in one, GCC finds no vectors.
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA { sum[k] += kl_term(w.u[i], w.v[i], w.d[i]); });
+  for (int k = 0; k < kTileRows; ++k) {
+    w.statistics[4 * kTileRows + k] = top[k];
+    w.per_row[k] = sum[k];
+  }
+}
+
+// a, b = grad_p, grad_q; b only if kQ, which saves an exponential
+template <bool kQ, class A>
+RK_MULTIVERSION void kl_tile_backward(KlTile<A>& w) {
+  A mean_e[kTileRows] = {};
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
+    const KlRow<A> r = w.row(k);
+    const KlPoint<A> point(r, w.a[i], w.b[i]);
+    w.a[i] = point.p;
+    if constexpr (kQ) w.b[i] = point.q;
+    const A e = point.d - r.d_top;
+    w.d[i] = e;
+    mean_e[k] += point.p * e;
+  });
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
+    const A p = w.a[i];
+    w.a[i] = w.grad[k] * kl_slope_p(p, w.d[i], mean_e[k], w.inverse_t);
+    if constexpr (kQ) w.b[i] = w.grad[k] * kl_slope_q(p, w.b[i], w.inverse_t);
+  });
+}
+
+// per_row = gg_grad; a, b = grad_p, grad_q; v is read, and b written, only if kQ
+template <bool kQ, class A>
+RK_MULTIVERSION void kl_tile_double_backward(KlTile<A>& w) {
+  A mean_e[kTileRows] = {}, u_p[kTileRows] = {}, v_q[kTileRows] = {}, v_difference[kTileRows] = {};
+  A cross[kTileRows] = {};
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
+    const KlRow<A> r = w.row(k);
+    const KlPoint<A> point(r, w.a[i], w.b[i]);
+    const A e = point.d - r.d_top;
+    w.a[i] = point.p;
+    w.d[i] = e;
+    mean_e[k] += point.p * e;
+    u_p[k] += point.p * w.u[i];
+    if constexpr (kQ) {
+      w.b[i] = point.q;
+      v_q[k] += point.q * w.v[i];
+      v_difference[k] += (point.q - point.p) * w.v[i];
+    }
+  });
+  const auto sums = [&](int k) RK_INLINE_LAMBDA -> KlSums<A> {
+    return {mean_e[k], u_p[k], v_q[k] - v_difference[k], v_q[k], cross[k]};
+  };
+  for_entries(w.classes,
+              [&](int64_t i, int k) RK_INLINE_LAMBDA { cross[k] += kl_cross_term(w.a[i], w.d[i], w.u[i], sums(k)); });
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
+    const A p = w.a[i], v = kQ ? w.v[i] : A(0);
+    w.a[i] = w.grad[k] * kl_bend_p(p, w.d[i], w.u[i], v, sums(k), w.inverse_t);
+    if constexpr (kQ) w.b[i] = w.grad[k] * kl_bend_q(p, w.b[i], w.u[i], v, sums(k), w.inverse_t);
+  });
+  for (int k = 0; k < kTileRows; ++k) w.per_row[k] = (cross[k] + v_difference[k]) * w.inverse_t;
 }
 
 template <class A>
@@ -134,16 +214,10 @@ struct Row {
 
   // max and log sum exp of z / T
   void measure(const Input& logits, A& max, A& log_sum) {
-    max = -std::numeric_limits<A>::infinity();
-    for_pieces(c.classes, [&](int64_t begin, int64_t n) {
-      const A m = kl_largest(logits.read(first + begin, n, b.a), n);
-      max = m > max || is_nan(m) ? m : max;
-    });
-    max *= r.inverse_t;
+    const auto read = [&](int64_t begin, int64_t n) { return logits.read(first + begin, n, b.a); };
+    max = row_max(c.classes, r.inverse_t, read);
     double sum = 0;
-    for_pieces(c.classes, [&](int64_t begin, int64_t n) {
-      sum += kl_sum_exp(logits.read(first + begin, n, b.a), n, r.inverse_t, max);
-    });
+    for_pieces(c.classes, [&](int64_t begin, int64_t n) { sum += sum_exp(read(begin, n), n, r.inverse_t, max); });
     log_sum = A(std::log(sum));
   }
 
@@ -175,12 +249,15 @@ void value_row(const KlArguments<A>& c, int64_t row, Buffers<A>& b) {
   Row<A> w(c, b, row);
   w.measure(c.p_logits, w.r.p_max, w.r.p_log_sum);
   w.measure(c.q_logits, w.r.q_max, w.r.q_log_sum);
+  const A least = -std::numeric_limits<A>::infinity();
   double sum = 0;
-  A top = -std::numeric_limits<A>::infinity();
+  A top = least;
   w.sweep([&](int64_t, const KlPiece<A>& piece) {
-    sum += kl_sum(piece);
-    const A d = kl_top(piece.a, piece.d, piece.n, w.r);
-    top = d > top || is_nan(d) ? d : top;
+    const KlRow<A> r = w.r;
+    const A *a = piece.a, *p = piece.p, *q = piece.q, *d = piece.d;
+    sum += vector_sum<A>(piece.n, [=](int64_t j) RK_INLINE_LAMBDA { return kl_term(p[j], q[j], d[j]); });
+    const auto of_top = [=](int64_t j) RK_INLINE_LAMBDA { return kl_is_top(r, a[j]) ? d[j] : least; };
+    top = larger(top, vector_max<A>(piece.n, least, of_top));
   });
   A* const statistics = c.statistics + kKlStatistics * row;
   statistics[0] = w.r.p_max;
@@ -226,12 +303,18 @@ void double_backward_row(const KlArguments<A>& c, int64_t row, Buffers<A>& b) {
   double mean_e = 0, u_p = 0, v_q = 0, v_difference = 0, cross = 0;
   w.sweep([&](int64_t, const KlPiece<A>& piece) {
     mean_e += kl_mean(piece, w.r.d_top);
-    u_p += kl_dot(piece.p, piece.u, piece.n);
-    v_q += kl_dot(piece.q, piece.v, piece.n);
-    v_difference += kl_dot_difference(piece);
+    u_p += dot(piece.p, piece.u, piece.n);
+    v_q += dot(piece.q, piece.v, piece.n);
+    // The difference first, since the two sums nearly agree where the predictions do.
+    const A *p = piece.p, *q = piece.q, *v = piece.v;
+    v_difference += vector_sum<A>(piece.n, [=](int64_t j) RK_INLINE_LAMBDA { return (q[j] - p[j]) * v[j]; });
   });
   KlSums<A> sums{A(mean_e), A(u_p), A(v_q - v_difference), A(v_q), A(0)};
-  w.sweep([&](int64_t, const KlPiece<A>& piece) { cross += kl_cross(piece, w.r.d_top, sums); });
+  w.sweep([&](int64_t, const KlPiece<A>& piece) {
+    const A *p = piece.p, *d = piece.d, *u = piece.u, top = w.r.d_top;
+    const auto term = [=](int64_t j) RK_INLINE_LAMBDA { return kl_cross_term(p[j], d[j] - top, u[j], sums); };
+    cross += vector_sum<A>(piece.n, term);
+  });
   sums.cross = A(cross);
   const A grad = c.grad[row];
   c.per_row[row] = A((cross + v_difference) * c.inverse_t);

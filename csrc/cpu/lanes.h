@@ -30,8 +30,8 @@ RK_HOST_DEVICE void load_lanes(Lanes<accumulation_t<S>>& to, const S* from, std:
   std::memcpy(&to, padded, sizeof to);
 }
 
-// Two registers of adjacent elements.  Those of BFloat16 lie in them as in memory two by two: all first ones, all second
-// ones, so that nothing is shuffled between a register of 16-bit numbers and two of floats.
+// Two registers of adjacent elements.  Of BFloat16, one holds the first of every two, the other the second, so that
+// nothing is shuffled between a register of 16-bit numbers and two of floats.
 template <class A>
 RK_HOST_DEVICE void load_two(Lanes<A>& first, Lanes<A>& second, const A* from) {
   load_lanes<A>(first, from);

@@ -1,4 +1,4 @@
-// The sums that LayerNorm and GroupNorm share: along rows, and down columns.
+// The sums that the normalisations share: along rows, and down columns.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +10,7 @@
 
 namespace rk::cpu {
 
-// Sums of h, h xh, and of u, u xh, u h, in lanes: h = w g, xh = (x - mean) r.
+// Sums of h, h xh, and of u, u xh, u h, in lanes: h = w g, xh = (x - mean) r, or x - mean where r is to follow.
 template <class A>
 struct NormLanes {
   Lanes<A> h = {}, hx = {}, u = {}, ux = {}, uh = {};

@@ -22,17 +22,9 @@ RK_MULTIVERSION static inline void widen_all(const BFloat16* from, float* to, in
   }
   for (; i < n; ++i) to[i] = load(from[i]);
 }
-template <class S>
-RK_MULTIVERSION static void widen_rest(const S* from, float* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = load(from[j]);
-}
-template <class S>
-RK_MULTIVERSION static void narrow_rest(const float* from, S* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = store<S>(from[j]);
-}
 
-// What lies `ahead` bytes further is fetched into the cache meanwhile, if it is 16-bit data: pieces of several tensors in
-// turn end before the processor has noticed each of them.
+// 16-bit data that lie `ahead` bytes further are fetched into the cache meanwhile: pieces come from several tensors in
+// turn, and each ends before the processor has noticed it.
 inline void read_piece(ScalarType dtype, const void* from, float* to, int64_t n, int64_t ahead) {
   if (dtype == ScalarType::BFloat16) return widen_all(static_cast<const BFloat16*>(from), to, n, ahead);
   if (dtype != ScalarType::Half) {
@@ -44,7 +36,7 @@ inline void read_piece(ScalarType dtype, const void* from, float* to, int64_t n,
 #if defined(__x86_64__)
   if (has_avx2()) done = widen_most(in, to, n, ahead);
 #endif
-  if (done < n) widen_rest(in + done, to + done, n - done);
+  if (done < n) vector_loop(n - done, [=](int64_t j) RK_INLINE_LAMBDA { to[done + j] = load(in[done + j]); });
 }
 inline void read_piece(ScalarType dtype, const void* from, float* to, int64_t n) {
   read_piece(dtype, from, to, n, 2 * n);  // the piece behind this one
@@ -56,7 +48,7 @@ inline void narrow_all(const float* from, S* to, int64_t n) {
 #if defined(__x86_64__)
   if (has_avx2()) done = narrow_most(from, to, n);
 #endif
-  if (done < n) narrow_rest(from + done, to + done, n - done);
+  if (done < n) vector_loop(n - done, [=](int64_t j) RK_INLINE_LAMBDA { to[done + j] = store<S>(from[done + j]); });
 }
 
 inline void write_piece(ScalarType dtype, const float* from, void* to, int64_t n) {

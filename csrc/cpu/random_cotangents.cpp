@@ -7,7 +7,7 @@
 
 #include "../arguments/random_cotangents.h"
 #include "pieces.h"
-#include "random_frames_loops.h"
+#include "random_cotangents_loops.h"
 
 namespace rk::cpu {
 namespace {
@@ -105,9 +105,11 @@ void find_roots(const CotangentArguments& c, int64_t sample, Rows<R>& s) {
   }
   std::copy_n(z, S, max);
   std::fill_n(log_sum, S, R(0));
-  for (int64_t e = S; e < c.size(); e += S) raise(z + e, max, S);
-  for (int64_t e = 0; e < c.size(); e += S) add_exponentials(z + e, max, log_sum, S);
-  logarithms(log_sum, S);
+  for (int64_t e = S; e < c.size(); e += S)
+    vector_loop(S, [=](int64_t j) RK_INLINE_LAMBDA { max[j] = z[e + j] > max[j] ? z[e + j] : max[j]; });
+  for (int64_t e = 0; e < c.size(); e += S)
+    vector_add(S, log_sum, [=](int64_t j) RK_INLINE_LAMBDA { return exp_fixed(z[e + j] - max[j]); });
+  vector_loop(S, [=](int64_t j) RK_INLINE_LAMBDA { log_sum[j] = log_fixed(log_sum[j]); });
   for (int64_t e = 0; e < c.size(); e += S) roots(z + e, max, log_sum, a + e, S);
 }
 
@@ -179,16 +181,20 @@ void for_rows(const CotangentArguments& c, int64_t sample, int64_t first, int64_
 template <class R>
 void transform(const CotangentArguments& c, const R* v, R scale, R* w, Rows<R>& s) {
   const int64_t n = c.size(), S = c.positions;
-  if (c.kind == Kind::kPlain) return scale_row(v, scale, w, n);
+  if (c.kind == Kind::kPlain) return vector_write(n, w, [=](int64_t e) RK_INLINE_LAMBDA { return v[e] * scale; });
   const R* const a = s.a.data();
   R* const d = s.d.data();
   if (S == 1 && c.kind == Kind::kCentred) return centre(v, sum(v, n) / R(n), scale, w, n);
   if (S == 1) return fisher(a, v, dot(a, v, n), scale, w, n);
   std::fill_n(d, S, R(0));
-  for (int64_t e = 0; e < n; e += S) c.kind == Kind::kCentred ? add_sum(v + e, d, S) : add_dot(a + e, v + e, d, S);
-  if (c.kind == Kind::kCentred) divide(d, R(c.classes), S);
-  for (int64_t e = 0; e < n; e += S)
-    c.kind == Kind::kCentred ? centre(v + e, d, scale, w + e, S) : fisher(a + e, v + e, d, scale, w + e, S);
+  if (c.kind == Kind::kCentred) {
+    for (int64_t e = 0; e < n; e += S) vector_add(S, d, [=](int64_t j) RK_INLINE_LAMBDA { return v[e + j]; });
+    vector_loop(S, [=, classes = R(c.classes)](int64_t j) RK_INLINE_LAMBDA { d[j] /= classes; });
+    for (int64_t e = 0; e < n; e += S) centre(v + e, d, scale, w + e, S);
+  } else {
+    for (int64_t e = 0; e < n; e += S) add_dot(a + e, v + e, d, S);
+    for (int64_t e = 0; e < n; e += S) fisher(a + e, v + e, d, scale, w + e, S);
+  }
 }
 
 // g - g_0 of one row.
@@ -224,11 +230,9 @@ int64_t units_per_thread(const CotangentArguments& c) {
 }
 
 // v in the type of the rows.
-template <class A>
-const A* widened(const CotangentArguments&, const A* v, Rows<A>&) {
-  return v;
-}
-inline const double* widened(const CotangentArguments& c, const float* v, Rows<double>& s) {
+template <class A, class R>
+const R* widened(const CotangentArguments& c, const A* v, Rows<R>& s) {
+  if constexpr (std::is_same_v<A, R>) return v;
   std::copy_n(v, c.size(), s.v.data());
   return s.v.data();
 }

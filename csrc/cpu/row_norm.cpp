@@ -38,44 +38,15 @@ auto visit_norm(Norm norm, const F& f) {
 
 // The sum of the terms; of the maximum norm the largest.
 template <Norm kNorm, class A>
-RK_MULTIVERSION A terms(const A* a, int64_t n, A p) {
+A terms(const A* a, int64_t n, A p) {
   const auto term = [=](int64_t j) RK_INLINE_LAMBDA { return RowNorm<kNorm, A>::term(a[j], p); };
-  return kNorm == Norm::kInf ? max_over<A>(n, A(0), term) : sum_over<A>(n, term);
+  if constexpr (kNorm == Norm::kInf) return vector_max<A>(n, A(0), term);
+  return vector_sum<A>(n, term);
 }
 
-template <class A>
-RK_MULTIVERSION A ties(const A* a, int64_t n, A norm) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return absolute(a[j]) == norm ? A(1) : A(0); });
-}
-
-// out_j = grad * slope_j
-template <Norm kNorm, class A>
-RK_MULTIVERSION void slopes(const A* __restrict__ a, A* __restrict__ out, int64_t n, const RowScalars<A>& r) {
-  for (int64_t j = 0; j < n; ++j) out[j] = r.grad * RowNorm<kNorm, A>::slope(a[j], r.n, r.p, r.ties);
-}
-
-// sum_j v_j slope_j
-template <Norm kNorm, class A>
-RK_MULTIVERSION A directional(const A* a, const A* v, int64_t n, const RowScalars<A>& r) {
-  return sum_over<A>(
-      n, [=](int64_t j) RK_INLINE_LAMBDA { return v[j] * RowNorm<kNorm, A>::slope(a[j], r.n, r.p, r.ties); });
-}
-
-// out_j = grad * bend_j
-template <Norm kNorm, class A>
-RK_MULTIVERSION void bends(const A* __restrict__ a, const A* __restrict__ v, A* __restrict__ out, int64_t n,
-                           const RowScalars<A>& r) {
-  for (int64_t j = 0; j < n; ++j) out[j] = r.grad * RowNorm<kNorm, A>::bend(a[j], v[j], r.s, r.n, r.p);
-}
-
-template <class A>
-RK_MULTIVERSION void multiply(const A* from, const A* w, A* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = from[j] * w[j];
-}
-
-template <class A>
-RK_MULTIVERSION void multiply(const A* from, A w, A* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] = from[j] * w;
+template <class A, class Each>
+void multiply(const A* from, Each w, A* to, int64_t n) {
+  vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { to[j] = from[j] * entry(w, j); });
 }
 
 constexpr int64_t kChunk = 16384;  // columns a unit of work takes: with its output well inside a core's L2 cache
@@ -141,10 +112,6 @@ double row_total(const double* partial, const RowNormArguments<A>& a, int64_t ro
   return total;
 }
 
-double larger(double total, double value) {
-  return value > total || is_nan(value) ? value : total;  // once NaN, a total stays NaN
-}
-
 // to[j] = from[j] * the weight of column begin + j; `from` may be `to`.
 template <class A>
 void multiply_by_weight(const RowNormArguments<A>& a, const A* from, A* to, int64_t begin, int64_t count) {
@@ -207,7 +174,7 @@ double scaled_norm(const RowNormArguments<A>& a, int64_t row) {
   Buffer<A> buffer;
   double m = 0, total = 0;
   for_pieces(a.cols, [&](int64_t begin, int64_t n) {
-    m = larger(m, terms<Norm::kInf>(weighted(a, a.x, row, begin, n, buffer), n, A(a.p)));
+    m = larger<double>(m, terms<Norm::kInf>(weighted(a, a.x, row, begin, n, buffer), n, A(a.p)));
   });
   if (m > 0 && m <= std::numeric_limits<double>::max())
     for_pieces(a.cols, [&](int64_t begin, int64_t n) {
@@ -238,8 +205,10 @@ template <class A>
 void count_ties(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   Buffer<A> buffer;
   double total = 0;
-  for_chunk(a, chunk,
-            [&](int64_t begin, int64_t n) { total += ties(weighted(a, a.x, row, begin, n, buffer), n, a.norms[row]); });
+  for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
+    const A *x = weighted(a, a.x, row, begin, n, buffer), norm = a.norms[row];
+    total += vector_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return absolute(x[j]) == norm ? A(1) : A(0); });
+  });
   a.ties[row * a.chunks + chunk] = total;
 }
 
@@ -254,9 +223,14 @@ void write_slopes(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   const RowScalars<A> r = scalars_of(a, row);
   Buffer<A> buffer;
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
-    const A* v = weighted(a, a.x, row, begin, n, buffer);
-    write_weighted(a, row, begin, n,
-                   [&](A* out) { visit_norm(a.norm, [&]<Norm kNorm>() { slopes<kNorm>(v, out, n, r); }); });
+    const A* x = weighted(a, a.x, row, begin, n, buffer);
+    write_weighted(a, row, begin, n, [&](A* out) {
+      visit_norm(a.norm, [&]<Norm kNorm>() {
+        vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+          return r.grad * RowNorm<kNorm, A>::slope(x[j], r.n, r.p, r.ties);
+        });
+      });
+    });
   });
 }
 
@@ -269,7 +243,11 @@ void sum_directional(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
     const A* x = weighted(a, a.x, row, begin, n, x_buffer);
     const A* v = weighted(a, a.u, row, begin, n, v_buffer);
-    total += visit_norm(a.norm, [&]<Norm kNorm>() { return directional<kNorm>(x, v, n, r); });
+    total += visit_norm(a.norm, [&]<Norm kNorm>() {
+      const auto term = [=](int64_t j)
+                            RK_INLINE_LAMBDA { return v[j] * RowNorm<kNorm, A>::slope(x[j], r.n, r.p, r.ties); };
+      return vector_sum<A>(n, term);
+    });
   });
   a.partial[row * a.chunks + chunk] = total;
 }
@@ -286,7 +264,10 @@ void write_bends(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
     const A* v = weighted(a, a.u, row, begin, n, v_buffer);
     write_weighted(a, row, begin, n, [&](A* out) {
       visit_norm(a.norm, [&]<Norm kNorm>() {
-        if constexpr (!is_flat(kNorm)) bends<kNorm>(x, v, out, n, r);
+        if constexpr (!is_flat(kNorm))
+          vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+            return r.grad * RowNorm<kNorm, A>::bend(x[j], v[j], r.s, r.n, r.p);
+          });
       });
     });
   });

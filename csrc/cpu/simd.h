@@ -17,6 +17,21 @@
 
 namespace rk::cpu {
 
+// A number that all entries share, or the one of entry j.
+template <class Each>
+RK_HOST_DEVICE auto entry(Each of, std::int64_t j) {
+  if constexpr (std::is_pointer_v<Each>)
+    return of[j];
+  else
+    return of;
+}
+
+// The larger of two numbers, or NaN if one of them is.
+template <class A>
+RK_HOST_DEVICE A larger(A most, A v) {
+  return (v > most) | is_nan(v) ? v : most;
+}
+
 // 128 bytes: four AVX2 or two AVX-512 registers, enough independent sums to hide the latency of an addition.
 template <class A>
 inline constexpr int kPartialSums = 128 / sizeof(A);
@@ -84,6 +99,41 @@ RK_HOST_DEVICE A max_over(std::int64_t n, A least, const F& f) {
     best = partial[k] > best ? partial[k] : best;
   }
   return best;
+}
+
+// The same, and a plain loop, as functions compiled for every instruction set; f is a lambda marked RK_INLINE_LAMBDA,
+// which holds a few pointers and numbers.  Each copies them: they need not be read again after every store.
+template <class A, class F>
+RK_MULTIVERSION static A vector_sum(std::int64_t n, const F& f) {
+  const F own = f;
+  return sum_over<A>(n, own);
+}
+template <class A, class F, class G>
+RK_MULTIVERSION static void vector_sums(std::int64_t n, A& total_f, A& total_g, const F& f, const G& g) {
+  const F own_f = f;
+  const G own_g = g;
+  sums_over<A>(n, total_f, total_g, own_f, own_g);
+}
+template <class A, class F>
+RK_MULTIVERSION static A vector_max(std::int64_t n, A least, const F& f) {
+  const F own = f;
+  return max_over<A>(n, least, own);
+}
+template <class F>
+RK_MULTIVERSION static void vector_loop(std::int64_t n, const F& f) {
+  const F own = f;
+  for (std::int64_t j = 0; j < n; ++j) own(j);
+}
+// to[j] = f(j), and to[j] += f(j), where f reads nothing that is written.
+template <class A, class F>
+RK_MULTIVERSION static void vector_write(std::int64_t n, A* __restrict__ to, const F& f) {
+  const F own = f;
+  for (std::int64_t j = 0; j < n; ++j) to[j] = own(j);
+}
+template <class A, class F>
+RK_MULTIVERSION static void vector_add(std::int64_t n, A* __restrict__ to, const F& f) {
+  const F own = f;
+  for (std::int64_t j = 0; j < n; ++j) to[j] += own(j);
 }
 
 }  // namespace rk::cpu

@@ -17,35 +17,8 @@ namespace {
 template <class A>
 struct SoftmaxPiece {
   const A *p, *u, *g;
-  A *gg_grad, *grad_output;
   int64_t n;
 };
-
-template <class A>
-struct SoftmaxSums {
-  A total_g, mean_u;
-};
-
-template <bool kLog, class A>
-RK_MULTIVERSION SoftmaxSums<A> row_sums(const SoftmaxPiece<A>& w) {
-  SoftmaxSums<A> sums{};
-  const A *p = w.p, *u = w.u, *g = w.g;
-  sums_over<A>(
-      w.n, sums.total_g, sums.mean_u,
-      [=](int64_t j) RK_INLINE_LAMBDA { return Softmax<kLog, A>::total_g_term(p[j], g[j]); },
-      [=](int64_t j) RK_INLINE_LAMBDA { return p[j] * u[j]; });
-  return sums;
-}
-
-template <bool kLog, class A>
-RK_MULTIVERSION void finish_row(const SoftmaxPiece<A>& w, SoftmaxSums<A> sums) {
-  const A *p = w.p, *u = w.u, *g = w.g;
-  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_output = w.grad_output;
-  for (int64_t j = 0; j < w.n; ++j) {
-    gg_grad[j] = Softmax<kLog, A>::gg_grad(p[j], u[j], sums.mean_u);
-    grad_output[j] = Softmax<kLog, A>::grad_output(p[j], u[j], g[j], sums.total_g, sums.mean_u);
-  }
-}
 
 // One class of n rows: adds to their sums.
 template <bool kLog, class A>
@@ -57,23 +30,20 @@ RK_MULTIVERSION void add_class(const SoftmaxPiece<A>& w, double* __restrict__ to
   }
 }
 
-template <bool kLog, class A>
-RK_MULTIVERSION void finish_class(const SoftmaxPiece<A>& w, const double* total_g, const double* mean_u) {
+// The sums are those of the one row, or of each of n rows.
+template <bool kLog, class A, class Each>
+RK_MULTIVERSION void finish(const SoftmaxPiece<A>& w, Each total_g, Each mean_u, A* __restrict__ gg_grad,
+                            A* __restrict__ grad_output) {
   const A *p = w.p, *u = w.u, *g = w.g;
-  A* __restrict__ gg_grad = w.gg_grad, * __restrict__ grad_output = w.grad_output;
   for (int64_t j = 0; j < w.n; ++j) {
-    gg_grad[j] = Softmax<kLog, A>::gg_grad(p[j], u[j], A(mean_u[j]));
-    grad_output[j] = Softmax<kLog, A>::grad_output(p[j], u[j], g[j], A(total_g[j]), A(mean_u[j]));
+    const A total = A(entry(total_g, j)), mean = A(entry(mean_u, j));
+    gg_grad[j] = Softmax<kLog, A>::gg_grad(p[j], u[j], mean);
+    grad_output[j] = Softmax<kLog, A>::grad_output(p[j], u[j], g[j], total, mean);
   }
 }
 
-RK_MULTIVERSION void add(const double* from, double* to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
-}
-
-template <class A>
-RK_MULTIVERSION void exponentials(const A* o, A* p, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) p[j] = exp_nonpositive(o[j]);
+void add(const double* from, double* to, int64_t n) {
+  vector_loop(n, [=](int64_t j) RK_INLINE_LAMBDA { to[j] += from[j]; });
 }
 
 struct SoftmaxArguments {
@@ -90,23 +60,20 @@ struct Buffers {
 // The inputs of a piece that begins at `begin`.
 template <bool kLog, class A>
 SoftmaxPiece<A> read(const SoftmaxArguments& c, int64_t begin, int64_t n, Buffers<A>& b) {
-  SoftmaxPiece<A> w{};
-  w.n = n;
-  w.u = c.u.read(begin, n, b.u);
-  w.g = c.grad.read(begin, n, b.g);
-  w.p = c.output.read(begin, n, b.o);
+  SoftmaxPiece<A> w{c.output.read(begin, n, b.o), c.u.read(begin, n, b.u), c.grad.read(begin, n, b.g), n};
   if constexpr (kLog) {
-    exponentials(w.p, b.p.element, n);
-    w.p = b.p.element;
+    const A* const o = w.p;
+    A* const p = b.p.element;
+    vector_write(n, p, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(o[j]); });
+    w.p = p;
   }
   return w;
 }
 
-template <class A, class Finish>
-void write(const SoftmaxArguments& c, int64_t begin, SoftmaxPiece<A>& w, Buffers<A>& b, const Finish& finish) {
-  w.gg_grad = c.gg_grad.open(begin, b.gg_grad);
-  w.grad_output = c.grad_output.open(begin, b.grad_output);
-  finish(w);
+template <bool kLog, class A, class Each>
+void write(const SoftmaxArguments& c, int64_t begin, const SoftmaxPiece<A>& w, Each total_g, Each mean_u,
+           Buffers<A>& b) {
+  finish<kLog>(w, total_g, mean_u, c.gg_grad.open(begin, b.gg_grad), c.grad_output.open(begin, b.grad_output));
   c.gg_grad.close(begin, w.n, b.gg_grad);
   c.grad_output.close(begin, w.n, b.grad_output);
 }
@@ -119,14 +86,15 @@ void run_row(const SoftmaxArguments& c, int64_t row, Buffers<A>& b) {
   double total_g = 0, mean_u = 0;
   for (int64_t j = 0; j < c.classes; j += kPiece) {
     w = read<kLog>(c, first + j, std::min(kPiece, c.classes - j), b);
-    const SoftmaxSums<A> part = row_sums<kLog>(w);
-    total_g += part.total_g;
-    mean_u += part.mean_u;
+    A part_g, part_u;
+    const auto term = [=](int64_t k) RK_INLINE_LAMBDA { return Softmax<kLog, A>::total_g_term(w.p[k], w.g[k]); };
+    vector_sums<A>(w.n, part_g, part_u, term, [=](int64_t k) RK_INLINE_LAMBDA { return w.p[k] * w.u[k]; });
+    total_g += part_g;
+    mean_u += part_u;
   }
-  const SoftmaxSums<A> sums{A(total_g), A(mean_u)};
   for (int64_t j = 0; j < c.classes; j += kPiece) {
     if (c.classes > kPiece) w = read<kLog>(c, first + j, std::min(kPiece, c.classes - j), b);  // else it is still there
-    write(c, first + j, w, b, [&](const SoftmaxPiece<A>& piece) { finish_row<kLog>(piece, sums); });
+    write<kLog>(c, first + j, w, A(total_g), A(mean_u), b);
   }
 }
 
@@ -147,9 +115,8 @@ void run_columns(const SoftmaxArguments& c, int64_t image, int64_t begin, int64_
     add(part_u, mean_u, n);
   }
   for (int64_t k = 0; k < c.classes; ++k) {
-    SoftmaxPiece<A> w = read<kLog>(c, first + k * c.inner, n, b);
-    write(c, first + k * c.inner, w, b,
-          [&](const SoftmaxPiece<A>& piece) { finish_class<kLog>(piece, total_g, mean_u); });
+    const int64_t at = first + k * c.inner;
+    write<kLog, A, const double*>(c, at, read<kLog>(c, at, n, b), total_g, mean_u, b);
   }
 }
 

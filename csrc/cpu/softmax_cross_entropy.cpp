@@ -10,8 +10,7 @@
 
 #include "../math/softmax_cross_entropy.h"
 #include "../arguments/softmax_cross_entropy.h"
-#include "elements.h"
-#include "softmax_cross_entropy_tiles.h"
+#include "logits.h"
 
 namespace rk::cpu {
 namespace {
@@ -22,61 +21,97 @@ struct RowState {
   A max, log_sum, total_q, grad, inverse_t, mean_u;
 };
 
-template <class A>
-RK_MULTIVERSION A largest(const A* z, int64_t n) {
-  return max_over<A>(n, -std::numeric_limits<A>::infinity(), [=](int64_t j) RK_INLINE_LAMBDA { return z[j]; });
+// f(q), where q(j) is the target's share of class j; a null target is one of zeros.
+template <class A, class F>
+auto with_target(const A* t, Smoothing<A> s, const F& f) {
+  return t ? f([=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); })
+           : f([=](int64_t) RK_INLINE_LAMBDA { return s.floor; });
 }
 
 template <class A>
-RK_MULTIVERSION A sum_exp(const A* z, int64_t n, A inverse_t, A max) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return exp_nonpositive(z[j] * inverse_t - max); });
+void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
+  vector_write(n, p,
+               [=](int64_t j) RK_INLINE_LAMBDA { return softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum); });
 }
 
-// sum of q_c and of q_c (max - z_c / T); a null target is one of zeros
+// Few classes: a tile of rows, transposed, so that a lane is a row.
 template <class A>
-RK_MULTIVERSION void gaps(const A* z, const A* t, int64_t n, A inverse_t, A max, Smoothing<A> s, A& q_sum, A& gap_sum) {
-  if (t)
-    sums_over<A>(
-        n, q_sum, gap_sum, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); },
-        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.q(t[j]), max - z[j] * inverse_t); });
-  else
-    sums_over<A>(
-        n, q_sum, gap_sum, [=](int64_t) RK_INLINE_LAMBDA { return s.floor; },
-        [=](int64_t j) RK_INLINE_LAMBDA { return cross_entropy_term(s.floor, max - z[j] * inverse_t); });
+struct Tile {
+  alignas(64) TileMatrix<A> z, t, u, out;  // logits, probabilities, cotangent of grad_logits, result
+  TileColumn<A> y;                         // the class, where there are no probabilities
+  TileColumn<A> max, log_sum, grad, per_row, total_q;
+  int64_t classes;
+};
+
+template <bool kSoft, class A>
+RK_HOST_DEVICE A tile_q(const Tile<A>& w, Smoothing<A> s, int64_t c, int k) {
+  if constexpr (kSoft) return s.q(w.t[c * kTileRows + k]);
+  return w.y[k] == A(c) ? s.q(A(1)) : s.floor;
 }
 
-template <class A>
-RK_MULTIVERSION void probabilities(const A* z, A* p, int64_t n, RowState<A> r) {
-  for (int64_t j = 0; j < n; ++j) p[j] = softmax_probability(z[j] * r.inverse_t, r.max, r.log_sum);
+// per_row = loss
+template <bool kSoft, class A>
+RK_MULTIVERSION void tile_value(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+  A max[kTileRows], sum[kTileRows] = {}, total_q[kTileRows] = {}, gap[kTileRows] = {};
+  tile_max(w.z, w.classes, inverse_t, max);
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A scaled = w.z[c * kTileRows + k] * inverse_t, q = tile_q<kSoft>(w, s, c, k);
+      sum[k] += exp_nonpositive(scaled - max[k]);
+      gap[k] += cross_entropy_term(q, max[k] - scaled);
+      total_q[k] += q;
+    }
+  for (int k = 0; k < kTileRows; ++k) {
+    const A log_sum = log_from_one(sum[k]);
+    w.max[k] = max[k];
+    w.log_sum[k] = log_sum;
+    w.per_row[k] = cross_entropy_value(log_sum, total_q[k], gap[k]);
+  }
 }
 
-template <class A>
-RK_MULTIVERSION A dot(const A* a, const A* b, int64_t n) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return a[j] * b[j]; });
+template <bool kSoft, class A>
+RK_HOST_DEVICE void tile_total_q(Tile<A>& w, Smoothing<A> s) {
+  for (int k = 0; k < kTileRows; ++k) w.total_q[k] = kSoft ? A(0) : s.keep + s.floor * A(w.classes);
+  if constexpr (kSoft)
+    for (int64_t c = 0; c < w.classes; ++c)
+      for (int k = 0; k < kTileRows; ++k) w.total_q[k] += s.q(w.t[c * kTileRows + k]);
 }
 
-template <class A>
-RK_MULTIVERSION A dot_q(const A* t, const A* u, int64_t n, Smoothing<A> s) {
-  return t ? sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]) * u[j]; })
-           : sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.floor * u[j]; });
+// out = grad_logits
+template <bool kSoft, class A>
+RK_MULTIVERSION void tile_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+  tile_total_q<kSoft>(w, s);
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A p = softmax_probability(w.z[c * kTileRows + k] * inverse_t, w.max[k], w.log_sum[k]);
+      const A q = tile_q<kSoft>(w, s, c, k);
+      w.out[c * kTileRows + k] = w.grad[k] * cross_entropy_slope(p, q, w.total_q[k], inverse_t);
+    }
 }
 
-template <class A>
-RK_MULTIVERSION A sum_q(const A* t, int64_t n, Smoothing<A> s) {
-  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return s.q(t[j]); });
-}
-
-template <class A>
-RK_MULTIVERSION void slopes(const A* p, const A* t, A* __restrict__ out, int64_t n, Smoothing<A> s, RowState<A> r) {
-  if (t)
-    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.q(t[j]), r.total_q, r.inverse_t);
-  else
-    for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_slope(p[j], s.floor, r.total_q, r.inverse_t);
-}
-
-template <class A>
-RK_MULTIVERSION void bends(const A* p, const A* u, A* __restrict__ out, int64_t n, RowState<A> r) {
-  for (int64_t j = 0; j < n; ++j) out[j] = r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+// per_row = gg_grad, out = grad_logits.  Sums in double: gg_grad is the difference of two of them.
+template <bool kSoft, class A>
+RK_MULTIVERSION void tile_double_backward(Tile<A>& w, Smoothing<A> s, A inverse_t) {
+  double mean_u[kTileRows] = {}, dot_qu[kTileRows] = {};
+  tile_total_q<kSoft>(w, s);
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A p = softmax_probability(w.z[c * kTileRows + k] * inverse_t, w.max[k], w.log_sum[k]);
+      const A u = w.u[c * kTileRows + k];
+      w.out[c * kTileRows + k] = p;
+      mean_u[k] += double(p) * double(u);
+      dot_qu[k] += double(tile_q<kSoft>(w, s, c, k)) * double(u);
+    }
+  A mean[kTileRows];
+  for (int k = 0; k < kTileRows; ++k) {
+    w.per_row[k] = A((double(w.total_q[k]) * mean_u[k] - dot_qu[k]) * double(inverse_t));
+    mean[k] = A(mean_u[k]);
+  }
+  for (int64_t c = 0; c < w.classes; ++c)
+    for (int k = 0; k < kTileRows; ++k) {
+      const A p = w.out[c * kTileRows + k], u = w.u[c * kTileRows + k];
+      w.out[c * kTileRows + k] = w.grad[k] * cross_entropy_bend(p, u, mean[k], w.total_q[k], inverse_t);
+    }
 }
 
 // The tensors of a call; numbers per row are in the accumulation type.
@@ -167,7 +202,10 @@ struct Row {
   A total_q() {
     if (a.index) return a.smoothing.keep + a.smoothing.floor * A(a.classes);
     double total = 0;
-    for_pieces(a.classes, [&](int64_t begin, int64_t n) { total += sum_q(t(begin, n), n, a.smoothing); });
+    for_pieces(a.classes, [&](int64_t begin, int64_t n) {
+      const A* const target = t(begin, n);
+      total += vector_sum<A>(n, [=, s = a.smoothing](int64_t j) RK_INLINE_LAMBDA { return s.q(target[j]); });
+    });
     return A(total);
   }
 };
@@ -190,21 +228,21 @@ void value_row(const CrossEntropyArguments<A>& a, int64_t row) {
     return zero_row(a, row);
   }
   Row<A> w(a, row);
-  A max = -std::numeric_limits<A>::infinity();
-  for_pieces(a.classes, [&](int64_t begin, int64_t n) {
-    const A m = largest(w.z(begin, n), n);
-    max = m > max || is_nan(m) ? m : max;
-  });
-  max *= a.inverse_t;
+  const A max = row_max(a.classes, a.inverse_t, [&](int64_t begin, int64_t n) { return w.z(begin, n); });
   const bool spread = !a.index || a.smoothing.floor != A(0);  // q has more than one class
   double sum = 0, total_q = 0, gap = 0;
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     const A* z = w.z(begin, n);
     sum += sum_exp(z, n, a.inverse_t, max);
     if (spread) {
-      A q = 0, g = 0;
-      gaps(z, w.t(begin, n), n, a.inverse_t, max, a.smoothing, q, g);
-      total_q += q, gap += g;
+      A q_sum, gap_sum;  // of q_c, and of q_c (max - z_c / T)
+      with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
+        const auto term = [=, inverse_t = a.inverse_t](int64_t j)
+                              RK_INLINE_LAMBDA { return cross_entropy_term(q(j), max - z[j] * inverse_t); };
+        vector_sums<A>(n, q_sum, gap_sum, q, term);
+      });
+      total_q += q_sum;
+      gap += gap_sum;
     }
     if (const int64_t y = w.y(begin, n); y >= 0) {
       total_q += a.smoothing.keep;
@@ -225,7 +263,11 @@ void backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     probabilities(w.z(begin, n), p, n, r);
     w.write(begin, n, [&](A* out) {
-      slopes(p, w.t(begin, n), out, n, a.smoothing, r);
+      with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
+        vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+          return r.grad * cross_entropy_slope(p[j], q(j), r.total_q, r.inverse_t);
+        });
+      });
       if (const int64_t y = w.y(begin, n); y >= 0)
         out[y] = r.grad * cross_entropy_slope(p[y], a.smoothing.q(A(1)), r.total_q, r.inverse_t);
     });
@@ -243,7 +285,9 @@ void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
     const A* u = w.u(begin, n);
     probabilities(w.z(begin, n), p, n, r);
     mean_u += dot(p, u, n);
-    dot_qu += dot_q(w.t(begin, n), u, n, a.smoothing);
+    dot_qu += with_target(w.t(begin, n), a.smoothing, [&](const auto& q) {
+      return vector_sum<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return q(j) * u[j]; });
+    });
     if (const int64_t y = w.y(begin, n); y >= 0) dot_qu += a.smoothing.keep * u[y];
   });
   a.per_row[row] = A((double(r.total_q) * mean_u - dot_qu) * double(r.inverse_t));
@@ -251,7 +295,11 @@ void double_backward_row(const CrossEntropyArguments<A>& a, int64_t row) {
   for_pieces(a.classes, [&](int64_t begin, int64_t n) {
     const A* u = w.u(begin, n);
     if (a.classes > kPiece) probabilities(w.z(begin, n), p, n, r);
-    w.write(begin, n, [&](A* out) { bends(p, u, out, n, r); });
+    w.write(begin, n, [&](A* out) {
+      vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
+        return r.grad * cross_entropy_bend(p[j], u[j], r.mean_u, r.total_q, r.inverse_t);
+      });
+    });
   });
 }
 
@@ -306,25 +354,21 @@ void run_tile(const CrossEntropyArguments<A>& a, Order order, int64_t first, int
 }
 
 template <class A>
-void run_row(const CrossEntropyArguments<A>& a, Order order, int64_t row) {
-  switch (order) {
-    case Order::kValue: return value_row(a, row);
-    case Order::kBackward: return backward_row(a, row);
-    case Order::kDoubleBackward: return double_backward_row(a, row);
-  }
-}
-
-template <class A>
 void run(const char* op, const CrossEntropyArguments<A>& a, Order order) {
   // Transposing an output back costs more than the sums across lanes that it saves, but for short rows.
   const int64_t most = order == Order::kValue ? kTileClasses : kTileClasses / 4;
   const int64_t at_once = a.classes <= most ? kTileRows : 1, units = (a.rows + at_once - 1) / at_once;
   torch::stable::parallel_for(0, units, rows_per_thread(at_once * a.classes), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit)
-      if (at_once == 1)
-        run_row(a, order, unit);
-      else
+      if (at_once > 1) {
         run_tile(a, order, unit * at_once, std::min(at_once, a.rows - unit * at_once));
+      } else {
+        switch (order) {
+          case Order::kValue: value_row(a, unit); break;
+          case Order::kBackward: backward_row(a, unit); break;
+          case Order::kDoubleBackward: double_backward_row(a, unit); break;
+        }
+      }
   });
   a.raise_if_bad(op);
 }

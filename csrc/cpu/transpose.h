@@ -103,7 +103,7 @@ RK_HOST_DEVICE void transpose_lanes(Lanes<double> (&r)[4]) {
 
 #endif
 
-// The same, a register's lanes at a time, of larger ones.
+// The same for larger matrices, as many rows and columns at a time as a register has lanes.
 template <class A>
 RK_MULTIVERSION static void transpose(const A* __restrict__ from, std::int64_t stride, A* __restrict__ to,
                                       std::int64_t to_stride, std::int64_t rows, std::int64_t cols) {

@@ -14,7 +14,7 @@ namespace {
 struct Tensors : NormTensors {
   bool second, innermost;
   int64_t groups;
-  std::optional<Tensor> channel_sums, sample_weight, sample_bias;
+  std::optional<Tensor> scratch, sample_weight, sample_bias;
 
   Tensors(const char* name, bool second_derivative, const Tensor& images, const Tensor& g,
           const std::optional<Tensor>& w, const Tensor& means, const Tensor& rstds, int64_t count)
@@ -22,8 +22,8 @@ struct Tensors : NormTensors {
         second(second_derivative),
         innermost(channels_innermost(images)),
         groups(count) {
-    x = dense_in(innermost, images);
-    grad = dense_in(innermost, g);
+    x = on_vectors(dense_in(innermost, images));
+    grad = on_vectors(dense_in(innermost, g));
   }
 
   Tensor image() const { return empty_in(innermost, x); }
@@ -42,11 +42,11 @@ struct Tensors : NormTensors {
       const bool rows = innermost || c.positions == 1;  // planes of one position are rows of channels
       set_units(c, rows);
       // Named, since nvcc takes the commas of a list in a template's argument for operators.
-      const std::vector<int64_t> sum_sizes{c.samples, c.channels, c.slots, 5}, sample_sizes{c.samples, c.channels};
-      channel_sums = sums(sum_sizes);
+      const std::vector<int64_t> sample_sizes{c.samples, c.channels};
+      if (const int64_t size = scratch_size(c, rows)) scratch = sums({size});
       if (grad_weight) sample_weight = sums(sample_sizes);
       if (grad_bias) sample_bias = sums(sample_sizes);
-      c.sums = pointer<A>(channel_sums);
+      c.scratch = pointer<A>(scratch);
       c.sample_weight = pointer<A>(sample_weight);
       c.sample_bias = pointer<A>(sample_bias);
       check_launch(launch_group_norm(rows, c, stream), op);
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_double_backward(std::optional<Tens
   const char* op = "group_norm_double_backward";
   check_group_norm(op, u, a, b, grad, x, weight, mean, rstd, groups);
   Tensors call(op, true, x, grad, weight, mean, rstd, groups);
-  if (u) call.u = dense_in(call.innermost, *u);
+  if (u) call.u = on_vectors(dense_in(call.innermost, *u));
   call.a = contiguous(a);
   call.b = contiguous(b);
   if (need_grad) call.gg_grad = call.image();

@@ -13,11 +13,11 @@ namespace {
 
 struct Tensors : NormTensors {
   int64_t cotangents;
-  std::optional<Tensor> t, bends_of_rows, partial_weight, partial_bias;
+  std::optional<Tensor> bends_of_rows, partial_weight, partial_bias;
 
   Tensors(const char* name, int64_t count, const Tensor& rows, const Tensor& g, const std::optional<Tensor>& w,
           const std::optional<Tensor>& means, const Tensor& rstds)
-      : NormTensors{name, contiguous(rows), contiguous(g), contiguous(rstds), contiguous(means), contiguous(w)},
+      : NormTensors{name, vectors_of(rows), vectors_of(g), contiguous(rstds), contiguous(means), vectors_of(w)},
         cotangents(count) {}
 
   Tensor matrix(const Tensor& like) const { return torch::stable::new_empty(like, sizes_of(like)); }
@@ -31,16 +31,14 @@ struct Tensors : NormTensors {
       c.cols = x.size(1);
       c.cotangents = cotangents;
       put_into(c);
-      set_chunks(c, second || grad_x, grad_weight.has_value(), grad_bias.has_value());
+      set_shares(c);
       // Named, since nvcc takes the commas of a list in a template's argument for operators.
-      const std::vector<int64_t> partial_sizes{c.chunks, c.cols}, t_sizes{cotangents * c.rows, 2};
+      const std::vector<int64_t> partial_sizes{c.chunks, c.cols};
       const std::vector<int64_t> bends_sizes{cotangents * c.rows,
                                              static_cast<int64_t>(sizeof(NormBends<A>) / sizeof(A))};
       if (grad_weight) partial_weight = sums(partial_sizes);
       if (grad_bias) partial_bias = sums(partial_sizes);
-      if (grad_weight && second) t = sums(t_sizes);
-      if (cotangents != 1 && second) bends_of_rows = sums(bends_sizes);
-      c.t = pointer<A>(t);
+      if (second && c.team == 0) bends_of_rows = sums(bends_sizes);
       c.bends = pointer<NormBends<A>>(bends_of_rows);
       c.partial_weight = pointer<A>(partial_weight);
       c.partial_bias = pointer<A>(partial_bias);
@@ -74,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_double_backward(std::optional<Tens
   const char* op = "layer_norm_double_backward";
   const int64_t cotangents = check_layer_norm(op, u, a, b, grad, x, weight, mean, rstd);
   Tensors call(op, cotangents, x, grad, weight, mean, rstd);
-  call.u = contiguous(u);
-  call.a = contiguous(a);
-  call.b = contiguous(b);
+  call.u = vectors_of(u);
+  call.a = vectors_of(a);
+  call.b = vectors_of(b);
   if (need_grad) call.gg_grad = call.matrix(call.grad);
   if (need_x) call.grad_x = call.matrix(call.x);
   if (need_weight) call.grad_weight = call.sums({x.size(1)});

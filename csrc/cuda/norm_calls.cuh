@@ -1,6 +1,7 @@
 // Tensors as arguments of the kernels of layer_norm and group_norm.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -8,6 +9,16 @@
 #include "torch.cuh"
 
 namespace rk::cuda {
+
+// The same numbers where kernels can read them in 16-byte vectors: a copy if t is a view that begins in between.
+inline Tensor on_vectors(const Tensor& t) {
+  return reinterpret_cast<std::uintptr_t>(t.data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+}
+
+inline Tensor vectors_of(const Tensor& t) { return on_vectors(torch::stable::contiguous(t)); }
+inline std::optional<Tensor> vectors_of(const std::optional<Tensor>& t) {
+  return t ? std::make_optional(vectors_of(*t)) : std::nullopt;
+}
 
 // The tensors of one call, kept alive until its kernels are launched.
 struct NormTensors {

@@ -1,15 +1,14 @@
 // Kernels of softmax_double_backward.  Formulas: math/softmax.h.
 //
-// Rows whose classes are adjacent (inner = 1): one block each.  Rows side by side, as the pixels of an image: one thread
-// each, neighbours reading neighbours.  Both make two sweeps, the second of which finds its row in the L1 or L2 cache:
-// device memory is read once, u, grad and output, and written once, gg_grad and grad_output.
+// Rows whose classes are adjacent (inner = 1): as in rows.cuh.  Rows side by side, as the pixels of an image: one thread
+// each, or two of 16 bits, neighbours reading neighbours.  Both make two sweeps, the second of which finds its row in
+// registers or in a cache: device memory is read once, u, grad and output, and written once, gg_grad and grad_output.
 #pragma once
 
 #include <cstdint>
 
 #include "../math/softmax.h"
-#include "reduce.cuh"
-#include "vector.cuh"
+#include "rows.cuh"
 
 namespace rk::cuda {
 
@@ -21,122 +20,158 @@ struct SoftmaxCall {
 };
 
 // One element's numbers on the way in and out.
-template <bool kLog, class S>
+template <bool kLog, class A>
 struct SoftmaxElement {
-  using A = accumulation_t<S>;
   A p, u, g;
 
-  __device__ __forceinline__ SoftmaxElement(S output, S u, S grad)
-      : p(Softmax<kLog, A>::probability(load(output))), u(load(u)), g(load(grad)) {}
-  __device__ __forceinline__ SoftmaxElement(const SoftmaxCall<S>& c, std::int64_t j)
-      : SoftmaxElement(c.output[j], c.u[j], c.grad[j]) {}
+  __device__ __forceinline__ SoftmaxElement(A output, A u, A grad)
+      : p(Softmax<kLog, A>::probability(output)), u(u), g(grad) {}
 
   __device__ __forceinline__ void add_to(A& total_g, A& mean_u) const {
     total_g += Softmax<kLog, A>::total_g_term(p, g);
     mean_u += p * u;
   }
-  __device__ __forceinline__ S gg_grad(A mean_u) const { return store<S>(Softmax<kLog, A>::gg_grad(p, u, mean_u)); }
-  __device__ __forceinline__ S grad_output(A total_g, A mean_u) const {
-    return store<S>(Softmax<kLog, A>::grad_output(p, u, g, total_g, mean_u));
+  __device__ __forceinline__ A gg_grad(A mean_u) const { return Softmax<kLog, A>::gg_grad(p, u, mean_u); }
+  __device__ __forceinline__ A grad_output(A total_g, A mean_u) const {
+    return Softmax<kLog, A>::grad_output(p, u, g, total_g, mean_u);
   }
 };
 
-// One row, of which a block's threads have a share each.  f(j, element) for single elements at the end of a row;
-// f_vector(j, output, u, grad) for 16-byte vectors of them.
-template <class S, class Vectors, class Single>
-__device__ __forceinline__ void for_row(const SoftmaxCall<S>& c, std::int64_t row, const Vectors& f_vector,
-                                        const Single& f) {
-  constexpr int V = Vector<S>::kSize;
-  const std::int64_t first = row * c.classes, vectors = c.classes / V;
-  const bool o_aligned = is_aligned(c.output + first), u_aligned = is_aligned(c.u + first),
-             g_aligned = is_aligned(c.grad + first);
-  for (std::int64_t v = threadIdx.x; v < vectors; v += blockDim.x) {
-    const std::int64_t j = first + v * V;
-    f_vector(j, load_vector(c.output + j, o_aligned), load_vector(c.u + j, u_aligned),
-             load_vector(c.grad + j, g_aligned));
-  }
-  for (std::int64_t j = first + vectors * V + threadIdx.x; j < first + c.classes; j += blockDim.x) f(j);
-}
+constexpr int kSoftmaxVectors = 2;  // vectors of every input in a round
 
-template <bool kLog, class S>
-__global__ void __launch_bounds__(512, 1) softmax_double_backward_rows_kernel(const SoftmaxCall<S> c) {
+template <bool kLog, bool kAligned, class S>
+__global__ void __launch_bounds__(512, 2) softmax_double_backward_rows_kernel(const SoftmaxCall<S> c) {
   using A = accumulation_t<S>;
-  using Element = SoftmaxElement<kLog, S>;
-  constexpr int V = Vector<S>::kSize;
-  for (std::int64_t row = blockIdx.x; row < c.batch; row += gridDim.x) {
-    A total_g = 0, mean_u = 0;
-    for_row(
-        c, row,
-        [&](std::int64_t, const Vector<S>& o, const Vector<S>& u, const Vector<S>& g) {
-#pragma unroll
-          for (int k = 0; k < V; ++k) Element(o.element[k], u.element[k], g.element[k]).add_to(total_g, mean_u);
-        },
-        [&](std::int64_t j) { Element(c, j).add_to(total_g, mean_u); });
-    total_g = block_sum(total_g);
-    mean_u = block_sum(mean_u);
+  using Element = SoftmaxElement<kLog, A>;
+  using ShareOfRow = Share<kAligned, S, kSoftmaxVectors>;
+  constexpr int V = Words<S>::kSize;
+  for_rows(c.batch, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const bool gg_grad_aligned = c.gg_grad && is_aligned(c.gg_grad + first),
-               grad_output_aligned = c.grad_output && is_aligned(c.grad_output + first);
-    for_row(
-        c, row,
-        [&](std::int64_t j, const Vector<S>& o, const Vector<S>& u, const Vector<S>& g) {
-          Vector<S> gg_grad, grad_output;
+    const int rounds = ShareOfRow::rounds(c.classes);
+    Words<S> o[kSoftmaxVectors], u[kSoftmaxVectors], g[kSoftmaxVectors];
+    const auto load_round = [&](const ShareOfRow& share) {
+      share.load(o, c.output + first, {});
+      share.load(u, c.u + first, {});
+      share.load(g, c.grad + first, {});
+    };
+    A sums[2] = {};
+    for (int round = rounds - 1; round >= 0; --round) {
+      load_round(ShareOfRow(round, c.classes));
 #pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const Element e(o.element[k], u.element[k], g.element[k]);
-            gg_grad.element[k] = e.gg_grad(mean_u);
-            grad_output.element[k] = e.grad_output(total_g, mean_u);
-          }
-          if (c.gg_grad) store_vector(c.gg_grad + j, gg_grad, gg_grad_aligned);
-          if (c.grad_output) store_vector(c.grad_output + j, grad_output, grad_output_aligned);
-        },
-        [&](std::int64_t j) {
-          const Element e(c, j);
-          if (c.gg_grad) c.gg_grad[j] = e.gg_grad(mean_u);
-          if (c.grad_output) c.grad_output[j] = e.grad_output(total_g, mean_u);
-        });
-  }
+      for (int i = 0; i < kSoftmaxVectors; ++i) {
+        A total_g = 0, mean_u = 0;
+#pragma unroll
+        for (int k = 0; k < V; ++k) Element(o[i][k], u[i][k], g[i][k]).add_to(total_g, mean_u);
+        sums[0] += total_g;
+        sums[1] += mean_u;
+      }
+    }
+    row_sums(sums);
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      if (round > 0) load_round(share);
+#pragma unroll
+      for (int i = 0; i < kSoftmaxVectors; ++i) {
+        A gg_grad[V], grad_output[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const Element e(o[i][k], u[i][k], g[i][k]);
+          gg_grad[k] = e.gg_grad(sums[1]);
+          grad_output[k] = e.grad_output(sums[0], sums[1]);
+        }
+        if (c.gg_grad) share.store(c.gg_grad + first, i, gg_grad);
+        if (c.grad_output) share.store(c.grad_output + first, i, grad_output);
+      }
+    }
+  });
 }
 
-template <bool kLog, class S>
+// Adjacent elements of one class.
+template <class S, int kWidth>
+struct alignas(sizeof(S) * kWidth) Adjacent {
+  S element[kWidth];
+};
+
+// kWidth divides inner, and every tensor's address divides into so many elements.
+template <bool kLog, int kWidth, class S>
 __global__ void __launch_bounds__(256) softmax_double_backward_columns_kernel(const SoftmaxCall<S> c) {
   using A = accumulation_t<S>;
-  using Element = SoftmaxElement<kLog, S>;
+  using Element = SoftmaxElement<kLog, A>;
+  using Columns = Adjacent<S, kWidth>;
   constexpr std::int64_t together = 32;  // classes summed before their sum is: rounding grows with 32 + classes / 32
-  const std::int64_t blocks = (c.inner + blockDim.x - 1) / blockDim.x;
+  const std::int64_t inner = c.inner / kWidth, blocks = (inner + blockDim.x - 1) / blockDim.x;
+  const auto at = [](const S* tensor, std::int64_t j) { return reinterpret_cast<const Columns*>(tensor)[j]; };
   for (std::int64_t unit = blockIdx.x; unit < c.batch * blocks; unit += gridDim.x) {
     const std::int64_t column = unit % blocks * blockDim.x + threadIdx.x;
-    if (column >= c.inner) continue;
-    const std::int64_t first = unit / blocks * c.classes * c.inner + column;
-    A total_g = 0, mean_u = 0;
+    if (column >= inner) continue;
+    const std::int64_t first = unit / blocks * c.classes * inner + column;
+    A total_g[kWidth] = {}, mean_u[kWidth] = {};
     for (std::int64_t k = 0; k < c.classes;) {
       const std::int64_t end = k + together < c.classes ? k + together : c.classes;
-      A part_g = 0, part_u = 0;
+      A part_g[kWidth] = {}, part_u[kWidth] = {};
 #pragma unroll 4
-      for (; k < end; ++k) Element(c, first + k * c.inner).add_to(part_g, part_u);
-      total_g += part_g;
-      mean_u += part_u;
+      for (; k < end; ++k) {
+        const std::int64_t j = first + k * inner;
+        const Columns o = at(c.output, j), u = at(c.u, j), g = at(c.grad, j);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i)
+          Element(load(o.element[i]), load(u.element[i]), load(g.element[i])).add_to(part_g[i], part_u[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        total_g[i] += part_g[i];
+        mean_u[i] += part_u[i];
+      }
     }
 #pragma unroll 4
     for (std::int64_t k = 0; k < c.classes; ++k) {
-      const std::int64_t j = first + k * c.inner;
-      const Element e(c, j);
-      if (c.gg_grad) c.gg_grad[j] = e.gg_grad(mean_u);
-      if (c.grad_output) c.grad_output[j] = e.grad_output(total_g, mean_u);
+      const std::int64_t j = first + k * inner;
+      const Columns o = at(c.output, j), u = at(c.u, j), g = at(c.grad, j);
+      Columns gg_grad, grad_output;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const Element e(load(o.element[i]), load(u.element[i]), load(g.element[i]));
+        gg_grad.element[i] = store<S>(e.gg_grad(mean_u[i]));
+        grad_output.element[i] = store<S>(e.grad_output(total_g[i], mean_u[i]));
+      }
+      if (c.gg_grad) reinterpret_cast<Columns*>(c.gg_grad)[j] = gg_grad;
+      if (c.grad_output) reinterpret_cast<Columns*>(c.grad_output)[j] = grad_output;
     }
   }
+}
+
+template <bool kLog, bool kAligned, class S>
+cudaError_t launch_softmax_rows(const SoftmaxCall<S>& c, cudaStream_t stream) {
+  const dim3 block = block_for_rows<S>(c.classes, kSoftmaxVectors);
+  return launch(softmax_double_backward_rows_kernel<kLog, kAligned, S>, grid_for_rows(c.batch, block), block, 0, stream,
+                c);
+}
+
+template <bool kLog, int kWidth, class S>
+cudaError_t launch_softmax_columns(const SoftmaxCall<S>& c, cudaStream_t stream) {
+  const std::int64_t inner = c.inner / kWidth, threads = inner >= 256 ? 256 : (inner + 31) / 32 * 32;
+  if (threads == 0) return cudaSuccess;
+  const std::int64_t blocks = (inner + threads - 1) / threads;
+  return launch(softmax_double_backward_columns_kernel<kLog, kWidth, S>, grid_for(c.batch * blocks),
+                dim3(static_cast<unsigned>(threads)), 0, stream, c);
 }
 
 template <bool kLog, class S>
 cudaError_t launch_softmax_as(const SoftmaxCall<S>& c, cudaStream_t stream) {
-  if (c.inner == 1)
-    return launch(softmax_double_backward_rows_kernel<kLog, S>, grid_for(c.batch), dim3(threads_for<S>(c.classes, 512)),
-                  0, stream, c);
-  const std::int64_t threads = c.inner >= 256 ? 256 : (c.inner + 31) / 32 * 32;
-  if (threads == 0) return cudaSuccess;
-  const std::int64_t blocks = (c.inner + threads - 1) / threads;
-  return launch(softmax_double_backward_columns_kernel<kLog, S>, grid_for(c.batch * blocks),
-                dim3(static_cast<unsigned>(threads)), 0, stream, c);
+  if (c.inner == 1) {
+    if constexpr (sizeof(S) < 8) {
+      if (aligned_rows<S>(c.classes, c.classes, c.u, c.grad, c.output, c.gg_grad, c.grad_output))
+        return launch_softmax_rows<kLog, true>(c, stream);
+    }
+    return launch_softmax_rows<kLog, false>(c, stream);
+  }
+  if constexpr (sizeof(S) == 2) {
+    const auto in_pairs = [](const S* tensor) { return reinterpret_cast<std::uintptr_t>(tensor) % 4 == 0; };
+    if (c.inner % 2 == 0 && in_pairs(c.u) && in_pairs(c.grad) && in_pairs(c.output) && in_pairs(c.gg_grad) &&
+        in_pairs(c.grad_output))
+      return launch_softmax_columns<kLog, 2>(c, stream);
+  }
+  return launch_softmax_columns<kLog, 1>(c, stream);
 }
 
 template <class S>

@@ -1,18 +1,29 @@
 // Kernels of softmax_cross_entropy.  Formulas: math/softmax_cross_entropy.h.
 //
-// One block a row, with as many threads as the row has 16-byte vectors, up to 512.  A kernel sweeps its row two times;
-// the second sweep finds it in the L1 or L2 cache, so device memory is read once: logits for the value; logits and
-// result for the backward; logits, cotangent and result for the double backward (and the target, where it is a row of
+// Rows as in rows.cuh.  The value is one sweep: a thread's maximum grows as it goes, and its sums are rescaled when it
+// does.  So is the backward.  The double backward sums and then writes, two sweeps.  Bytes: logits for the value; logits
+// and result for the backward; logits, cotangent and result for the double backward (and the target, where it is a row of
 // probabilities).
+//
+// A target that is an index costs nothing per element: its class is treated apart, and what label smoothing gives to all
+// classes is a coefficient.
 #pragma once
 
 #include <cstdint>
 
+#include "../math/fixed.h"
 #include "../math/softmax_cross_entropy.h"
-#include "reduce.cuh"
-#include "vector.cuh"
+#include "rows.cuh"
+#include "running_row.cuh"
 
 namespace rk::cuda {
+
+// What a row's target is: an index; an index with label smoothing; probabilities.
+enum class Target { kIndex, kSmoothedIndex, kProbabilities };
+
+// Vectors of every input in a round: probabilities need registers of their own.
+template <Target kTarget>
+inline constexpr int kCrossEntropyVectors = kTarget == Target::kProbabilities ? 2 : 4;
 
 template <class S>
 struct CrossEntropyCall {
@@ -31,37 +42,50 @@ struct CrossEntropyCall {
 };
 
 // The target of one row.  A class that does not exist makes everything about its row NaN: raising would need the host.
-template <class S>
+template <Target kTarget, class S>
 struct RowTarget {
   using A = accumulation_t<S>;
-  const S* narrow;
-  const A* wide;
+  static constexpr int V = Words<S>::kSize;
+  const S* narrow = nullptr;
+  const A* wide = nullptr;
   std::int64_t index = -1;
   bool ignored = false, invalid = false;
   Smoothing<A> smoothing;
 
   __device__ __forceinline__ RowTarget(const CrossEntropyCall<S>& c, std::int64_t row)
-      : narrow(c.narrow_target ? c.narrow_target + row * c.target_stride : nullptr),
-        wide(c.wide_target ? c.wide_target + row * c.target_stride : nullptr),
-        smoothing(c.label_smoothing, A(c.classes)) {
-    if (!c.indices) return;
-    index = c.indices[row];
-    ignored = index == c.ignore_index;
-    invalid = !ignored && (index < 0 || index >= c.classes);
+      : smoothing(c.label_smoothing, A(c.classes)) {
+    if constexpr (kTarget == Target::kProbabilities) {
+      if (c.narrow_target) narrow = c.narrow_target + row * c.target_stride;
+      if (c.wide_target) wide = c.wide_target + row * c.target_stride;
+    } else {
+      index = c.indices[row];
+      ignored = index == c.ignore_index;
+      invalid = !ignored && (index < 0 || index >= c.classes);
+    }
   }
 
-  __device__ __forceinline__ A q(std::int64_t j) const {
-    const A t = wide ? wide[j] : narrow ? load(narrow[j]) : (j == index ? A(1) : A(0));
-    return smoothing.q(t);
+  // q of the elements j, j + 1, ... of probabilities: `count` of them, and zeros.
+  __device__ __forceinline__ void weights(std::int64_t j, int count, A (&q)[V]) const {
+#pragma unroll
+    for (int k = 0; k < V; ++k) q[k] = k < count ? smoothing.q(wide ? wide[j + k] : load(narrow[j + k])) : A(0);
   }
-  __device__ __forceinline__ bool is_row() const { return wide || narrow; }
 
-  // sum_c q_c, in every thread
+  // sum_c q_c, in every thread.
+  template <class ShareOfRow>
   __device__ __forceinline__ A total_q(std::int64_t classes) const {
-    if (!is_row()) return smoothing.keep + smoothing.floor * A(classes);
-    A total = 0;
-    for (std::int64_t j = threadIdx.x; j < classes; j += blockDim.x) total += q(j);
-    return block_sum(total);
+    if constexpr (kTarget != Target::kProbabilities) return smoothing.keep + smoothing.floor * A(classes);
+    A total[1] = {};
+    for (int round = 0; round < ShareOfRow::rounds(classes); ++round) {
+      const ShareOfRow share(round, classes);
+      for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        A q[V];
+        weights(share.element(i), share.count(i), q);
+#pragma unroll
+        for (int k = 0; k < V; ++k) total[0] += q[k];
+      }
+    }
+    row_sums(total);
+    return total[0];
   }
 };
 
@@ -75,90 +99,235 @@ __device__ __forceinline__ void fill_row(const CrossEntropyCall<S>& c, std::int6
 }
 
 // Rows without anything to compute; true if this was one.
-template <class S>
-__device__ __forceinline__ bool settle_row(const CrossEntropyCall<S>& c, const RowTarget<S>& target, std::int64_t row) {
+template <Target kTarget, class S>
+__device__ __forceinline__ bool settle_row(const CrossEntropyCall<S>& c, const RowTarget<kTarget, S>& target,
+                                           std::int64_t row) {
+  if constexpr (kTarget == Target::kProbabilities) return false;
   if (!target.ignored && !target.invalid) return false;
   fill_row(c, row, target.ignored ? accumulation_t<S>(0) : accumulation_t<S>(NAN));
   return true;
 }
 
-template <class S>
-__global__ void __launch_bounds__(512, 1) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
+template <Target kTarget, bool kAligned, class S>
+__global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
   using A = accumulation_t<S>;
-  for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
-    const RowTarget<S> target(c, row);
-    if (settle_row(c, target, row)) continue;
-    const S* z = c.logits + row * c.logits_stride;
-    A max = -static_cast<A>(INFINITY);
-    read(z, c.classes, Counter{}, [&](std::int64_t, A v) { max = Maximum{}(max, v); });
-    max = block_max(max, -static_cast<A>(INFINITY)) * c.inverse_t;
-    A sum = 0, total_q = 0, gap = 0;
-    read(z, c.classes, Counter{}, [&](std::int64_t j, A v) {
-      const A q = target.q(j), scaled = v * c.inverse_t;
-      sum += exp_nonpositive(scaled - max);
-      total_q += q;
-      gap += cross_entropy_term(q, max - scaled);
-    });
-    sum = block_sum(sum);
-    gap = block_sum(gap);
-    total_q = target.is_row() ? block_sum(total_q) : target.total_q(c.classes);
-    if (threadIdx.x == 0) {
-      const A log_sum = std::log(sum);
-      c.per_row[row] = cross_entropy_value(log_sum, total_q, gap);
-      c.statistics[2 * row] = max;
-      c.statistics[2 * row + 1] = log_sum;
+  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
+  constexpr int V = Words<S>::kSize;
+  const A k = c.inverse_t * kLog2E<A>;
+  for_rows(c.rows, [&](std::int64_t row) {
+    const RowTarget<kTarget, S> target(c, row);
+    if (settle_row(c, target, row)) return;
+    const S* const z = c.logits + row * c.logits_stride;
+    RunningRow<A, kTarget != Target::kIndex> r;
+    const int rounds = ShareOfRow::rounds(c.classes);
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      Words<S> x[ShareOfRow::kCount];
+      share.load(x, z, words_of<S>(-static_cast<A>(INFINITY)));
+      A max = r.max;
+#pragma unroll
+      for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        A top = x[i][0];
+#pragma unroll
+        for (int j = 1; j < V; ++j) top = Larger{}(top, x[i][j]);
+        max = Larger{}(max, top);
+      }
+      r.raise_to(max, k);
+      const A pivot = r.pivot();
+#pragma unroll
+      for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        A sum = 0, weight = 0, gaps = 0;
+        [[maybe_unused]] A q[V];
+        if constexpr (kTarget == Target::kProbabilities) target.weights(share.element(i), share.count(i), q);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const A t = (x[i][j] - pivot) * k;
+          sum += exp2_nonpositive(t);
+          if constexpr (kTarget == Target::kSmoothedIndex) {
+            if (kAligned || j < share.count(i)) gaps += t;
+          }
+          if constexpr (kTarget == Target::kProbabilities) {
+            weight += q[j];
+            gaps += cross_entropy_term(q[j], t);
+          }
+        }
+        r.sum += sum;
+        if constexpr (kTarget == Target::kSmoothedIndex) {
+          if (share.has(i)) r.gaps += gaps;
+        }
+        if constexpr (kTarget == Target::kProbabilities) {
+          r.weight += weight;
+          r.gaps += gaps;
+        }
+      }
+      if constexpr (kTarget == Target::kSmoothedIndex) r.weight += A(share.count_all(round + 1 == rounds));
     }
+    r.join(k);
+    if (threadIdx.x != 0) return;
+    const A log_sum = std::log(r.sum);
+    A total_q = r.weight, gap = r.gaps * A(-0.69314718055994530942);  // of natural logarithms
+    if constexpr (kTarget != Target::kProbabilities) {
+      const Smoothing<A>& s = target.smoothing;
+      const A of_index = cross_entropy_term(s.keep, (r.max - load(z[target.index])) * c.inverse_t);
+      gap = kTarget == Target::kIndex ? of_index : of_index + s.floor * gap;
+      total_q = s.keep + s.floor * A(c.classes);
+    }
+    c.per_row[row] = cross_entropy_value(log_sum, total_q, gap);
+    // What rounding takes from the maximum is given to the sum.
+    const A max = r.max * c.inverse_t;
+    c.statistics[2 * row] = max;
+    c.statistics[2 * row + 1] = log_sum + fused(r.max, c.inverse_t, -max);
+  });
+}
+
+// p of one row's logits, divided by `scale`: the exponent is a multiply-add, and what it loses in rounding the row's sum
+// is the same for all classes.
+template <class A>
+struct RowSoftmax {
+  A inverse_t, max, log2_sum, scale;
+  template <class S>
+  __device__ __forceinline__ RowSoftmax(const CrossEntropyCall<S>& c, std::int64_t row)
+      : inverse_t(c.inverse_t), max(c.statistics_in[2 * row]) {
+    const A log_sum = c.statistics_in[2 * row + 1];
+    log2_sum = log_sum * kLog2E<A>;
+    scale = A(1) - fused(log_sum, kLog2E<A>, -log2_sum) * A(0.69314718055994530942);
+  }
+  __device__ __forceinline__ A operator()(A z) const {
+    return exp2_nonpositive(fused(fused(z, inverse_t, -max), kLog2E<A>, -log2_sum));
+  }
+};
+
+template <Target kTarget, bool kAligned, class S>
+__global__ void __launch_bounds__(512, kAligned ? 2 : 1)
+    softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c) {
+  using A = accumulation_t<S>;
+  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
+  constexpr int V = Words<S>::kSize;
+  for_rows(c.rows, [&](std::int64_t row) {
+    const RowTarget<kTarget, S> target(c, row);
+    if (settle_row(c, target, row)) return;
+    const S* const z = c.logits + row * c.logits_stride;
+    S* const out = c.out + row * c.classes;
+    const RowSoftmax<A> p(c, row);
+    const A grad = c.grad[row], inverse_t = c.inverse_t,
+            total_q_t = target.template total_q<ShareOfRow>(c.classes) * inverse_t * p.scale;
+    const auto slope = [&](A z_j, A q_j) {  // 1 / T in the sum and the target once, instead of in every element
+      return grad * cross_entropy_slope(p(z_j), q_j * inverse_t, total_q_t, A(1));
+    };
+    [[maybe_unused]] bool has_index = false;
+    for (int round = 0; round < ShareOfRow::rounds(c.classes); ++round) {
+      const ShareOfRow share(round, c.classes);
+      Words<S> x[ShareOfRow::kCount];
+      share.load(x, z, {});
+#pragma unroll
+      for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        A values[V], q[V];
+        if constexpr (kTarget == Target::kProbabilities)
+          target.weights(share.element(i), share.count(i), q);
+        else
+          has_index |= share.contains(i, target.index);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const A q_j = kTarget == Target::kProbabilities ? q[j] : target.smoothing.floor;
+          values[j] = slope(x[i][j], q_j);
+        }
+        share.store(out, i, values);
+      }
+    }
+    if constexpr (kTarget != Target::kProbabilities) {
+      // The thread that wrote the target's class as if it were any other.
+      if (has_index) out[target.index] = store<S>(slope(load(z[target.index]), target.smoothing.q(A(1))));
+    }
+  });
+}
+
+template <Target kTarget, bool kAligned, class S>
+__global__ void __launch_bounds__(512, kAligned ? 2 : 1)
+    softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c) {
+  using A = accumulation_t<S>;
+  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
+  constexpr int V = Words<S>::kSize;
+  for_rows(c.rows, [&](std::int64_t row) {
+    const RowTarget<kTarget, S> target(c, row);
+    if (settle_row(c, target, row)) return;
+    const S *const z = c.logits + row * c.logits_stride, *const u = c.u + row * c.u_stride;
+    S* const out = c.out + row * c.classes;
+    const RowSoftmax<A> p(c, row);
+    const A grad = c.grad[row], inverse_t = c.inverse_t, total_q = target.template total_q<ShareOfRow>(c.classes);
+    const int rounds = ShareOfRow::rounds(c.classes);
+    Words<S> x[ShareOfRow::kCount], y[ShareOfRow::kCount];
+    A sums[2] = {};  // sum p u, and sum u or sum q u
+    for (int round = rounds - 1; round >= 0; --round) {
+      const ShareOfRow share(round, c.classes);
+      share.load(x, z, {});
+      share.load(y, u, {});
+#pragma unroll
+      for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        [[maybe_unused]] A q[V];
+        if constexpr (kTarget == Target::kProbabilities) target.weights(share.element(i), share.count(i), q);
+        A mean_u = 0, dot = 0;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          mean_u += p(x[i][j]) * y[i][j];
+          if constexpr (kTarget == Target::kSmoothedIndex) dot += y[i][j];
+          if constexpr (kTarget == Target::kProbabilities) dot += q[j] * y[i][j];
+        }
+        sums[0] += mean_u;
+        sums[1] += dot;
+      }
+    }
+    row_sums(sums);
+    const A mean_u = sums[0] * p.scale, factor = grad * (total_q * inverse_t * inverse_t) * p.scale;
+    if (threadIdx.x == 0) {
+      A dot_qu = sums[1];
+      if constexpr (kTarget != Target::kProbabilities)
+        dot_qu = target.smoothing.floor * dot_qu + target.smoothing.keep * load(u[target.index]);
+      c.per_row[row] = (total_q * mean_u - dot_qu) * inverse_t;
+    }
+    for (int round = 0; round < rounds; ++round) {
+      const ShareOfRow share(round, c.classes);
+      if (round > 0) {
+        share.load(x, z, {});
+        share.load(y, u, {});
+      }
+#pragma unroll
+      for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        A values[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) values[j] = cross_entropy_bend(p(x[i][j]), y[i][j], mean_u, factor, A(1));
+        share.store(out, i, values);
+      }
+    }
+  });
+}
+
+template <Target kTarget, bool kAligned, class S>
+cudaError_t launch_cross_entropy_as(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
+  constexpr Target kOfBackward = kTarget == Target::kSmoothedIndex ? Target::kIndex : kTarget;  // the same there
+  const dim3 block = block_for_rows<S>(c.classes, kCrossEntropyVectors<kTarget>), grid = grid_for_rows(c.rows, block);
+  switch (order) {
+    case Order::kValue: return launch(softmax_cross_entropy_kernel<kTarget, kAligned, S>, grid, block, 0, stream, c);
+    case Order::kBackward:
+      return launch(softmax_cross_entropy_backward_kernel<kOfBackward, kAligned, S>, grid, block, 0, stream, c);
+    default:
+      return launch(softmax_cross_entropy_double_backward_kernel<kTarget, kAligned, S>, grid, block, 0, stream, c);
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(512, 1) softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c) {
-  using A = accumulation_t<S>;
-  for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
-    const RowTarget<S> target(c, row);
-    if (settle_row(c, target, row)) continue;
-    const A max = c.statistics_in[2 * row], log_sum = c.statistics_in[2 * row + 1], grad = c.grad[row];
-    const A total_q = target.total_q(c.classes), inverse_t = c.inverse_t;
-    transform(c.logits + row * c.logits_stride, c.out + row * c.classes, c.classes, Counter{},
-              [&](std::int64_t j, A v) {
-                const A p = softmax_probability(v * inverse_t, max, log_sum);
-                return grad * cross_entropy_slope(p, target.q(j), total_q, inverse_t);
-              });
-  }
-}
-
-template <class S>
-__global__ void __launch_bounds__(512, 1) softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c) {
-  using A = accumulation_t<S>;
-  for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
-    const RowTarget<S> target(c, row);
-    if (settle_row(c, target, row)) continue;
-    const S *z = c.logits + row * c.logits_stride, *u_row = c.u + row * c.u_stride;
-    const A max = c.statistics_in[2 * row], log_sum = c.statistics_in[2 * row + 1], grad = c.grad[row];
-    const A total_q = target.total_q(c.classes), inverse_t = c.inverse_t;
-    A mean_u = 0, dot_qu = 0;
-    read(z, u_row, c.classes, Counter{}, [&](std::int64_t j, A v, A u) {
-      mean_u += softmax_probability(v * inverse_t, max, log_sum) * u;
-      dot_qu += target.q(j) * u;
-    });
-    mean_u = block_sum(mean_u);
-    dot_qu = block_sum(dot_qu);
-    if (threadIdx.x == 0) c.per_row[row] = (total_q * mean_u - dot_qu) * inverse_t;
-    transform(z, u_row, c.out + row * c.classes, c.classes, Counter{}, [&](std::int64_t, A v, A u) {
-      const A p = softmax_probability(v * inverse_t, max, log_sum);
-      return grad * cross_entropy_bend(p, u, mean_u, total_q, inverse_t);
-    });
-  }
+template <bool kAligned, class S>
+cudaError_t launch_cross_entropy_to(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
+  if (!c.indices) return launch_cross_entropy_as<Target::kProbabilities, kAligned>(order, c, stream);
+  return c.label_smoothing == 0 ? launch_cross_entropy_as<Target::kIndex, kAligned>(order, c, stream)
+                                : launch_cross_entropy_as<Target::kSmoothedIndex, kAligned>(order, c, stream);
 }
 
 template <class S>
 cudaError_t launch_softmax_cross_entropy(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
-  const dim3 block(threads_for<S>(c.classes, 512)), grid = grid_for(c.rows);
-  switch (order) {
-    case Order::kValue: return launch(softmax_cross_entropy_kernel<S>, grid, block, 0, stream, c);
-    case Order::kBackward: return launch(softmax_cross_entropy_backward_kernel<S>, grid, block, 0, stream, c);
-    default: return launch(softmax_cross_entropy_double_backward_kernel<S>, grid, block, 0, stream, c);
+  if constexpr (sizeof(S) < 8) {
+    if (aligned_rows<S>(c.classes, c.logits_stride, c.logits, c.out) && (!c.u || aligned<S>(c.u_stride, c.u)))
+      return launch_cross_entropy_to<true>(order, c, stream);
   }
+  return launch_cross_entropy_to<false>(order, c, stream);
 }
 
 }  // namespace rk::cuda

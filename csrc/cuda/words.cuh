@@ -61,7 +61,7 @@ struct Words {
   static __device__ __forceinline__ To bits_as(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
-    memcpy(&to, &from, sizeof(To));
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
     return to;
   }
   static __device__ __forceinline__ std::uint32_t half_of(double value, int high) {
@@ -87,10 +87,11 @@ __device__ __forceinline__ Words<S> load_words(const S* from) {
   }
 }
 
-// The first `count` elements at `from`, and zeros for the others.
+// The first `count` elements at `from`, and those of `others` in the place of the rest, by default zeros.
 template <class S>
-__device__ __forceinline__ Words<S> load_some_words(const S* from, int count) {
-  S elements[Words<S>::kSize] = {};
+__device__ __forceinline__ Words<S> load_some_words(const S* from, int count, const Words<S>& others = {}) {
+  S elements[Words<S>::kSize];
+  memcpy(static_cast<void*>(elements), &others, sizeof(others));
 #pragma unroll
   for (int k = 0; k < Words<S>::kSize; ++k)
     if (k < count) elements[k] = from[k];
@@ -102,10 +103,10 @@ __device__ __forceinline__ Words<S> load_some_words(const S* from, int count) {
 template <bool kAligned, class S>
 __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
   if constexpr (kAligned) {
-    *reinterpret_cast<uint4*>(to) = words.raw;
+    __stwb(reinterpret_cast<uint4*>(to), words.raw);  // an assignment may become four, of a word each
   } else {
     S elements[Words<S>::kSize];
-    memcpy(elements, &words, sizeof(words));
+    memcpy(static_cast<void*>(elements), &words, sizeof(words));
 #pragma unroll
     for (int k = 0; k < Words<S>::kSize; ++k) to[k] = elements[k];
   }
@@ -114,7 +115,7 @@ __device__ __forceinline__ void store_words(S* to, const Words<S>& words) {
 template <class S>
 __device__ __forceinline__ void store_some_words(S* to, const Words<S>& words, int count) {
   S elements[Words<S>::kSize];
-  memcpy(elements, &words, sizeof(words));
+  memcpy(static_cast<void*>(elements), &words, sizeof(words));
 #pragma unroll
   for (int k = 0; k < Words<S>::kSize; ++k)
     if (k < count) to[k] = elements[k];

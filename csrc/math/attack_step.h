@@ -65,14 +65,14 @@ struct L2Step {
   }
 };
 
-// `gradient`: without NaN, times scale_of_g already where along is.
+// `along` holds the scale of g already.
 template <class A>
 RK_HOST_DEVICE A l2_step(A adversary, A x, A g, L2Step<A> s) {
   const A moved = s.along != A(0) ? adversary + s.along * without_nan(g) : adversary;
   return clamp(s.shrink < A(1) ? x + s.shrink * (moved - x) : moved, A(0), A(1));
 }
 
-// How much coordinate counts in the choice for l1: not at all where the box stops it.
+// How much a coordinate counts in the choice for l1: not at all where the box stops it.
 template <class A>
 RK_HOST_DEVICE A l1_size(A adversary, A g) {
   const A v = without_nan(g);

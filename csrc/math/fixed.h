@@ -41,11 +41,7 @@ RK_HOST_DEVICE float exp_fixed(float v) {
   const float shifted = fused(x, 1.44269504088896341f, magic), k = shifted - magic;
   const float r = fused(k, 2.12194440e-4f, fused(k, -0.693359375f, x));
   const float e = polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040);
-  std::uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000u;  // 2^k
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
+  const float scale = bit_cast<float>((bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);  // 2^k
   return v < low ? 0.0f : e * scale;
 }
 
@@ -56,11 +52,7 @@ RK_HOST_DEVICE double exp_fixed(double v) {
   const double r = fused(k, -1.90821492927058770002e-10, fused(k, -6.93147180369123816490e-01, x));
   const double e = polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
                               1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800);
-  std::uint64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 52) + 0x3ff0000000000000ull;  // 2^k
-  double scale;
-  std::memcpy(&scale, &bits, sizeof scale);
+  const double scale = bit_cast<double>((bit_cast<std::uint64_t>(shifted) << 52) + 0x3ff0000000000000ull);  // 2^k
   return v < low ? 0.0 : e * scale;
 }
 
@@ -72,22 +64,16 @@ RK_HOST_DEVICE double artanh_series(double s2) {
 
 // log v for a normal v > 0: v = 2^k m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh((m - 1) / (m + 1)).
 RK_HOST_DEVICE float log_fixed(float v) {
-  std::int32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
+  const std::int32_t bits = bit_cast<std::int32_t>(v);
   const std::int32_t k = (bits - 0x3f3504f3) >> 23, m_bits = bits - k * (1 << 23);
-  float m;
-  std::memcpy(&m, &m_bits, sizeof m);
-  const float s = (m - 1.0f) / (m + 1.0f);
+  const float m = bit_cast<float>(m_bits), s = (m - 1.0f) / (m + 1.0f);
   return fused(float(k), 0.693147180559945309417f, 2.0f * s * artanh_series(s * s));
 }
 
 RK_HOST_DEVICE double log_fixed(double v) {
-  std::int64_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
+  const std::int64_t bits = bit_cast<std::int64_t>(v);
   const std::int64_t k = (bits - 0x3fe6a09e667f3bcd) >> 52, m_bits = bits - k * (std::int64_t{1} << 52);
-  double m;
-  std::memcpy(&m, &m_bits, sizeof m);
-  const double s = (m - 1.0) / (m + 1.0);
+  const double m = bit_cast<double>(m_bits), s = (m - 1.0) / (m + 1.0);
   return fused(double(k), 0.693147180559945309417, 2.0 * s * artanh_series(s * s));
 }
 

@@ -22,7 +22,7 @@ struct Leaders {
   RK_HOST_DEVICE Leaders() {
     for (int k = 0; k < 4; ++k) value[k] = -Limits<A>::largest * A(2), index[k] = -1;
   }
-  // `class` after all before it; on another thread, in any order.
+  // Class c and its logit; classes may come in any order.
   RK_HOST_DEVICE void meet(A z, std::int64_t c) {
     for (int k = 0; k < 4; ++k)
       if (index[k] < 0 || z > value[k] || (z == value[k] && c < index[k])) {

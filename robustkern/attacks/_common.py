@@ -1,4 +1,4 @@
-"""What every attack does: see the model as it is used, check its arguments, ascend a loss, keep the best."""
+"""What every attack does: put the model into eval mode, check the arguments, ascend a loss, keep the best result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robustkern import ops
-from robustkern._classifier import check_call, check_least, check_logits, gradient_of
+from robustkern import _late, ops
+from robustkern._classifier import check_call, check_largest, check_least, check_logits, gradient_of
 from robustkern._dtypes import accumulation_dtype
 
 LOSSES = ("ce", "cw", "dlr")
@@ -26,17 +26,32 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
     Every module's mode, every parameter's requires_grad and every buffer is put back on the way out, whatever happened
     inside.  A function that is no `nn.Module` is called as it is, and so is an exported program, which has one mode.
+
+    Raises:
+        RuntimeError: Somebody else than its module wrote into a buffer of a BatchNorm in eval mode, or the like: it was
+            not copied, since modules of torch.nn leave their buffers alone there.
     """
     seen = model if isinstance(model, nn.Module) else nn.Module()
     modes = [(module, module.training) for module in seen.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in seen.parameters()]
-    with torch.no_grad():
-        buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in seen.buffers()]
+    buffers: list[tuple[Tensor, int | None, Tensor]] = []
+    fixed: list[tuple[Tensor, int | None]] = []
     try:
         _evaluating(seen)
+        with torch.no_grad():
+            for buffer, writable in _buffers(seen):
+                if writable:
+                    buffers.append((buffer, _version(buffer), buffer.clone()))
+                else:
+                    fixed.append((buffer, _version(buffer)))
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
+        if any(_version(buffer) != version for buffer, version in fixed):
+            raise RuntimeError(
+                "attacked: the model must not write into buffers of torch.nn's modules that are in eval mode, which "
+                "are not put back: give it buffers of its own"
+            )
     finally:
         # Module by module: train() would recurse and turn on what its owner had frozen.
         for module, training in modes:
@@ -49,10 +64,21 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def _buffers(model: nn.Module) -> Iterator[tuple[Tensor, bool]]:
+    """Every buffer, and whether a forward pass can write into it: a module of torch.nn in eval mode does not."""
+    writable: dict[int, tuple[Tensor, bool]] = {}
+    for module in model.modules():
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        writes = module.training or hooked or not type(module).__module__.startswith("torch.nn.modules.")
+        for buffer in module.buffers(recurse=False):
+            writable[id(buffer)] = buffer, writes or writable.get(id(buffer), (buffer, False))[1]
+    yield from writable.values()
+
+
 def _evaluating(module: nn.Module) -> None:
     try:
         module.eval()
-    except NotImplementedError:  # of what torch.export made, which may be a part of the model
+    except NotImplementedError:  # from a module that torch.export made, which may be part of the model
         for child in module.children():
             _evaluating(child)
 
@@ -62,7 +88,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def box_diameter(norm: str, shape: Sequence[int]) -> float:
-    """How far two images of a shape, with values in [0, 1], can be apart."""
+    """The largest distance between two images of a shape with values in [0, 1]."""
     entries = math.prod(shape)
     return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries)}[norm]
 
@@ -78,11 +104,11 @@ def check_batch(
     eps: Tensor | float = 0.0,
     norm: str = "linf",
 ) -> tuple[Model, Tensor, Tensor]:
-    """The model with its logits checked, x and y as an attack works on them: without history, not of inference mode.
+    """The model, with a check on its logits; x and y as an attack needs them: detached and no inference tensors.
 
     Raises:
         TypeError: x is not floating-point, y is not integer, or another argument is of a wrong type.
-        ValueError: x is not in [0, 1], y or indices do not count its samples or are no classes, or no two images are
+        ValueError: x is not in [0, 1], y or indices do not match its samples, y are not classes, or no two images are
             eps apart.
     """
     y = check_call(name, model, x, y, generator)
@@ -101,32 +127,72 @@ def check_batch(
             f"[0, 1], got {eps}"
         )
     x, y = x.detach(), y.detach()
-    largest = None
-    if x.numel() and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        low, high = (float(end) for end in torch.aminmax(x))
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(
-                f"{name}: x must be in [0, 1], got values from {low:.9g} to {high:.9g}; clamp what rounding left "
-                "outside, and put the normalisation into the model (robustkern.models.Normalize), so that eps is in "
-                "units of the image"
-            )
-        least, largest = (int(end) for end in torch.aminmax(y))
-        check_least(name, least)
+    numbers = _Numbers(name, x, y)
 
     # DistributedDataParallel itself would wait for parameter gradients that never come.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
 
     def checked(images: Tensor) -> Tensor:
         logits = bare(images)
-        check_logits(name, logits, len(images), largest)
+        check_logits(name, logits, len(images))
+        numbers.check(logits.shape[1])
         return logits
 
     with torch.inference_mode(False):
         return checked, (x.clone() if x.is_inference() else x), (y.clone() if y.is_inference() else y)
 
 
+class _Numbers:
+    """What an attack was called with, as far as only its numbers tell: on the CPU at once, else one call late.
+
+    Until then labels that are no classes count as the nearest one that is, rather than stop the device for good.
+    """
+
+    def __init__(self, name: str, x: Tensor, y: Tensor) -> None:
+        self.name, self.classes = name, 0
+        self.largest: int | None = None
+        self.shape = list(x.shape)
+        if not x.numel() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        ends = [end.double() for end in (*torch.aminmax(x), *torch.aminmax(y))]
+        if _late.must_wait(x):
+            _calls[name] = _calls.get(name, 0) + 1
+            self.name = f"{name}, call {_calls[name]}"
+            _late.check_late(torch.stack(ends), self._late)
+        else:
+            low, high, least, largest = (end.item() for end in ends)
+            self.largest = int(largest)
+            self._check(low, high, least)
+
+    def check(self, classes: int) -> None:
+        """Raises unless the labels are among the classes, as soon as they are known."""
+        self.classes = classes
+        if self.largest is not None:
+            check_largest(self.name, self.largest, classes)
+
+    def _late(self, numbers: list[float]) -> None:
+        *ends, largest = numbers
+        self._check(*ends)
+        if self.classes:
+            check_largest(self.name, int(largest), self.classes)
+
+    def _check(self, low: float, high: float, least: float) -> None:
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(
+                f"{self.name}: x must be in [0, 1], got values from {low:.9g} to {high:.9g}; clamp what rounding left "
+                "outside, and put the normalisation into the model (robustkern.models.Normalize), so that eps is in "
+                "units of the image"
+            )
+        check_least(self.name, int(least))
+
+
+_calls: dict[str, int] = {}  # of attacks on a device, by name
+
+
 def losses_of(kind: str, logits: Tensor, y: Tensor, towards: Tensor | None = None, impl: str = "auto") -> Tensor:
     """What an untargeted attack maximises for each sample: [B]."""
+    if _late.must_wait(y):
+        y = y.clamp(0, logits.shape[1] - 1)
     if kind == "ce":
         return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), y, reduction="none")
     return ops.margin_loss(logits, y, kind=kind, towards=towards, impl=impl)
@@ -146,7 +212,7 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, fooled, gradient of the loss) at the adversary: what the attack maximises, whether it has won already.
 
-    A loss that is NaN is the attacker's success.
+    A NaN loss counts as the attacker's success.
     """
     with torch.enable_grad() if need_grad else torch.no_grad():
         leaf = adversary.detach().requires_grad_(need_grad)
@@ -154,8 +220,8 @@ def evaluate(
         value = losses_of(loss, logits, y, towards, impl)
         value = -value if targeted else value
         grad = gradient_of(name, value, leaf) if need_grad else None
-    value, hit = value.detach(), logits.detach().argmax(1) == y
-    return value, (hit if targeted else ~hit) | value.isnan(), grad
+    value, named = value.detach(), logits.argmax(1)
+    return value, (named == y if targeted else named != y) | value.isnan(), grad
 
 
 class Attack:
@@ -176,11 +242,11 @@ class Attack:
         """Adversarial examples for a batch.
 
         Args:
-            model: Maps images to logits [B, C >= 2]; any callable.  A module leaves as it came, and its parameters get
+            model: Maps images to logits [B, C >= 2]; any callable.  A module is left unchanged, and its parameters get
                 no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
             y: Their labels, or the targets; of any integer dtype.  [B]
-            generator: Where the random starts come from, on the device of x; by default PyTorch's own.
+            generator: Source of the random starts, on the device of x; by default PyTorch's own.
             indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
                 the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
 
@@ -189,7 +255,7 @@ class Attack:
 
         Raises:
             TypeError: An argument of another type or dtype.
-            ValueError: x outside [0, 1], y that are not among the classes, logits that are none or that do not depend
+            ValueError: x outside [0, 1], y that are not among the classes, outputs that are not logits or do not depend
                 on x.
         """
         name = type(self).__name__
@@ -200,7 +266,7 @@ class Attack:
     def _search(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
     ) -> Tensor:
-        """The adversaries, given what was checked."""
+        """The adversaries for checked arguments."""
         raise NotImplementedError
 
 
@@ -213,12 +279,12 @@ class Best:
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def update(self, adversary: Tensor, loss: Tensor, fooled: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Takes in one adversary for each sample, or for the samples `rows`; which of them were better.  [rows]"""
+        """Takes in one adversary for each sample, or for the samples `rows`; returns which were better.  [rows]"""
         if self.loss is None:
             self.loss = torch.full([len(self.fooled)], -torch.inf, dtype=loss.dtype, device=loss.device)
         best_loss, best_fooled = (t if rows is None else t[rows] for t in (self.loss, self.fooled))
         # Not `loss > best_loss` alone: NaN is the attacker's success, and compares false.
-        better = (fooled & ~best_fooled) | ((fooled == best_fooled) & ((loss > best_loss) | loss.isnan()))
+        better = (fooled > best_fooled) | ((fooled == best_fooled) & ((loss > best_loss) | loss.isnan()))
         loss, fooled = torch.where(better, loss, best_loss), fooled | best_fooled
         mask = better.view(-1, *[1] * (adversary.dim() - 1))
         if rows is None:

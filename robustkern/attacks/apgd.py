@@ -10,21 +10,21 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate
+from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate, keep_rows
 from robustkern.reference.random_cotangents import draw_seed
 
 _MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
-_RISES = 0.75  # of a period's steps that must raise the loss
+_RISES = 0.75  # share of a period's steps that must raise the loss
 
 
 @dataclass(frozen=True)
 class APGD(Attack):
     """x_{t+1} = P(x_t + 0.75 (z - x_t) + 0.25 (x_t - x_{t-1})), z = P(x_t + eta d(gradient)), eta from 2 eps down.
 
-    At checkpoints, ever closer to each other, a sample's eta is halved, and it goes on from the best point so far, if
+    At checkpoints, ever closer to each other, a sample's eta is halved and it goes on from its best point so far if
     fewer than three quarters of the steps since the last checkpoint raised its loss, or if eta was not halved there and
-    the best loss has not grown since.  Nothing is to be tuned.  Samples that are fooled are left alone in later
-    restarts.  Passes: steps times forward and input gradient, and one forward more, for each restart.
+    the best loss has not grown since.  Nothing needs tuning.  Later restarts leave out samples that are fooled already.
+    Passes: `steps` times forward and input gradient, and one forward more, for each restart.
     Source: Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
     attacks, ICML 2020.
 
@@ -34,7 +34,7 @@ class APGD(Attack):
         eps: Radius of the ball, at most that of the box; for norm "linf" also a tensor, array or list that broadcasts
             over a sample, such as [C, 1, 1].
         steps: Number of steps.
-        restarts: Number of random starts; for loss "dlr-targeted", of the classes that are aimed at: the runner-up
+        restarts: Number of random starts; for loss "dlr-targeted", of target classes, one per start: the runner-up
             first, then the next.
         norm: "linf" or "l2".
         loss: "ce", "cw", "dlr" or "dlr-targeted".
@@ -60,17 +60,20 @@ class APGD(Attack):
         classes = self._classes(model, x, y) if self.loss == "dlr-targeted" and len(x) else None
         best = Best(x)
         for restart in range(self.restarts):
-            rows = (~best.fooled).nonzero().squeeze(1)
-            if not len(rows):
+            rows = (~best.fooled).nonzero().squeeze(1) if restart else None  # at first all: nothing to wait for
+            if not len(x if rows is None else rows):
                 break
-            towards = None if classes is None else classes[rows, restart]
-            samples = rows if indices is None else indices[rows]
-            adversary, loss, fooled = self._ascend(model, x[rows], y[rows], towards, seed, samples, restart)
+            towards = None if classes is None else classes[:, restart].contiguous()
+            images, labels, samples = x, y, indices
+            if rows is not None:
+                images, labels, samples, towards = keep_rows(rows, x, y, indices, towards)
+                samples = rows if samples is None else samples
+            adversary, loss, fooled = self._ascend(model, images, labels, towards, seed, samples, restart)
             best.update(adversary, loss, fooled, rows)
         return best.adversary
 
     def _classes(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """The classes but y, the likeliest first.  [B, restarts]"""
+        """The classes other than y, the likeliest first.  [B, restarts]"""
         with torch.no_grad():
             logits = model(x).clone()
         if self.restarts > logits.shape[1] - 1:
@@ -88,7 +91,7 @@ class APGD(Attack):
         y: Tensor,
         towards: Tensor | None,
         seed: Tensor | None,
-        samples: Tensor,
+        samples: Tensor | None,
         restart: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One restart: the best adversary of each sample, its loss, whether it fools the model."""

@@ -30,7 +30,7 @@ class FGSM(Attack):
         norm: "linf", "l2" or "l1".
         random_start: Start at a uniformly random point of the ball (True) or at x (False).
         loss: "ce", "cw" or "dlr".
-        targeted: y is what the model shall say, rather than what it shall not.
+        targeted: Whether y is the class that the model should predict, not the one that it should leave.
         coordinates: For norm "l1": how many coordinates share the step.
         impl: "auto", "kernel" or "reference" for the operators.
     """
@@ -59,7 +59,7 @@ class FGSM(Attack):
 class NFGSM(Attack):
     """x' = clamp(x_0 + step_size * sign(gradient of the loss at x_0), 0, 1), x_0 = clamp(x + U(-noise eps, noise eps)).
 
-    Stronger noise than the ball, and no projection on it afterwards: x' - x may reach noise * eps + step_size.  Meant
+    The noise exceeds the ball, and nothing projects on the ball: x' - x may reach noise * eps + step_size.  Meant
     for training, where it prevents catastrophic overfitting; not an attack to evaluate with.
     Source: de Jorge et al., Make some noise: reliable and efficient single-step adversarial training, NeurIPS 2022.
 

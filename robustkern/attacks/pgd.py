@@ -34,9 +34,9 @@ class PGD(Attack):
         norm: "linf", "l2" or "l1".
         random_start: Start at a uniformly random point of the ball (True) or at x (False).
         loss: "ce" (cross-entropy), "cw" or "dlr" (see `robustkern.ops.margin_loss`).
-        targeted: y is what the model shall say, rather than what it shall not.
-        early_exit: Leave a sample as soon as it fools the model.  Which samples do does not change; their loss may be
-            lower, and the device is waited for at each step.
+        targeted: Whether y is the class that the model should predict, not the one that it should leave.
+        early_exit: Stop at a sample as soon as it fools the model.  The same samples are fooled; their loss may be
+            lower, and each step waits for the device.
         coordinates: For norm "l1": how many coordinates share a step.
         impl: "auto", "kernel" or "reference" for the operators.
     """

@@ -1,1 +1,1 @@
-"""The command line. `robustkern.cli.info` needs PyTorch alone, everything else here the extra `train`."""
+"""The command line. `robustkern.cli.info` needs PyTorch alone; everything else here needs the extra `train`."""

@@ -1,4 +1,4 @@
-"""The program: its commands.
+"""The program and its commands.
 
 Exit status: 0 done, 1 failed, 2 wrong use, 75 stopped by SIGINT or SIGTERM with everything saved, so that a batch
 system can start the same command again with `--resume`.

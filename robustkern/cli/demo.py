@@ -1,4 +1,4 @@
-"""The claim of gradient-regularised training, seen: the same network, trained with and without the penalty."""
+"""A demonstration of gradient regularisation: the same network, trained with and without the penalty."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def run_demo(
 ) -> dict[str, dict[str, Any]]:
     """Train both networks, measure their steps, draw `gradients.png` and `curves.png`, print one row for each.
 
-    Runs that are already there are gone on with, so that an interrupted demo is finished by starting it again.
+    Runs that are already there are resumed, so that starting an interrupted demo again finishes it.
 
     Args:
         out: Where everything goes.
@@ -94,14 +94,14 @@ def run_demo(
 
 
 def _recipe(data: str, method: str, **given: Any) -> TrainingConfig:
-    """The penalty is all that the two differ in: the other loss has the same smooth labels."""
+    """Both recipes differ in the penalty alone: the other loss has the same smooth labels."""
     if method == "standard":
         given["options"] = {"label_smoothing": recipe(data, "gradient-penalty").options["label_smoothing"]}
     return recipe(data, method, **given)
 
 
 def _costs(config: TrainingConfig, standard: Result, train_set: datasets.Dataset) -> dict[str, step_cost.StepCost]:
-    """Both methods, each with PyTorch's own operators and with the fused ones."""
+    """The step costs of both methods, each with PyTorch's own operators and with the fused ones."""
     x, y = train_set.images[: config.batch_size], train_set.labels[: config.batch_size]
     kernel = "kernel" if _library.extension() is not None else "auto"
     losses = {}

@@ -1,4 +1,4 @@
-"""Errors of the command line: what is wrong is one line on stderr, and an exit status."""
+"""Errors of the command line: each is one line on stderr and an exit status."""
 
 import os
 import sys
@@ -16,11 +16,11 @@ from robustkern.training import Interrupted, TrainingError, UsageError
 
 FAILED, WRONG_USE, STOPPED = 1, 2, 75
 
-_UsageError: Any = typer.BadParameter.__bases__[0]  # typer has click's inside, or takes the package
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer contains a copy of click, or imports the package
 
 
 class OneLineErrors(TyperGroup):
-    """Commands whose wrong use is one line on stderr that names the option, and exit status 2."""
+    """Commands that answer wrong use with one line on stderr, which names the option, and exit status 2."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         if not extra.get("standalone_mode", True):
@@ -30,20 +30,20 @@ class OneLineErrors(TyperGroup):
         except _UsageError as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
                 error.show()
-            elif os.environ.get("RANK", "0") == "0":  # all processes have the same error: the first one prints it
+            elif os.environ.get("RANK", "0") == "0":  # all processes have the same error: the first prints it
                 print_error(" ".join(error.format_message().split()))
             status = error.exit_code
         sys.exit(status or 0)
 
 
 def print_error(sentence: str) -> None:
-    """On stderr, on one line, whatever it quotes."""
+    """Prints a sentence to stderr, on one line, whatever it quotes."""
     print(f"robustkern: {brief(sentence, 1000)}", file=sys.stderr)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Errors that a user can do something about become one line on stderr and an exit status; a warning, one line."""
+    """Turns errors that a user can correct into one line on stderr and an exit status, and warnings into one line."""
     rank = os.environ.get("RANK", "0")
     told: set[str] = set()  # a study loads its data for every model
 

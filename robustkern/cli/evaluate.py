@@ -30,7 +30,7 @@ from .errors import FAILED, one_line_errors, print_error
 from .options import ROOT_HELP, device_name, names, option, path, takes
 from .progress import bar, say
 
-_ATTACKS_HELP = f"Of {', '.join(ATTACKS)}; with commas."
+_ATTACKS_HELP = f"Attacks, separated by commas, of: {', '.join(ATTACKS)}."
 _OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
 _EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench reads them.'
 
@@ -44,7 +44,7 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN", parser=path)],
     device: Annotated[str, option("cpu or cuda.", read=device_name)] = "cpu",
     threads: Annotated[int | None, option("CPU threads.", read=THREADS)] = None,
-    data: Annotated[str | None, option("Another data set than it was trained on.")] = None,
+    data: Annotated[str | None, option("Another data set than the one it was trained on.")] = None,
     root: Annotated[Path | None, option(ROOT_HELP, read=path)] = None,
     out: Annotated[Path | None, option(_OUT_HELP, read=path)] = None,
     export: Annotated[Path | None, option(_EXPORT_HELP, read=path)] = None,
@@ -78,12 +78,12 @@ def evaluate_run(
 ) -> Report:
     """Evaluate a run on its data set's test images, print the tables and write the files.
 
-    The arguments are the command's; `settings` are those of `Settings`, eps by default the one that the run was trained
-    with.
+    The arguments are the command's; `settings` are fields of `Settings`, where eps defaults to the one that the run was
+    trained with.
 
     Raises:
-        UsageError: The data set has other images or classes, a setting makes no sense, or the folder is neither empty
-            nor an evaluation, or in use.
+        UsageError: The data set has other images or classes, a setting makes no sense, or the folder is in use, or is
+            neither empty nor an evaluation.
         TrainingError: The run cannot be read, or a package is missing.
         Interrupted: SIGINT or SIGTERM; the attacks that were finished are in the files.
     """
@@ -111,7 +111,7 @@ def evaluate_run(
     folder = out or (run / "evaluation" if run.is_dir() else run.parent / f"evaluation-{run.stem}")
     source = {"run": str(run), "data": str(name), "model": description["model"], "weights": description["sha256"]}
     model = model.to(device)
-    # Whatever can go wrong with files does so now, and not after hours of attacks.
+    # Trouble with files shows now, not after hours of attacks.
     with _claimed(folder), _termination_as_interrupt():
         if export is not None:
             export_state_dict(model, export)
@@ -181,7 +181,7 @@ def _cells(accuracy: Accuracy) -> tuple[str, str, str, str]:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The right to write an evaluation into a folder that is empty or holds one, once a trial file was written."""
+    """The right to write an evaluation into a folder that is empty or holds one; writes a trial file first."""
 
     def check() -> None:
         refuse_foreign(folder, FILES, "an evaluation", marker=FILES[0])
@@ -211,7 +211,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for what is being measured; it is called with the name of that, how much is done, and of how much."""
+    """A progress bar; it is called with the name of what is measured, how much of it is done, and the total."""
     tasks: dict[str, TaskID] = {}
 
     def on_stage(stage: str, done: int, total: int) -> None:

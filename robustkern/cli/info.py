@@ -1,4 +1,4 @@
-"""What a report of a problem needs: versions, machine, and which extensions loaded, or why not.
+"""What a bug report needs: versions, machine, and which extensions loaded, or why not.
 
 Needs nothing but Python and PyTorch, so that it works where everything else does not.
 """
@@ -36,12 +36,12 @@ def collect() -> dict[str, str]:
 
 
 def info_command() -> None:
-    """Print versions, machine and extensions: what a report of a problem needs."""
+    """Print versions, machine and extensions: what a bug report needs."""
     run([])
 
 
 def run(arguments: list[str]) -> int:
-    """Print the facts; the exit status."""
+    """Print the facts; returns the exit status."""
     if arguments:
         print(f"robustkern info takes no arguments, got {' '.join(arguments)}", file=sys.stderr)
         return 2
@@ -82,7 +82,7 @@ def _replaced() -> dict[str, str]:
     from robustkern.double_backward import replaced_operators
 
     on_cpu, on_cuda = replaced_operators("cpu"), replaced_operators("cuda")
-    # Matrix products are replaced for what MKL does on some CPUs: on CUDA there is nothing to gain.
+    # Matrix products are replaced because of MKL on some CPUs: on CUDA there is nothing to gain.
     left = [name for name in on_cpu if name not in on_cuda and name != "aten::mm"]
     facts = {"install() on cpu": _names(on_cpu), "install() on cuda": _names(on_cuda)}
     if left:

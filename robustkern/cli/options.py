@@ -21,7 +21,7 @@ ROOT_HELP = "Folder with the data set's files."
 
 
 def number(valid: Range) -> Callable[[Any], Any]:
-    """Reads a number, or a fraction such as 8/255, of a range."""
+    """Reads a number in a range, or a fraction such as 8/255."""
 
     def read(value: Any) -> Any:
         try:
@@ -55,7 +55,7 @@ def device_name(value: Any) -> str:
 
 
 def names(value: Any) -> str:
-    """Reads names with commas, none of them empty."""
+    """Reads names separated by commas, none of them empty."""
     if not all(part.strip() for part in text(value).split(",")):
         raise typer.BadParameter(f"must be names with commas, got {shown(value)}")
     return str(value)
@@ -70,7 +70,7 @@ def assignment(value: Any) -> str:
 
 
 def milestone_epochs(value: Any) -> Any:
-    """Reads epochs with commas: 100,150."""
+    """Reads epochs separated by commas: 100,150."""
     if isinstance(value, tuple):
         return value
     try:
@@ -88,14 +88,14 @@ def option(help: str, *flags: str, panel: str | None = None, read: Any = text, s
 def takes(
     *kinds: type, defaults: bool = True, panels: Sequence[str | None] = (None,), **changed: Mapping[str, Any] | None
 ) -> Callable[[Command], Command]:
-    """The command has the fields of these dataclasses as options, before its own, and gets them by name.
+    """Gives a command the fields of these dataclasses as options, before its own; it gets them by name.
 
     Args:
         kinds: The dataclasses.
-        defaults: Whether the options have the defaults of the fields; if not, what is not given is None.
+        defaults: Whether the options have the defaults of the fields; if not, an option that is not given is None.
         panels: The order in which `--help` shows panels.
-        **changed: By the name of a field, what its option has in place of the field's: "kind", "default", and arguments
-            of `option`. None: no option.
+        **changed: For the name of a field, what replaces the field's own in its option: "kind", "default", and
+            arguments of `option`. None: no option.
     """
 
     def decorate(command: Command) -> Command:
@@ -118,7 +118,7 @@ def takes(
 
 
 def _declared(kind: type, field: dataclasses.Field[Any], defaults: bool) -> dict[str, Any]:
-    """What a field says of its option."""
+    """The option that a field declares."""
     own = get_type_hints(kind)[field.name]
     return {
         "kind": own,

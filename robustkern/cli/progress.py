@@ -21,7 +21,7 @@ def say(console: Console, text: str, **style: Any) -> None:
 
 
 def bar(console: Console, *columns: Any, **options: Any) -> Progress:
-    """A bar that names what is done, on a terminal only."""
+    """A bar that names the work in progress, on a terminal only."""
     name = TextColumn("{task.description}")
     return Progress(name, *columns, console=console, transient=True, disable=not console.is_terminal, **options)
 

@@ -19,7 +19,7 @@ class StepCost:
 
     Attributes:
         milliseconds: The fastest round.
-        ratio: That, divided by the fastest round of the baseline.
+        ratio: Its quotient by the fastest round of the baseline.
     """
 
     milliseconds: float
@@ -31,8 +31,8 @@ def measure(
 ) -> dict[str, StepCost]:
     """Time one step with each loss.
 
-    The losses take turns, so that a machine that is slow for a while is slow for all of them, and the minimum of
-    each is taken: noise only ever adds time.
+    The losses take turns, so that a machine that is slow for a while is slow for all of them. Each one's minimum is
+    taken: noise only ever adds time.
 
     Args:
         model: Copied; the original is left alone.

@@ -25,10 +25,10 @@ from .progress import say
 _SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignment", "inversion_accuracy")
 
 
-_METHODS_HELP = "Of the paper's and ours, with commas, or none. Default: all."
-_SWEEP_HELP = "Multiples of the gradient penalty's weight, with commas, or none."
+_METHODS_HELP = "Methods of the paper and of ours, separated by commas, or none. Default: all."
+_SWEEP_HELP = "Multiples of the gradient penalty's weight, separated by commas, or none."
 _CHECKPOINT_HELP = "NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."
-_JOBS_HELP = "Models trained at a time, each in a process. Default: as many as cores."
+_JOBS_HELP = "Models trained at a time, each in a process of its own. Default: as many as cores."
 _REPORT_HELP = "Where the report, its figures and study.json go. Default: beside the models."
 
 
@@ -38,7 +38,7 @@ _REPORT_HELP = "Where the report, its figures and study.json go. Default: beside
     methods={"kind": str, "default": None, "help": _METHODS_HELP, "read": names},
     given=None,
     sweep={"kind": str, "default": None, "help": _SWEEP_HELP, "read": names},
-    epochs={"kind": int, "help": "Of each training. Default: half of what train does."},
+    epochs={"kind": int, "help": "Epochs of each training. Default: half of what train does."},
     device={"read": device_name},
 )
 def study_command(
@@ -72,8 +72,8 @@ def run_study(
 ) -> Study:
     """Train, measure, draw, and print the table.
 
-    The arguments are the command's: `methods` and `sweep` with commas, "none" or None; without `jobs` at most 8 models
-    at a time, on a GPU one. `plan` are the other fields of `Plan`.
+    The arguments are the command's: `methods` and `sweep` are separated by commas, "none" or None; without `jobs`, at
+    most 8 models run at a time, on a GPU one. `plan` holds the other fields of `Plan`.
 
     Raises:
         UsageError: A setting makes no sense, or the folder holds another study.
@@ -88,7 +88,7 @@ def run_study(
         say(console, f"[dim]{number}/{count}[/dim] {terminal(name)}{remaining}")
 
     if report is not None:
-        make_writable(report)  # or all that is trained would be for nothing
+        make_writable(report)  # fails now rather than after all the training
     study = run(chosen, out, root=root, jobs=_cores(chosen) if jobs is None else jobs, on_unit=on_unit)
     console.print("[dim]drawing[/dim]")
     page = write_report(study, draw(study, report), report)

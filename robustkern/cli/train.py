@@ -34,7 +34,7 @@ from .progress import TrainingProgress, say
 _METHOD = "Options of the method"
 _CONFIG_HELP = "YAML file with any of these settings, such as a run's config.yaml; options override it."
 _TENSORBOARD_HELP = "Write scalars for TensorBoard into the run directory."
-_TIMEOUT_HELP = "Seconds after which a process that does not answer is given up. Default: 600."
+_TIMEOUT_HELP = "Seconds after which the others give up on a process that does not answer. Default: 600."
 
 
 @dataclass
@@ -45,9 +45,9 @@ class MethodOptions:
         weight: Weight of the smoothness term.
         norm: Norm of the input gradient: 1 for Linf attacks, 2, inf, or any p >= 1.
         projections: Random projections of the Jacobian for each sample; 0: its exact norm.
-        law: Of the projections.
-        every: Penalise one step of so many, at as many times the weight.
-        fraction: Penalise the Jacobian of that share of a batch.
+        law: Law of the projections.
+        every: Penalise one step in N, with N times the weight.
+        fraction: Penalise the Jacobian on this share of each batch.
         label_smoothing: Label smoothing, 0 to 1.
     """
 
@@ -62,7 +62,7 @@ class MethodOptions:
 
 _NAMED = [field.name for field in dataclasses.fields(MethodOptions)]
 _OTHERS = sorted({name for method in METHODS.values() for name in method.options} - set(_NAMED))
-_SET_HELP = f"Another option of the method, as NAME=VALUE: {', '.join(_OTHERS)}. May be repeated."
+_SET_HELP = f"Another option of the method, as NAME=VALUE: {', '.join(_OTHERS)}. Can be repeated."
 
 
 @takes(
@@ -75,7 +75,7 @@ _SET_HELP = f"Another option of the method, as NAME=VALUE: {', '.join(_OTHERS)}.
     options=None,
     model={"help": f"{', '.join(models.MODELS)}."},
     eps={"help": "Radius in units of the images: 8/255 or 0.1. Default: per data set."},
-    law={"help": f"Of the projections: {', '.join(LAWS)}."},
+    law={"help": f"Law of the projections: {', '.join(LAWS)}."},
     milestones={"kind": str, "read": milestone_epochs},
     device={"read": device_name},
 )
@@ -109,7 +109,7 @@ def train_command(
 def _chosen(
     file: Path | None, out: Path | None, resume: bool, options: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[TrainingConfig, Path]:
-    """The configuration and the run directory, from what was given, a file of settings and a run to go on with."""
+    """The configuration and the run directory, from the options, a file of settings and a run to go on with."""
     if file is not None:
         try:
             read = read_settings(file)
@@ -128,7 +128,7 @@ def _chosen(
 def _resumed(
     stored: TrainingConfig, data: str | None, method: str | None, options: dict[str, Any], settings: dict[str, Any]
 ) -> TrainingConfig:
-    """The stored configuration with what was given on the command line; `train` refuses if that changes anything."""
+    """The stored configuration, updated by the command line; `train` refuses if that changes anything."""
     if data is not None and data not in datasets.NAMES:
         data = str(Path(data).resolve())
     method = method or stored.method

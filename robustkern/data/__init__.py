@@ -1,7 +1,7 @@
 """Data sets in memory: `load(name, root, split)`, and what each one is trained with by default.
 
 Names: `digits` (scikit-learn's, embedded), `digits-28` (the same, enlarged), `mnist` and `fashion-mnist` (IDX files),
-`cifar10` (the published archive's files), or the path of a folder of images. A data set that is not there raises a
+`cifar10` (the published archive's files), or the path of a folder of images. A missing data set raises a
 `DataError` that says how to get it.
 """
 
@@ -46,8 +46,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     Args:
         name: One of `NAMES`, or the path of a folder with `train/<class>/*.png` and `test/<class>/*.png`, whose images
             come in a random order that a fixed seed decides.
-        root: Where to look for its files first; a subfolder named after the data set is looked into as well. After
-            that come the places where Debian's packages put them.
+        root: The folder to search first, with its subfolder named after the data set. After that come the places
+            where Debian's packages put the files.
         split: "train" or "test".
 
     Raises:
@@ -79,8 +79,8 @@ def augmentation(name: str) -> CropFlip | None:
 def _digits(folders: list[Path], split: str) -> Dataset:
     """1797 grey images of 8x8 handwritten digits, shipped inside scikit-learn.
 
-    The split is by rule: of each class, every fifth image, counted in the order of the file, is a test image. That
-    makes 1442 training and 355 test images.
+    The split is fixed: in each class, every fifth image, in the order of the file, is a test image. That makes 1442
+    training and 355 test images.
     """
     try:
         from sklearn.datasets import load_digits
@@ -89,7 +89,7 @@ def _digits(folders: list[Path], split: str) -> Dataset:
     bunch = load_digits()
     labels = torch.from_numpy(bunch.target).long()
     images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of each image in its class, from 1
+    number = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of each image within its class, from 1
     is_test = number % 5 == 0
     return Dataset("digits", images, labels, _DIGITS).take(is_test if split == "test" else ~is_test)
 
@@ -97,8 +97,8 @@ def _digits(folders: list[Path], split: str) -> Dataset:
 def _enlarged_digits(folders: list[Path], split: str) -> Dataset | None:
     """The digits enlarged to 28x28 by bicubic interpolation.
 
-    Nothing is added to what the images hold, but a network may now react to detail finer than any stroke. Whether it
-    does is what its input gradients show; at 8x8 there is no room to see it.
+    The images hold no more than before, but a network may now react to detail finer than any stroke. Its input
+    gradients show whether it does; at 8x8 there is no room to see it.
     """
     small = _digits(folders, split)
     images = F.interpolate(small.images, size=(28, 28), mode="bicubic", align_corners=False).clamp_(0, 1)

@@ -58,14 +58,14 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Global(partial[Any]):
-    """What stands for a global of the file: can be called and nothing else, not even be given another state."""
+    """A stand-in for a global of the file: it can only be called; not even its state can be set."""
 
     def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("it wants to change a function")
 
 
 class _Array:
-    """An array of bytes, as NumPy pickles one: made empty, its content comes with the BUILD instruction."""
+    """An array of bytes, as NumPy pickles one: made empty, then filled by the BUILD instruction."""
 
     pixels: np.ndarray | None = None
 
@@ -77,7 +77,7 @@ class _Array:
 
 
 class _Uint8:
-    """The dtype of the published files' arrays, the only one."""
+    """The only dtype of the arrays in the published files."""
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -107,7 +107,7 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         content: The whole file.
-        label: What to call it in an error.
+        label: Its name in errors.
     """
     if label.endswith(".bin"):
         if not content or len(content) % (1 + _PIXELS):
@@ -133,7 +133,7 @@ def read_batch(content: bytes, label: str) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{label}: not a CIFAR-10 batch: {len(pixels)} images without a list of as many labels")
     for value in labels:
         if type(value) is not int or not 0 <= value < len(CLASSES):
-            # Not what is inside of a container: its text may be larger than the file by any factor.
+            # Not the content of a container: its text may be larger than the file by any factor.
             got = brief(value) if isinstance(value, (int, float)) else f"a {type(value).__name__}"
             raise DataError(f"{label}: not a CIFAR-10 batch: a label must be 0 to {len(CLASSES) - 1}, got {got}")
     return pixels, np.array(labels, dtype=np.uint8)
@@ -185,7 +185,7 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
                         stream = archive.extractfile(member)
                         assert stream is not None  # isfile() above
                         found[base] = stream.read()
-        # Of a damaged header tarfile may stumble over anything.
+        # On a damaged header, tarfile may raise anything.
         except Exception as error:
             reason = brief(error) or type(error).__name__
             raise DataError(f"{path}: cannot be read, truncated or not the CIFAR-10 archive ({reason})") from error
@@ -197,7 +197,7 @@ def _from_archive(folder: Path, split: str) -> list[tuple[str, bytes]] | None:
 
 
 class _Bounded:
-    """The stream of an archive: a few bytes may unpack to any number of them."""
+    """The unpacked stream of an archive, up to a limit: a few bytes may unpack to any number of them."""
 
     def __init__(self, stream: gzip.GzipFile) -> None:
         self._stream, self._left = stream, _MOST_UNPACKED

@@ -1,4 +1,4 @@
-"""What a data set is here: all of one split in memory, as float32 images in [0, 1]."""
+"""A data set: one split, all of it in memory, as float32 images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataError(RuntimeError):
 
 
 class DataWarning(UserWarning):
-    """A data set was loaded, but not all that lies there; the message is one sentence for the user."""
+    """A data set was loaded, but not every file in its folder; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dataset:
 
     @classmethod
     def from_bytes(cls, name: str, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Dataset:
-        """A data set from bytes, v of which means v / 255.
+        """A data set from bytes; a byte v means v / 255.
 
         Args:
             name: Its name.
@@ -80,7 +80,7 @@ class Dataset:
         return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
 
     def with_shuffled_labels(self, seed: int) -> Dataset:
-        """The same images with the same labels, in another order: which label belongs to which image is lost."""
+        """The same images with the labels shuffled among them, so that labels say nothing about images."""
         order = torch.randperm(len(self), generator=generator(seed, "labels"))
         return replace(self, labels=self.labels[order])
 

@@ -16,7 +16,7 @@ from .dataset import DataError, Dataset, DataWarning
 from .randomness import generator
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # others of Pillow's readers call other programs
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # some of Pillow's other readers run other programs
 _MOST_BYTES = 64 << 20  # of an image file
 _MOST_PIXELS = 1 << 24
 _ORIENTATION = 0x0112  # of EXIF
@@ -26,16 +26,17 @@ _SEED = 0
 def load_folder(root: Path, split: str) -> Dataset:
     """A split of an image folder. All images must have one size; grey and colour may not be mixed.
 
-    PNG, JPEG, BMP, WebP and PPM (PGM, PBM), whatever Pillow calls their mode: grey stays grey, [1, H, W], everything
-    else becomes RGB, [3, H, W]; RGB with three equal channels counts as grey beside images that are grey.  8 bits v are
-    v / 255, 16 bits of grey v / 65535; of 16 bits of colour Pillow keeps the upper 8.  EXIF's orientation is applied.
+    Reads PNG, JPEG, BMP, WebP and PPM (PGM, PBM) in any of Pillow's modes.  Grey stays grey, [1, H, W]; everything else
+    becomes RGB, [3, H, W]; RGB with three equal channels counts as grey if other images are grey.  An 8-bit value v
+    becomes v / 255, 16-bit grey v / 65535; of 16-bit colour Pillow keeps the upper 8 bits.  EXIF's orientation is
+    applied.
     An alpha channel, or a transparent colour, must be opaque throughout: what a transparent pixel shows depends on what
     lies behind it, so such an image is refused.
 
-    The images come in a random order that a fixed seed decides, the same at each call as long as no file is added or
-    removed: the first so many of them are a sample of all classes.
+    The images come in a random order that a fixed seed decides, so that the first N are a sample of all classes.  The
+    order stays the same as long as no file is added or removed.
 
-    The classes are the folders in `train/`.  Whatever has a name that begins with a dot is ignored.  Other files, and
+    The classes are the folders in `train/`.  Names that begin with a dot are ignored.  Other files, and
     folders inside those of the classes, are skipped with a `DataWarning` that names and counts them.
 
     Raises:
@@ -95,7 +96,7 @@ def _read(files: list[tuple[Path, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(files), generator=generator(_SEED, "folder"))
     images: Any = np.empty(0, np.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about oddities of a file that it can read all the same
+        warnings.simplefilter("ignore")  # Pillow's warnings about odd files that it can read all the same
         for (path, _), place in zip(files, order.argsort().tolist(), strict=True):
             image = read_image(path).transpose(2, 0, 1)
             if not images.size:
@@ -116,7 +117,7 @@ def _read(files: list[tuple[Path, int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _is_grey(images: np.ndarray) -> bool:
-    """Whether the channels of images, [N, C, H, W], are the same: WebP and some writers know no other grey."""
+    """Whether the channels of images, [N, C, H, W], are the same: WebP and some writers have no other grey."""
     return bool((images == images[:, :1]).all())
 
 
@@ -124,7 +125,7 @@ def read_image(path: Path) -> np.ndarray:
     """An image in [0, 1], [H, W, 1] or [H, W, 3], float32.
 
     Args:
-        path: The file; what it holds counts, not its suffix.
+        path: The file; its content decides the format, not its suffix.
     """
     from PIL import Image
 
@@ -147,13 +148,13 @@ def _pixels(image: Any, path: Path) -> np.ndarray:
 
     if image.width * image.height > _MOST_PIXELS:
         raise DataError(f"{path}: {image.width} x {image.height} are more than {_MOST_PIXELS} pixels")
-    # The further pictures of a photograph (MPO) are previews and depths, those of an animation are not.
+    # The further pictures of a photograph (MPO) are previews and depth maps, which do not count.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise DataError(f"{path}: an animation of {image.n_frames} pictures")
-    stored = image.tile[0][3] if image.tile else ""  # before Pillow made 8 bits of it
+    stored = image.tile[0][3] if image.tile else ""  # before Pillow converts it to 8 bits
     transparent = False
     if image.mode.endswith("A") or "transparency" in image.info:
-        # Pillow compares a transparent colour with pixels of 8 bits, whatever number of bits it has.
+        # Pillow compares a transparent colour with 8-bit pixels, however many bits the colour has.
         transparent = "transparency" in image.info and stored in ("L;2", "L;4", "I;16B", "RGB;16B")
         transparent = transparent or image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     if transparent:

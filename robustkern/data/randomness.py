@@ -14,7 +14,7 @@ _MASK = (1 << 64) - 1
 
 
 def generator(seed: int, stream: str, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator keyed by (seed, stream, counters); equal keys give equal numbers, others unrelated ones."""
+    """A generator keyed by (seed, stream, counters); equal keys give equal numbers, different keys unrelated ones."""
     key = _mix(seed & _MASK)
     for byte in stream.encode():
         key = _mix(key ^ byte)
@@ -39,7 +39,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Random crops out of zero-padded images and, if asked for, random horizontal flips.
+    """Random crops of zero-padded images and, if asked for, random horizontal flips.
 
     Attributes:
         padding: Pixels added on each side before cropping back to the original size.

@@ -1,4 +1,4 @@
-"""What makes a measured robustness untrue, each as a check that a sound model and evaluation pass.
+"""Checks for what makes a measured robustness untrue; a sound model and evaluation pass each of them.
 
 A robust accuracy is an upper bound: an attack that fails says nothing. These checks look for the known reasons why
 attacks fail on models that are not robust (Athalye et al., Obfuscated gradients give a false sense of security, ICML
@@ -24,9 +24,9 @@ from robustkern import ops
 from robustkern.attacks import FGSM, PGD, attacked
 from robustkern.attacks._common import box_diameter
 
-_FLAT = 1e-8  # an input gradient with no entry above is taken for zero
+_FLAT = 1e-8  # an input gradient with no entry above this counts as zero
 _FEW_POINTS = 0.01  # by chance, an attack that should be weaker may come out stronger by this much
-_LOSSES_DIFFER = 0.1  # other losses, and more steps, make a difference of this much on sound models as well
+_LOSSES_DIFFER = 0.1  # other losses, and more steps, may make this much difference on sound models too
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Subject:
         eps: Radius of the attack whose results are to be trusted.
         norm: Its norm.
         steps: Steps of the iterative attacks that the checks run.
-        seed: Of the random starts.
-        reported: Share of the samples that are reported to withstand every attack; None if there was none but PGD.
+        seed: Seed of the random starts.
+        reported: Share of the samples that are reported to withstand every attack; None if PGD was the only one.
     """
 
     model: nn.Module
@@ -71,7 +71,7 @@ class Subject:
     reported: float | None = None
 
     def accuracy(self, attack: Callable[..., Tensor], model: nn.Module | None = None) -> float:
-        """Share of the samples that the model still classifies right when attacked; attacked is `model`."""
+        """Share of the samples that the model still classifies right when `model` (None: itself) is attacked."""
         adversary = attack(self.model if model is None else model, self.x, self.y, self._generator())
         return self.clean(adversary)
 
@@ -80,7 +80,7 @@ class Subject:
         return float(correct(self.model, self.x if x is None else x, self.y).float().mean())
 
     def pgd(self, **options: Any) -> PGD:
-        """The iterative attack, with what is given in place of its options."""
+        """The iterative attack; `options` replace its own."""
         usual = {"eps": self.eps, "norm": self.norm, "steps": self.steps, "early_exit": True}
         return PGD(**{**usual, **options})
 
@@ -105,7 +105,7 @@ def correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int | None = Non
     size = batch_size or max(1, len(x))
     for part, xs, ys in zip(right.split(size), x.split(size), y.split(size), strict=True):
         with attacked(model), torch.no_grad():
-            logits = model(xs.clone())  # a model that changes its input shall not change the data
+            logits = model(xs.clone())  # a model that changes its input must not change the data
         part.copy_((logits.argmax(1) == ys) & logits.isfinite().all(1))
     return right
 
@@ -115,7 +115,7 @@ def run_checks(subject: Subject, training: bool = False) -> list[Check]:
 
     Args:
         subject: What is checked.
-        training: Whether a module of the model was in training mode when it was handed in.
+        training: Whether a module of the model was in training mode when it was given.
     """
     subject = replace(subject, x=subject.x.clone())  # a model may change its input
     outcomes = [eval_mode(training)]
@@ -160,7 +160,7 @@ def batch_independent(subject: Subject) -> Check:
 
 
 def logits(subject: Subject) -> Check:
-    """Attacks take the outputs for logits: probabilities vanish into a loss without gradient."""
+    """Attacks treat the outputs as logits: with probabilities, their loss has hardly any gradient."""
     with attacked(subject.model), torch.no_grad():
         outputs = subject.model(subject.x).double()
     sums = outputs.sum(1)
@@ -195,7 +195,7 @@ def gradients(subject: Subject) -> Check:
     try:
         double = copy.deepcopy(subject.model).double()
         values["share_float64"] = _flat_share(double, x.double(), y)
-    except Exception as error:  # whatever a stranger's model raises in another precision
+    except Exception as error:  # whatever a foreign model raises in another precision
         values["float64_error"] = f"{type(error).__name__}: {error}"
     worst = max(flat32, values["share_float64"] or 0.0)
     found = f"{100 * worst:.1f} % of the samples have an input gradient below {_FLAT:g}"
@@ -205,7 +205,7 @@ def gradients(subject: Subject) -> Check:
 
 
 def scale(subject: Subject) -> Check:
-    """Logits that saturate the cross-entropy hide the way: rescaled ones, and losses of the margin, must not help."""
+    """Logits that saturate the cross-entropy hide adversaries: rescaled logits and margin losses must find no more."""
     attack = subject.pgd()
     accuracies = {f"ce, logits x {factor:g}": subject.accuracy(attack, _Scaled(subject.model, factor))
                   for factor in (1.0, 0.01, 0.1, 10.0, 100.0)}  # fmt: skip
@@ -242,7 +242,7 @@ def radii(subject: Subject) -> Check:
 
 
 def effort(subject: Subject) -> Check:
-    """More steps and restarts must not find less, and one step not more than many."""
+    """More steps and restarts must not find less, and one step must not find more than many."""
     single = subject.accuracy(FGSM(subject.eps, random_start=False)) if subject.norm == "linf" else None
     values: dict[str, Any] = {
         "fgsm": single,
@@ -258,7 +258,7 @@ def effort(subject: Subject) -> Check:
 
 
 def black_box(subject: Subject) -> Check:
-    """What needs no gradient must not find more than what has one: random points of the ball."""
+    """An attack without gradients (random points of the ball) must not find more than one with gradients."""
     noisy = float(subject.noise().float().mean())
     white = subject.accuracy(subject.pgd()) if subject.reported is None else subject.reported
     found = f"20 random points of the ball leave {_percent(noisy)}, the attacks {_percent(white)}"
@@ -304,7 +304,7 @@ def _classes(subject: Subject) -> int:
 
 @contextmanager
 def _backward_calls() -> Iterator[list[str]]:
-    """Names of the functions that started a backward pass meanwhile, however they got hold of autograd."""
+    """Names of the functions that start a backward pass inside, whichever way they call autograd."""
     engine = torch.autograd.graph._engine_run_backward.__code__
     calls: list[str] = []
 

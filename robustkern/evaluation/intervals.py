@@ -7,7 +7,7 @@ from statistics import NormalDist
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     r"""(k + z^2/2 -+ z sqrt(k (n - k) / n + z^2/4)) / (n + z^2): where a probability lies, given k of n.
 
-    Stays inside [0, 1] and is right on average also near 0 and 1, where k/n -+ z sqrt(k (n - k) / n^3) is not.
+    Stays inside [0, 1] and is right on average even near 0 and 1, where k/n -+ z sqrt(k (n - k) / n^3) is not.
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
 
     Args:

@@ -16,16 +16,16 @@ def local_lipschitz(
 ) -> Tensor:
     r"""max over ||x' - x||_inf <= eps of ||f(x') - f(x)||_1 / ||x' - x||_inf, for each sample: [B].
 
-    What gradient ascent in `steps` signed steps finds from a random start: a lower bound of the local Lipschitz
-    constant of the logits.
+    Found by gradient ascent in `steps` signed steps from a random start: a lower bound of the local Lipschitz constant
+    of the logits.
     Source: Yang et al., A closer look at accuracy vs. robustness, NeurIPS 2020.
 
     Args:
-        model: Maps images to logits; left as it came.
+        model: Maps images to logits; left unchanged.
         x: Images in [0, 1].  [B, C, H, W]
         eps: Radius, in units of the images.
         steps: Steps of ascent, of eps / 4 each.
-        generator: Where the starts come from.
+        generator: Source of the random starts.
 
     Raises:
         ValueError: eps is not positive.
@@ -43,7 +43,7 @@ def local_lipschitz(
                 leaf = moved.detach().requires_grad_()
                 change = (model(leaf) - clean).abs().sum(1)
                 distance = (leaf - x).flatten(1).abs().amax(1)
-                # A start may lie on x itself, for an image all black or white with nowhere to go.
+                # A start may coincide with x, such as for an image all black or white with nowhere to go.
                 slope = torch.where(distance > 0, change / distance.clamp_min(torch.finfo(x.dtype).tiny), 0)
                 (grad,) = torch.autograd.grad(change.sum(), leaf)
             best = torch.maximum(best, slope.detach())
@@ -70,13 +70,13 @@ def linearised_robustness(model: nn.Module, x: Tensor, y: Tensor, norm: str = "l
     2019.
 
     Args:
-        model: Maps images to logits; left as it came.
+        model: Maps images to logits; left unchanged.
         x: Images.  [B, C, H, W]
         y: Their labels.  [B]
         norm: "linf", "l2" or "l1".
 
     Raises:
-        ValueError: Another norm.
+        ValueError: An unknown norm.
     """
     check_choice("linearised_robustness", "norm", norm, tuple(_DUAL))
     with attacked(model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a JSON file, the adversarial images and a figure."""
+"""The files of an evaluation: a JSON file, the adversarial images and a figure."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from .results import Report
 from .suite import recheck
 
 FILES = ("evaluation.json", "adversaries.safetensors", "evaluation.png")
-_IDENTITY = "evaluation"  # of the metadata of the adversarial images
+_IDENTITY = "evaluation"  # a key in the metadata of the adversarial images
 
 
 def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ def write_report(report: Report, model: nn.Module, out: Path, source: dict[str, 
     Args:
         report: What was found.
         model: The model it was found on.
-        out: The folder; made if it is not there.
+        out: The folder; made if missing.
         source: What was evaluated, for the JSON file: path, data set and so on.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def _write_json(out: Path, values: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value, with None for numbers that JSON lacks: a NaN that a model gives must not cost the other numbers."""
+    """The value, with None for numbers that JSON lacks: a model's NaN must not cost the other numbers."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -145,7 +145,7 @@ def figure(path: Path, report: Report) -> None:
 
 
 def export_state_dict(model: nn.Module, path: Path) -> None:
-    """Weights as loaders in the manner of RobustBench read them: `torch.load(path)["state_dict"]`, nothing but tensors.
+    """Write weights as RobustBench's loaders read them: `torch.load(path)["state_dict"]`, nothing but tensors.
 
     The names are those of the model's own `state_dict`, its normalisation included, so that inputs stay in [0, 1].
 

@@ -1,4 +1,4 @@
-"""What is measured, and what was found."""
+"""The settings of an evaluation, and its results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class Settings:
         eps: Radius of the ball, in units of the images.
         norm: "linf" or "l2".
         samples: The first N test images; 0: all.
-        attacks: Of `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and, targeted, on the
-            difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack has it).
-        pgd_steps: Steps of PGD. Of eps / 4 each.
+        attacks: Names from `ATTACKS`: "pgd" (PGD on the cross-entropy), "apgd" (APGD on the cross-entropy and,
+            targeted, on the difference of logits ratio), "autoattack" (AutoAttack standard, as the package pyautoattack
+            has it).
+        pgd_steps: Steps of PGD. Each is eps / 4 long.
         restarts: Random starts of PGD.
         apgd_steps: Steps of APGD.
-        check_samples: Images that the checks attack. The first so many, some dozen times.
+        check_samples: Images that the checks attack. They are the first, and are attacked a few dozen times.
         batch_size: Images at a time.
         seed: Seed of everything random.
     """
@@ -63,7 +64,7 @@ class Accuracy:
     """An accuracy with its 95 % Wilson interval.
 
     Attributes:
-        name: Of what.
+        name: What it is the accuracy of.
         right: Samples classified right.
         samples: Samples in all.
         seconds: How long it took to measure.
@@ -77,7 +78,7 @@ class Accuracy:
     @classmethod
     def of(cls, name: str, right: Tensor, started: float | None = None) -> Accuracy:
         """The share for which `right` [B] is true; `started` is what time.perf_counter() gave before."""
-        count = int(right.sum())  # a GPU is waited for before the clock is read
+        count = int(right.sum())  # waits for a GPU before the clock is read
         return cls(name, count, len(right), 0.0 if started is None else time.perf_counter() - started)
 
     @property
@@ -110,13 +111,13 @@ class Report:
         curve: Accuracy under PGD-20 against the radius, on the first 500 samples.
         steepness: Mean and quartiles of measures of slope and margin; none of them is an accuracy, and the Lipschitz
             constant is what an attack found: a lower bound.
-        checks: Reasons to doubt the accuracies, sought.
+        checks: Outcomes of the checks, which look for reasons to doubt the accuracies.
         unchecked: Why nothing was checked; empty if something was.
-        warnings: What the attacks' packages warned of.
+        warnings: Warnings of the attacks' packages.
         adversaries: For each attack, its adversarial images.  [N, C, H, W]
         x: The clean images.
         y: Their labels.
-        identity: Of this evaluation, in each of its files: files of two evaluations can be told apart.
+        identity: Name of this evaluation, in each of its files, which tells those of two evaluations apart.
     """
 
     settings: Settings
@@ -142,5 +143,5 @@ class Report:
 
     @property
     def with_images(self) -> list[dict[str, Any]]:
-        """Of `per_class` the classes that occur."""
+        """The entries of `per_class` whose class occurs."""
         return [row for row in self.per_class if row["clean"]["samples"]]

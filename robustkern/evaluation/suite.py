@@ -24,7 +24,7 @@ from .results import Accuracy, Report, Settings
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (model, x, y, indices) -> adversary
 _CURVE_SAMPLES = 500
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # multiples of eps, for accuracy against the radius
-_NOT_INCLUDED = " See flags_doc.md for details."  # what AutoAttack's warnings end with; the package comes without it
+_NOT_INCLUDED = " See flags_doc.md for details."  # how AutoAttack's warnings end; the package comes without that file
 
 
 class MissingPackage(RuntimeError):
@@ -42,10 +42,10 @@ def evaluate(
 ) -> Report:
     """Measure a classifier's robustness, and whether the measurement can be believed.
 
-    Every attack is run on every sample that is classified right; one that is not counts as wrong under any attack.
+    Every attack is run on every sample that is classified right; a sample that is not counts as wrong under any attack.
 
     Args:
-        model: Maps images in [0, 1] to logits, normalisation inside; left as it came.
+        model: Maps images in [0, 1] to logits, normalisation inside; left unchanged.
         data: The images; none of them may have been used to train or choose the model.
         settings: What is measured.
         device: Where the model is.
@@ -75,7 +75,7 @@ def evaluate(
     with _warnings_of("auto-attack") as report.warnings:
         for name, attack in _attacks(settings, width):
             started = time.perf_counter()
-            # AutoAttack makes batches itself, and judges by all samples that it is given.
+            # AutoAttack makes batches itself, and raises its flags from all samples that it is given.
             size = len(x) if name == "AutoAttack" else settings.batch_size
             on_batch = partial(report_stage, name)
             report.adversaries[name], standing = _attack_all(
@@ -95,7 +95,7 @@ def evaluate(
     _measure_steepness(report, model, report_stage)
     report_stage("checks", 0, 1)
     few = settings.check_samples
-    if not right[:few].any():  # attacks had nothing to do there, and every check would pass
+    if not right[:few].any():  # attacks had nothing to do, so every check would pass
         report.unchecked = f"none of the first {len(right[:few])} images is classified right"
     else:
         reported = float(survivors[:few].float().mean()) if report.attacks else None
@@ -104,20 +104,20 @@ def evaluate(
     if right.any() and report.attacks:
         report.checks.append(_in_ball(settings, x, report.adversaries))
         if "autoattack" in settings.attacks:
-            # Such as that its black-box attack got where its white-box ones did not.
+            # Such as that its black-box attack succeeded where its white-box ones did not.
             flags = "; ".join(report.warnings) or "AutoAttack raised no flag"
             report.checks.append(Check("AutoAttack's flags", not report.warnings, flags))
     return report
 
 
 def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor], identity: str | None = None) -> Check:
-    """The stored images must be of this evaluation, give its accuracies, and be in the ball around the clean ones.
+    """The stored images must belong to this evaluation, give its accuracies, and be in the ball around the clean ones.
 
     Args:
         report: What was found.
         model: The model it was found on.
         stored: What `adversaries.safetensors` holds: "clean", "labels", and for each attack its adversarial images.
-        identity: What its metadata call the evaluation that it belongs to; None: the same.
+        identity: The evaluation that its metadata name; None: the same.
     """
     if identity not in (None, report.identity):
         return Check("reproduced from file", False, f"the file belongs to another evaluation, {brief(identity)}")
@@ -175,7 +175,7 @@ def _attacks(settings: Settings, classes: int) -> Iterator[tuple[str, Attack]]:
 
 
 def _seeded(attack: PGD | APGD, seed: int) -> Attack:
-    """The attack with random starts that the seed, and the sample's number, decide."""
+    """The attack with random starts that depend on the seed and on the sample's number."""
     seed %= 2**63
     return lambda model, x, y, indices: attack(
         model, x, y, torch.Generator(x.device).manual_seed(seed), indices=indices
@@ -207,9 +207,9 @@ def _attack_all(
     attack_size: int,
     on_batch: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Adversaries of the samples classified right, the others as they are; and which are still classified right.
+    """Adversaries of the samples classified right, with the others unchanged; and which are still classified right.
 
-    The attack gets `attack_size` samples at a time. `on_batch` is told how many of how many are done.
+    The attack gets `attack_size` samples at a time. `on_batch` is told how many samples are done, and of how many.
     """
     adversary = x.clone()
     chosen = right.nonzero().squeeze(1)
@@ -219,7 +219,7 @@ def _attack_all(
         adversary[indices] = attack(model, x[indices], y[indices], indices).to(x.dtype)
         done += len(indices)
         on_batch(done, len(chosen))
-    # In the same batches as the clean accuracy: a sum in another order may tip a sample that stands on the edge.
+    # In the same batches as the clean accuracy: a sum in another order may change the class of a borderline sample.
     return adversary, right & correct(model, adversary, y, batch_size)
 
 
@@ -244,7 +244,7 @@ def _measure_steepness(report: Report, model: nn.Module, report_stage: Callable[
     x, y = report.x[: settings.check_samples], report.y[: settings.check_samples]
     report_stage("steepness", 0, 1)
     generator = torch.Generator(x.device).manual_seed(settings.seed)
-    # Of Linf balls whatever the norm of the attacks.
+    # For Linf balls, whatever the norm of the attacks.
     ball, radius = ("", settings.eps) if settings.norm == "linf" else (", linf at 8/255", 8 / 255)
     measured = {
         f"local Lipschitz constant{ball} (lower bound)": local_lipschitz(model, x, radius, generator=generator),
@@ -263,7 +263,7 @@ def _summary(values: Tensor) -> dict[str, float | None]:
 
 
 def _in_ball(settings: Settings, x: Tensor, adversaries: dict[str, Tensor]) -> Check:
-    """Every adversarial image must be an image, and within eps of the clean one: recomputed from both."""
+    """Every adversarial image must be a valid image within eps of the clean one; recomputed from both."""
     farthest, outside = 0.0, 0.0
     for adversary in adversaries.values():
         change = (adversary.double() - x.double()).flatten(1)
@@ -280,7 +280,7 @@ def _in_ball(settings: Settings, x: Tensor, adversaries: dict[str, Tensor]) -> C
 
 @contextmanager
 def _warnings_of(logger_name: str) -> Iterator[list[str]]:
-    """The warnings that a logger gets meanwhile, each once."""
+    """The warnings that a logger gets inside, each once."""
     seen: list[str] = []
 
     class Keep(logging.Handler):

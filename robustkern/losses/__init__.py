@@ -2,14 +2,14 @@
 
 The model is any callable that gives logits [B, C >= 2]; y are classes of any integer dtype.  Both terms are means over
 the batch of a per-sample quantity, so the weight between them depends neither on the batch size nor on the number of
-processes.  A loss remembers nothing: its random numbers, the step and the rows are those of a `robustkern.Draw`.
+processes.  A loss keeps no state: its random numbers, step and rows come from a `robustkern.Draw`.
 
-What makes no sense is a TypeError or ValueError of one sentence; numbers in x and y are looked at on the CPU, where
-nothing is waited for, and on a GPU by losses with an attack inside.
+Wrong arguments raise a TypeError or ValueError of one sentence.  Values of x and y are checked on the CPU; on a GPU,
+where reading them means waiting, only losses with an attack inside check them.
 
-In training mode all passes of one call draw the same random numbers from PyTorch's generators, so that what a loss
-compares is one function: dropout with the same masks.  The generators end as after one pass.  Random numbers of Python
-or NumPy are out of reach, and in a step that torch.compile traces or a CUDA graph captures each pass draws its own.
+In training mode, all passes of one call draw the same random numbers from PyTorch's generators, such as dropout's
+masks, so that a loss compares outputs of one function.  The generators end as after one pass.  This does not cover
+Python's and NumPy's generators, nor a step that torch.compile traces or a CUDA graph captures.
 """
 
 from robustkern.losses.adversarial_training import AdversarialTraining

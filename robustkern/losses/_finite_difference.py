@@ -24,13 +24,13 @@ class EstimatorError(NamedTuple):
 def difference_quotient(
     loss_of: Callable[[Tensor], Tensor], loss: Tensor, x: Tensor, p: float, eps: float | Tensor, h: float
 ) -> Tensor:
-    """(loss_i(x_i + h eps * u_i) - loss_i(x_i)) / h, u the direction in which eps * gradient has its p norm: [B].
+    """(loss_i(x_i + h eps * u_i) - loss_i(x_i)) / h, u the direction in which eps * gradient attains its p norm: [B].
 
     Args:
         loss_of: images to losses [B].
         loss: its value at x, with its graph, which is kept.
         x: a leaf.
-        p: of the norm.
+        p: p of the norm.
         eps: a number or one value per channel.
         h: step.
     """
@@ -49,7 +49,7 @@ def _per_channel(eps: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def _dual(w: Tensor, p: float) -> Tensor:
-    """u_i with ||u_i||_q = 1 and <u_i, w_i> = ||w_i||_p, 1/p + 1/q = 1; 0 where w_i is."""
+    """u_i with ||u_i||_q = 1 and <u_i, w_i> = ||w_i||_p, 1/p + 1/q = 1; 0 where w_i is 0."""
     if p == 1.0:
         return w.sign()
     flat = w.flatten(1).to(accumulation_dtype(w.dtype))

@@ -1,28 +1,31 @@
-"""What losses that look at a batch more than once share: statistics, random numbers, and what a second look costs."""
+"""What losses with several passes share: frozen statistics, equal random numbers, and values without a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustkern import _late
 from robustkern.losses.loss import Model
+from robustkern.terms import Terms
 
 
 def leaf(x: Tensor) -> Tensor:
-    """x as something to differentiate by: itself if it requires grad, which is what torch.compile of a step needs."""
+    """A leaf to differentiate by: x itself if it requires grad, which torch.compile of a step needs, else a new one."""
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
 class RandomState:
-    """What the forward pass that comes next draws from PyTorch's default generators, such as dropout's masks.
+    """The random numbers that the next forward pass draws from PyTorch's default generators, such as dropout's masks.
 
-    Two passes that are compared must be of one function: each of them but the first runs within `again()`, which draws
-    the same numbers and leaves the generators as it found them, as after one pass.  They are those of the CPU and of
-    the GPUs that x and the model's parameters are on, and the one that is given; those of Python and NumPy are out of
-    reach, and in what torch.compile traces or a CUDA graph captures nothing is repeated.
+    Passes that are compared must be of one function: each of them but the first runs within `again()`, which draws
+    the same numbers and leaves the generators as it found them, as after one pass.  It covers the CPU's generator,
+    those of the GPUs that x and the model's parameters are on, and the given one; it does not cover Python's and
+    NumPy's, nor what torch.compile traces or a CUDA graph captures.
     """
 
     def __init__(self, model: Model, x: Tensor, generator: torch.Generator | None = None) -> None:
@@ -53,7 +56,7 @@ def _set(states: list[tuple[torch.Generator, Tensor]]) -> None:
 
 @contextmanager
 def frozen_statistics(model: Model) -> Iterator[None]:
-    """BatchNorm and InstanceNorm in training mode normalise as ever, and leave their running statistics alone."""
+    """Inside, BatchNorm and InstanceNorm in training mode normalise as usual but keep their running statistics."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     frozen = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
     flags = [m.track_running_stats for m in frozen]
@@ -74,12 +77,13 @@ def frozen_statistics(model: Model) -> Iterator[None]:
 
 
 def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: Tensor, state: RandomState) -> Tensor:
-    """function(model(x)), one forward pass without a graph; its backward pass makes up for it, if anybody asks.
+    """function(model(x)) by a forward pass without a graph; if a gradient arrives, the backward pass builds the graph.
 
     A loss that shows a term which its total does not depend on pays for the value alone: where the gradient that
     arrives is zero nothing is computed, and where it is not, forward and backward pass are, with the same random
-    `state`.  Running statistics stay as they are.  Differentiable once.  A model that is no `nn.Module`, whose
-    parameters cannot be seen, gets its graph at once.
+    `state`.  A GPU, which would be waited for, is not asked whether it is zero: see `Rise`.  Running statistics stay as
+    they are.  Differentiable once.  A model that is no `nn.Module`, whose parameters cannot be seen, gets its graph at
+    once.
     """
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if not torch.is_grad_enabled() or not parameters:
@@ -89,6 +93,30 @@ def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: T
     return value
 
 
+class Rise(Terms):
+    """The terms of which the smoothness is how much the attacked loss is above the orientation.
+
+    With weight 1 the total is the attacked loss, and nothing of it leads to the orientation.
+    """
+
+    _attacked: Tensor | None = None
+
+    @classmethod
+    def of(cls, orientation: Tensor, attacked: Tensor, weight: float) -> Rise:
+        terms = cls(orientation, attacked - orientation, weight)
+        terms._attacked = attacked
+        return terms
+
+    @property
+    def total(self) -> Tensor:
+        return super().total if self._attacked is None or self.weight != 1 else self._attacked
+
+    def _replace(self, **fields: Any) -> Rise:
+        terms = super()._replace(**fields)
+        terms._attacked = self._attacked if fields.keys() <= {"weight"} else None
+        return terms
+
+
 class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx, model, function, x, state, *parameters):  # type: ignore[no-untyped-def]
@@ -96,7 +124,7 @@ class _Deferred(torch.autograd.Function):
         ctx.model, ctx.function, ctx.state, ctx.parameters = model, function, state, parameters
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x)
-        # No cache: 16-bit weights that were cast without a graph must not be taken from it by the next pass.
+        # No cache: the next pass must not take 16-bit weights from it that were cast without a graph.
         with frozen_statistics(model), torch.autocast(*ctx.autocast, cache_enabled=False):
             return function(model(x))
 
@@ -105,7 +133,7 @@ class _Deferred(torch.autograd.Function):
         nothing = (None,) * (4 + len(ctx.parameters))
         if torch.is_grad_enabled():
             raise RuntimeError("the clean term of an adversarial loss is differentiable once, not with create_graph")
-        if not bool(grad.any()):
+        if not _late.must_wait(grad) and not bool(grad.any()):
             return nothing
         (x,) = ctx.saved_tensors
         with (

@@ -1,4 +1,4 @@
-"""Adversarial training: the loss at the worst image near by."""
+"""Adversarial training: the loss at the worst image nearby."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from robustkern._classifier import logits_of
 from robustkern.draw import Draw
-from robustkern.losses._passes import RandomState, value_without_graph
+from robustkern.losses._passes import RandomState, Rise, value_without_graph
 from robustkern.losses.attack_loss import GivenAttackLoss
 from robustkern.losses.loss import Model
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -19,12 +19,12 @@ class AdversarialTraining(GivenAttackLoss):
 
     orientation: the mean cross-entropy at x.  smoothness: how much the attack raises it; to first order eps times the
     dual norm of the input gradient.  With weight 1, the default, the total is the cross-entropy at the adversary, as
-    published; with 1/2, half of either (Goodfellow et al.).  `PGD` hands over the best of its iterates, where the
+    published; with 1/2, half of each (Goodfellow et al.).  `PGD` hands over the best of its iterates, where the
     published code takes the last.
 
     Args:
         attack: `robustkern.attacks.FGSM`, `NFGSM` or `PGD`, or anything with the same call.
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         label_smoothing: in the cross-entropy of both terms.
         impl: "auto", "kernel" or "reference".
 
@@ -32,7 +32,7 @@ class AdversarialTraining(GivenAttackLoss):
     at weight 1; at any other weight, and where `Terms.weight` was replaced, its backward pass costs 3 more.
 
     BatchNorm is in eval mode during the attack, as in the published codes; then the adversaries go through the model
-    in its own mode, and in training mode theirs are the running statistics.  The pass at x leaves these alone.
+    in its own mode; in training mode, they alone enter the running statistics.
     Differentiable once.  Sources: Goodfellow et al. 2015; Madry et al. 2018; Wong et al. 2020 (FGSM with random start).
     """
 
@@ -48,4 +48,4 @@ class AdversarialTraining(GivenAttackLoss):
         orientation = value_without_graph(model, cross_entropy, x.detach(), state)
         with state.again():
             attacked = logits_of("AdversarialTraining", model, adversary, y)
-        return Terms(orientation, cross_entropy(attacked) - orientation, self.weight)
+        return Rise.of(orientation, cross_entropy(attacked), self.weight)

@@ -19,13 +19,13 @@ class ALP(GivenAttackLoss):
     orientation: the mean cross-entropy at the adversary.  smoothness: the mean squared distance between the logits of
     an image and its adversary, summed over the classes; both are differentiated.
 
-    A code that averages over the classes as well writes the weight C times as large.
+    Code that also averages over the classes needs a weight C times as large.
 
-    The published robustness did not stand stronger attacks (Engstrom et al. 2018): it is here for comparison.
+    The published robustness did not hold against stronger attacks (Engstrom et al. 2018): ALP is here for comparison.
 
     Args:
         attack: `robustkern.attacks.PGD`, `FGSM` or `NFGSM`, or anything with the same call.
-        weight: of the smoothness term; 0.5 as published.
+        weight: multiplies the smoothness term; 0.5 as published.
         impl: "auto", "kernel" or "reference".
 
     Passes: the attack's, and 6 for both terms.

@@ -1,4 +1,4 @@
-"""What losses with an attack inside share: the attack apart from the loss, and ascent in a ball."""
+"""What losses with an attack inside share: the attack, separate from the terms, and ascent in a ball."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ _PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
 class AttackLoss(Loss):
     """total = orientation + weight * smoothness, at x and at adversaries that an attack finds.
 
-    `adversaries` runs the attack, `terms` computes what is differentiated; a call is one after the other.
+    `adversaries` runs the attack, `terms` computes what is differentiated; a call runs one after the other.
     """
 
     soft: ClassVar[bool] = False
@@ -35,7 +35,7 @@ class AttackLoss(Loss):
         return self.terms(model, x, self.adversaries(model, x, y, draw), y, draw)
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Any:
-        """What the attack finds, without history: what `terms` is to be given."""
+        """What the attack finds, without history, for `terms`."""
         raise NotImplementedError
 
     def terms(self, model: Model, x: Tensor, adversary: Any, y: Tensor, draw: Draw) -> Terms:
@@ -43,7 +43,7 @@ class AttackLoss(Loss):
         raise NotImplementedError
 
     def _both_logits(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Those at x and at the adversary, by two passes that draw the same random numbers."""
+        """The logits at x and at the adversary, by two passes that draw the same random numbers."""
         name, state = type(self).__name__, RandomState(model, x)
         clean = logits_of(name, model, x, y)
         with state.again():
@@ -52,7 +52,7 @@ class AttackLoss(Loss):
 
 @dataclass(frozen=True)
 class GivenAttackLoss(AttackLoss):
-    """total = orientation + weight * smoothness, at x and at the adversaries of an attack that is given."""
+    """total = orientation + weight * smoothness, at x and at the adversaries of a given attack."""
 
     attack: FGSM | NFGSM | PGD = _PGD_10
 
@@ -64,7 +64,7 @@ class GivenAttackLoss(AttackLoss):
 class AscentLoss(AttackLoss):
     """total = orientation + weight * smoothness, with adversaries that maximise something in a ball, step by step.
 
-    The last iterate is the adversary, as in the published codes.  An attack is one forward pass or two, and `steps`
+    The last iterate is the adversary, as in the published codes.  An attack takes one forward pass or two, and `steps`
     times forward and input gradient.
 
     Args:
@@ -99,7 +99,7 @@ class AscentLoss(AttackLoss):
         return adversary
 
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        """What is to be maximised, [B], as a function of the images; the model is in eval mode."""
+        """The function of the images that is maximised, [B]; the model is in eval mode."""
         raise NotImplementedError
 
     def _start(self, x: Tensor, draw: Draw) -> Tensor:
@@ -113,7 +113,7 @@ class AscentLoss(AttackLoss):
 
 
 def gradient(name: str, objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Of each sample's objective, without history; `name` is that of the loss, for messages."""
+    """The gradient of each sample's objective, without history; `name` is the loss's, for messages."""
     with torch.enable_grad():
         probe = x.detach().requires_grad_()
         return gradient_of(name, objective(probe), probe)

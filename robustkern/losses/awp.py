@@ -19,8 +19,8 @@ class AWP(Loss):
     """total = L(w + v), v_l = gamma ||w_l||_2 g_l / ||g_l||_2, g = dL / dw: a loss where the weights are worst.
 
     orientation and smoothness: those of the loss, at the perturbed weights.  Every weight of two or more dimensions is
-    a layer l of its own; biases and the numbers of normalisation layers stay.  Adversaries are those of the weights as
-    they are, found once.
+    a layer l; biases and the parameters of normalisation layers are not perturbed.  Adversaries are found once, at the
+    unperturbed weights.
 
     The weights themselves are never touched: the model is called with w + v in their place, through which the gradient
     of the total reaches w.  Whatever happens inside, they keep their bits.  The published code takes a step of an
@@ -29,14 +29,14 @@ class AWP(Loss):
     Args:
         loss: any loss of `robustkern.losses`, or a function called like one.
         gamma: length of the perturbation, relative to the weight; 0.01 for adversarial training, 0.005 for TRADES as
-            published, which begins after ten epochs.  0: none, at no cost.
+            published, which begins after ten epochs.  0: no perturbation, at no cost.
 
     The perturbation is that of the loss at its own weight: replacing `Terms.weight`, as a ramp does, changes the total
     at the perturbed weights, but not the perturbation.
 
     The loss has the same draw at both weights and draws the same random numbers, as do layers such as dropout.
 
-    Passes: those of the loss but for its attack once more (4 for adversarial training), then those of the loss.
+    Passes: those of the loss, and all but its attack's once more (4 for adversarial training).
     BatchNorm: the pass that gives v leaves the running statistics alone; the other is the loss's own.  Differentiable
     once.  Source: Wu et al., Adversarial weight perturbation helps robust generalization, NeurIPS 2020.
     """

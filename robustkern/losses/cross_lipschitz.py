@@ -20,7 +20,7 @@ class CrossLipschitz(ProjectedPenalty):
     over the n samples of a batch and all pairs; 1e-4 is their example.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.

@@ -23,7 +23,7 @@ class CURE(Loss):
     (`squared=False`), since its gradient is that of the batch's mean loss.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps: size of the entries of z, a number or a tensor that broadcasts over a sample.  The published h, the L2
             length of z, is eps sqrt(N) for N entries: 3 for images divided by their standard deviation, of 3x32x32.
         squared: False for the norm itself.
@@ -32,10 +32,10 @@ class CURE(Loss):
 
     x + z may leave [0, 1].  Passes: 12, twice those of a gradient penalty.
 
-    BatchNorm: as the model is; the published code fine-tunes in eval mode.  In training mode each pass is normalised by
-    its own batch, only that of x enters the running statistics, and the gradients also contain the other samples' part
-    (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.  Source:
-    Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
+    BatchNorm: in the mode of the model; the published code fine-tunes in eval mode.  In training mode each pass is
+    normalised by its own batch, only that of x enters the running statistics, and the gradients also contain the other
+    samples' part (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.
+    Source: Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
     """
 
     weight: float = 4.0

@@ -22,16 +22,16 @@ class Distillation(Loss):
 
     A control among the robust methods.  Trained at T and used at 1, the network's logits are T times too large, its
     softmax saturates and gradients of the cross-entropy round to zero: attacks on that loss fail, others do not.
-    Gradients carry 1 / T, for which the learning rate has to make up.
+    Gradients include a factor 1 / T, for which the learning rate has to make up.
 
     Args:
         teacher: maps x to logits [B, C]; moved to the device of x, used in eval mode, without gradients, and otherwise
-            left as it came.
+            left unchanged.
         temperature: T > 0.
         impl: "auto", "kernel" or "reference".
 
     y is not used.  Passes: 4, one of them the teacher's.
-    BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
+    BatchNorm: in the mode of the model.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Papernot et al., Distillation as a defense to adversarial perturbations against deep neural networks, 2016;
     refuted by Carlini and Wagner, 2017.
     """

@@ -26,7 +26,7 @@ class FisherPenalty(ProjectedPenalty):
     takes the first class only: its values are not comparable.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.

@@ -1,4 +1,4 @@
-"""GradAlign: fast adversarial training that stays aligned."""
+"""GradAlign: fast adversarial training that keeps input gradients in the ball aligned."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class GradAlign(AttackLoss):
     for eps = 8/255.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps: radius of the ball in the Linf norm, in units of x; a number or a tensor that broadcasts over a sample.
         step_size: length of the step; None: eps.
         impl: "auto", "kernel" or "reference".
@@ -52,7 +52,7 @@ class GradAlign(AttackLoss):
         check_options(self, box=True)
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, RandomState]:
-        """Those of FGSM, the gradient at x, and what the pass that gave it drew."""
+        """The adversaries of FGSM, the gradient at x, and the random state of the pass that computed it."""
         logits, x, y = check_batch("GradAlign", model, x, y, draw.generator)
         step, state = self.eps if self.step_size is None else self.step_size, RandomState(model, x)
         with frozen_statistics(model):
@@ -78,7 +78,7 @@ class GradAlign(AttackLoss):
         dtype = accumulation_dtype(second.dtype)
         lengths = ops.row_norm(first, 2, impl=self.impl), ops.row_norm(second, 2, impl=self.impl)
         defined = (lengths[0] > 0) & (lengths[1] > 0)
-        # Not by their product, which underflows first.
+        # Not divided by the product of both lengths, which underflows first.
         unit = first.to(dtype) / torch.where(defined, lengths[0], 1.0).view(-1, *[1] * (first.dim() - 1))
         cosine = (unit * second.to(dtype)).flatten(1).sum(1) / torch.where(defined, lengths[1], 1.0)
         return torch.where(defined, 1.0 - cosine, 0.0)

@@ -26,11 +26,11 @@ class GradientPenalty(Loss):
     orientation: the mean cross-entropy.  smoothness: to first order, how much an adversary of size eps can raise it,
     when p is the dual of the threat's norm (Linf -> 1, L2 -> 2): weight = 1 is linearised adversarial training.
 
-    Codes that penalise the gradient of the batch's *mean* loss shrink it by the batch size B: their weight w on the
-    norm is w / B here, and on the squared norm w / B^2 (w / B where they sum over the batch).
+    Code that penalises the gradient of the batch's *mean* loss shrinks it by the batch size B: its weight w on the
+    norm is w / B here, and on the squared norm w / B^2 (w / B where it sums over the batch).
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         p: 1, 2, inf or any number >= 1.
         eps: size of the perturbation in the units of x, a number or one value per channel.
         squared: eps^2 times the squared L2 norm; p = 2 only.
@@ -40,11 +40,11 @@ class GradientPenalty(Loss):
             CE_i(x_i)) / h with u_i the direction of steepest ascent, which is not differentiated.
         h: step of the finite difference, in units of eps: its error shrinks with h until rounding takes over, and for
             h = 1 it is what one step of an attack adds.  See `finite_difference_error`.  With BatchNorm in training
-            mode a sample's quotient holds other parts of the others than its gradient does; their mean, unless squared,
-            is the same.
+            mode, the other samples contribute to a sample's quotient in another way than to its gradient; the mean over
+            the batch, unless squared, is the same.
 
-    BatchNorm in training mode couples the samples of a batch, and the gradient of one sample's loss with them; running
-    statistics are updated once.  Passes: 6 exact, 7 by finite differences.
+    BatchNorm in training mode couples the samples of a batch, and so their gradients; running statistics are updated
+    once.  Passes: 6 exact, 7 by finite differences.
 
     Errors, dtypes and derivatives: see `robustkern.gradient_norm` and `robustkern.ops.softmax_cross_entropy`.
     Source: Drucker and LeCun 1991; Ross and Doshi-Velez 2018 (squared L2); Lyu et al. 2015 (the norm dual to the

@@ -13,13 +13,13 @@ class JacobianPenalty(ProjectedPenalty):
     orientation: the mean cross-entropy.  smoothness: to first order, the mean squared change of the logits under a
     perturbation of independent entries +-eps; it needs no label.
 
-    Other conventions, with eps = 1 unless their inputs are divided by a standard deviation, which makes it eps = std:
+    Other conventions, with eps = 1 unless their inputs are divided by a standard deviation; then eps = std:
 
         Hoffman et al. 2019         lambda / 2 ||J||_F^2                        weight = lambda / 2 (0.01 / 2: default)
         Jakubovitz and Giryes 2018  lambda ||J||_F, over all classes            weight = lambda, squared=False
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         projections: K, or "exact".
         eps: size of the perturbation in the units of x, a number or one value per channel.
         law, fraction, label_smoothing, impl: see `robustkern.losses.projected_penalty`.

@@ -16,7 +16,7 @@ class LabelSmoothing(Loss):
     """total = (1 - weight) mean_i CE(f(x_i), y_i) + weight * mean_i 1/C sum_c -log p_ic.
 
     orientation: the cross-entropy's share, (1 - weight) of its mean.  smoothness: the mean over the classes of -log p,
-    least where the prediction is uniform: of the outputs, not in the input.  The total is the cross-entropy against
+    least for a uniform prediction: smooth outputs, not a smooth function.  The total is the cross-entropy against
     targets (1 - s) e_y + s / C with s = weight.
 
     A control among the robust methods: it flattens predictions, not the function.
@@ -26,7 +26,7 @@ class LabelSmoothing(Loss):
         impl: "auto", "kernel" or "reference".
 
     Passes: 3, a plain step.
-    BatchNorm: as the model is.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
+    BatchNorm: in the mode of the model.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016.
     """
 

@@ -16,21 +16,21 @@ from robustkern.terms import Terms
 class Lazy(Loss):
     """total = orientation + every * weight * smoothness on one step of `every`, the orientation alone on the others.
 
-    orientation and smoothness: those of the loss; the mean over the steps is the loss's own.  A penalty that takes n
-    passes costs 3 + (n - 3) / every of them a step: gradients of the parameters vary more, and their size on the steps
-    that are penalised grows with `every`, which learning rate and clipping must bear.
+    orientation and smoothness: those of the loss; the mean over the steps is the loss's own.  A penalty of n
+    passes costs 3 + (n - 3) / every passes per step.  In return, parameter gradients vary more, and on penalised steps
+    they grow with `every`: learning rate and clipping must tolerate that.
 
     Args:
-        loss: whose smoothness is worth saving, and whose orientation is a mean cross-entropy at x: `GradientPenalty`,
+        loss: its smoothness should be expensive, its orientation a mean cross-entropy at x: `GradientPenalty`,
             `CURE`, `LocalLinearity`, `VAT`, `JacobianPenalty`, `FisherPenalty`, `CrossLipschitz`.
-        every: penalise one step of so many, the first of them first.
+        every: penalise one step of so many, beginning with the first.
         orientation: the loss on the other steps; None: the cross-entropy with the label smoothing of the loss.
 
-    The call takes what the loss takes, and a draw that says which step it is: without one every call would be the
-    first of `every`, so it raises a ValueError unless every = 1.  Its Terms have smoothness 0 and weight 0 where a step
-    is not penalised.  An `AWP` inside perturbs the weights where a step is penalised, one around it perturbs them on
-    all.  BatchNorm, derivatives: those of the loss.  Source: Karras et al., Analyzing and improving the image quality
-    of StyleGAN, CVPR 2020, appendix B (lazy regularisation).
+    The call takes what the loss takes, and a draw that says which step it is: without one it raises a ValueError unless
+    every = 1, since every call would be penalised.  On a step without penalty, its Terms have smoothness and weight 0.
+    An `AWP` inside perturbs the weights on the penalised steps, one around it on all.  BatchNorm, derivatives: those of
+    the loss.  Source: Karras et al., Analyzing and improving the image quality of StyleGAN, CVPR 2020, appendix B (lazy
+    regularisation).
     """
 
     loss: Callable[..., Terms]

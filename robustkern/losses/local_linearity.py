@@ -27,8 +27,8 @@ class LocalLinearity(AscentLoss):
     Published: lambda gamma + mu |delta . g| with lambda = 4, mu = 3: weight = lambda and ratio = mu / lambda.
 
     Args:
-        weight: of the smoothness term.
-        ratio: of the steepness to the distance from linear.
+        weight: multiplies the smoothness term.
+        ratio: factor on the steepness, |delta . g|, relative to gamma.
         eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`; two steps from a uniform start.
 
     Passes: 2 + 2 steps for delta, 6 for the loss and its gradient, 3 at x + delta.
@@ -64,6 +64,6 @@ class LocalLinearity(AscentLoss):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Of each sample, in float32 for 16-bit data.  [B]"""
+    """The inner product for each sample, in float32 for 16-bit data.  [B]"""
     product = a * b if a.dtype.itemsize > 2 else a.float() * b.float()
     return product.flatten(1).sum(1)

@@ -22,7 +22,7 @@ class Loss:
     """total = orientation + weight * smoothness, each the mean over the batch of a per-sample quantity."""
 
     soft: ClassVar[bool] = True  # whether y may be probabilities
-    label_smoothing, temperature, impl = 0.0, 1.0, "auto"  # of a loss without these options
+    label_smoothing, temperature, impl = 0.0, 1.0, "auto"  # for losses without these options
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -32,9 +32,9 @@ class Loss:
 
         Args:
             model: Maps x to logits [B, C >= 2], normalisation inside; any callable, but an nn.Module for `AWP`.
-            x: Images, in [0, 1] where adversaries are looked for.  One that requires grad is used as it is, which is
-                what torch.compile of a whole step needs, any other as a new leaf; `Terms.backward(inputs=...)` spares
-                its own gradient.  [B, ...]
+            x: Images; in [0, 1] for losses with an attack inside.  If it requires grad, it is used as it is, which
+                torch.compile of a whole step needs; if not, as a new leaf.  `Terms.backward(inputs=...)` saves the time
+                for its own gradient.  [B, ...]
             y: Classes of any integer dtype [B]; for losses without an attack inside also probabilities [B, C].
             draw: What is random or scheduled in this call; None: random numbers from PyTorch's default generator, the
                 whole batch, and no step.

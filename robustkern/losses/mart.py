@@ -27,7 +27,7 @@ class MART(AscentLoss):
     The weight is the published lambda: 5 for ResNet-18, 6 for WideResNets.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`.
 
     Passes: 2 steps for the attack, 6 for both terms.
@@ -52,7 +52,7 @@ class MART(AscentLoss):
 
 
 def _log_without_runner_up(logits: Tensor, y: Tensor) -> Tensor:
-    """log(1 - max_{k != y} p_k), [B]: of the classes but that one, the log of their share."""
+    """log(1 - max_{k != y} p_k), [B]: the log of the share of all classes but that one."""
     z = logits.to(accumulation_dtype(logits.dtype))
     runner_up = z.detach().scatter(1, y[:, None].long(), float("-inf")).argmax(1, keepdim=True)
     return z.scatter(1, runner_up, float("-inf")).logsumexp(1) - z.logsumexp(1)

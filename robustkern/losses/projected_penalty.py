@@ -23,13 +23,13 @@ class ProjectedPenalty(Loss):
     See the subclasses for M and scale.  Estimates are unbiased, by `robustkern.jacobian_norm`.
 
     Args:
-        weight: of the smoothness term.
-        projections: K; a step takes 1 + K plain ones.  "exact": nothing is random, and K is the number of classes.
+        weight: multiplies the smoothness term.
+        projections: K; a step takes as long as 1 + K plain ones.  "exact": not random, with K the number of classes.
         eps: multiplies the columns of the Jacobian: a number or one value per channel of x.
         law: of the projections: "orthonormal" (K at most the number of classes), "sphere", "gaussian", "rademacher".
-        fraction: penalise that share of each batch, drawn anew each time; the mean over draws stays.  The forward pass
+        fraction: penalise that share of each batch, drawn anew each time; the expected value stays.  The forward pass
             then runs in two parts, and only the first is differentiated twice.  A model with BatchNorm in training
-            mode needs its batch whole, and so may a model that is no `nn.Module`: there it saves nothing.
+            mode needs its batch whole, and so may a model that is not an `nn.Module`: there it saves nothing.
         label_smoothing: in the cross-entropy.
         impl: "auto", "kernel" or "reference".
 
@@ -37,7 +37,7 @@ class ProjectedPenalty(Loss):
 
     BatchNorm in training mode makes a sample's outputs depend on the others, and the smoothness with them: random
     projections then estimate mean_i sum_j ||d f(x_j) / d x_i||_F^2, "exact" is mean_i ||sum_j d f(x_j) / d x_i||_F^2.
-    `robustkern.batch_coupling` says how much that is.
+    `robustkern.batch_coupling` measures how much that is.
     """
 
     weight: float
@@ -70,7 +70,7 @@ class ProjectedPenalty(Loss):
                 rest = logits_of(name, model, x[others], y[others])
                 logits, y = torch.cat([outputs, rest]), torch.cat([y[mine], y[others]])
             loss = softmax_cross_entropy(logits, y, label_smoothing=self.label_smoothing, impl=self.impl)
-        # The mean over those chosen, be they here or elsewhere, as a mean over the rows here.
+        # Scaled so that the processes' means, weighted by their shares, add up to the mean over all chosen samples.
         mean = norm.mean() if len(x) == total else norm.sum() * (total / (count * len(x)))
         return Terms(loss.mean(), self._scale(logits) * mean, self.weight)
 
@@ -87,7 +87,7 @@ class ProjectedPenalty(Loss):
 def _needs_the_batch_whole(model: Model) -> bool:
     """Whether two parts of a batch would give other outputs, or other running statistics, than the batch does."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
-        return True  # what it calls cannot be seen, or is of one batch size
+        return True  # what it calls cannot be seen, or has a fixed batch size
     for module in model.modules():
         tracks = getattr(module, "running_mean", None) is not None
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks):
@@ -100,10 +100,10 @@ def _needs_the_batch_whole(model: Model) -> bool:
 def _choose(
     x: Tensor, offset: int, total: int, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, int]:
-    """Of the rows of x, from `offset` on: those that are penalised, the others, and how many before them are."""
+    """Among the rows of x, which begin at `offset`: the penalised ones, the others, how many penalised precede them."""
     order = torch.randperm(total, generator=generator, device=x.device)
     chosen, others = (rows.sort().values for rows in (order[:count], order[count:]))
-    if len(x) == total:  # nothing to be waited for
+    if len(x) == total:  # needs no waiting for the device
         return chosen, others, 0
     here = [(rows >= offset) & (rows < offset + len(x)) for rows in (chosen, others)]
     first = int((chosen < offset).sum())

@@ -23,7 +23,7 @@ class TRADES(AscentLoss):
     The weight is the published beta, 6 (written 1 / lambda in the paper).
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps, step_size, steps, norm, start, impl: see `robustkern.losses.attack_loss`.
 
     Passes: 1 + 2 steps for the attack, 6 for both terms.

@@ -28,10 +28,10 @@ class VAT(AttackLoss):
     The weight is the published alpha, 1.
 
     Args:
-        weight: of the smoothness term.
+        weight: multiplies the smoothness term.
         eps: length of r in units of x, in the L2 norm; for norm "linf", r = eps sign(d).
-        xi: length, in the L2 norm, of the probe.  Published codes take 1e-6 (in float32, where most of its digits are
-            lost) to 10; here 1, which leaves bfloat16 something to see.
+        xi: length, in the L2 norm, of the probe.  Published code takes from 1e-6 (which loses most digits in float32)
+            to 10; with 1, the default, bfloat16 still resolves the probe.
         steps: power iterations.
         norm: "l2" or "linf".
         impl: "auto", "kernel" or "reference".

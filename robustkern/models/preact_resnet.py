@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm, ReLU, convolution, twice, around an identity; where the shape changes, a 1x1 convolution."""
+    """Twice BatchNorm, ReLU and convolution, bridged by an identity or, where the shape changes, a 1x1 convolution."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
-# The first line for what they register: derivatives of PyTorch's own operators.
+# Imported for what they register: derivatives of PyTorch's own operators.
 from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax  # noqa: F401
 from robustkern.ops.attack_start import attack_start
 from robustkern.ops.attack_step import attack_step
@@ -10,7 +10,7 @@ from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
 from robustkern.ops.softmax_cross_entropy import softmax_cross_entropy
 
-# Nothing can be differentiated in these: they write into a tensor, on the way of an attack.
+# These cannot be differentiated: they write into a tensor, for attacks.
 IN_PLACE = ("attack_start", "attack_step")
 
 __all__ = [

@@ -14,8 +14,8 @@ class Rows:
 
     def __init__(self, like: Tensor) -> None:
         dims = range(1, like.dim())
-        contiguous = like.is_contiguous()
-        self.order = [0, *(dims if contiguous else sorted(dims, key=lambda d: (-like.stride()[d], d)))]
+        self._in_order = like.is_contiguous()
+        self.order = [0, *(dims if self._in_order else sorted(dims, key=lambda d: (-like.stride()[d], d)))]
         self.shape = [like.shape[0], like.shape[1:].numel()]
         self.sample_shape = like.shape[1:]
         channel = self.order.index(1) if like.dim() > 1 else 0
@@ -24,11 +24,12 @@ class Rows:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The tensor as [B, N]: a view where its memory has this order, else a copy."""
-        return tensor.permute(self.order).reshape(self.shape).contiguous()
+        ordered = tensor if self._in_order else tensor.permute(self.order)
+        return ordered.reshape(self.shape).contiguous()
 
     def is_view(self, tensor: Tensor) -> bool:
         """Whether `view` makes no copy."""
-        return tensor.permute(self.order).is_contiguous()
+        return (tensor if self._in_order else tensor.permute(self.order)).is_contiguous()
 
     def table(self, op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
         """One number for all columns [1], for each channel [C], or for each column [N] in the order of memory."""
@@ -58,7 +59,7 @@ def check_broadcast(op: str, name: str, value: Tensor, sample_shape: torch.Size)
 
 
 def check_ball(op: str, norm: str, eps: Tensor | float) -> None:
-    """Raises ValueError unless (norm, eps) is a ball."""
+    """Raises ValueError unless (norm, eps) describes a ball."""
     if norm not in NORMS:
         raise ValueError(f"{op}: norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     if norm != "linf" and isinstance(eps, Tensor) and eps.numel() != 1:

@@ -1,7 +1,7 @@
-"""The derivatives of PyTorch's own operators that are ours, and what each of them registers.
+"""Our derivatives of PyTorch's own operators, and what each of them registers.
 
 These operators stand at the end of a chain that PyTorch owns; `robustkern.install()` puts them there.  Each has a
-kernel and a reference of the same signature, which `torch.ops.robustkern.<name>` and `robustkern.reference.<name>` are.
+kernel and a reference of the same signature: `torch.ops.robustkern.<name>` and `robustkern.reference.<name>`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from robustkern import _library
 from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._register import refuse_derivatives, register_fake, register_looped_vmap
+from robustkern.ops._chains import refuse_derivatives
+from robustkern.ops._register import register_fake, register_looped_vmap
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Derivative:
-    """An operator with its reference, which has its name."""
+    """An operator and its reference, which has the same name."""
 
     reference: Function
 
@@ -32,7 +33,7 @@ class Derivative:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What its results are called: there is one for each need_<name> of the schema."""
+        """The names of its results: one for each need_<name> in the schema."""
         arguments = [argument.name for argument in self.operator.default._schema.arguments]
         needs = [name.removeprefix("need_") for name in arguments if name.startswith("need_")]
         return tuple("gg_grad" if name == "grad" else f"grad_{name}" for name in needs)
@@ -42,12 +43,12 @@ DERIVATIVES: dict[str, Derivative] = {}
 
 
 def register_derivative(reference: Function) -> Callable[[Function], None]:
-    """Makes an operator one that every part of PyTorch understands, and lists it for the tests.
+    """Registers an operator with every part of PyTorch that must know it, and lists it for the tests.
 
-    Decorates the function that gives its results without computing them.
+    Decorates its fake, the function that returns its results without computing them.
 
     Args:
-        reference: the same function in plain PyTorch, of the name that the schema in csrc/ops.cpp has.
+        reference: the same function in plain PyTorch, with the name from the schema in csrc/ops.cpp.
     """
     name = reference.__name__
     DERIVATIVES[name] = entry = Derivative(reference)
@@ -56,9 +57,9 @@ def register_derivative(reference: Function) -> Callable[[Function], None]:
         if _library.extension() is None:
             return
         register_fake(name)(fake)
-        # Under install() a node of C++ differentiates it.  Without one it is a call that make_fx has recorded.
+        # Under install(), a C++ node differentiates it.  A call without that node was recorded by make_fx.
         refuse_derivatives(
-            entry.operator,
+            entry.operator.default,
             "a recorded derivative cannot be differentiated, since make_fx detaches what a backward pass has saved; "
             "record the penalty and its gradients together, or differentiate the function itself",
         )
@@ -73,5 +74,5 @@ def nothing(like: Tensor) -> Tensor:
 
 
 def vector(like: Tensor, size: int, needed: bool) -> Tensor:
-    """The result for a gradient of weight or bias: one sum for each of them."""
+    """The result for a gradient of weight or bias: `size` sums, or none."""
     return like.new_empty([size if needed else 0], dtype=accumulation_dtype(like.dtype))

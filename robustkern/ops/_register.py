@@ -1,4 +1,4 @@
-"""What every operator registers with PyTorch in the same way: its vmap rule and the end of its chain."""
+"""What every operator registers with PyTorch in the same way: its fake kernel and its vmap rule."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorates the function that gives the results of robustkern::`name` without computing them.
+    """Decorates the fake of robustkern::`name`, the function that returns its results without computing them.
 
-    PyTorch asks it also where one tensor of several is on the meta device, and no kernel then sees the call: hence the
+    PyTorch calls it even if only one of several tensors is on the meta device; no kernel then sees the call: hence the
     check.
     """
     operator = getattr(torch.ops.robustkern, name).default
@@ -39,7 +39,7 @@ def register_row_vmap(op: Any, per_row: tuple[bool, ...]) -> None:
 
     Args:
         op: the operator overload packet, such as torch.ops.robustkern.row_norm.
-        per_row: for each argument whether its first dimension counts rows; the others must not be mapped over.
+        per_row: for each argument, whether its first dimension counts rows; vmap must not map over the others.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -84,20 +84,3 @@ def register_looped_vmap(operator: Any) -> None:
         return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
     torch.library.register_vmap(operator.default, rule)
-
-
-def refuse_derivatives(op: Any, why: str) -> None:
-    """Makes differentiating `op` an error rather than a zero."""
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{op}: {why}")
-
-    torch.library.register_autograd(op.default, backward, setup_context=setup_context)
-
-
-def refuse_order(op: Any, order: str) -> None:
-    """Makes differentiating the end of a chain of operators an error; `order` is what its derivatives are called."""
-    refuse_derivatives(op, f"{order} derivatives are not supported; use impl='reference'")

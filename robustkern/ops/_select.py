@@ -20,7 +20,7 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def _composite_only() -> str | None:
-    """Why only plain PyTorch calls will do: transforms that differentiate through an operator's formula."""
+    """Why only the reference will do: a transform differentiates through its formula.  None if none does."""
     if torch.compiler.is_compiling():
         return None
     if forward_ad._current_level >= 0:
@@ -36,7 +36,7 @@ def use_kernel(op: str, impl: str, tensor: torch.Tensor, unsupported: str | None
 
     Args:
         op: name of the operator, for messages.
-        impl: "auto" takes the kernel where it can and says once if it cannot, "kernel" insists, "reference" declines.
+        impl: "auto" takes the kernel if it can and warns once if not; "kernel" requires it; "reference" avoids it.
         tensor: the argument whose device decides.
         unsupported: why this particular call has no kernel, if it has none.
 

@@ -33,15 +33,15 @@ def attack_start(
         x: the clean samples in [0, 1], [B, ...] float32, float64, float16 or bfloat16, of any layout.
         eps: radius of the ball; for linf also a tensor that broadcasts over a sample, such as [C, 1, 1].
         norm: "linf", "l2" or "l1".
-        generator: where the seed comes from if none is given; on the device of x.  None: the default one.
+        generator: source of the seed if none is given; on the device of x.  None: the default one.
         seed: one int64 on the device of x, [1].
         samples: number of each sample, int64: its start depends on the seed, this number and `restart`, not on its
             place in the batch.  None: 0, 1, 2, ...
-        restart: number of the start, 0 <= restart < 2^31: another number, another start.
+        restart: number of the start, 0 <= restart < 2^31; another number gives another start.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
     Returns:
-        Like x, in its layout; in the ball and the box as `attack_step` has it.
+        Like x, in its layout; in the ball and the box, as precisely as for `attack_step`.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -85,7 +85,7 @@ def attack_start(
         NORMS.index(norm),
         restart,
     )
-    # The numbers are counted in this order; an attack goes on in that of x.
+    # Random numbers are counted in contiguous order; the attack goes on in the layout of x.
     return start if x.is_contiguous() else torch.empty_like(x).copy_(start)
 
 

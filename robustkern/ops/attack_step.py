@@ -36,7 +36,7 @@ def attack_step(
     moved: adversary, x and grad once for linf, twice for l2, and adversary once more to write; for l1 they are read
     again for every trial of its threshold, from the cache.
 
-    The buffer is changed in place since it is an attack's one state, of fixed size and address: no allocation a step,
+    The buffer is changed in place since it is an attack's one state, of fixed size and address: no allocation per step,
     and a CUDA graph or torch.compile (which makes the operator functional, and its copy in place again) can hold it.
 
     Args:
@@ -44,7 +44,7 @@ def attack_step(
         x: the clean samples in [0, 1], the centres of the balls.
         grad: what to ascend; NaN counts as 0, and so does a sample's infinite gradient for l2.  None: projection only.
         eps: radius of the ball, in units of x; for linf also a tensor that broadcasts over a sample, such as [C, 1, 1].
-        step_size: length of the step in the norm; a tensor likewise.
+        step_size: length of the step in the norm; may be a tensor, like eps.
         norm: "linf", "l2" or "l1".
         scale: s, a factor on each sample's step; of any floating-point dtype.  None: 1.
         coordinates: k, for l1.
@@ -82,12 +82,12 @@ def attack_step(
             adversary, x, grad, eps=eps, step_size=step_size, norm=norm, scale=scale, coordinates=coordinates
         )
     rows = Rows(adversary)
-    buffer = adversary.detach()
+    buffer = _detached(adversary)
     flat = rows.view(buffer)
     torch.ops.robustkern.attack_step(
         flat,
-        rows.view(x.detach()),
-        None if grad is None else rows.view(grad.detach()),
+        rows.view(_detached(x)),
+        None if grad is None else rows.view(_detached(grad)),
         rows.table(op, "eps", eps, x),
         rows.table(op, "step_size", step_size, x),
         None if scale is None else scale.detach().to(accumulation_dtype(x.dtype)),
@@ -100,6 +100,10 @@ def attack_step(
     elif not torch.compiler.is_compiling() and not adversary.is_inference():
         torch.autograd.graph.increment_version(adversary)
     return adversary
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ def _like(x: Tensor, needed: bool) -> Tensor:
     if not needed:
         return nothing(x)
     n, c, s = x.shape
-    innermost = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()  # channels: in memory, [N, S, C]
+    innermost = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()  # channels last: [N, S, C] in memory
     return x.new_empty([n, s, c]).transpose(1, 2) if innermost else x.new_empty([n, c, s])
 
 

@@ -1,15 +1,14 @@
-"""kl_divergence: how far apart two predictions of each sample are, both gradients and second derivatives."""
+"""kl_divergence: how far apart two predictions of each sample are, with both gradients and second derivatives."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
+from robustkern.ops._chains import register_chain
+from robustkern.ops._register import register_fake, register_row_vmap
 from robustkern.ops._select import check_floating, use_kernel
 
 
@@ -23,7 +22,7 @@ def kl_divergence(
     r"""kl_i = sum_c p_ic (log p_ic - log q_ic), with p = softmax(p_logits / T) and q = softmax(q_logits / T).
 
     Both logits are differentiated; detach the one that is a target.  A class with p = 0 (a logit of -inf, or too far
-    below the others) adds nothing to the value nor to any derivative, whatever q is; one with q = 0 and p > 0 makes
+    below the others) adds nothing to the value or to any derivative, whatever q is; one with q = 0 and p > 0 makes
     the divergence infinite.  The kernel sums terms that are never negative: two predictions that nearly agree keep the
     digits in which they differ, and equal ones give exactly 0.  Sums run in float32 for 16- and 32-bit logits and in
     float64 for float64.
@@ -31,14 +30,14 @@ def kl_divergence(
     Args:
         p_logits: [B, C] or [B, C, d1, ...] float32, float64, float16 or bfloat16; B may be 0.
         q_logits: of the same shape, dtype and device.
-        temperature: T > 0; gradients carry their 1 / T.
+        temperature: T > 0; gradients include the factor 1 / T.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
     Returns:
         [B] (or [B, d1, ...]), float32 for 16- and 32-bit logits, float64 for float64.
 
     Raises:
-        TypeError: logits of another dtype, or of two.
+        TypeError: logits of an unsupported dtype, or of two different ones.
         ValueError: shapes or devices differ, or T is not positive.
 
     Differentiability: twice in both logits; a third derivative raises.  Determinism: the same bits on every run and
@@ -85,40 +84,8 @@ def _register() -> None:
         per_row = p_logits.new_empty([p_logits.shape[0]], dtype=accumulation_dtype(p_logits.dtype))
         return per_row, *(p_logits.new_empty(p_logits.shape if need else [0]) for need in (need_p, need_q))
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        p_logits, q_logits, ctx.temperature = inputs
-        ctx.save_for_backward(p_logits, q_logits, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:
-            return None, None, None
-        need_p, need_q, _ = ctx.needs_input_grad
-        grad_p, grad_q = ops.kl_divergence_backward(grad, *ctx.saved_tensors, ctx.temperature, need_p, need_q)
-        return grad_p if need_p else None, grad_q if need_q else None, None
-
-    torch.library.register_autograd("robustkern::kl_divergence", backward, setup_context=setup)
-
-    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.temperature, ctx.gave_p, ctx.gave_q = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
     # The statistics are functions of the logits, and their derivatives in those of the logits.
-    def double_backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
-        u, v = u if ctx.gave_p else None, v if ctx.gave_q else None
-        if u is None and v is None:
-            return (None,) * 7
-        _, need_p, need_q, *_ = ctx.needs_input_grad
-        grad, p_logits, q_logits, statistics = ctx.saved_tensors
-        gg_grad, grad_p, grad_q = ops.kl_divergence_double_backward(
-            u, v, grad, p_logits, q_logits, statistics, ctx.temperature, need_p, need_q
-        )
-        return gg_grad, grad_p if need_p else None, grad_q if need_q else None, None, None, None, None
-
-    torch.library.register_autograd("robustkern::kl_divergence_backward", double_backward, setup_context=setup_backward)
-    refuse_order(ops.kl_divergence_double_backward, "third-order")
+    register_chain("kl_divergence")
 
     register_row_vmap(ops.kl_divergence, (True, True, False))
     register_row_vmap(ops.kl_divergence_backward, (True, True, True, True, False, False, False))

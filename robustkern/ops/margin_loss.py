@@ -1,15 +1,14 @@
-"""margin_loss: how far the best wrong class is ahead of the right one, as attacks ascend it."""
+"""margin_loss: how far the best wrong class is ahead of the right one, which attacks maximise."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
+from robustkern.ops._chains import register_chain
+from robustkern.ops._register import register_fake, register_row_vmap
 from robustkern.ops._select import check_floating, use_kernel
 
 KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
@@ -23,7 +22,7 @@ def margin_loss(
     towards: Tensor | None = None,  # [B]
     impl: str = "auto",
 ) -> Tensor:  # [B]
-    r"""loss_i = z_o - z_y (cw), or (z_o - z_y) / (z_(1) - z_(3)) (dlr); o = towards, or the best class but y.
+    r"""loss_i = z_o - z_y (cw), or (z_o - z_y) / (z_(1) - z_(3)) (dlr); o = towards, or else the best wrong class.
 
     z_(1) >= z_(2) >= ... are the sorted logits.  Positive where sample i is misclassified.  With `towards`, dlr divides
     by z_(1) - (z_(3) + z_(4)) / 2.  dlr does not change if the logits are shifted or multiplied by a positive number;
@@ -84,19 +83,8 @@ def _register() -> None:
     def _(grad, slopes):  # type: ignore[no-untyped-def]
         return slopes.new_empty(slopes.shape)
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 4
-        return ops.margin_loss_backward(grad, *ctx.saved_tensors), None, None, None
-
-    torch.library.register_autograd("robustkern::margin_loss", backward, setup_context=setup)
-    # Its second derivative in the logits is zero for cw, but not for dlr, and the slopes do not tell.
-    refuse_order(ops.margin_loss_backward, "second-order")
+    # The second derivative in the logits is zero for cw, but not for dlr, and the slopes do not tell.
+    register_chain("margin_loss")
     register_row_vmap(ops.margin_loss, (True, True, True, False))
     register_row_vmap(ops.margin_loss_backward, (True, True))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._arguments import check_choice, check_generator, check_integer
-from robustkern.ops._register import refuse_order, register_fake, register_looped_vmap
+from robustkern.ops._chains import register_chain
+from robustkern.ops._register import register_fake, register_looped_vmap
 from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.random_cotangents import draw_seed
 
@@ -44,7 +43,7 @@ def random_cotangents(
             "orthonormal": sqrt(D) times K orthonormal vectors, uniformly distributed (Haar), K <= D: of all laws the
             least variance, none at K = D.
         kind: "plain", "centred" or "fisher", as above.
-        generator: where the seed comes from, on the device of outputs.  None: the default one.  torch.compile traces
+        generator: source of the seed, on the device of outputs.  None: the default one.  torch.compile traces
             no generators: give a compiled function the seed.
         seed: one int64 on the device of outputs, [1].  The same seed gives the same v.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
@@ -93,13 +92,8 @@ def random_cotangents(
     if not use_kernel(op, impl, outputs):
         outputs = outputs if kind == "fisher" else outputs.detach()
         return reference.random_cotangents(outputs, projections, law=law, kind=kind, seed=seed)
-    kernel = torch.ops.robustkern.random_cotangents.default
-    if kind == "fisher" or torch.compiler.is_compiling():
-        outputs = outputs if kind == "fisher" else outputs.detach()
-        return kernel(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
-    # Nothing to differentiate: the way through the autograd key, in Python, would take longer than small kernels do.
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
+    outputs = outputs if kind == "fisher" else outputs.detach()
+    return torch.ops.robustkern.random_cotangents(outputs, seed, projections, LAWS.index(law), KINDS.index(kind))
 
 
 def _register() -> None:
@@ -113,21 +107,9 @@ def _register() -> None:
     def _(grad, outputs, seed, law):  # type: ignore[no-untyped-def]
         return outputs.new_empty(outputs.shape)
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        outputs, seed, _, ctx.law, ctx.kind = inputs
-        ctx.save_for_backward(outputs, seed)
-        ctx.set_materialize_grads(False)
+    register_chain("random_cotangents", only=("kind", KINDS.index("fisher")))
 
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-        outputs, seed = ctx.saved_tensors
-        if grad is None or KINDS[ctx.kind] != "fisher":
-            return (None,) * 5
-        return ops.random_cotangents_backward(grad, outputs, seed, ctx.law), None, None, None, None
-
-    torch.library.register_autograd("robustkern::random_cotangents", backward, setup_context=setup)
-    refuse_order(ops.random_cotangents_backward, "second-order")
-
-    # Every mapped call draws the same v from its seed, as a loop would: not one call on all rows.
+    # Each mapped call draws v from its seed as a loop would; one call on all rows would draw other numbers.
     register_looped_vmap(ops.random_cotangents)
     register_looped_vmap(ops.random_cotangents_backward)
 

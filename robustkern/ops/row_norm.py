@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
+from robustkern.ops._chains import register_chain
+from robustkern.ops._register import register_fake, register_row_vmap
 from robustkern.ops._select import check_floating, use_kernel
 
 
@@ -87,7 +87,7 @@ def _split_weight(x: Tensor, weight: Tensor | float | None) -> tuple[float, Tens
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
     """x [B, C, ...] as rows [B, N] in the order of its memory, and how many adjacent columns share a channel.
 
-    A norm does not care for the order of a row, so channels_last and other permuted layouts are viewed, not copied.
+    The order within a row does not matter, so channels_last and other permuted layouts are viewed, not copied.
     """
     if x.dim() == 1:
         return x.unsqueeze(1), 1
@@ -120,39 +120,10 @@ def _register() -> None:
         gg_grad = x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype))
         return gg_grad, x.new_empty([0]) if _is_flat(p) else x.new_empty(x.shape)
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.inner, ctx.p, ctx.squared = inputs
-        ctx.save_for_backward(x, output, weight)
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 5
-        x, norm, weight = ctx.saved_tensors
-        # The norm counts as a number here: row_norm_backward's own formula differentiates it as the function of x
-        # that it is.
-        grad_x = ops.row_norm_backward(grad, x, norm.detach(), weight, ctx.inner, ctx.p, ctx.squared)
-        return grad_x, None, None, None, None
-
-    torch.library.register_autograd("robustkern::row_norm", backward, setup_context=setup)
-
-    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, x, norm, weight, ctx.inner, ctx.p, ctx.squared = inputs
-        ctx.save_for_backward(grad, x, norm, weight)
-        ctx.set_materialize_grads(False)
-
     # d(grad, x) of row_norm_backward     | L1, Linf | L2, squared, Lp
     #   gg_grad = <u, dn/dx>           |    yes   |      yes
     #   grad_x  = grad d2n/dx2 u       |     0    |      yes
-    def double_backward(ctx: Any, u: Tensor | None) -> tuple[Any, ...]:
-        if u is None:
-            return (None,) * 7
-        grad, x, norm, weight = ctx.saved_tensors
-        gg_grad, grad_x = ops.row_norm_double_backward(u, grad, x, norm, weight, ctx.inner, ctx.p, ctx.squared)
-        return gg_grad, None if _is_flat(ctx.p) else grad_x, None, None, None, None, None
-
-    torch.library.register_autograd("robustkern::row_norm_backward", double_backward, setup_context=setup_backward)
-    refuse_order(ops.row_norm_double_backward, "third-order")
+    register_chain("row_norm")
 
     register_row_vmap(ops.row_norm, (True, False, False, False, False))
     register_row_vmap(ops.row_norm_backward, (True, True, True, False, False, False, False))

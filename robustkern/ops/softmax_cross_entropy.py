@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._dtypes import accumulation_dtype
-from robustkern.ops._register import refuse_order, register_fake, register_row_vmap
+from robustkern.ops._chains import register_chain
+from robustkern.ops._register import register_fake, register_row_vmap
 from robustkern.ops._select import check_floating, use_kernel
 
 
@@ -24,7 +23,7 @@ def softmax_cross_entropy(
 ) -> Tensor:  # [B] or [B, d1, ...]
     r"""loss_i = -sum_c q_ic log softmax(z_i / T)_c, with q = (1 - s) target + s / C.
 
-    The values of `torch.nn.functional.cross_entropy(reduction="none")`, whose second backward moves 25 logits-sized
+    Same values as `torch.nn.functional.cross_entropy(reduction="none")`, whose second backward moves 25 logits-sized
     tensors through memory; this one moves 3.  Stable for logits of any size.  Sums run in float32 for 16- and 32-bit
     logits and in float64 for float64.
 
@@ -34,7 +33,7 @@ def softmax_cross_entropy(
             not sum to one).
         label_smoothing: s in [0, 1].
         ignore_index: samples of this class have loss and gradient zero.
-        temperature: T > 0; gradients carry their 1 / T.
+        temperature: T > 0; gradients include the factor 1 / T.
         impl: "auto" (the kernel if there is one), "kernel" or "reference".
 
     Returns:
@@ -102,47 +101,10 @@ def _register() -> None:
             logits.shape
         )
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, target, *ctx.options = inputs
-        ctx.save_for_backward(logits, output[1], target)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 5
-        logits, statistics, target = ctx.saved_tensors
-        return (
-            ops.softmax_cross_entropy_backward(grad, logits, statistics, target, *ctx.options),
-            None,
-            None,
-            None,
-            None,
-        )
-
-    torch.library.register_autograd("robustkern::softmax_cross_entropy", backward, setup_context=setup)
-
-    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, logits, statistics, target, *ctx.options = inputs
-        ctx.save_for_backward(grad, logits, statistics, target)
-        ctx.set_materialize_grads(False)
-
     # d(grad, logits) of softmax_cross_entropy_backward, the statistics being functions of the logits:
     #   gg_grad     = <u, d loss / d z>      yes
     #   grad_logits = grad d2 loss / dz2 u   yes
-    def double_backward(ctx: Any, u: Tensor | None) -> tuple[Any, ...]:
-        if u is None:
-            return (None,) * 7
-        grad, logits, statistics, target = ctx.saved_tensors
-        gg_grad, grad_logits = ops.softmax_cross_entropy_double_backward(
-            u, grad, logits, statistics, target, *ctx.options
-        )
-        return gg_grad, grad_logits, None, None, None, None, None
-
-    torch.library.register_autograd(
-        "robustkern::softmax_cross_entropy_backward", double_backward, setup_context=setup_backward
-    )
-    refuse_order(ops.softmax_cross_entropy_double_backward, "third-order")
+    register_chain("softmax_cross_entropy")
 
     options = (False, False, False)
     register_row_vmap(ops.softmax_cross_entropy, (True, True, *options))

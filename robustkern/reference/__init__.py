@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch, for any device, dtype and order: the truth that kernels are tested against."""
+"""Every operator in plain PyTorch, for any device, dtype and order: the truth against which kernels are tested."""
 
 from robustkern.reference.activation import activation_double_backward
 from robustkern.reference.attack_start import attack_start

@@ -30,8 +30,8 @@ def activation_double_backward(
         function: "gelu", "gelu_tanh", "silu", "mish", "softplus", "elu", "hardswish", "tanh" or
             "sigmoid".
         parameters: (beta, threshold) of softplus; (alpha, scale, input_scale, is_result) of elu; else empty.
-        need_grad: whether gg_grad is asked for; it comes back empty if not.
-        need_x: whether grad_x is.
+        need_grad: whether to compute gg_grad; it is empty if not.
+        need_x: the same for grad_x.
     """
     slope, bend = _SLOPES[function](x, *parameters)
     product = u * grad
@@ -39,7 +39,7 @@ def activation_double_backward(
         product = product.sum(0)
 
     def times(factor: Tensor, t: Tensor) -> Tensor:
-        """Where hardswish is flat it selects, as in PyTorch: zero, whatever t."""
+        """factor * t; where hardswish is flat, zero whatever t is, as in PyTorch."""
         return torch.where(factor == 0, torch.zeros_like(t), factor * t) if function == "hardswish" else factor * t
 
     return times(slope, u) if need_grad else x.new_empty([0]), times(bend, product) if need_x else x.new_empty([0])

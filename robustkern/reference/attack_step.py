@@ -56,17 +56,17 @@ def as_number(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def round_between(value: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """The number of `dtype` nearest to `value` within [low, high], 0 <= low: 16 bits would round out of the ball."""
+    """The number of `dtype` nearest to `value` within [low, high], 0 <= low: rounding to 16 bits may leave the ball."""
     rounded = value.to(dtype)
     if rounded.dtype == value.dtype:
         return rounded
-    # Between two numbers that are not negative, the bits count steps; a number of `dtype` lies in [low, high]: x.
+    # Neighbours that are not negative differ by one as integers; one number of `dtype` lies in [low, high]: x.
     steps = (rounded.to(low.dtype) < low).to(torch.int16) - (rounded.to(low.dtype) > high).to(torch.int16)
     return (rounded.view(torch.int16) + steps).view(dtype)
 
 
 def _finite(grad: Tensor) -> Tensor:
-    """Without NaN, which says nothing of where to go."""
+    """grad with 0 for NaN, which gives no direction."""
     return torch.where(grad.isnan(), 0.0, grad)
 
 
@@ -110,5 +110,5 @@ def _project_l1(moved: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     t = torch.where(outside, high, 0.0)
     result = torch.where(t > 0, flat + v.sign() * (size - t).clamp(min=0.0), moved.flatten(1))  # x + (x' - x) rounds
-    wall = (v > 0).to(v.dtype)  # exactly there, where the next step knows it
+    wall = (v > 0).to(v.dtype)  # exactly on it, so that the next step recognises it
     return torch.where(size - t >= room, wall, result).view(moved.shape).clamp(0.0, 1.0)

@@ -33,7 +33,7 @@ def attention_double_backward(
         gg_grad = Pd v + P c                         grad_q = scale (W k + dS b)
         grad_v = Pd^T grad                           grad_k = scale (W^T q + dS^T a)
 
-    A row whose keys are all masked attends to nothing: its probabilities are zero.  Stores the scores of all heads.
+    A row whose keys are all masked attends to nothing: its probabilities are zero.  The scores of all heads are stored.
 
     Returns:
         (gg_grad, grad_q, grad_k, grad_v), each shaped like its tensor, or [0] where it is not needed.

@@ -28,7 +28,7 @@ def batch_norm_double_backward(
         grad_weight = r K
 
     and in evaluation mode, where mean and r are constants, gg_grad = w r u + a xh + b, grad_x = a r g and
-    grad_weight = r sum u g.  Of K cotangents, which have no a and b, grad_x and grad_weight are the sums.
+    grad_weight = r sum u g.  For several cotangents u, without a and b, grad_x and grad_weight are sums.
 
     w r P is symmetric: with grad in the place of u, gg_grad is the grad_x of the first backward.
 
@@ -42,7 +42,7 @@ def batch_norm_double_backward(
         mean: of each channel over the batch, or the running mean in evaluation mode.
         invstd: r = (var + eps)^(-1/2), likewise.
         training: whether mean and invstd are those of x.
-        need_grad: whether to compute the first result; an empty tensor stands for what is not computed.
+        need_grad: whether to compute the first result; it is empty if not.
         need_x: the same for the second.
         need_weight: the same for the third.
 

@@ -25,8 +25,8 @@ def layer_norm_double_backward(
         grad_x      = -rstd^2 [mean(u P(h)) xh + mean(h xh) P(u) + mean(u xh) P(h)] + rstd P(a grad)
         grad_weight = sum over rows of grad t
 
-    with h = weight grad and the means over a row.  Without `mean` this is RMSNorm: mean(v) drops out of P.  Of K
-    cotangents, which have no a and b, grad_x and grad_weight are the sums.
+    with h = weight grad and the means over a row.  Without `mean` this is RMSNorm: mean(v) drops out of P.  For K
+    cotangents u, without a and b, grad_x and grad_weight are sums over them.
 
     Returns:
         gg_grad, like grad, and grad_x [B, D] in the dtype of x, grad_weight [D] in the dtype of rstd; [0] where not
@@ -71,7 +71,7 @@ def layer_norm_double_backward(
 
 
 def layer_norm_backward(
-    grad: Tensor,  # [B, D] of the output; or [K, B, D], of which no weight and bias gradients are made
+    grad: Tensor,  # [B, D] of the output; or [K, B, D], for which there are no weight and bias gradients
     x: Tensor,  # [B, D]
     weight: Tensor | None,  # [D]
     mean: Tensor | None,  # [B]

@@ -19,7 +19,7 @@ def row_norm(
 ) -> Tensor:  # [B]
     """n_i = ||w * x_i||_p; see `robustkern.ops.row_norm`.
 
-    Twice and more differentiable, with zero subgradients at zero: square roots and powers are taken where their
+    Differentiable in any order, with zero subgradients at zero: square roots and powers are taken only where their
     argument is not zero, so that no derivative meets 0 * inf.
     """
     a = x.to(accumulation_dtype(x.dtype))

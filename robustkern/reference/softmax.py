@@ -21,9 +21,9 @@ def softmax_double_backward(
         u: cotangent of the first backward's grad_x.
         grad: cotangent of the output.
         output: p, or log p if `log`, normalised over its middle dimension, as are all sums.
-        log: the derivative of log_softmax.
-        need_grad: whether gg_grad is asked for; it comes back empty if not.
-        need_output: whether grad_output is.
+        log: whether to differentiate log_softmax instead of softmax.
+        need_grad: whether to compute gg_grad; it is empty if not.
+        need_output: the same for grad_output.
     """
     p = output.exp() if log else output
     mean_u = (p * u).sum(1, keepdim=True)

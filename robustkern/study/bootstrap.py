@@ -9,8 +9,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Quantiles of the means of resamples, drawn with replacement: where the mean of the population lies.
 
-    The percentile bootstrap.  Rows are resampled whole: for [N, S] with N images and S seeds, an image comes with what
-    every seed gave for it.  Of N rows with the same mean it says nothing: the interval is that number.
+    The percentile bootstrap.  Rows are resampled whole: for [N, S] with N images and S seeds, an image comes with its
+    values for all seeds.  For N rows with the same mean it says nothing: the interval is that number.
     Source: Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 1979.
 
     Args:

@@ -37,7 +37,7 @@ def inversion_grids(
     step: float = 0.1,
     columns: int = 4,
 ) -> None:
-    """For each network a grid: rows are images, one of each class; columns the class each is turned into.
+    """For each network a grid: rows are images, one of each class; columns are the class that each is turned into.
 
     On the diagonal an image is driven further towards its own class. Images are shown as they are, in [0, 1].
 
@@ -74,12 +74,12 @@ def noise_grids(
 
     Args:
         path: Where the PNG goes.
-        data: For shapes, classes and standard deviations.
+        data: Gives shapes, classes and standard deviations.
         networks: Networks by name.
         steps: Steps of the inversion.
         step: Their length, in standard deviations of each channel.
-        rows: Starts.
-        made: For networks by name, such images that are there already, [rows * classes, C, H, W].
+        rows: Starts for each class.
+        made: Images that exist already, by the name of their network, [rows * classes, C, H, W].
     """
     std = data.statistics()[1]
     scale = torch.tensor(std).view(-1, 1, 1)
@@ -104,7 +104,7 @@ def perturbations(
         data: Images to choose from.
         networks: Networks by name.
         eps: Radius (Linf), several times what they were trained for.
-        targeted: Towards the next class instead of away from its own.
+        targeted: Whether to attack towards the next class instead of away from its own.
     """
     x, y = one_of_each(data, list(networks.values()))
     rows = {"image": _mosaic(x, len(x))}
@@ -122,7 +122,7 @@ def accuracy_curves(path: Path, curves: Mapping[str, Sequence[Mapping[str, float
     Args:
         path: Where the PNG goes.
         curves: For each network, points of eps, accuracy, low, high.
-        title: Above it.
+        title: Title above the figure.
     """
     figure, (axes,) = _figure(1)
     for number, (name, points) in enumerate(curves.items()):
@@ -231,7 +231,7 @@ def two_by_two(path: Path, cells: Mapping[tuple[bool, bool], Mapping[str, Mappin
 
 
 def _classes(data: Dataset) -> str:
-    """Which column is which."""
+    """A line that says which column is which class."""
     return "left to right: " + ", ".join(data.classes)
 
 
@@ -241,7 +241,7 @@ def _inverted(network: nn.Module, starts: Tensor, targets: Tensor, steps: int, s
 
 
 def _mosaic(images: Tensor, columns: int) -> np.ndarray:
-    """Images side by side, one pixel of white between: [H, W] or [H, W, 3]."""
+    """Images side by side, with one white pixel between: [H, W] or [H, W, 3]."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.ones(channels, rows * (height + 1) - 1, columns * (width + 1) - 1)

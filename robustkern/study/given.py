@@ -23,7 +23,7 @@ def parse_given(text: str) -> tuple[str, str]:
         text: What the user wrote.
 
     Raises:
-        UsageError: It has another form.
+        UsageError: It does not have this form.
     """
     name, _, source = (part.strip() for part in text.partition("="))
     if not name or not source or "/" in name or not (Path(source).exists() or all(source.split(":", 1))):
@@ -37,7 +37,7 @@ def load_given(source: str, data: Dataset) -> nn.Module:
     Args:
         source: A path, or "module:function"; the function is called without arguments and returns a module that maps
             images in [0, 1] to logits. Modules of the working directory are found.
-        data: Whose images it must take and whose classes it must know.
+        data: The data whose images it must take and whose classes it must know.
 
     Returns:
         The network in eval mode.
@@ -57,7 +57,7 @@ def load_given(source: str, data: Dataset) -> nn.Module:
     try:
         with attacked(model), torch.no_grad():
             shape = tuple(getattr(model(data.images[:2].to(device_of(model))), "shape", ()))
-    except Exception as error:  # whatever a stranger's module raises
+    except Exception as error:  # whatever a foreign module raises
         raise UsageError(f"{source} does not take images of {data.name}, {data.in_shape}: {brief(error)}") from error
     if shape != (2, data.num_classes):
         raise UsageError(
@@ -71,7 +71,7 @@ def _call(module: str, function: str) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module), function)()
-    except Exception as error:  # it is anybody's code
+    except Exception as error:  # it runs foreign code
         raise UsageError(f"{module}:{function}: {type(error).__name__}: {brief(error)}") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"{module}:{function} returned a {type(made).__name__}, not a torch.nn.Module")

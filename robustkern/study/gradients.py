@@ -59,7 +59,7 @@ def low_frequency_share(gradient: Tensor, radius: float = 0.25) -> Tensor:
 def total_variation_ratio(gradient: Tensor) -> Tensor:
     r"""(sum |g_{h+1,w} - g_{h,w}| + sum |g_{h,w+1} - g_{h,w}|) / (2 sum |g|) for each sample: [B].
 
-    How rough a gradient is, whatever its size: 0 for a constant, 2 for a chessboard (less what the border lacks),
+    How rough a gradient is, whatever its size: 0 for a constant, 2 for a chessboard (minus what the border lacks),
     sqrt(2) for white Gaussian noise (likewise).
 
     Args:
@@ -74,13 +74,13 @@ def total_variation_ratio(gradient: Tensor) -> Tensor:
 def edge_concentration(gradient: Tensor, x: Tensor, share: float = 0.2) -> Tensor:
     r"""(energy of g on the `share` of pixels with the strongest edges of x, over all its energy) / share: [B].
 
-    1 for a gradient that knows nothing of the image's edges, up to 1 / share for one that lies on them alone.  Edges
+    1 for a gradient that is unrelated to the image's edges, up to 1 / share for one that lies on them alone.  Edges
     are magnitudes of Sobel's operator on the mean over channels, the border replicated.
 
     Args:
         gradient: [B, C, H, W]
         x: The images.  [B, C, H, W]
-        share: Of the pixels, in (0, 1).
+        share: Share of the pixels, in (0, 1).
 
     Raises:
         ValueError: The share is out of range.
@@ -103,7 +103,7 @@ def white_noise_baseline(shape: tuple[int, int, int], radius: float = 0.25) -> d
 
     Args:
         shape: Channels, height and width.
-        radius: Of `low_frequency_share`.
+        radius: As for `low_frequency_share`.
     """
     channels, height, width = shape
     rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)

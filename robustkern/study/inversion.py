@@ -23,13 +23,13 @@ def invert(
 ) -> Tensor:
     r"""x_{t+1} = clamp(x_t - step_size d(grad_x CE(f(x_t), target)), 0, 1), d = sign (linf) or g / ||g||_2 (l2).
 
-    No ball around the start: what the classifier takes for its class may be anywhere.  No parameter gradients.
+    No ball limits the search: what the classifier takes for its class may be anywhere.  No parameter gradients.
     Source: Helland and VanHoudnos, On the human-recognizability phenomenon of adversarially trained deep image
     classifiers, 2020; there 16 steps of 0.1 from test images, and 1,024 of 2/255 from noise, in units of the standard
     deviation of each channel.
 
     Args:
-        model: Maps images to logits; left as it came.
+        model: Maps images to logits; left unchanged.
         start: Images in [0, 1].  [B, C, H, W]
         target: The class that each is to become.  [B]
         steps: Steps.
@@ -42,12 +42,12 @@ def invert(
         Images in [0, 1].  [B, C, H, W]
 
     Raises:
-        ValueError: Another norm, or steps < 1.
+        ValueError: An unknown norm, or steps < 1.
     """
     check_choice("invert", "norm", norm, NORMS)
     if steps < 1:
         raise ValueError(f"invert: steps must be at least 1, got {steps}")
-    # An attack's step stays in a ball: this one reaches from anywhere in the box to anywhere else, and limits nothing.
+    # attack_step stays in a ball; one that reaches from any point of the box to any other limits nothing.
     everywhere = 1.0 if norm == "linf" else float(start[:1].numel()) ** 0.5
     parts = []
     with attacked(model), torch.enable_grad():

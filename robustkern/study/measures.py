@@ -17,7 +17,7 @@ from .bootstrap import bootstrap_interval
 from .gradients import alignment, edge_concentration, input_gradients, low_frequency_share, total_variation_ratio
 from .inversion import inversion_accuracy, invert, noise, seeded_grid
 
-# name: (what it is, whether more of it is taken to be more recognisable or more robust)
+# name: (what it is, whether a larger value counts as more recognisable or more robust)
 MEASURES: dict[str, tuple[str, bool | None]] = {
     "clean_accuracy": ("accuracy", True),
     "robust_accuracy": ("accuracy under PGD-20", True),
@@ -37,24 +37,24 @@ MEASURES: dict[str, tuple[str, bool | None]] = {
 }
 
 
-# Measures whose median is taken, of the others the mean. Where the loss saturates, a few images have most of a
+# Measures whose median is taken; for the others it is the mean. Where the loss saturates, a few images have most of a
 # gradient's norm, and a quotient by a gradient that is nearly zero can be of any size.
 MEDIANS = ("median_gradient_norm", "linearised_robustness")
-# Shares of images: each image says yes or no.
+# Shares of images: an image's value is 0 or 1.
 PROPORTIONS = tuple(name for name in MEASURES if name.endswith(("_accuracy", "_transfer")))
-NOISE_INVERSIONS = "inversions from noise"  # the images, beside the measures
+NOISE_INVERSIONS = "inversions from noise"  # the key of the images, among the measures
 
 
 class Judges(NamedTuple):
     """Independent networks that name what inversions show.
 
-    A network of standard training is moved by the same patterns as another one, whether a person sees anything in them
-    or not: what it names right may be an adversarial example that transfers.  One that was trained to resist such
-    patterns is the nearer stand-in for a person.  Both are asked.
+    A network of standard training reacts to the same patterns as another one, whether a person sees anything in them or
+    not: what it names right may be an adversarial example that transfers.  A network that was trained to resist such
+    patterns is the better stand-in for a person.  Both are asked.
 
     Attributes:
-        robust: Adversarially trained, by itself, with another seed than any model that is measured.
-        standard: Trained by itself without any of that.
+        robust: Trained adversarially and independently, with a seed that no measured model has.
+        standard: Trained independently, with cross-entropy alone.
     """
 
     robust: nn.Module
@@ -67,14 +67,14 @@ class Protocol:
 
     Attributes:
         eps: Radius of attacks, in units of the images (Linf).
-        samples: The first so many test images.
+        samples: How many test images, from the first on.
         seeds_per_class: Images of each class that inversions start from, each towards every other class.
         inversion_steps: Steps of these; published: 16.
         inversion_step: Their length, in standard deviations of each channel; published: 0.1.
         noise_images: Inversions from noise, for each class.
         noise_steps: Their steps; published: 1,024.
         noise_step: Their length, in standard deviations; published: 2/255.
-        seed: Of attacks and noise.
+        seed: Seed of attacks and noise.
     """
 
     eps: float
@@ -96,16 +96,16 @@ def measure(
     *,
     on_measure: Callable[[str], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Every measure of `MEASURES`, for each image one number, or one for each inversion: [N, ...] float32 on the CPU.
+    """Every measure of `MEASURES`: one number for each image, or for each inversion: [N, ...] float32 on the CPU.
 
-    And under `NOISE_INVERSIONS` the images that were made from noise, [N, C, H, W], image i towards class i modulo the
-    number of classes: they take longest, and a figure may want them.
+    Under `NOISE_INVERSIONS` are the images that were made from noise, [N, C, H, W], image i towards class i modulo the
+    number of classes: making them takes longest, and a figure may need them.
 
     Args:
-        model: Maps images in [0, 1] to logits, normalisation inside; left as it came.
+        model: Maps images in [0, 1] to logits, normalisation inside; left unchanged.
         data: Test images.
-        judges: Other classifiers of the same classes, each trained by itself.
-        protocol: How much.
+        judges: Other classifiers of the same classes, each trained independently.
+        protocol: How much is measured, and how.
         on_measure: Told the name of each measure before it is taken.
     """
     report = on_measure or (lambda name: None)
@@ -125,7 +125,7 @@ def measure(
     values["robust_accuracy"] = right & correct(model, adversary, y)
     report("gradient_norm")
     values["gradient_norm"] = protocol.eps * input_gradients(model, x, y, "loss").flatten(1).abs().sum(1)
-    values["median_gradient_norm"] = values["gradient_norm"].clone()  # files have no two names for the same numbers
+    values["median_gradient_norm"] = values["gradient_norm"].clone()  # files cannot hold one tensor under two names
     report("local_lipschitz")
     values["local_lipschitz"] = local_lipschitz(
         model, x, protocol.eps, generator=generator(protocol.seed, "study", device=device)
@@ -145,7 +145,7 @@ def measure(
     # Left out: an image driven towards its own class, which is named right from the beginning.
     for name, judge in (("inversion_accuracy", judges.robust), ("inversion_transfer", judges.standard)):
         named = inversion_accuracy(judge, inverted, targets)[targets != labels]
-        values[name] = named.reshape(-1, data.num_classes - 1)  # what began with the same image belongs together
+        values[name] = named.reshape(-1, data.num_classes - 1)  # inversions from the same image belong together
     report("noise_inversion_accuracy")
     count = protocol.noise_images * data.num_classes
     nothing = noise(count, data.in_shape, seed=protocol.seed, spread=float(scale.mean())).to(device)
@@ -160,15 +160,15 @@ def measure(
 def accuracy_curve(
     model: nn.Module, x: Tensor, y: Tensor, radii: Sequence[float], *, steps: int = 20, seed: int = 0
 ) -> Tensor:
-    r"""Whether each image stands PGD within each radius (Linf), and any smaller one: bool [B, len(radii)].
+    r"""Whether each image withstands PGD within each radius (Linf), and any smaller one: bool [B, len(radii)].
 
     Args:
-        model: Maps images in [0, 1] to logits; left as it came.
+        model: Maps images in [0, 1] to logits; left unchanged.
         x: Images in [0, 1].  [B, C, H, W]
         y: Labels.  [B]
-        radii: Ascending; at 0 an image stands if it is classified right.
-        steps: Of the attack, each a quarter of the radius.
-        seed: Of its starts.
+        radii: Ascending; at 0 an image counts if it is classified right.
+        steps: Steps of the attack, each a quarter of the radius.
+        seed: Seed of its starts.
     """
     standing = correct(model, x, y)
     columns = []
@@ -186,16 +186,16 @@ def accuracy_curve(
 def summarise(
     values: dict[str, Tensor], confidence: float = 0.95, *, differences: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Mean (of `MEDIANS` the median) and bootstrap interval of each measure, over the images where it is finite.
+    """Mean (for `MEDIANS` the median) and bootstrap interval of each measure, over the images where it is finite.
 
-    Images are resampled, each with all its seeds and all that was made of it.  Where all of them say yes or all no, the
-    interval is Wilson's.
+    Images are resampled, each with the values of all seeds and of everything made from it.  Where all values are 0, or
+    all are 1, the interval is Wilson's.
 
     Args:
         values: For each measure, [N], or [N, S] for S seeds of one method on the same images, or [N, S, T] for T
             numbers of each.
-        confidence: Of the intervals.
-        differences: The values are differences between two networks.
+        confidence: Confidence of the intervals.
+        differences: Whether the values are differences between two networks.
     """
     summary: dict[str, dict[str, Any]] = {}
     for name, numbers in values.items():
@@ -214,7 +214,7 @@ def summarise(
 
 
 def centre(name: str, values: Tensor) -> float:
-    """Mean, or of `MEDIANS` the median, of a measure's values."""
+    """The mean of a measure's values, or for `MEDIANS` their median."""
     return float(values.double().quantile(0.5) if name in MEDIANS else values.double().mean())
 
 

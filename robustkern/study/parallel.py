@@ -26,11 +26,11 @@ def in_parallel(
 ) -> None:
     """Do every task, `jobs` at a time, in their order as far as `ready` allows.
 
-    One job works in this process; more work in processes of their own, which end when this one does.
+    With one job, tasks run in this process; with more, in processes of their own, which end when this one does.
 
     Args:
-        tasks: What to do; picklable where there is more than one job.
-        work: Does one; a function of a module, or a partial of one.
+        tasks: What to do; picklable if there is more than one job.
+        work: Does one task; a function of a module, or a partial of one.
         jobs: Processes.
         ready: Whether a task can begin, given the numbers of those that are done.
         on_start: Told the number of each task before it begins.
@@ -38,7 +38,7 @@ def in_parallel(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the processes were told to stop, which a training does after its step.
-        TrainingError: A process ended without a word, or no task can begin.
+        TrainingError: A process ended without a message, or no task can begin.
         Exception: What a task raised; the others are stopped.
     """
     running: set[int] = set()
@@ -65,7 +65,7 @@ def in_parallel(
             work(tasks[number])
             end(number)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would share the threads' locks of PyTorch
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of PyTorch's threads
     processes: dict[Connection, SpawnProcess] = {}
     given: dict[Connection, int] = {}
     with StopOnSignal() as stop:
@@ -96,7 +96,7 @@ def in_parallel(
                         ) from None
                     if error is None:
                         end(number)
-                    elif stop.signal is None:  # else it says that it stopped
+                    elif stop.signal is None:  # otherwise the error only says that it was stopped
                         raise error
                 if stop.signal is not None:
                     name = signal.Signals(stop.signal).name
@@ -111,7 +111,7 @@ def in_parallel(
 
 
 def _end_with_parent() -> None:
-    """Ends this process with its parent: one that is killed tells nobody, and its workers must not keep their locks."""
+    """Ends this process when its parent ends: a killed parent tells nobody, and workers must not keep locks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -119,7 +119,7 @@ def _end_with_parent() -> None:
 
 
 def _serve(connection: Connection, work: Callable[[Task], None]) -> None:
-    """A worker's life: tasks come in, None or an exception goes out, until the other end is closed."""
+    """The loop of a worker: tasks come in, None or an exception goes out, until the other end is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:

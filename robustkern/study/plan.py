@@ -13,16 +13,16 @@ from robustkern.training.errors import require
 PAPER = ("standard", "label-smoothing", "distillation", "fgsm", "pgd", "trades", "gradient-penalty", "fisher")
 OURS = ("jacobian", "cross-lipschitz", "gradient-penalty-l2", "gradient-penalty-linf", "llr", "cure")
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0)  # multiples of the recipe's weight
-# (oriented, smooth): the entry that stands for it
+# (oriented, smooth): the entry in that cell
 TWO_BY_TWO = {
     (False, False): "gradient-penalty x 0, labels shuffled",
     (False, True): "gradient-penalty, labels shuffled",
     (True, False): "gradient-penalty x 0",
     (True, True): "gradient-penalty",
 }
-# Norms of the gradient, and by how much the weight of the recipe, whose norm is L1, is multiplied to make the penalty
-# about as large: of a Gaussian vector of 784 entries the L1 norm is 22 times the L2 norm and 190 times the largest
-# entry; of one of 64, 6 and 20 times.
+# Norms of the gradient, and the factor on the weight of the recipe, whose norm is L1, that makes the penalty about as
+# large: the L1 norm of a Gaussian vector of 784 entries is 22 times its L2 norm and 190 times its largest entry; for
+# 64 entries, 6 and 20 times.
 _OTHER_NORMS = {"gradient-penalty-l2": (2.0, 20.0), "gradient-penalty-linf": (float("inf"), 200.0)}
 _OF_ENTRIES = 784
 
@@ -32,14 +32,14 @@ class Entry:
     """One kind of model of a study.
 
     Attributes:
-        name: As tables and folders have it.
-        method: A name of `robustkern.training.METHODS`; empty for a network that is given.
-        options: Of the method, in place of the recipe's.
-        shuffled: Trained on labels that were shuffled among the images: no orientation to learn.
-        factor: Of the smoothness weight in the recipe; None: as it is there. For other norms than L1, of images with
+        name: Its name in tables and folders.
+        method: A name of `robustkern.training.METHODS`; empty for a given network.
+        options: Options of the method, in place of the recipe's.
+        shuffled: Whether it is trained on shuffled labels, so that there is no orientation to learn.
+        factor: Factor on the recipe's smoothness weight; None: none. For norms other than L1, it is for images with
             784 entries.
-        swept: Belongs to the sweep rather than the matrix.
-        source: Of a given network, see `robustkern.study.given.load_given`.
+        swept: Whether it belongs to the sweep rather than the matrix.
+        source: Source of a given network, see `robustkern.study.given.load_given`.
     """
 
     name: str
@@ -57,15 +57,15 @@ class Plan:
 
     Attributes:
         data: A name of `robustkern.data.NAMES`.
-        methods: Of `PAPER` and `OURS`: the matrix.
+        methods: Names from `PAPER` and `OURS`: the matrix.
         given: Name and source of networks that are measured as they are: beside the matrix, or, under the name of a
             method, in its place.
         seeds: Models of each kind.
         sweep: Multiples of the gradient penalty's weight; empty for none.
         two_by_two: Train on shuffled labels as well.
         samples: Test images that are measured.
-        epochs: Of each training; None: half the recipe's, after which every method has shown what it does.
-        threads: CPU threads of each.
+        epochs: Epochs of each training; None: half the recipe's, after which every method has shown what it does.
+        threads: CPU threads of each training.
         device: "cpu" or "cuda".
     """
 
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def matrix(self) -> list[str]:
-        """Names of every method and every given network, without those of the sweep and the 2x2."""
+        """Names of every method and every given network, without the sweep and the 2x2."""
         return [entry.name for entry in self.entries() if not entry.shuffled and not entry.swept]
 
     def entries(self) -> list[Entry]:

@@ -16,7 +16,7 @@ from .plan import TWO_BY_TWO, Plan
 from .results import SMOOTHNESS
 from .study import Study
 
-Table = list[list[tuple[str, str]]]  # a head, then rows; of each cell its text, and what stands small beside it
+Table = list[list[tuple[str, str]]]  # a head, then rows; a cell is its text, and a small text below
 _TITLES = {
     "centred_alignment": "|cosine| of gradient and image, means out",
     "edge_concentration": "gradient energy on edges",
@@ -185,7 +185,7 @@ def tables(study: Study) -> list[tuple[str, str, Table]]:
 
 
 def judges_note(study: Study) -> str:
-    """How well the judges know the classes.
+    """A sentence on how well the judges know the classes.
 
     Args:
         study: A finished study.
@@ -195,7 +195,7 @@ def judges_note(study: Study) -> str:
 
 
 def command(study: Study) -> str:
-    """What makes the study again."""
+    """The command that makes the study again."""
     plan, usual = study.plan, Plan(study.plan.data)
     words: list[object] = ["robustkern", "study", "--data", plan.data, "--seeds", plan.seeds, "--samples", plan.samples]
     if plan.epochs != usual.epochs:

@@ -16,13 +16,13 @@ CONTRASTS: dict[str, tuple[tuple[bool, bool], tuple[bool, bool]]] = {
     "orientation alone − neither": ((True, False), (False, False)),
     "smoothness alone − neither": ((False, True), (False, False)),
 }
-# What is small where a network is smooth: in the loss, as a mean and as a median, and in the logits.
+# Measures that are small where a network is smooth: of the loss, as a mean and as a median, and of the logits.
 SMOOTHNESS = ("gradient_norm", "median_gradient_norm", "local_lipschitz")
-Values = Mapping[str, Tensor]  # of one model: a number for each image, by measure
+Values = Mapping[str, Tensor]  # for one model: a number for each image, by measure
 
 
 def summary(models: Sequence[Values]) -> dict[str, dict[str, Any]]:
-    """Mean or median and interval of each measure over images and seeds, and that of each seed.
+    """Mean or median, and interval, of each measure over images and seeds, and the mean or median of each seed.
 
     Args:
         models: The values of each seed.
@@ -34,7 +34,7 @@ def curve(standing: Sequence[Tensor], radii: Sequence[float]) -> list[dict[str, 
     """Points of eps, accuracy, low, high.
 
     Args:
-        standing: Of each seed, which image stands at which radius.  [N, len(radii)]
+        standing: For each seed, which image withstands which radius.  [N, len(radii)]
         radii: Ascending.
     """
     points = []
@@ -48,8 +48,8 @@ def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, 
     """For each of `CONTRASTS` and each measure: mean (or median) difference, low, high, and that of each seed.
 
     Paired: an image's value under one network less its value under the other, of the same seed; the bootstrap draws
-    images.  An interval that does not hold zero says that these networks differ on images like these; how much
-    networks of other seeds would differ, the seeds themselves show.
+    images.  An interval without zero says that these networks differ on images like these; the values of the
+    seeds show how much networks of other seeds would differ.
 
     Args:
         cells: By (oriented, smooth), the values of each seed.
@@ -62,7 +62,7 @@ def contrasts(cells: Mapping[tuple[bool, bool], Sequence[Values]]) -> dict[str, 
 
 
 def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoothness: str) -> dict[str, float]:
-    """Spearman's rank correlation over networks of each measure with smoothness, which is less of `smoothness`.
+    """Spearman's rank correlation, over networks, of each measure with smoothness: smoother is less of `smoothness`.
 
     Smoothness can be measured in several ways, and the answer depends on it: ask for more than one.
 
@@ -78,7 +78,7 @@ def rank_correlations(networks: Sequence[Mapping[str, Mapping[str, Any]]], smoot
         known = torch.tensor([pair for pair in pairs if None not in pair], dtype=torch.float64)
         if name not in SMOOTHNESS and len(known) >= 3:
             ranks = torch.stack([_ranks(-known[:, 0]), _ranks(known[:, 1])])
-            # Undefined where all are the same.
+            # Undefined where all values are the same.
             found[name] = float(torch.corrcoef(ranks).nan_to_num()[0, 1])
     return found
 

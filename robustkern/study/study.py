@@ -51,7 +51,7 @@ from .measures import MEASURES, NOISE_INVERSIONS, Judges, Protocol, accuracy_cur
 from .parallel import in_parallel
 from .plan import TWO_BY_TWO, Entry, Plan, configuration, folder_name, teacher_folder, training_settings
 
-_JUDGES = {"robust": "fgsm", "standard": "standard"}  # how they are trained, see `robustkern.study.Judges`
+_JUDGES = {"robust": "fgsm", "standard": "standard"}  # how each is trained, see `robustkern.study.Judges`
 _JUDGE_SEED = 1000  # no model of the study has it
 _CURVE = "accuracy at the radii"
 _TERMS = ("epoch", "orientation", "smoothness")  # of a row of metrics, for the figures
@@ -70,12 +70,13 @@ class Study:
         summary: For each entry's name, for each measure: value, low, high over images and seeds, and their number.
         curves: For each entry's name, points of eps, accuracy, low, high under PGD-20.
         terms: For each entry that was trained, rows of metrics of its first model.
-        noise: For each entry, what its first model made from noise, see `robustkern.study.measures.NOISE_INVERSIONS`.
+        noise: For each entry, the images that its first model made from noise, see
+            `robustkern.study.measures.NOISE_INVERSIONS`.
         contrasts: Differences between the cells of the 2x2, see `robustkern.study.results.contrasts`.
-        correlations: For each of `robustkern.study.results.SMOOTHNESS`, of each measure with it, over the matrix; see
+        correlations: For each of `robustkern.study.results.SMOOTHNESS`, each measure's with it, over the matrix; see
             `robustkern.study.results.rank_correlations`.
         judges: The share of the test images that each judge names right.
-        folder: Where everything lies.
+        folder: Where all files are.
     """
 
     plan: Plan
@@ -121,14 +122,14 @@ def run(
     observer: Observer | None = None,
     on_unit: Callable[[str, int, int, float], None] | None = None,
 ) -> Study:
-    """Train and measure whatever is not there yet; killed at any moment, the same call goes on.
+    """Train and measure whatever is not there yet; if it is killed at any moment, the same call goes on.
 
     Args:
-        plan: What to do. A folder belongs to one plan, but for its seeds, methods, sweep and 2x2, which may grow.
+        plan: What to do. A folder belongs to one plan, of which only seeds, methods, sweep and 2x2 may grow.
         folder: Where everything goes.
         root: Folder with the data set's files.
         jobs: Models at a time, each in a process with `plan.threads` threads. The results do not depend on it.
-        observer: Is told how each training goes; with one job only.
+        observer: Told how each training goes; with one job only.
         on_unit: Told the name of each model before it is trained and measured, its number, of how many, and how many
             seconds are left, judging by those before (0: unknown).
 
@@ -137,7 +138,7 @@ def run(
         Interrupted: SIGINT or SIGTERM; what was trained was saved.
     """
     require(jobs >= 1, f"jobs must be at least 1, got {jobs}")
-    torch.set_num_threads(plan.threads)  # of the figures as well
+    torch.set_num_threads(plan.threads)  # for the figures too
     entries = plan.entries()
     test = datasets.load(plan.data, root, "test")
     for entry in entries:
@@ -146,7 +147,7 @@ def run(
     refuse_foreign(folder, _PARTS, "a study", marker="plan.json")
     folder.mkdir(parents=True, exist_ok=True)
     _claim(plan, folder)
-    # Seed by seed, so that a study that was stopped has something of everything.
+    # Seed by seed, so that a stopped study has some models of every kind.
     units = [Unit(entry, seed) for seed in range(plan.seeds) for entry in entries if not (entry.source and seed)]
     tasks = [
         *(Unit(None, judge=judge) for judge in _JUDGES),
@@ -189,9 +190,9 @@ def run(
 
 
 def _is_there(unit: Unit, plan: Plan, folder: Path, test: Dataset) -> bool:
-    """Whether a model was measured, and trained with the settings that it would have now."""
+    """Whether a model was measured, and was trained with the settings that it would get now."""
     assert unit.entry is not None
-    if unit.entry.source:  # what lies behind the name may be another network by now
+    if unit.entry.source:  # its name may mean another network by now
         return False
     out = folder / "models" / folder_name(unit.entry.name, unit.seed)
     if not (out / "results.json").exists() or read_values(_values_path(folder, unit.entry, unit.seed)) is None:
@@ -211,7 +212,7 @@ def read_values(path: Path) -> dict[str, Tensor] | None:
 
 def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: Observer | None) -> None:
     """Train one model, unless it is there or given, and measure it."""
-    torch.set_num_threads(plan.threads)  # a process of its own may come here first
+    torch.set_num_threads(plan.threads)  # this may be the first call in a process of its own
     if unit.entry is None:
         config = recipe(plan.data, _JUDGES[unit.judge], seed=_JUDGE_SEED, **training_settings(plan))
         _train(config, _judge(folder, unit.judge), root, observer)
@@ -238,13 +239,13 @@ def make(unit: Unit, *, plan: Plan, folder: Path, root: Path | None, observer: O
 
 
 def _train(config: TrainingConfig, out: Path, root: Path | None, observer: Observer | None) -> None:
-    """Train, go on training, or leave a finished run of the same configuration as it is."""
+    """Train, resume, or leave a finished run of the same configuration as it is."""
     if not (out / "results.json").exists() or read_config(out).differences(config):
-        train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has figures of all
+        train(config, out, root=root, resume=True, observer=observer, draw=False)  # the report has their figures
 
 
 def _claim(plan: Plan, folder: Path) -> None:
-    """A folder holds models of one data set and one length of training."""
+    """Reserve a folder for this plan: it holds models of one data set and one length of training."""
     mine = {"data": plan.data, "epochs": plan.epochs, "samples": plan.samples, "threads": plan.threads}
     path = folder / "plan.json"
     if path.exists():
@@ -257,7 +258,7 @@ def _claim(plan: Plan, folder: Path) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What a study's `plan.json` holds; UsageError if that is none."""
+    """The content of a study's `plan.json`; UsageError if it is not a plan."""
     try:
         plan = parse_json(read_bytes(path, _MOST_PLAN))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Averages of the weights over the training: smoother than the last ones, and less prone to robust overfitting."""
+"""Averages of the weights over training: smoother than the last ones, and less prone to robust overfitting."""
 
 import copy
 
@@ -15,12 +15,12 @@ class WeightAverage:
     2020.
 
     Args:
-        model: Whose weights are averaged; the average begins with what they are now.
+        model: The model whose weights are averaged; the average starts from their present values.
         decay: In [0, 1).
 
     Attributes:
         model: The averaged model, in eval mode.
-        updates: How many steps went into it.
+        updates: How many steps went into the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

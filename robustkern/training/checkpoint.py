@@ -1,4 +1,4 @@
-"""Checkpoints that survive anything: written atomically, verified when read, the last ones kept.
+"""Checkpoints: written atomically, verified when read, the last two kept.
 
 A checkpoint is two files, `checkpoint-<step>.pt` with the state and `checkpoint-<step>.json`, its manifest, with size
 and SHA-256 of the first. The manifest is written last: without it there is no checkpoint.
@@ -58,8 +58,8 @@ class Progress:
         skipped: Steps skipped in a row for a non-finite loss or gradient.
         sums: Sums over the steps of this epoch, for its row of metrics.
         rows: The rows of metrics of the epochs completed.
-        best: Of the weights that were best on the validation set: epoch, which weights, their accuracies.
-        ended: Stopped by the watch for catastrophic overfitting, before the last epoch.
+        best: The epoch, kind and accuracies of the weights that were best on the validation set.
+        ended: Whether the watch for catastrophic overfitting stopped the run before the last epoch.
     """
 
     step: int
@@ -71,7 +71,7 @@ class Progress:
     ended: bool = False
 
     def check(self) -> None:
-        """ValueError unless everything is of its type."""
+        """ValueError unless every value has its type."""
         for name in ("step", "epoch", "skipped"):
             _require(type(getattr(self, name)) is int and 0 <= getattr(self, name) < 1 << 62, name)
         _require(_is_row(self.sums) and None not in self.sums.values(), "sums")
@@ -87,7 +87,7 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """All there is to resume a run from.
+    """Everything that a run is resumed from.
 
     Attributes:
         progress: Where it stands.
@@ -123,14 +123,14 @@ class TrainState:
 
         Args:
             content: Its result.
-            source: What errors call it.
+            source: Its name in errors.
 
         Raises:
             CheckpointError: It is something else, or of another model, optimizer or version.
         """
         try:
             check_archive(content)
-            # weights_only: tensors and containers, no code, even from a file whose manifest was forged with it.
+            # weights_only: tensors and containers, no code, even if file and manifest were forged.
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds on a file it refuses
             reason = brief(str(error).strip().partition("\n")[0]) or type(error).__name__
@@ -170,7 +170,7 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, config: T
         folder: The run directory.
         state: What to save.
         fingerprint: What the checkpoint belongs to; loading under another one is refused.
-        config: Of the run; loading under another one is refused.
+        config: The run's configuration; loading under another one is refused.
 
     Raises:
         TrainingError: A weight is not finite, or the disk is full; older checkpoints are left alone.
@@ -217,7 +217,7 @@ def load_latest(
         folder: The run directory.
         state: What to restore.
         fingerprint: As for `save_checkpoint`.
-        differences: From the configuration that a checkpoint was written with to that of this run.
+        differences: What differs between the configuration that a checkpoint was written with and that of this run.
 
     Returns:
         One sentence for each checkpoint that was passed over.
@@ -242,7 +242,7 @@ def load_latest(
 
 
 def check_finite(model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not finite: saved, they would push the healthy checkpoints out."""
+    """Refuse weights that are not finite: saving them would push the healthy checkpoints out."""
     values = model.state_dict() if isinstance(model, nn.Module) else model
     for name, value in values.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -285,7 +285,7 @@ def _read_verified(
 def check_archive(content: bytes) -> None:
     """ValueError unless it is an archive of `torch.save`, and loading it makes nothing larger than the archive.
 
-    Entries could be compressed, and the pickle could call functions that `weights_only` takes for harmless, such as
+    Entries could be compressed, and the pickle could call functions that `weights_only` considers harmless, such as
     bytearray(10**12).
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -320,7 +320,7 @@ def _check_buffers(state: Any, optimizer: torch.optim.Optimizer) -> None:
     """ValueError unless every tensor of an optimizer's state is of the size of its parameter, or a single number."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _require(set(state) == {"state", "param_groups"}, "parts of an optimizer's state")
-    # Shallow: what containers hold may be larger than the file by any factor.
+    # Shallow: the content of a container may be larger than the file by any factor.
     for group, saved in zip(optimizer.param_groups, state["param_groups"]):
         for name in set(group) - {"params"}:
             kinds = (int, float) if type(group[name]) in (int, float) else (type(group[name]),)

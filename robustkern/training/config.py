@@ -33,25 +33,25 @@ class TrainingConfig:
         method: A name of `robustkern.training.METHODS`.
         options: The options of the method; those left out take the method's defaults.
         model: A name of `robustkern.models.MODELS`.
-        eps: Radius in units of the images: 8/255 or 0.1. Of the attack that measures robustness, and of methods that
-            need one.
+        eps: Radius in units of the images: 8/255 or 0.1. Used by the attack that measures robustness, and by methods
+            that need one.
         epochs: Passes over the training set.
-        batch_size: Samples per step, those of all processes together. The last, smaller batch of an epoch is trained
+        batch_size: Samples per step, of all processes together. The last, smaller batch of an epoch is trained
             on as well, and a single sample left over joins the batch before.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Weight decay. Decoupled for AdamW, L2 for SGD.
         schedule: "one-cycle", "cosine", "triangular", "step", "constant". In this order: a linear rise over the first
             quarter, then a cosine to zero; the cosine alone; a linear rise over the first half, a linear fall over the
-            second; times `gamma` at each of the `milestones`; the peak all the time.
+            second; the peak times `gamma` at each of the `milestones`; the peak all the time.
         milestones: For schedule "step": epochs after which the rate falls, 100,150. None: after half and three
             quarters.
-        gamma: What it is multiplied with there.
-        ramp: Share of the training over which the weight grows from 0 to full. That of the smoothness term, linearly.
+        gamma: Factor on the learning rate at each milestone.
+        ramp: Share of the training over which the smoothness weight grows from 0 to full. It grows linearly.
         clip: Largest gradient norm; 0: no clipping. A longer gradient is scaled down to it.
         ema: Decay of a moving average of the weights, such as 0.995; 0: none. See `WeightAverage`.
-        amp: Forward passes in bfloat16. Those of the loss, where PyTorch's autocast does that; weights, reductions of
-            the loss, optimizer and evaluation stay float32.
+        amp: Forward passes in bfloat16. Only those of the loss, where PyTorch's autocast does that; weights, reductions
+            of the loss, optimizer and evaluation stay float32.
         sync_batch_norm: With several GPUs: BatchNorm over the whole batch. Otherwise over each process's part.
         seed: Seed of everything random. Decides initial weights, validation split, order of the samples, augmentation
             and everything random in losses and attacks.
@@ -59,18 +59,18 @@ class TrainingConfig:
         device: "cpu" or "cuda".
         threads: CPU threads of each process. Part of the result, because they decide the order in which sums are taken.
         train_samples: Train on the first N samples; 0: all.
-        shuffle_labels: A control: training images get each other's labels. By the seed, those held out for validation
-            as well, so that there is nothing to learn but the images themselves.
-        validation: Hold out that share, or number, of the training samples; keep the best weights. A share is below
+        shuffle_labels: A control: training images get each other's labels. The seed decides which. Images held
+            out for validation get them too, so that there is nothing to learn but the images themselves.
+        validation: Hold out this share, or number, of the training samples; keep the best weights. A share is below
             1; 0: none.
         eval_samples: Attack the first N test or validation samples; 0: all.
         eval_every: Epochs between attacks; the last is always measured. Robust accuracy is null in the rows between.
         pgd_steps: Steps of the attack.
         watch: What to do about catastrophic overfitting: "warn", "stop" or "off". See `overfitting`; "stop" ends the
-            training, and takes a validation set.
+            training, and needs a validation set.
         checkpoint_every: Steps between checkpoints inside an epoch; 0: only at its end.
-        max_skipped: Steps in a row that may be skipped for a loss that is not finite. Or a gradient; more of them, and
-            the run fails.
+        max_skipped: Steps in a row that may be skipped for a loss that is not finite. The same goes for a gradient;
+            after more of them, the run fails.
     """
 
     data: str = setting(panel=WHAT)
@@ -131,7 +131,7 @@ class TrainingConfig:
         require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
 
     def to_yaml(self) -> str:
-        """What `from_yaml` reads; numbers to their last bit."""
+        """The text that `from_yaml` reads; numbers keep their last bit."""
         values = dataclasses.asdict(self)
         return dump_yaml({**values, "milestones": list(self.milestones)})
 

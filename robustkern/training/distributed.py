@@ -1,9 +1,9 @@
 """The processes that train one model together, as torchrun starts them; one process alone is a group too.
 
 Gradients are averaged here, after the backward pass, in one message, rather than by DistributedDataParallel. Its hooks
-count on one forward pass through the wrapper for each backward pass and on every parameter's gradient coming once.
-Robust losses run several forward passes, differentiate with respect to the input in between, and twice; averaging the
-sums of all that is right whatever a loss does. What is given up is the overlap of communication and backward pass.
+rely on one forward pass through the wrapper per backward pass, and on each parameter's gradient coming once. Robust
+losses run several forward passes, and differentiate with respect to the input in between, and twice. Averaging the
+final gradients is right whatever a loss does. The price is that communication does not overlap the backward pass.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Group:
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
-        device: Where tensors that are exchanged lie: "cpu" for gloo, "cuda" for NCCL.
-        timeout: Seconds after which a process gives up the others.
+        device: Where exchanged tensors are: "cpu" for gloo, "cuda" for NCCL.
+        timeout: Seconds after which a process gives up on the others.
     """
 
     rank: int = 0
@@ -74,11 +74,11 @@ class Group:
         return box[0]  # type: ignore[return-value]
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises on process 0, on all of them."""
+        """Runs `function` on process 0 alone; returns or raises the same on all."""
         return self.broadcast(self.on_all(lambda: function() if self.main else None))  # type: ignore[return-value]
 
     def on_all(self, function: Callable[[], T]) -> T:
-        """What `function` returns here; if it fails on any process, its error on all of them."""
+        """Runs `function` on every process, and returns its result; if it fails on one, all raise that error."""
         if self.size == 1:
             return function()
         result: T | None = None
@@ -110,7 +110,7 @@ class Group:
 def settle_imports() -> None:
     """Imports, before a group begins, the modules of PyTorch that keep the current group as the default of an argument.
 
-    The optimizers import them. If that happens while a group exists, they hold it for ever: destroying it then does not
+    The optimizers import them. If that happens while a group exists, they hold it forever: destroying it then does not
     end gloo's threads, and a thread that still releases a tensor when the interpreter ends aborts the process.
     """
     importlib.import_module("torch._dynamo")

@@ -21,7 +21,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: str) -> Iterator[None]:
-    """On a GPU, use algorithms that give the same bits each time, where there are such; on CPUs all of them do."""
+    """On a GPU, use algorithms that give the same bits each time, where they exist; on a CPU, all of them do."""
     if device == "cpu":
         yield
         return

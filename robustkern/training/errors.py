@@ -17,8 +17,8 @@ class Interrupted(Exception):
     """A signal asked the run to stop, and its state was saved.
 
     Attributes:
-        done: How far it came.
-        further: What goes on from there.
+        done: How far the run got.
+        further: How to go on from there.
     """
 
     def __init__(self, done: str, further: str = "--resume goes on from there") -> None:

@@ -18,7 +18,7 @@ _OF = ("logit", "loss", "margin")
 
 
 class Attack(Protocol):
-    """What `robustkern.attacks` are."""
+    """The call of an attack, as in `robustkern.attacks`."""
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -81,7 +81,7 @@ def robust_accuracy(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is."""
+    """The device that a model is on."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
@@ -111,17 +111,17 @@ def _share(
 def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", batch_size: int = 250) -> Tensor:
     """d z_y / dx, d CE / dx or d (z_y - max_{j != y} z_j) / dx for each sample, in eval mode: [B, C, H, W].
 
-    The logit's is what a person is shown: it does not fade where a network is certain, as that of the loss does.
+    Figures show the logit's gradient: it does not fade where a network is certain, as that of the loss does.
 
     Args:
-        model: Maps images to logits; left as it came.
+        model: Maps images to logits; left unchanged.
         x: Images.  [B, C, H, W]
         y: Their labels.  [B]
         of: "logit", "loss" or "margin".
         batch_size: Samples at a time.
 
     Raises:
-        ValueError: Another `of`.
+        ValueError: An unknown `of`.
     """
     check_choice("input_gradients", "of", of, _OF)
     parts = []

@@ -91,7 +91,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
             grid[row, column].imshow(_normalised(grad[column]), cmap="RdBu_r", vmin=-1, vmax=1)
             if grey:
                 grid[row, column].contour(x[column, 0].numpy(), levels=[0.5], colors="#222222", linewidths=0.8)
-        # Upright, a name has no more room than the height of its row.
+        # The label runs upwards, so a name has no more room than the height of its row.
         long = len(name) > 14
         grid[row, 0].set_ylabel(name.replace("-", "-\n") if long else name, fontsize=8 if long else 10)
     grid[0, 0].set_ylabel("image", fontsize=10)
@@ -110,7 +110,7 @@ def gradients(path: Path, data: Dataset, networks: Mapping[str, nn.Module]) -> N
 
 
 def eps_text(eps: float) -> str:
-    """Radii as the field writes them: 8/255 where it is a whole number of grey levels, else the plain number."""
+    """A radius as the literature writes it: 8/255 where it is a whole number of grey levels, else the plain number."""
     levels = eps * 255
     return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
@@ -119,9 +119,9 @@ def one_of_each(data: Dataset, networks: Sequence[nn.Module] = (), limit: int | 
     """The first image of each class that every network classifies right, else the first: images, labels.
 
     Args:
-        data: Images to choose from; the first 50 of each class are looked at.
+        data: Images to choose from; the first 50 of each class are tried.
         networks: Classifiers.
-        limit: Of the first so many classes; None: of all.
+        limit: How many classes, from the first on; None: all.
     """
     chosen = []
     for label in range(data.num_classes if limit is None else min(limit, data.num_classes)):

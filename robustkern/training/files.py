@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, whatever happens in between; a folder for one process alone."""
+"""Writes files so that each is always the old version or the new one; reserves a folder for one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from robustkern._text import brief
 from .errors import TrainingError, UsageError, require
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"
-# Of files that we write; the end is `tempfile.mkstemp`'s.
+# Temporary names of files that we write; their end comes from `tempfile.mkstemp`.
 _STALE = re.compile(r"\.tmp-(probe|[\w-]+\.(yaml|jsonl?|pt|safetensors|png|html|md))-[a-z0-9_]{8}")
 _OWNER = re.compile(rb"\s*\d*\s*")
 
@@ -70,7 +70,7 @@ def refuse_foreign(folder: Path, ours: Collection[str], kind: str, marker: str |
         folder: The folder.
         ours: Names of what we write into it.
         kind: What we call such a folder.
-        marker: Where this file is, everything else may be there too.
+        marker: If this file is there, anything else may be there too.
     """
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file, not a folder")
     names = names_in(folder) if folder.exists() else []
@@ -87,7 +87,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder if it is not there, and find out now whether files can be written into it.
+    """Make a folder if it is not there, and check now whether files can be written into it.
 
     Raises:
         OSError: They cannot.

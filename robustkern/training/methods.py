@@ -235,7 +235,7 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
     Args:
         name: A name of `METHODS`.
         options: Its options; those left out take the method's defaults.
-        eps: Radius of the perturbations it should stand, in units of the images.
+        eps: Radius of the perturbations that it should withstand, in units of the images.
         impl: "auto", "kernel" or "reference".
     """
     method = _method(name)

@@ -9,7 +9,7 @@ from .config import TrainingConfig
 
 
 class Observer:
-    """What a run tells whoever watches it; override what is of interest.  Of several processes, the first one tells."""
+    """What a run tells an observer; override what is of interest.  Of several processes, only the first tells."""
 
     def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
         """Training begins, or goes on, at `progress`."""

@@ -19,9 +19,9 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "cifar10": {"eps": 8 / 255, "epochs": 30, "lr": 0.1, "model": "preact-resnet18"},
 }
 
-# For the methods that have the option. Label smoothing keeps the loss from vanishing at the training images: where it
-# does, so does its gradient, and a penalty on that gradient has nothing left to act on. The few digits, which are soon
-# learnt by heart, need more of both than the larger sets.
+# For the methods that have the option. Label smoothing keeps the loss from vanishing at the training images: if it
+# vanished, so would its gradient, and a penalty on that gradient would have nothing left to act on. The few digits,
+# which are soon learnt by heart, need more of both than the larger sets.
 _SMOOTHING = {"digits": 0.2, "digits-28": 0.1, "mnist": 0.1, "fashion-mnist": 0.1}
 
 # Options of one method. Attacks of seven steps are those of the study's paper; the digits' weights were tried out.

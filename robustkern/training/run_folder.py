@@ -40,7 +40,7 @@ class RunFolder:
         """The right to write there.
 
         Args:
-            resume: The folder may hold a run of the same configuration.
+            resume: Whether the folder may hold a run of the same configuration.
 
         Raises:
             UsageError: It is neither empty nor such a run, or another process works in it.
@@ -87,7 +87,7 @@ class RunFolder:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, unless the last one is of this very step and epoch.
 
-        While a checkpoint is replaced there is none, and a signal may come.
+        Replacing that one would leave a moment without it, in which a signal may come.
         """
         position = state.progress.step, state.progress.epoch
         if position != self._saved:
@@ -115,7 +115,7 @@ class RunFolder:
         self.group.on_main(save)
 
     def write_not_finite(self, step: int, epoch: int, samples: list[int]) -> Path:
-        """Write down which samples gave a loss or a gradient that is not finite; gives the path of the file."""
+        """Write down which samples gave a loss or a gradient that is not finite; returns the path of the file."""
         self._write("not-finite.json", json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
         return self.path / "not-finite.json"
 
@@ -162,12 +162,12 @@ def _check_claim(config: TrainingConfig, out: Path, resume: bool) -> None:
 
 
 def _differences(written: TrainingConfig, config: TrainingConfig) -> list[str]:
-    """What differs between two configurations, options that are left out taken for their defaults."""
+    """What differs between two configurations, where options that are left out count as their defaults."""
     return _completed(written).differences(_completed(config))
 
 
 def _completed(config: TrainingConfig) -> TrainingConfig:
-    """With the options left out, such as those that are younger than the run."""
+    """The configuration with the options that it leaves out, such as those that are newer than the run."""
     defaults = METHODS[config.method].options if config.method in METHODS else {}
     return replace(config, options={**defaults, **config.options})
 

@@ -18,7 +18,7 @@ def learning_rate(
         step: Steps already taken.
         steps: Steps of the whole run.
         milestones: For "step", the shares of the steps after which it falls; by default half and three quarters.
-        gamma: What it is multiplied with at each of them.
+        gamma: The factor at each of them.
     """
     if schedule == "constant":
         return peak

@@ -35,7 +35,7 @@ from .methods import build_loss, check_options
 from .observer import Observer
 from .run_folder import RunFolder
 from .signals import StopOnSignal
-from .step import Outcome, Stepper
+from .step import Outcome, Stepper, Taken
 from .validation import Validation, split
 
 Sets = tuple[Dataset, Dataset | None, Dataset]  # to train on, held out for validation, to test on
@@ -84,8 +84,8 @@ def train(
         root: Where the files of the data set are, on each machine.
         resume: Go on with the run in `out`, which must have the same configuration. Without one there, start. The
             number of processes may be another one.
-        observer: Is told how the run goes.
-        timeout: Seconds after which a process that does not answer is given up by the others.
+        observer: Told how the run goes.
+        timeout: Seconds after which the others give up on a process that does not answer.
         draw: Write `curves.png` and `gradients.png` as well.
 
     Raises:
@@ -119,7 +119,7 @@ def _check_agreement(group: Group, theirs: TrainingConfig, mine: TrainingConfig)
 
 
 def _prepare(config: TrainingConfig) -> Any:
-    """The loss; whatever can be known to be wrong without the images is an error."""
+    """Builds the loss; raises whatever can be known to be wrong without the images."""
     if config.data not in datasets.NAMES and not Path(config.data).is_dir():
         known = ", ".join(datasets.NAMES)
         raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
@@ -175,6 +175,7 @@ class _Run:
         self.model = model.to(config.device)
         optimizer = _optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
         self.stepper = Stepper(config, self.model, optimizer, loss, group)
+        self.open: tuple[Taken, Tensor, int] | None = None  # the step whose outcome is not known yet
         progress = Progress(step=0, epoch=0, skipped=0, sums=dict.fromkeys(_SUMS, 0.0), rows=[])
         average = WeightAverage(self.model, config.ema) if config.ema else None
         self.state = TrainState(progress, self.model, optimizer, average)
@@ -187,7 +188,7 @@ class _Run:
         return self.state.progress
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Train to the end, and write down what came of it; the accuracies of the weights on test images."""
+        """Train to the end, and write down the results; returns the accuracies of the weights on test images."""
         # Rows that a killed process wrote after its last checkpoint are not part of the run.
         self.folder.write_metrics(self.progress.rows)
         self.observer.on_start(self.config, self.steps_per_epoch, self.progress)
@@ -200,6 +201,7 @@ class _Run:
             self._check_learnt()
             accuracies = self.validation.final()
         except Interrupted:
+            self._settle()
             self.folder.save(self.state)
             raise
         finally:
@@ -223,16 +225,29 @@ class _Run:
             progress.step += 1
             self.observer.on_step(progress)
             if self.config.checkpoint_every and progress.step % self.config.checkpoint_every == 0:
+                self._settle()
                 self.folder.save(self.state)
+        self._settle()
 
     def _step(self, indices: Tensor) -> None:
         shard = Shard.of(self.group.rank, self.group.size, len(indices))
         x, y = self._batch(shard.rows(indices))
         asked = self.stop.signal is not None
-        outcome = self.stepper.take(x, y, shard, self.progress.step, self.steps, stop=asked)
+        step = self.progress.step
+        taken = self.stepper.start(x, y, shard, step, self.steps, stop=asked, before_update=self._settle)
+        self.open = (taken, indices, step)
+        if not self.stepper.late:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Writes down what came of the last step, unless it is done already."""
+        if self.open is None:
+            return
+        (taken, indices, step), self.open = self.open, None
+        outcome = taken.outcome()
         self.stopping = outcome.stop
         if not outcome.finite:
-            self._skip(indices)
+            self._skip(indices, step)
             return
         if self.state.average is not None:
             self.state.average.update(self.model)
@@ -243,7 +258,11 @@ class _Run:
         if self.augmentation is not None:
             seed, epoch = self.config.seed, self.progress.epoch
             x = self.augmentation(x, indices, seed=seed, epoch=epoch, count=len(self.train_set))
-        return x.to(self.config.device), y.to(self.config.device)
+        device = self.config.device
+        if device == "cpu":
+            return x, y
+        # From ordinary memory a copy to the device waits for it.
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
 
     def _count(self, outcome: Outcome, samples: int) -> None:
         progress = self.progress
@@ -254,15 +273,15 @@ class _Run:
             progress.sums["penalised"] += samples
             progress.sums["smoothness"] += samples * outcome.smoothness
 
-    def _skip(self, indices: Tensor) -> None:
+    def _skip(self, indices: Tensor, step: int) -> None:
         progress = self.progress
         progress.skipped += 1
         progress.sums["skipped"] += 1
         if progress.skipped > self.config.max_skipped:
-            path = self.folder.write_not_finite(progress.step + 1, progress.epoch + 1, indices.tolist())
+            path = self.folder.write_not_finite(step + 1, progress.epoch + 1, indices.tolist())
             raise TrainingError(
                 f"the loss or its gradient was not finite {progress.skipped} steps in a row (the last is step "
-                f"{progress.step + 1}, {path} has its samples): lower the learning rate or the weight; the last "
+                f"{step + 1}, {path} has its samples): lower the learning rate or the weight; the last "
                 "checkpoint is from before"
             )
 

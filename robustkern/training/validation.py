@@ -60,7 +60,7 @@ def overfitting(robust: float, fgsm: float | None, rows: Sequence[Row], key: str
         robust: Accuracy under PGD now.
         fgsm: Accuracy under FGSM now, if it was measured.
         rows: The epochs before.
-        key: What accuracy under PGD is called in them.
+        key: The name of accuracy under PGD in them.
     """
     before = next((value for row in reversed(rows) if (value := row.get(key)) is not None), None)
     if before is not None and before - robust > _DROP:
@@ -74,7 +74,7 @@ class Validation:
     """Measures accuracies, keeps the best weights, watches for catastrophic overfitting.
 
     The weights and, if there is one, their average are measured on the validation set, or on the test set if nothing
-    was held out. The best are those with the highest robust accuracy on the validation set, of both, the earliest in
+    was held out. Of both, those with the highest robust accuracy on the validation set are the best, the earliest in
     case of a tie; without a validation set no weights are called the best. A network that is trained on single-step
     attacks is attacked by FGSM too.
 
@@ -105,7 +105,7 @@ class Validation:
         return {"last": self.state.model, **({} if average is None else {"ema": average.model})}
 
     def epoch(self, row: Row) -> str | None:
-        """Put the accuracies after an epoch into its row; gives a warning if it looks like catastrophic overfitting."""
+        """Put the accuracies after an epoch into its row; returns a warning of catastrophic overfitting, if any."""
         config, progress = self.config, self.state.progress
         number = progress.epoch + 1
         data, prefix = (self.test_set, "") if self.validation_set is None else (self.validation_set, "validation_")

@@ -107,7 +107,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a safetensors file holds: tensors and metadata.
 
     Raises:
-        CheckpointError: It is none, or cannot be read.
+        CheckpointError: It is not a safetensors file, or cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -126,7 +126,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_description(header: Any) -> None:
-    """ValueError unless it is what `save_weights` was given for a model of ours."""
+    """ValueError unless it describes one of our models, as `save_weights` was given it."""
     if not isinstance(header, dict) or header.get("model") not in tuple(models.MODELS):
         raise ValueError(f"it names none of the models {', '.join(models.MODELS)}")
     classes, shape, eps = header.get("classes"), header.get("in_shape"), header.get("eps", 1.0)

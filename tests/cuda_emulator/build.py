@@ -87,7 +87,7 @@ def build_extension(csrc: Path, out: Path, sanitize: str | None = None, jobs: in
         instrument = [flag for flag in toolchain.SANITIZERS[sanitize] if flag.startswith("-fsanitize=")]
         toolchain.link(kernels, out / KERNELS, ["-shared", *instrument, f"-Wl,-soname,{KERNELS}", *torch_link])
         extension = out / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-        # --no-as-needed: no symbol of the kernels is asked for; loading them registers them.
+        # --no-as-needed: nothing refers to a symbol of the kernels; loading them registers them.
         with_kernels = ["-Wl,--no-as-needed", f"-L{out}", f"-l:{KERNELS}", "-Wl,-rpath,$ORIGIN"]
         toolchain.link(host, extension, ["-shared", *instrument, *with_kernels, *torch_link])
     return extension

@@ -21,7 +21,7 @@ from pathlib import Path
 import toolchain
 
 MISSING = 77
-# ThreadSanitizer runs a block in 15 ms, and has no room for the address space that the probe of a huge grid reserves.
+# Under ThreadSanitizer a block takes 15 ms, and there is no room for the address space that a huge grid reserves.
 ARGUMENTS: dict[str | None, list[str]] = {None: ["--huge"], "address": ["--huge"], "thread": ["--rounds", "3"]}
 
 
@@ -31,7 +31,7 @@ def operators() -> list[str]:
 
 
 def build_test(operator: str, sanitize: str | None, out: Path) -> Path:
-    """Compiles the test program of one operator; its path."""
+    """Compiles the test program of one operator; returns its path."""
     source = toolchain.EMULATOR / f"test_{operator}.cpp"
     if not source.is_file():
         raise toolchain.BuildError(f"the kernels of {operator} have no test: {source.name} does not exist")
@@ -44,7 +44,7 @@ def build_test(operator: str, sanitize: str | None, out: Path) -> Path:
 
 
 def run_test(program: Path, sanitize: str | None, arguments: Sequence[str]) -> tuple[bool, str]:
-    """Runs a test program; whether it passed, and its output."""
+    """Runs a test program; returns whether it passed, and its output."""
     environment = {**os.environ, **toolchain.sanitizer_environment(sanitize)}
     result = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, check=False)
     return result.returncode == 0, (result.stdout + result.stderr).strip()

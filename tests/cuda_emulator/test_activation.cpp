@@ -64,14 +64,15 @@ struct Problem {
   std::int64_t n;
   Buffer<S> u, grad, x, gg_grad, grad_x;
 
-  Problem(Draw& draw, Activation kind, std::int64_t elements)
+  // Tensors begin up to `most_offset` elements behind a multiple of 16 bytes.
+  Problem(Draw& draw, Activation kind, std::int64_t elements, int most_offset)
       : function(kind),
         n(elements),
-        u(n, draw(0, 8)),
-        grad(n, draw(0, 8)),
-        x(n, draw(0, 8)),
-        gg_grad(n, draw(0, 8)),
-        grad_x(n, draw(0, 8)) {
+        u(n, draw(0, most_offset)),
+        grad(n, draw(0, most_offset)),
+        x(n, draw(0, most_offset)),
+        gg_grad(n, draw(0, most_offset)),
+        grad_x(n, draw(0, most_offset)) {
     const bool of_result = kind == Activation::kTanh || kind == Activation::kSigmoid || kind == Activation::kEluResult;
     u.fill_normal(draw.random);
     grad.fill_normal(draw.random);
@@ -114,7 +115,7 @@ struct Problem {
 
 template <class S>
 void test_function(const Options& options, Draw& draw, Activation function, int elements) {
-  Problem<S> t(draw, function, elements);
+  Problem<S> t(draw, function, elements, draw.one_of({0, 8}));
   const int needed = draw(0, 4);
   const bool need_grad = needed != 0, need_x = needed != 1;
   const auto call = [&] {
@@ -124,38 +125,63 @@ void test_function(const Options& options, Draw& draw, Activation function, int 
   for (std::int64_t j = 0; j < t.n; ++j) t.check_element(j, need_grad, need_x);
 }
 
-// Several cotangents of one x: the elements of each, and of grad_x their sum.
-void test_several(const Options& options, Draw& draw, std::int64_t count) {
-  Problem<float> t(draw, Activation::kGelu, draw(1, 3000));
-  Buffer<float> u(count * t.n, draw(0, 8)), g(count * t.n, draw(0, 8)), gg_grad(count * t.n, draw(0, 8));
+// Several cotangents of one x, or none: the elements of each, and of grad_x their sum.
+template <class S>
+void test_several(const Options& options, Draw& draw, Activation function, std::int64_t count) {
+  const int offset = draw.one_of({0, 8});
+  Problem<S> t(draw, function, draw.one_of({draw(1, 3000), 8 * draw(1, 300)}), offset);
+  Buffer<S> u(count * t.n, draw(0, offset)), g(count * t.n, draw(0, offset)), gg_grad(count * t.n, draw(0, offset));
   u.fill_normal(draw.random);
   g.fill_normal(draw.random);
-  ActivationCall<float> c = t.call();
+  const int needed = draw(0, 4);
+  const bool need_grad = needed != 0, need_x = needed != 1;
+  ActivationCall<S> c = t.call(need_grad, need_x);
   c.cotangents = count;
-  c.u = u.data();
-  c.grad = g.data();
-  c.gg_grad = gg_grad.data();
-  const auto call = [&] { return rk::cuda::launch_activation_double_backward(Activation::kGelu, c, nullptr); };
+  c.u = count ? u.data() : nullptr;
+  c.grad = need_x && count ? g.data() : nullptr;
+  c.gg_grad = need_grad ? gg_grad.data() : nullptr;
+  const auto call = [&] { return rk::cuda::launch_activation_double_backward(function, c, nullptr); };
   run_in_all_orders(options, t.text("cotangents", count), call, gg_grad, t.grad_x);
+  const double store = epsilon<S>();
   for (std::int64_t j = 0; j < t.n; ++j) {
-    const Truth want = truth(Activation::kGelu, t.x[j]);
+    const Truth want = truth(function, to_double(t.x[j]));
     double sum = 0.0, room = 1e-6;
     for (std::int64_t i = 0; i < count; ++i) {
-      const double u_j = u[i * t.n + j], g_j = g[i * t.n + j];
-      expect_close(gg_grad[i * t.n + j], want.slope * u_j, 1e-5 * (1 + std::fabs(u_j)),
-                   t.text("gg_grad of several", j));
+      const double u_j = to_double(u[i * t.n + j]), g_j = to_double(g[i * t.n + j]);
+      if (need_grad)
+        expect_close(to_double(gg_grad[i * t.n + j]), want.slope * u_j,
+                     store * std::fabs(want.slope * u_j) + 1e-5 * (1 + std::fabs(u_j)),
+                     t.text("gg_grad of several", j));
       sum += want.bend * u_j * g_j;
       room += 1e-5 * std::fabs(u_j * g_j);
     }
-    expect_close(t.grad_x[j], sum, room, t.text("grad_x of several", j));
+    if (need_x)
+      expect_close(to_double(t.grad_x[j]), sum, store * std::fabs(sum) + room, t.text("grad_x of several", j));
   }
+}
+
+// No bit depends on where the tensors lie.
+template <class S>
+void test_alignment(Draw& draw, Activation function, std::int64_t elements) {
+  Problem<S> t(draw, function, elements, 0), moved(draw, function, elements, 0);
+  Buffer<S> x(elements, 1), gg_grad(elements, 3);
+  std::copy_n(t.x.data(), elements, x.data());
+  ActivationCall<S> c = t.call();
+  expect_success(rk::cuda::launch_activation_double_backward(function, c, nullptr));
+  c.x = x.data();
+  c.gg_grad = gg_grad.data();
+  c.grad_x = moved.grad_x.data();
+  expect_success(rk::cuda::launch_activation_double_backward(function, c, nullptr));
+  const std::size_t bytes = elements * sizeof(S);
+  expect_close(std::memcmp(t.gg_grad.data(), gg_grad.data(), bytes), 0, 0, t.text("gg_grad elsewhere", 0));
+  expect_close(std::memcmp(t.grad_x.data(), moved.grad_x.data(), bytes), 0, 0, t.text("grad_x elsewhere", 0));
 }
 
 // Nothing overflows at the ends of the range, and NaN stays where it is, but where PyTorch's comparisons lose it.
 void test_extremes(Draw& draw) {
   for (const Activation function : {Activation::kGelu, Activation::kGeluTanh, Activation::kSilu, Activation::kMish,
                                     Activation::kSoftplus, Activation::kElu, Activation::kHardswish}) {
-    Problem<float> t(draw, function, 6);
+    Problem<float> t(draw, function, 6, draw.one_of({0, 8}));
     const float values[] = {3e38f, -3e38f, 100.0f, -100.0f, 0.0f, NAN};
     std::copy_n(values, 6, t.x.data());
     expect_success(rk::cuda::launch_activation_double_backward(function, t.call(), nullptr));
@@ -176,10 +202,14 @@ void test_extremes(Draw& draw) {
 
 // Fewer threads than vectors: each does several.
 void test_small_grid(Draw& draw) {
-  Problem<float> t(draw, Activation::kSilu, 1003);
+  Problem<float> t(draw, Activation::kSilu, 1003, 0);
   const auto call = t.call();
   expect_success(rk::cuda::launch(rk::cuda::activation_double_backward_kernel<Activation::kSilu, float>, dim3(2),
                                   dim3(32), 0, nullptr, call));
+  for (std::int64_t j = 0; j < t.n; ++j) t.check_element(j, true, true);
+  t.gg_grad.fill_with_nan();
+  expect_success(rk::cuda::launch(rk::cuda::activation_double_backward_several_kernel<Activation::kSilu, false, float>,
+                                  dim3(2), dim3(32), 0, nullptr, call));
   for (std::int64_t j = 0; j < t.n; ++j) t.check_element(j, true, true);
 }
 
@@ -214,7 +244,10 @@ int main(int argc, char** argv) {
     test_function<double>(options, draw, function, draw(1, 700));
     test_function<__half>(options, draw, function, draw(1, 700));
     test_function<__nv_bfloat16>(options, draw, function, draw(1, 3000));
-    test_several(options, draw, draw(1, 4));
+    test_several<float>(options, draw, function, draw.one_of({0, 2, 3, 4}));
+    test_several<__nv_bfloat16>(options, draw, function, draw(2, 4));
+    test_alignment<float>(draw, function, draw(1, 700));
+    test_alignment<__half>(draw, function, draw(1, 700));
   }
   test_extremes(draw);
   test_small_grid(draw);

@@ -1,6 +1,6 @@
-// The kernels of group_norm against plain loops in double: random shapes and alignments in both layouts, planes of several
-// stretches, groups wider than a strip, with and without weight and cotangents, small grids, and the end of a tensor of
-// more than 2^31 elements.
+// The kernels of group_norm against plain loops in double, in both layouts: planes of one piece and of several, groups that
+// a block holds and larger ones, strips of several groups and of one; in vectors, and element by element at any alignment;
+// with and without weight and cotangents, small grids, and the end of a tensor of more than 2^31 elements.
 #include "group_norm.cuh"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ struct Problem {
   std::int64_t samples, channels, positions, groups;
   bool innermost, weighted, has_u, affine;
   Buffer<S> x, g, u, gg_grad, grad_x;
-  Buffer<A> weight, a, b, mean, rstd, sums, sample_weight, sample_bias, grad_weight, grad_bias;
+  Buffer<A> weight, a, b, mean, rstd, scratch, sample_weight, sample_bias, grad_weight, grad_bias;
 
   Problem(Draw& draw, bool rows, std::int64_t n, std::int64_t group_count, std::int64_t width, std::int64_t s)
       : samples(n),
@@ -30,17 +30,17 @@ struct Problem {
         weighted(draw(0, 1) == 1),
         has_u(draw(0, 4) > 0),
         affine(draw(0, 1) == 1),
-        x(n * channels * s, draw(0, 8)),
-        g(n * channels * s, draw(0, 8)),
-        u(n * channels * s, draw(0, 8)),
-        gg_grad(n * channels * s, draw(0, 8)),
-        grad_x(n * channels * s, draw(0, 8)),
+        x(n * channels * s, offset(draw)),
+        g(n * channels * s, offset(draw)),
+        u(n * channels * s, offset(draw)),
+        gg_grad(n * channels * s, offset(draw)),
+        grad_x(n * channels * s, offset(draw)),
         weight(channels),
         a(channels),
         b(channels),
         mean(n * groups),
         rstd(n * groups),
-        sums(n * channels * slots() * 5),
+        scratch(numbers()),
         sample_weight(n * channels),
         sample_bias(n * channels),
         grad_weight(channels),
@@ -53,26 +53,30 @@ struct Problem {
     }
   }
 
-  std::int64_t slots() const {
+  GroupNormCall<S> shape() const {
     GroupNormCall<S> c{};
+    c.samples = samples;
     c.channels = channels;
     c.positions = positions;
     c.groups = groups;
     rk::cuda::set_units(c, innermost);
-    return c.slots;
+    return c;
+  }
+  // Whole vectors are aligned.
+  std::size_t offset(Draw& draw) const { return rk::cuda::in_words(innermost, shape()) ? 0 : draw(0, 8); }
+  std::size_t numbers() const {
+    GroupNormCall<S> c = shape();
+    A sum = 0;
+    c.grad_weight = &sum;
+    return rk::cuda::scratch_size(c, innermost);
   }
   std::int64_t at(std::int64_t n, std::int64_t c, std::int64_t s) const {
     return innermost ? (n * positions + s) * channels + c : (n * channels + c) * positions + s;
   }
 
   GroupNormCall<S> call(bool second) {
-    GroupNormCall<S> c{};
+    GroupNormCall<S> c = shape();
     c.second = second;
-    c.samples = samples;
-    c.channels = channels;
-    c.positions = positions;
-    c.groups = groups;
-    rk::cuda::set_units(c, innermost);
     c.x = x.data();
     c.g = g.data();
     if (second && has_u) c.u = u.data();
@@ -83,7 +87,7 @@ struct Problem {
     c.rstd = rstd.data();
     if (second) c.gg_grad = gg_grad.data();
     c.grad_x = grad_x.data();
-    c.sums = sums.data();
+    c.scratch = scratch.data();
     c.sample_weight = sample_weight.data();
     c.grad_weight = grad_weight.data();
     if (!second) c.sample_bias = sample_bias.data();
@@ -178,20 +182,61 @@ void test_problem(const Options& options, Problem<S>&& t) {
 }
 
 // Fewer blocks than units: each block does several, one after another, with the same shared memory.
-void test_small_grid(Draw& draw, bool innermost) {
-  Problem<float> t(draw, innermost, 3, 5, 12, 7);
+void test_small_grid(Draw& draw, bool innermost, std::int64_t positions) {
+  using rk::cuda::Words;
+  Problem<float> t(draw, innermost, 3, 5, 4, positions);
   const GroupNormCall<float> c = t.call(true);
+  const auto kernel = innermost          ? rk::cuda::group_norm_rows_kernel<true, float, Words<float>>
+                      : c.threads <= 256 ? rk::cuda::group_norm_planes_kernel<true, true, float, Words<float>>
+                                         : rk::cuda::group_norm_planes_kernel<false, true, float, Words<float>>;
   expect_success(
-      rk::cuda::launch(innermost ? rk::cuda::group_norm_rows_kernel<float> : rk::cuda::group_norm_planes_kernel<float>,
-                       dim3(2), dim3(rk::cuda::kUnitThreads), 0, nullptr, c));
-  expect_success(
-      rk::cuda::launch_column_totals<float>(c.sample_weight, t.grad_weight.data(), t.samples, t.channels, nullptr));
+      rk::cuda::launch(kernel, dim3(2), dim3(c.threads), innermost ? 20 * c.threads * sizeof(float) : 0, nullptr, c));
+  expect_success(rk::cuda::launch_column_totals<float>(c.sample_weight, t.grad_weight.data(), nullptr, nullptr,
+                                                       t.samples, t.channels, nullptr));
   compare(t, true);
+}
+
+// Each result alone is what it is among all; what is not asked for is not written.
+template <class S>
+void test_needs(Problem<S>&& t) {
+  for (const bool second : {false, true}) {
+    expect_success(rk::cuda::launch_group_norm(t.innermost, t.call(second), nullptr));
+    const std::string gg_grad = t.gg_grad.bytes(), grad_x = t.grad_x.bytes(), grad_weight = t.grad_weight.bytes(),
+                      grad_bias = t.grad_bias.bytes();
+    for (int wanted = 0; wanted < 3; ++wanted) {
+      t.gg_grad.fill_with_nan();
+      t.grad_x.fill_with_nan();
+      t.grad_weight.fill_with_nan();
+      t.grad_bias.fill_with_nan();
+      GroupNormCall<S> c = t.call(second);
+      if (wanted != 0) c.grad_x = nullptr;
+      if (wanted != 1) c.grad_weight = c.sample_weight = nullptr;
+      if (wanted != 2) {
+        c.gg_grad = nullptr;
+        c.grad_bias = c.sample_bias = nullptr;
+      }
+      expect_success(rk::cuda::launch_group_norm(t.innermost, c, nullptr));
+      const bool same = wanted == 0   ? t.grad_x.bytes() == grad_x
+                        : wanted == 1 ? t.grad_weight.bytes() == grad_weight
+                        : second      ? t.gg_grad.bytes() == gg_grad
+                                      : t.grad_bias.bytes() == grad_bias;
+      expect_close(same, 1, 0, "result " + std::to_string(wanted) + " alone, " + t.text());
+    }
+    t.gg_grad.fill_with_nan();
+  }
+}
+
+// Vectors that are not aligned are refused rather than read.
+void test_misaligned(Draw& draw, bool innermost) {
+  Problem<float> t(draw, innermost, 1, 2, 4, 8);
+  GroupNormCall<float> c = t.call(false);
+  c.g += 1;
+  expect_close(rk::cuda::launch_group_norm(innermost, c, nullptr), cudaErrorMisalignedAddress, 0, "misaligned vectors");
 }
 
 // The last of so many samples that its elements' flat index passes 2^31; the others do not exist.
 void test_huge(bool innermost) {
-  constexpr std::int64_t samples = 140000, channels = 4, positions = 4096;
+  constexpr std::int64_t samples = 140000, channels = 16, positions = 1024;
   LastRowOnly<__half> x(samples, channels * positions), g(samples, channels * positions),
       grad_x(samples, channels * positions);
   for (std::int64_t i = 0; i < channels * positions; ++i) {
@@ -204,32 +249,64 @@ void test_huge(bool innermost) {
   c.positions = positions;
   c.groups = 1;
   rk::cuda::set_units(c, innermost);
-  std::vector<float> mean(samples, 0.0f), rstd(samples, 1.0f), sums(samples * channels * c.slots * 5);
+  std::vector<float> mean(samples, 0.0f), rstd(samples, 1.0f);
   c.x = x.data();
   c.g = g.data();
   c.mean = mean.data();
   c.rstd = rstd.data();
   c.grad_x = grad_x.data();
-  c.sums = sums.data();
   const FirstBlock first(samples - 1);
   expect_success(rk::cuda::launch_group_norm(innermost, c, nullptr));
   expect_close(to_double(grad_x.last_row()[channels * positions - 1]), 1.0, 1e-3, "grad_x of the last element");
+}
+
+template <class S>
+void test_type(const Options& options, Draw& draw, bool innermost) {
+  constexpr int V = rk::cuda::Words<S>::kSize;
+  const auto problem = [&](std::int64_t width, std::int64_t positions) {
+    return Problem<S>(draw, innermost, draw(1, 3), draw(1, 6), width, positions);
+  };
+  test_problem(options, problem(draw(1, 9), draw(3, 60)));
+  if (innermost)
+    test_problem(options, Problem<S>(draw, true, draw(1, 3), V, draw(1, 9), draw(1, 40)));
+  else
+    test_problem(options, problem(draw(1, 9), V * draw(1, 40)));
+  if (options.huge) test_needs(problem(draw(1, 9), V * draw(1, 20)));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const Options options(argc, argv);
+  const bool thorough = options.huge;  // more threads than ThreadSanitizer follows
   Draw draw{std::mt19937(options.seed)};
   for (const bool innermost : {false, true}) {
     for (int round = 0; round < options.rounds; ++round) {
-      test_problem(options, Problem<float>(draw, innermost, draw(1, 3), draw(1, 6), draw(1, 9), draw(3, 60)));
-      test_problem(options, Problem<__half>(draw, innermost, draw(1, 3), draw(1, 6), draw(1, 9), draw(3, 60)));
-      test_small_grid(draw, innermost);
+      test_type<float>(options, draw, innermost);
+      test_type<__half>(options, draw, innermost);
+      if (thorough && round % 4 == 0) test_type<__nv_bfloat16>(options, draw, innermost);
+      if (thorough && round % 4 == 0) test_type<double>(options, draw, innermost);
+      test_small_grid(draw, innermost, 8);
     }
-    test_problem(options, Problem<float>(draw, innermost, 1, 2, 2, rk::cuda::kStretch + 77));
-    test_problem(options, Problem<float>(draw, innermost, 2, 2, 45, 6));
-    if (options.huge) test_huge(innermost);
+    test_misaligned(draw, innermost);
+    if (thorough) test_huge(innermost);
   }
+  // Planes of several pieces, which a block holds and does not hold; strips of many rows.
+  test_problem(options, Problem<float>(draw, false, 1, 2, 2, 4 * 200));
+  test_small_grid(draw, false, 4 * 260);
+  test_problem(options, Problem<__half>(draw, true, 1, 1, 8, 1100));
+  test_problem(options, Problem<float>(draw, true, 2, 2, 45, 6));
+  test_problem(options, Problem<float>(draw, true, 2, 1, 1, 3));
+  for (const bool innermost : {false, true}) test_problem(options, Problem<float>(draw, innermost, 0, 2, 2, 4));
+  if (!thorough) return finish();
+  test_problem(options, Problem<__half>(draw, false, 2, 2, 7, 8 * 130));
+  test_problem(options, Problem<float>(draw, false, 1, 2, 2, 500));
+  test_needs(Problem<__half>(draw, false, 1, 2, 5, 8 * 300));
+  test_problem(options, Problem<float>(draw, false, 1, 2, 300, 8));
+  test_problem(options, Problem<__half>(draw, false, 1, 1, 5, 8 * 128 + 1));
+  // Strips of several passes, of numbers that shared memory does not hold.
+  test_problem(options, Problem<__half>(draw, true, 1, 4, 8, 1100));
+  test_problem(options, Problem<__half>(draw, true, 2, 2, 272, 6));
+  test_needs(Problem<float>(draw, true, 2, 2, 136, 5));
   return finish();
 }

@@ -1,5 +1,5 @@
 // The kernels of kl_divergence against plain loops in double: random shapes and alignments, temperature, logits of -inf,
-// cotangents and gradients that are not there, small grids, and the end of a matrix of more than 2^31 elements.
+// cotangents and gradients that are not there, rows that are not finite, small grids, and the end of a matrix of more than 2^31 elements.
 #include "kl_divergence.cuh"
 
 #include <algorithm>
@@ -23,7 +23,8 @@ struct Problem {
   Buffer<S> a, b, u, v, grad_p, grad_q;
   Buffer<A> grad, per_row, statistics, statistics_in;
 
-  Problem(Draw& draw, std::int64_t row_count, std::int64_t class_count)
+  // Tensors begin up to `most_offset` elements behind a multiple of 16 bytes.
+  Problem(Draw& draw, std::int64_t row_count, std::int64_t class_count, int most_offset)
       : rows(row_count),
         classes(class_count),
         temperature(draw.one_of({1.0, 0.5, 4.0})),
@@ -31,12 +32,12 @@ struct Problem {
         has_v(draw(0, 3) > 0),
         need_p(draw(0, 3) > 0),
         need_q(draw(0, 3) > 0),
-        a(rows * classes, draw(0, 8)),
-        b(rows * classes, draw(0, 8)),
-        u(rows * classes, draw(0, 8)),
-        v(rows * classes, draw(0, 8)),
-        grad_p(rows * classes, draw(0, 8)),
-        grad_q(rows * classes, draw(0, 8)),
+        a(rows * classes, draw(0, most_offset)),
+        b(rows * classes, draw(0, most_offset)),
+        u(rows * classes, draw(0, most_offset)),
+        v(rows * classes, draw(0, most_offset)),
+        grad_p(rows * classes, draw(0, most_offset)),
+        grad_q(rows * classes, draw(0, most_offset)),
         grad(rows),
         per_row(rows),
         statistics(kKlStatistics * rows),
@@ -178,18 +179,67 @@ void test_problem(const Options& options, Problem<S>& t) {
 
 template <class S>
 void test_shapes(const Options& options, Draw& draw, int rows, int classes) {
-  Problem<S> problem(draw, rows, classes);
+  if (draw(0, 1)) classes = (classes + 7) / 8 * 8;  // whole vectors
+  Problem<S> problem(draw, rows, classes, draw.one_of({0, 8}));
   test_problem(options, problem);
+}
+
+// No bit depends on where the tensors lie.
+template <class S>
+void test_alignment(Draw& draw, std::int64_t classes) {
+  Problem<S> t(draw, 3, classes, 0);
+  t.need_p = t.need_q = true;
+  Buffer<S> a(3 * classes, 1);
+  std::copy_n(t.a.data(), 3 * classes, a.data());
+  const auto bits = [&](Order order, bool elsewhere) {
+    auto c = t.call(order);
+    if (elsewhere) c.p_logits = a.data();
+    expect_success(rk::cuda::launch_kl_divergence(order, c, nullptr));
+    if (order == Order::kValue) std::copy_n(t.statistics.data(), 3 * kKlStatistics, t.statistics_in.data());
+    return t.per_row.bytes() + t.statistics.bytes() + t.grad_p.bytes() + t.grad_q.bytes();
+  };
+  for (const Order order : {Order::kValue, Order::kBackward, Order::kDoubleBackward})
+    expect_close(bits(order, false) == bits(order, true), 1, 0, t.text("bits elsewhere", static_cast<int>(order)));
 }
 
 // Fewer blocks than rows: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
-  Problem<float> t(draw, 7, 300);
-  expect_success(
-      rk::cuda::launch(rk::cuda::kl_divergence_kernel<float>, dim3(2), dim3(96), 0, nullptr, t.call(Order::kValue)));
-  for (std::int64_t row = 0; row < t.rows; ++row) {
+  Problem<float> t(draw, 7, 300, 0);
+  for (const dim3 block : {dim3(96), dim3(32, 3)}) {
+    expect_success(rk::cuda::launch(rk::cuda::kl_divergence_kernel<true, float>, dim3(2), block, 0, nullptr,
+                                    t.call(Order::kValue)));
+    for (std::int64_t row = 0; row < t.rows; ++row) {
+      const Row want(t, row);
+      expect_close(t.per_row[row], want.kl, 1e-4 * (1.0 + want.kl), "divergence in a small grid");
+    }
+    t.per_row.fill_with_nan();
+  }
+}
+
+// Rows that are not finite touch no other.
+void test_infinite(Draw& draw, int classes) {
+  Problem<float> t(draw, 5, classes, 0);
+  t.has_u = t.has_v = t.need_p = t.need_q = true;
+  for (int j = 0; j < classes; ++j) t.a[j] = -INFINITY;
+  t.b[t.classes + classes / 2] = NAN;
+  t.a[2 * t.classes] = INFINITY;
+  for (int j = 1; j < classes; ++j) t.a[3 * t.classes + j] = -INFINITY;  // certain
+  t.a[3 * t.classes] = 1.0f;
+  expect_success(rk::cuda::launch_kl_divergence(Order::kValue, t.call(Order::kValue), nullptr));
+  std::copy_n(t.statistics.data(), 5 * kKlStatistics, t.statistics_in.data());
+  for (const int row : {0, 1, 2}) expect_nan(t.per_row[row], t.text("divergence of no distribution", row));
+  for (const int row : {3, 4}) {
     const Row want(t, row);
-    expect_close(t.per_row[row], want.kl, 1e-4 * (1.0 + want.kl), "divergence in a small grid");
+    expect_close(t.per_row[row], want.kl, 1e-4 * (1.0 + want.kl), t.text("divergence beside rows of NaN", row));
+  }
+  for (const Order order : {Order::kBackward, Order::kDoubleBackward}) {
+    expect_success(rk::cuda::launch_kl_divergence(order, t.call(order), nullptr));
+    for (int j = 0; j < classes; ++j) {
+      for (const int row : {0, 1, 2}) expect_nan(t.grad_p[row * t.classes + j], t.text("grad_p", row, j));
+      for (const int row : {3, 4})
+        expect_close(std::isfinite(t.grad_p[row * t.classes + j]) && std::isfinite(t.grad_q[row * t.classes + j]), 1, 0,
+                     t.text("finite gradients", row, j));
+    }
   }
 }
 
@@ -233,9 +283,14 @@ int main(int argc, char** argv) {
   for (int round = 0; round < options.rounds; ++round) {
     test_shapes<float>(options, draw, draw(1, 5), draw(1, 700));
     test_shapes<__half>(options, draw, draw(1, 5), draw(1, 700));
+    test_shapes<double>(options, draw, draw(1, 3), draw(1, 300));
     test_small_grid(draw);
+    test_alignment<float>(draw, draw(1, 700));
+    test_alignment<__nv_bfloat16>(draw, 8 * draw(1, 90));
+    test_infinite(draw, draw(2, 500));
   }
-  test_shapes<float>(options, draw, 3, 5000);
+  test_shapes<float>(options, draw, 3, 5000);  // several rounds
+  test_shapes<__nv_bfloat16>(options, draw, 2, 20000);
   if (options.huge) test_huge();
   return finish();
 }

@@ -1,6 +1,6 @@
-// The kernels of layer_norm against plain loops in double: random shapes and alignments, with and without mean, weight
-// and cotangents, sums down the columns in a block and in a kernel of their own, small grids, and the end of a matrix of
-// more than 2^31 elements.
+// The kernels of layer_norm against plain loops in double: rows for teams of every size, in vectors and element by element
+// at any alignment, and too long for registers; with and without mean, weight and cotangents; each result alone; small
+// grids, and the end of a matrix of more than 2^31 elements.
 #include "layer_norm.cuh"
 
 #include <algorithm>
@@ -17,9 +17,9 @@ template <class S>
 struct Problem {
   using A = rk::cuda::accumulation_t<S>;
   std::int64_t rows, cols;
-  bool centred, weighted, has_u, affine, own_kernel = false;  // own_kernel: for sums down the columns
+  bool centred, weighted, has_u, affine;
   Buffer<S> x, g, u, gg_grad, grad_x;
-  Buffer<A> weight, a, b, mean, rstd, t, partial_weight, partial_bias, grad_weight, grad_bias;
+  Buffer<A> weight, a, b, mean, rstd, bends, partial_weight, partial_bias, grad_weight, grad_bias;
 
   Problem(Draw& draw, std::int64_t row_count, std::int64_t columns)
       : rows(row_count),
@@ -28,17 +28,17 @@ struct Problem {
         weighted(draw(0, 1) == 1),
         has_u(draw(0, 4) > 0),
         affine(draw(0, 1) == 1),
-        x(rows * cols, draw(0, 8)),
-        g(rows * cols, draw(0, 8)),
-        u(rows * cols, draw(0, 8)),
-        gg_grad(rows * cols, draw(0, 8)),
-        grad_x(rows * cols, draw(0, 8)),
+        x(rows * cols, offset(draw)),
+        g(rows * cols, offset(draw)),
+        u(rows * cols, offset(draw)),
+        gg_grad(rows * cols, offset(draw)),
+        grad_x(rows * cols, offset(draw)),
         weight(cols),
         a(cols),
         b(cols),
         mean(rows),
         rstd(rows),
-        t(2 * rows),
+        bends(6 * rows),
         partial_weight(rows * cols),
         partial_bias(rows * cols),
         grad_weight(cols),
@@ -51,11 +51,14 @@ struct Problem {
     }
   }
 
+  // Rows of whole vectors are aligned.
+  std::size_t offset(Draw& draw) const { return rk::cuda::in_words<S>(cols) ? 0 : draw(0, 8); }
+
   LayerNormCall<S> call(bool second) {
     LayerNormCall<S> c{};
     c.rows = rows;
     c.cols = cols;
-    rk::cuda::set_chunks(c, !own_kernel, true, !second);
+    rk::cuda::set_shares(c);
     c.x = x.data();
     c.g = g.data();
     if (second && has_u) c.u = u.data();
@@ -66,7 +69,7 @@ struct Problem {
     c.rstd = rstd.data();
     if (second) c.gg_grad = gg_grad.data();
     c.grad_x = grad_x.data();
-    if (second) c.t = t.data();
+    c.bends = reinterpret_cast<rk::NormBends<A>*>(bends.data());
     c.partial_weight = partial_weight.data();
     c.grad_weight = grad_weight.data();
     if (!second) c.partial_bias = partial_bias.data();
@@ -180,29 +183,29 @@ void test_problem(const Options& options, Problem<S>& t) {
 
 // Several cotangents of one x: what one launch after the other gives.
 template <class S>
-void test_several(const Options& options, Draw& draw, std::int64_t count) {
-  Problem<S> t(draw, draw(1, 9), draw(2, 300));
+void test_several(const Options& options, Draw& draw, std::int64_t count, std::int64_t cols) {
+  using A = rk::cuda::accumulation_t<S>;
+  Problem<S> t(draw, draw(1, 9), cols);
   t.affine = false;
   t.has_u = true;
   const std::int64_t n = t.rows * t.cols;
-  Buffer<S> g(count * n, draw(0, 8)), u(count * n, draw(0, 8)), first(count * n), gg_grad(count * n, draw(0, 8));
-  Buffer<float> bends(6 * count * t.rows), slopes(2 * count * t.rows);
+  Buffer<S> g(count * n, t.offset(draw)), u(count * n, t.offset(draw)), first(count * n),
+      gg_grad(count * n, t.offset(draw));
+  Buffer<A> bends(6 * count * t.rows);
   g.fill_normal(draw.random);
   u.fill_normal(draw.random);
   const auto several = [&](bool second) {
     LayerNormCall<S> c = t.call(second);
     c.cotangents = count;
-    rk::cuda::set_chunks(c, true, second, false);
     c.g = g.data();
     c.u = second ? u.data() : nullptr;
-    c.grad_bias = nullptr;
+    c.grad_bias = c.partial_bias = nullptr;
     if (second) {
       c.gg_grad = gg_grad.data();
-      c.t = slopes.data();
-      c.bends = reinterpret_cast<rk::NormBends<float>*>(bends.data());
+      c.bends = reinterpret_cast<rk::NormBends<A>*>(bends.data());
     } else {
       c.grad_x = first.data();
-      c.grad_weight = nullptr;
+      c.grad_weight = c.partial_weight = nullptr;
     }
     return rk::cuda::launch_layer_norm(second, c, nullptr);
   };
@@ -211,7 +214,7 @@ void test_several(const Options& options, Draw& draw, std::int64_t count) {
   run_in_all_orders(options, text, [&] { return several(true); }, gg_grad, t.grad_x, t.grad_weight);
 
   Buffer<S> summed(n);
-  Buffer<float> summed_weight(t.cols);
+  Buffer<A> summed_weight(t.cols);
   std::copy_n(t.grad_x.data(), n, summed.data());
   std::copy_n(t.grad_weight.data(), t.cols, summed_weight.data());
   std::vector<double> grad_x(n), grad_weight(t.cols);
@@ -232,18 +235,21 @@ void test_several(const Options& options, Draw& draw, std::int64_t count) {
     for (std::int64_t j = 0; j < t.cols; ++j) grad_weight[j] += to_double(t.grad_weight[j]);
   }
   // each part of the expectation was rounded once
-  const double rounding = static_cast<double>(count) * epsilon<S>() / epsilon<float>();
+  const double rounding = static_cast<double>(count) * epsilon<S>() / epsilon<A>();
   compare(summed, 0, grad_x, 20.0 + rounding * largest(grad_x), "summed grad_x of " + text);
   compare(summed_weight, 0, grad_weight, 20.0 + largest(grad_weight), "summed grad_weight of " + text);
 }
 
 // Fewer blocks than chunks: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
-  Problem<float> t(draw, 23, 70);
+  Problem<float> t(draw, 300, 72);
   const LayerNormCall<float> c = t.call(false);
-  expect_success(rk::cuda::launch(rk::cuda::layer_norm_backward_kernel<float>, dim3(2), dim3(32),
-                                  2 * t.cols * sizeof(float), nullptr, c));
-  expect_success(rk::cuda::launch_column_totals<float>(c.partial_bias, t.grad_bias.data(), c.chunks, t.cols, nullptr));
+  expect_close(static_cast<double>(c.chunks), 10, 0, "the number of chunks");
+  expect_success(rk::cuda::launch(rk::cuda::layer_norm_backward_kernel<float, rk::cuda::Words<float>, 3>, dim3(3),
+                                  dim3(rk::cuda::kRowThreads), rk::cuda::kRowThreads / c.team * t.cols * sizeof(float),
+                                  nullptr, c));
+  expect_success(rk::cuda::launch_column_totals<float>(nullptr, nullptr, c.partial_bias, t.grad_bias.data(), c.chunks,
+                                                       t.cols, nullptr));
   for (std::int64_t j = 0; j < t.cols; ++j) {
     double sum = 0.0;
     for (std::int64_t row = 0; row < t.rows; ++row) sum += t.g[row * t.cols + j];
@@ -251,9 +257,47 @@ void test_small_grid(Draw& draw) {
   }
 }
 
+// Each result alone is what it is among all; what is not asked for is not written.
+template <class S>
+void test_needs(Draw& draw, std::int64_t cols) {
+  Problem<S> t(draw, 5, cols);
+  for (const bool second : {false, true}) {
+    expect_success(rk::cuda::launch_layer_norm(second, t.call(second), nullptr));
+    const std::string gg_grad = t.gg_grad.bytes(), grad_x = t.grad_x.bytes(), grad_weight = t.grad_weight.bytes(),
+                      grad_bias = t.grad_bias.bytes();
+    for (int wanted = 0; wanted < 3; ++wanted) {
+      t.gg_grad.fill_with_nan();
+      t.grad_x.fill_with_nan();
+      t.grad_weight.fill_with_nan();
+      t.grad_bias.fill_with_nan();
+      LayerNormCall<S> c = t.call(second);
+      if (wanted != 0) c.grad_x = nullptr;
+      if (wanted != 1) c.grad_weight = c.partial_weight = nullptr;
+      if (wanted != 2) {
+        c.gg_grad = nullptr;
+        c.grad_bias = c.partial_bias = nullptr;
+      }
+      expect_success(rk::cuda::launch_layer_norm(second, c, nullptr));
+      const bool same = wanted == 0   ? t.grad_x.bytes() == grad_x
+                        : wanted == 1 ? t.grad_weight.bytes() == grad_weight
+                        : second      ? t.gg_grad.bytes() == gg_grad
+                                      : t.grad_bias.bytes() == grad_bias;
+      expect_close(same, 1, 0, "result " + std::to_string(wanted) + " alone, " + t.text());
+    }
+    t.gg_grad.fill_with_nan();
+  }
+}
+
+// Vectors that are not aligned are refused rather than read.
+void test_misaligned(Draw& draw) {
+  Problem<float> t(draw, 2, 8);
+  LayerNormCall<float> c = t.call(false);
+  c.g += 1;
+  expect_close(rk::cuda::launch_layer_norm(false, c, nullptr), cudaErrorMisalignedAddress, 0, "misaligned vectors");
+}
+
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
-void test_huge() {
-  constexpr std::int64_t rows = 140000, cols = 16384;
+void test_huge(std::int64_t rows, std::int64_t cols) {
   LastRowOnly<__half> x(rows, cols), g(rows, cols), u(rows, cols), gg_grad(rows, cols), grad_x(rows, cols);
   for (std::int64_t j = 0; j < cols; ++j) {
     x.last_row()[j] = from_double<__half>(j % 2 ? 1.0 : -1.0);
@@ -261,10 +305,14 @@ void test_huge() {
     u.last_row()[j] = from_double<__half>(j % 4 < 2 ? 1.0 : -1.0);
   }
   std::vector<float> mean(rows, 0.0f), rstd(rows, 1.0f);
+  std::vector<rk::NormBends<float>> bends(rows);
   LayerNormCall<__half> c{};
   c.rows = rows;
   c.cols = cols;
-  rk::cuda::set_chunks(c, true, false, false);
+  rk::cuda::set_shares(c);
+  c.chunk_rows = 1;
+  c.chunks = rows;
+  c.bends = bends.data();
   c.x = x.data();
   c.g = g.data();
   c.u = u.data();
@@ -279,24 +327,73 @@ void test_huge() {
   expect_close(to_double(gg_grad.last_row()[cols - 1]), -1.0, 1e-3, "gg_grad of the last element");
 }
 
+// Columns of so many 16-byte vectors, or of one element more.
+template <class S>
+std::int64_t columns(int vectors, int more = 0) {
+  return vectors * rk::cuda::Words<S>::kSize + more;
+}
+
+// What the kernels leave for the sums down the columns, without the kernel that adds it up: fewer threads.
+template <class S>
+void test_partial_sums(const Options& options, Problem<S>&& t) {
+  for (const bool second : {false, true}) {
+    LayerNormCall<S> c = t.call(second);
+    c.grad_weight = c.grad_bias = nullptr;
+    t.partial_bias.fill_with_nan();
+    const auto call = [&] { return rk::cuda::launch_layer_norm(second, c, nullptr); };
+    run_in_all_orders(options, "partial sums, " + t.text(), call, t.partial_weight, t.partial_bias, t.grad_x);
+  }
+}
+
+template <class S>
+void test_type(const Options& options, Draw& draw) {
+  constexpr int V = rk::cuda::Words<S>::kSize;
+  Problem<S> in_vectors(draw, draw(1, 20), columns<S>(draw(1, 96 / V)));
+  test_problem(options, in_vectors);
+  Problem<S> element_by_element(draw, draw(1, 12), columns<S>(draw(0, 96 / V - 1), 1));
+  test_problem(options, element_by_element);
+  test_several<S>(options, draw, draw(1, 4), columns<S>(draw(1, 96 / V)));
+  test_several<S>(options, draw, 3, columns<S>(draw(0, 96 / V - 1), 1));
+  if (options.huge) test_needs<S>(draw, columns<S>(draw(1, 96 / V)));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const Options options(argc, argv);
+  const bool thorough = options.huge;  // more threads than ThreadSanitizer follows
   Draw draw{std::mt19937(options.seed)};
   for (int round = 0; round < options.rounds; ++round) {
-    Problem<float> floats(draw, draw(1, 12), draw(2, 300));
-    test_problem(options, floats);
-    Problem<__half> halves(draw, draw(1, 12), draw(2, 300));
-    test_problem(options, halves);
-    test_several<float>(options, draw, draw(1, 4));
-    test_several<__half>(options, draw, 3);
-    test_small_grid(draw);
+    test_type<float>(options, draw);
+    test_type<__half>(options, draw);
+    if (thorough && round % 4 == 0) test_type<__nv_bfloat16>(options, draw);
+    if (thorough && round % 4 == 0) test_type<double>(options, draw);
   }
-  Problem<float> many_rows(draw, 60, 40);
-  test_problem(options, many_rows);
-  many_rows.own_kernel = true;  // as for rows whose sums do not fit a block
-  test_problem(options, many_rows);
-  if (options.huge) test_huge();
+  test_small_grid(draw);
+  test_misaligned(draw);
+  Problem<float> no_rows(draw, 0, 8);
+  test_problem(options, no_rows);
+  test_partial_sums(options, Problem<float>(draw, 9, columns<float>(150)));
+  test_partial_sums(options, Problem<__half>(draw, 3, columns<__half>(300)));
+  test_partial_sums(options, Problem<float>(draw, 2, columns<float>(769)));
+  if (!thorough) return finish();
+  for (const int vectors : {40, 96, 97, 130, 192, 193, 300, 512, 700, 768}) {  // teams of one warp and of several
+    Problem<__half> t(draw, 9, columns<__half>(vectors));
+    test_problem(options, t);
+  }
+  test_several<__half>(options, draw, 2, columns<__half>(96));
+  for (const int vectors : {769, 1600}) {  // too long for registers
+    Problem<float> floats(draw, 3, columns<float>(vectors));
+    test_problem(options, floats);
+    test_several<__half>(options, draw, 2, columns<__half>(vectors));
+    test_needs<float>(draw, columns<float>(vectors));
+  }
+  for (const int elements : {511, 1023, 1025, 1801}) {
+    Problem<__half> t(draw, 10, elements);
+    test_problem(options, t);
+    test_several<float>(options, draw, 2, elements);
+  }
+  test_huge(140000, 16384);
+  test_huge(560000, 4096);
   return finish();
 }

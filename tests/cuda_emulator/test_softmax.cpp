@@ -18,17 +18,18 @@ struct Problem {
   std::int64_t batch, classes, inner, n;
   Buffer<S> u, grad, output, gg_grad, grad_output;
 
-  Problem(Draw& draw, bool of_log, std::int64_t rows, std::int64_t class_count, std::int64_t columns)
+  // Tensors begin up to `most_offset` elements behind a multiple of 16 bytes.
+  Problem(Draw& draw, bool of_log, std::int64_t rows, std::int64_t class_count, std::int64_t columns, int most_offset)
       : log(of_log),
         batch(rows),
         classes(class_count),
         inner(columns),
         n(batch * classes * inner),
-        u(n, draw(0, 8)),
-        grad(n, draw(0, 8)),
-        output(n, draw(0, 8)),
-        gg_grad(n, draw(0, 8)),
-        grad_output(n, draw(0, 8)) {
+        u(n, draw(0, most_offset)),
+        grad(n, draw(0, most_offset)),
+        output(n, draw(0, most_offset)),
+        gg_grad(n, draw(0, most_offset)),
+        grad_output(n, draw(0, most_offset)) {
     u.fill_normal(draw.random);
     grad.fill_normal(draw.random);
     Buffer<double> logits(n);
@@ -96,7 +97,8 @@ struct Problem {
 
 template <class S>
 void test_shape(const Options& options, Draw& draw, int batch, int classes, int inner) {
-  Problem<S> t(draw, draw(0, 1), batch, classes, inner);
+  if (draw(0, 1)) (inner == 1 ? classes : inner) = ((inner == 1 ? classes : inner) + 7) / 8 * 8;  // whole vectors
+  Problem<S> t(draw, draw(0, 1), batch, classes, inner, draw.one_of({0, 8}));
   const int needed = draw(0, 4);
   const bool need_grad = needed != 0, need_output = needed != 1;
   const auto call = [&] {
@@ -106,14 +108,34 @@ void test_shape(const Options& options, Draw& draw, int batch, int classes, int 
   t.check(need_grad, need_output);
 }
 
+// No bit depends on where the tensors lie.
+template <class S>
+void test_alignment(Draw& draw, std::int64_t classes, std::int64_t inner) {
+  Problem<S> t(draw, draw(0, 1), 3, classes, inner, 0);
+  Buffer<S> u(t.n, 1), gg_grad(t.n, 3), grad_output(t.n, 0);
+  std::copy_n(t.u.data(), t.n, u.data());
+  auto c = t.call(true, true);
+  expect_success(rk::cuda::launch_softmax_double_backward(t.log, c, nullptr));
+  c.u = u.data();
+  c.gg_grad = gg_grad.data();
+  c.grad_output = grad_output.data();
+  expect_success(rk::cuda::launch_softmax_double_backward(t.log, c, nullptr));
+  const std::size_t bytes = t.n * sizeof(S);
+  expect_close(std::memcmp(t.gg_grad.data(), gg_grad.data(), bytes), 0, 0, t.text("gg_grad elsewhere", 0));
+  expect_close(std::memcmp(t.grad_output.data(), grad_output.data(), bytes), 0, 0, t.text("grad_output elsewhere", 0));
+}
+
 // Fewer blocks than units of work: each does several, one after another.
 void test_small_grid(Draw& draw) {
-  Problem<float> rows(draw, false, 7, 300, 1), columns(draw, false, 3, 5, 100);
-  expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_rows_kernel<false, float>, dim3(2), dim3(96), 0,
-                                  nullptr, rows.call(true, true)));
-  expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_columns_kernel<false, float>, dim3(2), dim3(32), 0,
-                                  nullptr, columns.call(true, true)));
-  rows.check(true, true);
+  Problem<float> rows(draw, false, 7, 300, 1, 0), columns(draw, false, 3, 5, 100, 0);
+  for (const dim3 block : {dim3(96), dim3(32, 3)}) {
+    expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_rows_kernel<false, true, float>, dim3(2), block,
+                                    0, nullptr, rows.call(true, true)));
+    rows.check(true, true);
+    rows.gg_grad.fill_with_nan();
+  }
+  expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_columns_kernel<false, 1, float>, dim3(2), dim3(32),
+                                  0, nullptr, columns.call(true, true)));
   columns.check(true, true);
 }
 
@@ -151,7 +173,12 @@ int main(int argc, char** argv) {
     test_shape<__half>(options, draw, draw(1, 5), draw(1, 700), 1);
     test_shape<__nv_bfloat16>(options, draw, draw(1, 3), draw(1, 30), draw(2, 300));
     test_shape<double>(options, draw, draw(1, 3), draw(1, 70), draw(1, 3));
+    test_alignment<float>(draw, draw(1, 500), 1);
+    test_alignment<__half>(draw, 8 * draw(1, 60), 1);
+    test_alignment<__nv_bfloat16>(draw, draw(1, 30), draw(2, 60));
   }
+  test_shape<float>(options, draw, 2, 9000, 1);  // several rounds
+  test_shape<__nv_bfloat16>(options, draw, 2, 20000, 1);
   test_small_grid(draw);
   if (options.huge) test_huge();
   return finish();

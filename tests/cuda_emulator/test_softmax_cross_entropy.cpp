@@ -1,5 +1,6 @@
 // The kernels of softmax_cross_entropy against plain loops in double: random shapes and alignments, the three kinds of
-// target, smoothing, temperature, ignored and invalid rows, small grids, and the end of a matrix of more than 2^31 elements.
+// target, smoothing, temperature, ignored and invalid rows, infinite logits, small grids, and the end of a matrix of more
+// than 2^31 elements.
 #include "softmax_cross_entropy.cuh"
 
 #include <algorithm>
@@ -26,16 +27,17 @@ struct Problem {
   Buffer<std::int64_t> indices;
   Buffer<A> wide, grad, per_row, statistics, statistics_in;
 
-  Problem(Draw& draw, Target kind, std::int64_t row_count, std::int64_t class_count)
+  // Tensors begin up to `most_offset` elements behind a multiple of 16 bytes, and rows are as many apart.
+  Problem(Draw& draw, Target kind, std::int64_t row_count, std::int64_t class_count, int most_offset)
       : rows(row_count),
         classes(class_count),
-        stride(classes + draw(0, 1) * draw(0, 9)),
+        stride(classes + draw(0, 1) * draw(0, most_offset)),
         target(kind),
         smoothing(draw.one_of({0.0, 0.1})),
         temperature(draw.one_of({1.0, 0.5, 4.0})),
-        logits(rows * stride, draw(0, 8)),
-        u(rows * stride, draw(0, 8)),
-        out(rows * classes, draw(0, 8)),
+        logits(rows * stride, draw(0, most_offset)),
+        u(rows * stride, draw(0, most_offset)),
+        out(rows * classes, draw(0, most_offset)),
         narrow(rows * stride),
         indices(rows),
         wide(rows * stride),
@@ -176,20 +178,79 @@ void test_problem(const Options& options, Problem<S>& t) {
 
 template <class S>
 void test_shapes(const Options& options, Draw& draw, int rows, int classes) {
-  Problem<S> problem(draw, draw.one_of({Target::indices, Target::narrow, Target::wide}), rows, classes);
+  const Target kind = draw.one_of({Target::indices, Target::indices, Target::narrow, Target::wide});
+  if (draw(0, 1)) classes = (classes + 7) / 8 * 8;  // whole vectors
+  Problem<S> problem(draw, kind, rows, classes, draw.one_of({0, 9}));
   test_problem(options, problem);
+}
+
+// No bit depends on where the tensors lie.
+template <class S>
+void test_alignment(Draw& draw, Target kind, std::int64_t classes) {
+  Problem<S> t(draw, kind, 3, classes, 0);
+  if (t.stride != classes) fail_usage("rows are not adjacent");
+  Buffer<S> logits(3 * classes, 1), out(3 * classes, 3);
+  std::copy_n(t.logits.data(), 3 * classes, logits.data());
+  const auto bits = [&](Order order, bool elsewhere) {
+    auto c = t.call(order);
+    if (elsewhere) c.logits = logits.data();
+    if (elsewhere && c.out) c.out = out.data();
+    expect_success(rk::cuda::launch_softmax_cross_entropy(order, c, nullptr));
+    std::string text = t.per_row.bytes() + t.statistics.bytes();
+    if (c.out) text.append(reinterpret_cast<const char*>(c.out), 3 * classes * sizeof(S));
+    if (order == Order::kValue) std::copy_n(t.statistics.data(), 6, t.statistics_in.data());
+    return text;
+  };
+  for (const Order order : {Order::kValue, Order::kBackward, Order::kDoubleBackward})
+    expect_close(bits(order, false) == bits(order, true), 1, 0, t.text("bits elsewhere", static_cast<int>(order)));
 }
 
 // Fewer blocks than rows: each block does several, one after another, with the same shared memory.
 void test_small_grid(Draw& draw) {
-  Problem<float> t(draw, Target::indices, 7, 300);
+  Problem<float> t(draw, Target::indices, 7, 300, 0);
   const auto call = t.call(Order::kValue);
-  expect_success(rk::cuda::launch(rk::cuda::softmax_cross_entropy_kernel<float>, dim3(2), dim3(96), 0, nullptr, call));
-  for (std::int64_t row = 0; row < t.rows; ++row) {
-    if (t.is_ignored(row) || t.is_invalid(row)) continue;
-    const Row want(t, row);
-    expect_close(t.per_row[row], want.loss, 1e-4 * (1.0 + std::fabs(want.max) + want.loss), "loss in a small grid");
+  const auto check = [&] {
+    for (std::int64_t row = 0; row < t.rows; ++row) {
+      if (t.is_ignored(row) || t.is_invalid(row)) continue;
+      const Row want(t, row);
+      expect_close(t.per_row[row], want.loss, 1e-4 * (1.0 + std::fabs(want.max) + want.loss), "loss in a small grid");
+    }
+    t.per_row.fill_with_nan();
+  };
+  const auto kernel = rk::cuda::softmax_cross_entropy_kernel<rk::cuda::Target::kSmoothedIndex, true, float>;
+  for (const dim3 block : {dim3(96), dim3(32, 3)}) {
+    expect_success(rk::cuda::launch(kernel, dim3(2), block, 0, nullptr, call));
+    check();
   }
+}
+
+// Rows that are not finite, and their neighbours: masked classes, and what makes a row NaN.
+void test_infinite(Draw& draw, int classes) {
+  constexpr float inf = INFINITY;
+  Problem<float> t(draw, Target::indices, 6, classes, 0);
+  t.smoothing = 0.0;
+  t.temperature = 1.0;
+  for (int row = 0; row < 6; ++row) t.indices[row] = 0;
+  for (int j = 1; j < classes; ++j) t.logits[j] = -inf;             // one class is left: certain
+  for (int j = 0; j < classes; ++j) t.logits[t.stride + j] = -inf;  // none
+  t.logits[2 * t.stride + classes - 1] = inf;
+  t.logits[3 * t.stride + classes / 2] = NAN;
+  for (int j = 0; j < classes; ++j) t.logits[4 * t.stride + j] = j ? 1e38f : 2e38f;  // far apart, and large
+  expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kValue, t.call(Order::kValue), nullptr));
+  std::copy_n(t.statistics.data(), 12, t.statistics_in.data());
+  expect_close(t.per_row[0], 0.0, 0.0, "loss where one class is left");
+  for (const int row : {1, 2, 3}) expect_nan(t.per_row[row], t.text("loss of no distribution", row));
+  expect_close(t.per_row[4], 0.0, 0.0, "loss of large logits");
+  expect_close(t.per_row[5], Row(t, 5).loss, 1e-4 * (1.0 + Row(t, 5).loss), "loss beside rows of NaN");
+  expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kBackward, t.call(Order::kBackward), nullptr));
+  for (int j = 0; j < classes; ++j) {
+    for (const int row : {0, 4}) expect_close(t.out[row * classes + j], 0.0, 0.0, t.text("grad_logits", row, j));
+    for (const int row : {1, 2, 3}) expect_nan(t.out[row * classes + j], t.text("grad_logits", row, j));
+    expect_close(std::isfinite(t.out[5 * classes + j]), 1, 0, t.text("finite grad_logits", 5, j));
+  }
+  t.smoothing = 0.1;
+  expect_success(rk::cuda::launch_softmax_cross_entropy(Order::kValue, t.call(Order::kValue), nullptr));
+  expect_close(t.per_row[0], inf, 0.0, "loss of a masked class that smoothing weighs");
 }
 
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
@@ -234,9 +295,15 @@ int main(int argc, char** argv) {
   for (int round = 0; round < options.rounds; ++round) {
     test_shapes<float>(options, draw, draw(1, 5), draw(1, 700));
     test_shapes<__half>(options, draw, draw(1, 5), draw(1, 700));
+    test_shapes<double>(options, draw, draw(1, 3), draw(1, 300));
     test_small_grid(draw);
+    test_alignment<float>(draw, draw.one_of({Target::indices, Target::narrow}), 4 * draw(1, 200));
+    test_alignment<__nv_bfloat16>(draw, draw.one_of({Target::indices, Target::wide}), 8 * draw(1, 200));
+    test_infinite(draw, draw(2, 700));
   }
   test_shapes<float>(options, draw, 3, 5000);
+  test_shapes<float>(options, draw, 2, 20001);  // several rounds
+  test_shapes<__nv_bfloat16>(options, draw, 2, 40000);
   if (options.huge) test_huge();
   return finish();
 }

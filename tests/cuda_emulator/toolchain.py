@@ -34,8 +34,8 @@ SANITIZERS: dict[str | None, list[str]] = {
     "thread": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
 
-# Where a kernel loads 16 bytes at once if the address allows, and one element after another if not, g++ 12 makes one
-# load of both branches, and takes the alignment that only the first has for granted. nvcc does not.
+# A kernel loads 16 bytes at once if the address allows it, else one element after another. g++ 12 merges both branches
+# into one load, which assumes the alignment that only the first branch has. nvcc does not.
 CORRECTNESS = ["-fno-if-conversion", "-fno-if-conversion2"]
 
 Input = TypeVar("Input")
@@ -142,13 +142,13 @@ def up_to_date(target: Path, command: Sequence[str]) -> bool:
 
 
 def record_build(target: Path, command: Sequence[str], inputs: Sequence[str]) -> None:
-    """Remembers for :func:`up_to_date` how ``target`` was made."""
+    """Records for :func:`up_to_date` how ``target`` was made."""
     record = {"command": list(command), "inputs": _fingerprint(inputs)}
     target.with_name(target.name + ".json").write_text(json.dumps(record))
 
 
 def compile_object(source: Path, target: Path, flags: Sequence[str]) -> bool:
-    """Compiles ``source``, a .cpp or .cu file, to ``target`` unless that is up to date; whether it had to."""
+    """Compiles ``source``, a .cpp or .cu file, to ``target`` unless that is up to date; returns whether it did."""
     command = [compiler(), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
     if up_to_date(target, command):
         return False
@@ -160,7 +160,7 @@ def compile_object(source: Path, target: Path, flags: Sequence[str]) -> bool:
 
 
 def link(objects: Sequence[Path], target: Path, flags: Sequence[str]) -> bool:
-    """Links ``objects`` to ``target`` unless that is up to date; whether it had to."""
+    """Links ``objects`` to ``target`` unless that is up to date; returns whether it did."""
     command = [compiler(), *map(str, objects), "-o", str(target), *flags]
     if up_to_date(target, command):
         return False
@@ -182,7 +182,7 @@ def sanitizer_environment(sanitize: str | None) -> dict[str, str]:
     """What a process that loads sanitized code must find in its environment, besides the runtime itself."""
     if sanitize == "address":
         return {
-            # Python and PyTorch keep much memory to the end. Fibers leave no room for a fake stack per frame.
+            # Python and PyTorch keep much memory until exit. Fibers leave no room for a fake stack per frame.
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }

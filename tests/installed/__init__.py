@@ -16,12 +16,12 @@ class Case:
     name: str
     function: Callable[..., Tensor]  # of the inputs, twice differentiable in all of them
     inputs: Callable[[torch.dtype], tuple[Tensor, ...]]  # fresh, detached; all require grad when used
-    # The same function in operators whose second derivative PyTorch has, where it lacks that of `function`'s own.
+    # The same function in operators whose second derivative PyTorch has, if it lacks that of `function`'s operator.
     stock: Callable[..., Tensor] | None = None
-    # The same where PyTorch gets the third derivative of `function`'s own wrong.
+    # The same, if PyTorch gets the third derivative of `function`'s operator wrong.
     third: Callable[..., Tensor] | None = None
     half: bool = True  # also in float16 and bfloat16
-    crashes: bool = False  # PyTorch itself, in some of the gradients
+    crashes: bool = False  # whether PyTorch itself crashes in some of the gradients
 
     def __str__(self) -> str:
         return self.name
@@ -30,7 +30,7 @@ class Case:
 def images(
     *shape: int, affine: bool = True, layout: torch.memory_format = torch.contiguous_format
 ) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
-    """An image of a batch, with the weight and bias of every channel if affine."""
+    """A batch of images, with the weight and bias of every channel if affine."""
 
     def make(dtype: torch.dtype) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)

@@ -22,12 +22,12 @@ def inputs(*shape: int, scale: float = 2.0, layout: torch.memory_format = torch.
 
 
 def in_place(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`function` of something that it may overwrite."""
+    """`function` on a tensor that it may overwrite."""
     return lambda x: function(x * 1.5 + 0.25)
 
 
 def in_place_on_view(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`function` on one half of a tensor, all of which is used afterwards."""
+    """`function` on one half of a tensor that is then used as a whole."""
 
     def apply(x: Tensor) -> Tensor:
         y = x + 0.25

@@ -57,7 +57,7 @@ def attention(
 
 
 def visible(*shape: int) -> Callable[[Tensor], Tensor]:
-    """A boolean mask that hides some keys, but no query's first."""
+    """A boolean mask that hides some keys, but never a query's first one."""
 
     def mask(q: Tensor) -> Tensor:
         rows = torch.arange(torch.Size(shape).numel(), device=q.device).view(shape)
@@ -78,12 +78,12 @@ def added(*shape: int) -> Callable[[Tensor], Tensor]:
 
 
 def self_attention(x: Tensor) -> Tensor:
-    """q, k and v are one tensor."""
+    """Attention where q, k and v are one tensor."""
     return F.scaled_dot_product_attention(x, x, x)
 
 
 def packed(qkv: Tensor) -> Tensor:
-    """The slices of one projection, [B, L, 3, H, D]."""
+    """Attention on the slices of one projection, [B, L, 3, H, D]."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v)
 

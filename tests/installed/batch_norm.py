@@ -28,7 +28,7 @@ def _instance(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
 
 
 def _composed(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """_train whose third derivative PyTorch gets right: its own takes the statistics for constants."""
+    """_train with a third derivative that PyTorch gets right: its own treats the statistics as constants."""
     dims = [d for d in range(x.dim()) if d != 1]
     return _normalized(x, dims, weight, bias)
 

@@ -19,7 +19,7 @@ def _groups(groups: int) -> Callable[..., Tensor]:
 
 
 def _composed(groups: int) -> Callable[..., Tensor]:
-    """The same where PyTorch crashes: in the gradients of weight and bias alone, for channels_last images."""
+    """The same for cases where PyTorch crashes: the gradients of weight and bias alone, for channels_last images."""
 
     def compose(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rows = x.reshape(x.shape[0], groups, -1)

@@ -40,7 +40,7 @@ def _plane_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _composed(function: Callable) -> Callable:
-    """The layer norm whose third derivative PyTorch gets right: its own takes mean and deviation for constants."""
+    """A layer norm with a third derivative that PyTorch gets right: its own treats mean and deviation as constants."""
 
     def compose(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         dims, eps = ((-1,), 1e-5) if function is _layer_norm else ((-2, -1), 1e-3)

@@ -1,4 +1,4 @@
-"""Classification losses of PyTorch: log_softmax and nll_loss behind one another."""
+"""Classification losses of PyTorch: log_softmax followed by nll_loss."""
 
 from __future__ import annotations
 

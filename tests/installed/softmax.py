@@ -10,7 +10,7 @@ from tests.installed.activation import inputs
 
 
 def temperature(x: Tensor) -> Tensor:
-    """Both kinds behind one another."""
+    """Both kinds in sequence."""
     return torch.log_softmax(torch.softmax(x, 1) * 4, 1)
 
 

@@ -1,7 +1,7 @@
 """Sample calls of the operators, over which the tests and `torch.library.opcheck` run: one file for each operator.
 
-That of an operator in `robustkern.ops` has `samples`, that of one of PyTorch's has `double_backward_samples` and, where
-its first derivative is ours too, `backward_samples`.  They cover every option, shape class and layout.
+The file of an operator in `robustkern.ops` has `samples`; that of an operator of PyTorch has `double_backward_samples`
+and, if its first derivative is ours too, `backward_samples`.  They cover every option, shape class and layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sample:
     name: str = ""
     empty: bool = False  # no elements: there is nothing to compare but shapes
     zero: tuple[str, ...] = ()  # which fields of `robustkern.testing.Derivatives` are identically zero
-    orders: int = 2  # derivatives that the kernel has; those beyond are not asked for
+    orders: int = 2  # orders of derivatives that the kernel has; higher ones are not asked for
 
     def __str__(self) -> str:
         return f"{self.op.__name__}({self.name})"
@@ -51,7 +51,7 @@ class DerivativeSample:
 
 
 def samples_of(schema: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Any]:
-    """Of an operator such as "row_norm", or of a derivative such as "group_norm_double_backward"."""
+    """The samples of an operator such as "row_norm", or of a derivative such as "group_norm_double_backward"."""
     stem = re.sub(r"(_double)?_backward$", "", schema)
     module = importlib.import_module(f"tests.samples.{stem}")
     samples: Iterator[Any] = getattr(module, f"{schema}_samples".removeprefix(f"{stem}_"))(device, dtype)

@@ -18,11 +18,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "../../cpu/attention_loops.h"
+#include "../../cpu/pieces.h"
 #include "../../cpu/transpose.h"
+#include "../../math/attention.h"
 #include "attention_arguments.h"
 
 // MKL's, where PyTorch is linked with it.
@@ -45,8 +48,130 @@ class SequentialBlas {
   const int before_;
 };
 
-using rk::cpu::read_piece;
-using rk::cpu::write_piece;
+using namespace rk::cpu;
+
+// ------------------------------------------------------------------ one row of scores between the matrix products
+
+// n, up to the next multiple of a register's lanes: rows are that long, and no loop has a remainder.
+template <class A>
+constexpr int64_t whole_lanes(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// The largest of n whole lanes, NaN if there is one.
+template <class A>
+RK_HOST_DEVICE A largest_score(const A* s, int64_t n) {
+  constexpr int L = kLanes<A>;
+  Lanes<A> best, v;
+  load_lanes(best, s);
+  for (int64_t j = L; j < n; j += L) {
+    load_lanes(v, s + j);
+    best = (v > best) | (v != v) ? v : best;
+  }
+  A largest = best[0];
+  for (int k = 1; k < L; ++k) largest = best[k] > largest || is_nan(best[k]) ? best[k] : largest;
+  return largest;
+}
+
+// A sum of n whole lanes, in their type within a piece and in double across pieces; f(j) gives those from j.
+template <class A, class F>
+RK_HOST_DEVICE double row_sum(int64_t n, const F& f) {
+  constexpr int L = kLanes<A>;
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t end = n - i < kPiece ? n : i + kPiece;
+    Lanes<A> sum_0 = {}, sum_1 = {}, sum_2 = {}, sum_3 = {}, term;  // four hide the latency of an addition
+    int64_t j = i;
+    for (; j + 4 * L <= end; j += 4 * L) {
+      f(term, j);
+      sum_0 += term;
+      f(term, j + L);
+      sum_1 += term;
+      f(term, j + 2 * L);
+      sum_2 += term;
+      f(term, j + 3 * L);
+      sum_3 += term;
+    }
+    for (; j < end; j += L) {
+      f(term, j);
+      sum_0 += term;
+      std::swap(sum_0, sum_1);
+    }
+    total += double(horizontal_sum<A>((sum_0 + sum_2) + (sum_1 + sum_3)));
+  }
+  return total;
+}
+
+// sum x y
+template <class A>
+RK_HOST_DEVICE double row_dot(const A* x, const A* y, int64_t n) {
+  return row_sum<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA {
+    Lanes<A> y_j;
+    load_lanes(term, x + j);
+    load_lanes(y_j, y + j);
+    term *= y_j;
+  });
+}
+
+// S, T, dP, X become Pd = P (T - t), P, W = P (G - g), dS = P (dP - D): n whole lanes.  False, and nothing done, if all
+// scores are -inf: such a row attends to nothing.
+template <class A>
+RK_MULTIVERSION bool attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __restrict__ dp, A* __restrict__ x,
+                                     int64_t n) {
+  const A max = largest_score(s, n);
+  if (max == -std::numeric_limits<A>::infinity()) return false;
+  for (int64_t j = 0; j < n; ++j) s[j] = exp_nonpositive(s[j] - max);
+  const double sum = row_sum<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA { load_lanes(term, s + j); });
+  AttentionRow<A> row{};
+  row.t = A(row_dot(s, t, n) / sum);
+  row.d = A(row_dot(s, dp, n) / sum);
+  row.inverse_sum = A(1 / sum);
+  for (int64_t j = 0; j < n; ++j) {
+    s[j] *= row.inverse_sum;
+    x[j] = attention_bend(t[j], dp[j], x[j], row);
+  }
+  row.g = A(row_dot(s, x, n));
+  for (int64_t j = 0; j < n; ++j) {
+    const A probability = s[j], slope = dp[j];
+    s[j] = probability * (t[j] - row.t);
+    t[j] = probability;
+    dp[j] = probability * (x[j] - row.g);
+    x[j] = probability * (slope - row.d);
+  }
+  return true;
+}
+
+template <class A>
+RK_MULTIVERSION void add_to_scores(A* s, const A* mask, int64_t stride, int64_t n) {
+  if (stride == 1)
+    for (int64_t j = 0; j < n; ++j) s[j] += mask[j];
+  else
+    for (int64_t j = 0; j < n; ++j) s[j] += mask[j * stride];
+}
+
+template <class A>
+RK_MULTIVERSION void add_rows(const A* from, A* to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+}
+
+template <class A>
+RK_MULTIVERSION void scale_rows(A* rows, int64_t n, A scale) {
+  for (int64_t j = 0; j < n; ++j) rows[j] *= scale;
+}
+
+// One row of scores s, with t, dp and x beside it: in place, s becomes Pd, t becomes P, dp becomes W, x becomes dS.
+// Columns from `valid` on lie behind the causal mask or the last key; `width` counts them in whole lanes.
+template <class A>
+void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t width) {
+  const int64_t n = whole_lanes<A>(valid);
+  std::fill(s + valid, s + n, -std::numeric_limits<A>::infinity());
+  for (A* row : {t, dp, x}) std::fill(row + valid, row + n, A(0));
+  const int64_t from = attention_lanes(s, t, dp, x, n) ? n : 0;
+  if (from == width) return;
+  for (A* row : {s, t, dp, x}) std::fill(row + from, row + width, A(0));
+}
+
+// ------------------------------------------------------------------ blocks of rows
 
 constexpr int64_t kUnits = 16;             // at least as many as this, if there are blocks enough
 constexpr int64_t kBlockScores = 1 << 14;  // entries of one matrix of scores: four of float32 take 256 KiB
@@ -124,7 +249,7 @@ void fill(const Matrix<A>& m, A value) {
 
 template <class A>
 void transpose(const Matrix<A>& from, const Matrix<A>& to) {
-  rk::cpu::transpose(from.data, from.stride, to.data, to.stride, from.rows, from.cols);
+  cpu::transpose(from.data, from.stride, to.data, to.stride, from.rows, from.cols);
 }
 
 // One thread's buffers, and what it does with them.
@@ -183,7 +308,7 @@ class Worker {
     const int64_t size = sum.rows * sum.cols;
     const A* from = partial.const_data_ptr<A>() + head * task_.splits * size;
     std::copy_n(from, size, sum.data);
-    for (int64_t i = 1; i < task_.splits; ++i) rk::cpu::add_rows(from + i * size, sum.data, size);
+    for (int64_t i = 1; i < task_.splits; ++i) add_rows(from + i * size, sum.data, size);
     return sum;
   }
 
@@ -191,7 +316,7 @@ class Worker {
   void read_keys(int64_t b, int64_t g, int64_t cols) {
     if (cols_read_ == cols) return;
     cols_read_ = cols;
-    width_ = rk::cpu::whole_lanes<A>(cols);
+    width_ = whole_lanes<A>(cols);
     const auto take = [&](const Rows& from, Matrix<A> to, const Matrix<A>& turned) {
       to.rows = cols;
       read(from, b, g, 0, to);
@@ -221,7 +346,7 @@ class Worker {
     const Matrix<A> grad{grad_memory_, rows, s_.value_size, s_.value_size};
     read(task_.q, batch, head, first, queries.first);
     if (plan.a) read(task_.a, batch, head, first, queries.second);
-    rk::cpu::scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
+    scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
     if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad);
 
     multiply(queries.first, turned_keys_.pick(true, plan.b), scores.pick(true, plan.b), false);
@@ -240,7 +365,7 @@ class Worker {
     if (plan.q) {
       const Matrix<A> out{out_q_memory_, rows, s_.key_size, s_.key_size};
       multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), out, false);
-      rk::cpu::scale_rows(out.data, rows * s_.key_size, A(task_.scale));
+      scale_rows(out.data, rows * s_.key_size, A(task_.scale));
       write(out, task_.result_q, batch, head, first);
     }
     auto turned = Pair<A>::beside(turned_memory_, width_, rows);
@@ -269,9 +394,9 @@ class Worker {
     if (mask.defined())
       mask_row = mask.const_data_ptr<A>() + batch * mask.stride(0) + head * mask.stride(1) + first * mask.stride(2);
     for (int64_t i = 0; i < scores.both.rows; ++i) {
-      if (mask_row) rk::cpu::add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols);
+      if (mask_row) add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols);
       const int64_t valid = task_.causal ? std::min(cols, first + i + 1) : cols;
-      rk::cpu::attention_row(s, s + width_, dp, dp + width_, valid, width_);
+      attention_row(s, s + width_, dp, dp + width_, valid, width_);
       s += 2 * width_;
       dp += 2 * width_;
     }
@@ -279,7 +404,7 @@ class Worker {
 
   const Task& task_;
   const AttentionShape& s_;
-  const int64_t most_rows_ = task_.block_rows, most_cols_ = rk::cpu::whole_lanes<A>(s_.keys);
+  const int64_t most_rows_ = task_.block_rows, most_cols_ = whole_lanes<A>(s_.keys);
   int64_t width_ = 0, cols_read_ = -1;  // keys that were read, in whole lanes and without
   std::vector<Tensor> held_;
   // Of a head.

@@ -17,7 +17,7 @@ LIBRARIES = ("libtorch_cuda", "libc10_cuda", "libtorch_cuda_linalg", "libtorch_p
 # nvrtc and these of cuDNN work without a GPU.
 REAL = re.compile(r"nvrtc|cudnnGet(Version|CudartVersion|ErrorString|LastErrorString|Property)|cublasLtGetVersion")
 CREATES = re.compile(r"^(cublas|cudnn|cusparse|cusolver|cufft).*Create(?!Plan)")
-COMPUTES = re.compile(r"[Gg]em[mv]|Matmul$|BackendExecute|^cuLaunch|BatchNormalization(For|Back)ward|Convolution(For|Back)ward|RNN")
+COMPUTES = re.compile(r"[Gg]em[mv]|Matmul$|BackendExecute|^cuLaunch|(Convolution|BatchNormalization)(For|Back)ward|RNN")
 
 
 def symbols(library: Path, which: str) -> set[str]:
@@ -48,8 +48,8 @@ def build() -> Path:
     compiler = os.environ.get("CXX", "g++")
     written, stubs, ours = OUT / "null_gpu.o", OUT / "stubs.c", OUT / "ours.so"
     homes = (folder.parents[1] / "nvidia" / "cu13", os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    include = [f"-I{home}/include" for home in homes]
-    subprocess.run([compiler, "-std=c++20", "-O2", "-fPIC", "-c", str(SOURCE), *include, "-o", str(written)], check=True)
+    compile_ = [compiler, "-std=c++20", "-O2", "-fPIC", "-c", *(f"-I{home}/include" for home in homes)]
+    subprocess.run([*compile_, str(SOURCE), "-o", str(written)], check=True)
     subprocess.run([compiler, "-shared", str(written), "-o", str(ours)], check=True)
     called = set().union(*(symbols(p, "--undefined-only") for n in LIBRARIES if (p := folder / f"{n}.so").exists()))
     missing = {name for name in called if re.match(r"(__)?cu(da|blas|dnn|sparse|solver|fft)[A-Z]", name)}
@@ -59,10 +59,8 @@ def build() -> Path:
     missing -= symbols(ours, "--defined-only")
     lines = ["void null_gpu_note(const char*);", "void* null_gpu_token(void);", *map(stub, sorted(missing))]
     stubs.write_text("\n".join(lines) + "\n")
-    subprocess.run(
-        [compiler, "-x", "c", "-O1", "-fPIC", "-w", "-shared", str(stubs), "-x", "none", str(written), "-lstdc++", "-o", str(library)],
-        check=True,
-    )
+    link = [compiler, "-shared", "-fPIC", "-w", "-x", "c", str(stubs), "-x", "none", str(written), "-lstdc++"]
+    subprocess.run([*link, "-o", str(library)], check=True)
     ours.unlink()
     driver = OUT / "libcuda.so.1"
     driver.unlink(missing_ok=True)

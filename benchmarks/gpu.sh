@@ -56,9 +56,14 @@ stage() { # name, time limit in seconds, command...
 
 build() {
   if [ "$DEVICE" = cuda ]; then
-    local capability
-    capability=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || return 1
-    ROBUSTKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} MAX_JOBS=$(nproc) \
+    : "${TORCH_CUDA_ARCH_LIST:=$("$PYTHON" -c '
+import torch
+print("{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "")')}"
+    [ -n "$TORCH_CUDA_ARCH_LIST" ] || {
+      echo 'PyTorch sees no device; TORCH_CUDA_ARCH_LIST=9.0 builds for one that is not here'
+      return 1
+    }
+    ROBUSTKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST MAX_JOBS=${MAX_JOBS:-$(nproc)} \
       "$PYTHON" setup.py build_ext --inplace || return 1
   fi
   "$PYTHON" -c '

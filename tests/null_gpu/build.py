@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "build" / "null_gpu"
 SOURCE = Path(__file__).parent / "null_gpu.cpp"
 LIBRARIES = ("libtorch_cuda", "libc10_cuda", "libtorch_cuda_linalg", "libtorch_python")
 # nvrtc and these of cuDNN work without a GPU.
@@ -40,13 +39,14 @@ def build() -> Path:
     folder = Path(torch.__file__).parent / "lib"
     if torch.version.cuda is None:
         raise SystemExit(f"PyTorch {torch.__version__} was built without CUDA: there is nothing to stand in for")
-    library = OUT / "libnull_gpu.so"
+    out = ROOT / "build" / "null_gpu" / torch.__version__
+    library = out / "libnull_gpu.so"
     newest = max(p.stat().st_mtime for p in (Path(__file__), SOURCE, folder / "libtorch_cuda.so"))
     if library.exists() and library.stat().st_mtime > newest:
         return library
-    OUT.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX", "g++")
-    written, stubs, ours = OUT / "null_gpu.o", OUT / "stubs.c", OUT / "ours.so"
+    written, stubs, ours = out / "null_gpu.o", out / "stubs.c", out / "ours.so"
     homes = (folder.parents[1] / "nvidia" / "cu13", os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     compile_ = [compiler, "-std=c++20", "-O2", "-fPIC", "-c", *(f"-I{home}/include" for home in homes)]
     subprocess.run([*compile_, str(SOURCE), "-o", str(written)], check=True)
@@ -62,7 +62,7 @@ def build() -> Path:
     link = [compiler, "-shared", "-fPIC", "-w", "-x", "c", str(stubs), "-x", "none", str(written), "-lstdc++"]
     subprocess.run([*link, "-o", str(library)], check=True)
     ours.unlink()
-    driver = OUT / "libcuda.so.1"
+    driver = out / "libcuda.so.1"
     driver.unlink(missing_ok=True)
     driver.symlink_to(library.name)
     return library
@@ -71,7 +71,7 @@ def build() -> Path:
 def environment() -> dict[str, str]:
     """The variables that put it in place, built if need be."""
     library = build()
-    searched = [str(OUT), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    searched = [str(library.parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": ":".join(searched)}
 
 

@@ -65,14 +65,17 @@ demo: build
 	$(BIN)/robustkern demo --out demo
 
 ifdef TORCH
-test:
+test cuda-dispatch:
 	mkdir -p $(OTHER)
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -pu --parents -t $(OTHER)
 	sed -i 's/^torch==.*/torch==$(TORCH)/' $(OTHER)/constraints.txt
-	$(MAKE) -C $(OTHER) TORCH= test
+	$(MAKE) -C $(OTHER) TORCH= $@
 else
 test: build $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+
+cuda-dispatch: build
+	$(BIN)/python tests/cuda_without_device.py
 endif
 
 check: build lint
@@ -103,9 +106,6 @@ $(VENV)/.nvdisasm: $(VENV)/.installed
 
 cuda-budget: build $(VENV)/.nvdisasm
 	$(BIN)/python -m benchmarks.cuda_budget
-
-cuda-dispatch: build
-	$(BIN)/python tests/cuda_without_device.py
 
 test-cuda-emulated: build $(VENV)/.dev
 	sh tests/cuda_emulator/run.sh $(BIN)/python

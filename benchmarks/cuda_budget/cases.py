@@ -83,11 +83,11 @@ def batch_norm(shape: tuple[int, ...], dtype: str, innermost: bool) -> None:
             x, None, None, empty(image, dtype), empty(image, dtype), numbers, numbers, numbers, True, True, True, True
         )
 
-    shares = -(-image[0] // 512) if innermost else -(-image[0] // max(1, 16384 // image[2]))
     kernels = (
+        Kernel("batch_norm_fused", (3, 2), (((3, 0),), ((3, 2),))),
         Kernel("batch_norm_sums", (3, 0), (((3, 0),),)),
-        Kernel("batch_norm_coefficients", rounds=-(-shares // 32)),
-        Kernel("batch_norm_apply", (3, 2), (((3, 2),),), again=3),
+        Kernel("batch_norm_coefficients", rounds=2),
+        Kernel("batch_norm_apply", (3, 2), (((3, 2),),), again=3, backwards=True),
     )
     layout = "NHWC" if innermost else "NCHW"
     add(Case(f"batch_norm {text(shape)} {dtype} {layout}", "batch_norm", dtype, shape, 5, kernels, call))
@@ -227,13 +227,18 @@ def attack_step(shape: tuple[int, ...], dtype: str, ball: str) -> None:
             x, *others, empty((1,)), empty((1,)), None, shape[2] * shape[3], norm, max(1, columns // 100)
         )
 
-    sweeps = {
-        "linf": (((3, 1),),),
-        "l2": two_sweeps(3, 1),
-        "l1": (((2, 0), (3, 0), (3, 1)),),
-    }[ball]
-    times = (31, 10, 1) if ball == "l1" else ()  # bits of a float, then a search that ends within about ten
-    kernels = (Kernel(f"attack_step_{ball}", (3, 1), sweeps, times=times),)
+    held = columns <= 16384 // DTYPES[dtype].itemsize  # a block's registers hold the row
+    clear = Kernel("clear_queue", rounds=1)
+    if ball == "linf":
+        kernels: tuple[Kernel, ...] = (Kernel("attack_step_linf", (3, 1), (((3, 1),),)),)
+    elif ball == "l2" and held:
+        kernels = (Kernel("attack_step_l2_kernel", (3, 1), (((3, 0), (0, 1)),)),)
+    elif ball == "l2":
+        kernels = (clear, Kernel("attack_step_l2_queue", (3, 1), (((3, 0), (3, 1)),), times=(1, 1)))
+    elif held:
+        kernels = (Kernel("attack_step_l1", (3, 1), (((3, 0), (0, 1)),)),)
+    else:  # the largest size and two histograms; the largest step and a search that ends within about four
+        kernels = (Kernel("attack_step_l1", (3, 1), (((2, 0), (3, 0), (3, 1)),), times=(3, 5, 1)),)
     name = f"attack_step {ball} {text(shape)} {dtype}"
     add(Case(name, "attack_step", dtype, shape, 4, kernels, call, 0 if ball == "linf" else columns))
 
@@ -253,14 +258,16 @@ def row_norm(shape: tuple[int, int], dtype: str) -> None:
             empty(shape, dtype), empty((rows,)), empty(shape, dtype), empty((rows,)), *more
         )
 
-    one, two = (((1, 0),),), (((2, 0),),)
-    row = min(columns, 16384)
-    finish = Kernel("row_norm_finish", rounds=2)
-    directional = Kernel("row_norm_directional", (2, 0), two)
+    one = (((1, 0),),)
+    row = min(columns, 16384 // DTYPES[dtype].itemsize)
+    several = columns > row
+    finish = (Kernel("row_norm_finish", rounds=2),) if several else ()
+    queue = Kernel("row_norm_queue", (2, 1), (((2, 0), (2, 1)),), times=(1, 1))
+    whole = (Kernel("row_norm_double", (2, 1), (((2, 0), (0, 1)),)),)
     for order, call, tensors, kernels in (
-        ("value", value, 1, (Kernel("row_norm_kernel", (1, 0), one), finish)),
+        ("value", value, 1, (Kernel("row_norm_kernel", (1, 0), one), *finish)),
         ("backward", backward, 2, (Kernel("row_norm_backward", (1, 1), (((1, 1),),)),)),
-        ("double", double, 3, (directional, Kernel("row_norm_double", (2, 1), (((2, 1),),), again=2))),
+        ("double", double, 3, (Kernel("clear_queue", rounds=1), queue) if several else whole),
     ):
         add(Case(f"row_norm {order} {text(shape)} {dtype}", "row_norm", dtype, shape, tensors, kernels, call, row))
 
@@ -286,7 +293,9 @@ def margin_loss(shape: tuple[int, int], dtype: str) -> None:
 for _dtype in DTYPES:
     for _innermost in (False, True):
         batch_norm((128, 64, 32, 32), _dtype, _innermost)
-batch_norm((256, 256, 56, 56), "bfloat16", True)
+for _innermost in (False, True):
+    batch_norm((256, 256, 56, 56), "bfloat16", _innermost)
+    batch_norm((128, 512, 4, 4), "bfloat16", _innermost)
 for _dtype in DTYPES:
     layer_norm((64 * 197, 768), _dtype, rms=False)
     layer_norm((64 * 197, 768), _dtype, rms=True)
@@ -302,5 +311,7 @@ for _shape, _dtype in (((1024, 1000), "float32"), ((8192, 32000), "float32"), ((
 for _dtype in DTYPES:
     for _ball in ("linf", "l2", "l1"):
         attack_step((128, 3, 224, 224), _dtype, _ball)
+        attack_step((512, 3, 32, 32), _dtype, _ball)
     row_norm((128, 150528), _dtype)
+    row_norm((512, 3072), _dtype)
     margin_loss((8192, 1000), _dtype)

@@ -9,8 +9,7 @@ namespace rk::cuda {
 template <class A>
 ColumnTable<A> table_of(const Tensor& table, int64_t inner, int64_t columns) {
   const int64_t count = table.size(0);
-  return {pointer<const A>(table), static_cast<std::uint32_t>(count),
-          static_cast<std::uint32_t>(count == columns ? 1 : inner)};
+  return {pointer<const A>(table), count, count == columns ? 1 : inner, columns};
 }
 
 }  // namespace rk::cuda

@@ -1,4 +1,4 @@
-// attack_start for CUDA tensors: arguments checked, a kernel of attack.cuh launched on the current stream.
+// attack_start for CUDA tensors: arguments checked, a kernel of attack_start.cuh launched on the current stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -6,6 +6,7 @@
 
 #include "../arguments/attack.h"
 #include "attack_calls.cuh"
+#include "attack_start.cuh"
 
 namespace rk::cuda {
 namespace {

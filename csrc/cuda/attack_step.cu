@@ -1,4 +1,4 @@
-// attack_step for CUDA tensors: arguments checked, a kernel of attack.cuh launched on the current stream.
+// attack_step for CUDA tensors: arguments checked, kernels of attack_step.cuh launched on the current stream.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -6,6 +6,7 @@
 
 #include "../arguments/attack.h"
 #include "attack_calls.cuh"
+#include "attack_step.cuh"
 
 namespace rk::cuda {
 namespace {
@@ -34,6 +35,16 @@ void attack_step(Tensor adversary, Tensor x, std::optional<Tensor> grad, Tensor 
     c.step = table_of<A>(step_size, inner, c.columns);
     c.scale = pointer<const A>(scale);
     c.coordinates = coordinates;
+    const AttackWorkspace<S> space(ball, c.rows, c.columns);
+    std::optional<Tensor> queue, partial, steps;
+    if (space.queue > 0) {
+      queue = torch::stable::new_empty(x, {space.queue}, ScalarType::Int);
+      partial = torch::stable::new_empty(x, {space.partial}, accumulation_type(x.scalar_type()));
+      steps = torch::stable::new_empty(x, {space.steps}, accumulation_type(x.scalar_type()));
+      c.queue = pointer<std::uint32_t>(queue);
+      c.partial = pointer<A>(partial);
+      c.steps = reinterpret_cast<L2Step<A>*>(pointer<A>(steps));
+    }
     check_launch(launch_attack_step(ball, c, scope.stream()), op);
   });
 }

@@ -55,14 +55,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(std::optional<Tens
     c.grad_weight = need_weight ? pointer<A>(grad_weight) : nullptr;
     c.training = training;
     c.cotangents = cotangents;
-    c.shares = cotangents * c.images * c.inner == 0 ? 0 : batch_norm_shares(c);
-    partial = torch::stable::new_empty(x, {cotangents * c.shares * kBatchNormSums * c.channels}, accumulation);
-    coefficients = torch::stable::new_empty(x, {cotangents * kBatchNormCoefficients * c.channels}, accumulation);
-    c.partial = pointer<A>(partial);
-    c.coefficients = pointer<A>(coefficients);
-    if (c.shares == 0 && need_weight) torch::stable::zero_(grad_weight);
-    if (c.shares == 0 && need_x) torch::stable::zero_(grad_x);
-    if (c.shares > 0) check_launch(launch_batch_norm(c, scope.stream()), op);
+    if (cotangents * c.images * c.channels * c.inner == 0) {
+      if (need_weight) torch::stable::zero_(grad_weight);
+      if (need_x) torch::stable::zero_(grad_x);
+      return;
+    }
+    arrange(c);
+    if (!c.fused) {
+      partial = torch::stable::new_empty(x, {partial_size(c)}, accumulation);
+      coefficients = torch::stable::new_empty(x, {coefficients_size(c)}, accumulation);
+      c.partial = pointer<A>(partial);
+      c.coefficients = pointer<A>(coefficients);
+    }
+    check_launch(launch_batch_norm(c, scope.stream()), op);
   });
   return {gg_grad, grad_x, grad_weight};
 }

@@ -1,10 +1,15 @@
-// The kernels of margin_loss.  Formulas: math/margin_loss.h.  A warp to a row: the lanes' leaders meet in a tree.
+// The kernels of margin_loss.  Formulas: math/margin_loss.h.
+//
+// A warp to a row, whose logits it reads once: a lane keeps the four largest that it meets, and the lanes' leaders meet
+// in a tree.  Slopes are zeros but for five.
 #pragma once
 
 #include <cstdint>
 
 #include "../math/margin_loss.h"
+#include "divisor.cuh"
 #include "vector.cuh"
+#include "words.cuh"
 
 namespace rk::cuda {
 
@@ -22,20 +27,40 @@ struct MarginCall {
   S* slopes;                             // [rows, classes]
 };
 
-template <class S>
-__global__ void __launch_bounds__(128, 1) margin_loss_kernel(const MarginCall<S> c) {
+template <bool kAligned, class S>
+__global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const MarginCall<S> c) {
   using A = accumulation_t<S>;
   constexpr unsigned all = 0xffffffffu;
-  const int lane = threadIdx.x % 32;
+  constexpr int V = Words<S>::kSize, kUnroll = 4;
+  const int lane = threadIdx.x % 32, vectors = (c.classes + V - 1) / V;
   const std::int64_t warps = std::int64_t{gridDim.x} * (blockDim.x / 32);
   for (std::int64_t row = blockIdx.x * std::int64_t{blockDim.x / 32} + threadIdx.x / 32; row < c.rows; row += warps) {
     const S* const z = c.logits + row * c.classes;
-    Leaders<A> best;
+    S* const slopes = c.slopes + row * c.classes;
+    Leaders<A, int> best;
     A poison = A(0);
-    for (int k = lane; k < c.classes; k += 32) {
-      const A v = load(z[k]);
-      best.meet(v, k);
-      poison = v == v ? poison : v;
+    for (int first = lane; first < vectors; first += 32 * kUnroll) {
+      Words<S> words[kUnroll] = {};
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int v = first + 32 * i;
+        if constexpr (kAligned) {
+          if (v < vectors) words[i] = load_words<true>(z + v * V);
+        } else {
+          if (v < vectors) words[i] = load_some_words(z + v * V, c.classes - v * V);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int begin = (first + 32 * i) * V;
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const A value = words[i][k];
+          if (begin + k >= c.classes) continue;
+          if (!(value <= best.value[3]) || best.index[3] < 0) best.meet(value, begin + k);
+          poison = value == value ? poison : value;
+        }
+      }
     }
 #pragma unroll
     for (int d = 16; d; d /= 2) {
@@ -43,20 +68,37 @@ __global__ void __launch_bounds__(128, 1) margin_loss_kernel(const MarginCall<S>
       int index[4];
       for (int k = 0; k < 4; ++k) {
         value[k] = __shfl_xor_sync(all, best.value[k], d);
-        index[k] = __shfl_xor_sync(all, static_cast<int>(best.index[k]), d);
+        index[k] = __shfl_xor_sync(all, best.index[k], d);
       }
       for (int k = 0; k < 4; ++k)
         if (index[k] >= 0) best.meet(value[k], index[k]);
       poison += __shfl_xor_sync(all, poison, d);
     }
-    const std::int64_t y = c.target[row];
-    const std::int64_t o = c.towards ? c.towards[row] : best.index[best.index[0] == y ? 1 : 0];
-    const bool exist = y >= 0 && y < c.classes && o >= 0 && o < c.classes;
-    if (!exist) poison = A(NAN);
-    const MarginSlopes<A> s(c.kind, best, y, exist ? load(z[y]) : A(0), o, exist ? load(z[o]) : A(0),
-                            c.towards != nullptr);
+    const std::int64_t target = c.target[row], towards = c.towards ? c.towards[row] : 0;
+    const bool exist = target >= 0 && target < c.classes && towards >= 0 && towards < c.classes;
+    const int y = exist ? static_cast<int>(target) : -1;
+    const int o = exist && c.towards ? static_cast<int>(towards) : best.index[best.index[0] == y ? 1 : 0];
+    if (!exist || o < 0) poison = A(NAN);
+    const bool known = y >= 0 && o >= 0;
+    const MarginSlopes<A, int> s(c.kind, best, y, known ? load(z[y]) : A(0), o, known ? load(z[o]) : A(0),
+                                 c.towards != nullptr);
     if (lane == 0) c.loss[row] = s.loss + poison;
-    for (int k = lane; k < c.classes; k += 32) c.slopes[row * c.classes + k] = store<S>(s.at(k) + poison);
+    A rest[V];
+#pragma unroll
+    for (int k = 0; k < V; ++k) rest[k] = poison;
+    const Words<S> rest_words = Words<S>::of(rest);
+    for (int v = lane; v < vectors; v += 32) {
+      if constexpr (kAligned)
+        store_words<true>(slopes + v * V, rest_words);
+      else
+        store_some_words(slopes + v * V, rest_words, c.classes - v * V);
+    }
+    __syncwarp();  // what follows overwrites some of them
+    const int places[5] = {s.other, s.own, s.top_index, s.third_index, s.fourth_index};
+    if (lane == 0)
+      for (const int place : places)
+        if (place >= 0) slopes[place] = store<S>(s.at(place) + poison);
+    __syncwarp();
   }
 }
 
@@ -69,22 +111,43 @@ struct MarginBackwardCall {
   S* result;
 };
 
-template <class S>
-__global__ void __launch_bounds__(256, 1) margin_loss_backward_kernel(const MarginBackwardCall<S> c) {
-  for (std::int64_t j = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x; j < c.elements;
-       j += std::int64_t{gridDim.x} * blockDim.x)
-    c.result[j] = store<S>(c.grad[j / c.classes] * load(c.slopes[j]));
+// A vector a thread; without kAligned an element.
+template <bool kAligned, class S>
+__global__ void __launch_bounds__(256) margin_loss_backward_kernel(const MarginBackwardCall<S> c, Divisor by_classes) {
+  using A = accumulation_t<S>;
+  constexpr int V = kAligned ? Words<S>::kSize : 1;
+  const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x * V;
+  for (std::int64_t j = (blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x) * V; j < c.elements; j += step) {
+    const std::int64_t row =
+        c.elements <= 2147483647 ? by_classes.quotient(static_cast<std::uint32_t>(j)) : j / c.classes;
+    if constexpr (kAligned) {
+      const Words<S> words = load_words<true>(c.slopes + j);
+      const A grad = c.grad[row];
+      A result[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k) result[k] = grad * words[k];
+      store_words<true>(c.result + j, Words<S>::of(result));
+    } else {
+      c.result[j] = store<S>(c.grad[row] * load(c.slopes[j]));
+    }
+  }
 }
 
 template <class S>
 cudaError_t launch_margin_loss(const MarginCall<S>& c, cudaStream_t stream) {
   constexpr std::int64_t rows = kMarginThreads / 32;
-  return launch(margin_loss_kernel<S>, grid_for((c.rows + rows - 1) / rows), dim3(kMarginThreads), 0, stream, c);
+  const bool whole = aligned<S>(c.classes, c.logits, static_cast<const S*>(c.slopes));
+  return launch(whole ? margin_loss_kernel<true, S> : margin_loss_kernel<false, S>,
+                grid_for((c.rows + rows - 1) / rows), dim3(kMarginThreads), 0, stream, c);
 }
 
 template <class S>
 cudaError_t launch_margin_loss_backward(const MarginBackwardCall<S>& c, cudaStream_t stream) {
-  return launch(margin_loss_backward_kernel<S>, grid_for((c.elements + 255) / 256), dim3(256), 0, stream, c);
+  const bool whole = aligned<S>(c.classes, c.slopes, static_cast<const S*>(c.result));
+  const std::int64_t per_block = 256 * (whole ? Words<S>::kSize : 1);
+  return launch(whole ? margin_loss_backward_kernel<true, S> : margin_loss_backward_kernel<false, S>,
+                grid_for((c.elements + per_block - 1) / per_block), dim3(256), 0, stream, c,
+                Divisor(c.classes > 0 && c.classes <= 2147483647 ? c.classes : 1));
 }
 
 }  // namespace rk::cuda

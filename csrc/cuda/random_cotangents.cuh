@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../math/random_cotangents.h"
+#include "divisor.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -28,8 +29,8 @@ struct CotangentDraws {
 
   // Entries 4 block to 4 block + 3 of v in row k B + b, not scaled; garbage beyond its end.
   __device__ __forceinline__ void four(PhiloxKey key, std::int64_t row, std::int64_t block, A (&v)[4]) const {
-    const std::int64_t k = row / batch;
-    const std::uint32_t sample = static_cast<std::uint32_t>(row % batch);
+    const std::int64_t k = quotient(row, batch);
+    const std::uint32_t sample = static_cast<std::uint32_t>(row - k * batch);
     if (law == Law::kOrthonormal) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) v[j] = 4 * block + j < size ? frames[row * size + 4 * block + j] : A(0);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kCotangentThreads)
     root_positions_kernel(std::int64_t batch, std::int64_t classes, std::int64_t positions, const S* outputs,
                           double* root) {
   for_threads(batch * positions, [&](std::int64_t unit) {
-    const std::int64_t first = unit / positions * classes * positions + unit % positions,
+    const std::int64_t first = quotient(unit, positions) * classes * positions + remainder(unit, positions),
                        end = first + classes * positions;
     double max = load(outputs[first]), sum = 0;
     for (std::int64_t e = first; e < end; e += positions) max = load(outputs[e]) > max ? load(outputs[e]) : max;
@@ -151,7 +152,7 @@ struct CotangentSums {
 
   __device__ __forceinline__ double slope(std::int64_t row, std::int64_t e) const {
     const S* const g = grad + row * draws.size;
-    return double(load(g[e])) - double(load(g[e % draws.positions]));
+    return double(load(g[e])) - double(load(g[remainder(e, draws.positions)]));
   }
 };
 
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kCotangentThreads) cotangent_row_sums_kernel(c
       if (first) c.mean[row] = sum / A(n);
       return;
     }
-    const double* const a = c.root + row % draws.batch * n;
+    const double* const a = c.root + remainder(row, draws.batch) * n;
     const double d = sum_of(0.0, [&](std::int64_t e, A v, double s) { return fused(a[e], double(v), s); });
     if (first) c.d[row] = d;
     if (!c.grad) return;
@@ -203,14 +204,14 @@ __global__ void __launch_bounds__(kCotangentThreads) cotangent_position_sums_ker
   const PhiloxKey key = draws.key();
   const std::int64_t positions = draws.positions;
   for_threads(draws.projections * draws.batch * positions, [&](std::int64_t unit) {
-    const std::int64_t row = unit / positions, position = unit % positions;
+    const std::int64_t row = quotient(unit, positions), position = unit - row * positions;
     if (c.kind == Kind::kCentred) {
       A sum = 0;
       for (std::int64_t e = position; e < draws.size; e += positions) sum += draws.one(key, row, e);
       c.mean[unit] = sum / A(draws.classes);
       return;
     }
-    const double* const a = c.root + row % draws.batch * draws.size;
+    const double* const a = c.root + remainder(row, draws.batch) * draws.size;
     double d = 0, m = 0, b = 0;
     for (std::int64_t e = position; e < draws.size; e += positions) {
       const double v = draws.one(key, row, e);
@@ -234,15 +235,15 @@ __global__ void __launch_bounds__(kCotangentThreads) cotangent_value_kernel(cons
   const PhiloxKey key = draws.key();
   const std::int64_t size = draws.size, blocks = (size + 3) / 4;
   for_threads(draws.projections * draws.batch * blocks, [&](std::int64_t unit) {
-    const std::int64_t row = unit / blocks, block = unit % blocks;
+    const std::int64_t row = quotient(unit, blocks), block = unit - row * blocks;
     const A scale = draws.scale_of(row);
     A v[4];
     draws.four(key, row, block, v);
     for_four(block, size, [&](int j) {
-      const std::int64_t e = 4 * block + j, at = row * draws.positions + e % draws.positions;
+      const std::int64_t e = 4 * block + j, at = row * draws.positions + remainder(e, draws.positions);
       A value = c.kind == Kind::kCentred ? (v[j] - c.mean[at]) * scale : v[j] * scale;
       if (c.kind == Kind::kFisher)
-        value = A(fisher_value(c.root[row % draws.batch * size + e], double(v[j]), c.d[at]) * double(scale));
+        value = A(fisher_value(c.root[remainder(row, draws.batch) * size + e], double(v[j]), c.d[at]) * double(scale));
       w[row * size + e] = store<S>(value);
     });
   });
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kCotangentThreads)
   const PhiloxKey key = draws.key();
   const std::int64_t size = draws.size, blocks = (size + 3) / 4;
   for_threads(draws.batch * blocks, [&](std::int64_t unit) {
-    const std::int64_t sample = unit / blocks, block = unit % blocks;
+    const std::int64_t sample = quotient(unit, blocks), block = unit - sample * blocks;
     double total[4] = {};
     A v[4];
     for (std::int64_t k = 0; k < draws.projections; ++k) {
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kCotangentThreads)
       const double scale = draws.scale_of(row);
       draws.four(key, row, block, v);
       for_four(block, size, [&](int j) {
-        const std::int64_t e = 4 * block + j, at = row * draws.positions + e % draws.positions;
+        const std::int64_t e = 4 * block + j, at = row * draws.positions + remainder(e, draws.positions);
         total[j] = fisher_slope(c.root[sample * size + e], double(v[j]) * scale, c.slope(row, e), c.d[at] * scale,
                                 c.m[at] * scale, c.b[at], total[j]);
       });

@@ -46,6 +46,24 @@ __device__ __forceinline__ A block_reduce(A v, A identity, Combine combine) {
   return warp_reduce(lane < warps ? part[lane] : identity, combine);
 }
 
+// Several sums at once, for the barriers of one.
+template <int kCount, class A>
+__device__ __forceinline__ void block_sums(A (&v)[kCount]) {
+  __shared__ A part[kCount][32];
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = warp_reduce(v[i], Sum{});
+  if (warps == 1) return;
+  __syncthreads();  // as above
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) part[i][warp] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = warp_reduce(lane < warps ? part[i][lane] : A(0), Sum{});
+}
+
 template <class A>
 __device__ __forceinline__ A warp_sum(A v) {
   return warp_reduce(v, Sum{});

@@ -23,7 +23,7 @@ struct Tensors {
   int64_t inner;
   double p;
   Norm norm;
-  std::optional<Tensor> u, grad, norms, per_row, out, partial, ties;
+  std::optional<Tensor> u, grad, norms, per_row, out, partial, ties, queue;
 
   Tensors(const char* name, const Tensor& rows, const std::optional<Tensor>& weights, int64_t run, double exponent,
           bool squared)
@@ -52,20 +52,21 @@ struct Tensors {
       c.p = static_cast<A>(p);
       c.rows = x.size(0);
       c.cols = x.size(1);
-      c.chunks = std::max<int64_t>(1, (c.cols + kChunk - 1) / kChunk);
+      c.chunks = std::max<int64_t>(1, (c.cols + row_chunk<S>(norm) - 1) / row_chunk<S>(norm));
       c.x = pointer<const S>(x);
       c.x_stride = x.stride(0);
       c.u = pointer<const S>(u);
       c.u_stride = u ? u->stride(0) : 0;
       c.grad = pointer<const A>(grad);
       c.norms = pointer<const A>(norms);
-      c.weight = pointer<const A>(weight);
-      c.inner = inner;
-      c.channels = weight ? weight->size(0) : 1;
+      if (weight) c.weights = {pointer<const A>(weight), weight->size(0), inner, c.cols};
       if (c.chunks > 1) {
         partial = torch::stable::new_empty(x, {c.rows * c.chunks}, accumulation());
         if (norm == Norm::kInf) ties = torch::stable::new_empty(x, {c.rows * c.chunks}, accumulation());
+        if (order == Order::kDoubleBackward)
+          queue = torch::stable::new_empty(x, {RowQueue::words(c.rows)}, ScalarType::Int);
       }
+      c.queue = pointer<std::uint32_t>(queue);
       c.partial = pointer<A>(partial);
       c.ties = pointer<A>(ties);
       c.per_row = pointer<A>(per_row);

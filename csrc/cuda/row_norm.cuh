@@ -1,20 +1,30 @@
 // Kernels of row_norm.  Formulas: math/row_norm.h.
 //
-// B rows, N columns; a unit of work is a chunk of kChunk columns of one row, one block each.  Rows of one chunk need
-// one launch per call, longer rows a second one, between which the chunks' sums lie in `partial`.  Bytes: x once for
-// the value; x and the result once for the backward; x, u and the result once for the double backward of rows of one
-// chunk (longer rows read x and u twice).
+// B rows, N columns; a unit of work is a chunk of one row, which one block holds in registers.  Bytes: x once for the
+// value; x and the result once for the backward; x, u and the result once for the double backward.  Rows of several
+// chunks leave the chunks' sums in `partial`, and a second launch adds them; where the double backward needs the row's
+// sum before it can write (L2 and Lp), a queue (row_queue.cuh) takes it through both passes while the L2 cache holds it.
 #pragma once
 
 #include <cstdint>
 
 #include "../math/row_norm.h"
+#include "column_table.cuh"
+#include "held.cuh"
 #include "reduce.cuh"
+#include "row_queue.cuh"
 #include "vector.cuh"
 
 namespace rk::cuda {
 
-constexpr std::int64_t kChunk = 16384;
+// What a thread holds of each tensor, in vectors; fewer where a power is many instructions an element.
+template <Norm kNorm>
+inline constexpr int kRowVectors = kNorm == Norm::kP ? 2 : 4;
+constexpr unsigned kRowThreads = 256;
+template <class S>
+std::int64_t row_chunk(Norm norm) {
+  return std::int64_t{kRowThreads} * Words<S>::kSize * (norm == Norm::kP ? 2 : 4);
+}
 
 template <class S>
 struct RowNormCall {
@@ -25,89 +35,114 @@ struct RowNormCall {
   const S *x, *u;                   // [rows, cols]
   std::int64_t x_stride, u_stride;  // elements between rows
   const A *grad, *norms;            // [rows]
-  const A* weight;                  // [channels] or null: `inner` adjacent columns share an entry
-  std::int64_t inner, channels;
-  A *partial, *ties;  // [rows, chunks], for rows of several chunks
-  A* per_row;         // [rows] output
-  S* out;             // [rows, cols] output
+  ColumnTable<A> weights;           // number null: none
+  A *partial, *ties;                // [rows, chunks], for rows of several chunks
+  std::uint32_t* queue;             // [RowQueue::words(rows)], likewise
+  A* per_row;                       // [rows] output
+  S* out;                           // [rows, cols] output
+  bool aligned;                     // all rows of x, u and out
 };
 
-// The weights of one chunk's columns.  One division finds the first of a vector, counting finds the others.
-template <class A>
-struct ChunkWeights {
-  const A* weight;              // [channels] or null
-  std::uint32_t channels, run;  // columns that share an entry; more than a chunk holds counts as just that many
-  std::uint32_t channel, left;  // of the chunk's first column, and how many columns of its run the chunk holds
+template <Norm kNorm, class S>
+using HeldRow = Held<S, kRowVectors<kNorm>>;
 
-  struct Iterator {
-    const A* weight;
-    std::uint32_t channels, run, channel, left;
-
-    __device__ __forceinline__ A next() {
-      if (!weight) return A(1);
-      if (left == 0) {
-        left = run;
-        if (++channel == channels) channel = 0;
-      }
-      --left;
-      return weight[channel];
-    }
-  };
-
-  template <class S>
-  __device__ __forceinline__ ChunkWeights(const RowNormCall<S>& c, std::int64_t begin) : weight(c.weight) {
-    if (!weight) return;
-    const std::int64_t whole = begin / c.inner, rest = c.inner - begin % c.inner;
-    channels = static_cast<std::uint32_t>(c.channels);
-    run = static_cast<std::uint32_t>(c.inner < kChunk ? c.inner : kChunk);
-    channel = static_cast<std::uint32_t>(whole % c.channels);
-    left = static_cast<std::uint32_t>(rest < kChunk ? rest : kChunk);
-  }
-
-  __device__ __forceinline__ Iterator at(std::int64_t column) const {
-    if (!weight) return {nullptr, 0, 0, 0, 0};
-    const std::uint32_t j = static_cast<std::uint32_t>(column);
-    if (j < left) return {weight, channels, run, channel, left - j};
-    const std::uint32_t beyond = j - left, runs = beyond / run;
-    return {weight, channels, run, (channel + 1 + runs) % channels, run - (beyond - runs * run)};
-  }
-};
-
-template <class S>
+template <Norm kNorm, class S>
 struct Unit {
-  std::int64_t row, chunk, columns;
+  static constexpr std::int64_t kChunk = std::int64_t{kRowThreads} * Words<S>::kSize * kRowVectors<kNorm>;
+  std::int64_t row, chunk, begin;  // of its columns
+  std::uint32_t columns;
   const S *x, *u;
   S* out;
-  ChunkWeights<accumulation_t<S>> weights;
 
   __device__ __forceinline__ Unit(const RowNormCall<S>& c, std::int64_t row_, std::int64_t chunk_)
       : row(row_),
         chunk(chunk_),
-        columns(c.cols - chunk * kChunk < kChunk ? c.cols - chunk * kChunk : kChunk),
-        x(c.x + row * c.x_stride + chunk * kChunk),
-        u(c.u + row * c.u_stride + chunk * kChunk),
-        out(c.out + row * c.cols + chunk * kChunk),
-        weights(c, chunk * kChunk) {}
-  __device__ __forceinline__ Unit(const RowNormCall<S>& c, std::int64_t unit)
-      : Unit(c, unit / c.chunks, unit % c.chunks) {}
+        begin(chunk * kChunk),
+        columns(static_cast<std::uint32_t>(c.cols - begin < kChunk ? c.cols - begin : kChunk)),
+        x(c.x + row * c.x_stride + begin),
+        u(c.u + row * c.u_stride + begin),
+        out(c.out + row * c.cols + begin) {}
 };
 
-// One thread's share of the sum (maximum for Linf) of term(a_j / scale) over a unit.
-template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> thread_terms(const RowNormCall<S>& c, const Unit<S>& u,
-                                                          accumulation_t<S> scale) {
+// f(unit) for this block's units: a grid is rows, or chunks x rows (unit_grid).
+template <Norm kNorm, class S, class F>
+__device__ __forceinline__ void for_units(const RowNormCall<S>& c, const F& f) {
+  const bool several = c.chunks > 1;
+  const std::int64_t first = several ? blockIdx.y : blockIdx.x, step = several ? gridDim.y : gridDim.x;
+#pragma unroll 1
+  for (std::int64_t row = first; row < c.rows; row += step) f(Unit<kNorm, S>(c, row, several ? blockIdx.x : 0));
+}
+
+template <class S>
+dim3 unit_grid(const RowNormCall<S>& c) {
+  if (c.chunks == 1) return grid_for(c.rows);
+  return dim3(static_cast<unsigned>(c.chunks), static_cast<unsigned>(c.rows < 65535 ? c.rows : 65535));
+}
+
+// f(i, k, w) for every element of a thread's vectors, w its column's weight.  Columns beyond the row, whose elements are
+// zeros, have the weight 1.  kOnce: one piece of code, with weights or without.
+template <bool kOnce, Norm kNorm, class S, class F>
+__device__ __forceinline__ void for_weights(const RowNormCall<S>& c, const Unit<kNorm, S>& u, const F& f) {
   using A = accumulation_t<S>;
-  A total = 0;
-  read(u.x, u.columns, u.weights, [&](A w, A v) {
-    const A term = RowNorm<kNorm, A>::term(w * v / scale, c.p);
-    total = kNorm == Norm::kInf ? Maximum{}(total, term) : total + term;
-  });
-  return total;
+  constexpr int V = Words<S>::kSize;
+  if (!kOnce && !c.weights.number) {
+#pragma unroll
+    for (int i = 0; i < kRowVectors<kNorm>; ++i)
+#pragma unroll
+      for (int k = 0; k < V; ++k) f(i, k, A(1));
+    return;
+  }
+  typename ColumnTable<A>::Cursor start{};
+  if (c.weights.wide) start = c.weights.far(u.begin);
+#pragma unroll
+  for (int i = 0; i < kRowVectors<kNorm>; ++i) {
+    const std::uint32_t j = HeldRow<kNorm, S>::first(i);
+    A w[V];
+#pragma unroll
+    for (int k = 0; k < V; ++k) w[k] = A(1);
+    if (c.weights.number && j < u.columns)
+      (c.weights.wide ? start.after(j) : c.weights.at(static_cast<std::uint32_t>(u.begin) + j)).fill(w);
+#pragma unroll
+    for (int k = 0; k < V; ++k) f(i, k, k < HeldRow<kNorm, S>::left(i, u.columns) ? w[k] : A(1));
+  }
+}
+
+// f(p, i, k, w) likewise, with p as a whole number where it is a small one.
+template <Norm kNorm, class S, class F>
+__device__ __forceinline__ void for_columns(const RowNormCall<S>& c, const Unit<kNorm, S>& u, const F& f) {
+  using A = accumulation_t<S>;
+  if constexpr (kNorm == Norm::kP) {
+    if (c.p <= A(7) && c.p == std::floor(c.p)) {
+      const WholeExponent p{static_cast<int>(c.p)};
+      for_weights<false>(c, u, [&](int i, int k, A w) { f(p, i, k, w); });
+    } else {
+      for_weights<true>(c, u, [&](int i, int k, A w) { f(c.p, i, k, w); });
+    }
+  } else {
+    for_weights<false>(c, u, [&](int i, int k, A w) { f(c.p, i, k, w); });
+  }
 }
 
 template <Norm kNorm, class A>
+__device__ __forceinline__ A joined(A total, A term) {
+  return kNorm == Norm::kInf ? Maximum{}(total, term) : total + term;
+}
+template <Norm kNorm, class A>
 __device__ __forceinline__ A block_total(A total) {
   return kNorm == Norm::kInf ? block_max(total, A(0)) : block_sum(total);
+}
+
+// One thread's share of the sum (maximum for Linf) of term(a_j) over a unit.
+template <Norm kNorm, class S>
+__device__ __forceinline__ accumulation_t<S> thread_terms(const RowNormCall<S>& c, const Unit<kNorm, S>& u) {
+  using A = accumulation_t<S>;
+  HeldRow<kNorm, S> x;
+  x.load(u.x, u.columns, c.aligned);
+  A total = 0;
+  for_columns(c, u, [&](auto p, int i, int k, A w) {
+    total = joined<kNorm>(total, RowNorm<kNorm, A>::term(w * x.words[i][k], p));
+  });
+  return total;
 }
 
 // A row's sum over its chunks, in every thread.
@@ -116,21 +151,21 @@ __device__ __forceinline__ accumulation_t<S> row_total(const accumulation_t<S>* 
                                                        std::int64_t row) {
   using A = accumulation_t<S>;
   A total = 0;
-  for (std::int64_t k = threadIdx.x; k < c.chunks; k += blockDim.x) {
-    const A part = partial[row * c.chunks + k];
-    total = kNorm == Norm::kInf ? Maximum{}(total, part) : total + part;
-  }
+  for (std::int64_t k = threadIdx.x; k < c.chunks; k += blockDim.x)
+    total = joined<kNorm>(total, __ldcg(partial + row * c.chunks + k));
   return block_total<kNorm>(total);
 }
 
-// The same over a whole row by one block, for the few rows whose terms overflowed or vanished.
+// The sum of term(a_j / scale) over a whole row by one block, for the few rows whose terms overflowed or vanished.
 template <Norm kNorm, class S>
 __device__ __forceinline__ accumulation_t<S> scaled_total(const RowNormCall<S>& c, std::int64_t row,
                                                           accumulation_t<S> scale) {
-  accumulation_t<S> total = 0;
-  for (std::int64_t chunk = 0; chunk < c.chunks; ++chunk) {
-    const accumulation_t<S> part = thread_terms<kNorm>(c, Unit<S>(c, row, chunk), scale);
-    total = kNorm == Norm::kInf ? Maximum{}(total, part) : total + part;
+  using A = accumulation_t<S>;
+  A total = 0;
+#pragma unroll 1
+  for (std::int64_t j = threadIdx.x; j < c.cols; j += blockDim.x) {
+    const A w = c.weights.number ? c.weights.far(j).next() : A(1);
+    total = joined<kNorm>(total, RowNorm<kNorm, A>::term(w * load(c.x[row * c.x_stride + j]) / scale, c.p));
   }
   return block_total<kNorm>(total);
 }
@@ -139,109 +174,182 @@ __device__ __forceinline__ accumulation_t<S> scaled_total(const RowNormCall<S>& 
 template <Norm kNorm, class S>
 __device__ __forceinline__ void finish_row(const RowNormCall<S>& c, std::int64_t row, accumulation_t<S> total) {
   using A = accumulation_t<S>;
-  A n = RowNorm<kNorm, A>::finish(total, c.p);
   if constexpr (kNeedsRangeCheck<kNorm>) {
     if (!in_safe_range(total, A(c.cols))) {
       const A m = scaled_total<Norm::kInf>(c, row, A(1));
       const A scaled = m > A(0) && m <= Limits<A>::largest ? scaled_total<kNorm>(c, row, m) : A(0);
-      n = finish_scaled<kNorm>(scaled, m, c.p);
+      if (threadIdx.x == 0) c.per_row[row] = finish_scaled<kNorm>(scaled, m, c.p);
+      return;
     }
   }
-  if (threadIdx.x == 0) c.per_row[row] = n;
+  if (threadIdx.x == 0) c.per_row[row] = RowNorm<kNorm, A>::finish(total, c.p);
 }
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(256, 2) row_norm_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
-  for (std::int64_t unit = blockIdx.x; unit < c.rows * c.chunks; unit += gridDim.x) {
-    const Unit<S> u(c, unit);
-    const A total = block_total<kNorm>(thread_terms<kNorm>(c, u, A(1)));
+  for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
+    const A total = block_total<kNorm>(thread_terms(c, u));
     if (c.chunks == 1)
       finish_row<kNorm>(c, u.row, total);
     else if (threadIdx.x == 0)
-      c.partial[unit] = total;
-  }
+      c.partial[u.row * c.chunks + u.chunk] = total;
+  });
 }
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(256, 2) row_norm_finish_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_finish_kernel(const RowNormCall<S> c) {
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x)
     finish_row<kNorm>(c, row, row_total<kNorm>(c.partial, c, row));
 }
 
 // How many of some columns share the row's maximum, in every thread.
 template <class S>
-__device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c, const Unit<S>& u) {
+__device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c, const Unit<Norm::kInf, S>& u,
+                                                        const HeldRow<Norm::kInf, S>& x) {
   using A = accumulation_t<S>;
   const A n = c.norms[u.row];
   A count = 0;
-  read(u.x, u.columns, u.weights, [&](A w, A v) { count += absolute(w * v) == n ? A(1) : A(0); });
+  for_weights<false>(c, u, [&](int i, int k, A w) { count += absolute(w * x.words[i][k]) == n ? A(1) : A(0); });
   return block_sum(count);
 }
 
 template <class S>
-__global__ void __launch_bounds__(256, 2) row_norm_ties_kernel(const RowNormCall<S> c) {
-  for (std::int64_t unit = blockIdx.x; unit < c.rows * c.chunks; unit += gridDim.x) {
-    const accumulation_t<S> count = block_ties(c, Unit<S>(c, unit));
-    if (threadIdx.x == 0) c.ties[unit] = count;
-  }
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_ties_kernel(const RowNormCall<S> c) {
+  for_units<Norm::kInf>(c, [&](const Unit<Norm::kInf, S>& u) {
+    HeldRow<Norm::kInf, S> x;
+    x.load(u.x, u.columns, c.aligned);
+    const accumulation_t<S> count = block_ties(c, u, x);
+    if (threadIdx.x == 0) c.ties[u.row * c.chunks + u.chunk] = count;
+  });
 }
 
 template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> ties_of_row(const RowNormCall<S>& c, const Unit<S>& u) {
-  if constexpr (kNorm != Norm::kInf) return accumulation_t<S>(1);
-  return c.chunks == 1 ? block_ties(c, u) : row_total<Norm::kL1>(c.ties, c, u.row);
+__device__ __forceinline__ accumulation_t<S> ties_of_row(const RowNormCall<S>& c, const Unit<kNorm, S>& u,
+                                                         const HeldRow<kNorm, S>& x) {
+  if constexpr (kNorm == Norm::kInf)
+    return c.chunks == 1 ? block_ties(c, u, x) : row_total<Norm::kL1>(c.ties, c, u.row);
+  else
+    return accumulation_t<S>(1);
 }
 
+// The numbers of a row that its elements are divided by.
+template <class A>
+struct RowDivisors {
+  SharedDivisor<A> n, ties;
+  template <class S>
+  __device__ __forceinline__ RowDivisors(const RowNormCall<S>& c, std::int64_t row, A t) : n(c.norms[row]), ties(t) {}
+};
+
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(256, 2) row_norm_backward_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
-  for (std::int64_t unit = blockIdx.x; unit < c.rows * c.chunks; unit += gridDim.x) {
-    const Unit<S> u(c, unit);
-    const A n = c.norms[u.row], grad = c.grad[u.row], p = c.p, ties = ties_of_row<kNorm>(c, u);
-    transform(u.x, u.out, u.columns, u.weights,
-              [&](A w, A v) { return grad * w * RowNorm<kNorm, A>::slope(w * v, n, p, ties); });
-  }
+  for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
+    HeldRow<kNorm, S> x;
+    x.load(u.x, u.columns, c.aligned);
+    const RowDivisors<A> row(c, u.row, ties_of_row<kNorm>(c, u, x));
+    const A grad = c.grad[u.row];
+    A result[Words<S>::kSize];
+    for_columns(c, u, [&](auto p, int i, int k, A w) {
+      result[k] = grad * w * RowNorm<kNorm, A>::slope(w * x.words[i][k], row.n, p, row.ties);
+      if (k == Words<S>::kSize - 1) x.words[i] = Words<S>::of(result);
+    });
+    x.store(u.out, u.columns, c.aligned);
+  });
 }
 
 // s = sum_k v_k slope(a_k) over the unit's columns, in every thread
 template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall<S>& c, const Unit<S>& u) {
+__device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall<S>& c, const Unit<kNorm, S>& u,
+                                                               const HeldRow<kNorm, S>& x,
+                                                               const HeldRow<kNorm, S>& u_row,
+                                                               const RowDivisors<accumulation_t<S>>& row) {
   using A = accumulation_t<S>;
-  const A n = c.norms[u.row], p = c.p, ties = ties_of_row<kNorm>(c, u);
   A total = 0;
-  read(u.x, u.u, u.columns, u.weights,
-       [&](A w, A v, A u_j) { total += w * u_j * RowNorm<kNorm, A>::slope(w * v, n, p, ties); });
+  for_columns(c, u, [&](auto p, int i, int k, A w) {
+    total += w * u_row.words[i][k] * RowNorm<kNorm, A>::slope(w * x.words[i][k], row.n, p, row.ties);
+  });
   return block_sum(total);
 }
 
+// grad_x of a unit, in the place of x.
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(256, 2) row_norm_directional_kernel(const RowNormCall<S> c) {
-  for (std::int64_t unit = blockIdx.x; unit < c.rows * c.chunks; unit += gridDim.x) {
-    const accumulation_t<S> s = block_directional<kNorm>(c, Unit<S>(c, unit));
-    if (threadIdx.x == 0) c.partial[unit] = s;
+__device__ __forceinline__ void bend_unit(const RowNormCall<S>& c, const Unit<kNorm, S>& u, HeldRow<kNorm, S>& x,
+                                          HeldRow<kNorm, S>& u_row, const RowDivisors<accumulation_t<S>>& row,
+                                          accumulation_t<S> s) {
+  using A = accumulation_t<S>;
+  const A grad = c.grad[u.row];
+  x.begin_pass();
+  u_row.begin_pass();
+  A result[Words<S>::kSize];
+  for_columns(c, u, [&](auto p, int i, int k, A w) {
+    result[k] = grad * w * RowNorm<kNorm, A>::bend(w * x.words[i][k], w * u_row.words[i][k], s, row.n, p);
+    if (k == Words<S>::kSize - 1) x.words[i] = Words<S>::of(result);
+  });
+  x.store(u.out, u.columns, c.aligned);
+}
+
+template <Norm kNorm>
+inline constexpr bool kHasBend = kNorm != Norm::kL1 && kNorm != Norm::kInf;
+template <Norm kNorm>
+inline constexpr bool kBendNeedsSum = kHasBend<kNorm> && kNorm != Norm::kSquaredL2;
+
+// Whole rows, or units whose results need no sum.
+template <Norm kNorm, class S>
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_double_backward_kernel(const RowNormCall<S> c) {
+  using A = accumulation_t<S>;
+  for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
+    HeldRow<kNorm, S> x, u_row;
+    x.load(u.x, u.columns, c.aligned);
+    u_row.load(u.u, u.columns, c.aligned);
+    const RowDivisors<A> row(c, u.row, ties_of_row<kNorm>(c, u, x));
+    const A s = block_directional<kNorm>(c, u, x, u_row, row);
+    if (threadIdx.x == 0) (c.chunks == 1 ? c.per_row + u.row : c.partial + u.row * c.chunks + u.chunk)[0] = s;
+    if constexpr (kHasBend<kNorm>) bend_unit<kNorm>(c, u, x, u_row, row, s);
+  });
+}
+
+// s of rows of several chunks.
+template <class S>
+__global__ void __launch_bounds__(kRowThreads, 2) row_norm_total_kernel(const RowNormCall<S> c) {
+  for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
+    const accumulation_t<S> s = row_total<Norm::kL1>(c.partial, c, row);
+    if (threadIdx.x == 0) c.per_row[row] = s;
   }
 }
 
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(256, 2) row_norm_double_backward_kernel(const RowNormCall<S> c) {
+__global__ void __launch_bounds__(kRowThreads, 3) row_norm_queue_kernel(const RowNormCall<S> c, const RowQueue q) {
   using A = accumulation_t<S>;
-  for (std::int64_t unit = blockIdx.x; unit < c.rows * c.chunks; unit += gridDim.x) {
-    const Unit<S> u(c, unit);
-    const A s = c.chunks == 1 ? block_directional<kNorm>(c, u) : row_total<Norm::kL1>(c.partial, c, u.row);
-    if (u.chunk == 0 && threadIdx.x == 0) c.per_row[u.row] = s;
-    if constexpr (kNorm != Norm::kL1 && kNorm != Norm::kInf) {
-      const A n = c.norms[u.row], grad = c.grad[u.row], p = c.p;
-      transform(u.x, u.u, u.out, u.columns, u.weights,
-                [&](A w, A v, A u_j) { return grad * w * RowNorm<kNorm, A>::bend(w * v, w * u_j, s, n, p); });
-    }
-  }
+  HeldRow<kNorm, S> x, u_row;
+  const auto load = [&](std::int64_t row, std::int64_t chunk) {
+    const Unit<kNorm, S> u(c, row, chunk);
+    x.load(u.x, u.columns, c.aligned);
+    u_row.load(u.u, u.columns, c.aligned);
+    return u;
+  };
+  run_queue(
+      q,
+      [&](std::int64_t row, std::int64_t chunk) {
+        const Unit<kNorm, S> u = load(row, chunk);
+        const A s = block_directional<kNorm>(c, u, x, u_row, RowDivisors<A>(c, row, A(1)));
+        if (threadIdx.x == 0) c.partial[row * c.chunks + chunk] = s;
+      },
+      [&](std::int64_t row) {
+        const A s = row_total<Norm::kL1>(c.partial, c, row);
+        if (threadIdx.x == 0) c.per_row[row] = s;
+      },
+      [&](std::int64_t row, std::int64_t chunk) { load(row, chunk); },
+      [&](std::int64_t row, std::int64_t chunk) {
+        bend_unit<kNorm>(c, Unit<kNorm, S>(c, row, chunk), x, u_row, RowDivisors<A>(c, row, A(1)),
+                         __ldcg(c.per_row + row));
+      });
 }
 
 // Launches one call; c.partial (and c.ties for Linf) must hold rows * chunks numbers when chunks > 1.
 template <Norm kNorm, class S>
 cudaError_t launch_row_norm(Order order, const RowNormCall<S>& c, cudaStream_t stream) {
-  const dim3 block(threads_for<S>(c.cols < kChunk ? c.cols : kChunk)), units = grid_for(c.rows * c.chunks);
+  const dim3 block(threads_to_hold<S, kRowVectors<kNorm>>(c.cols, kRowThreads)), units = unit_grid(c);
   const bool several = c.chunks > 1;
   cudaError_t status = cudaSuccess;
   if (order == Order::kValue) {
@@ -253,13 +361,24 @@ cudaError_t launch_row_norm(Order order, const RowNormCall<S>& c, cudaStream_t s
   if (several && kNorm == Norm::kInf) status = launch(row_norm_ties_kernel<S>, units, block, 0, stream, c);
   if (status != cudaSuccess) return status;
   if (order == Order::kBackward) return launch(row_norm_backward_kernel<kNorm, S>, units, block, 0, stream, c);
-  if (several) status = launch(row_norm_directional_kernel<kNorm, S>, units, block, 0, stream, c);
-  if (status != cudaSuccess) return status;
-  return launch(row_norm_double_backward_kernel<kNorm, S>, units, block, 0, stream, c);
+  if constexpr (kBendNeedsSum<kNorm>) {
+    if (several) {
+      const RowQueue queue(c.rows, c.chunks, 2 * c.cols * static_cast<std::int64_t>(sizeof(S)), c.queue);
+      status = clear_queue(c.queue, c.rows, stream);
+      if (status != cudaSuccess) return status;
+      return launch(row_norm_queue_kernel<kNorm, S>, queue_grid(queue), block, 0, stream, c, queue);
+    }
+  }
+  status = launch(row_norm_double_backward_kernel<kNorm, S>, units, block, 0, stream, c);
+  if (several && status == cudaSuccess)
+    status = launch(row_norm_total_kernel<S>, grid_for(c.rows), dim3(kRowThreads), 0, stream, c);
+  return status;
 }
 
 template <class S>
-cudaError_t launch_row_norm(Order order, const RowNormCall<S>& c, cudaStream_t stream) {
+cudaError_t launch_row_norm(Order order, RowNormCall<S> c, cudaStream_t stream) {
+  c.aligned = c.cols % Words<S>::kSize == 0 && aligned<S>(c.x_stride, c.x) && aligned<S>(c.u_stride, c.u) &&
+              aligned<S>(c.cols, static_cast<const S*>(c.out));
   switch (c.norm) {
     case Norm::kL1: return launch_row_norm<Norm::kL1>(order, c, stream);
     case Norm::kL2: return launch_row_norm<Norm::kL2>(order, c, stream);

@@ -40,7 +40,8 @@ struct SoftmaxElement {
 constexpr int kSoftmaxVectors = 2;  // vectors of every input in a round
 
 template <bool kLog, bool kAligned, class S>
-__global__ void __launch_bounds__(512, 2) softmax_double_backward_rows_kernel(const SoftmaxCall<S> c) {
+__global__ void __launch_bounds__(512, sizeof(S) == 8 ? 1 : 2)
+    softmax_double_backward_rows_kernel(const SoftmaxCall<S> c) {
   using A = accumulation_t<S>;
   using Element = SoftmaxElement<kLog, A>;
   using ShareOfRow = Share<kAligned, S, kSoftmaxVectors>;

@@ -48,18 +48,22 @@ RK_HOST_DEVICE A linf_step(A adversary, A g, A step, Interval<A> to) {
 }
 
 // The sums of a row that a step in l2 needs, with g divided by `largest` where its squares would leave the range.
-struct L2Sums {
-  double gg, gd, dd;
+template <class T>
+struct L2SumsIn {
+  T gg, gd, dd;
 };
+using L2Sums = L2SumsIn<double>;
 
 template <class A>
 struct L2Step {
   A along;   // a: of g
   A shrink;  // of v; 1: inside, where x' is not to be rounded by way of x
-  RK_HOST_DEVICE L2Step(L2Sums s, double step, double eps, double scale_of_g) {
-    const bool moves = s.gg > 0.0 && s.gg <= Limits<double>::largest;
-    const double a = moves ? step / std::sqrt(s.gg) : 0.0;
-    const double vv = moves ? s.dd + 2.0 * a * s.gd + a * a * s.gg : s.dd;
+  L2Step() = default;
+  template <class T>
+  RK_HOST_DEVICE L2Step(L2SumsIn<T> s, T step, T eps, T scale_of_g) {
+    const bool moves = s.gg > T(0) && s.gg <= Limits<T>::largest;
+    const T a = moves ? step / std::sqrt(s.gg) : T(0);
+    const T vv = moves ? s.dd + T(2) * a * s.gd + a * (a * s.gg) : s.dd;
     along = A(a * scale_of_g);
     shrink = vv > eps * eps ? A(eps / std::sqrt(vv)) : A(1);
   }

@@ -14,20 +14,20 @@ namespace rk {
 enum class Margin : std::int64_t { kCw, kDlr };
 
 // The four largest logits and their classes, as they are met in order.
-template <class A>
+template <class A, class Index = std::int64_t>
 struct Leaders {
   A value[4];
-  std::int64_t index[4];
+  Index index[4];
 
   RK_HOST_DEVICE Leaders() {
     for (int k = 0; k < 4; ++k) value[k] = -Limits<A>::largest * A(2), index[k] = -1;
   }
   // Class c and its logit; classes may come in any order.
-  RK_HOST_DEVICE void meet(A z, std::int64_t c) {
+  RK_HOST_DEVICE void meet(A z, Index c) {
     for (int k = 0; k < 4; ++k)
       if (index[k] < 0 || z > value[k] || (z == value[k] && c < index[k])) {
         const A other = value[k];
-        const std::int64_t other_index = index[k];
+        const Index other_index = index[k];
         value[k] = z, index[k] = c;
         z = other, c = other_index;
         if (c < 0) return;
@@ -36,13 +36,12 @@ struct Leaders {
 };
 
 // The loss and what its slope is at each class: sum of weights of the classes that count.
-template <class A>
+template <class A, class Index = std::int64_t>
 struct MarginSlopes {
   A loss, plus, minus, top, third, fourth;  // slopes at o, y, (1), (3) and (4)
-  std::int64_t other, own, top_index, third_index, fourth_index;
+  Index other, own, top_index, third_index, fourth_index;
 
-  RK_HOST_DEVICE MarginSlopes(Margin kind, const Leaders<A>& best, std::int64_t y, A z_y, std::int64_t o, A z_o,
-                              bool given)
+  RK_HOST_DEVICE MarginSlopes(Margin kind, const Leaders<A, Index>& best, Index y, A z_y, Index o, A z_o, bool given)
       : other(o), own(y), top_index(best.index[0]), third_index(best.index[2]), fourth_index(best.index[3]) {
     top = third = fourth = A(0);
     loss = z_o - z_y;
@@ -59,7 +58,7 @@ struct MarginSlopes {
     minus = -plus;
   }
 
-  RK_HOST_DEVICE A at(std::int64_t c) const {
+  RK_HOST_DEVICE A at(Index c) const {
     A slope = c == other ? plus : A(0);
     slope += c == own ? minus : A(0);
     slope += c == top_index ? top : A(0);

@@ -11,6 +11,7 @@
 // ties.
 #pragma once
 
+#include "fixed.h"
 #include "scalar.h"
 
 namespace rk {
@@ -23,56 +24,132 @@ RK_HOST_DEVICE A divide_or_zero(A v, A n) {
   return n == A(0) ? A(0) : v / n;
 }
 
+// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers.  A quotient is put right by
+// what is left over, so that a / a is 1: the bend of a row of one number must vanish.
+template <class A>
+struct SharedDivisor {
+  A n, first, second;
+  SharedDivisor() = default;
+  explicit RK_HOST_DEVICE SharedDivisor(A divisor) : n(divisor) {
+    const A large = A(sizeof(A) == 8 ? 0x1p900 : 0x1p100);
+    first = n > large ? A(0x1p-64) : n < A(1) / large ? A(0x1p64) : A(1);
+    second = A(1) / (n * first);
+  }
+};
+template <class A>
+RK_HOST_DEVICE A divide_or_zero(A v, SharedDivisor<A> d) {
+  const A scaled = v * d.first, quotient = scaled * d.second;
+  const A left = fused(-quotient, d.n * d.first, scaled);  // NaN where one of them is infinite
+  return d.n == A(0) ? A(0) : is_nan(left) ? quotient : fused(left, d.second, quotient);
+}
+RK_HOST_DEVICE float number(float n) { return n; }
+RK_HOST_DEVICE double number(double n) { return n; }
+template <class A>
+RK_HOST_DEVICE A number(SharedDivisor<A> d) {
+  return d.n;
+}
+
+// An exponent that is a whole number, from 1 to 7.
+struct WholeExponent {
+  int p;
+};
+template <class A>
+RK_HOST_DEVICE A power(A v, WholeExponent n) {
+  const A v2 = v * v, v4 = v2 * v2;
+  return (n.p & 1 ? v : A(1)) * (n.p & 2 ? v2 : A(1)) * (n.p & 4 ? v4 : A(1));
+}
+template <class A>
+RK_HOST_DEVICE A less(A p, int k) {
+  return p - A(k);
+}
+RK_HOST_DEVICE WholeExponent less(WholeExponent p, int k) { return {p.p - k}; }
+RK_HOST_DEVICE float number(WholeExponent p) { return float(p.p); }
+
+// N: a number or a SharedDivisor of it.  P: a number or a WholeExponent.
 template <Norm kNorm, class A>
 struct RowNorm;
 
 template <class A>
 struct RowNorm<Norm::kL1, A> {
-  static RK_HOST_DEVICE A term(A a, A) { return absolute(a); }
+  template <class P>
+  static RK_HOST_DEVICE A term(A a, P) {
+    return absolute(a);
+  }
   static RK_HOST_DEVICE A finish(A total, A) { return total; }
-  static RK_HOST_DEVICE A slope(A a, A, A, A) { return sign(a); }
+  template <class N, class P>
+  static RK_HOST_DEVICE A slope(A a, N, P, N) {
+    return sign(a);
+  }
 };
 
 template <class A>
 struct RowNorm<Norm::kL2, A> {
-  static RK_HOST_DEVICE A term(A a, A) { return a * a; }
+  template <class P>
+  static RK_HOST_DEVICE A term(A a, P) {
+    return a * a;
+  }
   static RK_HOST_DEVICE A finish(A total, A) { return std::sqrt(total); }
-  static RK_HOST_DEVICE A slope(A a, A n, A, A) { return divide_or_zero(a, n); }
-  static RK_HOST_DEVICE A bend(A a, A v, A s, A n, A) { return divide_or_zero(v - divide_or_zero(a, n) * s, n); }
+  template <class N, class P>
+  static RK_HOST_DEVICE A slope(A a, N n, P, N) {
+    return divide_or_zero(a, n);
+  }
+  template <class N, class P>
+  static RK_HOST_DEVICE A bend(A a, A v, A s, N n, P) {
+    return divide_or_zero(v - divide_or_zero(a, n) * s, n);
+  }
 };
 
 template <class A>
 struct RowNorm<Norm::kSquaredL2, A> {
-  static RK_HOST_DEVICE A term(A a, A) { return a * a; }
+  template <class P>
+  static RK_HOST_DEVICE A term(A a, P) {
+    return a * a;
+  }
   static RK_HOST_DEVICE A finish(A total, A) { return total; }
-  static RK_HOST_DEVICE A slope(A a, A, A, A) { return A(2) * a; }
-  static RK_HOST_DEVICE A bend(A, A v, A, A, A) { return A(2) * v; }
+  template <class N, class P>
+  static RK_HOST_DEVICE A slope(A a, N, P, N) {
+    return A(2) * a;
+  }
+  template <class N, class P>
+  static RK_HOST_DEVICE A bend(A, A v, A, N, P) {
+    return A(2) * v;
+  }
 };
 
 template <class A>
 struct RowNorm<Norm::kInf, A> {
-  static RK_HOST_DEVICE A term(A a, A) { return absolute(a); }
+  template <class P>
+  static RK_HOST_DEVICE A term(A a, P) {
+    return absolute(a);
+  }
   static RK_HOST_DEVICE A finish(A total, A) { return total; }
-  static RK_HOST_DEVICE A slope(A a, A n, A, A ties) {
-    return is_nan(n) ? n : (absolute(a) == n ? sign(a) / ties : A(0));
+  template <class N, class P>
+  static RK_HOST_DEVICE A slope(A a, N n, P, N ties) {
+    const A largest = number(n);
+    return is_nan(largest) ? largest : (absolute(a) == largest ? divide_or_zero(sign(a), ties) : A(0));
   }
 };
 
 template <class A>
 struct RowNorm<Norm::kP, A> {
-  static RK_HOST_DEVICE A term(A a, A p) { return power(absolute(a), p); }
+  template <class P>
+  static RK_HOST_DEVICE A term(A a, P p) {
+    return power(absolute(a), p);
+  }
   // 1 / p is rounded, which costs n its last |log(total)| / p bits; one Newton step on n^p = total brings them back.
   static RK_HOST_DEVICE A finish(A total, A p) {
     const A n = std::pow(total, A(1) / p), power = std::pow(n, p);
     return power > A(0) && power <= Limits<A>::largest ? n + n * ((total / power - A(1)) / p) : n;
   }
-  static RK_HOST_DEVICE A slope(A a, A n, A p, A) {
-    return n == A(0) ? A(0) : sign(a) * power(absolute(a) / n, p - A(1));
+  template <class N, class P>
+  static RK_HOST_DEVICE A slope(A a, N n, P p, N) {
+    return sign(a) * power(divide_or_zero(absolute(a), n), less(p, 1));
   }
-  static RK_HOST_DEVICE A bend(A a, A v, A s, A n, A p) {
-    if (n == A(0) || a == A(0)) return A(0);
-    const A r = absolute(a) / n, q = power(r, p - A(2));
-    return (p - A(1)) * (q * v - sign(a) * q * r * s) / n;
+  template <class N, class P>
+  static RK_HOST_DEVICE A bend(A a, A v, A s, N n, P p) {
+    if (number(n) == A(0) || a == A(0)) return A(0);
+    const A r = divide_or_zero(absolute(a), n), q = power(r, less(p, 2));
+    return divide_or_zero(A(number(less(p, 1))) * (q * v - sign(a) * q * r * s), n);
   }
 };
 

@@ -2,7 +2,7 @@
 // wherever it lies in a batch.
 #include <algorithm>
 
-#include "attack.cuh"
+#include "attack_start.cuh"
 #include "testing.h"
 
 namespace {
@@ -43,7 +43,7 @@ struct Problem {
     c.columns = static_cast<std::uint32_t>(columns);
     c.adversary = adversary.data();
     c.x = x.data();
-    c.eps = {eps.data(), 1, 1};
+    c.eps = {eps.data(), 1, 1, columns};
     c.seed = seed.data();
     c.samples = samples.data();
     c.stream = 4;

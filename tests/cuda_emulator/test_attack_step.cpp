@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "attack.cuh"
+#include "attack_step.cuh"
 #include "testing.h"
 
 namespace {
@@ -19,10 +19,12 @@ struct Problem {
   Ball ball;
   std::int64_t rows, columns, channels, coordinates;
   bool ascends, scaled;
+  rk::cuda::AttackWorkspace<S> space;
   Buffer<S> start, adversary, x, grad;
-  Buffer<A> eps, step, scale;
+  Buffer<A> eps, step, scale, partial, steps;
+  Buffer<std::uint64_t> queue;
 
-  Problem(Draw& draw, Ball kind, std::int64_t r, std::int64_t inner)
+  Problem(Draw& draw, Ball kind, std::int64_t r, std::int64_t inner, int most_offset = 8)
       : ball(kind),
         rows(r),
         columns(3 * inner),
@@ -30,13 +32,17 @@ struct Problem {
         coordinates(draw(1, 5)),
         ascends(draw(0, 3) > 0),
         scaled(draw(0, 1)),
+        space(kind, rows, columns),
         start(rows * columns),
-        adversary(rows * columns, draw(0, 8)),
-        x(rows * columns, draw(0, 8)),
-        grad(rows * columns, draw(0, 8)),
+        adversary(rows * columns, draw(0, most_offset)),
+        x(rows * columns, draw(0, most_offset)),
+        grad(rows * columns, draw(0, most_offset)),
         eps(channels),
         step(1),
-        scale(rows) {
+        scale(rows),
+        partial(space.partial),
+        steps(space.steps),
+        queue((space.queue + 1) / 2) {
     std::uniform_real_distribution<double> uniform(-0.2, 1.2);
     const auto pixel = [&] { return std::clamp(uniform(draw.random), 0.0, 1.0); };
     for (std::int64_t j = 0; j < rows * columns; ++j) {
@@ -52,17 +58,19 @@ struct Problem {
   }
 
   AttackStepCall<S> call() {
-    const auto count = static_cast<std::uint32_t>(channels);
     AttackStepCall<S> c{};
     c.rows = rows;
     c.columns = static_cast<std::uint32_t>(columns);
     c.adversary = adversary.data();
     c.x = x.data();
     c.grad = ascends ? grad.data() : nullptr;
-    c.eps = {eps.data(), count, static_cast<std::uint32_t>(columns / channels)};
-    c.step = {step.data(), 1, 1};
+    c.eps = {eps.data(), channels, columns / channels, columns};
+    c.step = {step.data(), 1, 1, columns};
     c.scale = scaled ? scale.data() : nullptr;
     c.coordinates = coordinates;
+    c.queue = reinterpret_cast<std::uint32_t*>(queue.data());
+    c.partial = partial.data();
+    c.steps = reinterpret_cast<rk::L2Step<A>*>(steps.data());
     return c;
   }
 
@@ -148,6 +156,99 @@ void test_ball(const Options& options, Draw& draw, Ball ball, int rows, int inne
   t.check();
 }
 
+// Rows that no block holds, of whole vectors or not, aligned or not.
+template <class S>
+void test_long_rows(const Options& options, Draw& draw) {
+  for (const Ball ball : {Ball::kL2, Ball::kL1}) {
+    const int held = static_cast<int>(rk::cuda::AttackTile<S>::kVectors * 512 * rk::cuda::Words<S>::kSize);
+    Problem<S> aligned(draw, ball, 3, (held + 512) / 3 / 16 * 16, 0);
+    run_in_all_orders(options, aligned.text(), [&] { return aligned.run(); }, aligned.adversary);
+    aligned.check();
+    Problem<S> any(draw, ball, 2, held / 3 + draw(1, 400));
+    any.coordinates = draw.one_of({1, 40, 2000, 100000});
+    run_in_all_orders(options, any.text(), [&] { return any.run(); }, any.adversary);
+    any.check();
+  }
+}
+
+// Bits do not depend on where tensors lie.
+template <class S>
+void test_alignment(Draw& draw) {
+  for (const int inner : {64, 2048 / static_cast<int>(sizeof(S)) * 3})
+    for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
+      Problem<S> t(draw, ball, 2, ball == Ball::kLinf ? 64 : inner, 0);
+      expect_success(t.run());
+      Buffer<S> adversary(t.start.size(), 1), x(t.start.size(), 1);
+      std::copy_n(t.start.data(), t.start.size(), adversary.data());
+      std::copy_n(t.x.data(), t.x.size(), x.data());
+      auto c = t.call();
+      c.adversary = adversary.data();
+      c.x = x.data();
+      expect_success(rk::cuda::launch_attack_step(ball, c, nullptr));
+      for (std::size_t j = 0; j < t.start.size(); ++j)
+        expect_close(to_double(adversary[j]), to_double(t.adversary[j]), 0.0, t.text() + " one element further");
+    }
+}
+
+// Gradients whose squares leave the range of their type.
+template <class S>
+void test_sizes_of_gradients(Draw& draw) {
+  for (const int inner : {100, 1400})
+    for (const double size : {1e-36, 1e-25, 1e25, 1e37}) {
+      Problem<S> t(draw, Ball::kL2, 2, inner);
+      t.ascends = true;
+      for (std::size_t j = 0; j < t.grad.size(); ++j) t.grad[j] = S(double(t.grad[j]) * size);
+      expect_success(t.run());
+      t.check();
+    }
+}
+
+// Ties, zeros, walls: whatever the choice of coordinates in l1 meets.
+void test_choices(Draw& draw) {
+  for (int kind = 0; kind < 5; ++kind)
+    for (const int inner : {7, 2000}) {
+      Problem<float> t(draw, Ball::kL1, 2, inner);
+      t.ascends = true;
+      t.coordinates = draw.one_of({1, 5, 50, 100000});
+      for (std::size_t j = 0; j < t.grad.size(); ++j) {
+        if (kind == 0) t.grad[j] = j % 3 ? 1.0f : -1.0f;                    // all alike
+        if (kind == 1) t.grad[j] = 0.0f;                                    // nowhere to go
+        if (kind == 2) t.grad[j] = std::ldexp(t.grad[j], draw(-120, 100));  // of all magnitudes
+        if (kind == 3) t.grad[j] = j % 5 ? 0.0f : t.grad[j];                // few
+        if (kind == 4) t.start[j] = t.grad[j] > 0.0f ? 1.0f : 0.0f;         // all at their walls
+      }
+      expect_success(t.run());
+      t.check();
+    }
+}
+
+// The order of the queue: every chunk twice, a row's sums before its second pass, at most two groups under way.
+void test_queue(Draw& draw) {
+  using namespace rk::cuda;
+  RowQueue q;
+  for (const std::int64_t rows : {1, 5, 7})
+    for (const std::int64_t group : {1, 3, 7}) {
+      q.rows = rows, q.chunks = 4, q.group = group;
+      std::vector<int> sums(rows, 0), writes(rows, 0);
+      for (std::int64_t ticket = 0; ticket < 2 * rows * q.chunks; ++ticket) {
+        const QueueItem item(q, ticket);
+        ++(item.sums ? sums : writes)[item.row];
+        if (!item.sums) expect_close(sums[item.row], q.chunks, 0.0, "sums that a second pass finds");
+      }
+      for (std::int64_t row = 0; row < rows; ++row) expect_close(sums[row] + writes[row], 8, 0.0, "chunks of a row");
+    }
+  Problem<float> t(draw, Ball::kL2, 5, 3000);
+  t.ascends = true;
+  std::copy_n(t.start.data(), t.start.size(), t.adversary.data());
+  auto c = t.call();
+  c.aligned = false;
+  RowQueue narrow(t.rows, 3, 1, c.queue);
+  narrow.group = 2;
+  expect_success(clear_queue(c.queue, t.rows, nullptr));
+  expect_success(launch(attack_step_l2_queue_kernel<float>, dim3(3), dim3(kQueuedThreads), 0, nullptr, c, narrow));
+  t.check();
+}
+
 // Nothing of an invalid gradient reaches other pixels, and no pixel leaves the box.
 void test_invalid(Draw& draw) {
   for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
@@ -179,11 +280,13 @@ void test_huge() {
   c.adversary = adversary.data();
   c.x = x.data();
   c.grad = grad.data();
-  c.eps = c.step = {number.data(), 1, 1};
+  c.eps = c.step = {number.data(), 1, 1, columns};
   c.coordinates = columns;
   for (const Ball ball : {Ball::kLinf, Ball::kL2, Ball::kL1}) {
     std::fill_n(adversary.last_row(), columns, from_double<__half>(0.5));
-    const FirstBlock first(rows - 1);
+    const rk::cuda::Slabs slabs(rows, columns);
+    const std::int64_t blocks = slabs.most_elements() / columns;  // of a slab: one a row
+    const FirstBlock first(ball == Ball::kLinf ? (slabs.count() - 1) * blocks + (rows - 1) % blocks : rows - 1);
     expect_success(rk::cuda::launch_attack_step(ball, c, nullptr));
     const double moved = ball == Ball::kLinf ? 0.25
                          : ball == Ball::kL2 ? 0.25 / std::sqrt(double(columns))
@@ -205,6 +308,17 @@ int main(int argc, char** argv) {
       test_ball<__nv_bfloat16>(options, draw, ball, draw(1, 3), draw(1, 300));
     }
   test_invalid(draw);
+  test_long_rows<float>(options, draw);
+  if (options.rounds > 3) {  // ThreadSanitizer takes its time for every block
+    test_long_rows<__nv_bfloat16>(options, draw);
+    test_long_rows<double>(options, draw);
+    test_alignment<float>(draw);
+    test_alignment<__half>(draw);
+    test_sizes_of_gradients<float>(draw);
+    test_sizes_of_gradients<double>(draw);
+  }
+  test_choices(draw);
+  test_queue(draw);
   if (options.huge) test_huge();
   return finish();
 }

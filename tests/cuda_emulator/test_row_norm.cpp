@@ -28,12 +28,13 @@ struct Problem {
   bool weighted;
   Buffer<S> x, u, out;
   Buffer<A> weight, grad, norms, per_row, partial, ties;
+  Buffer<std::uint64_t> queue;
 
   Problem(Draw& draw, Norm kind, double exponent, std::int64_t row_count, std::int64_t groups, std::int64_t run,
           bool with_weight)
       : rows(row_count),
         cols(groups * run),
-        chunks((cols + rk::cuda::kChunk - 1) / rk::cuda::kChunk),
+        chunks((cols + rk::cuda::row_chunk<S>(kind) - 1) / rk::cuda::row_chunk<S>(kind)),
         stride(cols + draw(0, 1) * draw(0, 9)),
         inner(run),
         channels(groups),
@@ -48,7 +49,8 @@ struct Problem {
         norms(rows),
         per_row(rows),
         partial(rows * chunks),
-        ties(rows * chunks) {
+        ties(rows * chunks),
+        queue(rk::cuda::RowQueue::words(rows)) {
     const bool whole_numbers = draw(0, 2) == 0;  // ties
     for (std::int64_t row = 0; row < rows; ++row) {
       const int kind_of_row = draw(0, 7);
@@ -82,9 +84,8 @@ struct Problem {
     c.x_stride = c.u_stride = stride;
     c.grad = grad.data();
     c.norms = norms.data();
-    c.weight = weighted ? weight.data() : nullptr;
-    c.inner = inner;
-    c.channels = channels;
+    if (weighted) c.weights = {weight.data(), channels, inner, cols};
+    c.queue = reinterpret_cast<std::uint32_t*>(queue.data());
     c.partial = partial.data();
     c.ties = ties.data();
     c.per_row = per_row.data();
@@ -204,10 +205,38 @@ void test_shapes(const Options& options, Draw& draw) {
 
 template <class S>
 void test_long_rows(const Options& options, Draw& draw, Norm norm) {
-  Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::kChunk * 2 / 3) + draw(1, 40), true);
+  Problem<S> chunks(draw, norm, 3.0, 2, 3, static_cast<int>(rk::cuda::row_chunk<S>(norm) * 2 / 3) + draw(1, 40), true);
   test_problem(options, chunks);
-  Problem<S> long_runs(draw, norm, 3.0, 1, 1, rk::cuda::kChunk + draw(1, 40), draw(0, 1) == 1);
+  Problem<S> long_runs(draw, norm, 3.0, 1, 1, static_cast<int>(rk::cuda::row_chunk<S>(norm)) + draw(1, 40),
+                       draw(0, 1) == 1);
   test_problem(options, long_runs);
+}
+
+// Bits do not depend on where x, u and the result lie.
+template <class S>
+void test_alignment(Draw& draw, Norm norm, std::int64_t cols) {
+  Problem<S> t(draw, norm, 3.0, 2, 1, cols, false);
+  const auto run = [&](int offset, Order order) {
+    Buffer<S> x(t.rows * cols, offset), u(t.rows * cols, offset), out(t.rows * cols, offset);
+    for (std::int64_t row = 0; row < t.rows; ++row) {
+      std::copy_n(t.x.data() + row * t.stride, cols, x.data() + row * cols);
+      std::copy_n(t.u.data() + row * t.stride, cols, u.data() + row * cols);
+    }
+    auto c = t.call();
+    c.x = x.data(), c.u = u.data(), c.out = out.data();
+    c.x_stride = c.u_stride = cols;
+    expect_success(rk::cuda::launch_row_norm(order, c, nullptr));
+    std::vector<double> got(t.per_row.data(), t.per_row.data() + t.rows);
+    if (order == Order::kValue) std::copy_n(t.per_row.data(), t.rows, t.norms.data());
+    if (order != Order::kValue)
+      for (std::size_t j = 0; j < out.size(); ++j) got.push_back(to_double(out[j]));
+    return got;
+  };
+  for (const Order order : {Order::kValue, Order::kBackward, Order::kDoubleBackward}) {
+    const std::vector<double> want = run(0, order), got = run(1, order);
+    for (std::size_t j = 0; j < want.size(); ++j)
+      if (want[j] == want[j] || got[j] == got[j]) expect_close(got[j], want[j], 0.0, t.text() + " one element further");
+  }
 }
 
 // Fewer blocks than rows: each block does several, one after another, with the same shared memory.
@@ -225,16 +254,17 @@ void test_small_grid(Draw& draw) {
 
 // The last of so many rows that its elements' flat index passes 2^31; the others do not exist.
 void test_huge() {
-  constexpr std::int64_t rows = 140000, cols = rk::cuda::kChunk;
+  constexpr std::int64_t rows = 280000;
+  const std::int64_t cols = rk::cuda::row_chunk<__half>(Norm::kL2);
   LastRowOnly<__half> x(rows, cols), u(rows, cols), out(rows, cols);
   std::fill_n(x.last_row(), cols, from_double<__half>(0.5));
   std::fill_n(u.last_row(), cols, from_double<__half>(1.0));
-  std::vector<float> per_row(rows), norms(rows, 64.0f), grad(rows, 256.0f);
+  std::vector<float> per_row(rows), norms(rows, static_cast<float>(0.5 * std::sqrt(double(cols)))), grad(rows, 256.0f);
   RowNormCall<__half> c{};
   c.norm = Norm::kL2;
   c.rows = rows;
   c.cols = c.x_stride = c.u_stride = cols;
-  c.chunks = c.inner = c.channels = 1;
+  c.chunks = 1;
   c.x = x.data();
   c.u = u.data();
   c.out = out.data();
@@ -243,11 +273,11 @@ void test_huge() {
   c.per_row = per_row.data();
   const FirstBlock first(rows - 1);
   expect_success(rk::cuda::launch_row_norm(Order::kValue, c, nullptr));
-  expect_close(per_row[rows - 1], 64.0, 1e-3, "norm of the last row");
+  expect_close(per_row[rows - 1], norms[0], 1e-3, "norm of the last row");
   expect_success(rk::cuda::launch_row_norm(Order::kBackward, c, nullptr));
-  expect_close(to_double(out.last_row()[cols - 1]), 2.0, 1e-3, "grad_x of the last element");
+  expect_close(to_double(out.last_row()[cols - 1]), 128.0 / norms[0], 1e-3, "grad_x of the last element");
   expect_success(rk::cuda::launch_row_norm(Order::kDoubleBackward, c, nullptr));
-  expect_close(per_row[rows - 1], 128.0, 1e-2, "gg_grad of the last row");
+  expect_close(per_row[rows - 1], 0.5 * double(cols) / norms[0], 1e-2, "gg_grad of the last row");
   expect_close(to_double(out.last_row()[cols - 1]), 0.0, 1e-3, "second grad_x of the last element");
 }
 
@@ -261,8 +291,14 @@ int main(int argc, char** argv) {
     test_shapes<__half>(options, draw);
     test_small_grid(draw);
   }
-  for (const Norm norm : {Norm::kL1, Norm::kL2, Norm::kInf}) {
+  const bool thorough = options.rounds > 3;  // ThreadSanitizer takes its time for every block
+  for (const Norm norm : {Norm::kL1, Norm::kL2, Norm::kSquaredL2, Norm::kInf, Norm::kP}) {
     test_long_rows<float>(options, draw, norm);
+    if (!thorough) continue;
+    test_long_rows<__nv_bfloat16>(options, draw, norm);
+    test_long_rows<double>(options, draw, norm);
+    for (const std::int64_t cols : {96, 9600}) test_alignment<float>(draw, norm, cols);
+    for (const std::int64_t cols : {96, 19200}) test_alignment<__nv_bfloat16>(draw, norm, cols);
   }
   if (options.huge) test_huge();
   return finish();

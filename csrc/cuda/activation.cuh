@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "../math/activation.h"
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

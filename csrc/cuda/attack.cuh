@@ -7,7 +7,6 @@
 #include "../math/attack_step.h"
 #include "column_table.cuh"
 #include "divisor.cuh"
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

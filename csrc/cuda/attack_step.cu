@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <vector>
 
 #include "../arguments/attack.h"
 #include "attack_calls.cuh"
@@ -37,10 +38,15 @@ void attack_step(Tensor adversary, Tensor x, std::optional<Tensor> grad, Tensor 
     c.coordinates = coordinates;
     const AttackWorkspace<S> space(ball, c.rows, c.columns);
     std::optional<Tensor> queue, partial, steps;
+    // Of named sizes: nvcc's host code has no list in braces within a generic lambda.
+    const auto scratch = [&x](std::int64_t count, ScalarType type) {
+      const std::vector<std::int64_t> sizes(1, count);
+      return torch::stable::new_empty(x, sizes, type);
+    };
     if (space.queue > 0) {
-      queue = torch::stable::new_empty(x, {space.queue}, ScalarType::Int);
-      partial = torch::stable::new_empty(x, {space.partial}, accumulation_type(x.scalar_type()));
-      steps = torch::stable::new_empty(x, {space.steps}, accumulation_type(x.scalar_type()));
+      queue = scratch(space.queue, ScalarType::Int);
+      partial = scratch(space.partial, accumulation_type(x.scalar_type()));
+      steps = scratch(space.steps, accumulation_type(x.scalar_type()));
       c.queue = pointer<std::uint32_t>(queue);
       c.partial = pointer<A>(partial);
       c.steps = reinterpret_cast<L2Step<A>*>(pointer<A>(steps));

@@ -6,7 +6,6 @@
 
 #include "../math/batch_norm.h"
 #include "reduce.cuh"
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "vector.cuh"
+#include "words.cuh"
 
 namespace rk::cuda {
 

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

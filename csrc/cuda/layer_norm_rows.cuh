@@ -10,7 +10,6 @@
 
 #include "../math/layer_norm.h"
 #include "reduce.cuh"
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

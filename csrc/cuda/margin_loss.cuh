@@ -8,7 +8,6 @@
 
 #include "../math/margin_loss.h"
 #include "divisor.cuh"
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

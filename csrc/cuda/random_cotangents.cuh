@@ -10,7 +10,7 @@
 #include "../math/random_cotangents.h"
 #include "divisor.cuh"
 #include "reduce.cuh"
-#include "vector.cuh"
+#include "words.cuh"
 
 namespace rk::cuda {
 

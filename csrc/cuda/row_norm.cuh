@@ -13,7 +13,7 @@
 #include "held.cuh"
 #include "reduce.cuh"
 #include "row_queue.cuh"
-#include "vector.cuh"
+#include "words.cuh"
 
 namespace rk::cuda {
 

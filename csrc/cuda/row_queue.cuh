@@ -12,7 +12,7 @@
 
 #include "divisor.cuh"
 #include "reduce.cuh"
-#include "vector.cuh"
+#include "words.cuh"
 
 namespace rk::cuda {
 

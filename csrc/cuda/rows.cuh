@@ -13,7 +13,6 @@
 #include <cstdint>
 
 #include "reduce.cuh"
-#include "vector.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {

@@ -1,8 +1,9 @@
-// 16 bytes of a tensor on their way through registers: what one thread loads or stores at once.
+// Storage types on the device: numbers of them, 16 bytes of them at once, and the grids that go over them.
 //
-// They travel as four raw words and become numbers where they are used.  As an array of 16-bit elements, some of which
-// may be read one by one, they would be merged piece by piece, and each merge would wait for the load before it.
-// Whether 16 bytes may be read at once is therefore known to the compiler, and decided on the host, by `aligned`.
+// 16 bytes, what one thread loads or stores at once, travel as four raw words and become numbers where they are used.
+// As an array of 16-bit elements, some of which may be read one by one, they would be merged piece by piece, and each
+// merge would wait for the load before it.  Whether 16 bytes may be read at once is therefore known to the compiler, and
+// decided on the host, by `aligned`.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,23 @@
 #include "launch.cuh"
 
 namespace rk::cuda {
+
+using rk::accumulation_t;
+
+__device__ __forceinline__ float load(float v) { return v; }
+__device__ __forceinline__ double load(double v) { return v; }
+__device__ __forceinline__ float load(__half v) { return __half2float(v); }
+__device__ __forceinline__ float load(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <class S>
+__device__ __forceinline__ S store(accumulation_t<S> v) {
+  if constexpr (sizeof(S) != 2)
+    return v;
+  else if constexpr (std::is_same_v<S, __half>)
+    return __float2half_rn(v);
+  else
+    return __float2bfloat16_rn(v);
+}
 
 template <class S>
 struct Words {
@@ -127,6 +145,20 @@ template <class S, class... Pointers>
 bool aligned(std::int64_t stride, const Pointers*... pointers) {
   static_assert((std::is_same_v<Pointers, S> && ...));
   return stride % Words<S>::kSize == 0 && ((reinterpret_cast<std::uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// Threads for a block that works on `columns` elements at a time: a multiple of 32, one vector a thread if that is
+// enough.  It depends on the row's length alone, and so does the order of additions.
+template <class S>
+unsigned threads_for(std::int64_t columns, unsigned most = 256) {
+  const std::int64_t vectors = (columns + Words<S>::kSize - 1) / Words<S>::kSize, rounded = (vectors + 31) / 32 * 32;
+  return rounded < 32 ? 32 : rounded > most ? most : static_cast<unsigned>(rounded);
+}
+
+// A grid of one block for each unit of work, as far as CUDA allows: kernels stride by gridDim.x.
+inline dim3 grid_for(std::int64_t units) {
+  constexpr std::int64_t most = 2147483647;
+  return dim3(static_cast<unsigned>(units < most ? units : most));
 }
 
 }  // namespace rk::cuda

@@ -72,11 +72,16 @@ std::string text(const void* stream) {
   return stream ? buffer : "0x0";
 }
 
-// A wait for the device; refused while anything is being recorded.
-cudaError_t wait(const char* function) {
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+// A wait; refused if it is for what is being recorded, or, unless this thread has said that it knows, for anything else
+// than a stream beside.
+cudaError_t wait(const char* function, bool for_recording, bool for_a_stream) {
   const std::lock_guard lock(state().mutex);
   note_locked(std::string("wait ") + function);
-  return state().capturing.empty() ? cudaSuccess : fail(cudaErrorStreamCaptureUnsupported);
+  const bool unsafe = !for_a_stream && capture_mode != cudaStreamCaptureModeRelaxed;
+  return state().capturing.empty() || !(for_recording || unsafe) ? cudaSuccess
+                                                                 : fail(cudaErrorStreamCaptureUnsupported);
 }
 
 void* host_memory(size_t bytes) {
@@ -151,6 +156,15 @@ cudaError_t record(cudaEvent_t event, cudaStream_t stream) {
   else
     state().captured.erase(event);
   return cudaSuccess;
+}
+
+bool is_recorded(cudaStream_t stream) {
+  const std::lock_guard lock(state().mutex);
+  return state().capturing.count(stream) > 0;
+}
+bool is_recorded(cudaEvent_t event) {
+  const std::lock_guard lock(state().mutex);
+  return state().captured.count(event) > 0;
 }
 
 cudaError_t copy(const char* function, void* to, const void* from, size_t bytes) {
@@ -380,7 +394,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
 }
 cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) { return cudaMalloc(p, bytes); }
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate(p, bytes, cudaMemoryTypeHost); }
-cudaError_t cudaFree(void* p) { return p && wait("cudaFree") ? last_error : release(p); }
+cudaError_t cudaFree(void* p) { return p && wait("cudaFree", false, false) ? last_error : release(p); }
 cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return release(p); }
 cudaError_t cudaFreeHost(void* p) { return release(p); }
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
@@ -398,7 +412,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  if (const cudaError_t refused = wait("cudaMemcpy")) return refused;
+  if (const cudaError_t refused = wait("cudaMemcpy", true, false)) return refused;
   return copy("cudaMemcpy", to, from, bytes);
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
@@ -433,9 +447,11 @@ cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
   *priority = 0;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return wait("cudaStreamSynchronize"); }
-cudaError_t cudaDeviceSynchronize() { return wait("cudaDeviceSynchronize"); }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return wait("cudaEventSynchronize"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return wait("cudaStreamSynchronize", is_recorded(stream), stream != nullptr);
+}
+cudaError_t cudaDeviceSynchronize() { return wait("cudaDeviceSynchronize", true, false); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait("cudaEventSynchronize", is_recorded(event), false); }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_event(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_event(event); }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return record(event, stream); }
@@ -466,6 +482,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
   state().capturing.clear();
   state().captured.clear();
   note_locked("capture ends " + std::to_string(state().captured_nodes));
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {

@@ -12,7 +12,9 @@ Usage: cuda_without_device.py [PART ...]; by default all parts.
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -183,6 +185,31 @@ def second_derivatives(fake: bool) -> Iterator[Finding]:
             yield f"{kind} {name}, {dtype}", right, what
 
 
+def replaced() -> Iterator[Finding]:
+    """Every case of every replaced operator, differentiated twice in all of its inputs and its cotangent."""
+    for module in sorted(pkgutil.iter_modules([str(ROOT / "tests" / "installed")]), key=lambda m: m.name):
+        failed: Counter[str] = Counter()
+        with record.recording() as asked, rk.fused_double_backward(), Reached() as reached:
+            cases = importlib.import_module(f"tests.installed.{module.name}").CASES
+            for case in cases:
+                for dtype in (torch.float64, torch.float32, *([torch.bfloat16, torch.float16] if case.half else [])):
+                    try:
+                        _every_derivative(case.function, [t.cuda().requires_grad_() for t in case.inputs(dtype)])
+                    except Exception as error:
+                        failed[f"{case}, {dtype}: {str(error).splitlines()[0]}"] += 1
+        right = not failed and not asked.refused and not reached.waiting
+        found = f"{len(cases)} cases, {len(asked.ours)} launches of ours"
+        yield f"replaced {module.name}", right, "; ".join([found, *failed, *sorted(reached.waiting)])
+
+
+def _every_derivative(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    value = function(*inputs)
+    cotangent = torch.ones_like(value, requires_grad=True)
+    first = torch.autograd.grad(value, inputs, cotangent, create_graph=True)
+    total = torch.stack([g.sum() for g in first]).sum() + value.sum()
+    torch.autograd.grad(total, (*inputs, cotangent), allow_unused=True)
+
+
 def several_cotangents() -> Iterator[Finding]:
     for dtype in BOTH:
         with made_of(dtype):
@@ -322,11 +349,12 @@ PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
     # On the null GPU: autograd has no thread for a device that is not there.
     "fake": lambda: second_derivatives(fake=True),
     "real": lambda: second_derivatives(fake=False),
+    "replaced": replaced,
     "cotangents": several_cotangents,
     "launches": launches,
     "steps": steps,
 }
-ON_THE_NULL_GPU = ("fake", "real", "cotangents", "launches", "steps")
+ON_THE_NULL_GPU = ("fake", "real", "replaced", "cotangents", "launches", "steps")
 
 
 def show(part: str) -> int:

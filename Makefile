@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/* csrc/*/*,$(addprefix $(folder)/*.,cpp h cu cuh)))
+CXX_TEST_SOURCES := $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu tests/null_gpu/*.cpp)
 JOBS ?= 2
 ARCHITECTURES ?= # for cuda-compile, such as 90; all by default
 VERSIONS ?= # of PyTorch for compat, such as 2.10.0; all by default
@@ -20,7 +21,7 @@ OTHER := build/torch-$(TORCH)
 # Tests that `make check` leaves to `make test`: they take minutes, for training, torch.compile or other processes.
 LEFT_TO_TEST := benchmarks cli compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models resume study
 
-.PHONY: help build demo test check lint format bench render compat cuda-compile cuda-budget test-cuda-emulated clean
+.PHONY: help build demo test check lint format bench render compat cuda-compile cuda-budget cuda-dispatch test-cuda-emulated clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo "make compat              compile without making code against the headers of every PyTorch that README names"
 	@echo "make cuda-compile        compile the CUDA kernels with nvcc, on any machine; fails on a register spill"
 	@echo "make cuda-budget         what share of a copy's speed each CUDA kernel's machine code allows; nvcc, no GPU; fails below 85 %"
+	@echo "make cuda-dispatch       against a PyTorch built for CUDA, without a GPU: what is launched, where, and what waits for it"
 	@echo "make test-cuda-emulated  run the CUDA kernels on the CPU: plain, under ASan + UBSan, under TSan"
 	@echo "make bench               benchmarks of this machine; make render puts them into README.md"
 
@@ -63,14 +65,17 @@ demo: build
 	$(BIN)/robustkern demo --out demo
 
 ifdef TORCH
-test:
+test cuda-dispatch:
 	mkdir -p $(OTHER)
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp -pu --parents -t $(OTHER)
 	sed -i 's/^torch==.*/torch==$(TORCH)/' $(OTHER)/constraints.txt
-	$(MAKE) -C $(OTHER) TORCH= test
+	$(MAKE) -C $(OTHER) TORCH= $@
 else
 test: build $(VENV)/.dev
 	$(BIN)/python -m pytest tests
+
+cuda-dispatch: build
+	$(BIN)/python tests/cuda_without_device.py
 endif
 
 check: build lint
@@ -81,12 +86,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(CXX_TEST_SOURCES)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(CXX_TEST_SOURCES)
 
 compat: $(VENV)/.installed
 	$(BIN)/python tests/compat.py $(VERSIONS)

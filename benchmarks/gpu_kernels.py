@@ -168,7 +168,9 @@ def count(results: Path) -> int:
     rows = json.loads(results.read_text())["rows"]
     missing = sorted((r for r in rows if r["ms"] and r["of_copy"] < TARGET), key=lambda r: r["of_copy"])
     for row in missing:
-        command = ["ncu", "--clock-control", "none", "-k", "regex:rk", "--metrics", ",".join(COUNTERS), "--csv"]
+        # By their mangled names, which alone hold the namespace.
+        kernels = ["--kernel-name-base", "mangled", "--kernel-name", "regex:2rk4cuda"]
+        command = ["ncu", "--clock-control", "none", *kernels, "--metrics", ",".join(COUNTERS), "--csv"]
         run = [sys.executable, "-m", "benchmarks.gpu_kernels", "--once", "--only", f"^{re.escape(row['case'])}$"]
         output = subprocess.run([*command, *run], capture_output=True, text=True, check=False).stdout
         print(f"== {row['case']}, {row['of_copy']:.0%} of copy")

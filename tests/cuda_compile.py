@@ -40,21 +40,21 @@ def keep_architectures(extension: Extension, chosen: list[str]) -> None:
         ]
 
 
-def find_nvcc(extension: Extension) -> str:
-    """The nvcc of the toolkit that setup.py found."""
+def find_nvcc(extension: Extension) -> list[str]:
+    """nvcc of the toolkit that setup.py found, with what PyTorch adds to a build: 16 bits are not converted unasked."""
     from torch.utils import cpp_extension
 
-    return os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    return [os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc"), *cpp_extension.COMMON_NVCC_FLAGS]
 
 
-def compile_source(source: str, extension: Extension, nvcc: str) -> tuple[Path, str]:
+def compile_source(source: str, extension: Extension, nvcc: list[str]) -> tuple[Path, str]:
     """Compiles one file; returns the object and ptxas's report."""
     target = OUT / (Path(source).name + ".o")
     includes = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
     includes += ["-isystem", sysconfig.get_paths()["include"]]
     if source.endswith(".cu"):
         flags = [*extension.extra_compile_args["nvcc"], "-Xptxas=-v", "-Xcompiler=-fPIC,-Wall"]
-        return target, run([nvcc, "-c", source, "-o", str(target), *flags, *defines(extension), *includes])
+        return target, run([*nvcc, "-c", source, "-o", str(target), *flags, *defines(extension), *includes])
     flags = ["-fPIC", *extension.extra_compile_args["cxx"], *defines(extension), *includes]
     return target, run([os.environ.get("CXX", "c++"), "-c", source, "-o", str(target), *flags])
 

@@ -64,7 +64,7 @@ def nvcc_command() -> list[str]:
     includes = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
     includes += ["-isystem", sysconfig.get_paths()["include"]]
     flags = extension.extra_compile_args["nvcc"]
-    return [find_nvcc(extension), *flags, "-Xptxas=-v", *defines(extension), *includes]
+    return [*find_nvcc(extension), *flags, "-Xptxas=-v", *defines(extension), *includes]
 
 
 def included(source: Path) -> list[Path]:

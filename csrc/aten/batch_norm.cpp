@@ -53,8 +53,8 @@ struct BatchNorm {
     BatchNorm norm;
     norm.training = kept.flag();
     norm.eps = kept.number();
-    norm.mean = norm.running_mean = center;  // PyTorch asks for both, and reads those of its mode
-    norm.invstd = norm.running_var = scale;
+    (norm.training ? norm.mean : norm.running_mean) = center;
+    (norm.training ? norm.invstd : norm.running_var) = scale;
     return norm;
   }
 
@@ -147,9 +147,13 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
                         bool by_cudnn, Forward* result) {
     const at::AutoDispatchBelowADInplaceOrView below;
     *result = run_forward(by_cudnn, x, w, b, running_mean, running_var, training, momentum, eps);
-    // In eval mode PyTorch's own kernel is the derivative of cuDNN's.
-    ctx->save_for_backward({x, optional_value(w), training ? result->mean : *running_mean,
-                            training ? result->invstd : *running_var, training ? result->reserve : Tensor()});
+    // In eval mode PyTorch's own kernel is the derivative of cuDNN's.  On CUDA it takes what the forward gave in place of
+    // the running statistics, unless that is empty.
+    if (training)
+      ctx->save_for_backward({x, optional_value(w), result->mean, result->invstd, result->reserve});
+    else
+      ctx->save_for_backward(
+          {x, optional_value(w), *running_mean, *running_var, Tensor(), result->mean, result->invstd});
     ctx->set_materialize_grads(false);
     Kept().put(to_bits({true, w && w->defined(), b && b->defined()})).put(training).put_number(eps).save(ctx);
     return result->y;
@@ -163,6 +167,10 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     Kept kept(ctx);
     const Mask mask = asked<3>(ctx, kept.integer());
     auto norm = BatchNorm::of(kept, saved[2], saved[3]);
+    if (!norm.training) {
+      norm.mean = saved[5];
+      norm.invstd = saved[6];
+    }
     if (BatchNormBackward::of_several(result, cotangents[0], x, w, norm, mask)) return result;
     // PyTorch's batching rule takes the statistics for constants.
     const bool composed = at::GradMode::is_enabled() && is_batched(cotangents[0]);

@@ -65,7 +65,7 @@ struct FourElements {
       return;
     }
 #pragma unroll
-    for (std::uint32_t k = 0; k < 4; ++k) element[k] = k < count ? from[k] : S(0.0f);
+    for (std::uint32_t k = 0; k < 4; ++k) element[k] = k < count ? from[k] : S{};
   }
   __device__ __forceinline__ void store(S* to, std::uint32_t count, bool whole) const {
     if (whole) {

@@ -55,14 +55,15 @@ struct QueueItem {
   }
 };
 
-inline __global__ void __launch_bounds__(256) clear_queue_kernel(std::uint32_t* memory, std::int64_t words) {
+template <class Word>
+__global__ void __launch_bounds__(256) clear_queue_kernel(Word* memory, std::int64_t words) {
   const std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
   if (i < words) memory[i] = 0;
 }
 
 inline cudaError_t clear_queue(std::uint32_t* memory, std::int64_t rows, cudaStream_t stream) {
   const std::int64_t words = RowQueue::words(rows);
-  return launch(clear_queue_kernel, grid_for((words + 255) / 256), dim3(256), 0, stream, memory, words);
+  return launch(clear_queue_kernel<std::uint32_t>, grid_for((words + 255) / 256), dim3(256), 0, stream, memory, words);
 }
 
 inline dim3 queue_grid(const RowQueue& q) {

@@ -42,6 +42,7 @@ last_line() { grep -av '^ *$' "$1" | tail -n 1 | cut -c1-150; }
 stage() { # name, time limit in seconds, command...
   local name=$1 limit=$2 begin=$SECONDS status
   shift 2
+  [ "$DEVICE" = cuda ] || limit=$((4 * limit)) # a rehearsal is not in a hurry, and shares its cores
   [ "$limit" -le "$(left)" ] || limit=$(left)
   if [ "$limit" -lt 5 ]; then
     note "$name" 124 0 'no time is left'

@@ -255,11 +255,13 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     const RowSoftmax<A> p(c, row);
     const A grad = c.grad[row], inverse_t = c.inverse_t, total_q = target.template total_q<ShareOfRow>(c.classes);
     const int rounds = ShareOfRow::rounds(c.classes);
+    // Past the end of a row stand logits of probability zero: 0, against a maximum far below, would be infinite.
+    const Words<S> none = words_of<S>(-static_cast<A>(INFINITY));
     Words<S> x[ShareOfRow::kCount], y[ShareOfRow::kCount];
     A sums[2] = {};  // sum p u, and sum u or sum q u
     for (int round = rounds - 1; round >= 0; --round) {
       const ShareOfRow share(round, c.classes);
-      share.load(x, z, {});
+      share.load(x, z, none);
       share.load(y, u, {});
 #pragma unroll
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     for (int round = 0; round < rounds; ++round) {
       const ShareOfRow share(round, c.classes);
       if (round > 0) {
-        share.load(x, z, {});
+        share.load(x, z, none);
         share.load(y, u, {});
       }
 #pragma unroll

@@ -107,3 +107,13 @@ def test_in_python_where_the_extension_does_not_load():
     command = (sys.executable, "-c", program, *options, "tests/test_cotangents.py", "tests/test_transforms.py")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused_rather_than_lost(requires_grad):
+    """Of the bare operators; the functions of `robustkern.ops` are composed under forward mode."""
+    x = torch.randn(4, 6).requires_grad_(requires_grad)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.randn(4, 6))
+        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+            torch.ops.robustkern.row_norm(dual, None, 1, 2.0, False)

@@ -172,7 +172,9 @@ class Kernel : public c10::OperatorKernel {
     if (!at::GradMode::is_enabled()) return false;
     if (formula_.only && arguments[formula_.only->first].toInt() != formula_.only->second) return false;
     return std::any_of(formula_.inputs.begin(), formula_.inputs.end(), [&](int64_t i) {
-      return arguments[i].isTensor() && arguments[i].toTensor().defined() && arguments[i].toTensor().requires_grad();
+      // Of forward mode a Function has no formula and says so: below autograd the tangent would be lost in silence.
+      const Tensor t = tensor_of(arguments[i]);
+      return t.defined() && (t.requires_grad() || t._fw_grad(/*level=*/0).defined());
     });
   }
 

@@ -22,12 +22,13 @@ Model = Callable[[Tensor], Tensor]
 def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The model as an attack must see it: in eval mode, so that BatchNorm is fixed, and with no parameter gradients.
 
-    Every module's mode, every parameter's requires_grad and every buffer is put back on the way out, whatever happened
-    inside.  A function that is no `nn.Module` is called as it is, and so is an exported program, which has one mode.
+    Every module's mode, every parameter's requires_grad and every buffer that a forward pass may write into is put back
+    on the way out, whatever happened inside.  Modules of torch.nn in eval mode, such as BatchNorm, leave their buffers
+    alone: those are not copied, only watched.  A function that is not an `nn.Module` is called as it is, and so is an
+    exported program, which has one mode.
 
     Raises:
-        RuntimeError: Somebody else than its module wrote into a buffer of a BatchNorm in eval mode, or the like: it was
-            not copied, since modules of torch.nn leave their buffers alone there.
+        RuntimeError: A buffer that is only watched was written into, by something other than its module.
     """
     seen = model if isinstance(model, nn.Module) else nn.Module()
     modes = [(module, module.training) for module in seen.modules()]

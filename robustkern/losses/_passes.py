@@ -79,11 +79,11 @@ def frozen_statistics(model: Model) -> Iterator[None]:
 def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: Tensor, state: RandomState) -> Tensor:
     """function(model(x)) by a forward pass without a graph; if a gradient arrives, the backward pass builds the graph.
 
-    A loss that shows a term which its total does not depend on pays for the value alone: where the gradient that
-    arrives is zero nothing is computed, and where it is not, forward and backward pass are, with the same random
-    `state`.  A GPU, which would be waited for, is not asked whether it is zero: see `Rise`.  Running statistics stay as
-    they are.  Differentiable once.  A model that is no `nn.Module`, whose parameters cannot be seen, gets its graph at
-    once.
+    A term that the total does not depend on then costs its value alone.  If the gradient that arrives is zero, nothing
+    is computed; if it is not, a forward and a backward pass are, with the same random `state`.  On a GPU, where looking
+    would wait for the device, they always are: `Rise` sees to it that no gradient arrives there without need.  Running
+    statistics stay as they are.  Differentiable once.  A model that is not an `nn.Module`, whose parameters cannot be
+    seen, gets its graph at once.
     """
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     if not torch.is_grad_enabled() or not parameters:

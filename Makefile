@@ -18,8 +18,8 @@ VERSIONS ?= # of PyTorch for compat, such as 2.10.0; all by default
 
 OTHER := build/torch-$(TORCH)
 
-# Tests that `make check` leaves to `make test`: they take minutes, for training, torch.compile or other processes.
-LEFT_TO_TEST := benchmarks cli compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models resume study
+# Files that `make check` leaves to `make test`: they take minutes, for torch.compile, compilers or other processes.
+LEFT_TO_TEST := benchmarks compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models
 
 .PHONY: help build demo test check lint format bench render compat cuda-compile cuda-budget cuda-dispatch test-cuda-emulated clean
 .DEFAULT_GOAL := help

@@ -59,7 +59,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--few", type=int, metavar="N", help="at most N cases of each test, with every value in some case")
+    parser.addoption("--few", type=int, metavar="N", help="at most N cases of each test, none of a long one")
 
 
 def few(items, most):
@@ -75,9 +75,11 @@ def few(items, most):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out slow tests unless -m asks about them, and with --few most combinations of parameters."""
+    """Leaves out slow tests unless -m asks about them, and with --few long ones and most combinations."""
     chosen = items if "slow" in config.option.markexpr else [i for i in items if not i.get_closest_marker("slow")]
-    kept = few(chosen, config.option.few) if config.option.few else set(chosen)
+    kept = set(chosen)
+    if config.option.few:
+        kept = few([item for item in chosen if not item.get_closest_marker("long")], config.option.few)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -151,6 +151,7 @@ def test_the_out_path_must_be_a_folder_that_can_be_written(tmp_path):
     assert below.exit_code == 1 and "Not a directory" in one_line(below)
 
 
+@pytest.mark.long
 def test_demo_shows_both_rows(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo_module.step_cost, "measure", quick_measure)
@@ -195,6 +196,7 @@ def process(*arguments, **kwargs):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
+@pytest.mark.long
 def test_sigterm_then_sigkill_then_resume_ends_with_the_same_bits(tmp_path):
     arguments = ["train", "--epochs", "4", "--train-samples", "512", "--eval-samples", "20", "--resume"]
     whole = process(*arguments, "--out", tmp_path / "whole")
@@ -224,6 +226,7 @@ runpy.run_module("robustkern", run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_info_works_without_the_extras():
     result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, "info"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -234,6 +237,7 @@ def test_info_works_without_the_extras():
     assert "loaded" in facts["robustkern._C"] and "loaded" in facts["robustkern._cuda"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["train", "demo"])
 def test_everything_else_names_the_extra_in_one_sentence(command):
     result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS, command], capture_output=True, text=True)
@@ -241,6 +245,7 @@ def test_everything_else_names_the_extra_in_one_sentence(command):
     assert "pip install typer" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_importing_robustkern_imports_no_extra():
     code = "import sys, robustkern; print(*sorted(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

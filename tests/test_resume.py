@@ -90,6 +90,7 @@ def test_crash_with_other_methods_and_settings(tmp_path, method, given):
     assert outcome(tmp_path / "crashed") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_crash_at_any_file_operation(tmp_path, uninterrupted, monkeypatch):
     """Every rename, sync and removal in turn is the last thing that the process does."""
     operations = {"count": 0, "crash_at": None}
@@ -130,6 +131,7 @@ def everything(out):
     return outcome(out)[1], {name: (out / name).read_bytes() for name in names}
 
 
+@pytest.mark.long
 def test_sigkill_at_twenty_random_moments(tmp_path):
     """Killed twenty times while it works, then allowed to finish; compared with an undisturbed run."""
     # A forked child needs no new import of PyTorch, so that the kills hit the training itself.

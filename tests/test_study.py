@@ -190,6 +190,7 @@ def test_every_kind_of_model_has_a_configuration(tmp_path):
     assert shuffled == {"gradient-penalty x 0, labels shuffled", "gradient-penalty, labels shuffled"}
 
 
+@pytest.mark.long
 def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_path, monkeypatch):
     folder, _ = done
     (tmp_path / "my_networks.py").write_text(
@@ -294,6 +295,7 @@ def test_inversions_from_noise_are_drawn_as_they_were_measured(done, tmp_path, m
     assert (tmp_path / "noise.png").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_colour_images_are_studied_and_drawn(tmp_path, monkeypatch):
     write_cifar(tmp_path / "cifar-10-batches-py", 60)
     monkeypatch.setitem(recipes._RECIPES, "cifar10", {**recipes._RECIPES["cifar10"], "model": "small-cnn"})  # quicker

@@ -62,6 +62,7 @@ def test_defaults_are_the_published_ones():
         0.75,
     )
     assert built("pgd").attack == PGD(8 / 255, None, 10) and built("pgd").weight == 1
+    assert losses.AdversarialTraining().attack == losses.ALP().attack == PGD(8 / 255, 2 / 255, steps=10)
     assert built("fgsm").attack == FGSM(8 / 255) and built("n-fgsm").attack == NFGSM(8 / 255)
     assert built("fgsm", step_size=0.01).attack.step_size == 0.01
     assert (built("label-smoothing").weight, built("gradalign").weight, built("cure").weight) == (0.1, 0.2, 4.0)

@@ -1,0 +1,284 @@
+// Tiles of attention's matrices in shared memory, and products of them: a warp has 16 rows of its block's and meets 16
+// columns at a time.
+//
+// Scores and results lie in registers as mma.cuh says of D: with g = lane / 4 and t = lane % 4, a thread has rows g and
+// g + 8, and of each 8 columns those from 2t on.  16-bit numbers are multiplied by the tensor cores; float and double by
+// plain multiply-adds on the same layout, which have nothing to be rounded to.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "mma.cuh"
+#include "words.cuh"
+
+namespace rk::cuda {
+
+// One matrix of rows with adjacent columns.
+template <class S>
+struct Matrix {
+  S* data;
+  std::int64_t stride, rows;  // from row to row, in elements
+  int columns;
+  bool aligned;  // every 16 bytes from the start of a row on
+};
+
+// [B, H, rows, columns]: a matrix for each head.
+template <class S>
+struct Heads {
+  Matrix<S> first;
+  std::int64_t batch, head;  // strides, in elements
+
+  __host__ __device__ __forceinline__ explicit operator bool() const { return first.data != nullptr; }
+  __device__ __forceinline__ Matrix<S> of(std::int64_t b, std::int64_t h) const {
+    Matrix<S> m = first;
+    m.data += b * batch + h * head;
+    return m;
+  }
+};
+
+// Tiles of matrices with up to kSize columns.  On every GPU since sm_80 the shared memory of a block suffices.
+template <class S, int kSize>
+struct TileShape {
+  static constexpr int kBytes = kSize * static_cast<int>(sizeof(S));  // of a row
+  static constexpr int kWarps = kBytes <= 256 ? 4 : 2;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 16 * kWarps;                 // of what a block stays with
+  static constexpr int kColumns = kBytes <= 128 ? 32 : 16;  // of what passes by
+  static constexpr int kStages = kBytes <= 256 ? 2 : 1;     // tiles of those at a time
+  static constexpr int kStride = kSize + 16 / sizeof(S);    // 8 rows at one column lie in different banks
+  static constexpr int kRowTile = kRows * kStride;          // elements
+  static constexpr int kColumnTile = kColumns * kStride;
+  static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;  // a warp's rows, in registers
+};
+
+// Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.
+template <int kRows, int kSize, class S>
+__device__ __forceinline__ void load_tile(S* tile, const Matrix<const S>& m, std::int64_t first) {
+  constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kStride = TileShape<S, kSize>::kStride;
+  for (int i = threadIdx.x; i < kRows * kVectors; i += TileShape<S, kSize>::kThreads) {
+    const int row = i / kVectors, column = i % kVectors * kVector;
+    const bool there = first + row < m.rows && column < m.columns;
+    const S* from = there ? m.data + (first + row) * m.stride + column : m.data;
+    S* to = tile + row * kStride + column;
+    if (m.aligned) {
+      copy_async_16(to, from, there);
+    } else {
+      for (int k = 0; k < kVector; ++k) to[k] = there && column + k < m.columns ? from[k] : store<S>(0);
+    }
+  }
+}
+
+// What the block's threads have begun to load is there for all of them.
+__device__ __forceinline__ void arrival() {
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+}
+
+// Passes the columns from `begin` to `end` by: load(first, stage) begins to fetch a tile, use(first, stage) works on it
+// while the next one is on its way.  The rows that are loaded before arrive with the first tile; then start() is called.
+template <class Shape, class Load, class Start, class Use>
+__device__ __forceinline__ void for_columns(std::int64_t begin, std::int64_t end, const Load& load, const Start& start,
+                                            const Use& use) {
+  if (begin < end) load(begin, 0);
+  arrival();
+  start();
+  int stage = 0;
+  for (std::int64_t first = begin; first < end; first += Shape::kColumns) {
+    const std::int64_t next = first + Shape::kColumns;
+    if (Shape::kStages == 2 && next < end) load(next, 1 - stage);
+    use(first, stage);
+    if (Shape::kStages == 1) {
+      __syncthreads();
+      if (next < end) load(next, 0);
+    } else {
+      stage = 1 - stage;
+    }
+    arrival();
+  }
+}
+
+__device__ __forceinline__ int lane_row() { return threadIdx.x % 32 / 4; }
+__device__ __forceinline__ int lane_column() { return threadIdx.x % 4 * 2; }
+
+// 16 x 16 numbers of a warp: x[n][i] stands at row lane_row() + 8 (i / 2), column lane_column() + 8 n + i % 2.
+template <class A>
+using Scores = A[2][4];
+
+// 16 rows of a tile as the left factor of products: on the tensor cores perhaps in registers.
+template <class S, int kSize, bool kTensorCores = sizeof(S) == 2>
+class LeftRows {
+ public:
+  __device__ __forceinline__ void take(const S* rows) { rows_ = rows + lane_row() * kStride; }
+
+  // scores += rows columns^T
+  __device__ __forceinline__ void times(Scores<accumulation_t<S>>& scores, const S* columns) const {
+    constexpr int kVector = Words<S>::kSize;
+    const S* right = columns + lane_column() * kStride;
+#pragma unroll 4
+    for (int k = 0; k < kSize; k += kVector) {
+      const Words<S> x[2] = {load_words<true>(rows_ + k), load_words<true>(rows_ + 8 * kStride + k)};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Words<S> y = load_words<true>(right + (j / 2 * 8 + j % 2) * kStride + k);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) scores[j / 2][2 * i + j % 2] += x[i][v] * y[v];
+      }
+    }
+  }
+
+  // Two such products with the same columns.
+  static __device__ __forceinline__ void times_both(const LeftRows& one, Scores<accumulation_t<S>>& ones,
+                                                    const LeftRows& two, Scores<accumulation_t<S>>& twos,
+                                                    const S* columns) {
+    one.times(ones, columns);
+    two.times(twos, columns);
+  }
+
+ private:
+  static constexpr int kStride = TileShape<S, kSize>::kStride;
+  const S* rows_;
+};
+
+template <class S, int kSize>
+class LeftRows<S, kSize, true> {
+ public:
+  __device__ __forceinline__ void take(const S* rows) {
+    rows_ = rows + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) ldmatrix_x4(held_[k], rows_ + 16 * k);
+    }
+  }
+
+  __device__ __forceinline__ void times(Scores<float>& scores, const S* columns) const {
+    const S* right = right_factor(columns);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      std::uint32_t x[4], y[4];
+      step(k, x);
+      ldmatrix_x4(y, right + 16 * k);
+      multiply(scores, x, y);
+    }
+  }
+
+  static __device__ __forceinline__ void times_both(const LeftRows& one, Scores<float>& ones, const LeftRows& two,
+                                                    Scores<float>& twos, const S* columns) {
+    const S* right = right_factor(columns);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      std::uint32_t x[4], y[4];
+      ldmatrix_x4(y, right + 16 * k);
+      one.step(k, x);
+      multiply(ones, x, y);
+      two.step(k, x);
+      multiply(twos, x, y);
+    }
+  }
+
+ private:
+  static constexpr int kStride = TileShape<S, kSize>::kStride, kSteps = kSize / 16;
+  static constexpr bool kHeld = TileShape<S, kSize>::kHeld;
+
+  // Where a lane's row lies for the matrices (columns 0 to 7, numbers 0 to 7), (the same, 8 to 15), (8 to 15, 0 to 7)...
+  static __device__ __forceinline__ const S* right_factor(const S* columns) {
+    return columns + (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * kStride + threadIdx.x % 16 / 8 * 8;
+  }
+  static __device__ __forceinline__ void multiply(Scores<float>& scores, const std::uint32_t (&x)[4],
+                                                  const std::uint32_t (&y)[4]) {
+    mma_16816<S>(scores[0], x, {y[0], y[1]});
+    mma_16816<S>(scores[1], x, {y[2], y[3]});
+  }
+  __device__ __forceinline__ void step(int k, std::uint32_t (&x)[4]) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = held_[k][i];
+    } else {
+      ldmatrix_x4(x, rows_ + 16 * k);
+    }
+  }
+
+  const S* rows_;
+  std::uint32_t held_[kHeld ? kSteps : 1][4];
+};
+
+// 16 rows of a result: sum[n][i] stands at row lane_row() + 8 (i / 2), column lane_column() + 8 n + i % 2.
+template <class S, int kSize>
+struct RowSums {
+  using A = accumulation_t<S>;
+  A sum[kSize / 8][4] = {};
+
+  // += weights columns, where weights is rounded to S, as the tensor cores want it.
+  __device__ __forceinline__ void add(const Scores<A>& weights, const S* columns) {
+    if constexpr (sizeof(S) == 2) {
+      std::uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = pack<S>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
+      const S* right = columns + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
+#pragma unroll
+      for (int n = 0; n < kSize / 8; n += 2) {
+        std::uint32_t y[4];
+        ldmatrix_x4_transposed(y, right + 8 * n);
+        mma_16816<S>(sum[n], x, {y[0], y[1]});
+        mma_16816<S>(sum[n + 1], x, {y[2], y[3]});
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < 16; ++k) {
+        A x[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) x[i] = __shfl_sync(0xffffffffu, weights[k / 8][2 * i + k % 2], k % 8 / 2, 4);
+        const S* right = columns + k * kStride + lane_column();
+#pragma unroll
+        for (int n = 0; n < kSize / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[n][i] += x[i / 2] * load(right[8 * n + i % 2]);
+      }
+    }
+  }
+
+  // factor * sum into rows `first` and on of a matrix.
+  __device__ __forceinline__ void write(const Matrix<S>& m, std::int64_t first, A factor) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t row = first + lane_row() + 8 * i;
+      if (row >= m.rows) continue;
+      S* to = m.data + row * m.stride + lane_column();
+#pragma unroll
+      for (int n = 0; n < kSize / 8; ++n) {
+        const int there = m.columns - lane_column() - 8 * n;
+        const A v[2] = {factor * sum[n][2 * i], factor * sum[n][2 * i + 1]};
+        if constexpr (sizeof(S) == 2) {
+          if (m.aligned) {
+            if (there > 0) *reinterpret_cast<std::uint32_t*>(to + 8 * n) = pack<S>(v[0], v[1]);
+            continue;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (j < there) to[8 * n + j] = store<S>(v[j]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kStride = TileShape<S, kSize>::kStride;
+};
+
+// Over the four threads that share rows.
+template <class A>
+__device__ __forceinline__ A row_sum(A v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+template <class A>
+__device__ __forceinline__ A row_max(A v) {
+  v = ::max(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return ::max(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+}  // namespace rk::cuda

@@ -226,16 +226,20 @@ struct RowSums {
         mma_16816<S>(sum[n + 1], x, {y[2], y[3]});
       }
     } else {
+#pragma unroll 1
+      for (int k = 0; k < 16; k += 2) {
 #pragma unroll
-      for (int k = 0; k < 16; ++k) {
-        A x[2];
+        for (int j = 0; j < 2; ++j) {
+          A x[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) x[i] = __shfl_sync(0xffffffffu, weights[k / 8][2 * i + k % 2], k % 8 / 2, 4);
-        const S* right = columns + k * kStride + lane_column();
+          for (int i = 0; i < 2; ++i)
+            x[i] = __shfl_sync(0xffffffffu, k < 8 ? weights[0][2 * i + j] : weights[1][2 * i + j], k % 8 / 2, 4);
+          const S* right = columns + (k + j) * kStride + lane_column();
 #pragma unroll
-        for (int n = 0; n < kSize / 8; ++n)
+          for (int n = 0; n < kSize / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[n][i] += x[i / 2] * load(right[8 * n + i % 2]);
+            for (int i = 0; i < 4; ++i) sum[n][i] += x[i / 2] * load(right[8 * n + i % 2]);
+        }
       }
     }
   }

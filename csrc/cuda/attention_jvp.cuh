@@ -1,0 +1,234 @@
+// Attention in forward mode: its value, and how it moves along tangents of q, k, v and the mask, in one pass.
+//
+//     S = scale Q K^T + mask    P = softmax(S)    T = scale (dQ K^T + Q dK^T) + dmask    t = sum_j P T
+//     O = P V                   dO = P (T - T0) V + P dV - (t - T0) O
+//
+// A block stays with some rows of q while k, v and their tangents pass by; scores exist in registers alone.  Six products a
+// tile: three make S and T, three are added to O and dO, which shrink whenever the maximum of a row rises.  T0, the mean of
+// T over a row's first columns, is near t, so that nothing large cancels.
+#pragma once
+
+#include "attention.cuh"
+
+namespace rk::cuda {
+
+// q and what is like it: rows are queries, by heads; k and v: rows are keys, by key heads.
+template <class S>
+struct AttentionJvpCall {
+  using A = accumulation_t<S>;
+  std::int64_t batch, heads, key_heads, queries, keys;
+  Heads<const S> q, k, v, q_tangent, k_tangent, v_tangent;  // null tangents: zero
+  Heads<const A> mask, mask_tangent;                        // null: none; columns of any stride
+  std::int64_t mask_column, mask_tangent_column;
+  Heads<S> out, tangent;
+  A* logsumexp;  // [B, H, L], natural
+  bool causal;
+  A scale;
+
+  __device__ __forceinline__ bool scores_move() const { return q_tangent || k_tangent || mask_tangent; }
+
+  // How many keys the queries up to this one see.
+  __device__ __forceinline__ std::int64_t keys_seen(std::int64_t query) const {
+    return causal && query + 1 < keys ? query + 1 : keys;
+  }
+
+  // From products of rows to S, to base 2 and -infinity where there is no key or a hidden one, and T.
+  __device__ __forceinline__ void finish(Scores<A>& s, Scores<A>& t, const Matrix<const A>& bias,
+                                         const Matrix<const A>& bias_tangent, std::int64_t first_query,
+                                         std::int64_t first_key) const {
+    const bool whole = first_query + 16 <= queries && first_key + 16 <= keys &&
+                       (!causal || first_key + 15 <= first_query) && !bias.data && !bias_tangent.data;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] *= scale * kLog2E<A>;
+        t[n][i] *= scale;
+      }
+    if (whole) return;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::int64_t query = first_query + lane_row() + i / 2 * 8,
+                           key = first_key + lane_column() + 8 * n + i % 2;
+        if (query >= queries || key >= keys || (causal && key > query)) {
+          s[n][i] = -INFINITY;
+          t[n][i] = 0;  // also where the key is NaN
+          continue;
+        }
+        if (bias.data) s[n][i] += bias.data[query * bias.stride + key * mask_column] * kLog2E<A>;
+        if (bias_tangent.data) t[n][i] += bias_tangent.data[query * bias_tangent.stride + key * mask_tangent_column];
+      }
+  }
+};
+
+template <class S, int kSize>
+struct AttentionJvpTiles {
+  using Shape = TileShape<S, kSize>;
+  static constexpr int kStage = 4 * Shape::kColumnTile;  // K, dK, V, dV
+  static constexpr std::size_t kShared =
+      sizeof(S) * (2 * Shape::kRowTile + Shape::kStages * static_cast<std::size_t>(kStage));
+};
+
+// What is known of a thread's two rows of scores after some of their columns.
+template <class S, int kSize>
+struct AttentionJvpRows {
+  using A = accumulation_t<S>;
+  A most[2] = {-INFINITY, -INFINITY};    // of S
+  A total[2] = {}, moved_total[2] = {};  // of P and P (T - T0), times 2^most; of the thread's columns
+  A origin[2] = {};                      // T0
+  RowSums<S, kSize> value, moved;
+
+  // Makes room for scores of 16 more columns, as few as possible of which may be larger than all before.
+  __device__ __forceinline__ void raise(const Scores<A>& s) {
+    A next[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const A here = ::max(::max(s[0][2 * i], s[0][2 * i + 1]), ::max(s[1][2 * i], s[1][2 * i + 1]));
+      next[i] = ::max(most[i], row_max(here));
+    }
+    if (!__any_sync(0xffffffffu, next[0] > most[0] || next[1] > most[1])) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const A shrink = most[i] == next[i] ? A(1) : exp2_nonpositive(most[i] - next[i]);
+      most[i] = next[i];
+      total[i] *= shrink;
+      moved_total[i] *= shrink;
+#pragma unroll
+      for (int n = 0; n < kSize / 8; ++n)
+#pragma unroll
+        for (int j = 2 * i; j < 2 * i + 2; ++j) {
+          value.sum[n][j] *= shrink;
+          moved.sum[n][j] *= shrink;
+        }
+    }
+  }
+
+  // Takes the mean of T over the first columns as T0.
+  __device__ __forceinline__ void begin(const Scores<A>& p, const Scores<A>& t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      A p_sum = 0, t_sum = 0;
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int j = 2 * i; j < 2 * i + 2; ++j) {
+          p_sum += p[n][j];
+          t_sum += p[n][j] * t[n][j];
+        }
+      p_sum = row_sum(p_sum);
+      t_sum = row_sum(t_sum);
+      if (p_sum > A(0)) origin[i] = t_sum / p_sum;
+    }
+  }
+
+  // S and T of 16 columns, which become P and P (T - T0).
+  __device__ __forceinline__ void weigh(Scores<A>& s, Scores<A>& t, bool first) {
+    raise(s);
+    const A shift[2] = {most[0] == -INFINITY ? A(0) : most[0], most[1] == -INFINITY ? A(0) : most[1]};
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i / 2] += s[n][i] = exp2_nonpositive(s[n][i] - shift[i / 2]);
+    if (first) begin(s, t);
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) moved_total[i / 2] += t[n][i] = s[n][i] * (t[n][i] - origin[i / 2]);
+  }
+
+  // From sums to the results of the row.  Returns its logsumexp.
+  __device__ __forceinline__ A finish(int i) {
+    total[i] = row_sum(total[i]);
+    const A inverse = total[i] == A(0) ? A(0) : A(1) / total[i], mean = row_sum(moved_total[i]) * inverse;
+#pragma unroll
+    for (int n = 0; n < kSize / 8; ++n)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) {
+        moved.sum[n][j] = (moved.sum[n][j] - mean * value.sum[n][j]) * inverse;
+        value.sum[n][j] *= inverse;
+      }
+    return most[i] / kLog2E<A> + ::log(total[i]);
+  }
+};
+
+template <class S, int kSize>
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_kernel(const AttentionJvpCall<S> c) {
+  using A = accumulation_t<S>;
+  using Shape = TileShape<S, kSize>;
+  using Tiles = AttentionJvpTiles<S, kSize>;
+  using Left = LeftRows<S, kSize>;
+  RK_DYNAMIC_SHARED(S, shared);
+  const AttentionUnit unit(c.heads, c.queries, Shape::kRows);
+  const int warp_row = threadIdx.x / 32 * 16;
+  const std::int64_t key_head = unit.head / (c.heads / c.key_heads), first_query = unit.first + warp_row;
+  const Matrix<const A> mask = c.mask.of(unit.batch, unit.head),
+                        mask_tangent = c.mask_tangent.of(unit.batch, unit.head);
+  const auto load_rows = [&](const Heads<const S>& from, int which) {
+    load_tile<Shape::kRows, kSize>(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head), unit.first);
+  };
+  load_rows(c.q, 0);
+  if (c.q_tangent) load_rows(c.q_tangent, 1);
+
+  S* const columns = shared + 2 * Shape::kRowTile;
+  Left q, q_tangent;
+  AttentionJvpRows<S, kSize> rows;
+  for_columns<Shape>(
+      0, c.keys_seen(unit.first + Shape::kRows - 1),
+      [&](std::int64_t first, int stage) {
+        const auto load = [&](const Heads<const S>& from, int which) {
+          if (!from) return;
+          load_tile<Shape::kColumns, kSize>(columns + stage * Tiles::kStage + which * Shape::kColumnTile,
+                                            from.of(unit.batch, key_head), first);
+        };
+        load(c.k, 0);
+        load(c.k_tangent, 1);
+        load(c.v, 2);
+        load(c.v_tangent, 3);
+      },
+      [&] {
+        q.take(shared + warp_row * Shape::kStride);
+        if (c.q_tangent) q_tangent.take(shared + Shape::kRowTile + warp_row * Shape::kStride);
+      },
+      [&](std::int64_t first, int stage) {
+        const std::int64_t seen = c.keys_seen(first_query + 15);
+#pragma unroll 1
+        for (int step = 0; step < Shape::kColumns && first + step < seen; step += 16) {
+          const S* const k = columns + stage * Tiles::kStage + step * Shape::kStride;
+          const S* const v = k + 2 * Shape::kColumnTile;
+          Scores<A> s = {}, t = {};
+          if (c.q_tangent)
+            Left::times_both(q, s, q_tangent, t, k);
+          else
+            q.times(s, k);
+          if (c.k_tangent) q.times(t, k + Shape::kColumnTile);
+          c.finish(s, t, mask, mask_tangent, first_query, first + step);
+          rows.weigh(s, t, first + step == 0);
+          rows.value.add(s, v);
+          if (c.scores_move()) rows.moved.add(t, v);
+          if (c.v_tangent) rows.moved.add(s, v + Shape::kColumnTile);
+        }
+      });
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const A logsumexp = rows.finish(i);
+    const std::int64_t query = first_query + lane_row() + 8 * i;
+    if (query < c.queries && threadIdx.x % 4 == 0)
+      c.logsumexp[(unit.batch * c.heads + unit.head) * c.queries + query] = logsumexp;
+  }
+  rows.value.write(c.out.of(unit.batch, unit.head), first_query, A(1));
+  rows.moved.write(c.tangent.of(unit.batch, unit.head), first_query, A(1));
+}
+
+template <class S>
+cudaError_t launch_attention_jvp(const AttentionJvpCall<S>& c, cudaStream_t stream) {
+  return visit_head_size<S>(c.q.first.columns, c.v.first.columns, [&](auto size) {
+    using Tiles = AttentionJvpTiles<S, size()>;
+    return launch(attention_jvp_kernel<S, size()>, attention_grid(c.batch * c.heads, c.queries, Tiles::Shape::kRows),
+                  dim3(Tiles::Shape::kThreads), Tiles::kShared, stream, c);
+  });
+}
+
+}  // namespace rk::cuda

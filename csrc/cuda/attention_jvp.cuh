@@ -25,6 +25,7 @@ struct AttentionJvpCall {
   bool causal;
   A scale;
 
+  __host__ __device__ __forceinline__ bool masked() const { return mask || mask_tangent; }
   __device__ __forceinline__ bool scores_move() const { return q_tangent || k_tangent || mask_tangent; }
 
   // How many keys the queries up to this one see.
@@ -32,34 +33,37 @@ struct AttentionJvpCall {
     return causal && query + 1 < keys ? query + 1 : keys;
   }
 
-  // From products of rows to S, to base 2 and -infinity where there is no key or a hidden one, and T.
-  __device__ __forceinline__ void finish(Scores<A>& s, Scores<A>& t, const Matrix<const A>& bias,
-                                         const Matrix<const A>& bias_tangent, std::int64_t first_query,
-                                         std::int64_t first_key) const {
-    const bool whole = first_query + 16 <= queries && first_key + 16 <= keys &&
-                       (!causal || first_key + 15 <= first_query) && !bias.data && !bias_tangent.data;
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] *= scale * kLog2E<A>;
-        t[n][i] *= scale;
-      }
-    if (whole) return;
+  // Adds the masks to 16 x 16 products of rows, which are scaled: S, to base 2, and T.
+  __device__ __forceinline__ void add_masks(Scores<A>& s, Scores<A>& t, const Matrix<const A>& bias,
+                                            const Matrix<const A>& bias_tangent, std::int64_t first_query,
+                                            std::int64_t first_key) const {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const std::int64_t query = first_query + lane_row() + i / 2 * 8,
                            key = first_key + lane_column() + 8 * n + i % 2;
-        if (query >= queries || key >= keys || (causal && key > query)) {
-          s[n][i] = -INFINITY;
-          t[n][i] = 0;  // also where the key is NaN
-          continue;
-        }
+        if (query >= queries || key >= keys) continue;
         if (bias.data) s[n][i] += bias.data[query * bias.stride + key * mask_column] * kLog2E<A>;
         if (bias_tangent.data) t[n][i] += bias_tangent.data[query * bias_tangent.stride + key * mask_tangent_column];
       }
+  }
+
+  // Scores of -infinity where there is no key, or one that the query does not see.
+  __device__ __forceinline__ void hide(Scores<A>& s, Scores<A>& t, std::int64_t first_query,
+                                       std::int64_t first_key) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::int64_t seen = keys_seen(first_query + lane_row() + 8 * i) - first_key - lane_column();
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (8 * n + j >= seen) {
+            s[n][2 * i + j] = -INFINITY;
+            t[n][2 * i + j] = 0;  // also where the key is NaN
+          }
+    }
   }
 };
 
@@ -123,7 +127,7 @@ struct AttentionJvpRows {
     }
   }
 
-  // S and T of 16 columns, which become P and P (T - T0).
+  // S and T of 16 columns become P and P (T - T0).
   __device__ __forceinline__ void weigh(Scores<A>& s, Scores<A>& t, bool first) {
     raise(s);
     const A shift[2] = {most[0] == -INFINITY ? A(0) : most[0], most[1] == -INFINITY ? A(0) : most[1]};
@@ -153,7 +157,7 @@ struct AttentionJvpRows {
   }
 };
 
-template <class S, int kSize>
+template <class S, int kSize, bool kMasked>
 __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_kernel(const AttentionJvpCall<S> c) {
   using A = accumulation_t<S>;
   using Shape = TileShape<S, kSize>;
@@ -192,21 +196,34 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_k
         if (c.q_tangent) q_tangent.take(shared + Shape::kRowTile + warp_row * Shape::kStride);
       },
       [&](std::int64_t first, int stage) {
-        const std::int64_t seen = c.keys_seen(first_query + 15);
+        const std::int64_t seen = c.keys_seen(first_query + 15), seen_by_all = c.keys_seen(first_query);
 #pragma unroll 1
         for (int step = 0; step < Shape::kColumns && first + step < seen; step += 16) {
           const S* const k = columns + stage * Tiles::kStage + step * Shape::kStride;
           const S* const v = k + 2 * Shape::kColumnTile;
           Scores<A> s = {}, t = {};
-          if (c.q_tangent)
+          if (c.q_tangent && c.k_tangent) {
+            Left::times_crosswise(q, s, q_tangent, t, k, k + Shape::kColumnTile);
+          } else if (c.q_tangent) {
             Left::times_both(q, s, q_tangent, t, k);
-          else
+          } else {
             q.times(s, k);
-          if (c.k_tangent) q.times(t, k + Shape::kColumnTile);
-          c.finish(s, t, mask, mask_tangent, first_query, first + step);
+            if (c.k_tangent) q.times(t, k + Shape::kColumnTile);
+          }
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              s[n][i] *= c.scale * kLog2E<A>;
+              t[n][i] *= c.scale;
+            }
+          if constexpr (kMasked) c.add_masks(s, t, mask, mask_tangent, first_query, first + step);
+          if (first + step + 16 > seen_by_all) c.hide(s, t, first_query, first + step);
           rows.weigh(s, t, first + step == 0);
-          rows.value.add(s, v);
-          if (c.scores_move()) rows.moved.add(t, v);
+          if (c.scores_move())
+            RowSums<S, kSize>::add_both(rows.value, s, rows.moved, t, v);
+          else
+            rows.value.add(s, v);
           if (c.v_tangent) rows.moved.add(s, v + Shape::kColumnTile);
         }
       });
@@ -226,7 +243,9 @@ template <class S>
 cudaError_t launch_attention_jvp(const AttentionJvpCall<S>& c, cudaStream_t stream) {
   return visit_head_size<S>(c.q.first.columns, c.v.first.columns, [&](auto size) {
     using Tiles = AttentionJvpTiles<S, size()>;
-    return launch(attention_jvp_kernel<S, size()>, attention_grid(c.batch * c.heads, c.queries, Tiles::Shape::kRows),
+    void (*kernel)(AttentionJvpCall<S>) = attention_jvp_kernel<S, size(), false>;
+    if (c.masked()) kernel = attention_jvp_kernel<S, size(), true>;
+    return launch(kernel, attention_grid(c.batch * c.heads, c.queries, Tiles::Shape::kRows),
                   dim3(Tiles::Shape::kThreads), Tiles::kShared, stream, c);
   });
 }

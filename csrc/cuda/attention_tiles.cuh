@@ -138,6 +138,14 @@ class LeftRows {
     two.times(twos, columns);
   }
 
+  // The same, and twos += one others^T.
+  static __device__ __forceinline__ void times_crosswise(const LeftRows& one, Scores<accumulation_t<S>>& ones,
+                                                         const LeftRows& two, Scores<accumulation_t<S>>& twos,
+                                                         const S* columns, const S* others) {
+    times_both(one, ones, two, twos, columns);
+    one.times(twos, others);
+  }
+
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride;
   const S* rows_;
@@ -179,6 +187,22 @@ class LeftRows<S, kSize, true> {
     }
   }
 
+  static __device__ __forceinline__ void times_crosswise(const LeftRows& one, Scores<float>& ones, const LeftRows& two,
+                                                         Scores<float>& twos, const S* columns, const S* others) {
+    const S *right = right_factor(columns), *other = right_factor(others);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      std::uint32_t x[4], y[4], z[4];
+      ldmatrix_x4(y, right + 16 * k);
+      ldmatrix_x4(z, other + 16 * k);
+      one.step(k, x);
+      multiply(ones, x, y);
+      multiply(twos, x, z);
+      two.step(k, x);
+      multiply(twos, x, y);
+    }
+  }
+
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride, kSteps = kSize / 16;
   static constexpr bool kHeld = TileShape<S, kSize>::kHeld;
@@ -215,9 +239,8 @@ struct RowSums {
   __device__ __forceinline__ void add(const Scores<A>& weights, const S* columns) {
     if constexpr (sizeof(S) == 2) {
       std::uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = pack<S>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
-      const S* right = columns + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
+      left_factor(x, weights);
+      const S* right = right_factor(columns);
 #pragma unroll
       for (int n = 0; n < kSize / 8; n += 2) {
         std::uint32_t y[4];
@@ -241,6 +264,29 @@ struct RowSums {
             for (int i = 0; i < 4; ++i) sum[n][i] += x[i / 2] * load(right[8 * n + i % 2]);
         }
       }
+    }
+  }
+
+  // Two such sums over the same columns.
+  static __device__ __forceinline__ void add_both(RowSums& one, const Scores<A>& ones, RowSums& two,
+                                                  const Scores<A>& twos, const S* columns) {
+    if constexpr (sizeof(S) == 2) {
+      std::uint32_t x[2][4];
+      left_factor(x[0], ones);
+      left_factor(x[1], twos);
+      const S* right = right_factor(columns);
+#pragma unroll
+      for (int n = 0; n < kSize / 8; n += 2) {
+        std::uint32_t y[4];
+        ldmatrix_x4_transposed(y, right + 8 * n);
+        mma_16816<S>(one.sum[n], x[0], {y[0], y[1]});
+        mma_16816<S>(one.sum[n + 1], x[0], {y[2], y[3]});
+        mma_16816<S>(two.sum[n], x[1], {y[0], y[1]});
+        mma_16816<S>(two.sum[n + 1], x[1], {y[2], y[3]});
+      }
+    } else {
+      one.add(ones, columns);
+      two.add(twos, columns);
     }
   }
 
@@ -270,6 +316,14 @@ struct RowSums {
 
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride;
+
+  static __device__ __forceinline__ void left_factor(std::uint32_t (&x)[4], const Scores<A>& weights) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = pack<S>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
+  }
+  static __device__ __forceinline__ const S* right_factor(const S* columns) {
+    return columns + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
+  }
 };
 
 // Over the four threads that share rows.

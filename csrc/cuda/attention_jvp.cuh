@@ -16,45 +16,47 @@ namespace rk::cuda {
 template <class S>
 struct AttentionJvpCall {
   using A = accumulation_t<S>;
-  std::int64_t batch, heads, key_heads, queries, keys;
+  int batch, heads, key_heads, queries, keys;               // at most 2^30
   Heads<const S> q, k, v, q_tangent, k_tangent, v_tangent;  // null tangents: zero
   Heads<const A> mask, mask_tangent;                        // null: none; columns of any stride
   std::int64_t mask_column, mask_tangent_column;
   Heads<S> out, tangent;
-  A* logsumexp;  // [B, H, L], natural
-  bool causal;
+  A* logsumexp;          // [B, H, L], natural
+  bool causal, aligned;  // rows are made of 16 bytes that lie in one piece
   A scale;
 
   __host__ __device__ __forceinline__ bool masked() const { return mask || mask_tangent; }
   __device__ __forceinline__ bool scores_move() const { return q_tangent || k_tangent || mask_tangent; }
 
   // How many keys the queries up to this one see.
-  __device__ __forceinline__ std::int64_t keys_seen(std::int64_t query) const {
-    return causal && query + 1 < keys ? query + 1 : keys;
-  }
+  __device__ __forceinline__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
 
   // Adds the masks to 16 x 16 products of rows, which are scaled: S, to base 2, and T.
-  __device__ __forceinline__ void add_masks(Scores<A>& s, Scores<A>& t, const Matrix<const A>& bias,
-                                            const Matrix<const A>& bias_tangent, std::int64_t first_query,
-                                            std::int64_t first_key) const {
+  __device__ __forceinline__ void add_masks(Scores<A>& s, Scores<A>& t, const AttentionUnit& unit, int first_query,
+                                            int first_key) const {
+    const Matrix<const A> added = mask.of(unit.batch, unit.head), moved = mask_tangent.of(unit.batch, unit.head);
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const int query = first_query + lane_row() + 8 * i;
+      if (query >= queries) continue;
+      const A *const s_row = added.data + query * added.stride, *const t_row = moved.data + query * moved.stride;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const std::int64_t query = first_query + lane_row() + i / 2 * 8,
-                           key = first_key + lane_column() + 8 * n + i % 2;
-        if (query >= queries || key >= keys) continue;
-        if (bias.data) s[n][i] += bias.data[query * bias.stride + key * mask_column] * kLog2E<A>;
-        if (bias_tangent.data) t[n][i] += bias_tangent.data[query * bias_tangent.stride + key * mask_tangent_column];
-      }
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int key = first_key + lane_column() + 8 * n + j;
+          if (key >= keys) continue;
+          if (mask) s[n][2 * i + j] += s_row[key * mask_column] * kLog2E<A>;
+          if (mask_tangent) t[n][2 * i + j] += t_row[key * mask_tangent_column];
+        }
+    }
   }
 
   // Scores of -infinity where there is no key, or one that the query does not see.
-  __device__ __forceinline__ void hide(Scores<A>& s, Scores<A>& t, std::int64_t first_query,
-                                       std::int64_t first_key) const {
+  __device__ __forceinline__ void hide(Scores<A>& s, Scores<A>& t, int first_query, int first_key) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t seen = keys_seen(first_query + lane_row() + 8 * i) - first_key - lane_column();
+      const int seen = keys_seen(first_query + lane_row() + 8 * i) - first_key - lane_column();
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -73,6 +75,8 @@ struct AttentionJvpTiles {
   static constexpr int kStage = 4 * Shape::kColumnTile;  // K, dK, V, dV
   static constexpr std::size_t kShared =
       sizeof(S) * (2 * Shape::kRowTile + Shape::kStages * static_cast<std::size_t>(kStage));
+  // On an SM: masks take registers.
+  static constexpr int blocks(bool masked) { return masked && Shape::kBlocks > 2 ? 2 : Shape::kBlocks; }
 };
 
 // What is known of a thread's two rows of scores after some of their columns.
@@ -158,19 +162,19 @@ struct AttentionJvpRows {
 };
 
 template <class S, int kSize, bool kMasked>
-__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_kernel(const AttentionJvpCall<S> c) {
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTiles<S, kSize>::blocks(kMasked))
+    attention_jvp_kernel(const AttentionJvpCall<S> c) {
   using A = accumulation_t<S>;
   using Shape = TileShape<S, kSize>;
   using Tiles = AttentionJvpTiles<S, kSize>;
   using Left = LeftRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
   const AttentionUnit unit(c.heads, c.queries, Shape::kRows);
-  const int warp_row = threadIdx.x / 32 * 16;
-  const std::int64_t key_head = unit.head / (c.heads / c.key_heads), first_query = unit.first + warp_row;
-  const Matrix<const A> mask = c.mask.of(unit.batch, unit.head),
-                        mask_tangent = c.mask_tangent.of(unit.batch, unit.head);
+  const int warp_row = threadIdx.x / 32 * 16, first_query = unit.first + warp_row;
+  const int key_head = unit.head / (c.heads / c.key_heads);
   const auto load_rows = [&](const Heads<const S>& from, int which) {
-    load_tile<Shape::kRows, kSize>(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head), unit.first);
+    TileLoader<Shape::kRows, kSize, S>(from, unit.batch, unit.head, unit.first)
+        .next(shared + which * Shape::kRowTile, from.first, c.queries - unit.first, c.aligned);
   };
   load_rows(c.q, 0);
   if (c.q_tangent) load_rows(c.q_tangent, 1);
@@ -180,11 +184,12 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_k
   AttentionJvpRows<S, kSize> rows;
   for_columns<Shape>(
       0, c.keys_seen(unit.first + Shape::kRows - 1),
-      [&](std::int64_t first, int stage) {
+      [&](int first, int stage) {
         const auto load = [&](const Heads<const S>& from, int which) {
           if (!from) return;
-          load_tile<Shape::kColumns, kSize>(columns + stage * Tiles::kStage + which * Shape::kColumnTile,
-                                            from.of(unit.batch, key_head), first);
+          TileLoader<Shape::kColumns, kSize, S>(from, unit.batch, key_head, first)
+              .next(columns + stage * Tiles::kStage + which * Shape::kColumnTile, from.first, c.keys - first,
+                    c.aligned);
         };
         load(c.k, 0);
         load(c.k_tangent, 1);
@@ -195,10 +200,11 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_k
         q.take(shared + warp_row * Shape::kStride);
         if (c.q_tangent) q_tangent.take(shared + Shape::kRowTile + warp_row * Shape::kStride);
       },
-      [&](std::int64_t first, int stage) {
-        const std::int64_t seen = c.keys_seen(first_query + 15), seen_by_all = c.keys_seen(first_query);
+      [&](int first, int stage) {
+        const int seen = first_query < c.queries ? c.keys_seen(first_query + 15) - first : 0;
+        const int seen_by_all = c.keys_seen(first_query) - first;
 #pragma unroll 1
-        for (int step = 0; step < Shape::kColumns && first + step < seen; step += 16) {
+        for (int step = 0; step < Shape::kColumns && step < seen; step += 16) {
           const S* const k = columns + stage * Tiles::kStage + step * Shape::kStride;
           const S* const v = k + 2 * Shape::kColumnTile;
           Scores<A> s = {}, t = {};
@@ -217,8 +223,8 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_k
               s[n][i] *= c.scale * kLog2E<A>;
               t[n][i] *= c.scale;
             }
-          if constexpr (kMasked) c.add_masks(s, t, mask, mask_tangent, first_query, first + step);
-          if (first + step + 16 > seen_by_all) c.hide(s, t, first_query, first + step);
+          if constexpr (kMasked) c.add_masks(s, t, unit, first_query, first + step);
+          if (step + 16 > seen_by_all) c.hide(s, t, first_query, first + step);
           rows.weigh(s, t, first + step == 0);
           if (c.scores_move())
             RowSums<S, kSize>::add_both(rows.value, s, rows.moved, t, v);
@@ -231,12 +237,12 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_jvp_k
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const A logsumexp = rows.finish(i);
-    const std::int64_t query = first_query + lane_row() + 8 * i;
+    const int query = first_query + lane_row() + 8 * i;
     if (query < c.queries && threadIdx.x % 4 == 0)
-      c.logsumexp[(unit.batch * c.heads + unit.head) * c.queries + query] = logsumexp;
+      c.logsumexp[static_cast<std::int64_t>(unit.batch * c.heads + unit.head) * c.queries + query] = logsumexp;
   }
-  rows.value.write(c.out.of(unit.batch, unit.head), first_query, A(1));
-  rows.moved.write(c.tangent.of(unit.batch, unit.head), first_query, A(1));
+  rows.value.write(c.out.of(unit.batch, unit.head), first_query, A(1), c.aligned);
+  rows.moved.write(c.tangent.of(unit.batch, unit.head), first_query, A(1), c.aligned);
 }
 
 template <class S>

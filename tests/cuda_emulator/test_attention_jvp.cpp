@@ -15,8 +15,7 @@ using rk::cuda::Heads;
 using namespace testing;
 
 struct Shape {
-  std::int64_t batch, heads, key_heads, queries, keys;
-  int key_size, value_size;
+  int batch, heads, key_heads, queries, keys, key_size, value_size;
 };
 
 // A tensor [B, H, N, size], heads outside or, as a projection leaves them, inside.
@@ -27,7 +26,7 @@ struct Tensor {
   bool inside;
   Buffer<S> data;
 
-  Tensor(Draw& draw, std::int64_t batch, std::int64_t head_count, std::int64_t row_count, int columns, int most_offset)
+  Tensor(Draw& draw, int batch, int head_count, int row_count, int columns, int most_offset)
       : heads(head_count),
         rows(row_count),
         size(columns),
@@ -40,12 +39,12 @@ struct Tensor {
   double at(std::int64_t b, std::int64_t h, std::int64_t i, int d) const { return to_double(data[index(b, h, i) + d]); }
   template <class T>
   Heads<T> view() const {
-    constexpr int kVector = 16 / sizeof(S);
     T* const start = const_cast<S*>(data.data());
-    const std::int64_t row = inside ? heads * size : size;
-    const bool aligned = size % kVector == 0 && reinterpret_cast<std::uintptr_t>(start) % 16 == 0;
-    return {{start, row, rows, size, aligned}, heads * rows * size, inside ? size : rows * size};
+    return {{start, inside ? heads * size : size, static_cast<int>(rows), size},
+            heads * rows * size,
+            inside ? size : rows * size};
   }
+  bool aligned() const { return rk::cuda::aligned<S>(size, data.data()); }
 };
 
 // What is added to scores, or to their tangents: entries of all scores, one a key, or one a query.
@@ -58,7 +57,8 @@ struct Mask {
   Buffer<A> data;
 
   Mask(Draw& draw, const Shape& s, Kind which) : kind(which), data(s.batch * s.heads * s.queries * s.keys) {
-    if (kind == Kind::kOfScores) stride = {s.heads * s.queries * s.keys, s.queries * s.keys, s.keys, 1};
+    const std::int64_t head = s.queries * s.keys;
+    if (kind == Kind::kOfScores) stride = {s.heads * head, head, s.keys, 1};
     if (kind == Kind::kOfKeys) stride[3] = 1;
     if (kind == Kind::kOfRows) stride[2] = 1;
     data.fill_normal(draw.random);
@@ -68,7 +68,7 @@ struct Mask {
   }
   Heads<const A> view() const {
     if (kind == Kind::kNone) return {};
-    return {{data.data(), stride[2], 0, 0, false}, stride[0], stride[1]};
+    return {{data.data(), stride[2], 0, 0}, stride[0], stride[1]};
   }
 };
 
@@ -125,6 +125,9 @@ struct Problem {
     x.tangent = tangent.template view<S>();
     x.logsumexp = logsumexp.data();
     x.causal = causal;
+    x.aligned = true;
+    for (const auto* t : {&q, &k, &v, &q_tangent, &k_tangent, &v_tangent, &out, &tangent})
+      x.aligned = x.aligned && t->aligned();
     x.scale = static_cast<A>(scale);
     return x;
   }
@@ -215,8 +218,8 @@ void test_alignment(Draw& draw, const Shape& shape) {
   expect_success(t.run());
   const auto first = std::make_tuple(t.out.data.bytes(), t.tangent.data.bytes(), t.logsumexp.bytes());
   auto x = t.call();
-  for (auto* m : {&x.q, &x.k, &x.v, &x.q_tangent, &x.k_tangent, &x.v_tangent}) m->first.aligned = false;
-  for (auto* m : {&x.out, &x.tangent}) m->first.aligned = false;
+  expect_close(x.aligned, 1, 0, t.text() + ", aligned");
+  x.aligned = false;
   for (auto* m : {&t.out, &t.tangent}) m->data.fill_with_nan();
   expect_success(rk::cuda::launch_attention_jvp(x, nullptr));
   const auto second = std::make_tuple(t.out.data.bytes(), t.tangent.data.bytes(), t.logsumexp.bytes());

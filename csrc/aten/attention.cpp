@@ -2,8 +2,9 @@
 // CUDA flash, memory-efficient and cuDNN.
 //
 // The first backward stays PyTorch's.  It is a function of (grad, q, k, v, bias) alone: out and logsumexp, which it is
-// given too, are functions of these, and the operator's formula (math/attention.h) has folded them in.  The second
-// backward takes memory linear in the sequence; a third order, or second derivatives in a bias, go through the scores
+// given too, are functions of these.  The operator's formula (math/attention.h) differentiates P and D through q, k and v,
+// so what it is given of the forward are values that it need not compute again, and no graph leads from them: their edges
+// would count the same paths twice.  The second backward takes memory linear in the sequence; a third order, or second derivatives in a bias, go through the scores
 // of all heads, as PyTorch's own MATH backend does.
 #include <cmath>
 #include <functional>
@@ -107,16 +108,22 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Results double_backward(const Tensor* gg, const variable_list& in, const Settings& s, const MaskOf<5>& need) {
   return call_operator<kOperator, Results>(if_defined(gg[0]), if_defined(gg[1]), if_defined(gg[2]), in[0], in[1], in[2],
-                                           in[3], if_defined(in[4]), s.causal, s.scale, need[0], need[1], need[2],
-                                           need[3]);
+                                           in[3], if_defined(in[5]), if_defined(in[6]), if_defined(in[4]), s.causal,
+                                           s.scale, need[0], need[1], need[2], need[3]);
 }
+
+// What a backend's forward left: out like grad and logsumexp [B, H, L], or neither.
+struct Saved {
+  Tensor out, logsumexp;
+};
 
 using Stock = std::function<variable_list()>;  // PyTorch's first backward
 
 struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const std::optional<Tensor>& bias, const Settings& s, const Stock& stock) {
-    ctx->save_for_backward({g, q, k, v, optional_value(bias)});
+                               const std::optional<Tensor>& bias, const Saved& saved, const Settings& s,
+                               const Stock& stock) {
+    ctx->save_for_backward({g, q, k, v, optional_value(bias), saved.out, saved.logsumexp});
     ctx->set_materialize_grads(false);
     Kept kept;
     kept.put(to_bits({true, true, true, true, bias && bias->defined()})).put(s.causal);
@@ -135,7 +142,7 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
                                 "sdpa_kernel(SDPBackend.MATH) around the forward");
     Tensor gg[4];
     std::copy(cotangents.begin(), cotangents.end(), gg);
-    variable_list result(7);
+    variable_list result(8);
     const auto asked_for = need;
     if (std::none_of(gg, gg + 4, [](const Tensor& t) { return t.defined(); })) return result;
 
@@ -164,41 +171,54 @@ double scale_of(const std::optional<double>& scale, const Tensor& q) {
 struct Call {
   Tensor g, q, k, v;
   std::optional<Tensor> bias;
+  Saved saved;
   Settings settings;
 };
 
+// A row that a bias hides entirely has a logsumexp of its own in every backend: with a bias it is computed again.  Without
+// one every row sees its first key.
+Saved unless(const std::optional<Tensor>& bias, const Tensor& out, const Tensor& logsumexp) {
+  if (bias && bias->defined()) return {};
+  return {out.detach(), logsumexp.detach()};
+}
+
 struct FlashCpu {
   using Op = at::_ops::_scaled_dot_product_flash_attention_for_cpu_backward;
-  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                   double dropout, bool causal, const std::optional<Tensor>& bias, std::optional<double> scale) {
-    return {g, q, k, v, bias, {causal, scale_of(scale, q), dropout}};
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& logsumexp, double dropout, bool causal, const std::optional<Tensor>& bias,
+                   std::optional<double> scale) {
+    return {g, q, k, v, bias, unless(bias, out, logsumexp), {causal, scale_of(scale, q), dropout}};
   }
 };
 
 struct FlashCuda {
   using Op = at::_ops::_scaled_dot_product_flash_attention_backward;
-  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                   const Tensor&, const Tensor&, const SymInt&, const SymInt&, double dropout, bool causal,
-                   const Tensor&, const Tensor&, std::optional<double> scale) {
-    return {g, q, k, v, std::nullopt, {causal, scale_of(scale, q), dropout}};
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& logsumexp, const Tensor&, const Tensor&, const SymInt&, const SymInt&, double dropout,
+                   bool causal, const Tensor&, const Tensor&, std::optional<double> scale) {
+    return {g, q, k, v, std::nullopt, unless({}, out, logsumexp), {causal, scale_of(scale, q), dropout}};
   }
 };
 
 struct Efficient {
   using Op = at::_ops::_scaled_dot_product_efficient_attention_backward;
+  // Rows of logsumexp are as many as fill its kernel's blocks.
   static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
-                   const Tensor&, const Tensor&, const Tensor&, const Tensor&, double dropout, std::array<bool, 4>,
-                   bool causal, std::optional<double> scale) {
-    return {g, q, k, v, if_defined(bias), {causal, scale_of(scale, q), dropout}};
+                   const Tensor& out, const Tensor& logsumexp, const Tensor&, const Tensor&, double dropout,
+                   std::array<bool, 4>, bool causal, std::optional<double> scale) {
+    const Tensor rows = logsumexp.narrow_symint(2, 0, q.sym_size(2));
+    return {g, q, k, v, if_defined(bias), unless(bias, out, rows), {causal, scale_of(scale, q), dropout}};
   }
 };
 
 struct Cudnn {
   using Op = at::_ops::_scaled_dot_product_cudnn_attention_backward;
-  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                   const Tensor&, const Tensor&, const Tensor& bias, const Tensor&, const Tensor&, const SymInt&,
-                   const SymInt&, double dropout, bool causal, std::optional<double> scale) {
-    return {g, q, k, v, if_defined(bias), {causal, scale_of(scale, q), dropout}};
+  static Call call(const Tensor& g, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& logsumexp, const Tensor&, const Tensor&, const Tensor& bias, const Tensor&,
+                   const Tensor&, const SymInt&, const SymInt&, double dropout, bool causal,
+                   std::optional<double> scale) {
+    const Tensor rows = logsumexp.dim() == 4 ? logsumexp.squeeze(3) : logsumexp;
+    return {g, q, k, v, if_defined(bias), unless(bias, out, rows), {causal, scale_of(scale, q), dropout}};
   }
 };
 
@@ -244,7 +264,7 @@ struct Attention<Backend, R(Args...)> {
       present = are_defined(outputs);
       return pick(outputs, present);
     };
-    const auto outputs = AttentionBackward::apply(c.g, c.q, c.k, c.v, c.bias, c.settings, stock);
+    const auto outputs = AttentionBackward::apply(c.g, c.q, c.k, c.v, c.bias, c.saved, c.settings, stock);
     return spread(outputs, present);
   }
 

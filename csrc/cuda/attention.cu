@@ -36,24 +36,33 @@ class Views {
     if (!tensor) return {};
     const Tensor& t =
         held_.emplace_back(any_columns || has_adjacent_columns(*tensor) ? *tensor : torch::stable::contiguous(*tensor));
-    constexpr int64_t vector = 16 / sizeof(T);
     T* const data = pointer<T>(t);
-    bool aligned = reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && t.size(3) % vector == 0;
-    for (int64_t d = 0; d < 3; ++d) aligned = aligned && (t.size(d) == 1 || t.stride(d) % vector == 0);
-    return {{data, t.stride(2), t.size(2), static_cast<int>(t.size(3)), aligned}, t.stride(0), t.stride(1)};
+    if (any_columns)
+      return {{data, static_cast<int>(t.stride(2)), static_cast<int>(t.size(2)), 0}, t.stride(0), t.stride(1)};
+    aligned_ = aligned_ && aligned<std::remove_const_t<T>>(t.size(3), data);
+    for (int64_t d = 0; d < 3; ++d) aligned_ = aligned_ && (t.size(d) == 1 || t.stride(d) % (16 / sizeof(T)) == 0);
+    return {{data, static_cast<int>(t.stride(2)), static_cast<int>(t.size(2)), static_cast<int>(t.size(3))},
+            t.stride(0),
+            t.stride(1)};
   }
+
+  // Whether rows of all of them can be copied by 16 bytes.
+  bool all_aligned() const { return aligned_; }
 
  private:
   static bool has_adjacent_columns(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1; }
   std::vector<Tensor> held_;
+  bool aligned_ = true;
 };
 
-// Whether the kernels serve these sizes.
+// Whether the kernels serve these sizes: rows that they can hold, and few enough rows for 32 bits.
 template <class S>
-bool fits(const Tensor& q, const Tensor& v, const Tensor& k) {
-  const int64_t most = 2147483647, tile = 32;  // blocks of a grid; the fewest rows that one has
-  const auto blocks = [](const Tensor& t) { return t.size(0) * t.size(1) * ((t.size(2) + tile - 1) / tile); };
-  return q.size(3) <= kLargestHead<S> && v.size(3) <= kLargestHead<S> && blocks(q) <= most && blocks(k) <= most;
+bool fits(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t most = int64_t{1} << 30, tile = 32;  // the fewest rows that a block has
+  const auto few = [&](const Tensor& t) {
+    return t.size(2) <= most && t.size(0) * t.size(1) <= most / (t.size(2) / tile + 1);
+  };
+  return q.size(3) <= kLargestHead<S> && v.size(3) <= kLargestHead<S> && few(q) && few(k);
 }
 
 // mask: [B, H, L, S] in the accumulation type.  Results that nobody needs are absent.
@@ -67,7 +76,7 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
   visit_storage(q.scalar_type(), [&](auto element) {
     using S = decltype(element);
     using A = accumulation_t<S>;
-    served = fits<S>(q, v, k);
+    served = fits<S>(q, k, v);
     if (!served) return;
     const auto type = accumulation_type(q.scalar_type());
     const auto scratch = [&](std::int64_t numbers) {
@@ -76,11 +85,11 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
     };
     Views view;
     AttentionCall<S> x{};
-    x.batch = q.size(0);
-    x.heads = q.size(1);
-    x.key_heads = k.size(1);
-    x.queries = q.size(2);
-    x.keys = k.size(2);
+    x.batch = static_cast<int>(q.size(0));
+    x.heads = static_cast<int>(q.size(1));
+    x.key_heads = static_cast<int>(k.size(1));
+    x.queries = static_cast<int>(q.size(2));
+    x.keys = static_cast<int>(k.size(2));
     x.a = view.operator()<const S>(a);
     x.b = view.operator()<const S>(b);
     x.c = view.operator()<const S>(c);
@@ -108,8 +117,10 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
       if (gg_grad && x.tangent()) out = torch::stable::empty_like(*gg_grad);
       const auto results = view.operator()<S>(out);
       x.out = view.operator()<const S>(out);
+      x.aligned = view.all_aligned();
       check_launch(launch_attention_forward(x, pointer<A>(logsumexp), results, scope.stream()), kOp);
     }
+    x.aligned = view.all_aligned();
     check_launch(launch_attention_double_backward(x, scope.stream()), kOp);
   });
   return served;

@@ -33,15 +33,15 @@ struct alignas(16) RowMoments {
 template <class S>
 struct AttentionCall {
   using A = accumulation_t<S>;
-  std::int64_t batch, heads, key_heads, queries, keys;
-  Heads<const S> a, b, c;                    // null: zero
-  Heads<const S> grad, q, k, v, out;         // out: null unless ddO takes T
-  Heads<S> gg_grad, grad_q, grad_k, grad_v;  // null: not needed
-  Heads<const A> mask;                       // null: none; columns of any stride
+  int batch, heads, key_heads, queries, keys;  // at most 2^30
+  Heads<const S> a, b, c;                      // null: zero
+  Heads<const S> grad, q, k, v, out;           // out: null unless ddO takes T
+  Heads<S> gg_grad, grad_q, grad_k, grad_v;    // null: not needed
+  Heads<const A> mask;                         // null: none; columns of any stride
   std::int64_t mask_column;
   const A* logsumexp;  // [B, H, L], natural
   RowMoments<A>* moments;
-  bool causal;
+  bool causal, aligned;  // every 16 bytes from the start of a row on lie in one piece, and rows are made of such
   A scale;
 
   __host__ __device__ bool tangent() const { return a.first.data || b.first.data; }         // T
@@ -50,21 +50,23 @@ struct AttentionCall {
   __host__ __device__ bool mixed() const { return c.first.data && bend(); }                 // X
 
   // How many keys the queries up to this one see.
-  __device__ std::int64_t keys_seen(std::int64_t query) const { return causal && query + 1 < keys ? query + 1 : keys; }
+  __device__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
 };
 
 // Which rows a block stays with.
 struct AttentionUnit {
-  std::int64_t batch, head, first;
+  int batch, head, first;
 
   // The last rows first: under a causal mask they have most to do.
-  __device__ __forceinline__ AttentionUnit(std::int64_t heads, std::int64_t rows, int tile_rows) {
-    const std::int64_t tiles = (rows + tile_rows - 1) / tile_rows, unit = blockIdx.x;
-    first = (tiles - 1 - unit % tiles) * tile_rows;
-    head = unit / tiles % heads;
-    batch = unit / tiles / heads;
+  __device__ __forceinline__ AttentionUnit(int heads, int rows, int tile_rows) {
+    const unsigned tiles = (rows + tile_rows - 1) / tile_rows, unit = blockIdx.x;
+    first = static_cast<int>(tiles - 1 - unit % tiles) * tile_rows;
+    head = static_cast<int>(unit / tiles % heads);
+    batch = static_cast<int>(unit / tiles / heads);
   }
 };
+
+__device__ __forceinline__ int up_to_16(int n) { return n < 16 ? n : 16; }
 
 // Products of rows with columns, either of which are queries: 16 x 16 numbers of each matrix of scores.
 template <class A>
@@ -73,29 +75,38 @@ struct ScoreTile {
 
   // S to base 2, -infinity where there is no key, or a hidden one.  Turned: rows are keys.
   template <bool kTurned, class S>
-  __device__ __forceinline__ void finish(const AttentionCall<S>& c, const Matrix<const A>& mask, std::int64_t first_row,
-                                         std::int64_t first_column) {
-    const std::int64_t first_query = kTurned ? first_column : first_row;
-    const std::int64_t first_key = kTurned ? first_row : first_column;
-    const bool whole = first_query + 16 <= c.queries && first_key + 16 <= c.keys &&
-                       (!c.causal || first_key + 15 <= first_query) && mask.data == nullptr;
+  __device__ __forceinline__ void finish(const AttentionCall<S>& c, int batch, int head, int first_row,
+                                         int first_column) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= c.scale * kLog2E<A>;
-    if (whole) return;
+    const int rows = up_to_16((kTurned ? c.keys : c.queries) - first_row);
+    const int columns = up_to_16((kTurned ? c.queries : c.keys) - first_column);
+    const int ahead = first_row - first_column;
+    if (rows == 16 && columns == 16 && !c.mask && !(c.causal && (kTurned ? ahead > -15 : ahead < 15))) return;
+    const Matrix<const A> mask = c.mask.of(batch, head);
+    const std::int64_t of_row = kTurned ? c.mask_column : mask.stride,
+                       of_column = kTurned ? mask.stride : c.mask_column;
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane_row() + 8 * i, begin = c.causal && kTurned ? ahead + row : 0;
+      int end = row < rows ? columns : 0;
+      if (c.causal && !kTurned && ahead + row + 1 < end) end = ahead + row + 1;
+      const A* added = mask.data;
+      if (added) added += of_row * (first_row + row) + of_column * (first_column + lane_column());
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane_row() + i / 2 * 8, column = lane_column() + 8 * n + i % 2;
-        const std::int64_t query = first_query + (kTurned ? column : row), key = first_key + (kTurned ? row : column);
-        const bool there = query < c.queries && key < c.keys && (!c.causal || key <= query);
-        if (!there)
-          s[n][i] = -INFINITY;
-        else if (mask.data)
-          s[n][i] += mask.data[query * mask.stride + key * c.mask_column] * kLog2E<A>;
-      }
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int column = lane_column() + 8 * n + j;
+          A& e = s[n][2 * i + j];
+          if (column < begin || column >= end)
+            e = -INFINITY;
+          else if (added)
+            e += added[(8 * n + j) * of_column] * kLog2E<A>;
+        }
+    }
   }
 
   // Afterwards s, t, dp and x hold P, Pd, dS and W.
@@ -137,8 +148,8 @@ struct QueryRows {
 
   // The place of a thread's row i, of two, among the rows of all heads; -1 where there is none.
   __device__ __forceinline__ std::int64_t place(int i) const {
-    const std::int64_t query = unit.first + first_row + lane_row() + 8 * i;
-    return query < c.queries ? (unit.batch * c.heads + unit.head) * c.queries + query : -1;
+    const int query = unit.first + first_row + lane_row() + 8 * i;
+    return query < c.queries ? static_cast<std::int64_t>(unit.batch * c.heads + unit.head) * c.queries + query : -1;
   }
 
   // use(scores, columns, whether they are the first) for 16 columns at a time, which are keys.  Of derivatives: T, and
@@ -147,29 +158,24 @@ struct QueryRows {
   __device__ __forceinline__ void meet_keys(bool with_v, bool with_c, const Use& use) {
     const bool with_a = kDerivatives && c.a, with_b = kDerivatives && c.b, slope = kDerivatives && c.slope(),
                mixed = kDerivatives && c.mixed();
-    const std::int64_t key_head = unit.head / (c.heads / c.key_heads), first_query = unit.first + first_row;
-    const auto load_rows = [&](const Heads<const S>& from, int which) {
-      load_tile<Shape::kRows, kSize>(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head), unit.first);
-    };
+    const int key_head = unit.head / (c.heads / c.key_heads), first_query = unit.first + first_row;
     load_rows(c.q, 0);
     if (with_a) load_rows(c.a, 1);
     if (slope || mixed) load_rows(c.grad, 2);
 
     S* const columns = shared + 3 * Shape::kRowTile;
     constexpr int kStage = 4 * Shape::kColumnTile;
-    const Matrix<const A> mask = c.mask.of(unit.batch, unit.head);
     Left q, a, grad;
+    const auto of_head = [&](const Heads<const S>& h) { return h.of(unit.batch, key_head); };
+    const Matrix<const S> k = of_head(c.k), b = of_head(c.b), v = of_head(c.v), cotangent = of_head(c.c);
     for_columns<Shape>(
         0, c.keys_seen(unit.first + Shape::kRows - 1),
-        [&](std::int64_t first, int stage) {
-          const auto load = [&](const Heads<const S>& from, int which) {
-            load_tile<Shape::kColumns, kSize>(columns + stage * kStage + which * Shape::kColumnTile,
-                                              from.of(unit.batch, key_head), first);
-          };
-          load(c.k, kK);
-          if (with_b) load(c.b, kB);
-          if (with_v) load(c.v, kV);
-          if (with_c) load(c.c, kC);
+        [&](int first, int stage) {
+          S* const tile = columns + stage * kStage;
+          Copy::begin(tile + kK * Shape::kColumnTile, k, first, c.aligned);
+          if (with_b) Copy::begin(tile + kB * Shape::kColumnTile, b, first, c.aligned);
+          if (with_v) Copy::begin(tile + kV * Shape::kColumnTile, v, first, c.aligned);
+          if (with_c) Copy::begin(tile + kC * Shape::kColumnTile, cotangent, first, c.aligned);
         },
         [&] {
           const S* rows = shared + first_row * Shape::kStride;
@@ -177,10 +183,10 @@ struct QueryRows {
           if (with_a) a.take(rows + Shape::kRowTile);
           if (slope || mixed) grad.take(rows + 2 * Shape::kRowTile);
         },
-        [&](std::int64_t first, int stage) {
-          const std::int64_t seen = c.keys_seen(first_query + 15);
+        [&](int first, int stage) {
+          const int seen = first_query < c.queries ? c.keys_seen(first_query + 15) - first : 0;
 #pragma unroll 1
-          for (int step = 0; step < Shape::kColumns && first + step < seen; step += 16) {
+          for (int step = 0; step < Shape::kColumns && step < seen; step += 16) {
             const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
             ScoreTile<A> x;
             if (with_a)
@@ -190,10 +196,18 @@ struct QueryRows {
             if (with_b) q.times(x.t, passing[kB]);
             if (slope) grad.times(x.dp, passing[kV]);
             if (mixed) grad.times(x.x, passing[kC]);
-            x.template finish<false>(c, mask, first_query, first + step);
+            x.template finish<false>(c, unit.batch, unit.head, first_query, first + step);
             use(x, passing, first + step == 0);
           }
         });
+  }
+
+ private:
+  using Copy = TileCopy<Shape::kColumns, kSize, S>;
+
+  __device__ __forceinline__ void load_rows(const Heads<const S>& from, int which) const {
+    TileCopy<Shape::kRows, kSize, S>::begin(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head),
+                                            unit.first, c.aligned);
   }
 };
 
@@ -221,9 +235,6 @@ struct KeyRows {
   template <class Use>
   __device__ __forceinline__ void meet_queries(const Use& use) {
     const bool slope = c.grad_k && c.tangent(), mixed = c.grad_k && c.c;
-    const auto load_rows = [&](const Heads<const S>& from, int which) {
-      load_tile<Shape::kRows, kSize>(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head), unit.first);
-    };
     load_rows(c.k, 0);
     if (c.b) load_rows(c.b, 1);
     if (slope) load_rows(c.v, 2);
@@ -231,22 +242,21 @@ struct KeyRows {
 
     S* const columns = shared + 4 * Shape::kRowTile;
     auto* const moments = reinterpret_cast<RowMoments<A>*>(columns + Shape::kStages * kStage);
-    const std::int64_t group = c.heads / c.key_heads, first_key = unit.first + first_row;
-    const std::int64_t first_query = c.causal ? unit.first / Shape::kColumns * Shape::kColumns : 0;
+    const int group = c.heads / c.key_heads, first_key = unit.first + first_row;
+    const int first_query = c.causal ? unit.first / Shape::kColumns * Shape::kColumns : 0;
     Left k, b, v, cotangent;
-    for (std::int64_t head = unit.head * group; head < (unit.head + 1) * group; ++head) {
-      const Matrix<const A> mask = c.mask.of(unit.batch, head);
+    for (int head = unit.head * group; head < (unit.head + 1) * group; ++head) {
+      const auto of_head = [&](const Heads<const S>& h) { return h.of(unit.batch, head); };
+      const Matrix<const S> q = of_head(c.q), a = of_head(c.a), grad = of_head(c.grad);
       for_columns<Shape>(
           first_query, c.queries,
-          [&](std::int64_t first, int stage) {
-            const auto load = [&](const Heads<const S>& from, int which) {
-              load_tile<Shape::kColumns, kSize>(columns + stage * kStage + which * Shape::kColumnTile,
-                                                from.of(unit.batch, head), first);
-            };
-            load(c.q, kQ);
-            if (c.a) load(c.a, kA);
-            load(c.grad, kGrad);
-            load_moments(moments + stage * Shape::kColumns, (unit.batch * c.heads + head) * c.queries, first);
+          [&](int first, int stage) {
+            S* const tile = columns + stage * kStage;
+            Copy::begin(tile + kQ * Shape::kColumnTile, q, first, c.aligned);
+            if (c.a) Copy::begin(tile + kA * Shape::kColumnTile, a, first, c.aligned);
+            Copy::begin(tile + kGrad * Shape::kColumnTile, grad, first, c.aligned);
+            load_moments(moments + stage * Shape::kColumns,
+                         static_cast<std::int64_t>(unit.batch * c.heads + head) * c.queries + first, c.queries - first);
           },
           [&] {
             const S* rows = shared + first_row * Shape::kStride;
@@ -255,10 +265,10 @@ struct KeyRows {
             if (slope) v.take(rows + 2 * Shape::kRowTile);
             if (mixed) cotangent.take(rows + 3 * Shape::kRowTile);
           },
-          [&](std::int64_t first, int stage) {
+          [&](int first, int stage) {
 #pragma unroll 1
             for (int step = 0; step < Shape::kColumns && first + step < c.queries; step += 16) {
-              if (c.causal && first + step + 15 < first_key) continue;
+              if (first_key >= c.keys || (c.causal && first + step + 15 < first_key)) continue;
               const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
               ScoreTile<A> x;
               if (c.b)
@@ -268,7 +278,7 @@ struct KeyRows {
               if (c.a) k.times(x.t, passing[kA]);
               if (slope) v.times(x.dp, passing[kGrad]);
               if (mixed) cotangent.times(x.x, passing[kGrad]);
-              x.template finish<true>(c, mask, first_key, first + step);
+              x.template finish<true>(c, unit.batch, head, first_key, first + step);
               use(x, passing, moments + stage * Shape::kColumns + step);
             }
           });
@@ -276,14 +286,20 @@ struct KeyRows {
   }
 
  private:
-  // Those of a head's queries from `first` on, which begin at `head`.
-  __device__ __forceinline__ void load_moments(RowMoments<A>* to, std::int64_t head, std::int64_t first) const {
+  using Copy = TileCopy<Shape::kColumns, kSize, S>;
+
+  __device__ __forceinline__ void load_rows(const Heads<const S>& from, int which) const {
+    TileCopy<Shape::kRows, kSize, S>::begin(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head),
+                                            unit.first, c.aligned);
+  }
+
+  // Those of `rows` queries, of all heads' from `first` on.
+  __device__ __forceinline__ void load_moments(RowMoments<A>* to, std::int64_t first, int rows) const {
     constexpr int kPieces = sizeof(RowMoments<A>) / 16;
     const int i = threadIdx.x;
-    if (i >= Shape::kColumns * kPieces) return;
-    const bool there = first + i / kPieces < c.queries;
-    const auto* from = reinterpret_cast<const uint4*>(c.moments + head + (there ? first : 0));
-    copy_async_16(reinterpret_cast<uint4*>(to) + i, there ? from + i : from, there);
+    if (i < Shape::kColumns * kPieces)
+      copy_async_16(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(c.moments + first) + i,
+                    i / kPieces < rows);
   }
 };
 
@@ -330,12 +346,13 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads)
       sums.sum[n][2 * i + 1] *= factor;
     }
   }
-  if (out) sums.write(out.of(rows.unit.batch, rows.unit.head), rows.unit.first + rows.first_row, A(1));
+  if (out) sums.write(out.of(rows.unit.batch, rows.unit.head), rows.unit.first + rows.first_row, A(1), c.aligned);
 }
 
 // D, t and g of every row, and ddO.
 template <class S, int kSize>
-__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_moments_kernel(const AttentionCall<S> c) {
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kSize>::kBlocks)
+    attention_moments_kernel(const AttentionCall<S> c) {
   using A = accumulation_t<S>;
   using Rows = QueryRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
@@ -374,8 +391,8 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_momen
             d_sum = row_sum(d_sum);
             t_sum = row_sum(t_sum);
             if (p_sum > A(1e-30)) {
-              d0[i] = d_sum / p_sum;
-              t0[i] = t_sum / p_sum;
+              d0[i] = d_sum * reciprocal(p_sum);
+              t0[i] = t_sum * reciprocal(p_sum);
             }
           }
         }
@@ -401,14 +418,14 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_momen
     if (place >= 0 && threadIdx.x % 4 == 0) c.moments[place] = {logsumexp[i], d0[i] + d[i], t0[i] + t[i], g[i]};
   }
   if (!c.gg_grad) return;
-  const std::int64_t first_row = rows.unit.first + rows.first_row;
+  const int first_row = rows.unit.first + rows.first_row;
   if (moved) {
     const Matrix<const S> out = c.out.of(rows.unit.batch, rows.unit.head);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t row = first_row + lane_row() + 8 * i;
+      const int row = first_row + lane_row() + 8 * i;
       if (row >= out.rows) continue;
-      const S* o = out.data + row * out.stride;
+      const S* o = out.data + static_cast<std::int64_t>(row) * out.stride;
 #pragma unroll
       for (int n = 0; n < kSize / 8; ++n)
 #pragma unroll
@@ -418,11 +435,12 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_momen
         }
     }
   }
-  sums.write(c.gg_grad.of(rows.unit.batch, rows.unit.head), first_row, A(1));
+  sums.write(c.gg_grad.of(rows.unit.batch, rows.unit.head), first_row, A(1), c.aligned);
 }
 
 template <class S, int kSize>
-__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_queries_kernel(const AttentionCall<S> c) {
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kSize>::kBlocks)
+    attention_queries_kernel(const AttentionCall<S> c) {
   using A = accumulation_t<S>;
   using Rows = QueryRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
@@ -442,7 +460,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_queri
     sums.add(x.x, passing[Rows::kK]);
     if (c.b) sums.add(x.dp, passing[Rows::kB]);
   });
-  sums.write(c.grad_q.of(rows.unit.batch, rows.unit.head), rows.unit.first + rows.first_row, c.scale);
+  sums.write(c.grad_q.of(rows.unit.batch, rows.unit.head), rows.unit.first + rows.first_row, c.scale, c.aligned);
 }
 
 template <class S, int kSize>
@@ -465,9 +483,9 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_keys_
     if (c.grad_k && c.a) k_sums.add(x.dp, passing[Rows::kA]);
     if (c.grad_v) v_sums.add(x.t, passing[Rows::kGrad]);
   });
-  const std::int64_t first_row = rows.unit.first + rows.first_row;
-  if (c.grad_k) k_sums.write(c.grad_k.of(rows.unit.batch, rows.unit.head), first_row, c.scale);
-  if (c.grad_v) v_sums.write(c.grad_v.of(rows.unit.batch, rows.unit.head), first_row, A(1));
+  const int first_row = rows.unit.first + rows.first_row;
+  if (c.grad_k) k_sums.write(c.grad_k.of(rows.unit.batch, rows.unit.head), first_row, c.scale, c.aligned);
+  if (c.grad_v) v_sums.write(c.grad_v.of(rows.unit.batch, rows.unit.head), first_row, A(1), c.aligned);
 }
 
 // The longest rows of q and v that kernels of these numbers take.
@@ -488,7 +506,7 @@ cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
 }
 
 // Blocks of a kernel in which one stays with so many of a head's rows.
-inline dim3 attention_grid(std::int64_t heads, std::int64_t rows, int tile_rows) {
+inline dim3 attention_grid(int heads, int rows, int tile_rows) {
   return dim3(static_cast<unsigned>(heads * ((rows + tile_rows - 1) / tile_rows)));
 }
 

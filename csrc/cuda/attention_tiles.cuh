@@ -18,9 +18,8 @@ namespace rk::cuda {
 template <class S>
 struct Matrix {
   S* data;
-  std::int64_t stride, rows;  // from row to row, in elements
-  int columns;
-  bool aligned;  // every 16 bytes from the start of a row on
+  int stride;  // from row to row, in elements
+  int rows, columns;
 };
 
 // [B, H, rows, columns]: a matrix for each head.
@@ -30,7 +29,7 @@ struct Heads {
   std::int64_t batch, head;  // strides, in elements
 
   __host__ __device__ __forceinline__ explicit operator bool() const { return first.data != nullptr; }
-  __device__ __forceinline__ Matrix<S> of(std::int64_t b, std::int64_t h) const {
+  __device__ __forceinline__ Matrix<S> of(int b, int h) const {
     Matrix<S> m = first;
     m.data += b * batch + h * head;
     return m;
@@ -49,25 +48,48 @@ struct TileShape {
   static constexpr int kStride = kSize + 16 / sizeof(S);    // 8 rows at one column lie in different banks
   static constexpr int kRowTile = kRows * kStride;          // elements
   static constexpr int kColumnTile = kColumns * kStride;
-  static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;  // a warp's rows, in registers
+  static constexpr int kBlocks = sizeof(S) > 2 ? 1 : kBytes <= 128 ? 3 : 2;  // on an SM, for rows of q
+  static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;             // a warp's rows, in registers
 };
 
 // Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.
 template <int kRows, int kSize, class S>
-__device__ __forceinline__ void load_tile(S* tile, const Matrix<const S>& m, std::int64_t first) {
-  constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kStride = TileShape<S, kSize>::kStride;
-  for (int i = threadIdx.x; i < kRows * kVectors; i += TileShape<S, kSize>::kThreads) {
-    const int row = i / kVectors, column = i % kVectors * kVector;
-    const bool there = first + row < m.rows && column < m.columns;
-    const S* from = there ? m.data + (first + row) * m.stride + column : m.data;
-    S* to = tile + row * kStride + column;
-    if (m.aligned) {
-      copy_async_16(to, from, there);
-    } else {
-      for (int k = 0; k < kVector; ++k) to[k] = there && column + k < m.columns ? from[k] : store<S>(0);
-    }
+class TileCopy {
+ public:
+  static __device__ __forceinline__ void begin(S* tile, const Matrix<const S>& m, int first, bool aligned) {
+    if (Shape::kThreads % kVectors != 0 && row() >= kPass) return;
+    const S* from = m.data + static_cast<std::int64_t>(first + row()) * m.stride + column();
+    S* to = tile + row() * Shape::kStride + column();
+    if (aligned)
+      copy(to, from, m, m.rows - first);
+    else
+      copy_elements(to, from, m, m.rows - first);
   }
-}
+
+ private:
+  using Shape = TileShape<S, kSize>;
+  static constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kPass = Shape::kThreads / kVectors;
+
+  static __device__ __forceinline__ int row() { return threadIdx.x / kVectors; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kVectors * kVector; }
+
+  static __device__ __forceinline__ void copy(S* to, const S* from, const Matrix<const S>& m, int rows) {
+#pragma unroll
+    for (int i = 0; i < kRows; i += kPass)
+      if (i + kPass <= kRows || i + row() < kRows)
+        copy_async_16(to + i * Shape::kStride, from + static_cast<std::int64_t>(i) * m.stride,
+                      i + row() < rows && column() < m.columns);
+  }
+  static __device__ __forceinline__ void copy_elements(S* to, const S* from, const Matrix<const S>& m, int rows) {
+#pragma unroll 1
+    for (int i = 0; i + row() < kRows; i += kPass)
+#pragma unroll 1
+      for (int k = 0; k < kVector; ++k)
+        to[i * Shape::kStride + k] = i + row() < rows && column() + k < m.columns
+                                         ? from[static_cast<std::int64_t>(i) * m.stride + k]
+                                         : store<S>(0);
+  }
+};
 
 // What the block's threads have begun to load is there for all of them.
 __device__ __forceinline__ void arrival() {
@@ -79,14 +101,13 @@ __device__ __forceinline__ void arrival() {
 // Passes the columns from `begin` to `end` by: load(first, stage) begins to fetch a tile, use(first, stage) works on it
 // while the next one is on its way.  The rows that are loaded before arrive with the first tile; then start() is called.
 template <class Shape, class Load, class Start, class Use>
-__device__ __forceinline__ void for_columns(std::int64_t begin, std::int64_t end, const Load& load, const Start& start,
-                                            const Use& use) {
+__device__ __forceinline__ void for_columns(int begin, int end, const Load& load, const Start& start, const Use& use) {
   if (begin < end) load(begin, 0);
   arrival();
   start();
   int stage = 0;
-  for (std::int64_t first = begin; first < end; first += Shape::kColumns) {
-    const std::int64_t next = first + Shape::kColumns;
+  for (int first = begin; first < end; first += Shape::kColumns) {
+    const int next = first + Shape::kColumns;
     if (Shape::kStages == 2 && next < end) load(next, 1 - stage);
     use(first, stage);
     if (Shape::kStages == 1) {
@@ -291,18 +312,18 @@ struct RowSums {
   }
 
   // factor * sum into rows `first` and on of a matrix.
-  __device__ __forceinline__ void write(const Matrix<S>& m, std::int64_t first, A factor) const {
+  __device__ __forceinline__ void write(const Matrix<S>& m, int first, A factor, bool aligned) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t row = first + lane_row() + 8 * i;
+      const int row = first + lane_row() + 8 * i;
       if (row >= m.rows) continue;
-      S* to = m.data + row * m.stride + lane_column();
+      S* to = m.data + static_cast<std::int64_t>(row) * m.stride + lane_column();
 #pragma unroll
       for (int n = 0; n < kSize / 8; ++n) {
         const int there = m.columns - lane_column() - 8 * n;
         const A v[2] = {factor * sum[n][2 * i], factor * sum[n][2 * i + 1]};
         if constexpr (sizeof(S) == 2) {
-          if (m.aligned) {
+          if (aligned) {
             if (there > 0) *reinterpret_cast<std::uint32_t*>(to + 8 * n) = pack<S>(v[0], v[1]);
             continue;
           }

@@ -13,5 +13,6 @@ def _like(tensor: Tensor, needed: bool) -> Tensor:
 
 
 @register_derivative(reference.attention_double_backward)
-def _(a, b, c, grad, q, k, v, mask, causal, scale, need_grad, need_q, need_k, need_v):  # type: ignore[no-untyped-def]
+def _(a, b, c, grad, q, k, v, out, logsumexp, mask, causal, scale,  # type: ignore[no-untyped-def]
+      need_grad, need_q, need_k, need_v):  # fmt: skip
     return _like(grad, need_grad), _like(q, need_q), _like(k, need_k), _like(v, need_v)

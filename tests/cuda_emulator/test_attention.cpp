@@ -17,8 +17,7 @@ using rk::cuda::RowMoments;
 using namespace testing;
 
 struct Shape {
-  std::int64_t batch, heads, key_heads, queries, keys;
-  int key_size, value_size;
+  int batch, heads, key_heads, queries, keys, key_size, value_size;
 };
 
 enum class Mask { kNone, kOfScores, kOfKeys, kOfRows };
@@ -44,12 +43,12 @@ struct Tensor {
   double at(std::int64_t b, std::int64_t h, std::int64_t i, int d) const { return to_double(data[index(b, h, i) + d]); }
   template <class T>
   Heads<T> view() const {
-    constexpr int kVector = 16 / sizeof(S);
-    T* const start = const_cast<S*>(data.data());
     const std::int64_t row = inside ? heads * size : size;
-    const bool aligned = size % kVector == 0 && reinterpret_cast<std::uintptr_t>(start) % 16 == 0;
-    return {{start, row, rows, size, aligned}, heads * rows * size, inside ? size : rows * size};
+    return {{const_cast<S*>(data.data()), row, static_cast<int>(rows), size},
+            heads * rows * size,
+            inside ? size : rows * size};
   }
+  bool aligned() const { return rk::cuda::aligned<S>(size, data.data()); }
 };
 
 // One tensor's entries in double, row after row.
@@ -104,7 +103,7 @@ struct Problem {
   // Strides of the mask: batch, head, query, key.
   std::array<std::int64_t, 4> mask_strides() const {
     switch (masked) {
-      case Mask::kOfScores: return {s.heads * s.queries * s.keys, s.queries * s.keys, s.keys, 1};
+      case Mask::kOfScores: return {std::int64_t{s.heads} * s.queries * s.keys, s.queries * s.keys, s.keys, 1};
       case Mask::kOfKeys: return {0, 0, 0, 1};
       default: return {0, 0, 1, 0};
     }
@@ -132,12 +131,15 @@ struct Problem {
     if (needed('v')) x.grad_v = grad_v.template view<S>();
     if (masked != Mask::kNone) {
       const auto [batch, head, row, column] = mask_strides();
-      x.mask = {{mask.data(), row, s.queries, static_cast<int>(s.keys), false}, batch, head};
+      x.mask = {{mask.data(), row, s.queries, s.keys}, batch, head};
       x.mask_column = column;
     }
     x.logsumexp = logsumexp.data();
     x.moments = moments.data();
     x.causal = causal;
+    x.aligned = true;
+    for (const auto* t : {&a, &b, &c, &grad, &q, &k, &v, &out, &gg_grad, &grad_q, &grad_k, &grad_v})
+      x.aligned = x.aligned && t->aligned();
     x.scale = static_cast<A>(scale);
     return x;
   }
@@ -265,8 +267,8 @@ void test_alignment(Draw& draw, const Shape& shape) {
   const auto first =
       std::make_tuple(t.gg_grad.data.bytes(), t.grad_q.data.bytes(), t.grad_k.data.bytes(), t.grad_v.data.bytes());
   auto x = t.call("gqkv");
-  for (auto* m : {&x.a, &x.b, &x.c, &x.grad, &x.q, &x.k, &x.v, &x.out}) m->first.aligned = false;
-  for (auto* m : {&x.gg_grad, &x.grad_q, &x.grad_k, &x.grad_v}) m->first.aligned = false;
+  expect_close(x.aligned, true, 0, "aligned");
+  x.aligned = false;
   for (auto* m : {&t.gg_grad, &t.grad_q, &t.grad_k, &t.grad_v}) m->data.fill_with_nan();
   expect_success(rk::cuda::launch_attention_double_backward(x, nullptr));
   const auto second =

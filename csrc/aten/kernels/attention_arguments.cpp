@@ -14,10 +14,14 @@ std::string describe(const Tensor& t) {
   return shape_text(t.sizes().vec()) + " " + name_of(t.scalar_type()) + " on " + t.device().str();
 }
 
+void check(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, at::ScalarType dtype,
+           const Tensor& q) {
+  RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == dtype && t.device() == q.device(), kOp, ": ", name,
+           " must be ", shape_text(sizes), " ", name_of(dtype), " on ", q.device().str(), ", got ", describe(t));
+}
+
 void check_like(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, const Tensor& q) {
-  RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == q.scalar_type() && t.device() == q.device(), kOp, ": ", name,
-           " must be ", shape_text(sizes), " ", name_of(q.scalar_type()), " on ", q.device().str(), ", got ",
-           describe(t));
+  check(name, t, sizes, q.scalar_type(), q);
 }
 
 void check_like(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& sizes, const Tensor& q) {
@@ -38,10 +42,15 @@ AttentionShape check_attention(const AttentionArguments& in) {
       like_k{s.batch, s.key_heads, s.keys, s.key_size}, like_v{s.batch, s.key_heads, s.keys, s.value_size};
   check_like("k", k, like_k, q);
   check_like("v", v, like_v, q);
-  check_like("grad", in.grad, {s.batch, s.heads, s.queries, s.value_size}, q);
+  const std::vector<int64_t> like_out{s.batch, s.heads, s.queries, s.value_size};
+  check_like("grad", in.grad, like_out, q);
   check_like("a", in.a, like_q, q);
   check_like("b", in.b, like_k, q);
   check_like("c", in.c, like_v, q);
+  RK_CHECK(in.out.has_value() == in.logsumexp.has_value(), kOp,
+           ": out and logsumexp must be given both or neither, got ", in.out ? "out" : "logsumexp", " alone");
+  check_like("out", in.out, like_out, q);
+  if (in.logsumexp) check("logsumexp", *in.logsumexp, {s.batch, s.heads, s.queries}, accumulation_type(s.dtype), q);
   if (!in.mask) return s;
   const std::vector<int64_t> scores{s.batch, s.heads, s.queries, s.keys};
   const Tensor& m = *in.mask;

@@ -65,6 +65,7 @@ class Blocks {
       const auto hidden = at::ones({rows, cols}, s.options().dtype(at::kBool)).triu_(first + 1);
       per_head(s, rows).masked_fill_(hidden, -kInfinity);
     }
+    if (!mask_.defined()) return at::softmax(s, -1);
     const Tensor masked = s.amax(-1, /*keepdim=*/true) == -kInfinity;  // everywhere: the row attends to nothing
     return at::softmax(s, -1).masked_fill_(masked, 0.0);
   }
@@ -84,7 +85,7 @@ class Blocks {
     }
     if (plan_.slope()) {
       slope = at::bmm(g, v.mT());
-      slope.sub_(mean_under(p, slope));
+      slope.sub_(in_.out ? (g * rows_of(in_.out, first, rows)).sum(-1, /*keepdim=*/true) : mean_under(p, slope));
       bend = slope * t;
     }
     if (plan_.mixed()) bend = bend.defined() ? bend.baddbmm_(g, c.mT()) : at::bmm(g, c.mT());

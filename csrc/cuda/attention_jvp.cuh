@@ -39,7 +39,8 @@ struct AttentionJvpCall {
     for (int i = 0; i < 2; ++i) {
       const int query = first_query + lane_row() + 8 * i;
       if (query >= queries) continue;
-      const A *const s_row = added.data + query * added.stride, *const t_row = moved.data + query * moved.stride;
+      const A* const s_row = added.data + static_cast<std::int64_t>(query) * added.stride;
+      const A* const t_row = moved.data + static_cast<std::int64_t>(query) * moved.stride;
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -173,8 +174,8 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
   const int warp_row = threadIdx.x / 32 * 16, first_query = unit.first + warp_row;
   const int key_head = unit.head / (c.heads / c.key_heads);
   const auto load_rows = [&](const Heads<const S>& from, int which) {
-    TileLoader<Shape::kRows, kSize, S>(from, unit.batch, unit.head, unit.first)
-        .next(shared + which * Shape::kRowTile, from.first, c.queries - unit.first, c.aligned);
+    TileCopy<Shape::kRows, kSize, S>::begin(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head),
+                                            unit.first, c.aligned);
   };
   load_rows(c.q, 0);
   if (c.q_tangent) load_rows(c.q_tangent, 1);
@@ -187,9 +188,8 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
       [&](int first, int stage) {
         const auto load = [&](const Heads<const S>& from, int which) {
           if (!from) return;
-          TileLoader<Shape::kColumns, kSize, S>(from, unit.batch, key_head, first)
-              .next(columns + stage * Tiles::kStage + which * Shape::kColumnTile, from.first, c.keys - first,
-                    c.aligned);
+          TileCopy<Shape::kColumns, kSize, S>::begin(columns + stage * Tiles::kStage + which * Shape::kColumnTile,
+                                                     from.of(unit.batch, key_head), first, c.aligned);
         };
         load(c.k, 0);
         load(c.k_tangent, 1);

@@ -40,7 +40,7 @@ struct Tensor {
   template <class T>
   Heads<T> view() const {
     T* const start = const_cast<S*>(data.data());
-    return {{start, inside ? heads * size : size, static_cast<int>(rows), size},
+    return {{start, static_cast<int>(inside ? heads * size : size), static_cast<int>(rows), size},
             heads * rows * size,
             inside ? size : rows * size};
   }
@@ -68,7 +68,7 @@ struct Mask {
   }
   Heads<const A> view() const {
     if (kind == Kind::kNone) return {};
-    return {{data.data(), stride[2], 0, 0}, stride[0], stride[1]};
+    return {{data.data(), static_cast<int>(stride[2]), 0, 0}, stride[0], stride[1]};
   }
 };
 

@@ -249,8 +249,10 @@ template <class S>
 cudaError_t launch_attention_jvp(const AttentionJvpCall<S>& c, cudaStream_t stream) {
   return visit_head_size<S>(c.q.first.columns, c.v.first.columns, [&](auto size) {
     using Tiles = AttentionJvpTiles<S, size()>;
-    void (*kernel)(AttentionJvpCall<S>) = attention_jvp_kernel<S, size(), false>;
-    if (c.masked()) kernel = attention_jvp_kernel<S, size(), true>;
+    // For float, masks cost little beside the products.
+    void (*kernel)(AttentionJvpCall<S>) = attention_jvp_kernel<S, size(), true>;
+    if constexpr (sizeof(S) == 2)
+      if (!c.masked()) kernel = attention_jvp_kernel<S, size(), false>;
     return launch(kernel, attention_grid(c.batch * c.heads, c.queries, Tiles::Shape::kRows),
                   dim3(Tiles::Shape::kThreads), Tiles::kShared, stream, c);
   });

@@ -305,7 +305,7 @@ struct KeyRows {
 
 // logsumexp, and O if anybody asks for it: the forward, with a maximum that rises as the keys pass by.
 template <class S, int kSize>
-__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads)
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kSize>::kBlocks)
     attention_forward_kernel(const AttentionCall<S> c, accumulation_t<S>* logsumexp, const Heads<S> out) {
   using A = accumulation_t<S>;
   using Rows = QueryRows<S, kSize>;
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kS
 }
 
 template <class S, int kSize>
-__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_keys_kernel(const AttentionCall<S> c) {
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, 1) attention_keys_kernel(const AttentionCall<S> c) {
   using A = accumulation_t<S>;
   using Rows = KeyRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
@@ -490,17 +490,15 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads) attention_keys_
 
 // The longest rows of q and v that kernels of these numbers take.
 template <class S>
-constexpr int kLargestHead = sizeof(S) == 8 ? 64 : 128;
+constexpr int kLargestHead = sizeof(S) == 2 ? 128 : 64;
 
 // Calls f with the size of a kernel's rows, in which those of q and v are padded with zeros.
 template <class S, class F>
 cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
-  const int size = key_size > value_size ? key_size : value_size;
   if constexpr (sizeof(S) == 2) {
+    const int size = key_size > value_size ? key_size : value_size;
     if (size <= 32) return f(std::integral_constant<int, 32>{});
     if (size > 64) return size <= 96 ? f(std::integral_constant<int, 96>{}) : f(std::integral_constant<int, 128>{});
-  } else if constexpr (sizeof(S) == 4) {
-    if (size > 64) return f(std::integral_constant<int, 128>{});
   }
   return f(std::integral_constant<int, 64>{});
 }

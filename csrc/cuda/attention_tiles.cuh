@@ -137,7 +137,7 @@ class LeftRows {
   __device__ __forceinline__ void times(Scores<accumulation_t<S>>& scores, const S* columns) const {
     constexpr int kVector = Words<S>::kSize;
     const S* right = columns + lane_column() * kStride;
-#pragma unroll 4
+#pragma unroll(sizeof(S) == 8 ? 1 : 4)
     for (int k = 0; k < kSize; k += kVector) {
       const Words<S> x[2] = {load_words<true>(rows_ + k), load_words<true>(rows_ + 8 * kStride + k)};
 #pragma unroll

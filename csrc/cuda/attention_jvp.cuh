@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
   using Left = LeftRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
   const AttentionUnit unit(c.heads, c.queries, Shape::kRows);
-  const int warp_row = threadIdx.x / 32 * 16, first_query = unit.first + warp_row;
+  const int warp = threadIdx.x / 32, warp_row = warp * 16, first_query = unit.first + warp_row;
   const int key_head = unit.head / (c.heads / c.key_heads);
   const auto load_rows = [&](const Heads<const S>& from, int which) {
     TileCopy<Shape::kRows, kSize, S>::begin(shared + which * Shape::kRowTile, from.of(unit.batch, unit.head),
@@ -180,21 +180,31 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
   load_rows(c.q, 0);
   if (c.q_tangent) load_rows(c.q_tangent, 1);
 
+  // A warp fetches one of K, dK, V and dV, or two of them: the others have fewer addresses to compute.
+  constexpr int kEach = 4 / Shape::kWarps;
   S* const columns = shared + 2 * Shape::kRowTile;
+  Matrix<const S> fetched[kEach] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const auto take = [&](const Heads<const S>& from, int which) {
+      if (from && which == warp + i * Shape::kWarps) fetched[i] = from.of(unit.batch, key_head);
+    };
+    take(c.k, 0);
+    take(c.k_tangent, 1);
+    take(c.v, 2);
+    take(c.v_tangent, 3);
+  }
   Left q, q_tangent;
   AttentionJvpRows<S, kSize> rows;
   for_columns<Shape>(
       0, c.keys_seen(unit.first + Shape::kRows - 1),
       [&](int first, int stage) {
-        const auto load = [&](const Heads<const S>& from, int which) {
-          if (!from) return;
-          TileCopy<Shape::kColumns, kSize, S>::begin(columns + stage * Tiles::kStage + which * Shape::kColumnTile,
-                                                     from.of(unit.batch, key_head), first, c.aligned);
-        };
-        load(c.k, 0);
-        load(c.k_tangent, 1);
-        load(c.v, 2);
-        load(c.v_tangent, 3);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+          if (fetched[i].data)
+            TileCopy<Shape::kColumns, kSize, S, 32>::begin(
+                columns + stage * Tiles::kStage + (warp + i * Shape::kWarps) * Shape::kColumnTile, fetched[i], first,
+                c.aligned);
       },
       [&] {
         q.take(shared + warp_row * Shape::kStride);
@@ -223,7 +233,8 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
               s[n][i] *= c.scale * kLog2E<A>;
               t[n][i] *= c.scale;
             }
-          if constexpr (kMasked) c.add_masks(s, t, unit, first_query, first + step);
+          if constexpr (kMasked)
+            if (c.masked()) c.add_masks(s, t, unit, first_query, first + step);
           if (step + 16 > seen_by_all) c.hide(s, t, first_query, first + step);
           rows.weigh(s, t, first + step == 0);
           if (c.scores_move())

@@ -52,12 +52,13 @@ struct TileShape {
   static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;             // a warp's rows, in registers
 };
 
-// Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.
-template <int kRows, int kSize, class S>
+// Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.  The work of so
+// many threads: of the block's or of a warp's.
+template <int kRows, int kSize, class S, int kThreads = TileShape<S, kSize>::kThreads>
 class TileCopy {
  public:
   static __device__ __forceinline__ void begin(S* tile, const Matrix<const S>& m, int first, bool aligned) {
-    if (Shape::kThreads % kVectors != 0 && row() >= kPass) return;
+    if (kThreads % kVectors != 0 && row() >= kPass) return;
     const S* from = m.data + static_cast<std::int64_t>(first + row()) * m.stride + column();
     S* to = tile + row() * Shape::kStride + column();
     if (aligned)
@@ -68,10 +69,10 @@ class TileCopy {
 
  private:
   using Shape = TileShape<S, kSize>;
-  static constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kPass = Shape::kThreads / kVectors;
+  static constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kPass = kThreads / kVectors;
 
-  static __device__ __forceinline__ int row() { return threadIdx.x / kVectors; }
-  static __device__ __forceinline__ int column() { return threadIdx.x % kVectors * kVector; }
+  static __device__ __forceinline__ int row() { return threadIdx.x % kThreads / kVectors; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kThreads % kVectors * kVector; }
 
   static __device__ __forceinline__ void copy(S* to, const S* from, const Matrix<const S>& m, int rows) {
 #pragma unroll

@@ -5,103 +5,17 @@
 // given too, are functions of these, and the operator's formula (math/attention.h) has folded them in.  The second
 // backward takes memory linear in the sequence; a third order, or second derivatives in a bias, go through the scores
 // of all heads, as PyTorch's own MATH backend does.
-#include <cmath>
 #include <functional>
 
+#include "attention.h"
 #include "replacement.h"
 
 namespace rk::aten {
 namespace {
 
+using namespace attention;
+
 constexpr char kOperator[] = "robustkern::attention_double_backward";
-
-struct Settings {
-  bool causal;
-  double scale, dropout;
-};
-
-SymInt heads_of(const Tensor& t) { return t.sym_size(1); }
-
-Tensor per_head(const Tensor& t, const Tensor& q) {
-  return heads_of(t) == heads_of(q) ? t : t.repeat_interleave_symint(heads_of(q) / heads_of(t), 1);
-}
-
-Tensor per_key_head(const Tensor& grad, const Tensor& k) {
-  if (heads_of(grad) == heads_of(k)) return grad;
-  auto shape = grad.sym_sizes().vec();
-  shape[1] = heads_of(grad) / heads_of(k);
-  shape.insert(shape.begin() + 1, heads_of(k));
-  return grad.reshape_symint(shape).sum(2);
-}
-
-// What both backwards have in common, in operators that PyTorch differentiates any number of times; k and v are given to
-// every head of q.
-struct Composed {
-  Tensor g, q, k, v, p, dp;
-
-  Composed(const variable_list& in, const Settings& s) {
-    const auto dtype = accumulation_type(in[0].scalar_type());
-    const auto wide = [&](const Tensor& t) { return t.to(dtype); };
-    g = wide(in[0]);
-    q = wide(in[1]);
-    k = wide(per_head(in[2], q));
-    v = wide(per_head(in[3], q));
-    Tensor scores = at::matmul(q, k.mT()) * s.scale;
-    if (in[4].defined()) scores = scores + wide(in[4]);
-    if (s.causal) {
-      const auto ones = at::ones_symint({q.sym_size(2), k.sym_size(2)}, q.options().dtype(at::kBool));
-      scores = scores.masked_fill(ones.triu(1), -std::numeric_limits<double>::infinity());
-    }
-    p = at::_safe_softmax(scores, -1);
-    dp = at::matmul(g, v.mT());
-  }
-  static Tensor total(const Tensor& t) { return t.sum(-1, /*keepdim=*/true); }
-};
-
-variable_list narrowed(const variable_list& grads, const variable_list& in) {
-  variable_list result;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    Tensor grad = grads[i];
-    if (i == 2 || i == 3) grad = per_key_head(grad, in[i]);
-    if (i == 4) grad = at::sum_to(grad, in[i].sym_sizes());
-    result.push_back(grad.to(in[i].scalar_type()));
-  }
-  return result;
-}
-
-// grad_q, grad_k, grad_v, and grad_bias where there is a bias.
-variable_list first_backward(const variable_list& in, const Settings& s) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Composed c(in, s);
-  const Tensor ds = c.p * (c.dp - c.total(c.p * c.dp));
-  variable_list grads{c.g, at::matmul(ds, c.k) * s.scale, at::matmul(ds.mT(), c.q) * s.scale,
-                      at::matmul(c.p.mT(), c.g)};
-  if (in[4].defined()) grads.push_back(ds);
-  grads = narrowed(grads, in);
-  grads.erase(grads.begin());
-  return grads;
-}
-
-// grad_g, grad_q, grad_k, grad_v, and grad_bias where there is a bias, with all scores in memory: see math/attention.h.
-// The cotangents of grad_q, grad_k, grad_v, grad_bias may be undefined.
-variable_list second_backward(const Tensor* gg, const variable_list& in, const Settings& s) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Composed m(in, s);
-  const auto wide = [&](const Tensor& t, const Tensor& like) {
-    return t.defined() ? per_head(t, m.q).to(like.scalar_type()) : at::zeros_like(like);
-  };
-  const Tensor a = wide(gg[0], m.q), b = wide(gg[1], m.k), c = wide(gg[2], m.v);
-  Tensor t = (at::matmul(a, m.k.mT()) + at::matmul(m.q, b.mT())) * s.scale;
-  if (gg[3].defined()) t = t + gg[3].to(t.scalar_type());
-  const Tensor d = m.total(m.p * m.dp), ds = m.p * (m.dp - d), centred = t - m.total(m.p * t), pd = m.p * centred;
-  const Tensor of_p = (m.dp - d) * centred + at::matmul(m.g, c.mT());
-  const Tensor of_scores = m.p * (of_p - m.total(m.p * of_p));
-  variable_list grads{at::matmul(pd, m.v) + at::matmul(m.p, c),
-                      (at::matmul(of_scores, m.k) + at::matmul(ds, b)) * s.scale,
-                      (at::matmul(of_scores.mT(), m.q) + at::matmul(ds.mT(), a)) * s.scale, at::matmul(pd.mT(), m.g)};
-  if (in[4].defined()) grads.push_back(of_scores);
-  return narrowed(grads, in);
-}
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -155,10 +69,6 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     return result;
   }
 };
-
-double scale_of(const std::optional<double>& scale, const Tensor& q) {
-  return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.sym_size(-1).guard_int(__FILE__, __LINE__)));
-}
 
 // What the four backends have in common.  A backend is one of the structs below.
 struct Call {

@@ -120,9 +120,18 @@ struct Matrix {
   int64_t rows, cols, stride;
 };
 
+template <class A>
+void fill(const Matrix<A>& m, A value) {
+  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(m.data + i * m.stride, m.cols, value);
+}
+
 // out = x y, or out += x y
 template <class A>
 void multiply(const Matrix<A>& x, const Matrix<A>& y, const Matrix<A>& out, bool add) {
+  if (x.cols == 0) {
+    if (!add) fill(out, A(0));
+    return;
+  }
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   if constexpr (std::is_same_v<A, float>)
     return at::native::cpublas::brgemm(x.rows, y.cols, x.cols, x.stride, y.stride, out.stride, add, x.data, y.data,
@@ -149,11 +158,6 @@ struct Pair {
     return with_first && with_second ? both : with_first ? first : second;
   }
 };
-
-template <class A>
-void fill(const Matrix<A>& m, A value) {
-  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(m.data + i * m.stride, m.cols, value);
-}
 
 template <class A>
 void transpose(const Matrix<A>& from, const Matrix<A>& to) {

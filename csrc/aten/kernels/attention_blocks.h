@@ -1,0 +1,66 @@
+// All heads of attention at once, and rows of q in blocks, in PyTorch's own matrix products on any device.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "attention_arguments.h"
+
+namespace rk::aten {
+
+class AttentionBlocks {
+ public:
+  AttentionBlocks(const AttentionShape& shape, const std::optional<Tensor>& mask, bool causal, double scale)
+      : s_(shape), causal_(causal), scale_(scale) {
+    if (mask) mask_ = additive_mask(*mask, shape);
+  }
+
+  // Rows of q in a block, and the keys that those from `first` on may see.
+  int64_t rows() const { return std::max(kLeastRows, kBlockScores / (s_.batch * s_.heads * s_.keys)); }
+  int64_t cols(int64_t first, int64_t rows) const { return causal_ ? std::min(s_.keys, first + rows) : s_.keys; }
+
+  // [B G, rows, D], in the accumulation type: the heads of q that share a head of k are so many more rows.
+  Tensor flat(const Tensor& t) const {
+    return t.to(accumulation_type(s_.dtype)).reshape({s_.batch * s_.key_heads, -1, t.size(3)});
+  }
+  Tensor flat(const std::optional<Tensor>& t) const { return t ? flat(*t) : Tensor(); }
+
+  Tensor rows_of(const Tensor& t, int64_t first, int64_t rows) const { return flat(t.narrow(2, first, rows)); }
+  Tensor rows_of(const std::optional<Tensor>& t, int64_t first, int64_t rows) const {
+    return t ? rows_of(*t, first, rows) : Tensor();
+  }
+
+  // [B G, group rows, S] as [B, H, rows, S]
+  Tensor per_head(const Tensor& block, int64_t rows) const {
+    return block.view({s_.batch, s_.heads, rows, block.size(2)});
+  }
+
+  // Of the rows from `first` on: scale q k^T + mask, -inf behind the causal mask.
+  Tensor scores(const Tensor& q, const Tensor& k, int64_t first, int64_t rows) const {
+    Tensor s = at::bmm(q, k.mT()).mul_(scale_);
+    const int64_t cols = k.size(1);
+    if (mask_.defined()) per_head(s, rows).add_(mask_.narrow(2, first, rows).narrow(3, 0, cols));
+    if (causal_) {
+      const auto hidden = at::ones({rows, cols}, s.options().dtype(at::kBool)).triu_(first + 1);
+      per_head(s, rows).masked_fill_(hidden, -kInfinity);
+    }
+    return s;
+  }
+
+  static Tensor probabilities(const Tensor& scores) {
+    const Tensor masked = scores.amax(-1, /*keepdim=*/true) == -kInfinity;  // everywhere: the row attends to nothing
+    return at::softmax(scores, -1).masked_fill_(masked, 0.0);
+  }
+
+ private:
+  static constexpr int64_t kBlockScores = 1 << 24;  // entries of one matrix of scores: 64 MiB in float32
+  static constexpr int64_t kLeastRows = 16;
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+  const AttentionShape& s_;
+  const bool causal_;
+  const double scale_;
+  Tensor mask_;  // [B, H, L, S], accumulation type, or undefined
+};
+
+}  // namespace rk::aten

@@ -11,6 +11,8 @@
 // mask or is differentiated further is composed, with the scores of all heads in memory.
 #include <torch/csrc/autograd/autograd.h>
 
+#include <limits>
+
 #include "attention.h"
 #include "replacement.h"
 
@@ -70,7 +72,9 @@ struct AttentionJvp : torch::autograd::Function<AttentionJvp> {
     MaskOf<kInputs> given;
     for (size_t i = 0; i < kInputs; ++i) given[i] = in[i].defined();
     Kept().put(to_bits(given)).put(s.causal).put_number(s.scale).save(ctx);
-    ctx->save_for_backward(in);
+    variable_list saved = in;
+    if (!mask) saved.insert(saved.end(), {out, logsumexp});
+    ctx->save_for_backward(std::move(saved));
     return {out, tangent, logsumexp};
   }
 
@@ -93,9 +97,10 @@ struct AttentionJvp : torch::autograd::Function<AttentionJvp> {
       }
       if (primal && u.defined() && (in[3].defined() || in[4].defined() || in[5].defined())) {
         const at::AutoDispatchBelowADInplaceOrView below;
+        const auto of_forward = [&](size_t i) { return i < in.size() ? Maybe(in[i]) : std::nullopt; };
         const auto second = call_operator<kDoubleBackward, std::tuple<Tensor, Tensor, Tensor, Tensor>>(
-            if_defined(in[3]), if_defined(in[4]), if_defined(in[5]), u, in[0], in[1], in[2], if_defined(in[6]), causal,
-            s.scale, false, need[0], need[1], need[2]);
+            if_defined(in[3]), if_defined(in[4]), if_defined(in[5]), u, in[0], in[1], in[2], of_forward(8),
+            of_forward(9), if_defined(in[6]), causal, s.scale, false, need[0], need[1], need[2]);
         if (need[0]) add(result[0], std::get<1>(second));
         if (need[1]) add(result[1], std::get<2>(second));
         if (need[2]) add(result[2], std::get<3>(second));
@@ -153,8 +158,6 @@ Results attention_jvp(c10::DispatchKeySet keys, const Tensor& q, const Tensor& k
 
 // ------------------------------------------------------------------ PyTorch's operators
 
-// What a backend takes and gives.  Nobody differentiates backwards what is computed here, so that of all that its backward
-// would ask for only the logsumexp has numbers in it.
 struct Call {
   Inputs in;
   Settings settings;
@@ -166,20 +169,13 @@ struct FlashCpu {
                    std::optional<double> scale) {
     return {{q, k, v, optional_value(bias)}, {causal, scale_of(scale, q), dropout}};
   }
-  static auto results(const Tensor& out, const Tensor& logsumexp) { return std::tuple(out, logsumexp); }
 };
-
-using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, SymInt, SymInt, Tensor, Tensor, Tensor>;
 
 struct FlashCuda {
   using Op = at::_ops::_scaled_dot_product_flash_attention;
   static Call call(const Tensor& q, const Tensor& k, const Tensor& v, double dropout, bool causal, bool,
                    std::optional<double> scale) {
     return {{q, k, v, Tensor()}, {causal, scale_of(scale, q), dropout}};
-  }
-  static Nine results(const Tensor& out, const Tensor& logsumexp) {
-    const Tensor none = at::empty({0}, out.options());
-    return {out, logsumexp, none, none, 0, 0, none, none, none};
   }
 };
 
@@ -189,10 +185,6 @@ struct Efficient {
                    bool causal, std::optional<double> scale) {
     return {{q, k, v, optional_value(bias)}, {causal, scale_of(scale, q), dropout}};
   }
-  static auto results(const Tensor& out, const Tensor& logsumexp) {
-    const Tensor none = at::empty({0}, out.options());
-    return std::tuple(out, logsumexp, none, none);
-  }
 };
 
 struct Cudnn {
@@ -201,7 +193,6 @@ struct Cudnn {
                    bool causal, bool, std::optional<double> scale) {
     return {{q, k, v, optional_value(bias)}, {causal, scale_of(scale, q), dropout}};
   }
-  static Nine results(const Tensor& out, const Tensor& logsumexp) { return FlashCuda::results(out, logsumexp); }
 };
 
 template <class Backend, class Schema = typename Backend::Op::schema>
@@ -218,12 +209,21 @@ struct ForwardMode<Backend, R(Args...)> {
     TORCH_CHECK_NOT_IMPLEMENTED(c.settings.dropout == 0,
                                 "robustkern: the derivative of scaled_dot_product_attention in forward mode with "
                                 "dropout needs sdpa_kernel(SDPBackend.MATH) around it");
-    const auto primal = [](const Tensor& t) { return t.defined() ? t._fw_primal(0) : t; };
-    const auto tangent = [](const Tensor& t) { return t.defined() ? t._fw_grad(0) : t; };
     const auto each = [&](const auto& f) { return Inputs{f(c.in.q), f(c.in.k), f(c.in.v), f(c.in.bias)}; };
-    const auto [out, moved, logsumexp] = call_jvp(each(primal), each(tangent), c.settings);
-    out._set_fw_grad(moved, /*level=*/0, /*is_inplace_op=*/false);
-    return Backend::results(out, logsumexp);
+    const auto [out, tangent, logsumexp] =
+        call_jvp(each([](const Tensor& t) { return primal_of(t); }), each(tangent_of), c.settings);
+    const R results = values(out, logsumexp, args...);
+    std::get<0>(results)._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+    return results;
+  }
+
+ private:
+  // As the backend's own backward expects them; where it asks for more than these two, by the backend itself.
+  static R values(const Tensor& out, const Tensor& logsumexp, Args... args) {
+    if constexpr (std::tuple_size_v<R> == 2)  // zero of a row that attends to nothing
+      return {out, logsumexp.masked_fill(logsumexp == -std::numeric_limits<double>::infinity(), 0.0)};
+    else
+      return Op::call(primal_of(args)...);
   }
 };
 

@@ -28,8 +28,8 @@ def attention_jvp(
 ) -> tuple[Tensor, Tensor]:  # [B, H, L, E] twice
     r"""out = P v with P = softmax(scale q k^T + mask), and tangent = P * (T - sum_j P T) v + P dv.
 
-    T = scale (dq k^T + q dk^T) + dmask is how the scores move when q, k, v and mask move along their tangents dq, dk, dv
-    and dmask; the tangent is how the output moves.  Value and tangent come in one pass: six matrix products, where
+    T = scale (dq k^T + q dk^T) + dmask is how the scores move when q, k, v and mask move along their tangents dq, dk,
+    dv and dmask; the tangent is how the output moves.  Value and tangent come in one pass: six matrix products, where
     attention alone takes two, and memory linear in the sequence.  Sums run in float32 for 16- and 32-bit data and in
     float64 for float64.  Under `robustkern.install()`, forward mode over scaled_dot_product_attention runs this.
 
@@ -40,8 +40,8 @@ def attention_jvp(
         q_tangent: dq, like q.  None: q does not move.
         k_tangent: dk, like k, or None.
         v_tangent: dv, like v, or None.
-        mask: added to the scores, floating-point and broadcastable to [B, H, L, S]; or boolean, False where a query must
-            not attend.  A row whose keys are all hidden is zero, and so is its tangent.
+        mask: added to the scores, floating-point and broadcastable to [B, H, L, S]; or boolean, False where a query
+            must not attend.  A row whose keys are all hidden is zero, and so is its tangent.
         mask_tangent: dmask, shaped like a floating-point mask, or None.
         causal: row i attends to the keys 0 to i.
         scale: of the scores; None: 1 / sqrt(D).
@@ -84,7 +84,8 @@ def _like(tensor: Tensor, needed: bool) -> Tensor:
 
 
 @register_derivative(reference.attention_double_backward)
-def _(a, b, c, grad, q, k, v, mask, causal, scale, need_grad, need_q, need_k, need_v):  # type: ignore[no-untyped-def]
+def _(a, b, c, grad, q, k, v, out, logsumexp, mask, causal, scale,  # type: ignore[no-untyped-def]
+      need_grad, need_q, need_k, need_v):  # fmt: skip
     return _like(grad, need_grad), _like(q, need_q), _like(k, need_k), _like(v, need_v)
 
 

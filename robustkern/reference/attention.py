@@ -14,6 +14,8 @@ def attention_double_backward(
     q: Tensor,  # [B, H, L, D]
     k: Tensor,  # [B, G, S, D]
     v: Tensor,  # [B, G, S, E]
+    out: Tensor | None,  # [B, H, L, E], like logsumexp [B, H, L]: what a kernel need not compute again
+    logsumexp: Tensor | None,
     mask: Tensor | None,  # added to the scores; broadcastable to [B, H, L, S]
     causal: bool,
     scale: float,
@@ -34,6 +36,7 @@ def attention_double_backward(
         grad_v = Pd^T grad                           grad_k = scale (W^T q + dS^T a)
 
     A row whose keys are all masked attends to nothing: its probabilities are zero.  The scores of all heads are stored.
+    Here out and logsumexp, which are functions of q, k and v, are computed again.
 
     Returns:
         (gg_grad, grad_q, grad_k, grad_v), each shaped like its tensor, or [0] where it is not needed.
@@ -82,8 +85,8 @@ def attention_jvp(
 
     ::
 
-        S = scale q k^T + mask      P = softmax(S)     T = scale (dq k^T + q dk^T) + dmask     t = sum_j P T
-        out = P v                   tangent = (P (T - t)) v + P dv                             logsumexp = log sum_j exp S
+        S = scale q k^T + mask      P = softmax(S)     T = scale (dq k^T + q dk^T) + dmask   t = sum_j P T
+        out = P v                   tangent = (P (T - t)) v + P dv                           logsumexp = log sum_j exp S
 
     An absent tangent is zero.  A row whose keys are all masked attends to nothing: its output is zero, whatever moves.
     The scores of all heads are stored.

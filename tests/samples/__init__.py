@@ -1,7 +1,8 @@
 """Sample calls of the operators, over which the tests and `torch.library.opcheck` run: one file for each operator.
 
 The file of an operator in `robustkern.ops` has `samples`; that of an operator of PyTorch has `double_backward_samples`
-and, if its first derivative or its forward mode is ours too, `backward_samples` or `jvp_samples`.  They cover every option, shape class and layout.
+and, if its first derivative or its forward mode is ours too, `backward_samples` or `jvp_samples`.  They cover every
+option, shape class and layout.
 """
 
 from __future__ import annotations

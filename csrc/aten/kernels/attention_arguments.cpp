@@ -18,10 +18,12 @@ struct Checks {
   const char* op;
   const Tensor& q;
 
+  void tensor(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, at::ScalarType dtype) const {
+    RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == dtype && t.device() == q.device(), op, ": ", name,
+             " must be ", shape_text(sizes), " ", name_of(dtype), " on ", q.device().str(), ", got ", describe(t));
+  }
   void like(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
-    RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == q.scalar_type() && t.device() == q.device(), op, ": ", name,
-             " must be ", shape_text(sizes), " ", name_of(q.scalar_type()), " on ", q.device().str(), ", got ",
-             describe(t));
+    tensor(name, t, sizes, q.scalar_type());
   }
   void like(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& sizes) const {
     if (t) like(name, *t, sizes);
@@ -58,6 +60,10 @@ AttentionShape check_attention(const AttentionArguments& in) {
   check.like("a", in.a, s.like_q());
   check.like("b", in.b, s.like_k());
   check.like("c", in.c, s.like_v());
+  RK_CHECK(in.out.has_value() == in.logsumexp.has_value(), check.op,
+           ": out and logsumexp must be given both or neither, got ", in.out ? "out" : "logsumexp", " alone");
+  check.like("out", in.out, s.like_out());
+  if (in.logsumexp) check.tensor("logsumexp", *in.logsumexp, {s.batch, s.heads, s.queries}, accumulation_type(s.dtype));
   if (in.mask) check.mask("mask", *in.mask, s);
   return s;
 }

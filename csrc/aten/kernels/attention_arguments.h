@@ -30,6 +30,7 @@ struct AttentionShape {
 struct AttentionArguments {
   const std::optional<Tensor>&a, &b, &c;
   const Tensor &grad, &q, &k, &v;
+  const std::optional<Tensor>&out, &logsumexp;  // both or neither
   const std::optional<Tensor>& mask;
 };
 
@@ -65,13 +66,14 @@ AttentionCall attention_call(const AttentionArguments& in, bool causal, double s
 template <void (*run)(const AttentionCall&)>
 AttentionResults attention_double_backward(const std::optional<Tensor>& a, const std::optional<Tensor>& b,
                                            const std::optional<Tensor>& c, const Tensor& grad, const Tensor& q,
-                                           const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                                           const Tensor& k, const Tensor& v, const std::optional<Tensor>& out,
+                                           const std::optional<Tensor>& logsumexp, const std::optional<Tensor>& mask,
                                            bool causal, double scale, bool need_grad, bool need_q, bool need_k,
                                            bool need_v) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const AttentionCall call =
-      attention_call({a, b, c, grad, q, k, v, mask}, causal, scale, need_grad, need_q, need_k, need_v);
+      attention_call({a, b, c, grad, q, k, v, out, logsumexp, mask}, causal, scale, need_grad, need_q, need_k, need_v);
   if (!call.plan.nothing()) run(call);
   return call.results;
 }

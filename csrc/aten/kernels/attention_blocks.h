@@ -47,7 +47,8 @@ class AttentionBlocks {
     return s;
   }
 
-  static Tensor probabilities(const Tensor& scores) {
+  Tensor probabilities(const Tensor& scores) const {
+    if (!mask_.defined()) return at::softmax(scores, -1);
     const Tensor masked = scores.amax(-1, /*keepdim=*/true) == -kInfinity;  // everywhere: the row attends to nothing
     return at::softmax(scores, -1).masked_fill_(masked, 0.0);
   }

@@ -29,18 +29,25 @@ using namespace rk::cpu;
 
 // ------------------------------------------------------------------ one row of scores between the matrix products
 
+// What the forward knew of a row.  A logarithm is rounded to its own size, so that probabilities taken with it have a sum
+// that differs from one by as much: they are divided by it.
+template <class A>
+struct Saved {
+  A logsumexp, d;
+};
+
 // S, T, dP, X become Pd = P (T - t), P, W = P (G - g), dS = P (dP - D): n whole lanes.  False, and nothing done, if all
 // scores are -inf: such a row attends to nothing.
 template <class A>
 RK_MULTIVERSION bool attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __restrict__ dp, A* __restrict__ x,
-                                     int64_t n) {
-  const A max = largest_score(s, n);
-  if (max == -std::numeric_limits<A>::infinity()) return false;
-  for (int64_t j = 0; j < n; ++j) s[j] = exp_nonpositive(s[j] - max);
+                                     int64_t n, const Saved<A>* saved) {
+  const A shift = saved ? saved->logsumexp : largest_score(s, n);
+  if (shift == -std::numeric_limits<A>::infinity()) return false;
+  for (int64_t j = 0; j < n; ++j) s[j] = exp_nonpositive(s[j] - shift);
   const double sum = row_sum<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA { load_lanes(term, s + j); });
   AttentionRow<A> row{};
   row.t = A(row_dot(s, t, n) / sum);
-  row.d = A(row_dot(s, dp, n) / sum);
+  row.d = saved ? saved->d : A(row_dot(s, dp, n) / sum);
   row.inverse_sum = A(1 / sum);
   for (int64_t j = 0; j < n; ++j) {
     s[j] *= row.inverse_sum;
@@ -62,14 +69,19 @@ RK_MULTIVERSION void add_rows(const A* from, A* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
+template <class A>
+RK_MULTIVERSION A dot(const A* x, const A* y, int64_t n) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return x[j] * y[j]; });
+}
+
 // One row of scores s, with t, dp and x beside it: in place, s becomes Pd, t becomes P, dp becomes W, x becomes dS.
 // Columns from `valid` on lie behind the causal mask or the last key; `width` counts them in whole lanes.
 template <class A>
-void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t width) {
+void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t width, const Saved<A>* saved) {
   const int64_t n = whole_lanes<A>(valid);
   std::fill(s + valid, s + n, -std::numeric_limits<A>::infinity());
   for (A* row : {t, dp, x}) std::fill(row + valid, row + n, A(0));
-  const int64_t from = attention_lanes(s, t, dp, x, n) ? n : 0;
+  const int64_t from = attention_lanes(s, t, dp, x, n, saved) ? n : 0;
   if (from == width) return;
   for (A* row : {s, t, dp, x}) std::fill(row + from, row + width, A(0));
 }
@@ -85,8 +97,9 @@ struct Task {
   AttentionPlan plan;
   bool causal;
   double scale;
-  Rows a, b, c, grad, q, k, v;                     // inputs
+  Rows a, b, c, grad, q, k, v, out;                // inputs
   Rows result_grad, result_q, result_k, result_v;  // outputs that the plan has
+  Tensor logsumexp;                                // [B, H, L], or undefined
   Tensor mask;                                     // [B, H, L, S], accumulation type, or undefined
   int64_t block_rows, blocks;                      // rows of q in a block, blocks in a head
   int64_t splits;                                  // units that share a head
@@ -185,10 +198,12 @@ class Worker {
     const auto slopes = Pair<A>::beside(slopes_memory_, rows, width_);          // [dP X]
     const auto queries = Pair<A>::beneath(queries_memory_, rows, s_.key_size);  // scale q and scale A
     const Matrix<A> grad{grad_memory_, rows, s_.value_size, s_.value_size};
+    const Matrix<A> out{out_memory_, rows, s_.value_size, s_.value_size};
     read(task_.q, batch, head, first, queries.first);
     if (plan.a) read(task_.a, batch, head, first, queries.second);
     scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
     if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad);
+    if (task_.logsumexp.defined() && plan.slope()) read(task_.out, batch, head, first, out);
 
     multiply(queries.first, turned_keys_.pick(true, plan.b), scores.pick(true, plan.b), false);
     if (plan.a) multiply(queries.second, turned_keys_.first, scores.second, plan.b);
@@ -197,17 +212,17 @@ class Worker {
       multiply(grad, turned_values_.pick(plan.slope(), plan.mixed()), slopes.pick(plan.slope(), plan.mixed()), false);
     if (!plan.slope()) fill(slopes.first, A(0));
     if (!plan.mixed()) fill(slopes.second, A(0));
-    scores_loop(batch, head, first, cols, scores, slopes);  // now they are [Pd P] and [W dS]
+    scores_loop(batch, head, first, cols, scores, slopes, grad, out);  // now they are [Pd P] and [W dS]
     if (plan.grad) {
-      const Matrix<A> out{out_grad_memory_, rows, s_.value_size, s_.value_size};
-      multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), out, false);
-      write(out, task_.result_grad, batch, head, first);
+      const Matrix<A> result{out_grad_memory_, rows, s_.value_size, s_.value_size};
+      multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), result, false);
+      write(result, task_.result_grad, batch, head, first);
     }
     if (plan.q) {
-      const Matrix<A> out{out_q_memory_, rows, s_.key_size, s_.key_size};
-      multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), out, false);
-      scale_rows(out.data, rows * s_.key_size, A(task_.scale));
-      write(out, task_.result_q, batch, head, first);
+      const Matrix<A> result{out_q_memory_, rows, s_.key_size, s_.key_size};
+      multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), result, false);
+      scale_rows(result.data, rows * s_.key_size, A(task_.scale));
+      write(result, task_.result_q, batch, head, first);
     }
     auto turned = Pair<A>::beside(turned_memory_, width_, rows);
     if (plan.k) {
@@ -228,7 +243,7 @@ class Worker {
   }
 
   void scores_loop(int64_t batch, int64_t head, int64_t first, int64_t cols, const Pair<A>& scores,
-                   const Pair<A>& slopes) {
+                   const Pair<A>& slopes, const Matrix<A>& grad, const Matrix<A>& out) {
     A *s = scores.both.data, *dp = slopes.both.data;
     const Tensor& mask = task_.mask;
     const A* mask_row = nullptr;
@@ -237,7 +252,15 @@ class Worker {
     for (int64_t i = 0; i < scores.both.rows; ++i) {
       if (mask_row) add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols);
       const int64_t valid = task_.causal ? std::min(cols, first + i + 1) : cols;
-      attention_row(s, s + width_, dp, dp + width_, valid, width_);
+      if (task_.logsumexp.defined()) {
+        const A* of_head =
+            task_.logsumexp.const_data_ptr<A>() + batch * task_.logsumexp.stride(0) + head * task_.logsumexp.stride(1);
+        const A d = task_.plan.slope() ? dot(grad.data + i * grad.stride, out.data + i * out.stride, grad.cols) : A(0);
+        const Saved<A> saved{of_head[(first + i) * task_.logsumexp.stride(2)], d};
+        attention_row(s, s + width_, dp, dp + width_, valid, width_, &saved);
+      } else {
+        attention_row<A>(s, s + width_, dp, dp + width_, valid, width_, nullptr);
+      }
       s += 2 * width_;
       dp += 2 * width_;
     }
@@ -262,6 +285,7 @@ class Worker {
   A* const turned_memory_ = memory(2 * most_rows_ * most_cols_);
   A* const queries_memory_ = memory(2 * most_rows_ * s_.key_size);
   A* const grad_memory_ = memory(most_rows_ * s_.value_size);
+  A* const out_memory_ = memory(most_rows_ * s_.value_size);
   A* const out_q_memory_ = memory(most_rows_ * s_.key_size);
   A* const out_grad_memory_ = memory(most_rows_ * s_.value_size);
 };
@@ -275,7 +299,11 @@ void run_all(const Task& task) {
 
 void run(const AttentionCall& call) {
   const auto& [in, s, plan, causal, scale, results] = call;
-  Task task{s, plan, causal, scale};
+  Task task{};
+  task.shape = s;
+  task.plan = plan;
+  task.causal = causal;
+  task.scale = scale;
   task.blocks = (s.queries * s.keys + kBlockScores - 1) / kBlockScores;
   task.block_rows = std::clamp((s.queries + task.blocks - 1) / task.blocks, kLeastRows, kMostRows);
   task.block_rows = std::min(task.block_rows, s.queries);
@@ -292,6 +320,8 @@ void run(const AttentionCall& call) {
   if (in.a) task.a = rows(*in.a);
   if (in.b) task.b = rows(*in.b);
   if (in.c) task.c = rows(*in.c);
+  if (in.out) task.out = rows(*in.out);
+  if (in.logsumexp) task.logsumexp = *in.logsumexp;
   if (in.mask) task.mask = additive_mask(*in.mask, s);
   if (plan.grad) task.result_grad = Rows(std::get<0>(results));
   if (plan.q) task.result_q = Rows(std::get<1>(results));

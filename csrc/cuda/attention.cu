@@ -105,8 +105,8 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
     x.mask_column = mask ? mask->stride(3) : 0;
     x.causal = causal;
     x.scale = static_cast<A>(scale);
-    const Tensor moments = scratch(4);
-    x.moments = reinterpret_cast<RowMoments<A>*>(pointer<A>(moments));
+    const Tensor moments = scratch(sizeof(RowMoments<S>) / sizeof(A));
+    x.moments = reinterpret_cast<RowMoments<S>*>(pointer<A>(moments));
     if (logsumexp) {
       logsumexp = torch::stable::contiguous(*logsumexp);
       x.logsumexp = pointer<const A>(logsumexp);

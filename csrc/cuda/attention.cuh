@@ -13,8 +13,9 @@
 //     D = D0 + sum P (dP - D0)      t = T0 + sum P (T - T0)
 //     g = sum P ((dP - D0) (T - T0) + X) - (D - D0) (t - T0)
 //
-// and nothing large cancels where D0 and T0 are near D and t: they are the means over the first columns.  Where the
-// forward's logsumexp and O are not given, another kernel, of two products, computes them first.
+// and nothing large cancels where D0 and T0 are near D and t: they are the means over the first columns.  That is enough
+// for 16-bit results; wider ones take a pass more, from D and t themselves.  Where the forward's logsumexp and O are not
+// given, another kernel, of two products, computes them first.
 #pragma once
 
 #include "../math/attention.h"
@@ -23,10 +24,27 @@
 namespace rk::cuda {
 
 // What the other kernels need of a row of scores; as one, it is fetched with its row of q.
-template <class A>
+template <class S, bool kWide = (sizeof(S) > 2)>
 struct alignas(16) RowMoments {
-  A logsumexp;  // to base 2; infinite where the row attends to nothing
+  using A = accumulation_t<S>;
+  A logsumexp;  // to the kernels' base; infinite where the row attends to nothing
   A d, t, g;
+
+  static __device__ __forceinline__ RowMoments of(A logsumexp, A d, A t, A g, A) { return {logsumexp, d, t, g}; }
+  __device__ __forceinline__ A normalized(A p) const { return p; }
+};
+
+// The logarithm is far larger than one, and so is its rounding.  16-bit numbers do not notice; others take the sum of what
+// comes out as exp(S - logsumexp).
+template <class S>
+struct alignas(16) RowMoments<S, true> {
+  using A = S;
+  A logsumexp, d, t, g, inverse_total;
+
+  static __device__ __forceinline__ RowMoments of(A logsumexp, A d, A t, A g, A inverse_total) {
+    return {logsumexp, d, t, g, inverse_total};
+  }
+  __device__ __forceinline__ A normalized(A p) const { return p * inverse_total; }
 };
 
 // q, a, grad, out, gg_grad: rows are queries, by heads; k, b, v, c: rows are keys, by key heads.
@@ -40,7 +58,7 @@ struct AttentionCall {
   Heads<const A> mask;                         // null: none; columns of any stride
   std::int64_t mask_column;
   const A* logsumexp;  // [B, H, L], natural
-  RowMoments<A>* moments;
+  RowMoments<S>* moments;
   bool causal, aligned;  // every 16 bytes from the start of a row on lie in one piece, and rows are made of such
   A scale;
 
@@ -68,19 +86,29 @@ struct AttentionUnit {
 
 __device__ __forceinline__ int up_to_16(int n) { return n < 16 ? n : 16; }
 
+// S and logsumexp of 16-bit numbers are to base 2, which saves products; the others would notice its rounding.
+template <class S>
+constexpr accumulation_t<S> kPerNat = sizeof(S) == 2 ? kLog2E<accumulation_t<S>> : 1;
+
+template <class S>
+__device__ __forceinline__ accumulation_t<S> power_of_base(accumulation_t<S> v) {
+  return sizeof(S) == 2 ? exp2_nonpositive(v) : exp_nonpositive(v);
+}
+
 // Products of rows with columns, either of which are queries: 16 x 16 numbers of each matrix of scores.
-template <class A>
+template <class S>
 struct ScoreTile {
+  using A = accumulation_t<S>;
   Scores<A> s = {}, t = {}, dp = {}, x = {};
 
-  // S to base 2, -infinity where there is no key, or a hidden one.  Turned: rows are keys.
-  template <bool kTurned, class S>
+  // S with scale and mask, -infinity where there is no key, or a hidden one.  Turned: rows are keys.
+  template <bool kTurned>
   __device__ __forceinline__ void finish(const AttentionCall<S>& c, int batch, int head, int first_row,
                                          int first_column) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] *= c.scale * kLog2E<A>;
+      for (int i = 0; i < 4; ++i) s[n][i] *= c.scale * kPerNat<S>;
     const int rows = up_to_16((kTurned ? c.keys : c.queries) - first_row);
     const int columns = up_to_16((kTurned ? c.queries : c.keys) - first_column);
     const int ahead = first_row - first_column;
@@ -104,14 +132,15 @@ struct ScoreTile {
           if (column < begin || column >= end)
             e = -INFINITY;
           else if (added)
-            e += added[(8 * n + j) * of_column] * kLog2E<A>;
+            e += added[(8 * n + j) * of_column] * kPerNat<S>;
         }
     }
   }
 
   // Afterwards s, t, dp and x hold P, Pd, dS and W.
-  __device__ __forceinline__ void weigh(int n, int i, const RowMoments<A>& row, A scale) {
-    const A p = exp2_nonpositive(s[n][i] - row.logsumexp), moved = t[n][i] * scale - row.t, slope = dp[n][i] - row.d;
+  __device__ __forceinline__ void weigh(int n, int i, const RowMoments<S>& row, A scale) {
+    const A p = row.normalized(power_of_base<S>(s[n][i] - row.logsumexp)), moved = t[n][i] * scale - row.t,
+            slope = dp[n][i] - row.d;
     s[n][i] = p;
     t[n][i] = p * moved;
     dp[n][i] = p * slope;
@@ -188,7 +217,7 @@ struct QueryRows {
 #pragma unroll 1
           for (int step = 0; step < Shape::kColumns && step < seen; step += 16) {
             const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
-            ScoreTile<A> x;
+            ScoreTile<S> x;
             if (with_a)
               Left::times_both(q, x.s, a, x.t, passing[kK]);
             else
@@ -221,7 +250,7 @@ struct KeyRows {
   static constexpr int kStage = 3 * Shape::kColumnTile;
   static constexpr std::size_t kTiles =
       sizeof(S) * (4 * Shape::kRowTile + Shape::kStages * static_cast<std::size_t>(kStage));
-  static constexpr std::size_t kShared = kTiles + sizeof(RowMoments<A>) * Shape::kStages * Shape::kColumns;
+  static constexpr std::size_t kShared = kTiles + sizeof(RowMoments<S>) * Shape::kStages * Shape::kColumns;
 
   const AttentionCall<S>& c;
   S* const shared;
@@ -241,7 +270,7 @@ struct KeyRows {
     if (mixed) load_rows(c.c, 3);
 
     S* const columns = shared + 4 * Shape::kRowTile;
-    auto* const moments = reinterpret_cast<RowMoments<A>*>(columns + Shape::kStages * kStage);
+    auto* const moments = reinterpret_cast<RowMoments<S>*>(columns + Shape::kStages * kStage);
     const int group = c.heads / c.key_heads, first_key = unit.first + first_row;
     const int first_query = c.causal ? unit.first / Shape::kColumns * Shape::kColumns : 0;
     Left k, b, v, cotangent;
@@ -270,7 +299,7 @@ struct KeyRows {
             for (int step = 0; step < Shape::kColumns && first + step < c.queries; step += 16) {
               if (first_key >= c.keys || (c.causal && first + step + 15 < first_key)) continue;
               const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
-              ScoreTile<A> x;
+              ScoreTile<S> x;
               if (c.b)
                 Left::times_both(k, x.s, b, x.t, passing[kQ]);
               else
@@ -294,8 +323,8 @@ struct KeyRows {
   }
 
   // Those of `rows` queries, of all heads' from `first` on.
-  __device__ __forceinline__ void load_moments(RowMoments<A>* to, std::int64_t first, int rows) const {
-    constexpr int kPieces = sizeof(RowMoments<A>) / 16;
+  __device__ __forceinline__ void load_moments(RowMoments<S>* to, std::int64_t first, int rows) const {
+    constexpr int kPieces = sizeof(RowMoments<S>) / 16;
     const int i = threadIdx.x;
     if (i < Shape::kColumns * kPieces)
       copy_async_16(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(c.moments + first) + i,
@@ -313,23 +342,19 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kS
   Rows rows(c, shared);
   A most[2] = {-INFINITY, -INFINITY}, total[2] = {};  // of the row; of the thread
   RowSums<S, kSize> sums;
-  rows.template meet_keys<false>(bool(out), false, [&](ScoreTile<A>& x, const Passing<S>& passing, bool) {
+  rows.template meet_keys<false>(bool(out), false, [&](ScoreTile<S>& x, const Passing<S>& passing, bool) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const A* s[2] = {x.s[0] + 2 * i, x.s[1] + 2 * i};
       const A before = most[i], here = ::max(::max(s[0][0], s[0][1]), ::max(s[1][0], s[1][1]));
       most[i] = ::max(before, row_max(here));
-      const A shift = most[i] == -INFINITY ? A(0) : most[i], shrink = exp2_nonpositive(before - shift);
+      const A shift = most[i] == -INFINITY ? A(0) : most[i], shrink = power_of_base<S>(before - shift);
       total[i] *= shrink;
-#pragma unroll
-      for (int n = 0; n < kSize / 8; ++n) {
-        sums.sum[n][2 * i] *= shrink;
-        sums.sum[n][2 * i + 1] *= shrink;
-      }
+      sums.scale_row(i, shrink);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int j = 2 * i; j < 2 * i + 2; ++j) total[i] += x.s[n][j] = exp2_nonpositive(x.s[n][j] - shift);
+        for (int j = 2 * i; j < 2 * i + 2; ++j) total[i] += x.s[n][j] = power_of_base<S>(x.s[n][j] - shift);
     }
     if (out) sums.add(x.s, passing[Rows::kV]);
   });
@@ -338,44 +363,43 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kS
     total[i] = row_sum(total[i]);
     const std::int64_t place = rows.place(i);
     if (place >= 0 && threadIdx.x % 4 == 0)
-      logsumexp[place] = total[i] == A(0) ? A(INFINITY) : most[i] / kLog2E<A> + ::log(total[i]);
-    const A factor = total[i] == A(0) ? A(0) : A(1) / total[i];
-#pragma unroll
-    for (int n = 0; n < kSize / 8; ++n) {
-      sums.sum[n][2 * i] *= factor;
-      sums.sum[n][2 * i + 1] *= factor;
-    }
+      logsumexp[place] = total[i] == A(0) ? A(INFINITY) : most[i] / kPerNat<S> + ::log(total[i]);
+    sums.scale_row(i, total[i] == A(0) ? A(0) : A(1) / total[i]);
   }
   if (out) sums.write(out.of(rows.unit.batch, rows.unit.head), rows.unit.first + rows.first_row, A(1), c.aligned);
 }
 
-// D, t and g of every row, and ddO.
+// D, t and g of every row, and ddO; again, beginning at the D and t that were found before.
 template <class S, int kSize>
 __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kSize>::kBlocks)
-    attention_moments_kernel(const AttentionCall<S> c) {
+    attention_moments_kernel(const AttentionCall<S> c, const bool again) {
   using A = accumulation_t<S>;
   using Rows = QueryRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
   Rows rows(c, shared);
-  A logsumexp[2], d[2] = {}, t[2] = {}, g[2] = {};
+  A logsumexp[2], total[2] = {}, d[2] = {}, t[2] = {}, g[2] = {};
   A d0[2] = {}, t0[2] = {};  // near the means of dP and T: d, t and g count from there
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const std::int64_t place = rows.place(i);
-    logsumexp[i] = place < 0 ? A(INFINITY) : c.logsumexp[place] * kLog2E<A>;
+    logsumexp[i] = place < 0 ? A(INFINITY) : c.logsumexp[place] * kPerNat<S>;
+    if (again && place >= 0) {
+      d0[i] = c.moments[place].d;
+      t0[i] = c.moments[place].t;
+    }
   }
   const bool moved = c.gg_grad && c.tangent(), mixed = c.gg_grad && c.c;
   RowSums<S, kSize> sums;
   rows.template meet_keys<true>(
-      c.slope() || moved, c.mixed() || mixed, [&](ScoreTile<A>& x, const Passing<S>& passing, bool first) {
+      c.slope() || moved, c.mixed() || mixed, [&](ScoreTile<S>& x, const Passing<S>& passing, bool first) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            x.s[n][i] = exp2_nonpositive(x.s[n][i] - logsumexp[i / 2]);  // P
+            x.s[n][i] = power_of_base<S>(x.s[n][i] - logsumexp[i / 2]);  // P
             x.t[n][i] *= c.scale;
           }
-        if (first) {
+        if (first && !again) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             A p_sum = 0, d_sum = 0, t_sum = 0;
@@ -401,6 +425,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kS
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const A p = x.s[n][i], dp = x.dp[n][i] - d0[i / 2], pt = p * (x.t[n][i] - t0[i / 2]);
+            total[i / 2] += p;
             d[i / 2] += p * dp;
             t[i / 2] += pt;
             g[i / 2] += pt * dp + p * x.x[n][i];
@@ -411,11 +436,14 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kS
       });
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    d[i] = row_sum(d[i]);
-    t[i] = row_sum(t[i]);
-    g[i] = row_sum(g[i]) - d[i] * t[i];
+    const A sum = row_sum(total[i]), inverse = sizeof(S) == 2 ? A(1) : sum == A(0) ? A(0) : A(1) / sum;
+    d[i] = row_sum(d[i]) * inverse;
+    t[i] = row_sum(t[i]) * inverse;
+    g[i] = row_sum(g[i]) * inverse - d[i] * t[i];
+    sums.scale_row(i, inverse);
     const std::int64_t place = rows.place(i);
-    if (place >= 0 && threadIdx.x % 4 == 0) c.moments[place] = {logsumexp[i], d0[i] + d[i], t0[i] + t[i], g[i]};
+    if (place >= 0 && threadIdx.x % 4 == 0)
+      c.moments[place] = RowMoments<S>::of(logsumexp[i], d0[i] + d[i], t0[i] + t[i], g[i], inverse);
   }
   if (!c.gg_grad) return;
   const int first_row = rows.unit.first + rows.first_row;
@@ -445,14 +473,14 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, TileShape<S, kS
   using Rows = QueryRows<S, kSize>;
   RK_DYNAMIC_SHARED(S, shared);
   Rows rows(c, shared);
-  RowMoments<A> moments[2];
+  RowMoments<S> moments[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const std::int64_t place = rows.place(i);
-    moments[i] = place < 0 ? RowMoments<A>{A(INFINITY), 0, 0, 0} : c.moments[place];
+    moments[i] = place < 0 ? RowMoments<S>::of(A(INFINITY), 0, 0, 0, 0) : c.moments[place];
   }
   RowSums<S, kSize> sums;
-  rows.template meet_keys<true>(c.slope(), c.mixed(), [&](ScoreTile<A>& x, const Passing<S>& passing, bool) {
+  rows.template meet_keys<true>(c.slope(), c.mixed(), [&](ScoreTile<S>& x, const Passing<S>& passing, bool) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -470,12 +498,12 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, 1) attention_ke
   RK_DYNAMIC_SHARED(S, shared);
   Rows rows(c, shared);
   RowSums<S, kSize> k_sums, v_sums;
-  rows.meet_queries([&](ScoreTile<A>& x, const Passing<S>& passing, const RowMoments<A>* moments) {
+  rows.meet_queries([&](ScoreTile<S>& x, const Passing<S>& passing, const RowMoments<S>* moments) {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const RowMoments<A> m = moments[lane_column() + 8 * n + j];
+        const RowMoments<S> m = moments[lane_column() + 8 * n + j];
         x.weigh(n, j, m, c.scale);
         x.weigh(n, j + 2, m, c.scale);
       }
@@ -526,7 +554,14 @@ cudaError_t launch_attention_double_backward(const AttentionCall<S>& c, cudaStre
     const dim3 block(Queries::Shape::kThreads);
     const dim3 of_queries = attention_grid(c.batch * c.heads, c.queries, Queries::Shape::kRows);
     const dim3 of_keys = attention_grid(c.batch * c.key_heads, c.keys, Queries::Shape::kRows);
-    cudaError_t status = launch(attention_moments_kernel<S, size()>, of_queries, block, Queries::kShared, stream, c);
+    const bool twice =
+        sizeof(S) > 2 && c.tangent();  // D and t themselves are the D0 and t0 that leave nothing to cancel
+    cudaError_t status = cudaSuccess;
+    for (int again = 0; status == cudaSuccess && again <= twice; ++again) {
+      AttentionCall<S> moments = c;
+      if (again < twice) moments.gg_grad = {};
+      status = launch(attention_moments_kernel<S, size()>, of_queries, block, Queries::kShared, stream, moments, again);
+    }
     if (status == cudaSuccess && c.grad_q)
       status = launch(attention_queries_kernel<S, size()>, of_queries, block, Queries::kShared, stream, c);
     if (status == cudaSuccess && (c.grad_k || c.grad_v))

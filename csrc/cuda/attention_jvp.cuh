@@ -31,7 +31,7 @@ struct AttentionJvpCall {
   // How many keys the queries up to this one see.
   __device__ __forceinline__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
 
-  // Adds the masks to 16 x 16 products of rows, which are scaled: S, to base 2, and T.
+  // Adds the masks to 16 x 16 products of rows, which are scaled: S and T.
   __device__ __forceinline__ void add_masks(Scores<A>& s, Scores<A>& t, const AttentionUnit& unit, int first_query,
                                             int first_key) const {
     const Matrix<const A> added = mask.of(unit.batch, unit.head), moved = mask_tangent.of(unit.batch, unit.head);
@@ -47,7 +47,7 @@ struct AttentionJvpCall {
         for (int j = 0; j < 2; ++j) {
           const int key = first_key + lane_column() + 8 * n + j;
           if (key >= keys) continue;
-          if (mask) s[n][2 * i + j] += s_row[key * mask_column] * kLog2E<A>;
+          if (mask) s[n][2 * i + j] += s_row[key * mask_column] * kPerNat<S>;
           if (mask_tangent) t[n][2 * i + j] += t_row[key * mask_tangent_column];
         }
     }
@@ -74,8 +74,12 @@ template <class S, int kSize>
 struct AttentionJvpTiles {
   using Shape = TileShape<S, kSize>;
   static constexpr int kStage = 4 * Shape::kColumnTile;  // K, dK, V, dV
+  static constexpr int kRowTiles = 2 * Shape::kRowTile;  // Q, dQ
+  // Rows that are held in registers leave their place to the second stage.
+  static constexpr bool kReused = Shape::kHeld && Shape::kStages == 2 && kStage <= kRowTiles;
   static constexpr std::size_t kShared =
-      sizeof(S) * (2 * Shape::kRowTile + Shape::kStages * static_cast<std::size_t>(kStage));
+      sizeof(S) * (kRowTiles + (kReused ? 1 : Shape::kStages) * static_cast<std::size_t>(kStage));
+  static __device__ __forceinline__ int stage(int i) { return kReused && i == 1 ? 0 : kRowTiles + i * kStage; }
   // On an SM: masks take registers.
   static constexpr int blocks(bool masked) { return masked && Shape::kBlocks > 2 ? 2 : Shape::kBlocks; }
 };
@@ -85,7 +89,7 @@ template <class S, int kSize>
 struct AttentionJvpRows {
   using A = accumulation_t<S>;
   A most[2] = {-INFINITY, -INFINITY};    // of S
-  A total[2] = {}, moved_total[2] = {};  // of P and P (T - T0), times 2^most; of the thread's columns
+  A total[2] = {}, moved_total[2] = {};  // of P and P (T - T0), times the power of most; of the thread's columns
   A origin[2] = {};                      // T0
   RowSums<S, kSize> value, moved;
 
@@ -100,17 +104,12 @@ struct AttentionJvpRows {
     if (!__any_sync(0xffffffffu, next[0] > most[0] || next[1] > most[1])) return;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const A shrink = most[i] == next[i] ? A(1) : exp2_nonpositive(most[i] - next[i]);
+      const A shrink = most[i] == next[i] ? A(1) : power_of_base<S>(most[i] - next[i]);
       most[i] = next[i];
       total[i] *= shrink;
       moved_total[i] *= shrink;
-#pragma unroll
-      for (int n = 0; n < kSize / 8; ++n)
-#pragma unroll
-        for (int j = 2 * i; j < 2 * i + 2; ++j) {
-          value.sum[n][j] *= shrink;
-          moved.sum[n][j] *= shrink;
-        }
+      value.scale_row(i, shrink);
+      moved.scale_row(i, shrink);
     }
   }
 
@@ -139,7 +138,7 @@ struct AttentionJvpRows {
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) total[i / 2] += s[n][i] = exp2_nonpositive(s[n][i] - shift[i / 2]);
+      for (int i = 0; i < 4; ++i) total[i / 2] += s[n][i] = power_of_base<S>(s[n][i] - shift[i / 2]);
     if (first) begin(s, t);
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -158,7 +157,7 @@ struct AttentionJvpRows {
         moved.sum[n][j] = (moved.sum[n][j] - mean * value.sum[n][j]) * inverse;
         value.sum[n][j] *= inverse;
       }
-    return most[i] / kLog2E<A> + ::log(total[i]);
+    return most[i] / kPerNat<S> + ::log(total[i]);
   }
 };
 
@@ -182,7 +181,6 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
 
   // A warp fetches one of K, dK, V and dV, or two of them: the others have fewer addresses to compute.
   constexpr int kEach = 4 / Shape::kWarps;
-  S* const columns = shared + 2 * Shape::kRowTile;
   Matrix<const S> fetched[kEach] = {};
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
@@ -203,19 +201,20 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
         for (int i = 0; i < kEach; ++i)
           if (fetched[i].data)
             TileCopy<Shape::kColumns, kSize, S, 32>::begin(
-                columns + stage * Tiles::kStage + (warp + i * Shape::kWarps) * Shape::kColumnTile, fetched[i], first,
+                shared + Tiles::stage(stage) + (warp + i * Shape::kWarps) * Shape::kColumnTile, fetched[i], first,
                 c.aligned);
       },
       [&] {
         q.take(shared + warp_row * Shape::kStride);
         if (c.q_tangent) q_tangent.take(shared + Shape::kRowTile + warp_row * Shape::kStride);
+        if constexpr (Tiles::kReused) __syncthreads();
       },
       [&](int first, int stage) {
         const int seen = first_query < c.queries ? c.keys_seen(first_query + 15) - first : 0;
         const int seen_by_all = c.keys_seen(first_query) - first;
 #pragma unroll 1
         for (int step = 0; step < Shape::kColumns && step < seen; step += 16) {
-          const S* const k = columns + stage * Tiles::kStage + step * Shape::kStride;
+          const S* const k = shared + Tiles::stage(stage) + step * Shape::kStride;
           const S* const v = k + 2 * Shape::kColumnTile;
           Scores<A> s = {}, t = {};
           if (c.q_tangent && c.k_tangent) {
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
           for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              s[n][i] *= c.scale * kLog2E<A>;
+              s[n][i] *= c.scale * kPerNat<S>;
               t[n][i] *= c.scale;
             }
           if constexpr (kMasked)

@@ -138,17 +138,28 @@ class LeftRows {
   __device__ __forceinline__ void times(Scores<accumulation_t<S>>& scores, const S* columns) const {
     constexpr int kVector = Words<S>::kSize;
     const S* right = columns + lane_column() * kStride;
+#pragma unroll 1
+    for (int begin = 0; begin < kSize; begin += 16) {  // sums of sums: rounding grows with the square root of both
+      Scores<accumulation_t<S>> part = {};
 #pragma unroll(sizeof(S) == 8 ? 1 : 4)
-    for (int k = 0; k < kSize; k += kVector) {
-      const Words<S> x[2] = {load_words<true>(rows_ + k), load_words<true>(rows_ + 8 * kStride + k)};
+      for (int k = begin; k < begin + 16; k += kVector) {
+        const Words<S> x[2] = {load_words<true>(rows_ + k), load_words<true>(rows_ + 8 * kStride + k)};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const Words<S> y = load_words<true>(right + (j / 2 * 8 + j % 2) * kStride + k);
+        for (int j = 0; j < 4; ++j) {
+          const Words<S> y = load_words<true>(right + (j / 2 * 8 + j % 2) * kStride + k);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+          for (int i = 0; i < 2; ++i)
 #pragma unroll
-          for (int v = 0; v < kVector; ++v) scores[j / 2][2 * i + j % 2] += x[i][v] * y[v];
+            for (int v = 0; v < kVector; ++v) {
+              auto& sum = part[j / 2][2 * i + j % 2];
+              sum = ::fma(x[i][v], y[v], sum);
+            }
+        }
       }
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] += part[n][i];
     }
   }
 
@@ -272,18 +283,25 @@ struct RowSums {
       }
     } else {
 #pragma unroll 1
-      for (int k = 0; k < 16; k += 2) {
+      for (int k = 0; k < 16; k += kPart) {
+        A x[kPart][2];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          A x[2];
+        for (int m = 0; m < kPart; ++m)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            x[i] = __shfl_sync(0xffffffffu, k < 8 ? weights[0][2 * i + j] : weights[1][2 * i + j], k % 8 / 2, 4);
-          const S* right = columns + (k + j) * kStride + lane_column();
+          for (int i = 0; i < 2; ++i) {
+            const int own = 2 * i + m % 2;  // chosen by value, lest weights go to memory
+            x[m][i] = __shfl_sync(0xffffffffu, k < 8 ? weights[0][own] : weights[1][own], (k + m) % 8 / 2, 4);
+          }
+        const S* right = columns + k * kStride + lane_column();
 #pragma unroll
-          for (int n = 0; n < kSize / 8; ++n)
+        for (int n = 0; n < kSize / 8; ++n) {
+          A part[4] = {};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[n][i] += x[i / 2] * load(right[8 * n + i % 2]);
+          for (int m = 0; m < kPart; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) part[i] = ::fma(x[m][i / 2], load(right[m * kStride + 8 * n + i % 2]), part[i]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[n][i] += part[i];
         }
       }
     }
@@ -312,6 +330,13 @@ struct RowSums {
     }
   }
 
+  __device__ __forceinline__ void scale_row(int i, A factor) {
+#pragma unroll
+    for (int n = 0; n < kSize / 8; ++n)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) sum[n][j] *= factor;
+  }
+
   // factor * sum into rows `first` and on of a matrix.
   __device__ __forceinline__ void write(const Matrix<S>& m, int first, A factor, bool aligned) const {
 #pragma unroll
@@ -338,6 +363,7 @@ struct RowSums {
 
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride;
+  static constexpr int kPart = sizeof(S) == 8 ? 4 : 8;  // products that are summed before their sum is, as above
 
   static __device__ __forceinline__ void left_factor(std::uint32_t (&x)[4], const Scores<A>& weights) {
 #pragma unroll

@@ -70,7 +70,7 @@ struct Problem {
   bool has_a = true, has_b = true, has_c = true;
   Tensor<S> a, b, c, grad, q, k, v, out, gg_grad, grad_q, grad_k, grad_v;
   Buffer<A> mask, logsumexp;
-  Buffer<RowMoments<A>> moments;
+  Buffer<RowMoments<S>> moments;
 
   Problem(Draw& draw, const Shape& shape, Mask mask_kind, bool is_causal, int most_offset)
       : s(shape),

@@ -8,7 +8,7 @@
 // T over a row's first columns, is near t, so that nothing large cancels.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_tiles.cuh"
 
 namespace rk::cuda {
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -31,23 +32,22 @@ class Views {
   template <class T>
   Heads<T> operator()(const OptionalTensor& tensor, bool any_columns = false) {
     if (!tensor) return {};
-    const Tensor& t =
-        held_.emplace_back(any_columns || has_adjacent_columns(*tensor) ? *tensor : torch::stable::contiguous(*tensor));
+    const Tensor& t = held_.emplace_back(serves(*tensor, any_columns) ? *tensor : torch::stable::contiguous(*tensor));
     T* const data = pointer<T>(t);
-    if (any_columns)
-      return {{data, static_cast<int>(t.stride(2)), static_cast<int>(t.size(2)), 0}, t.stride(0), t.stride(1)};
+    const int rows = static_cast<int>(t.size(2)), row = rows > 1 ? static_cast<int>(t.stride(2)) : 0;
+    if (any_columns) return {{data, row, rows, 0}, t.stride(0), t.stride(1)};
     aligned_ = aligned_ && aligned<std::remove_const_t<T>>(t.size(3), data);
     for (int64_t d = 0; d < 3; ++d) aligned_ = aligned_ && (t.size(d) == 1 || t.stride(d) % (16 / sizeof(T)) == 0);
-    return {{data, static_cast<int>(t.stride(2)), static_cast<int>(t.size(2)), static_cast<int>(t.size(3))},
-            t.stride(0),
-            t.stride(1)};
+    return {{data, row, rows, static_cast<int>(t.size(3))}, t.stride(0), t.stride(1)};
   }
 
   // Whether rows of all of them can be copied by 16 bytes.
   bool all_aligned() const { return aligned_; }
 
  private:
-  static bool has_adjacent_columns(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1; }
+  static bool serves(const Tensor& t, bool any_columns) {
+    return (any_columns || t.size(3) <= 1 || t.stride(3) == 1) && t.stride(2) <= std::numeric_limits<int>::max();
+  }
   std::vector<Tensor> held_;
   bool aligned_ = true;
 };

@@ -387,4 +387,46 @@ __device__ __forceinline__ A row_max(A v) {
   return ::max(v, __shfl_xor_sync(0xffffffffu, v, 2));
 }
 
+// S and logsumexp of 16-bit numbers are to base 2, which saves products; the others would notice its rounding.
+template <class S>
+constexpr accumulation_t<S> kPerNat = sizeof(S) == 2 ? kLog2E<accumulation_t<S>> : 1;
+
+template <class S>
+__device__ __forceinline__ accumulation_t<S> power_of_base(accumulation_t<S> v) {
+  return sizeof(S) == 2 ? exp2_nonpositive(v) : exp_nonpositive(v);
+}
+
+// Which rows a block stays with.
+struct AttentionUnit {
+  int batch, head, first;
+
+  // The last rows first: under a causal mask they have most to do.
+  __device__ __forceinline__ AttentionUnit(int heads, int rows, int tile_rows) {
+    const unsigned tiles = (rows + tile_rows - 1) / tile_rows, unit = blockIdx.x;
+    first = static_cast<int>(tiles - 1 - unit % tiles) * tile_rows;
+    head = static_cast<int>(unit / tiles % heads);
+    batch = static_cast<int>(unit / tiles / heads);
+  }
+};
+
+// The longest rows of q and v that kernels of these numbers take.
+template <class S>
+constexpr int kLargestHead = sizeof(S) == 2 ? 128 : 64;
+
+// Calls f with the size of a kernel's rows, in which those of q and v are padded with zeros.
+template <class S, class F>
+cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
+  if constexpr (sizeof(S) == 2) {
+    const int size = key_size > value_size ? key_size : value_size;
+    if (size <= 32) return f(std::integral_constant<int, 32>{});
+    if (size > 64) return size <= 96 ? f(std::integral_constant<int, 96>{}) : f(std::integral_constant<int, 128>{});
+  }
+  return f(std::integral_constant<int, 64>{});
+}
+
+// Blocks of a kernel in which one stays with so many of a head's rows.
+inline dim3 attention_grid(int heads, int rows, int tile_rows) {
+  return dim3(static_cast<unsigned>(heads * ((rows + tile_rows - 1) / tile_rows)));
+}
+
 }  // namespace rk::cuda

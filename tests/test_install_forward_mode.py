@@ -437,6 +437,14 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(x.detach(), x.detach(), self.value(x))
 
 
+class ForwardAttention(Attention):
+    """A loss in value and tangent: of the latter, attention's second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, tangent = torch.func.jvp(super().forward, (x,), (x.cos(),))
+        return value + tangent.square()
+
+
 NETWORKS = {
     "LayerNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)),
     "BatchNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)),
@@ -447,6 +455,7 @@ NETWORKS = {
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 1), nn.MaxPool2d((1, 2), 1), nn.AvgPool2d(2, 1), nn.Flatten()
     ),
     "attention": lambda: Attention(),
+    "attention in forward mode": lambda: ForwardAttention(),
     "SiLU": lambda: nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 1)),
 }
 

@@ -1,11 +1,11 @@
 // Attention in forward mode: its value, and how it moves along tangents of q, k, v and the mask, in one pass.
 //
 //     S = scale Q K^T + mask    P = softmax(S)    T = scale (dQ K^T + Q dK^T) + dmask    t = sum_j P T
-//     O = P V                   dO = P (T - T0) V + P dV - (t - T0) O
+//     out = P V                 tangent = P (T - T0) V + P dV - (t - T0) out
 //
 // A block stays with some rows of q while k, v and their tangents pass by; scores exist in registers alone.  Six products a
-// tile: three make S and T, three are added to O and dO, which shrink whenever the maximum of a row rises.  T0, the mean of
-// T over a row's first columns, is near t, so that nothing large cancels.
+// tile: three make S and T, three are added to the results, which shrink whenever the maximum of a row rises.  T0, the mean of
+// T over the first columns that a row sees, is near t, so that nothing large cancels.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -93,17 +93,19 @@ struct AttentionJvpRows {
   A origin[2] = {};                      // T0
   RowSums<S, kSize> value, moved;
 
-  // Makes room for scores of 16 more columns, as few as possible of which may be larger than all before.
-  __device__ __forceinline__ void raise(const Scores<A>& s) {
+  // Lets `most` rise to the scores of 16 more columns, whereupon sums shrink.  Returns whether some row of the warp sees its
+  // first keys; `fresh` says which of the thread's.
+  __device__ __forceinline__ bool raise(const Scores<A>& s, bool (&fresh)[2]) {
     A next[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const A here = ::max(::max(s[0][2 * i], s[0][2 * i + 1]), ::max(s[1][2 * i], s[1][2 * i + 1]));
       next[i] = ::max(most[i], row_max(here));
     }
-    if (!__any_sync(0xffffffffu, next[0] > most[0] || next[1] > most[1])) return;
+    if (!__any_sync(0xffffffffu, next[0] > most[0] || next[1] > most[1])) return false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      fresh[i] = next[i] > most[i] && most[i] == -INFINITY;
       const A shrink = most[i] == next[i] ? A(1) : power_of_base<S>(most[i] - next[i]);
       most[i] = next[i];
       total[i] *= shrink;
@@ -111,10 +113,11 @@ struct AttentionJvpRows {
       value.scale_row(i, shrink);
       moved.scale_row(i, shrink);
     }
+    return __any_sync(0xffffffffu, fresh[0] || fresh[1]);
   }
 
-  // Takes the mean of T over the first columns as T0.
-  __device__ __forceinline__ void begin(const Scores<A>& p, const Scores<A>& t) {
+  // T0 of rows that see their first keys.
+  __device__ __forceinline__ void begin(const Scores<A>& p, const Scores<A>& t, const bool (&fresh)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       A p_sum = 0, t_sum = 0;
@@ -127,19 +130,20 @@ struct AttentionJvpRows {
         }
       p_sum = row_sum(p_sum);
       t_sum = row_sum(t_sum);
-      if (p_sum > A(0)) origin[i] = t_sum / p_sum;
+      if (fresh[i]) origin[i] = t_sum / p_sum;
     }
   }
 
   // S and T of 16 columns become P and P (T - T0).
-  __device__ __forceinline__ void weigh(Scores<A>& s, Scores<A>& t, bool first) {
-    raise(s);
+  __device__ __forceinline__ void weigh(Scores<A>& s, Scores<A>& t) {
+    bool fresh[2] = {};
+    const bool begins = raise(s, fresh);
     const A shift[2] = {most[0] == -INFINITY ? A(0) : most[0], most[1] == -INFINITY ? A(0) : most[1]};
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[i / 2] += s[n][i] = power_of_base<S>(s[n][i] - shift[i / 2]);
-    if (first) begin(s, t);
+    if (begins) begin(s, t, fresh);
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -235,7 +239,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
           if constexpr (kMasked)
             if (c.masked()) c.add_masks(s, t, unit, first_query, first + step);
           if (step + 16 > seen_by_all) c.hide(s, t, first_query, first + step);
-          rows.weigh(s, t, first + step == 0);
+          rows.weigh(s, t);
           if (c.scores_move())
             RowSums<S, kSize>::add_both(rows.value, s, rows.moved, t, v);
           else

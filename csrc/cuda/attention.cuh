@@ -518,17 +518,18 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, 1) attention_ke
 
 // The longest rows of q and v that kernels of these numbers take.
 template <class S>
-constexpr int kLargestHead = sizeof(S) == 2 ? 128 : 64;
+constexpr int kLargestHead = 256 / sizeof(S);
 
 // Calls f with the size of a kernel's rows, in which those of q and v are padded with zeros.
 template <class S, class F>
 cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
+  const int size = key_size > value_size ? key_size : value_size;
   if constexpr (sizeof(S) == 2) {
-    const int size = key_size > value_size ? key_size : value_size;
     if (size <= 32) return f(std::integral_constant<int, 32>{});
-    if (size > 64) return size <= 96 ? f(std::integral_constant<int, 96>{}) : f(std::integral_constant<int, 128>{});
+    if (size <= 64) return f(std::integral_constant<int, 64>{});
+    if (size <= 96) return f(std::integral_constant<int, 96>{});
   }
-  return f(std::integral_constant<int, 64>{});
+  return f(std::integral_constant<int, kLargestHead<S>>{});
 }
 
 // Blocks of a kernel in which one stays with so many of a head's rows.

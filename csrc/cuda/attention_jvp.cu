@@ -11,8 +11,7 @@ namespace {
 
 constexpr const char* kOp = "attention_jvp";
 
-// mask, mask_tangent: [B, H, L, S] in the accumulation type.  Doubles stay with PyTorch's products, which have tensor cores
-// for them.
+// mask, mask_tangent: [B, H, L, S] in the accumulation type.
 bool attention_jvp(Tensor q, Tensor k, Tensor v, OptionalTensor q_tangent, OptionalTensor k_tangent,
                    OptionalTensor v_tangent, OptionalTensor mask, OptionalTensor mask_tangent, bool causal,
                    double scale, Tensor out, Tensor tangent, Tensor logsumexp) {
@@ -21,35 +20,33 @@ bool attention_jvp(Tensor q, Tensor k, Tensor v, OptionalTensor q_tangent, Optio
   bool served = false;
   visit_storage(q.scalar_type(), [&](auto element) {
     using S = decltype(element);
-    if constexpr (sizeof(S) <= 4) {
-      using A = accumulation_t<S>;
-      served = fits<S>(q, k, v);
-      if (!served) return;
-      Views view;
-      AttentionJvpCall<S> x{};
-      x.batch = static_cast<int>(q.size(0));
-      x.heads = static_cast<int>(q.size(1));
-      x.key_heads = static_cast<int>(k.size(1));
-      x.queries = static_cast<int>(q.size(2));
-      x.keys = static_cast<int>(k.size(2));
-      x.q = view.operator()<const S>(q);
-      x.k = view.operator()<const S>(k);
-      x.v = view.operator()<const S>(v);
-      x.q_tangent = view.operator()<const S>(q_tangent);
-      x.k_tangent = view.operator()<const S>(k_tangent);
-      x.v_tangent = view.operator()<const S>(v_tangent);
-      x.out = view.operator()<S>(out);
-      x.tangent = view.operator()<S>(tangent);
-      x.aligned = view.all_aligned();
-      x.mask = view.operator()<const A>(mask, true);
-      x.mask_column = mask ? mask->stride(3) : 0;
-      x.mask_tangent = view.operator()<const A>(mask_tangent, true);
-      x.mask_tangent_column = mask_tangent ? mask_tangent->stride(3) : 0;
-      x.logsumexp = pointer<A>(logsumexp);
-      x.causal = causal;
-      x.scale = static_cast<A>(scale);
-      check_launch(launch_attention_jvp(x, scope.stream()), kOp);
-    }
+    using A = accumulation_t<S>;
+    served = fits<S>(q, k, v);
+    if (!served) return;
+    Views view;
+    AttentionJvpCall<S> x{};
+    x.batch = static_cast<int>(q.size(0));
+    x.heads = static_cast<int>(q.size(1));
+    x.key_heads = static_cast<int>(k.size(1));
+    x.queries = static_cast<int>(q.size(2));
+    x.keys = static_cast<int>(k.size(2));
+    x.q = view.operator()<const S>(q);
+    x.k = view.operator()<const S>(k);
+    x.v = view.operator()<const S>(v);
+    x.q_tangent = view.operator()<const S>(q_tangent);
+    x.k_tangent = view.operator()<const S>(k_tangent);
+    x.v_tangent = view.operator()<const S>(v_tangent);
+    x.out = view.operator()<S>(out);
+    x.tangent = view.operator()<S>(tangent);
+    x.aligned = view.all_aligned();
+    x.mask = view.operator()<const A>(mask, true);
+    x.mask_column = mask ? mask->stride(3) : 0;
+    x.mask_tangent = view.operator()<const A>(mask_tangent, true);
+    x.mask_tangent_column = mask_tangent ? mask_tangent->stride(3) : 0;
+    x.logsumexp = pointer<A>(logsumexp);
+    x.causal = causal;
+    x.scale = static_cast<A>(scale);
+    check_launch(launch_attention_jvp(x, scope.stream()), kOp);
   });
   return served;
 }

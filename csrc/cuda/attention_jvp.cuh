@@ -3,9 +3,9 @@
 //     S = scale Q K^T + mask    P = softmax(S)    T = scale (dQ K^T + Q dK^T) + dmask    t = sum_j P T
 //     out = P V                 tangent = P (T - T0) V + P dV - (t - T0) out
 //
-// A block stays with some rows of q while k, v and their tangents pass by; scores exist in registers alone.  Six products a
-// tile: three make S and T, three are added to the results, which shrink whenever the maximum of a row rises.  T0, the mean of
-// T over the first columns that a row sees, is near t, so that nothing large cancels.
+// A block stays with some rows of q while k, v and their tangents pass by; scores exist in registers alone.  Six products
+// a tile: three make S and T, three are added to the results, which shrink whenever the maximum of a row rises.  T0, the
+// mean of T over the first columns that a row sees, is near t, so that nothing large cancels.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -76,7 +76,7 @@ struct AttentionJvpTiles {
   static constexpr int kStage = 4 * Shape::kColumnTile;  // K, dK, V, dV
   static constexpr int kRowTiles = 2 * Shape::kRowTile;  // Q, dQ
   // Rows that are held in registers leave their place to the second stage.
-  static constexpr bool kReused = Shape::kHeld && Shape::kStages == 2 && kStage <= kRowTiles;
+  static constexpr bool kReused = Shape::kHeld && kStage <= kRowTiles;
   static constexpr std::size_t kShared =
       sizeof(S) * (kRowTiles + (kReused ? 1 : Shape::kStages) * static_cast<std::size_t>(kStage));
   static __device__ __forceinline__ int stage(int i) { return kReused && i == 1 ? 0 : kRowTiles + i * kStage; }
@@ -183,30 +183,24 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
   load_rows(c.q, 0);
   if (c.q_tangent) load_rows(c.q_tangent, 1);
 
-  // A warp fetches one of K, dK, V and dV, or two of them: the others have fewer addresses to compute.
-  constexpr int kEach = 4 / Shape::kWarps;
-  Matrix<const S> fetched[kEach] = {};
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const auto take = [&](const Heads<const S>& from, int which) {
-      if (from && which == warp + i * Shape::kWarps) fetched[i] = from.of(unit.batch, key_head);
-    };
-    take(c.k, 0);
-    take(c.k_tangent, 1);
-    take(c.v, 2);
-    take(c.v_tangent, 3);
-  }
+  // Each warp fetches one of K, dK, V and dV: so there are fewer addresses to compute.
+  static_assert(Shape::kThreads == 4 * 32);
+  Matrix<const S> fetched = {};
+  const auto take = [&](const Heads<const S>& from, int which) {
+    if (from && which == warp) fetched = from.of(unit.batch, key_head);
+  };
+  take(c.k, 0);
+  take(c.k_tangent, 1);
+  take(c.v, 2);
+  take(c.v_tangent, 3);
   Left q, q_tangent;
   AttentionJvpRows<S, kSize> rows;
   for_columns<Shape>(
       0, c.keys_seen(unit.first + Shape::kRows - 1),
       [&](int first, int stage) {
-#pragma unroll
-        for (int i = 0; i < kEach; ++i)
-          if (fetched[i].data)
-            TileCopy<Shape::kColumns, kSize, S, 32>::begin(
-                shared + Tiles::stage(stage) + (warp + i * Shape::kWarps) * Shape::kColumnTile, fetched[i], first,
-                c.aligned);
+        if (!fetched.data) return;
+        TileCopy<Shape::kColumns, kSize, S, 32>::begin(shared + Tiles::stage(stage) + warp * Shape::kColumnTile,
+                                                       fetched, first, c.aligned);
       },
       [&] {
         q.take(shared + warp_row * Shape::kStride);
@@ -263,7 +257,7 @@ template <class S>
 cudaError_t launch_attention_jvp(const AttentionJvpCall<S>& c, cudaStream_t stream) {
   return visit_head_size<S>(c.q.first.columns, c.v.first.columns, [&](auto size) {
     using Tiles = AttentionJvpTiles<S, size()>;
-    // For float, masks cost little beside the products.
+    // For wide numbers, masks cost little beside the products.
     void (*kernel)(AttentionJvpCall<S>) = attention_jvp_kernel<S, size(), true>;
     if constexpr (sizeof(S) == 2)
       if (!c.masked()) kernel = attention_jvp_kernel<S, size(), false>;

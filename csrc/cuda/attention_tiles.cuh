@@ -36,15 +36,16 @@ struct Heads {
   }
 };
 
-// Tiles of matrices with up to kSize columns.  On every GPU since sm_80 the shared memory of a block suffices.
+// Tiles of matrices with up to kSize columns, which are at most 256 bytes: then blocks fit the shared memory of every GPU
+// since sm_80.
 template <class S, int kSize>
 struct TileShape {
   static constexpr int kBytes = kSize * static_cast<int>(sizeof(S));  // of a row
-  static constexpr int kWarps = kBytes <= 256 ? 4 : 2;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRows = 16 * kWarps;                 // of what a block stays with
+  static_assert(kBytes <= 256);
+  static constexpr int kThreads = 128;
+  static constexpr int kRows = kThreads / 32 * 16;          // of what a block stays with
   static constexpr int kColumns = kBytes <= 128 ? 32 : 16;  // of what passes by
-  static constexpr int kStages = kBytes <= 256 ? 2 : 1;     // tiles of those at a time
+  static constexpr int kStages = 2;                         // tiles of those at a time
   static constexpr int kStride = kSize + 16 / sizeof(S);    // 8 rows at one column lie in different banks
   static constexpr int kRowTile = kRows * kStride;          // elements
   static constexpr int kColumnTile = kColumns * kStride;
@@ -107,16 +108,9 @@ __device__ __forceinline__ void for_columns(int begin, int end, const Load& load
   arrival();
   start();
   int stage = 0;
-  for (int first = begin; first < end; first += Shape::kColumns) {
-    const int next = first + Shape::kColumns;
-    if (Shape::kStages == 2 && next < end) load(next, 1 - stage);
+  for (int first = begin; first < end; first += Shape::kColumns, stage = 1 - stage) {
+    if (first + Shape::kColumns < end) load(first + Shape::kColumns, 1 - stage);
     use(first, stage);
-    if (Shape::kStages == 1) {
-      __syncthreads();
-      if (next < end) load(next, 0);
-    } else {
-      stage = 1 - stage;
-    }
     arrival();
   }
 }
@@ -139,9 +133,9 @@ class LeftRows {
     constexpr int kVector = Words<S>::kSize;
     const S* right = columns + lane_column() * kStride;
 #pragma unroll 1
-    for (int begin = 0; begin < kSize; begin += 16) {  // sums of sums: rounding grows with the square root of both
+    for (int begin = 0; begin < kSize; begin += 16) {  // in parts: rounding grows with the root of both lengths
       Scores<accumulation_t<S>> part = {};
-#pragma unroll(sizeof(S) == 8 ? 1 : 4)
+#pragma unroll
       for (int k = begin; k < begin + 16; k += kVector) {
         const Words<S> x[2] = {load_words<true>(rows_ + k), load_words<true>(rows_ + 8 * kStride + k)};
 #pragma unroll
@@ -290,7 +284,7 @@ struct RowSums {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int own = 2 * i + m % 2;  // chosen by value, lest weights go to memory
-            x[m][i] = __shfl_sync(0xffffffffu, k < 8 ? weights[0][own] : weights[1][own], (k + m) % 8 / 2, 4);
+            x[m][i] = __shfl_sync(0xffffffffu, k < 8 ? weights[0][own] : weights[1][own], m / 2, 4);
           }
         const S* right = columns + k * kStride + lane_column();
 #pragma unroll
@@ -363,7 +357,7 @@ struct RowSums {
 
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride;
-  static constexpr int kPart = sizeof(S) == 8 ? 4 : 8;  // products that are summed before their sum is, as above
+  static constexpr int kPart = 8;
 
   static __device__ __forceinline__ void left_factor(std::uint32_t (&x)[4], const Scores<A>& weights) {
 #pragma unroll
@@ -411,17 +405,18 @@ struct AttentionUnit {
 
 // The longest rows of q and v that kernels of these numbers take.
 template <class S>
-constexpr int kLargestHead = sizeof(S) == 2 ? 128 : 64;
+constexpr int kLargestHead = 256 / sizeof(S);
 
 // Calls f with the size of a kernel's rows, in which those of q and v are padded with zeros.
 template <class S, class F>
 cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
+  const int size = key_size > value_size ? key_size : value_size;
   if constexpr (sizeof(S) == 2) {
-    const int size = key_size > value_size ? key_size : value_size;
     if (size <= 32) return f(std::integral_constant<int, 32>{});
-    if (size > 64) return size <= 96 ? f(std::integral_constant<int, 96>{}) : f(std::integral_constant<int, 128>{});
+    if (size <= 64) return f(std::integral_constant<int, 64>{});
+    if (size <= 96) return f(std::integral_constant<int, 96>{});
   }
-  return f(std::integral_constant<int, 64>{});
+  return f(std::integral_constant<int, kLargestHead<S>>{});
 }
 
 // Blocks of a kernel in which one stays with so many of a head's rows.

@@ -254,7 +254,7 @@ int main(int argc, char** argv) {
     test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 32));
     test_shape<__half>(options, draw, draw_shape(draw, 40, 64));
     if (round % 3 == 0) test_shape<float>(options, draw, draw_shape(draw, 40, 64));
-    if (round % 3 == 1) test_shape<double>(options, draw, draw_shape(draw, 40, 64));
+    if (round % 3 == 1) test_shape<double>(options, draw, draw_shape(draw, 40, 32));
     if (round % 3 == 2) test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 128));
   }
   if (options.rounds > 3) {

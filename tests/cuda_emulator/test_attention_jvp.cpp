@@ -142,7 +142,7 @@ struct Problem {
           const std::string row =
               " of row " + std::to_string(b) + "," + std::to_string(h) + "," + std::to_string(i) + " of " + text();
           const double want = most + std::log(total), last = (sizeof(S) == 2 ? 2 : 20) * epsilon<S>();
-          expect_close(logsumexp[(b * s.heads + h) * s.queries + i], want, 1e-5 * (1 + std::fabs(want)),
+          expect_close(logsumexp[(b * s.heads + h) * s.queries + i], want, 50 * epsilon<A>() * (1 + std::fabs(want)),
                        "logsumexp" + row);
           for (int d = 0; d < s.value_size; ++d) {
             expect_close(out.at(b, h, i, d), value[d], last * size, "value" + row);
@@ -192,7 +192,7 @@ void test_common_part(Draw& draw, const Shape& shape, int hidden) {
   Problem<S> t(draw, shape, Kind::kOfKeys, Kind::kOfKeys, false, 0);
   for (std::int64_t j = 0; j < shape.keys; ++j) {
     t.mask.data[j] = j < hidden ? -INFINITY : static_cast<float>(j);
-    t.mask_tangent.data[j] += 1000;
+    t.mask_tangent.data[j] += 50;
   }
   expect_success(t.run());
   t.check();
@@ -221,8 +221,9 @@ int main(int argc, char** argv) {
   for (int round = 0; round < options.rounds; ++round) {
     test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 32));
     test_shape<__half>(options, draw, draw_shape(draw, 40, 64));
-    if (round % 2 == 0) test_shape<float>(options, draw, draw_shape(draw, 40, 64));
-    if (round % 2 == 1) test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 128));
+    if (round % 3 == 0) test_shape<float>(options, draw, draw_shape(draw, 40, 64));
+    if (round % 3 == 1) test_shape<double>(options, draw, draw_shape(draw, 40, 32));
+    if (round % 3 == 2) test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 128));
   }
   if (options.rounds > 3) {
     test_shape<__nv_bfloat16>(options, draw, {1, 2, 1, 150, 100, 96, 96});

@@ -93,8 +93,8 @@ struct AttentionJvpRows {
   A origin[2] = {};                      // T0
   RowSums<S, kSize> value, moved;
 
-  // Lets `most` rise to the scores of 16 more columns, whereupon sums shrink.  Returns whether some row of the warp sees its
-  // first keys; `fresh` says which of the thread's.
+  // Lets `most` rise to the scores of 16 more columns, whereupon sums shrink.  Returns whether some row of the warp sees
+  // its first keys; `fresh` says which of the thread's.
   __device__ __forceinline__ bool raise(const Scores<A>& s, bool (&fresh)[2]) {
     A next[2];
 #pragma unroll

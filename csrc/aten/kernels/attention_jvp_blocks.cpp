@@ -1,7 +1,8 @@
-// attention_jvp for CUDA: by the kernel of cuda/attention_jvp.cu where it serves the call, and otherwise, on any device, in
-// PyTorch's own matrix products.  Formulas: math/attention.h.
+// attention_jvp for CUDA: by the kernel of cuda/attention_jvp.cu where it serves the call, and otherwise, on any device,
+// in PyTorch's own matrix products.  Formulas: math/attention.h.
 //
-// All heads at once, and rows of q in blocks, as in attention_blocks.cpp: three matrices of a block's scores exist at a time.
+// All heads at once, and rows of q in blocks, as in attention_blocks.cpp: three matrices of a block's scores exist at a
+// time.
 #include <torch/library.h>
 
 #include <algorithm>

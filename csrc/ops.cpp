@@ -100,10 +100,16 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "softmax_double_backward(Tensor u, Tensor grad, Tensor output, bool log, bool need_grad, bool need_output) -> "
       "(Tensor, Tensor)");
   // q, a: [B, H, L, D]; k, b: [B, G, S, D]; v, c: [B, G, S, E], G a divisor of H; grad: [B, H, L, E];
-  // mask: additive, broadcastable to [B, H, L, S]; causal: row i of q sees keys 0 to i
+  // out: like grad, and logsumexp: [B, H, L], the natural logarithm of sum exp(S): the forward's, both or neither, where
+  // every row sees a key; mask: additive, broadcastable to [B, H, L, S]; causal: row i of q sees keys 0 to i
   // -> (gg_grad like grad, grad_q like q, grad_k like k, grad_v like v)
   m.def(
       "attention_double_backward(Tensor? a, Tensor? b, Tensor? c, Tensor grad, Tensor q, Tensor k, Tensor v, "
-      "Tensor? mask, bool causal, float scale, bool need_grad, bool need_q, bool need_k, bool need_v) -> (Tensor, "
-      "Tensor, Tensor, Tensor)");
+      "Tensor? out, Tensor? logsumexp, Tensor? mask, bool causal, float scale, bool need_grad, bool need_q, bool "
+      "need_k, bool need_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Forward mode: the value, and how it moves when q, k, v and the mask move along their tangents, which are like them.
+  // -> (out, tangent [B, H, L, E] like q, logsumexp [B, H, L] of the scores in the accumulation type)
+  m.def(
+      "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor? "
+      "mask, Tensor? mask_tangent, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
 }

@@ -46,6 +46,9 @@ FINDINGS = {
     "inlined_barriers": ("-", "-", "-", "-"),
     "early_return": ("report *", "report", "report", "report"),
     "lost_update": ("-", "-", "-", "race *"),
+    "missing_async_wait": ("report *", "report", "report", "report"),
+    "missing_barrier_after_wait": ("wrong result *", "wrong result", "wrong result", "race *"),
+    "transposed_fragment": ("wrong result *", "wrong result", "wrong result", "wrong result"),
 }
 BUILD = {"forward": None, "orders": None, "address": "address", "thread": "thread"}
 # --huge adds the last block of a grid whose flat index passes 2^31. ThreadSanitizer has no room for that much memory.
@@ -63,6 +66,7 @@ REPORTS = {
     "divergent_shuffle": r"deadlock; block \(\d+,0,0\)\n  threads .*: shuffle at sample_kernels.cu:\d+, mask 0xf{8}",
     "divergent_barriers": "threads of one block wait at different __syncthreads",
     "early_return": "__syncthreads missed by threads that have returned",
+    "missing_async_wait": "the target of an asynchronous copy was written on the way",
 }
 DEFAULT = [(bug, way) for bug, found in FINDINGS.items() for way, what in zip(WAYS, found) if what.endswith("*")]
 
@@ -168,9 +172,10 @@ def test_every_bug_has_a_row() -> None:
 @pytest.mark.parametrize(
     "sanitize", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("address", "thread"))]
 )
-def test_primitives(sanitize: str | None) -> None:
+@pytest.mark.parametrize("name", ["primitives", "mma"])
+def test_primitives(name: str, sanitize: str | None) -> None:
     with toolchain.exclusive(OUT):
-        program = link_test("primitives", sanitize, [compile_test("test_primitives.cpp", sanitize)])
+        program = link_test(name, sanitize, [compile_test(f"test_{name}.cpp", sanitize)])
     finding, output = execute(program, sanitize)
     assert finding == "-", output
 

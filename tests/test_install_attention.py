@@ -97,7 +97,7 @@ def peak(length: int) -> int:
     """Bytes that the second backward of one head adds at its peak."""
     arguments = [torch.randn(1, 1, length, 8) for _ in range(7)]
     with torch.profiler.profile(profile_memory=True) as profile:
-        ENTRY.operator(*arguments, None, False, 0.3, True, True, True, True)
+        ENTRY.operator(*arguments, None, None, None, False, 0.3, True, True, True, True)
     live = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -118,6 +118,57 @@ def test_no_matrix_of_scores_in_either_backward(not_emulated):
         (grad,) = torch.autograd.grad(F.scaled_dot_product_attention(x, x, x).sum(), x, create_graph=True)
         torch.autograd.grad(grad.square().sum(), x)
     assert allocated.largest < 1024 * 1024 * 4 / 4
+
+
+class Handed(torch.utils._python_dispatch.TorchDispatchMode):
+    """What the operator is given of the forward."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ENTRY.operator.default:
+            names = [argument.name for argument in func._schema.arguments]
+            self.out, self.logsumexp = (args[names.index(name)] for name in ("out", "logsumexp"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(5, 5, dtype=torch.bool)], ids=["no mask", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_the_forward_saved_is_used(mask, dtype):
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+    with rk.fused_double_backward(), Handed() as handed:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        (grad,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+        grad.square().sum().backward()
+    if mask is not None:  # which may hide a whole row
+        assert handed.out is None and handed.logsumexp is None
+        return
+    assert handed.out.data_ptr() == out.data_ptr() and not handed.out.requires_grad
+    eager, exact = ((q.to(t) @ k.to(t).mT / 2).logsumexp(-1) for t in (torch.float32, torch.float64))
+    assert_as_accurate_as_reference(handed.logsumexp, eager, exact, what="logsumexp")
+
+
+def test_out_changed_in_place_is_noticed():
+    q = torch.randn(1, 2, 4, 3, requires_grad=True)
+    with rk.fused_double_backward():
+        out = F.scaled_dot_product_attention(q, q, q)
+        (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        out.detach().mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("alone", ["out", "logsumexp"])
+def test_half_of_what_a_forward_saves_is_refused(alone):
+    sample = next(samples_of(NAME))
+    arguments = {**sample.arguments, ("logsumexp" if alone == "out" else "out"): None}
+    with pytest.raises(RuntimeError, match=f"out and logsumexp must be given both or neither, got {alone} alone"):
+        ENTRY.operator(*arguments.values())
+
+
+def test_logsumexp_is_in_the_accumulation_type():
+    sample = next(samples_of(NAME, dtype=torch.bfloat16))
+    arguments = {**sample.arguments, "logsumexp": sample.arguments["logsumexp"].bfloat16()}
+    with pytest.raises(RuntimeError, match=r"logsumexp must be \[2, 3, 5\] float32 on cpu, got \[2, 3, 5\] bfloat16"):
+        ENTRY.operator(*arguments.values())
 
 
 @pytest.mark.parametrize("backend", BACKWARDS)

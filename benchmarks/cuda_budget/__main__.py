@@ -1,7 +1,8 @@
 """A budget for the CUDA kernels that needs nvcc and no GPU: python -m benchmarks.cuda_budget [--only REGEX].
 
 Compiles csrc/cuda for sm_90, reads every kernel's main loop in the machine code, and fails where a kernel's own bound
-falls below 85 % of a copy, unless its floor is arithmetic and said so.
+falls below 85 % of a copy, unless its floor is arithmetic and said so.  Of kernels of matrix products, it fails where one
+keeps registers in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 import sys
 
-from . import report
+from . import products, report
 from .cases import CASES, Case
 from .model import Prediction, Reading, Unread, predict, read
 from .recorder import Launch, record
@@ -47,15 +48,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write and options.only:
         parser.error("--write is for all cases")
     cases = [case for name, case in CASES.items() if re.search(options.only, name)]
+    of_products = [case for name, case in products.PRODUCTS.items() if re.search(options.only, name)]
+    names = [case.name for case in (*cases, *of_products)]
     if options.list:
-        print("\n".join(case.name for case in cases))
+        print("\n".join(names))
         return 0
-    if not cases:
+    if not names:
         parser.error(f"no case is called {options.only}: see --list")
     try:
-        sources = sorted({case.source for case in cases})
+        sources = sorted({case.source for case in (*cases, *of_products)})
         code = {source: parse(*texts) for source, texts in disassembled(sources).items()}
-        launches = record([case.name for case in cases], sources)
+        launches = record(names, sources)
     except Unavailable as missing:
         print(f"cuda-budget: skipped: {missing}")
         return 0
@@ -70,12 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
         rows += report.rows_of(prediction)
         calls.append(report.call_row(prediction))
         failed = failed or not all(reading.passed for reading in prediction.readings)
+    multiplied = [row for case in of_products
+                  for row in products.rows_of(case, launches[case.name], code[case.source])]  # fmt: skip
+    failed = failed or any(row["local"] for row in multiplied)
     if options.json:
-        print(json.dumps({"kernels": rows, "calls": calls, "unread": unread}, indent=1))
+        print(json.dumps({"kernels": rows, "calls": calls, "products": multiplied, "unread": unread}, indent=1))
     elif options.write:
-        report.PAGE.write_text(report.page(rows, calls))
+        report.PAGE.write_text(report.page(rows, calls, multiplied))
     else:
-        print(report.plain(rows), report.plain(calls), report.in_words(), *unread, sep="\n\n")
+        tables = (report.plain(table) for table in (rows, calls, multiplied) if table)
+        print(*tables, report.in_words(), *unread, sep="\n\n")
     return 1 if failed or unread else 0
 
 

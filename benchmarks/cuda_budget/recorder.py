@@ -81,6 +81,7 @@ def record(names: list[str], stems: list[str]) -> dict[str, list[Launch]]:
 def main() -> None:
     """In a process of its own: the emulated operators stand where the real ones would."""
     from .cases import CASES
+    from .products import PRODUCTS
 
     spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
     assert spec is not None
@@ -90,7 +91,7 @@ def main() -> None:
     launches = {}
     for name in json.load(sys.stdin):
         written.write_text("")
-        CASES[name].call()
+        (PRODUCTS if name in PRODUCTS else CASES)[name].call()
         launches[name] = written.read_text().splitlines()
     print(json.dumps(launches))
 

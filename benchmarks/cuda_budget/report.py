@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from . import machine, model
+from . import machine, model, products
 from .model import TARGET, Prediction, Reading
 from .toolchain import ROOT
 
@@ -99,9 +99,13 @@ def in_words() -> str:
     return f"Little's law asks for {machine.IN_FLIGHT / 1000:.0f} KB in flight on each SM."
 
 
-def page(rows: list[dict[str, Any]], calls: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]], calls: list[dict[str, Any]], multiplied: list[dict[str, Any]]) -> str:
     """docs/cuda-budget.md."""
-    bounds = re.sub(r"^    (\S+) +", r"* **\1**: ", model.__doc__ or "", flags=re.M)
+
+    def as_list(text: str | None) -> str:
+        return re.sub(r"^    (\S.*?)  +", r"* **\1**: ", text or "", flags=re.M)
+
+    bounds = as_list(model.__doc__)
     failing = sum(row["verdict"] == "FAILS" for row in rows)
     return f"""# The CUDA kernels' budget
 
@@ -130,4 +134,10 @@ warps that an SM holds; divisions, which are reciprocals on the way; bytes that 
 The copy moves the fewest bytes that the operation must move.
 
 {markdown(calls)}
+
+## Kernels of matrix products
+{as_list(products.__doc__)}
+HMMA instructions, instructions and wavefronts of a warp's step; what the tile takes is spread over its steps.
+
+{markdown(multiplied)}
 """

@@ -9,6 +9,8 @@
 //   scheduler.h      runs blocks, warps, lanes; finds deadlocks and divergent barriers
 //   launch.h         checks and runs a launch
 //   warp.h           barriers, shuffles, votes, reductions
+//   matrix.h         products of small matrices by a warp (csrc/cuda/mma.cuh)
+//   async_copy.h     copies to shared memory that arrive at a wait (csrc/cuda/mma.cuh)
 //   intrinsics.h     atomics, fences, bits, arithmetic
 //
 // README.md says what it finds, what it does not model and how to use it.
@@ -30,8 +32,10 @@
 
 inline constexpr int warpSize = 32;
 
+#include "async_copy.h"
 #include "intrinsics.h"
 #include "launch.h"
+#include "matrix.h"
 
 #define threadIdx (::cuda_emulator::current->index)
 #define blockIdx (::cuda_emulator::current->block->index)

@@ -1,6 +1,8 @@
-// Three small kernels in the style of csrc/cuda, and the bugs that such kernels have, one of which is active at a time.
+// Four small kernels in the style of csrc/cuda, and the bugs that such kernels have, one of which is active at a time.
 // tests/test_cuda_emulator.py holds the emulator to finding each of them, and nothing in the correct code.
 #include "sample_kernels.h"
+
+#include "mma.cuh"
 
 namespace sample {
 
@@ -154,6 +156,50 @@ __global__ void project_kernel(const float* __restrict__ x, float* __restrict__ 
   }
 }
 
+// out = x y, for x [rows, cols] and y [cols, 16]; cols is a multiple of 8. A block does 64 rows, a warp 16 of them, 16
+// columns of x at a time; the next ones are copied meanwhile.
+template <class T>
+__global__ void __launch_bounds__(128)
+    multiply_kernel(const T* __restrict__ x, const T* __restrict__ y, float* __restrict__ out, int rows, int cols) {
+  __shared__ __align__(16) T x_tile[2][64 * 16];
+  __shared__ __align__(16) T y_tile[2][16 * 16];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, first_row = blockIdx.x * 64;
+  const int tiles = (cols + 15) / 16;
+  const auto copy_tile = [&](int tile) {
+    const int row = first_row + thread / 2, col = tile * 16 + thread % 2 * 8, k = tile * 16 + thread / 2;
+    const bool there = row < rows && col < cols;
+    rk::cuda::copy_async_16(x_tile[tile % 2] + thread * 8, there ? x + row * cols + col : x, there);
+    if (thread < 32)
+      rk::cuda::copy_async_16(y_tile[tile % 2] + thread * 8, k < cols ? y + k * 16 + thread % 2 * 8 : y, k < cols);
+    rk::cuda::copy_async_commit();
+  };
+
+  float sums[2][4] = {};
+  copy_tile(0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles)
+      copy_tile(tile + 1);
+    else
+      rk::cuda::copy_async_commit();
+    if (!has(Bug::missing_async_wait)) rk::cuda::copy_async_wait<1>();
+    if (!has(Bug::missing_barrier_after_wait)) __syncthreads();
+    std::uint32_t a[4], b[4];
+    const int at = lane % 16 * 16 + lane / 16 * 8;
+    rk::cuda::ldmatrix_x4(a, x_tile[tile % 2] + warp * 16 * 16 + at);
+    if (has(Bug::transposed_fragment))
+      rk::cuda::ldmatrix_x4(b, y_tile[tile % 2] + at);
+    else
+      rk::cuda::ldmatrix_x4_transposed(b, y_tile[tile % 2] + at);
+    for (int half = 0; half < 2; ++half) rk::cuda::mma_16816<T>(sums[half], a, {b[2 * half], b[2 * half + 1]});
+    __syncthreads();
+  }
+  rk::cuda::copy_async_wait<0>();
+  for (int i = 0; i < 8; ++i) {
+    const int row = first_row + warp * 16 + lane / 4 + i % 4 / 2 * 8, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (row < rows) out[row * 16 + col] = sums[i / 4][i % 4];
+  }
+}
+
 template <class T>
 cudaError_t row_normalize(const T* x, T* y, float* norm, std::int64_t rows, int cols, float eps, int threads) {
   const auto blocks = static_cast<unsigned>(rows);
@@ -175,5 +221,12 @@ cudaError_t project(const float* x, float* out, int rows, int cols, int projecti
       sizeof(float) * static_cast<std::size_t>(projections) * static_cast<std::size_t>(threads / 32);
   return rk::cuda::launch(project_kernel, dim3(rows), dim3(threads), shared, nullptr, x, out, cols, projections, seed);
 }
+
+template <class T>
+cudaError_t multiply(const T* x, const T* y, float* out, int rows, int cols) {
+  return rk::cuda::launch(multiply_kernel<T>, dim3((rows + 63) / 64), dim3(128), 0, nullptr, x, y, out, rows, cols);
+}
+template cudaError_t multiply(const __half*, const __half*, float*, int, int);
+template cudaError_t multiply(const __nv_bfloat16*, const __nv_bfloat16*, float*, int, int);
 
 }  // namespace sample

@@ -24,7 +24,10 @@
   BUG(divergent_barriers)        /* a barrier in either branch, but not the same one */                                \
   BUG(inlined_barriers)          /* one barrier, inlined into both branches: allowed by sm_70 and later in practice */ \
   BUG(early_return)              /* threads return before a barrier */                                                 \
-  BUG(lost_update)               /* blocks add to global memory without an atomic */
+  BUG(lost_update)               /* blocks add to global memory without an atomic */                                   \
+  BUG(missing_async_wait)        /* shared memory is read before the asynchronous copy to it has arrived */            \
+  BUG(missing_barrier_after_wait) /* threads wait for their own copies and read those of others */                     \
+  BUG(transposed_fragment)        /* a matrix operand is loaded by rows where the product wants columns */
 
 namespace sample {
 
@@ -49,6 +52,9 @@ cudaError_t axpby_sum(const float* x, const float* y, float* out, float* total, 
                       int blocks, int threads);
 
 cudaError_t project(const float* x, float* out, int rows, int cols, int projections, std::uint32_t seed, int threads);
+
+template <class T>
+cudaError_t multiply(const T* x, const T* y, float* out, int rows, int cols);
 
 // The sign that entry (row i, column j) of project's random matrix has, on the host as in the kernel.
 __host__ __device__ inline float random_sign(std::uint32_t seed, std::uint32_t j, std::uint32_t i) {

@@ -24,7 +24,18 @@ namespace cuda_emulator {
 
 using Location = std::source_location;
 
-enum class State : std::uint8_t { running, returned, trapped, block_barrier, warp_barrier, shuffle, vote, reduce };
+enum class State : std::uint8_t {
+  running,
+  returned,
+  stopped,
+  block_barrier,
+  warp_barrier,
+  shuffle,
+  vote,
+  reduce,
+  mma,
+  ldmatrix
+};
 
 // What the lanes of a warp have brought to a collective operation, once all of them have arrived.
 struct Exchange {
@@ -44,6 +55,17 @@ struct Kernel {
   void* target;
 };
 
+// 8 bytes of whatever type.
+using Word [[gnu::may_alias]] = std::uint64_t;
+
+// A copy of 16 bytes, or of zeros where there is no source, that was begun and has not arrived.
+struct AsyncCopy {
+  Word* target;
+  const Word* source;
+  Word begun_with[2];  // what the source held
+  unsigned group;
+};
+
 struct Block;
 
 struct Thread {
@@ -57,6 +79,9 @@ struct Thread {
   std::uint64_t value = 0, result = 0;
   Combine combine = nullptr;
   Location where;
+  const char* problem = nullptr;  // of one that is stopped
+  std::vector<AsyncCopy> copies;  // in flight
+  unsigned groups = 0;            // of copies that were committed
 };
 
 struct Block {
@@ -114,6 +139,8 @@ CUDA_EMULATOR_RAW inline void resume(Thread& from, Thread& to, bool finished = f
   switch_fiber(from.fiber, to.fiber, finished);
 }
 
+[[noreturn]] inline void stop(const char* problem, const Location& where);
+
 CUDA_EMULATOR_RAW inline void thread_main() {
   Thread& thread = *current;
   Block& block = *thread.block;
@@ -122,6 +149,7 @@ CUDA_EMULATOR_RAW inline void thread_main() {
   __tsan_acquire(&block);  // what the host did before the launch
 #endif
   block.kernel();
+  if (!thread.copies.empty()) stop("a thread returned before its asynchronous copies arrived", Location::current());
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(const_cast<Kernel*>(&block.kernel));  // acquired when the whole grid is done
 #endif
@@ -151,6 +179,13 @@ CUDA_EMULATOR_RAW inline std::uint64_t wait(State state, std::uint32_t mask, std
   return thread.result;
 }
 
+// Reports what the current thread has done.
+[[noreturn]] inline void stop(const char* problem, const Location& where) {
+  current->problem = problem;
+  wait(State::stopped, 0, 0, 0, nullptr, where);
+  std::abort();
+}
+
 CUDA_EMULATOR_RAW inline bool is_same(const Location& a, const Location& b) {
   return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
@@ -161,10 +196,10 @@ inline std::string describe(const Location& where) {
 }
 
 inline std::string describe(const Thread& thread) {
-  static const char* const names[] = {"running",    "returned", "__trap", "__syncthreads",
-                                      "__syncwarp", "shuffle",  "vote",   "reduce"};
+  static const char* const names[] = {"running", "returned", "stopped", "__syncthreads", "__syncwarp",
+                                      "shuffle", "vote",     "reduce",  "mma",           "ldmatrix"};
   std::string text = names[static_cast<int>(thread.state)];
-  if (thread.state >= State::trapped) text += " at " + describe(thread.where);
+  if (thread.state >= State::stopped) text += " at " + describe(thread.where);
   if (thread.state >= State::warp_barrier) {
     char mask[24];
     std::snprintf(mask, sizeof mask, ", mask 0x%08x", thread.mask);
@@ -201,16 +236,20 @@ CUDA_EMULATOR_RAW inline bool resolve_warp(Block& block, unsigned warp) {
     if (state < State::warp_barrier) continue;
     if (!(mask >> i & 1)) fail(block, &lanes[i], "a lane is missing from its own mask");
 
+    const bool matrix = state >= State::mma;
     Exchange exchange;
     exchange.lanes = 0;
     bool complete = true;
     for (unsigned j = 0; j < count; ++j) {
       if (!(mask >> j & 1) || lanes[j].state == State::returned) continue;
-      complete &= lanes[j].state == state && lanes[j].mask == mask;
+      complete &=
+          lanes[j].state == state && lanes[j].mask == mask && (!matrix || is_same(lanes[j].where, lanes[i].where));
       exchange.lanes |= 1u << j;
       exchange.value[j] = lanes[j].value;
     }
     if (!complete) continue;
+    if (matrix && exchange.lanes != ~0u)
+      fail(block, &lanes[i], "a matrix instruction without all 32 lanes of the warp");
 
     for (unsigned j = 0; j < count; ++j) {
       if (!(exchange.lanes >> j & 1)) continue;
@@ -239,7 +278,7 @@ CUDA_EMULATOR_RAW inline bool resolve_block(Block& block, bool strict) {
   bool same_place = true;
   for (unsigned i = 0; i < block.size; ++i) {
     const Thread& thread = block.threads[i];
-    if (thread.state == State::trapped) fail(block, &thread, "__trap");
+    if (thread.state == State::stopped) fail(block, &thread, thread.problem);
     returned += thread.state == State::returned;
     if (thread.state != State::block_barrier) continue;
     if (!first) first = &thread;
@@ -268,6 +307,7 @@ CUDA_EMULATOR_RAW inline void run_block(Block& block, const unsigned* warp_order
     Thread& thread = block.threads[i];
     prepare(thread.fiber, thread_main);
     thread.state = State::running;
+    thread.copies.clear(), thread.groups = 0;
 #if defined(__SANITIZE_THREAD__)
     thread.fiber.tsan = tsan_fiber_pool.take();
 #endif

@@ -66,6 +66,23 @@ void test_project(Draw& draw, int threads) {
   }
 }
 
+template <class T>
+void test_multiply(Draw& draw) {
+  const int rows = draw(1, 100), cols = 8 * draw(3, 12);
+  Buffer<T> x(rows * cols), y(cols * 16);
+  Buffer<float> out(rows * 16);
+  x.fill_normal(draw.random), y.fill_normal(draw.random);
+  expect_success(sample::multiply<T>(x.data(), y.data(), out.data(), rows, cols));
+
+  for (int r = 0; r < rows; ++r) {
+    for (int j = 0; j < 16; ++j) {
+      double want = 0.0;
+      for (int i = 0; i < cols; ++i) want += to_double(x[r * cols + i]) * to_double(y[i * 16 + j]);
+      expect_close(out[r * 16 + j], want, 1e-3, "column " + std::to_string(j) + " of row " + std::to_string(r));
+    }
+  }
+}
+
 // The last row of a matrix whose flat index passes 2^31. No other row exists.
 void test_huge() {
   constexpr std::int64_t rows = 70000;
@@ -105,6 +122,8 @@ int main(int argc, char** argv) {
     test_row_normalize<__nv_bfloat16>(draw, 8 * draw(1, 60), draw(0, 8), threads);
     test_axpby_sum(draw, threads);
     test_project(draw, threads);
+    test_multiply<__half>(draw);
+    test_multiply<__nv_bfloat16>(draw);
   }
   if (options.huge) test_huge();
   return finish();

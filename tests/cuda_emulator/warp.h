@@ -150,7 +150,4 @@ CUDA_EMULATOR_REDUCE(__reduce_or_sync, unsigned, a | b)
 CUDA_EMULATOR_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef CUDA_EMULATOR_REDUCE
 
-[[noreturn]] inline void __trap(CUDA_EMULATOR_CALLER) {
-  cuda_emulator::wait(cuda_emulator::State::trapped, 0, 0, 0, nullptr, where);
-  std::abort();
-}
+[[noreturn]] inline void __trap(CUDA_EMULATOR_CALLER) { cuda_emulator::stop("__trap", where); }

@@ -1,125 +1,105 @@
-// attention_double_backward on any device, in PyTorch's own matrix products: for CUDA.  Formulas: math/attention.h.
+// attention_double_backward for CUDA: by the kernels of cuda/attention.cu where they serve the call, and otherwise, on any
+// device, in PyTorch's own matrix products.  Formulas: math/attention.h.
 //
 // All heads at once, and rows of q in blocks: six matrices of a block's scores exist at a time, so memory is linear in
 // the sequence.  Only shapes decide what is launched: nothing waits for the device, and a CUDA graph can hold all of it.
-// Everything is computed in the accumulation type, which for float32 products means what PyTorch is set to (TF32 too).
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 
-#include "attention_arguments.h"
+#include "attention_blocks.h"
 
 namespace rk::aten {
 namespace {
 
-constexpr int64_t kBlockScores = 1 << 24;  // entries of one matrix of scores: 64 MiB in float32
-constexpr int64_t kLeastRows = 16;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 Tensor mean_under(const Tensor& p, const Tensor& x) { return (p * x).sum(-1, /*keepdim=*/true); }
 
-class Blocks {
+class Blocks : AttentionBlocks {
  public:
-  explicit Blocks(const AttentionCall& call) : call_(call) {
+  explicit Blocks(const AttentionCall& call)
+      : AttentionBlocks(call.shape, call.in.mask, call.causal, call.scale), call_(call) {
     k_ = flat(in_.k);
     b_ = flat(in_.b);
+    if (in_.a && in_.b) keys_ = at::cat({k_, b_}, 2);
     v_ = flat(in_.v);
     c_ = flat(in_.c);
-    if (in_.mask) mask_ = additive_mask(*in_.mask, s_);
-    if (plan_.k) sum_k_ = at::zeros_like(k_);
-    if (plan_.v) sum_v_ = at::zeros_like(v_);
+    if (plan_.k) sum_k_ = at::zeros_like(wide(k_));
+    if (plan_.v) sum_v_ = at::zeros_like(wide(v_));
   }
 
   void run() {
-    const int64_t per_row = s_.batch * s_.heads * s_.keys;
-    const int64_t rows = std::max(kLeastRows, kBlockScores / per_row);
-    for (int64_t first = 0; first < s_.queries; first += rows) run_block(first, std::min(rows, s_.queries - first));
+    const int64_t queries = call_.shape.queries;
+    for (int64_t first = 0; first < queries; first += rows()) run_block(first, std::min(rows(), queries - first));
     const auto keep = [&](const Tensor& sum, const Tensor& to) { to.copy_(sum.view(to.sizes())); };
     if (plan_.k) keep(sum_k_, std::get<2>(call_.results));
     if (plan_.v) keep(sum_v_, std::get<3>(call_.results));
   }
 
  private:
-  Tensor wide(const Tensor& t) const { return t.to(accumulation_type(s_.dtype)); }
-
-  // [B G, rows, D]: the heads of q that share a head of k are so many more rows.
-  Tensor flat(const Tensor& t) const { return wide(t).reshape({s_.batch * s_.key_heads, -1, t.size(3)}); }
-  Tensor flat(const std::optional<Tensor>& t) const { return t ? flat(*t) : Tensor(); }
-
-  Tensor rows_of(const Tensor& t, int64_t first, int64_t rows) const { return flat(t.narrow(2, first, rows)); }
-  Tensor rows_of(const std::optional<Tensor>& t, int64_t first, int64_t rows) const {
-    return t ? rows_of(*t, first, rows) : Tensor();
-  }
-
-  // [B G, group rows, S] as [B, H, rows, S]
-  Tensor per_head(const Tensor& scores, int64_t rows) const {
-    return scores.view({s_.batch, s_.heads, rows, scores.size(2)});
-  }
-
-  Tensor probabilities(const Tensor& q, const Tensor& k, int64_t first, int64_t rows) const {
-    Tensor s = at::bmm(q, k.mT()).mul_(call_.scale);
-    const int64_t cols = k.size(1);
-    if (mask_.defined()) per_head(s, rows).add_(mask_.narrow(2, first, rows).narrow(3, 0, cols));
-    if (call_.causal) {
-      const auto hidden = at::ones({rows, cols}, s.options().dtype(at::kBool)).triu_(first + 1);
-      per_head(s, rows).masked_fill_(hidden, -kInfinity);
-    }
-    const Tensor masked = s.amax(-1, /*keepdim=*/true) == -kInfinity;  // everywhere: the row attends to nothing
-    return at::softmax(s, -1).masked_fill_(masked, 0.0);
-  }
-
   void run_block(int64_t first, int64_t rows) {
-    const int64_t cols = call_.causal ? std::min(s_.keys, first + rows) : s_.keys;
-    const auto head = [&](const Tensor& t) { return t.defined() ? t.narrow(1, 0, cols) : t; };
+    const int64_t seen = cols(first, rows);
+    const auto head = [&](const Tensor& t) { return t.defined() ? t.narrow(1, 0, seen) : t; };
     const Tensor k = head(k_), b = head(b_), v = head(v_), c = head(c_);
     const Tensor q = rows_of(in_.q, first, rows), a = rows_of(in_.a, first, rows), g = rows_of(in_.grad, first, rows);
-    const Tensor p = probabilities(q, k, first, rows);
+    const Tensor p = probabilities(scores(q, k, first, rows));
     Tensor t, slope, bend;  // T - t, dP - D, G - g
     if (plan_.tangent()) {
-      t = plan_.a ? at::bmm(a, k.mT()) : at::bmm(q, b.mT());
-      if (plan_.a && plan_.b) t.baddbmm_(q, b.mT());
-      t.mul_(call_.scale);
+      const Tensor left = plan_.a && plan_.b ? at::cat({a, q}, 2) : plan_.a ? a : q;
+      const Tensor right = plan_.a && plan_.b ? head(keys_) : plan_.a ? k : b;
+      t = product(left, right.mT()).mul_(call_.scale);
       t.sub_(mean_under(p, t));
     }
     if (plan_.slope()) {
-      slope = at::bmm(g, v.mT());
-      slope.sub_(mean_under(p, slope));
-      bend = slope * t;
+      slope = product(g, v.mT());
+      slope.sub_(in_.out ? (wide(g) * rows_of(in_.out, first, rows)).sum(-1, /*keepdim=*/true) : mean_under(p, slope));
     }
-    if (plan_.mixed()) bend = bend.defined() ? bend.baddbmm_(g, c.mT()) : at::bmm(g, c.mT());
-    if (plan_.bend()) bend.sub_(mean_under(p, bend)).mul_(p);  // W
-    if (slope.defined()) slope.mul_(p);                        // dS
-    if (t.defined()) t.mul_(p);                                // Pd
+    if (plan_.mixed()) bend = product(g, c.mT());
+    if (plan_.slope()) bend = bend.defined() ? bend.addcmul_(slope, t) : slope * t;
+    if (plan_.bend()) bend.sub_(mean_under(p, bend)).mul_(p);
+    if (slope.defined()) slope.mul_(p);
+    if (t.defined()) t.mul_(p);
+    const Tensor moved = rounded(t), w = rounded(bend), ds = rounded(slope);  // Pd, W, dS
     const auto keep = [&](const Tensor& block, const Tensor& to) {
       to.narrow(2, first, rows).copy_(per_head(block, rows));
     };
-    if (plan_.grad) {
-      Tensor out = t.defined() ? at::bmm(t, v) : Tensor();
-      if (plan_.c) out = out.defined() ? out.baddbmm_(p, c) : at::bmm(p, c);
-      keep(out, std::get<0>(call_.results));
-    }
+    if (plan_.grad) keep(products(moved, v, plan_.c ? rounded(p) : Tensor(), c), std::get<0>(call_.results));
     if (plan_.q) {
-      Tensor out = at::bmm(bend, k);
-      if (plan_.b) out.baddbmm_(slope, b);
-      keep(out.mul_(call_.scale), std::get<1>(call_.results));
+      const Tensor out = products(w, k, plan_.b ? ds : Tensor(), b);
+      keep(out.mul(call_.scale), std::get<1>(call_.results));
     }
     if (plan_.k) {
-      Tensor sum = head(sum_k_);
-      sum.baddbmm_(bend.mT(), q, 1, call_.scale);
-      if (plan_.a) sum.baddbmm_(slope.mT(), a, 1, call_.scale);
+      const Tensor ds_turned = plan_.a ? ds.mT() : Tensor();
+      head(sum_k_).add_(products(w.mT(), q, ds_turned, a), call_.scale);
     }
-    if (plan_.v) head(sum_v_).baddbmm_(t.mT(), g);
+    if (plan_.v) head(sum_v_).add_(product(moved.mT(), g));
   }
 
   const AttentionCall& call_;
   const AttentionArguments& in_ = call_.in;
-  const AttentionShape& s_ = call_.shape;
   const AttentionPlan& plan_ = call_.plan;
-  Tensor k_, b_, v_, c_, mask_, sum_k_, sum_v_;
+  Tensor k_, b_, v_, c_, keys_, sum_k_, sum_v_;  // keys_: k and B beside each other
 };
 
-void run(const AttentionCall& call) { Blocks(call).run(); }
+// Whether the kernels have done it.
+bool fused(const AttentionCall& call) {
+  const auto& [in, shape, plan, causal, scale, results] = call;
+  const auto op = cuda_operator("robustkern_cuda::attention_double_backward", in.q);
+  if (!op) return false;
+  using Optional = std::optional<Tensor>;
+  const auto result = [](bool computed, const Tensor& t) { return computed ? Optional(t) : std::nullopt; };
+  return op
+      ->typed<bool(const Optional&, const Optional&, const Optional&, const Tensor&, const Tensor&, const Tensor&,
+                   const Tensor&, const Optional&, const Optional&, const Optional&, bool, double, const Optional&,
+                   const Optional&, const Optional&, const Optional&)>()
+      .call(in.a, in.b, in.c, in.grad, in.q, in.k, in.v, in.out, in.logsumexp,
+            in.mask ? Optional(additive_mask(*in.mask, shape)) : std::nullopt, causal, scale,
+            result(plan.grad, std::get<0>(results)), result(plan.q, std::get<1>(results)),
+            result(plan.k, std::get<2>(results)), result(plan.v, std::get<3>(results)));
+}
+
+void run(const AttentionCall& call) {
+  if (!fused(call)) Blocks(call).run();
+}
 
 }  // namespace
 

@@ -13,118 +13,41 @@
 // Where there are too few heads to occupy the machine, the blocks of a head are dealt out to several units, whose
 // gradients of k and v are added afterwards in their order.  How many depends on shapes alone: every bit of the result is
 // independent of the number of threads.
-#include <ATen/native/CPUBlas.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
-#include "../../cpu/pieces.h"
-#include "../../cpu/transpose.h"
 #include "../../math/attention.h"
-#include "attention_arguments.h"
-
-// MKL's, where PyTorch is linked with it.
-extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+#include "attention_cpu.h"
 
 namespace rk::aten {
 namespace {
-
-// What oneDNN does not do, MKL does.  It chooses its kernels, and with them the order of additions, by the number of
-// threads it may use, even where it uses one: so that the bits are the same for every number, it is told one.
-class SequentialBlas {
- public:
-  SequentialBlas() : before_(set(1)) {}
-  ~SequentialBlas() { set(before_); }
-  SequentialBlas(const SequentialBlas&) = delete;
-  SequentialBlas& operator=(const SequentialBlas&) = delete;
-
- private:
-  static int set(int threads) { return MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(threads) : 0; }
-  const int before_;
-};
 
 using namespace rk::cpu;
 
 // ------------------------------------------------------------------ one row of scores between the matrix products
 
-// n, up to the next multiple of a register's lanes: rows are that long, and no loop has a remainder.
+// What the forward knew of a row.  A logarithm is rounded to its own size, so that probabilities taken with it have a sum
+// that differs from one by as much: they are divided by it.
 template <class A>
-constexpr int64_t whole_lanes(int64_t n) {
-  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// The largest of n whole lanes, NaN if there is one.
-template <class A>
-RK_HOST_DEVICE A largest_score(const A* s, int64_t n) {
-  constexpr int L = kLanes<A>;
-  Lanes<A> best, v;
-  load_lanes(best, s);
-  for (int64_t j = L; j < n; j += L) {
-    load_lanes(v, s + j);
-    best = (v > best) | (v != v) ? v : best;
-  }
-  A largest = best[0];
-  for (int k = 1; k < L; ++k) largest = best[k] > largest || is_nan(best[k]) ? best[k] : largest;
-  return largest;
-}
-
-// A sum of n whole lanes, in their type within a piece and in double across pieces; f(j) gives those from j.
-template <class A, class F>
-RK_HOST_DEVICE double row_sum(int64_t n, const F& f) {
-  constexpr int L = kLanes<A>;
-  double total = 0;
-  for (int64_t i = 0; i < n; i += kPiece) {
-    const int64_t end = n - i < kPiece ? n : i + kPiece;
-    Lanes<A> sum_0 = {}, sum_1 = {}, sum_2 = {}, sum_3 = {}, term;  // four hide the latency of an addition
-    int64_t j = i;
-    for (; j + 4 * L <= end; j += 4 * L) {
-      f(term, j);
-      sum_0 += term;
-      f(term, j + L);
-      sum_1 += term;
-      f(term, j + 2 * L);
-      sum_2 += term;
-      f(term, j + 3 * L);
-      sum_3 += term;
-    }
-    for (; j < end; j += L) {
-      f(term, j);
-      sum_0 += term;
-      std::swap(sum_0, sum_1);
-    }
-    total += double(horizontal_sum<A>((sum_0 + sum_2) + (sum_1 + sum_3)));
-  }
-  return total;
-}
-
-// sum x y
-template <class A>
-RK_HOST_DEVICE double row_dot(const A* x, const A* y, int64_t n) {
-  return row_sum<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA {
-    Lanes<A> y_j;
-    load_lanes(term, x + j);
-    load_lanes(y_j, y + j);
-    term *= y_j;
-  });
-}
+struct Saved {
+  A logsumexp, d;
+};
 
 // S, T, dP, X become Pd = P (T - t), P, W = P (G - g), dS = P (dP - D): n whole lanes.  False, and nothing done, if all
 // scores are -inf: such a row attends to nothing.
 template <class A>
 RK_MULTIVERSION bool attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __restrict__ dp, A* __restrict__ x,
-                                     int64_t n) {
-  const A max = largest_score(s, n);
-  if (max == -std::numeric_limits<A>::infinity()) return false;
-  for (int64_t j = 0; j < n; ++j) s[j] = exp_nonpositive(s[j] - max);
+                                     int64_t n, const Saved<A>* saved) {
+  const A shift = saved ? saved->logsumexp : largest_score(s, n);
+  if (shift == -std::numeric_limits<A>::infinity()) return false;
+  for (int64_t j = 0; j < n; ++j) s[j] = exp_nonpositive(s[j] - shift);
   const double sum = row_sum<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA { load_lanes(term, s + j); });
   AttentionRow<A> row{};
   row.t = A(row_dot(s, t, n) / sum);
-  row.d = A(row_dot(s, dp, n) / sum);
+  row.d = saved ? saved->d : A(row_dot(s, dp, n) / sum);
   row.inverse_sum = A(1 / sum);
   for (int64_t j = 0; j < n; ++j) {
     s[j] *= row.inverse_sum;
@@ -142,31 +65,23 @@ RK_MULTIVERSION bool attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __
 }
 
 template <class A>
-RK_MULTIVERSION void add_to_scores(A* s, const A* mask, int64_t stride, int64_t n) {
-  if (stride == 1)
-    for (int64_t j = 0; j < n; ++j) s[j] += mask[j];
-  else
-    for (int64_t j = 0; j < n; ++j) s[j] += mask[j * stride];
-}
-
-template <class A>
 RK_MULTIVERSION void add_rows(const A* from, A* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
 
 template <class A>
-RK_MULTIVERSION void scale_rows(A* rows, int64_t n, A scale) {
-  for (int64_t j = 0; j < n; ++j) rows[j] *= scale;
+RK_MULTIVERSION A dot(const A* x, const A* y, int64_t n) {
+  return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return x[j] * y[j]; });
 }
 
 // One row of scores s, with t, dp and x beside it: in place, s becomes Pd, t becomes P, dp becomes W, x becomes dS.
 // Columns from `valid` on lie behind the causal mask or the last key; `width` counts them in whole lanes.
 template <class A>
-void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t width) {
+void attention_row(A* s, A* t, A* dp, A* x, int64_t valid, int64_t width, const Saved<A>* saved) {
   const int64_t n = whole_lanes<A>(valid);
   std::fill(s + valid, s + n, -std::numeric_limits<A>::infinity());
   for (A* row : {t, dp, x}) std::fill(row + valid, row + n, A(0));
-  const int64_t from = attention_lanes(s, t, dp, x, n) ? n : 0;
+  const int64_t from = attention_lanes(s, t, dp, x, n, saved) ? n : 0;
   if (from == width) return;
   for (A* row : {s, t, dp, x}) std::fill(row + from, row + width, A(0));
 }
@@ -177,80 +92,19 @@ constexpr int64_t kUnits = 16;             // at least as many as this, if there
 constexpr int64_t kBlockScores = 1 << 14;  // entries of one matrix of scores: four of float32 take 256 KiB
 constexpr int64_t kLeastRows = 32, kMostRows = 256;
 
-// A tensor [B, H, N, D] in any layout with adjacent columns.
-struct Rows {
-  char* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;  // bytes
-
-  Rows() = default;
-  explicit Rows(const Tensor& t)
-      : data(static_cast<char*>(t.data_ptr())),
-        batch(t.stride(0) * t.element_size()),
-        head(t.stride(1) * t.element_size()),
-        row(t.stride(2) * t.element_size()) {}
-  char* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
-};
-
-Tensor with_adjacent_columns(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
-
 struct Task {
   AttentionShape shape;
   AttentionPlan plan;
   bool causal;
   double scale;
-  Rows a, b, c, grad, q, k, v;                     // inputs
+  Rows a, b, c, grad, q, k, v, out;                // inputs
   Rows result_grad, result_q, result_k, result_v;  // outputs that the plan has
+  Tensor logsumexp;                                // [B, H, L], or undefined
   Tensor mask;                                     // [B, H, L, S], accumulation type, or undefined
   int64_t block_rows, blocks;                      // rows of q in a block, blocks in a head
   int64_t splits;                                  // units that share a head
   Tensor partial_k, partial_v;                     // [B, G, splits, S, D or E] if there are several
 };
-
-template <class A>
-struct Matrix {
-  A* data;
-  int64_t rows, cols, stride;
-};
-
-// out = x y, or out += x y
-template <class A>
-void multiply(const Matrix<A>& x, const Matrix<A>& y, const Matrix<A>& out, bool add) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if constexpr (std::is_same_v<A, float>)
-    return at::native::cpublas::brgemm(x.rows, y.cols, x.cols, x.stride, y.stride, out.stride, add, x.data, y.data,
-                                       out.data);
-#endif
-  const auto tensor = [](const Matrix<A>& m) {
-    return at::from_blob(m.data, {m.rows, m.cols}, {m.stride, 1}, at::dtype<A>());
-  };
-  tensor(out).addmm_(tensor(x), tensor(y), add ? 1 : 0);
-}
-
-// Two matrices of one size that lie beside each other, or one beneath the other.
-template <class A>
-struct Pair {
-  Matrix<A> first, second, both;
-
-  static Pair beside(A* data, int64_t rows, int64_t cols) {
-    return {{data, rows, cols, 2 * cols}, {data + cols, rows, cols, 2 * cols}, {data, rows, 2 * cols, 2 * cols}};
-  }
-  static Pair beneath(A* data, int64_t rows, int64_t cols) {
-    return {{data, rows, cols, cols}, {data + rows * cols, rows, cols, cols}, {data, 2 * rows, cols, cols}};
-  }
-  const Matrix<A>& pick(bool with_first, bool with_second) const {
-    return with_first && with_second ? both : with_first ? first : second;
-  }
-};
-
-template <class A>
-void fill(const Matrix<A>& m, A value) {
-  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(m.data + i * m.stride, m.cols, value);
-}
-
-template <class A>
-void transpose(const Matrix<A>& from, const Matrix<A>& to) {
-  cpu::transpose(from.data, from.stride, to.data, to.stride, from.rows, from.cols);
-}
 
 // One thread's buffers, and what it does with them.
 template <class A>
@@ -344,10 +198,12 @@ class Worker {
     const auto slopes = Pair<A>::beside(slopes_memory_, rows, width_);          // [dP X]
     const auto queries = Pair<A>::beneath(queries_memory_, rows, s_.key_size);  // scale q and scale A
     const Matrix<A> grad{grad_memory_, rows, s_.value_size, s_.value_size};
+    const Matrix<A> out{out_memory_, rows, s_.value_size, s_.value_size};
     read(task_.q, batch, head, first, queries.first);
     if (plan.a) read(task_.a, batch, head, first, queries.second);
     scale_rows(queries.first.data, (plan.a ? 2 : 1) * rows * s_.key_size, A(task_.scale));
     if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad);
+    if (task_.logsumexp.defined() && plan.slope()) read(task_.out, batch, head, first, out);
 
     multiply(queries.first, turned_keys_.pick(true, plan.b), scores.pick(true, plan.b), false);
     if (plan.a) multiply(queries.second, turned_keys_.first, scores.second, plan.b);
@@ -356,17 +212,17 @@ class Worker {
       multiply(grad, turned_values_.pick(plan.slope(), plan.mixed()), slopes.pick(plan.slope(), plan.mixed()), false);
     if (!plan.slope()) fill(slopes.first, A(0));
     if (!plan.mixed()) fill(slopes.second, A(0));
-    scores_loop(batch, head, first, cols, scores, slopes);  // now they are [Pd P] and [W dS]
+    scores_loop(batch, head, first, cols, scores, slopes, grad, out);  // now they are [Pd P] and [W dS]
     if (plan.grad) {
-      const Matrix<A> out{out_grad_memory_, rows, s_.value_size, s_.value_size};
-      multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), out, false);
-      write(out, task_.result_grad, batch, head, first);
+      const Matrix<A> result{out_grad_memory_, rows, s_.value_size, s_.value_size};
+      multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), result, false);
+      write(result, task_.result_grad, batch, head, first);
     }
     if (plan.q) {
-      const Matrix<A> out{out_q_memory_, rows, s_.key_size, s_.key_size};
-      multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), out, false);
-      scale_rows(out.data, rows * s_.key_size, A(task_.scale));
-      write(out, task_.result_q, batch, head, first);
+      const Matrix<A> result{out_q_memory_, rows, s_.key_size, s_.key_size};
+      multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), result, false);
+      scale_rows(result.data, rows * s_.key_size, A(task_.scale));
+      write(result, task_.result_q, batch, head, first);
     }
     auto turned = Pair<A>::beside(turned_memory_, width_, rows);
     if (plan.k) {
@@ -387,7 +243,7 @@ class Worker {
   }
 
   void scores_loop(int64_t batch, int64_t head, int64_t first, int64_t cols, const Pair<A>& scores,
-                   const Pair<A>& slopes) {
+                   const Pair<A>& slopes, const Matrix<A>& grad, const Matrix<A>& out) {
     A *s = scores.both.data, *dp = slopes.both.data;
     const Tensor& mask = task_.mask;
     const A* mask_row = nullptr;
@@ -396,7 +252,15 @@ class Worker {
     for (int64_t i = 0; i < scores.both.rows; ++i) {
       if (mask_row) add_to_scores(s, mask_row + i * mask.stride(2), mask.stride(3), cols);
       const int64_t valid = task_.causal ? std::min(cols, first + i + 1) : cols;
-      attention_row(s, s + width_, dp, dp + width_, valid, width_);
+      if (task_.logsumexp.defined()) {
+        const A* of_head =
+            task_.logsumexp.const_data_ptr<A>() + batch * task_.logsumexp.stride(0) + head * task_.logsumexp.stride(1);
+        const A d = task_.plan.slope() ? dot(grad.data + i * grad.stride, out.data + i * out.stride, grad.cols) : A(0);
+        const Saved<A> saved{of_head[(first + i) * task_.logsumexp.stride(2)], d};
+        attention_row(s, s + width_, dp, dp + width_, valid, width_, &saved);
+      } else {
+        attention_row<A>(s, s + width_, dp, dp + width_, valid, width_, nullptr);
+      }
       s += 2 * width_;
       dp += 2 * width_;
     }
@@ -421,6 +285,7 @@ class Worker {
   A* const turned_memory_ = memory(2 * most_rows_ * most_cols_);
   A* const queries_memory_ = memory(2 * most_rows_ * s_.key_size);
   A* const grad_memory_ = memory(most_rows_ * s_.value_size);
+  A* const out_memory_ = memory(most_rows_ * s_.value_size);
   A* const out_q_memory_ = memory(most_rows_ * s_.key_size);
   A* const out_grad_memory_ = memory(most_rows_ * s_.value_size);
 };
@@ -428,23 +293,17 @@ class Worker {
 template <class A>
 void run_all(const Task& task) {
   const int64_t heads = task.shape.batch * task.shape.key_heads;
-  const auto on_threads = [&](int64_t n, auto step) {
-    // The library's own: at::parallel_for is a template, which without -fopenmp is a loop on one thread.
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-      const SequentialBlas sequential;
-      Worker<A> worker(task);
-      for (int64_t i = begin; i < end; ++i) step(worker, i);
-    });
-  };
-  on_threads(heads * task.splits, [](Worker<A>& worker, int64_t unit) { worker.run(unit); });
-  if (task.splits > 1) on_threads(heads, [](Worker<A>& worker, int64_t head) { worker.finish(head); });
+  on_threads<Worker<A>>(task, heads * task.splits, [](Worker<A>& worker, int64_t unit) { worker.run(unit); });
+  if (task.splits > 1) on_threads<Worker<A>>(task, heads, [](Worker<A>& worker, int64_t head) { worker.finish(head); });
 }
 
 void run(const AttentionCall& call) {
   const auto& [in, s, plan, causal, scale, results] = call;
-  Task task{s, plan, causal, scale};
+  Task task{};
+  task.shape = s;
+  task.plan = plan;
+  task.causal = causal;
+  task.scale = scale;
   task.blocks = (s.queries * s.keys + kBlockScores - 1) / kBlockScores;
   task.block_rows = std::clamp((s.queries + task.blocks - 1) / task.blocks, kLeastRows, kMostRows);
   task.block_rows = std::min(task.block_rows, s.queries);
@@ -461,6 +320,8 @@ void run(const AttentionCall& call) {
   if (in.a) task.a = rows(*in.a);
   if (in.b) task.b = rows(*in.b);
   if (in.c) task.c = rows(*in.c);
+  if (in.out) task.out = rows(*in.out);
+  if (in.logsumexp) task.logsumexp = *in.logsumexp;
   if (in.mask) task.mask = additive_mask(*in.mask, s);
   if (plan.grad) task.result_grad = Rows(std::get<0>(results));
   if (plan.q) task.result_q = Rows(std::get<1>(results));

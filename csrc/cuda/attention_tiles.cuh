@@ -50,7 +50,6 @@ struct TileShape {
   static constexpr int kRowTile = kRows * kStride;          // elements
   static constexpr int kColumnTile = kColumns * kStride;
   static constexpr int kBlocks = sizeof(S) > 2 ? 1 : kBytes <= 128 ? 3 : 2;  // on an SM, for rows of q
-  static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;             // a warp's rows, in registers
 };
 
 // Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.
@@ -122,7 +121,7 @@ template <class A>
 using Scores = A[2][4];
 
 // 16 rows of a tile as the left factor of products: on the tensor cores perhaps in registers.
-template <class S, int kSize, bool kTensorCores = sizeof(S) == 2>
+template <class S, int kSize, bool kHeld = (kSize <= 64), bool kTensorCores = sizeof(S) == 2>
 class LeftRows {
  public:
   __device__ __forceinline__ void take(const S* rows) { rows_ = rows + lane_row() * kStride; }
@@ -169,8 +168,8 @@ class LeftRows {
   const S* rows_;
 };
 
-template <class S, int kSize>
-class LeftRows<S, kSize, true> {
+template <class S, int kSize, bool kHeld>
+class LeftRows<S, kSize, kHeld, true> {
  public:
   __device__ __forceinline__ void take(const S* rows) {
     rows_ = rows + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
@@ -207,7 +206,6 @@ class LeftRows<S, kSize, true> {
 
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride, kSteps = kSize / 16;
-  static constexpr bool kHeld = TileShape<S, kSize>::kHeld;
 
   // Where a lane's row lies for the matrices (columns 0 to 7, numbers 0 to 7), (the same, 8 to 15), (8 to 15, 0 to 7)...
   static __device__ __forceinline__ const S* right_factor(const S* columns) {

@@ -50,6 +50,7 @@ struct TileShape {
   static constexpr int kRowTile = kRows * kStride;          // elements
   static constexpr int kColumnTile = kColumns * kStride;
   static constexpr int kBlocks = sizeof(S) > 2 ? 1 : kBytes <= 128 ? 3 : 2;  // on an SM, for rows of q
+  static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;             // a warp's rows, in registers
 };
 
 // Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.
@@ -121,7 +122,7 @@ template <class A>
 using Scores = A[2][4];
 
 // 16 rows of a tile as the left factor of products: on the tensor cores perhaps in registers.
-template <class S, int kSize, bool kHeld = (kSize <= 64), bool kTensorCores = sizeof(S) == 2>
+template <class S, int kSize, bool kHeld = TileShape<S, kSize>::kHeld, bool kTensorCores = sizeof(S) == 2>
 class LeftRows {
  public:
   __device__ __forceinline__ void take(const S* rows) { rows_ = rows + lane_row() * kStride; }

@@ -140,7 +140,7 @@ template <class S, int kSize>
 struct QueryRows {
   using Shape = TileShape<S, kSize>;
   using A = accumulation_t<S>;
-  using Left = LeftRows<S, kSize>;
+  using Left = LeftRows<S, kSize, true>;
   static constexpr int kK = 0, kB = 1, kV = 2, kC = 3;
   static constexpr std::size_t kShared =
       sizeof(S) * (3 * Shape::kRowTile + 4 * Shape::kStages * static_cast<std::size_t>(Shape::kColumnTile));
@@ -283,8 +283,12 @@ struct KeyRows {
               else
                 k.times(x.s, passing[kQ]);
               if (c.a) k.times(x.t, passing[kA]);
-              if (slope) v.times(x.dp, passing[kGrad]);
-              if (mixed) cotangent.times(x.x, passing[kGrad]);
+              if (slope && mixed)
+                Left::times_both(v, x.dp, cotangent, x.x, passing[kGrad]);
+              else if (slope)
+                v.times(x.dp, passing[kGrad]);
+              else if (mixed)
+                cotangent.times(x.x, passing[kGrad]);
               x.template finish<true>(c, unit.batch, head, first_key, first + step);
               use(x, passing, moments + stage * Shape::kColumns + step);
             }

@@ -28,6 +28,7 @@ class Kernel:
     times: tuple[int, ...] = ()  # how often each sweep is made, if they are found one by one
     again: int = 0  # of the tensors read, those that the kernel before it has read or written
     backwards: bool = False  # goes over them from the end, where L2 still holds them
+    held: int = 0  # bytes of a row that a thread has in registers from one sweep to the next; shared memory adds to them
     rounds: int = 0  # of a small kernel, which moves no tensors: loads that wait for each other
     floor: str = ""  # why its arithmetic cannot keep up with memory, if it cannot
 
@@ -151,7 +152,7 @@ def softmax(shape: tuple[int, int], dtype: str) -> None:
             x, empty((*shape, 1), dtype), empty((*shape, 1), dtype), False, True, True
         )
 
-    kernels = (Kernel("softmax_double_backward", (3, 2), two_sweeps(3, 2)),)
+    kernels = (Kernel("softmax_double_backward", (3, 2), two_sweeps(3, 2), held=32 * 3),)
     add(Case(f"softmax {text(shape)} {dtype}", "softmax", dtype, shape, 5, kernels, call, shape[1]))
 
 

@@ -181,7 +181,7 @@ def cross_entropy(shape: tuple[int, int], dtype: str) -> None:
     for order, call, tensors, kernel in (
         ("value", value, 1, Kernel(f"{stem}_kernel", (1, 0), (((1, 0), (1, 0)), ((1, 0),)))),
         ("backward", backward, 2, Kernel(f"{stem}_backward", (1, 1), (((1, 1),),))),
-        ("double", double, 3, Kernel(f"{stem}_double_backward", (2, 1), two_sweeps(2, 1))),
+        ("double", double, 3, Kernel(f"{stem}_double_backward", (2, 1), two_sweeps(2, 1), held=64 * 2)),
     ):
         add(Case(f"{stem} {order} {text(shape)} {dtype}", stem, dtype, shape, tensors, (kernel,), call, classes))
 

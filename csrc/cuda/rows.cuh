@@ -47,19 +47,25 @@ constexpr int round_vectors(int vectors) {
   return kLayout == Layout::kElements && sizeof(S) == 2 ? (narrow > 1 ? narrow : 1) : vectors;
 }
 
-// Threads of a block, at most.
+// Threads of a block, at most: few where a row is swept once, since less is spent on joining them.
 template <class S>
 inline constexpr int kMostRowThreads = sizeof(S) == 8 ? 512 : 1024;
+inline constexpr int kMostThreadsOfOneSweep = 256;
 
-// Rounds of a row, and how many of them shared memory keeps.
+// Rounds of a row, elements of the last, and how many rounds shared memory keeps.
 struct RowRounds {
-  int all, kept;
+  int all, last, kept = 0;
+
+  // Of so many columns, of which a round takes `together`.
+  RowRounds(std::int64_t columns, std::int64_t together)
+      : all(static_cast<int>((columns + together - 1) / together)),
+        last(static_cast<int>(columns - (all - 1) * together)) {}
 };
 
 // A kernel's rows: threads for each, and what shared memory keeps of it.
 struct RowsGeometry {
   dim3 grid, block;
-  RowRounds rounds{1, 0};
+  RowRounds rounds;
   std::size_t shared = 0;  // bytes
 };
 
@@ -67,19 +73,18 @@ struct RowsGeometry {
 // not.  Many threads to a row, or a warp for each of several; threads depend on the row's length alone.
 template <class S>
 RowsGeometry rows_geometry(std::int64_t rows, std::int64_t columns, int vectors, int tensors, bool swept_again) {
-  RowsGeometry g;
   const std::int64_t per_thread = std::int64_t{Words<S>::kSize} * vectors;
   const std::int64_t warps = ((columns + per_thread - 1) / per_thread + 31) / 32;
   // Half a multiprocessor's registers and shared memory, or all where a row does not fit in half.
   constexpr std::int64_t half = 128 << 10;
-  const bool whole = swept_again && sizeof(S) < 8 && columns * tensors * static_cast<std::int64_t>(sizeof(S)) > half;
-  const std::int64_t most = whole ? 32 : 16;  // warps
-  g.block = warps <= 1 ? dim3(32, 4) : dim3(static_cast<unsigned>(32 * (warps < most ? warps : most)));
-  g.grid = grid_for((rows + g.block.y - 1) / g.block.y);
-  g.rounds.all = static_cast<int>((columns + g.block.x * per_thread - 1) / (g.block.x * per_thread));
+  const std::int64_t bytes = columns * tensors * static_cast<std::int64_t>(sizeof(S));
+  const bool whole = swept_again && sizeof(S) < 8 && bytes > half;
+  const std::int64_t most = (whole ? kMostRowThreads<S> : swept_again ? 512 : kMostThreadsOfOneSweep) / 32;
+  const dim3 block = warps <= 1 ? dim3(32, 4) : dim3(static_cast<unsigned>(32 * (warps < most ? warps : most)));
+  RowsGeometry g{grid_for((rows + block.y - 1) / block.y), block, RowRounds(columns, block.x * per_thread)};
   if (!swept_again) return g;
   constexpr std::int64_t sums = 2 << 10;  // of shared memory, what reductions take at most
-  const std::int64_t round = std::int64_t{g.block.x} * vectors * tensors * 16;
+  const std::int64_t round = std::int64_t{block.x} * vectors * tensors * 16;
   const std::int64_t room = (shared_memory_of_block() / (whole ? 1 : 2) - sums) / round;
   g.rounds.kept = static_cast<int>(room < g.rounds.all - 1 ? room : g.rounds.all - 1);
   g.shared = static_cast<std::size_t>(g.rounds.kept * round);
@@ -128,7 +133,7 @@ struct Loose {
   __device__ __forceinline__ accumulation_t<S> operator[](int k) const { return values[k]; }
 };
 
-// Where one thread's vectors of one round lie in a row of n elements.
+// Where one thread's vectors of one round lie in a row.
 template <Layout kLayout, class S, int kVectors>
 struct Share {
   using A = accumulation_t<S>;
@@ -139,18 +144,22 @@ struct Share {
   std::int64_t first;                                                   // element
   int left;  // elements from there to the end of the round or row, if any
 
-  __device__ __forceinline__ Share(int round, std::int64_t n) {
+  __device__ __forceinline__ Share(int round, RowRounds rounds) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, all = kVectors * V * blockDim.x;
     const int place = warp * kVectors * kStep + lane * (kLayout == Layout::kElements ? 1 : V);
-    const std::int64_t begin = std::int64_t{round} * all, rest = n - begin;
-    first = begin + place;
-    left = (rest < all ? static_cast<int>(rest) : all) - place;
+    first = std::int64_t{round} * all + place;
+    left = (round + 1 == rounds.all ? rounds.last : all) - place;
   }
 
   // The place of element k of vector i, and whether there is one.
   __device__ __forceinline__ std::int64_t element(int i, int k = 0) const { return first + (i * kStep + k * kApart); }
   __device__ __forceinline__ bool has(int i, int k = 0) const {
     return left > i * kStep + (kLayout == Layout::kVectors ? 0 : k * kApart);
+  }
+  // Whether the warp has nothing from vector i on; asked where half of a large round may be left out.
+  __device__ __forceinline__ bool ends_at(int i) const {
+    if (kVectors < 8 || i != kVectors / 2) return false;
+    return left + static_cast<int>(threadIdx.x % 32) * (kLayout == Layout::kElements ? 1 : V) <= i * kStep;
   }
   // Elements of vector i, and of the round; all are there but in the last of a row.
   __device__ __forceinline__ int count(int i) const {

@@ -56,9 +56,7 @@ __global__ void __launch_bounds__(kMostRowThreads<S>, 1)
       share.load(g, c.grad + first, 0);
     };
     A sums[2] = {};
-    for (int round = rounds.all - 1; round >= 0; --round) {
-      load_round(ShareOfRow(round, c.classes));
-      if (kept.has(round)) kept.keep(round, o, u, g);
+    const auto add_round = [&] {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         A total_g = 0, mean_u = 0;
@@ -67,14 +65,8 @@ __global__ void __launch_bounds__(kMostRowThreads<S>, 1)
         sums[0] += total_g;
         sums[1] += mean_u;
       }
-    }
-    row_sums(sums);
-    for (int round = 0; round < rounds.all; ++round) {
-      const ShareOfRow share(round, c.classes);
-      if (kept.has(round))
-        kept.take(round, o, u, g);
-      else if (round > 0)
-        load_round(share);
+    };
+    const auto write_round = [&](const ShareOfRow& share) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         A gg_grad[V], grad_output[V];
@@ -87,6 +79,24 @@ __global__ void __launch_bounds__(kMostRowThreads<S>, 1)
         if (c.gg_grad) share.store(c.gg_grad + first, i, gg_grad);
         if (c.grad_output) share.store(c.grad_output + first, i, grad_output);
       }
+    };
+    for (int round = rounds.all - 1; round > 0; --round) {
+      load_round(ShareOfRow(round, rounds));
+      if (kept.has(round)) kept.keep(round, o, u, g);
+      add_round();
+    }
+    const ShareOfRow share(0, rounds);
+    load_round(share);
+    add_round();
+    row_sums(sums);
+    write_round(share);
+    for (int round = 1; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds);
+      if (kept.has(round))
+        kept.take(round, o, u, g);
+      else
+        load_round(share);
+      write_round(share);
     }
   });
 }

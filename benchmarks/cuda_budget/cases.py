@@ -197,22 +197,21 @@ def kl(shape: tuple[int, int], dtype: str) -> None:
 
     def backward() -> object:
         return torch.ops.robustkern.kl_divergence_backward(
-            empty((rows,)), *tensors(2), empty((rows, 5)), 1.0, True, True
+            empty((rows,)), *tensors(2), empty((rows, 6)), 1.0, True, True
         )
 
     def double() -> object:
         return torch.ops.robustkern.kl_divergence_double_backward(
-            *tensors(2), empty((rows,)), *tensors(2), empty((rows, 5)), 1.0, True, True
+            *tensors(2), empty((rows,)), *tensors(2), empty((rows, 6)), 1.0, True, True
         )
 
-    stem, one, two, four = "kl_divergence", (1, 0), (2, 0), (4, 0)
-    values = ((one, one, one, one, two), (two, two, two), (two, two))
-    slopes = ((two, (4, 2)), (two, (2, 2)), (two, (0, 2)))
-    bends = ((four, four, (4, 2)), (four, (3, 0), (4, 2)), (four, (4, 2)), (four, (0, 2)), (two, two, (4, 2)))
+    stem, two = "kl_divergence", (2, 0)
+    values = ((two, two), (two,))
+    bends = two_sweeps(4, 2)
     for order, call, count, kernel in (
-        ("value", value, 2, Kernel(f"{stem}_kernel", (2, 0), values)),
-        ("backward", backward, 4, Kernel(f"{stem}_backward", (2, 2), slopes, parts=((2, 1),))),
-        ("double", double, 6, Kernel(f"{stem}_double_backward", (4, 2), bends, parts=((2, 1),))),
+        ("value", value, 2, Kernel(f"{stem}_kernel", (2, 0), values, held=32 * 2)),
+        ("backward", backward, 4, Kernel(f"{stem}_backward", (2, 2), (((2, 2),),))),
+        ("double", double, 6, Kernel(f"{stem}_double_backward", (4, 2), bends, held=32 * 4)),
     ):
         add(Case(f"{stem} {order} {text(shape)} {dtype}", stem, dtype, shape, count, (kernel,), call, shape[1]))
 

@@ -139,11 +139,11 @@ def length_of(instructions: list[Instruction]) -> tuple[int, float]:
 def find_ways(stated: Kernel, flow: Flow, element_bytes: int, held: bool) -> list[Way]:
     """The whole, or the sweeps one by one where they are loops of their own in other loops.
 
-    A row that is held is read once.
+    Of a row that is held, a later sweep loads nothing, if the case knows such a way.
     """
     widths = (16, 8, 2, 4) if element_bytes == 2 else (16, 8, 4)
-    loads = [sum(read for read, _ in sweeps) for sweeps in stated.sweeps]
-    alternatives = [sweeps for sweeps, count in zip(stated.sweeps, loads) if not held or count == min(loads)]
+    ways = [sweeps for sweeps in stated.sweeps if len(sweeps) > 1 and not any(read for read, _ in sweeps[1:])]
+    alternatives = ways if held and ways else stated.sweeps
     if not stated.times and (whole := main_loop(flow, alternatives, stated.inner, stated.parts, widths)):
         return [whole]
     for sweeps in alternatives:

@@ -47,9 +47,10 @@ constexpr int round_vectors(int vectors) {
   return kLayout == Layout::kElements && sizeof(S) == 2 ? (narrow > 1 ? narrow : 1) : vectors;
 }
 
-// Threads of a block, at most: few where a row is swept once, since less is spent on joining them.
-template <class S>
-inline constexpr int kMostRowThreads = sizeof(S) == 8 ? 512 : 1024;
+// Threads of a block, at most: half where single elements need more registers, and few where a row is swept once, since
+// less is spent on joining them.
+template <Layout kLayout, class S>
+inline constexpr int kMostRowThreads = sizeof(S) == 8 || (sizeof(S) == 2 && kLayout == Layout::kElements) ? 512 : 1024;
 inline constexpr int kMostThreadsOfOneSweep = 256;
 
 // Rounds of a row, elements of the last, and how many rounds shared memory keeps.
@@ -71,15 +72,16 @@ struct RowsGeometry {
 
 // For a kernel whose round is `vectors` of each of so many tensors to a thread, and which sweeps its rows more than once or
 // not.  Many threads to a row, or a warp for each of several; threads depend on the row's length alone.
-template <class S>
-RowsGeometry rows_geometry(std::int64_t rows, std::int64_t columns, int vectors, int tensors, bool swept_again) {
+template <Layout kLayout, class S>
+RowsGeometry rows_geometry(std::int64_t rows, std::int64_t columns, int vectors, int tensors, bool swept_again,
+                           int most_threads = kMostRowThreads<kLayout, S>) {
   const std::int64_t per_thread = std::int64_t{Words<S>::kSize} * vectors;
   const std::int64_t warps = ((columns + per_thread - 1) / per_thread + 31) / 32;
   // Half a multiprocessor's registers and shared memory, or all where a row does not fit in half.
   constexpr std::int64_t half = 128 << 10;
   const std::int64_t bytes = columns * tensors * static_cast<std::int64_t>(sizeof(S));
   const bool whole = swept_again && sizeof(S) < 8 && bytes > half;
-  const std::int64_t most = (whole ? kMostRowThreads<S> : swept_again ? 512 : kMostThreadsOfOneSweep) / 32;
+  const std::int64_t most = (whole ? most_threads : swept_again ? 512 : kMostThreadsOfOneSweep) / 32;
   const dim3 block = warps <= 1 ? dim3(32, 4) : dim3(static_cast<unsigned>(32 * (warps < most ? warps : most)));
   RowsGeometry g{grid_for((rows + block.y - 1) / block.y), block, RowRounds(columns, block.x * per_thread)};
   if (!swept_again) return g;
@@ -144,10 +146,11 @@ struct Share {
   std::int64_t first;                                                   // element
   int left;  // elements from there to the end of the round or row, if any
 
-  __device__ __forceinline__ Share(int round, RowRounds rounds) {
+  // Of a row that begins at the element `row` of tensors that are given whole.
+  __device__ __forceinline__ Share(int round, RowRounds rounds, std::int64_t row = 0) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, all = kVectors * V * blockDim.x;
     const int place = warp * kVectors * kStep + lane * (kLayout == Layout::kElements ? 1 : V);
-    first = std::int64_t{round} * all + place;
+    first = row + (std::int64_t{round} * all + place);
     left = (round + 1 == rounds.all ? rounds.last : all) - place;
   }
 

@@ -40,7 +40,7 @@ struct SoftmaxElement {
 constexpr int kSoftmaxVectors = 2, kSoftmaxInputs = 3;  // vectors of every input in a round
 
 template <bool kLog, Layout kLayout, class S>
-__global__ void __launch_bounds__(kMostRowThreads<S>, 1)
+__global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
     softmax_double_backward_rows_kernel(const SoftmaxCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
   using Element = SoftmaxElement<kLog, A>;
@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kMostRowThreads<S>, 1)
     const std::int64_t first = row * c.classes;
     typename ShareOfRow::Vector o[kVectors], u[kVectors], g[kVectors];
     const auto load_round = [&](const ShareOfRow& share) {
-      share.load(o, c.output + first, 0);
-      share.load(u, c.u + first, 0);
-      share.load(g, c.grad + first, 0);
+      share.load(o, c.output, 0);
+      share.load(u, c.u, 0);
+      share.load(g, c.grad, 0);
     };
     A sums[2] = {};
     const auto add_round = [&] {
@@ -76,22 +76,22 @@ __global__ void __launch_bounds__(kMostRowThreads<S>, 1)
           gg_grad[k] = e.gg_grad(sums[1]);
           grad_output[k] = e.grad_output(sums[0], sums[1]);
         }
-        if (c.gg_grad) share.store(c.gg_grad + first, i, gg_grad);
-        if (c.grad_output) share.store(c.grad_output + first, i, grad_output);
+        if (c.gg_grad) share.store(c.gg_grad, i, gg_grad);
+        if (c.grad_output) share.store(c.grad_output, i, grad_output);
       }
     };
     for (int round = rounds.all - 1; round > 0; --round) {
-      load_round(ShareOfRow(round, rounds));
+      load_round(ShareOfRow(round, rounds, first));
       if (kept.has(round)) kept.keep(round, o, u, g);
       add_round();
     }
-    const ShareOfRow share(0, rounds);
+    const ShareOfRow share(0, rounds, first);
     load_round(share);
     add_round();
     row_sums(sums);
     write_round(share);
     for (int round = 1; round < rounds.all; ++round) {
-      const ShareOfRow share(round, rounds);
+      const ShareOfRow share(round, rounds, first);
       if (kept.has(round))
         kept.take(round, o, u, g);
       else
@@ -161,7 +161,7 @@ cudaError_t launch_softmax_rows(const SoftmaxCall<S>& c, cudaStream_t stream) {
       layout_of_rows<S>(c.classes, c.classes, c.u, c.grad, c.output, c.gg_grad, c.grad_output);
   return with_layout<S>(layout, [&](auto known) {
     constexpr Layout kLayout = known;
-    const auto g = rows_geometry<S>(c.batch, c.classes, round_vectors<kLayout, S>(kSoftmaxVectors), kSoftmaxInputs, true);
+    const auto g = rows_geometry<kLayout, S>(c.batch, c.classes, round_vectors<kLayout, S>(kSoftmaxVectors), kSoftmaxInputs, true);
     return launch(softmax_double_backward_rows_kernel<kLog, kLayout, S>, g.grid, g.block, g.shared, stream, c, g.rounds);
   });
 }

@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kMostThreadsOfOneSweep, kLayout == Layout::kVe
 }
 
 template <Target kTarget, Layout kLayout, class S>
-__global__ void __launch_bounds__(kMostRowThreads<S>, 1)
+__global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
     softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
   using ShareOfRow = CrossEntropyShare<kTarget, kLayout, S, Order::kDoubleBackward>;
@@ -323,7 +323,7 @@ template <Target kTarget, Layout kLayout, class S>
 cudaError_t launch_cross_entropy_as(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
   constexpr Target kOfBackward = kTarget == Target::kSmoothedIndex ? Target::kIndex : kTarget;  // the same there
   const bool twice = order == Order::kDoubleBackward;
-  const auto g = rows_geometry<S>(c.rows, c.classes, cross_entropy_vectors<kTarget, kLayout, S>(order), twice ? 2 : 1, twice);
+  const auto g = rows_geometry<kLayout, S>(c.rows, c.classes, cross_entropy_vectors<kTarget, kLayout, S>(order), twice ? 2 : 1, twice);
   const auto with = [&](auto kernel) { return launch(kernel, g.grid, g.block, g.shared, stream, c, g.rounds); };
   switch (order) {
     case Order::kValue: return with(softmax_cross_entropy_kernel<kTarget, kLayout, S>);

@@ -32,6 +32,18 @@ struct Slabs {
   static std::int64_t most(std::uint32_t columns) { return 2147483647 / columns; }  // at least 1
 };
 
+// [low, high], 0 <= low, with ends that S stores: what is rounded within them stays there.
+template <class S>
+__device__ __forceinline__ Interval<accumulation_t<S>> stored_ends(Interval<accumulation_t<S>> to) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>)
+    return {__uint_as_float((__float_as_uint(to.low) + 0xffffu) & 0xffff0000u),
+            __uint_as_float(__float_as_uint(to.high) & 0xffff0000u)};
+  else if constexpr (std::is_same_v<S, __half>)
+    return {load(__float2half_ru(to.low)), load(__float2half_rd(to.high))};
+  else
+    return to;
+}
+
 // The nearest number that S stores within [low, high], 0 <= low: the bits of numbers that are not negative count steps.
 template <class S>
 __device__ __forceinline__ accumulation_t<S> stored_between(accumulation_t<S> v, Interval<accumulation_t<S>> to) {

@@ -54,17 +54,22 @@ __global__ void __launch_bounds__(256)
     a[0] = load(c.adversary[at]), x[0] = load(c.x[at]), g[0] = c.grad ? load(c.grad[at]) : A(0);
   }
   const auto move = [&](int k, A eps, A step) {
-    const Interval<A> to = linf_interval(x[k], eps);
-    a[k] = stored_between<S>(linf_step(a[k], g[k], step, to), to);
+    a[k] = linf_step(a[k], g[k], step, stored_ends<S>(linf_interval(x[k], eps)));
   };
   const std::uint32_t row = by_columns.quotient(j), column = j - row * c.columns;
   auto eps = c.eps.at(column), step = c.step.at(column);
   const A scale = c.scale_of(slabs.first_row() + row);
-  A eps_of[V], step_of[V];
-  eps.fill(eps_of);
-  step.fill(step_of);
+  if (eps.left >= V && step.left >= V) {  // a number for all of them
+    const A eps_here = eps.next(), step_here = step.next() * scale;
 #pragma unroll
-  for (int k = 0; k < V; ++k) move(k, eps_of[k], step_of[k] * scale);
+    for (int k = 0; k < V; ++k) move(k, eps_here, step_here);
+  } else {
+    A eps_of[V], step_of[V];
+    eps.fill(eps_of);
+    step.fill(step_of);
+#pragma unroll
+    for (int k = 0; k < V; ++k) move(k, eps_of[k], step_of[k] * scale);
+  }
   if constexpr (kAligned)
     store_words<true>(c.adversary + at, Words<S>::of(a));
   else

@@ -44,7 +44,8 @@ RK_HOST_DEVICE Interval<A> between(A a, A b) {
 
 template <class A>
 RK_HOST_DEVICE A linf_step(A adversary, A g, A step, Interval<A> to) {
-  return clamp(adversary + step * sign(without_nan(g)), to.low, to.high);
+  const A down = g < A(0) ? -step : A(0), d = g > A(0) ? step : down;  // two choices; NaN is neither
+  return clamp(adversary + d, to.low, to.high);
 }
 
 // The sums of a row that a step in l2 needs, with g divided by `largest` where its squares would leave the range.

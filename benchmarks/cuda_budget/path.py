@@ -19,7 +19,9 @@ from .sass import Instruction
 Moves = tuple[int, int]  # vectors loaded and stored
 MOST = 48  # vectors that a way may load or store
 SWEEP = 1e7  # what counts for a way that goes over a row in a loop, not in the few vectors at an end of it
-AVOIDED = 1000  # what an instruction counts against a way that calls a subroutine, or goes over single elements
+AVOIDED = 1000  # what an instruction counts against a way that calls a subroutine, goes over single elements, or
+# calculates in double, as no kernel for narrower numbers does but for a row whose squares leave the range
+DOUBLE = ("DADD", "DFMA", "DMUL", "DSETP")
 Chain = tuple  # (chain before or None, block) or (chain before, (chain of an inner loop, loop, unrolled))
 
 
@@ -86,7 +88,7 @@ class Search:
         """What each block adds to a way's worth: its instructions, unless it is to be avoided."""
         gains: list[float] = []
         for block in self.flow.blocks:
-            slow = any(one.base == "CALL" for one in block.instructions)
+            slow = any(one.base == "CALL" or one.base in DOUBLE for one in block.instructions)
             gains.append(len(block.instructions) * (-AVOIDED if slow else 1))
         if self.split:  # whole vectors if there is a choice
             gains = [gain - AVOIDED * len(found.split) for gain, found in zip(gains, self.accesses)]
@@ -250,7 +252,7 @@ class Search:
         return self.best_of(index, 1)
 
     def best_of(self, index: int | None, sign: int) -> tuple[int, Chain] | None:
-        found: list[tuple[float, int, Chain]] = []
+        found: list[tuple[tuple[int, float], int, Chain]] = []
         region = None if index is None else self.flow.loops[index]
         for state, (worth, chain) in self.walk(region, index, True, sign).items():
             if state[0] < len(self.sweeps):
@@ -261,7 +263,8 @@ class Search:
             elif state[1] or state[2]:
                 continue
             if state[0] == len(self.sweeps):
-                found.append((worth / state[3], state[3], chain))
+                whole = state[3] if region is None or sign > 0 else 1  # vectors that a large call does not leave out
+                found.append(((whole, worth / state[3]), state[3], chain))
         best = max(found, key=lambda entry: entry[0], default=None)
         return best and best[1:]
 

@@ -24,8 +24,8 @@ RK_HOST_DEVICE A divide_or_zero(A v, A n) {
   return n == A(0) ? A(0) : v / n;
 }
 
-// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers.  A quotient is put right by
-// what is left over, so that a / a is 1: the bend of a row of one number must vanish.
+// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers; if it is zero, one is.  A
+// quotient is put right by what is left over, so that a / a is 1: the bend of a row of one number must vanish.
 template <class A>
 struct SharedDivisor {
   A n, first, second;
@@ -33,14 +33,15 @@ struct SharedDivisor {
   explicit RK_HOST_DEVICE SharedDivisor(A divisor) : n(divisor) {
     const A large = A(sizeof(A) == 8 ? 0x1p900 : 0x1p100);
     first = n > large ? A(0x1p-64) : n < A(1) / large ? A(0x1p64) : A(1);
-    second = A(1) / (n * first);
+    second = n == A(0) ? A(0) : A(1) / (n * first);
   }
 };
 template <class A>
 RK_HOST_DEVICE A divide_or_zero(A v, SharedDivisor<A> d) {
   const A scaled = v * d.first, quotient = scaled * d.second;
   const A left = fused(-quotient, d.n * d.first, scaled);  // NaN where one of them is infinite
-  return d.n == A(0) ? A(0) : is_nan(left) ? quotient : fused(left, d.second, quotient);
+  const A corrected = fused(left, d.second, quotient);
+  return is_nan(left) ? quotient : corrected;
 }
 RK_HOST_DEVICE float number(float n) { return n; }
 RK_HOST_DEVICE double number(double n) { return n; }

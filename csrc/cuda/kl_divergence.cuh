@@ -91,28 +91,39 @@ template <class A>
 struct KlTotals {
   A value = 0, rest_p = 0, rest_pd = 0, tops = 0, top_d = 0, top = RunningRow<A, false>::kNone;
 
-  // kCount of one vector's classes, whose logits are a and b.  Few hold a first choice.
-  template <int kFirst, int kCount, class Vector>
-  __device__ __forceinline__ void add(const KlScale<A>& z, const Vector& a, const Vector& b, A max, bool has_any) {
-    A p[kCount], d[kCount], sum = 0, sum_p = 0, sum_pd = 0;
+  // One vector's classes, whose logits are a and b.  Few vectors hold a first choice; those are gone through again.
+  template <class ShareOfRow, class S>
+  __device__ __forceinline__ void add(const KlScale<A>& z, const typename ShareOfRow::Vector& a,
+                                      const typename ShareOfRow::Vector& b, A max, const ShareOfRow& share, int i,
+                                      const S* p_logits, const S* q_logits) {
+    A sum = 0, sum_p = 0, sum_pd = 0;
     bool has_top = false;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const KlClass<A> x(z, a[kFirst + j], b[kFirst + j], A(1));  // not small: what is left of the term is q
+    for (int j = 0; j < ShareOfRow::V; ++j) {
+      const KlClass<A> x(z, a[j], b[j], A(1));  // not small: what is left of the term is q
       sum += kl_term(x.p, x.q, x.d);
-      p[j] = x.p, d[j] = x.d;
-      has_top |= a[kFirst + j] == max;
+      sum_p += x.p;
+      sum_pd += x.p * x.d;
+      has_top |= a[j] == max;
     }
-    if (__builtin_expect(has_top && has_any, false)) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (a[kFirst + j] != max) continue;
-        tops += A(1), top_d += d[j], p[j] = A(0);
-        top = Larger{}(top, d[j]);
+    if (has_top) {
+      sum_p = sum_pd = 0;
+#pragma unroll 1
+      for (int j = 0; j < ShareOfRow::V; ++j) {
+        if (!share.has(i, j)) continue;
+        const std::int64_t at = share.element(i, j);
+        const A a_j = load(p_logits[at]);
+        const KlClass<A> x(z, a_j, load(q_logits[at]), A(1));
+        if (a_j == max) {
+          tops += A(1);
+          top_d += x.d;
+          top = Larger{}(top, x.d);
+        } else {
+          sum_p += x.p;
+          sum_pd += x.p * x.d;
+        }
       }
     }
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) sum_p += p[j], sum_pd += p[j] * d[j];
     value += sum;
     rest_p += sum_p;
     rest_pd += sum_pd;
@@ -134,7 +145,6 @@ __global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
     kl_divergence_kernel(const KlCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
   constexpr int kVectors = kl_vectors<kLayout, S>(Order::kValue), V = Words<S>::kSize;
-  constexpr int kHalf = V < 4 ? V : 4;
   using ShareOfRow = Share<kLayout, S, kVectors>;
   const KeptRounds<S, 2 * kVectors> kept(rounds);
   const A k = c.inverse_t * kLog2E<A>;
@@ -165,10 +175,8 @@ __global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
       else if (round > 0)
         load_round(share);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        totals.template add<0, kHalf>(z, a[i], b[i], of_a.max, share.has(i));
-        if constexpr (V > kHalf) totals.template add<kHalf, V - kHalf>(z, a[i], b[i], of_a.max, share.has(i, kHalf));
-      }
+      for (int i = 0; i < kVectors; ++i)
+        totals.add(z, a[i], b[i], of_a.max, share, i, c.p_logits, c.q_logits);
     }
     totals.join();
     if (threadIdx.x != 0) return;

@@ -71,4 +71,24 @@ __device__ __forceinline__ accumulation_t<S> stored_towards(accumulation_t<S> v,
   }
 }
 
+// The same of a vector.
+template <class S>
+__device__ __forceinline__ Words<S> words_towards(accumulation_t<S> (&v)[Words<S>::kSize],
+                                                  const accumulation_t<S> (&x)[Words<S>::kSize]) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // of each, the upper half
+      const std::uint32_t low = __float_as_uint(v[2 * i]) + (v[2 * i] < x[2 * i] ? 0xffffu : 0u);
+      const std::uint32_t high = __float_as_uint(v[2 * i + 1]) + (v[2 * i + 1] < x[2 * i + 1] ? 0xffffu : 0u);
+      words[i] = low >> 16 | (high & 0xffff0000u);
+    }
+    return {make_uint4(words[0], words[1], words[2], words[3])};
+  } else {
+#pragma unroll
+    for (int k = 0; k < Words<S>::kSize; ++k) v[k] = stored_towards<S>(v[k], x[k]);
+    return Words<S>::of(v);
+  }
+}
+
 }  // namespace rk::cuda

@@ -19,6 +19,13 @@ template <class A>
 RK_HOST_DEVICE A clamp(A v, A low, A high) {
   return v < low ? low : (v > high ? high : v);  // NaN stays
 }
+#if defined(__CUDA_ARCH__)
+template <>
+RK_HOST_DEVICE float clamp(float v, float low, float high) {
+  asm("max.NaN.f32 %0, %0, %1;\n\tmin.NaN.f32 %0, %0, %2;" : "+f"(v) : "f"(low), "f"(high));
+  return v;
+}
+#endif
 
 template <class A>
 RK_HOST_DEVICE A without_nan(A g) {
@@ -70,10 +77,11 @@ struct L2Step {
   }
 };
 
-// `along` holds the scale of g already.
+// `along` holds the scale of g already; where it is zero, g may be infinite.
 template <class A>
 RK_HOST_DEVICE A l2_step(A adversary, A x, A g, L2Step<A> s) {
-  const A moved = s.along != A(0) ? adversary + s.along * without_nan(g) : adversary;
+  const A largest = s.along != A(0) ? Limits<A>::largest : A(0);
+  const A moved = adversary + s.along * (absolute(g) <= largest ? g : A(0));
   return clamp(s.shrink < A(1) ? x + s.shrink * (moved - x) : moved, A(0), A(1));
 }
 

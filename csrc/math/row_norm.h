@@ -37,7 +37,7 @@ struct SharedDivisor {
     second = n == A(0) ? A(0) : A(1) / (n * first);
   }
 };
-// v / n of a number that is no larger than n, in size.
+// v / n of a finite number; the quotient of an infinite one is NaN.
 template <class A>
 RK_HOST_DEVICE A part_or_zero(A v, SharedDivisor<A> d) {
   const A scaled = v * d.first, quotient = scaled * d.second;
@@ -105,7 +105,7 @@ struct RowNorm<Norm::kL2, A> {
   }
   template <class N, class P>
   static RK_HOST_DEVICE A bend(A a, A v, A s, N n, P) {
-    return divide_or_zero(v - part_or_zero(a, n) * s, n);
+    return part_or_zero(v - part_or_zero(a, n) * s, n);
   }
 };
 

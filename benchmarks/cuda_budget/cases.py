@@ -28,9 +28,10 @@ class Kernel:
     times: tuple[int, ...] = ()  # how often each sweep is made, if they are found one by one
     again: int = 0  # of the tensors read, those that the kernel before it has read or written
     backwards: bool = False  # goes over them from the end, where L2 still holds them
-    held: int = 0  # bytes of a row that a thread has in registers from one sweep to the next; shared memory adds to them
+    held: int = 0  # bytes of a row that a thread still has in registers for a later sweep, besides shared memory
     rounds: int = 0  # of a small kernel, which moves no tensors: loads that wait for each other
     floor: str = ""  # why its arithmetic cannot keep up with memory, if it cannot
+    needs: float = 0.0  # instructions that the formula needs for an element of the shape, where a floor is stated
 
 
 @dataclass(frozen=True)

@@ -163,9 +163,8 @@ class Evaluator:
         a, b = self.value(operands[2], state), self.value(operands[3], state)
         parts = one.opcode.split(".")
         joined, decides = self.value(operands[4], state), 0 if "AND" in parts else 1
-        if operands[4].lstrip("U") != "PT":  # together with what is known of another comparison
-            if joined == decides or joined is None:
-                return joined
+        if operands[4].lstrip("U") != "PT" and joined in (decides, None):  # with what is known of another comparison
+            return joined
         if a is None or b is None or parts[1] not in _COMPARE:
             return None
         if "U32" not in parts:

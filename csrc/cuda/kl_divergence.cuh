@@ -175,8 +175,7 @@ __global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
       else if (round > 0)
         load_round(share);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i)
-        totals.add(z, a[i], b[i], of_a.max, share, i, c.p_logits, c.q_logits);
+      for (int i = 0; i < kVectors; ++i) totals.add(z, a[i], b[i], of_a.max, share, i, c.p_logits, c.q_logits);
     }
     totals.join();
     if (threadIdx.x != 0) return;
@@ -323,9 +322,8 @@ cudaError_t launch_kl_as(Order order, const KlCall<S>& c, cudaStream_t stream) {
 
 template <class S>
 cudaError_t launch_kl_divergence(Order order, const KlCall<S>& c, cudaStream_t stream) {
-  const Layout layout =
-      layout_of_rows<S>(c.classes, c.classes, c.p_logits, c.q_logits, c.u, c.v, static_cast<const S*>(c.grad_p),
-                        static_cast<const S*>(c.grad_q));
+  const Layout layout = layout_of_rows<S>(c.classes, c.classes, c.p_logits, c.q_logits, c.u, c.v,
+                                          static_cast<const S*>(c.grad_p), static_cast<const S*>(c.grad_q));
   return with_layout<S>(layout, [&](auto known) {
     constexpr Layout kLayout = known;
     return launch_kl_as<kLayout>(order, c, stream);

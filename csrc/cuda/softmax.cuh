@@ -157,12 +157,13 @@ __global__ void __launch_bounds__(256) softmax_double_backward_columns_kernel(co
 
 template <bool kLog, class S>
 cudaError_t launch_softmax_rows(const SoftmaxCall<S>& c, cudaStream_t stream) {
-  const Layout layout =
-      layout_of_rows<S>(c.classes, c.classes, c.u, c.grad, c.output, c.gg_grad, c.grad_output);
+  const Layout layout = layout_of_rows<S>(c.classes, c.classes, c.u, c.grad, c.output, c.gg_grad, c.grad_output);
   return with_layout<S>(layout, [&](auto known) {
     constexpr Layout kLayout = known;
-    const auto g = rows_geometry<kLayout, S>(c.batch, c.classes, round_vectors<kLayout, S>(kSoftmaxVectors), kSoftmaxInputs, true);
-    return launch(softmax_double_backward_rows_kernel<kLog, kLayout, S>, g.grid, g.block, g.shared, stream, c, g.rounds);
+    const auto g =
+        rows_geometry<kLayout, S>(c.batch, c.classes, round_vectors<kLayout, S>(kSoftmaxVectors), kSoftmaxInputs, true);
+    return launch(softmax_double_backward_rows_kernel<kLog, kLayout, S>, g.grid, g.block, g.shared, stream, c,
+                  g.rounds);
   });
 }
 

@@ -25,8 +25,8 @@ enum class Target { kIndex, kSmoothedIndex, kProbabilities };
 // where probabilities, or single elements of two inputs, need registers of their own.
 template <Target kTarget, Layout kLayout, class S>
 constexpr int cross_entropy_vectors(Order order) {
-  const bool few = kTarget == Target::kProbabilities ||
-                   (order == Order::kDoubleBackward && kLayout == Layout::kElements);
+  const bool few =
+      kTarget == Target::kProbabilities || (order == Order::kDoubleBackward && kLayout == Layout::kElements);
   return round_vectors<kLayout, S>(few ? 2 : order == Order::kValue && sizeof(S) == 4 ? 8 : 4);
 }
 template <Target kTarget, Layout kLayout, class S, Order kOrder>
@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
     const S *const z = c.logits + row * c.logits_stride, *const u = c.u + row * c.u_stride;
     S* const out = c.out + row * c.classes;
     const RowSoftmax<A> p(c, row);
-    const A grad = c.grad[row], inverse_t = c.inverse_t, total_q = target.template total_q<ShareOfRow>(c.classes, rounds);
+    const A grad = c.grad[row], inverse_t = c.inverse_t,
+            total_q = target.template total_q<ShareOfRow>(c.classes, rounds);
     typename ShareOfRow::Vector x[ShareOfRow::kCount], y[ShareOfRow::kCount];
     const auto load_round = [&](const ShareOfRow& share) {
       // Past the end of a row stand logits of probability zero: 0, against a maximum far below, would be infinite.
@@ -323,7 +324,8 @@ template <Target kTarget, Layout kLayout, class S>
 cudaError_t launch_cross_entropy_as(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
   constexpr Target kOfBackward = kTarget == Target::kSmoothedIndex ? Target::kIndex : kTarget;  // the same there
   const bool twice = order == Order::kDoubleBackward;
-  const auto g = rows_geometry<kLayout, S>(c.rows, c.classes, cross_entropy_vectors<kTarget, kLayout, S>(order), twice ? 2 : 1, twice);
+  const auto g = rows_geometry<kLayout, S>(c.rows, c.classes, cross_entropy_vectors<kTarget, kLayout, S>(order),
+                                           twice ? 2 : 1, twice);
   const auto with = [&](auto kernel) { return launch(kernel, g.grid, g.block, g.shared, stream, c, g.rounds); };
   switch (order) {
     case Order::kValue: return with(softmax_cross_entropy_kernel<kTarget, kLayout, S>);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def case_of(name, sweeps=(((1, 1),),), moves=(1, 1), tensors=2, floor="", **more
 
 
 def launch_of(code, blocks=16384, parameters=b""):
-    return Launch(code.name, blocks, 256, 0, parameters)
+    return Launch(code.name, blocks, 256, (256, 1, 1, blocks, 1, 1), 0, parameters)
 
 
 def test_fields_of_an_instruction():
@@ -71,7 +72,7 @@ def test_what_arguments_decide():
     code = kernel("optional")
     for pointer, tensors in ((0, 1), (0x7F0000000010, 2)):
         parameters = struct.pack("<QQQI", 0x7F0000000000, pointer, 0x7F0000000020, 2**20)
-        evaluator = Evaluator(code, parameters, 256, 64)
+        evaluator = Evaluator(code, parameters, (256, 1, 1, 64, 1, 1))
         flow = flow_of(code, lambda blocks, evaluator=evaluator: decide(blocks, evaluator))
         reachable = [i for loop in flow.loops for i in loop.body]
         loads = [one for i in reachable for one in flow.blocks[i].instructions if one.is_global_load]
@@ -88,8 +89,41 @@ def test_good_kernel_holds_and_bad_kernel_fails():
     assert bad.share < 0.5 and not bad.passed
     assert report.row_of(bad)["verdict"] == "FAILS"
     assert report.row_of(bad)["loads / stores"] == "1x16 / 1x16"
-    excused = read(*case_of("good_kernel", floor="exp"), launch_of(kernel("bad")), kernel("bad"))
-    assert excused.passed and report.row_of(excused)["verdict"] == "floor"
+
+
+def test_a_floor_needs_its_count():
+    def bad(**more):
+        return read(*case_of("good_kernel", **more), launch_of(kernel("bad")), kernel("bad"))
+
+    share = bad().share
+    needs = 1000 * bad(floor="exp", needs=1000).most / share  # of which the kernel's share is all that they allow
+    assert not bad(floor="exp").passed
+    assert not bad(floor="exp", needs=0.8 * needs).passed
+    excused = bad(floor="exp", needs=0.9 * needs)
+    assert excused.share < TARGET and excused.passed and report.row_of(excused)["verdict"] == "floor"
+
+
+def test_what_a_block_holds_is_not_loaded_again():
+    case, stated = case_of("good_kernel", held=32)
+    case = dataclasses.replace(case, row=2**13)
+    reading = read(case, stated, launch_of(kernel("good"), blocks=2**13), kernel("good"))
+    assert reading.warps_of_row == 8
+    assert reading.held == pytest.approx(8 * 32 * 32 / (2**13 * 2))
+    kept = dataclasses.replace(reading.launch, shared=2**20)
+    assert dataclasses.replace(reading, launch=kept).held == 1
+    assert dataclasses.replace(reading, stated=dataclasses.replace(stated, held=0)).held == 0
+
+
+def test_known_numbers_decide_comparisons():
+    evaluator = Evaluator(kernel("good"), b"", (32, 4, 1, 10, 1, 1))
+    state = {"R1": 3}
+    for text in ("LDC R2, c[0x0][RZ]", "LDC R3, c[0x0][0x4]", "IADD3 R4, R2, -R3, R1", "VIADD R5, R4, 0xffffffff"):
+        evaluator.step(instruction(text), state)
+    assert [state[name] for name in ("R2", "R3", "R4", "R5")] == [32, 4, 31, 30]
+    evaluator.step(instruction("ISETP.GE.AND P0, PT, R5, 0x1f, PT"), state)
+    evaluator.step(instruction("ISETP.LT.OR P1, PT, R5, 0x1f, P0"), state)
+    evaluator.step(instruction("ISETP.GT.AND P2, PT, R9, 0x0, P0"), state)
+    assert (state["P0"], state["P1"], state["P2"]) == (0, 1, 0)
 
 
 def test_words_that_do_not_fit_are_refused():

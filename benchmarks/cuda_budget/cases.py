@@ -28,8 +28,10 @@ class Kernel:
     times: tuple[int, ...] = ()  # how often each sweep is made, if they are found one by one
     again: int = 0  # of the tensors read, those that the kernel before it has read or written
     backwards: bool = False  # goes over them from the end, where L2 still holds them
+    held: int = 0  # bytes of a row that a thread still has in registers for a later sweep, besides shared memory
     rounds: int = 0  # of a small kernel, which moves no tensors: loads that wait for each other
     floor: str = ""  # why its arithmetic cannot keep up with memory, if it cannot
+    needs: float = 0.0  # instructions that the formula needs for an element of the shape, where a floor is stated
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def softmax(shape: tuple[int, int], dtype: str) -> None:
             x, empty((*shape, 1), dtype), empty((*shape, 1), dtype), False, True, True
         )
 
-    kernels = (Kernel("softmax_double_backward", (3, 2), two_sweeps(3, 2)),)
+    kernels = (Kernel("softmax_double_backward", (3, 2), two_sweeps(3, 2), held=32 * 3),)
     add(Case(f"softmax {text(shape)} {dtype}", "softmax", dtype, shape, 5, kernels, call, shape[1]))
 
 
@@ -180,7 +182,7 @@ def cross_entropy(shape: tuple[int, int], dtype: str) -> None:
     for order, call, tensors, kernel in (
         ("value", value, 1, Kernel(f"{stem}_kernel", (1, 0), (((1, 0), (1, 0)), ((1, 0),)))),
         ("backward", backward, 2, Kernel(f"{stem}_backward", (1, 1), (((1, 1),),))),
-        ("double", double, 3, Kernel(f"{stem}_double_backward", (2, 1), two_sweeps(2, 1))),
+        ("double", double, 3, Kernel(f"{stem}_double_backward", (2, 1), two_sweeps(2, 1), held=64 * 2)),
     ):
         add(Case(f"{stem} {order} {text(shape)} {dtype}", stem, dtype, shape, tensors, (kernel,), call, classes))
 
@@ -196,22 +198,21 @@ def kl(shape: tuple[int, int], dtype: str) -> None:
 
     def backward() -> object:
         return torch.ops.robustkern.kl_divergence_backward(
-            empty((rows,)), *tensors(2), empty((rows, 5)), 1.0, True, True
+            empty((rows,)), *tensors(2), empty((rows, 6)), 1.0, True, True
         )
 
     def double() -> object:
         return torch.ops.robustkern.kl_divergence_double_backward(
-            *tensors(2), empty((rows,)), *tensors(2), empty((rows, 5)), 1.0, True, True
+            *tensors(2), empty((rows,)), *tensors(2), empty((rows, 6)), 1.0, True, True
         )
 
-    stem, one, two, four = "kl_divergence", (1, 0), (2, 0), (4, 0)
-    values = ((one, one, one, one, two), (two, two, two), (two, two))
-    slopes = ((two, (4, 2)), (two, (2, 2)), (two, (0, 2)))
-    bends = ((four, four, (4, 2)), (four, (3, 0), (4, 2)), (four, (4, 2)), (four, (0, 2)), (two, two, (4, 2)))
+    stem, two = "kl_divergence", (2, 0)
+    values = ((two, two), (two,))
+    bends = two_sweeps(4, 2)
     for order, call, count, kernel in (
-        ("value", value, 2, Kernel(f"{stem}_kernel", (2, 0), values)),
-        ("backward", backward, 4, Kernel(f"{stem}_backward", (2, 2), slopes, parts=((2, 1),))),
-        ("double", double, 6, Kernel(f"{stem}_double_backward", (4, 2), bends, parts=((2, 1),))),
+        ("value", value, 2, Kernel(f"{stem}_kernel", (2, 0), values, held=32 * 2)),
+        ("backward", backward, 4, Kernel(f"{stem}_backward", (2, 2), (((2, 2),),))),
+        ("double", double, 6, Kernel(f"{stem}_double_backward", (4, 2), bends, held=32 * 4)),
     ):
         add(Case(f"{stem} {order} {text(shape)} {dtype}", stem, dtype, shape, count, (kernel,), call, shape[1]))
 

@@ -15,7 +15,7 @@ from .sass import Instruction, Kernel
 
 PARAMETERS = 0x210
 State = dict[str, int]  # registers and predicates whose value is known
-_CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
+_CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+|RZ)\]")
 _REGISTER = re.compile(r"^U?R\d+$")
 _PREDICATE = re.compile(r"^U?P\d$")
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -31,6 +31,10 @@ def operands_of(one: Instruction) -> list[str]:
     return [part.strip() for part in rest[1].split(",")] if len(rest) > 1 else []
 
 
+def offset_of(text: str) -> int:
+    return 0 if text == "RZ" else int(text, 16)
+
+
 def after(register: str, count: int) -> list[str]:
     """A register and those that follow it."""
     found = re.match(r"(U?R)(\d+)$", register)
@@ -40,10 +44,9 @@ def after(register: str, count: int) -> list[str]:
 class Evaluator:
     """Follows known values through instructions."""
 
-    def __init__(self, kernel: Kernel, parameters: bytes, block: int, grid: int) -> None:
+    def __init__(self, kernel: Kernel, parameters: bytes, sizes: tuple[int, ...]) -> None:
         memory = bytearray(PARAMETERS + len(parameters) + 16)
-        memory[0:4] = struct.pack("<I", block)
-        memory[12:16] = struct.pack("<I", grid & MASK)
+        memory[0:24] = struct.pack("<6I", *sizes)
         memory[PARAMETERS : PARAMETERS + len(parameters)] = parameters
         self.memory = bytes(memory)
         self.end = PARAMETERS + len(parameters)
@@ -59,7 +62,7 @@ class Evaluator:
         }
 
     def word(self, offset: int) -> int | None:
-        known = offset in (0, 12) or PARAMETERS <= offset <= self.end - 4
+        known = 0 <= offset <= 20 or PARAMETERS <= offset <= self.end - 4
         return struct.unpack_from("<I", self.memory, offset)[0] if known else None
 
     def value(self, operand: str, state: State) -> int | None:
@@ -74,7 +77,7 @@ class Evaluator:
             inner = state.get(operand[1:])
             return None if inner is None else 1 - inner
         if found := _CONSTANT.fullmatch(operand):
-            return self.word(int(found[1], 16))
+            return self.word(offset_of(found[1]))
         if re.fullmatch(r"-?0x[0-9a-f]+", operand):
             return int(operand, 16) & MASK
         return state.get(operand)
@@ -118,9 +121,9 @@ class Evaluator:
         operands = operands_of(one)
         if one.base in ("LDC", "ULDC") and "U8" not in one.opcode and (found := _CONSTANT.fullmatch(operands[1])):
             names = after(operands[0], 2 if ".64" in one.opcode else 1)
-            return {name: self.word(int(found[1], 16) + 4 * i) for i, name in enumerate(names)}
+            return {name: self.word(offset_of(found[1]) + 4 * i) for i, name in enumerate(names)}
         if one.base in ("LDC", "ULDC") and (found := _CONSTANT.fullmatch(operands[1])):
-            offset = int(found[1], 16)
+            offset = offset_of(found[1])
             return {operands[0]: self.memory[offset] if PARAMETERS <= offset < self.end else None}
         if one.base in ("MOV", "UMOV"):
             return {operands[0]: self.value(operands[1], state)}
@@ -137,14 +140,32 @@ class Evaluator:
         if one.opcode in ("SHF.R.U32.HI", "USHF.R.U32.HI") and operands[1] in ("RZ", "URZ"):
             size, by = self.value(operands[3], state), self.value(operands[2], state)
             return {operands[0]: None if size is None or by is None else size >> by}
+        if one.base in ("VIADD", "IADD3", "UIADD3") and "X" not in one.opcode.split("."):
+            terms = [self.term(o, state) for o in operands[1:] if not _PREDICATE.match(o)]
+            return {operands[0]: None if None in terms else sum(t for t in terms if t is not None) & MASK}
+        if one.opcode == "IMAD.IADD" and operands[2] == "0x1":
+            terms = [self.term(operands[1], state), self.term(operands[3], state)]
+            return {operands[0]: None if None in terms else sum(t for t in terms if t is not None) & MASK}
         if one.base in ("LOP3", "ULOP3"):
             return self.logic(operands, state)
         return {}
 
+    def term(self, operand: str, state: State) -> int | None:
+        """Of a sum, where a register may be subtracted."""
+        if re.match(r"-U?R", operand):
+            value = self.value(operand[1:], state)
+            return None if value is None else -value
+        if re.fullmatch(r"-?0x[0-9a-f]+", operand):
+            return int(operand, 16)
+        return self.value(operand, state)
+
     def compare(self, one: Instruction, operands: list[str], state: State) -> int | None:
         a, b = self.value(operands[2], state), self.value(operands[3], state)
         parts = one.opcode.split(".")
-        if a is None or b is None or parts[1] not in _COMPARE or operands[4] != ("UPT" if one.base[0] == "U" else "PT"):
+        joined, decides = self.value(operands[4], state), 0 if "AND" in parts else 1
+        if operands[4].lstrip("U") != "PT" and joined in (decides, None):  # with what is known of another comparison
+            return joined
+        if a is None or b is None or parts[1] not in _COMPARE:
             return None
         if "U32" not in parts:
             a, b = (n - 2**32 if n >> 31 else n for n in (a, b))

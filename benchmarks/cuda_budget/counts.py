@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 from . import machine
 from .accesses import accesses_of, address_of
-from .path import Way
+from .path import DOUBLE, Way
 from .sass import Instruction
 
 _SPECIAL = ("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO")
-_DOUBLE = ("DADD", "DFMA", "DMUL", "DSETP")
 _SHARED = ("LDS", "STS", "ATOMS", "SHFL")
 
 
@@ -59,7 +58,7 @@ class Counts:
         self.divisions += one.opcode.startswith("MUFU.RCP") or one.base == "CALL"
         if one.base in _SPECIAL:
             self.special += share
-        elif one.base in _DOUBLE:
+        elif one.base in DOUBLE:
             self.double += share
         elif one.base == "BAR":
             self.barriers += 1

@@ -59,6 +59,14 @@ class Reading:
         return min(self.warps, share) if share else self.warps if together else 1
 
     @property
+    def held(self) -> float:
+        """Of a row, what a later sweep finds in registers and shared memory."""
+        threads = 32 * self.warps_of_row
+        there = threads * self.stated.held + self.launch.shared * threads / self.launch.block
+        row = self.case.row * self.case.element_bytes * self.stated.moves[0]
+        return min(1.0, there / row) if self.stated.held and row else 0.0
+
+    @property
     def tensor_bytes(self) -> float:
         return self.case.tensor_bytes * self.portion
 
@@ -106,8 +114,17 @@ class Reading:
         return max(c.in_flight for c in self.counts) * self.launch.block * self.resident
 
     @property
+    def most(self) -> float:
+        """The share of a copy that the formula's own instructions allow."""
+        if not self.stated.floor or not self.stated.needs:
+            return 1.0
+        warps = self.tensor_bytes / self.case.element_bytes / 32  # of one element each
+        floor = self.stated.needs * warps / machine.SCHEDULERS / machine.ISSUE
+        return min(1.0, self.bytes / machine.BYTES_A_CYCLE / floor)
+
+    @property
     def passed(self) -> bool:
-        return self.share >= TARGET or bool(self.stated.floor)
+        return self.share >= TARGET * self.most
 
     def seconds(self, held: float) -> float:
         """Of this launch, its bytes less those that L2 holds."""
@@ -128,12 +145,17 @@ def length_of(instructions: list[Instruction]) -> tuple[int, float]:
     return len(instructions), simulate(instructions, 0, set(), 0)[0]
 
 
-def find_ways(stated: Kernel, flow: Flow, element_bytes: int) -> list[Way]:
-    """The whole, or the sweeps one by one where they are loops of their own in other loops."""
+def find_ways(stated: Kernel, flow: Flow, element_bytes: int, held: bool) -> list[Way]:
+    """The whole, or the sweeps one by one where they are loops of their own in other loops.
+
+    Of a row that is held, a later sweep loads nothing, if the case knows such a way.
+    """
     widths = (16, 8, 2, 4) if element_bytes == 2 else (16, 8, 4)
-    if not stated.times and (whole := main_loop(flow, stated.sweeps, stated.inner, stated.parts, widths)):
+    ways = [sweeps for sweeps in stated.sweeps if len(sweeps) > 1 and not any(read for read, _ in sweeps[1:])]
+    alternatives = ways if held and ways else stated.sweeps
+    if not stated.times and (whole := main_loop(flow, alternatives, stated.inner, stated.parts, widths)):
         return [whole]
-    for sweeps in stated.sweeps:
+    for sweeps in alternatives:
         found = [main_loop(flow, [(sweep,)], stated.inner, widths=widths) for sweep in sweeps]
         if all(found):
             return [way for way in found if way]
@@ -145,11 +167,11 @@ def reloaded(reading: Reading) -> tuple[float, float]:
     case, stated = reading.case, reading.stated
     loads = sum(way.sweeps[i][0] * time for way, i, time in sweeps_of(reading)) - stated.moves[0]
     of_block = case.row * case.element_bytes * stated.moves[0] or reading.tensor_bytes
-    of_sm = of_block * reading.resident * reading.warps // reading.warps_of_row
+    of_sm = (1 - reading.held) * of_block * reading.resident * reading.warps // reading.warps_of_row
     of_all = min(of_sm * machine.SMS, reading.tensor_bytes * stated.moves[0])
-    if loads <= 0 or of_sm <= machine.L1:
+    if loads <= 0 or of_sm <= machine.L1 - reading.launch.shared * reading.resident:
         return 0.0, 0.0
-    again = loads * reading.tensor_bytes
+    again = (1 - reading.held) * loads * reading.tensor_bytes
     return again, again * max(0.0, 1 - machine.L2 / of_all)
 
 
@@ -164,9 +186,9 @@ def sweeps_of(reading: Reading) -> list[tuple[Way, int, int]]:
 def read(case: Case, stated: Kernel, launch: Launch, code: Code, portion: float = 1.0) -> Reading:
     reading = Reading(case, stated, launch, code, portion=portion)
     reading.resident = machine.resident_blocks(launch.block, code.registers, code.shared + launch.shared)
-    evaluator = Evaluator(code, launch.parameters, launch.block, launch.grid)
+    evaluator = Evaluator(code, launch.parameters, launch.sizes)
     flow = flow_of(code, lambda blocks: decide(blocks, evaluator))
-    reading.ways = find_ways(stated, flow, case.element_bytes)
+    reading.ways = find_ways(stated, flow, case.element_bytes, reading.held == 1)
     if not reading.ways:
         raise Unread(f"no way through {code.name} moves what the case says: {stated.sweeps}")
     total = reading.thread
@@ -176,7 +198,8 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code, portion: float 
     for number, way in enumerate(reading.ways):
         swept = any(step.loop is not None for step in way.steps)
         units = reading.tensor_bytes / way.width  # of one tensor
-        passes, trips = units / (32 * way.vectors * warps), 1.0
+        rows = reading.tensor_bytes / (case.row * case.element_bytes) if case.row else 0.0
+        passes, trips = max(units / (32 * way.vectors * warps), rows * reading.warps_of_row / warps), 1.0
         if swept:
             row = max(1.0, case.row * case.element_bytes / way.width)
             of_row = reading.warps_of_row

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .accesses import accesses_of
-from .flow import Flow, Loop
+from .flow import Flow, Loop, dominators
 from .sass import Instruction
 
 Moves = tuple[int, int]  # vectors loaded and stored
 MOST = 48  # vectors that a way may load or store
 SWEEP = 1e7  # what counts for a way that goes over a row in a loop, not in the few vectors at an end of it
-AVOIDED = 1000  # what an instruction counts against a way that calls a subroutine, or goes over single elements
+AVOIDED = 1000  # what an instruction counts against a way that calls a subroutine, goes over single elements, or
+# calculates in double, as no kernel for narrower numbers does but for a row whose squares leave the range
+DOUBLE = ("DADD", "DFMA", "DMUL", "DSETP")
 Chain = tuple  # (chain before or None, block) or (chain before, (chain of an inner loop, loop, unrolled))
 
 
@@ -79,6 +81,7 @@ class Search:
         self.accesses = [accesses_of(block.instructions, width, flow.never) for block in flow.blocks]
         self.events = [list(self.events_of(i)) for i in range(len(flow.blocks))]
         self.wide = [any(event != "join" for event in events) for events in self.events]
+        self.above, self.ends = dominators(flow.blocks), self.ends_of_kernel()
         self.gains = self.gains_of_blocks()
         self.tables: dict[int, dict[Moves, tuple[float, Chain]]] = {}
 
@@ -86,16 +89,31 @@ class Search:
         """What each block adds to a way's worth: its instructions, unless it is to be avoided."""
         gains: list[float] = []
         for block in self.flow.blocks:
-            slow = any(one.base == "CALL" for one in block.instructions)
+            slow = any(one.base == "CALL" or one.base in DOUBLE for one in block.instructions)
             gains.append(len(block.instructions) * (-AVOIDED if slow else 1))
         if self.split:  # whole vectors if there is a choice
             gains = [gain - AVOIDED * len(found.split) for gain, found in zip(gains, self.accesses)]
         for loop in self.flow.loops:
             body = [self.flow.blocks[i].instructions for i in loop.body]
             if not any(self.wide[i] for i in loop.body) and any(one.is_global for part in body for one in part):
-                for i in loop.body:
+                for i in loop.body | self.only_before(loop):
                     gains[i] = -AVOIDED * len(self.flow.blocks[i].instructions)
         return gains
+
+    def only_before(self, loop: Loop) -> set[int]:
+        """The block that decides whether a loop is entered at all, if a whole call can do without it."""
+        above = [b for b in self.above[loop.header] - loop.body if len(self.flow.blocks[b].next) > 1]
+        if not above:
+            return set()
+        last = max(above, key=lambda block: len(self.above[block]))
+        pending = [i for i, wide in enumerate(self.wide) if wide and i != last]
+        reached = set(pending)
+        while pending:
+            for successor in self.flow.blocks[pending.pop()].next:
+                if successor != last and successor not in reached:
+                    reached.add(successor)
+                    pending.append(successor)
+        return {last} if reached & self.ends else set()
 
     def gain(self, block: int, sign: int) -> float:
         return self.gains[block] if self.gains[block] < 0 else sign * self.gains[block]
@@ -237,7 +255,7 @@ class Search:
     def exits(self, loop: Loop) -> list[int]:
         return list(dict.fromkeys(t for b in sorted(loop.body) for t in self.flow.blocks[b].next if t not in loop.body))
 
-    def ends(self) -> set[int]:
+    def ends_of_kernel(self) -> set[int]:
         """Blocks at whose end a thread may be done."""
         last = [(i, block.instructions[-1]) for i, block in enumerate(self.flow.blocks)]
         return {i for i, one in last if one.base == "EXIT" and one.address not in self.flow.never}
@@ -250,7 +268,7 @@ class Search:
         return self.best_of(index, 1)
 
     def best_of(self, index: int | None, sign: int) -> tuple[int, Chain] | None:
-        found: list[tuple[float, int, Chain]] = []
+        found: list[tuple[tuple[int, float], int, Chain]] = []
         region = None if index is None else self.flow.loops[index]
         for state, (worth, chain) in self.walk(region, index, True, sign).items():
             if state[0] < len(self.sweeps):
@@ -261,7 +279,8 @@ class Search:
             elif state[1] or state[2]:
                 continue
             if state[0] == len(self.sweeps):
-                found.append((worth / state[3], state[3], chain))
+                whole = state[3] if region is None or sign > 0 else 1  # vectors that a large call does not leave out
+                found.append(((whole, worth / state[3]), state[3], chain))
         best = max(found, key=lambda entry: entry[0], default=None)
         return best and best[1:]
 
@@ -289,7 +308,7 @@ class Search:
         before, after = [], []
         if loop:
             before = shortest(self.flow, 0, {loop.header}) or []
-            ways = [shortest(self.flow, block, self.ends(), whole=True) for block in self.exits(loop)]
+            ways = [shortest(self.flow, block, self.ends, whole=True) for block in self.exits(loop)]
             after = min((way for way in ways if way is not None), key=length, default=[])
         return cost, Way(steps, vectors, self.sweeps, self.width, loop, self.flow.never, before, after)
 

@@ -27,6 +27,7 @@ class Launch:
     kernel: str  # mangled
     grid: int  # blocks
     block: int  # threads
+    sizes: tuple[int, ...]  # of a block and of the grid, in x, y and z each
     shared: int  # dynamic bytes
     parameters: bytes
 
@@ -34,7 +35,8 @@ class Launch:
     def parse(cls, line: str) -> Launch:
         kernel, *numbers, parameters = line.split(" ")
         gx, gy, gz, bx, by, bz, shared = map(int, numbers)
-        return cls(kernel, gx * gy * gz, bx * by * bz, shared, bytes.fromhex(parameters))
+        sizes = bx, by, bz, gx, gy, gz
+        return cls(kernel, gx * gy * gz, bx * by * bz, sizes, shared, bytes.fromhex(parameters))
 
 
 def build(stems: list[str]) -> Path:

@@ -75,6 +75,7 @@ struct KlTile {
             statistics[2 * kTileRows + k],
             statistics[3 * kTileRows + k],
             statistics[4 * kTileRows + k],
+            statistics[5 * kTileRows + k],
             inverse_t};
   }
 };
@@ -108,7 +109,7 @@ RK_HOST_DEVICE void kl_tile_measure(const A* z, int64_t classes, A inverse_t, A*
 template <class A>
 RK_MULTIVERSION void kl_tile_value(KlTile<A>& w) {
   const A least = -std::numeric_limits<A>::infinity();
-  A inverse_p[kTileRows], inverse_q[kTileRows], sum[kTileRows] = {}, top[kTileRows];
+  A inverse_p[kTileRows], inverse_q[kTileRows], sum[kTileRows] = {}, mean_e[kTileRows] = {}, top[kTileRows];
   kl_tile_measure(w.a, w.classes, w.inverse_t, w.statistics, w.statistics + kTileRows, w.u, inverse_p);
   kl_tile_measure(w.b, w.classes, w.inverse_t, w.statistics + 2 * kTileRows, w.statistics + 3 * kTileRows, w.v,
                   inverse_q);
@@ -123,8 +124,10 @@ RK_MULTIVERSION void kl_tile_value(KlTile<A>& w) {
   });
   // A loop of its own: with the choices of KlPoint and kl_term in one, GCC finds no vectors.
   for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA { sum[k] += kl_term(w.u[i], w.v[i], w.d[i]); });
+  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA { mean_e[k] += w.u[i] * (w.d[i] - top[k]); });
   for (int k = 0; k < kTileRows; ++k) {
     w.statistics[4 * kTileRows + k] = top[k];
+    w.statistics[5 * kTileRows + k] = mean_e[k];
     w.per_row[k] = sum[k];
   }
 }
@@ -132,27 +135,18 @@ RK_MULTIVERSION void kl_tile_value(KlTile<A>& w) {
 // a, b = grad_p, grad_q; b only if kQ, which saves an exponential
 template <bool kQ, class A>
 RK_MULTIVERSION void kl_tile_backward(KlTile<A>& w) {
-  A mean_e[kTileRows] = {};
   for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
     const KlRow<A> r = w.row(k);
     const KlPoint<A> point(r, w.a[i], w.b[i]);
-    w.a[i] = point.p;
-    if constexpr (kQ) w.b[i] = point.q;
-    const A e = point.d - r.d_top;
-    w.d[i] = e;
-    mean_e[k] += point.p * e;
-  });
-  for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
-    const A p = w.a[i];
-    w.a[i] = w.grad[k] * kl_slope_p(p, w.d[i], mean_e[k], w.inverse_t);
-    if constexpr (kQ) w.b[i] = w.grad[k] * kl_slope_q(p, w.b[i], w.inverse_t);
+    w.a[i] = w.grad[k] * kl_slope_p(point.p, point.d - r.d_top, r.mean_e, w.inverse_t);
+    if constexpr (kQ) w.b[i] = w.grad[k] * kl_slope_q(point.p, point.q, w.inverse_t);
   });
 }
 
 // per_row = gg_grad; a, b = grad_p, grad_q; v is read, and b written, only if kQ
 template <bool kQ, class A>
 RK_MULTIVERSION void kl_tile_double_backward(KlTile<A>& w) {
-  A mean_e[kTileRows] = {}, u_p[kTileRows] = {}, v_q[kTileRows] = {}, v_difference[kTileRows] = {};
+  A u_p[kTileRows] = {}, v_q[kTileRows] = {}, v_difference[kTileRows] = {};
   A cross[kTileRows] = {};
   for_entries(w.classes, [&](int64_t i, int k) RK_INLINE_LAMBDA {
     const KlRow<A> r = w.row(k);
@@ -160,7 +154,6 @@ RK_MULTIVERSION void kl_tile_double_backward(KlTile<A>& w) {
     const A e = point.d - r.d_top;
     w.a[i] = point.p;
     w.d[i] = e;
-    mean_e[k] += point.p * e;
     u_p[k] += point.p * w.u[i];
     if constexpr (kQ) {
       w.b[i] = point.q;
@@ -169,7 +162,7 @@ RK_MULTIVERSION void kl_tile_double_backward(KlTile<A>& w) {
     }
   });
   const auto sums = [&](int k) RK_INLINE_LAMBDA -> KlSums<A> {
-    return {mean_e[k], u_p[k], v_q[k] - v_difference[k], v_q[k], cross[k]};
+    return {w.row(k).mean_e, u_p[k], v_q[k] - v_difference[k], v_q[k], cross[k]};
   };
   for_entries(w.classes,
               [&](int64_t i, int k) RK_INLINE_LAMBDA { cross[k] += kl_cross_term(w.a[i], w.d[i], w.u[i], sums(k)); });
@@ -192,7 +185,7 @@ struct KlArguments {
   int64_t rows, classes;
   double inverse_t;
   const A* grad = nullptr;  // [rows]
-  A* statistics = nullptr;  // [rows, 5]
+  A* statistics = nullptr;  // [rows, kKlStatistics]
   A* per_row = nullptr;     // [rows]
   Output out_p, out_q;      // [rows, classes]
 
@@ -259,12 +252,15 @@ void value_row(const KlArguments<A>& c, int64_t row, Buffers<A>& b) {
     const auto of_top = [=](int64_t j) RK_INLINE_LAMBDA { return kl_is_top(r, a[j]) ? d[j] : least; };
     top = larger(top, vector_max<A>(piece.n, least, of_top));
   });
+  double mean_e = 0;
+  w.sweep([&](int64_t, const KlPiece<A>& piece) { mean_e += kl_mean(piece, top); });
   A* const statistics = c.statistics + kKlStatistics * row;
   statistics[0] = w.r.p_max;
   statistics[1] = w.r.p_log_sum;
   statistics[2] = w.r.q_max;
   statistics[3] = w.r.q_log_sum;
   statistics[4] = top;
+  statistics[5] = A(mean_e);
   c.per_row[row] = A(sum);
 }
 
@@ -272,7 +268,7 @@ template <class A>
 Row<A> measured_row(const KlArguments<A>& c, int64_t row, Buffers<A>& b) {
   Row<A> w(c, b, row);
   const A* const statistics = c.statistics + kKlStatistics * row;
-  w.r = {statistics[0], statistics[1], statistics[2], statistics[3], statistics[4], w.r.inverse_t};
+  w.r = {statistics[0], statistics[1], statistics[2], statistics[3], statistics[4], statistics[5], w.r.inverse_t};
   return w;
 }
 
@@ -289,27 +285,24 @@ void write(const KlArguments<A>& c, Row<A>& w, const F& f) {
 template <class A>
 void backward_row(const KlArguments<A>& c, int64_t row, Buffers<A>& b) {
   Row<A> w = measured_row(c, row, b);
-  double mean_e = 0;
-  w.sweep([&](int64_t, const KlPiece<A>& piece) { mean_e += kl_mean(piece, w.r.d_top); });
   const A grad = c.grad[row];
   write(c, w, [&](const KlPiece<A>& piece, A* grad_p, A* grad_q) {
-    kl_slopes(piece, grad, w.r.d_top, A(mean_e), w.r.inverse_t, grad_p, grad_q);
+    kl_slopes(piece, grad, w.r.d_top, w.r.mean_e, w.r.inverse_t, grad_p, grad_q);
   });
 }
 
 template <class A>
 void double_backward_row(const KlArguments<A>& c, int64_t row, Buffers<A>& b) {
   Row<A> w = measured_row(c, row, b);
-  double mean_e = 0, u_p = 0, v_q = 0, v_difference = 0, cross = 0;
+  double u_p = 0, v_q = 0, v_difference = 0, cross = 0;
   w.sweep([&](int64_t, const KlPiece<A>& piece) {
-    mean_e += kl_mean(piece, w.r.d_top);
     u_p += dot(piece.p, piece.u, piece.n);
     v_q += dot(piece.q, piece.v, piece.n);
     // The difference first, since the two sums nearly agree where the predictions do.
     const A *p = piece.p, *q = piece.q, *v = piece.v;
     v_difference += vector_sum<A>(piece.n, [=](int64_t j) RK_INLINE_LAMBDA { return (q[j] - p[j]) * v[j]; });
   });
-  KlSums<A> sums{A(mean_e), A(u_p), A(v_q - v_difference), A(v_q), A(0)};
+  KlSums<A> sums{w.r.mean_e, A(u_p), A(v_q - v_difference), A(v_q), A(0)};
   w.sweep([&](int64_t, const KlPiece<A>& piece) {
     const A *p = piece.p, *d = piece.d, *u = piece.u, top = w.r.d_top;
     const auto term = [=](int64_t j) RK_INLINE_LAMBDA { return kl_cross_term(p[j], d[j] - top, u[j], sums); };

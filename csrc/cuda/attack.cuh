@@ -32,6 +32,18 @@ struct Slabs {
   static std::int64_t most(std::uint32_t columns) { return 2147483647 / columns; }  // at least 1
 };
 
+// [low, high], 0 <= low, with ends that S stores: what is rounded within them stays there.
+template <class S>
+__device__ __forceinline__ Interval<accumulation_t<S>> stored_ends(Interval<accumulation_t<S>> to) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>)
+    return {__uint_as_float((__float_as_uint(to.low) + 0xffffu) & 0xffff0000u),
+            __uint_as_float(__float_as_uint(to.high) & 0xffff0000u)};
+  else if constexpr (std::is_same_v<S, __half>)
+    return {load(__float2half_ru(to.low)), load(__float2half_rd(to.high))};
+  else
+    return to;
+}
+
 // The nearest number that S stores within [low, high], 0 <= low: the bits of numbers that are not negative count steps.
 template <class S>
 __device__ __forceinline__ accumulation_t<S> stored_between(accumulation_t<S> v, Interval<accumulation_t<S>> to) {
@@ -56,6 +68,26 @@ __device__ __forceinline__ accumulation_t<S> stored_towards(accumulation_t<S> v,
     return __uint_as_float((__float_as_uint(v) + up) & 0xffff0000u);
   } else {
     return stored_between<S>(v, between(v, x));
+  }
+}
+
+// The same of a vector.
+template <class S>
+__device__ __forceinline__ Words<S> words_towards(accumulation_t<S> (&v)[Words<S>::kSize],
+                                                  const accumulation_t<S> (&x)[Words<S>::kSize]) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // of each, the upper half
+      const std::uint32_t low = __float_as_uint(v[2 * i]) + (v[2 * i] < x[2 * i] ? 0xffffu : 0u);
+      const std::uint32_t high = __float_as_uint(v[2 * i + 1]) + (v[2 * i + 1] < x[2 * i + 1] ? 0xffffu : 0u);
+      words[i] = low >> 16 | (high & 0xffff0000u);
+    }
+    return {make_uint4(words[0], words[1], words[2], words[3])};
+  } else {
+#pragma unroll
+    for (int k = 0; k < Words<S>::kSize; ++k) v[k] = stored_towards<S>(v[k], x[k]);
+    return Words<S>::of(v);
   }
 }
 

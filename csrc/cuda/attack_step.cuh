@@ -54,17 +54,22 @@ __global__ void __launch_bounds__(256)
     a[0] = load(c.adversary[at]), x[0] = load(c.x[at]), g[0] = c.grad ? load(c.grad[at]) : A(0);
   }
   const auto move = [&](int k, A eps, A step) {
-    const Interval<A> to = linf_interval(x[k], eps);
-    a[k] = stored_between<S>(linf_step(a[k], g[k], step, to), to);
+    a[k] = linf_step(a[k], g[k], step, stored_ends<S>(linf_interval(x[k], eps)));
   };
   const std::uint32_t row = by_columns.quotient(j), column = j - row * c.columns;
   auto eps = c.eps.at(column), step = c.step.at(column);
   const A scale = c.scale_of(slabs.first_row() + row);
-  A eps_of[V], step_of[V];
-  eps.fill(eps_of);
-  step.fill(step_of);
+  if (eps.left >= V && step.left >= V) {  // a number for all of them
+    const A eps_here = eps.next(), step_here = step.next() * scale;
 #pragma unroll
-  for (int k = 0; k < V; ++k) move(k, eps_of[k], step_of[k] * scale);
+    for (int k = 0; k < V; ++k) move(k, eps_here, step_here);
+  } else {
+    A eps_of[V], step_of[V];
+    eps.fill(eps_of);
+    step.fill(step_of);
+#pragma unroll
+    for (int k = 0; k < V; ++k) move(k, eps_of[k], step_of[k] * scale);
+  }
   if constexpr (kAligned)
     store_words<true>(c.adversary + at, Words<S>::of(a));
   else
@@ -72,10 +77,10 @@ __global__ void __launch_bounds__(256)
 }
 
 // A tile of a row of adversary, x and grad in a block's registers.
-template <class S>
+template <class S, int kVectorsOfEach = 2>
 struct AttackTile {
   using A = accumulation_t<S>;
-  static constexpr int kVectors = 2, V = Words<S>::kSize;
+  static constexpr int kVectors = kVectorsOfEach, V = Words<S>::kSize;
   static constexpr unsigned kMostThreads = 512;
   Held<S, kVectors> adversary, x, grad;
 
@@ -90,7 +95,6 @@ struct AttackTile {
   // f(adversary, x, grad); beyond the row's end all are 0.
   template <class F>
   __device__ __forceinline__ void each(const F& f) {
-    begin_pass();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
 #pragma unroll
@@ -100,17 +104,15 @@ struct AttackTile {
   template <class F>
   __device__ __forceinline__ void rewrite(const AttackStepCall<S>& c, std::int64_t begin, std::uint32_t count,
                                           const F& f) {
-    begin_pass();
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      A to[V];
+      A to[V], clean[V];
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const A clean = x.words[i][k];
-        to[k] = f(adversary.words[i][k], clean, grad.words[i][k]);
-        to[k] = stored_towards<S>(to[k], clean);
+        clean[k] = x.words[i][k];
+        to[k] = f(adversary.words[i][k], clean[k], grad.words[i][k]);
       }
-      adversary.words[i] = Words<S>::of(to);
+      adversary.words[i] = words_towards<S>(to, clean);
     }
     adversary.store(c.adversary + begin, count, c.aligned);
   }
@@ -122,12 +124,13 @@ struct AttackTile {
 };
 
 // A whole row: one tile, loaded once, or (kTiles) several, loaded whenever they are wanted.
-template <bool kTiles, class S>
+template <bool kTiles, class S, int kVectors = 2>
 struct AttackRow {
   using A = accumulation_t<S>;
+  using Tile = AttackTile<S, kVectors>;
   const AttackStepCall<S>& c;
   std::int64_t begin;
-  AttackTile<S> tile;
+  Tile tile;
 
   __device__ __forceinline__ AttackRow(const AttackStepCall<S>& call, std::int64_t row)
       : c(call), begin(row * call.columns) {
@@ -136,13 +139,14 @@ struct AttackRow {
   template <class F>
   __device__ __forceinline__ void each_tile(const F& f) {
     if constexpr (kTiles) {
-      const std::uint32_t step = blockDim.x * AttackTile<S>::kVectors * AttackTile<S>::V;
+      const std::uint32_t step = blockDim.x * Tile::kVectors * Tile::V;
       for (std::uint32_t at = 0; at < c.columns; at += step) {
         const std::uint32_t left = c.columns - at, count = left < step ? left : step;
         tile.load(c, begin + at, count);
         f(begin + at, count);
       }
     } else {
+      tile.begin_pass();
       f(begin, c.columns);
     }
   }
@@ -157,6 +161,14 @@ struct AttackRow {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) total[i] += part[i];
     });
+    block_sums(total);
+  }
+  // The same in the first pass over a row of one tile.
+  template <int kCount, class F>
+  __device__ __forceinline__ void sum_first(A (&total)[kCount], const F& f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) total[i] = 0;
+    tile.each([&](A a, A x, A g) { f(total, a, x, g); });
     block_sums(total);
   }
   template <class F>  // f(adversary, x, grad) >= 0
@@ -218,14 +230,24 @@ __device__ __forceinline__ L2Step<accumulation_t<S>> l2_step_in_double(const Att
   return l2_step_of(c, row, s, scale);
 }
 
+// Vectors of each tensor to a thread, where a block holds a row: more of 16 bits, whose sums take longer to join.
 template <class S>
-__global__ void __launch_bounds__(512, 1) attack_step_l2_kernel(const AttackStepCall<S> c) {
+inline constexpr int kL2Vectors = sizeof(S) == 2 ? 4 : 2;
+
+template <class S>
+__global__ void __launch_bounds__(1024 / kL2Vectors<S>, sizeof(S) == 8 ? 1 : 2)
+    attack_step_l2_kernel(const AttackStepCall<S> c) {
   using A = accumulation_t<S>;
   for (std::int64_t row = blockIdx.x; row < c.rows; row += gridDim.x) {
-    AttackRow<false, S> r(c, row);
+    AttackRow<false, S, kL2Vectors<S>> r(c, row);
     A s[3];
-    r.sum(s, [](A(&part)[3], A a, A x, A g) { add_l2(part, a, x, g); });
-    const L2Step<A> step = l2_in_range(c, s) ? l2_step_of(c, row, s, A(1)) : l2_step_in_double(c, row, r);
+    r.sum_first(s, [](A(&part)[3], A a, A x, A g) { add_l2(part, a, x, g); });
+    L2Step<A> step = l2_step_of(c, row, s, A(1));
+    if (!l2_in_range(c, s)) {  // few rows: loaded again, so that the others need not keep theirs meanwhile
+      AttackRow<true, S> tiles(c, row);
+      step = l2_step_in_double(c, row, tiles);
+      r.tile.load(c, r.begin, c.columns);
+    }
     r.rewrite([&](A a, A x, A g) { return l2_step(a, x, g, step); });
   }
 }
@@ -477,7 +499,10 @@ cudaError_t launch_attack_step_linf(const AttackStepCall<S>& c, cudaStream_t str
 template <class S>
 cudaError_t launch_attack_step_l2(const AttackStepCall<S>& c, cudaStream_t stream) {
   const AttackRows<S> rows(c.columns);
-  if (rows.chunks == 1) return launch(attack_step_l2_kernel<S>, grid_for(c.rows), dim3(rows.threads), 0, stream, c);
+  if (rows.chunks == 1) {
+    const dim3 block(threads_to_hold<S, kL2Vectors<S>>(c.columns, 1024 / kL2Vectors<S>));
+    return launch(attack_step_l2_kernel<S>, grid_for(c.rows), block, 0, stream, c);
+  }
   const RowQueue queue(c.rows, rows.chunks, 3 * std::int64_t{c.columns} * sizeof(S), c.queue);
   const cudaError_t status = clear_queue(c.queue, c.rows, stream);
   if (status != cudaSuccess) return status;

@@ -44,13 +44,14 @@ struct Held {
     }
   }
   __device__ __forceinline__ void store(S* to, std::uint32_t count, bool aligned) const {
+    if (aligned) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (first(i) >= count) continue;
-      if (aligned)
-        store_words<true>(to + first(i), words[i]);
-      else
-        store_some_words(to + first(i), words[i], left(i, count));
+      for (int i = 0; i < kVectors; ++i)
+        if (first(i) < count) store_words<true>(to + first(i), words[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        if (first(i) < count) store_some_words(to + first(i), words[i], left(i, count));
     }
   }
 

@@ -1,8 +1,8 @@
 // Kernels of kl_divergence.  Formulas: math/kl_divergence.h.
 //
-// Rows as in rows.cuh.  Bytes: both logits for the value; logits and results for the backward; logits, cotangents and
-// results for the double backward.  A backward that is asked for grad_q alone needs no sums, a double backward without u
-// none of e: those sweeps are left out.
+// Rows as in rows.cuh.  The value takes two sweeps, the first for maxima and sums, and leaves what is a row's own to the
+// derivatives: the backward needs one, the double backward two.  Bytes: both logits for the value; logits and results for
+// the backward; logits, cotangents and results for the double backward.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,11 @@ struct KlCall {
 };
 
 // Vectors of every input in a round: of two inputs, or of up to four.
-constexpr int kKlVectors = 2, kKlDoubleVectors = 1;
+template <Layout kLayout, class S>
+constexpr int kl_vectors(Order order) {
+  return round_vectors<kLayout, S>(order == Order::kDoubleBackward && sizeof(S) == 8 ? 1 : 2);
+}
+constexpr int kMostKlDoubleThreads = 512;  // four inputs need registers
 
 // A row's numbers, with the exponents of p and q in powers of two: a multiply-add each.
 template <class A>
@@ -61,14 +65,14 @@ __device__ __forceinline__ void kl_measure(RunningRow<A, false>& row, A k, A inv
   log_sum = std::log(row.sum) + fused(row.max, inverse_t, -max);
 }
 
-template <class S, int kVectors, class A>
-__device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Words<S> (&z)[kVectors], A k) {
+template <class Vector, int kVectors, int V, class A>
+__device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Vector (&z)[kVectors], A k) {
   A max = row.max;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     A top = z[i][0];
 #pragma unroll
-    for (int j = 1; j < Words<S>::kSize; ++j) top = Larger{}(top, z[i][j]);
+    for (int j = 1; j < V; ++j) top = Larger{}(top, z[i][j]);
     max = Larger{}(max, top);
   }
   row.raise_to(max, k);
@@ -77,195 +81,210 @@ __device__ __forceinline__ void kl_take(RunningRow<A, false>& row, const Words<S
   for (int i = 0; i < kVectors; ++i) {
     A sum = 0;
 #pragma unroll
-    for (int j = 0; j < Words<S>::kSize; ++j) sum += exp2_nonpositive((z[i][j] - pivot) * k);
+    for (int j = 0; j < V; ++j) sum += exp2_nonpositive((z[i][j] - pivot) * k);
     row.sum += sum;
   }
 }
 
-template <bool kAligned, class S>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_kernel(const KlCall<S> c) {
+// What a row's second sweep adds up: the value, and for h the classes but p's first choices, and those.
+template <class A>
+struct KlTotals {
+  A value = 0, rest_p = 0, rest_pd = 0, tops = 0, top_d = 0, top = RunningRow<A, false>::kNone;
+
+  // One vector's classes, whose logits are a and b.  Few vectors hold a first choice; those are gone through again.
+  template <class ShareOfRow, class S>
+  __device__ __forceinline__ void add(const KlScale<A>& z, const typename ShareOfRow::Vector& a,
+                                      const typename ShareOfRow::Vector& b, A max, const ShareOfRow& share, int i,
+                                      const S* p_logits, const S* q_logits) {
+    A sum = 0, sum_p = 0, sum_pd = 0;
+    bool has_top = false;
+#pragma unroll
+    for (int j = 0; j < ShareOfRow::V; ++j) {
+      const KlClass<A> x(z, a[j], b[j], A(1));  // not small: what is left of the term is q
+      sum += kl_term(x.p, x.q, x.d);
+      sum_p += x.p;
+      sum_pd += x.p * x.d;
+      has_top |= a[j] == max;
+    }
+    if (has_top) {
+      sum_p = sum_pd = 0;
+#pragma unroll 1
+      for (int j = 0; j < ShareOfRow::V; ++j) {
+        if (!share.has(i, j)) continue;
+        const std::int64_t at = share.element(i, j);
+        const A a_j = load(p_logits[at]);
+        const KlClass<A> x(z, a_j, load(q_logits[at]), A(1));
+        if (a_j == max) {
+          tops += A(1);
+          top_d += x.d;
+          top = Larger{}(top, x.d);
+        } else {
+          sum_p += x.p;
+          sum_pd += x.p * x.d;
+        }
+      }
+    }
+    value += sum;
+    rest_p += sum_p;
+    rest_pd += sum_pd;
+  }
+  // Of all threads of a row together, in each of them.
+  __device__ __forceinline__ void join() {
+    A sums[5] = {value, rest_p, rest_pd, tops, top_d};
+    row_sums(sums);
+    top = block_reduce(top, RunningRow<A, false>::kNone, Larger{});
+    value = sums[0], rest_p = sums[1], rest_pd = sums[2], tops = sums[3], top_d = sums[4];
+  }
+  __device__ __forceinline__ A mean_e(A p_top) const {
+    return (rest_pd - top * rest_p) + (tops == A(1) ? A(0) : p_top * (top_d - tops * top));
+  }
+};
+
+template <Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
+    kl_divergence_kernel(const KlCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kKlVectors>;
-  constexpr int V = Words<S>::kSize;
-  constexpr A none = RunningRow<A, false>::kNone;
+  constexpr int kVectors = kl_vectors<kLayout, S>(Order::kValue), V = Words<S>::kSize;
+  using ShareOfRow = Share<kLayout, S, kVectors>;
+  const KeptRounds<S, 2 * kVectors> kept(rounds);
   const A k = c.inverse_t * kLog2E<A>;
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int rounds = ShareOfRow::rounds(c.classes);
-    Words<S> a[kKlVectors], b[kKlVectors];
+    typename ShareOfRow::Vector a[kVectors], b[kVectors];
     const auto load_round = [&](const ShareOfRow& share) {
-      share.load(a, c.p_logits + first, words_of<S>(none));
-      share.load(b, c.q_logits + first, words_of<S>(none));
+      share.load(a, c.p_logits, RunningRow<A, false>::kNone);
+      share.load(b, c.q_logits, RunningRow<A, false>::kNone);
     };
     RunningRow<A, false> of_a, of_b;
-    for (int round = rounds - 1; round >= 0; --round) {
-      load_round(ShareOfRow(round, c.classes));
-      kl_take(of_a, a, k);
-      kl_take(of_b, b, k);
+    for (int round = rounds.all - 1; round >= 0; --round) {
+      load_round(ShareOfRow(round, rounds, first));
+      if (kept.has(round)) kept.keep(round, a, b);
+      kl_take<typename ShareOfRow::Vector, kVectors, V>(of_a, a, k);
+      kl_take<typename ShareOfRow::Vector, kVectors, V>(of_b, b, k);
     }
     KlRow<A> r{};
     r.inverse_t = c.inverse_t;
     kl_measure(of_a, k, c.inverse_t, r.p_max, r.p_log_sum);
     kl_measure(of_b, k, c.inverse_t, r.q_max, r.q_log_sum);
     const KlScale<A> z(r);
-    A sums[1] = {}, top = none;
-    for (int round = 0; round < rounds; ++round) {
-      const ShareOfRow share(round, c.classes);
-      if (round > 0) load_round(share);
+    KlTotals<A> totals;
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds, first);
+      if (kept.has(round))
+        kept.take(round, a, b);
+      else if (round > 0)
+        load_round(share);
 #pragma unroll
-      for (int i = 0; i < kKlVectors; ++i) {
-        A sum = 0, vector_top = none;
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const KlClass<A> x(z, a[i][j], b[i][j], A(1));  // not small: what is left of the term is q
-          sum += kl_term(x.p, x.q, x.d);
-          if (a[i][j] == of_a.max) vector_top = Larger{}(vector_top, x.d);
-        }
-        sums[0] += sum;
-        if (share.has(i)) top = Larger{}(top, vector_top);
-      }
+      for (int i = 0; i < kVectors; ++i) totals.add(z, a[i], b[i], of_a.max, share, i, c.p_logits, c.q_logits);
     }
-    row_sums(sums);
-    top = block_reduce(top, none, Larger{});
+    totals.join();
     if (threadIdx.x != 0) return;
     A* const statistics = c.statistics + row * kKlStatistics;
-    c.per_row[row] = sums[0];
+    c.per_row[row] = totals.value;
     statistics[0] = r.p_max;
     statistics[1] = r.p_log_sum;
     statistics[2] = r.q_max;
     statistics[3] = r.q_log_sum;
-    statistics[4] = top;
+    statistics[4] = totals.top;
+    statistics[5] = totals.mean_e(exp2_nonpositive(-z.p_log2_sum));
   });
 }
 
 template <class S>
 __device__ __forceinline__ KlRow<accumulation_t<S>> kl_row(const KlCall<S>& c, std::int64_t row) {
   const accumulation_t<S>* const s = c.statistics_in + row * kKlStatistics;
-  return {s[0], s[1], s[2], s[3], s[4], c.inverse_t};
+  return {s[0], s[1], s[2], s[3], s[4], s[5], c.inverse_t};
 }
 
-template <bool kAligned, class S>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_backward_kernel(const KlCall<S> c) {
+template <Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostThreadsOfOneSweep, kLayout == Layout::kVectors ? 4 : 2)
+    kl_divergence_backward_kernel(const KlCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kKlVectors>;
-  constexpr int V = Words<S>::kSize;
+  constexpr int kVectors = kl_vectors<kLayout, S>(Order::kBackward), V = Words<S>::kSize;
+  using ShareOfRow = Share<kLayout, S, kVectors>;
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int rounds = ShareOfRow::rounds(c.classes);
     const KlRow<A> r = kl_row(c, row);
     const KlScale<A> z(r);
     const A factor = c.grad[row] * r.inverse_t;
-    Words<S> a[kKlVectors], b[kKlVectors];
-    const auto load_round = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
-      share.load(a, c.p_logits + first, words_of<S>(RunningRow<A, false>::kNone));
-      share.load(b, c.q_logits + first, words_of<S>(RunningRow<A, false>::kNone));
-    };
-    A sums[1] = {};
-    if (c.grad_p) {
-      for (int round = rounds - 1; round >= 0; --round) {
-        load_round(ShareOfRow(round, c.classes));
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds, first);
+      typename ShareOfRow::Vector a[kVectors], b[kVectors];
+      share.load(a, c.p_logits, RunningRow<A, false>::kNone);
+      share.load(b, c.q_logits, RunningRow<A, false>::kNone);
 #pragma unroll
-        for (int i = 0; i < kKlVectors; ++i) {
-          A mean_e = 0;
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const KlClass<A> x(z, a[i][j], b[i][j]);
-            mean_e += x.p * (x.d - r.d_top);
-          }
-          sums[0] += mean_e;
-        }
-      }
-      row_sums(sums);
-    }
-    for (int round = 0; round < rounds; ++round) {
-      const ShareOfRow share(round, c.classes);
-      if (round > 0 || !c.grad_p) load_round(share);
-#pragma unroll
-      for (int i = 0; i < kKlVectors; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         A grad_p[V], grad_q[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const KlClass<A> x(z, a[i][j], b[i][j]);
-          grad_p[j] = factor * kl_slope_p(x.p, x.d - r.d_top, sums[0], A(1));
+          grad_p[j] = factor * kl_slope_p(x.p, x.d - r.d_top, r.mean_e, A(1));
           grad_q[j] = factor * kl_slope_q(x.p, x.q, A(1));
         }
-        if (c.grad_p) share.store(c.grad_p + first, i, grad_p);
-        if (c.grad_q) share.store(c.grad_q + first, i, grad_q);
+        if (c.grad_p) share.store(c.grad_p, i, grad_p);
+        if (c.grad_q) share.store(c.grad_q, i, grad_q);
       }
     }
   });
 }
 
 // kU, kV: whether there is that cotangent.
-template <bool kU, bool kV, bool kAligned, class S>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_double_backward_kernel(const KlCall<S> c) {
+template <bool kU, bool kV, Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
+    kl_divergence_double_backward_kernel(const KlCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
-  constexpr int kVectors = kKlDoubleVectors;
-  using ShareOfRow = Share<kAligned, S, kVectors>;
-  constexpr int V = Words<S>::kSize;
+  constexpr int kVectors = kl_vectors<kLayout, S>(Order::kDoubleBackward), V = Words<S>::kSize;
+  using ShareOfRow = Share<kLayout, S, kVectors>;
+  const KeptRounds<S, 4 * kVectors> kept(rounds);
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int rounds = ShareOfRow::rounds(c.classes);
     const KlRow<A> r = kl_row(c, row);
     const KlScale<A> z(r);
-    Words<S> a[kVectors], b[kVectors], u[kVectors], v[kVectors];
-    const auto load_round = [&](const ShareOfRow& share) {
-      share.load(a, c.p_logits + first, words_of<S>(RunningRow<A, false>::kNone));
-      share.load(b, c.q_logits + first, words_of<S>(RunningRow<A, false>::kNone));
-      if constexpr (kU) share.load(u, c.u + first, {});
-      if constexpr (kV) share.load(v, c.v + first, {});
+    typename ShareOfRow::Vector a[kVectors], b[kVectors], u[kVectors], v[kVectors];
+    const auto load_round = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
+      share.load(a, c.p_logits, RunningRow<A, false>::kNone);
+      share.load(b, c.q_logits, RunningRow<A, false>::kNone);
+      if constexpr (kU) share.load(u, c.u, 0);
+      if constexpr (kV) share.load(v, c.v, 0);
     };
+    A some_u = 0;  // for D: near the others, if these are far from zero
+    if constexpr (kU) some_u = load(c.u[first]);
     A sums[4] = {};
-    for (int round = rounds - 1; round >= 0; --round) {
-      load_round(ShareOfRow(round, c.classes));
+    for (int round = rounds.all - 1; round >= 0; --round) {
+      load_round(ShareOfRow(round, rounds, first));
+      if (kept.has(round)) kept.keep(round, a, b, u, v);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        A mean_e = 0, u_p = 0, v_q = 0, v_difference = 0;
+        A u_p = 0, cross = 0, v_q = 0, v_difference = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const KlClass<A> x(z, a[i][j], b[i][j]);
           if constexpr (kU) {
-            mean_e += x.p * (x.d - r.d_top);
-            u_p += x.p * u[i][j];
+            const A part = x.p * (u[i][j] - some_u);
+            u_p += part;
+            cross += part * ((x.d - r.d_top) - r.mean_e);
           }
           if constexpr (kV) {
             v_q += x.q * v[i][j];
             v_difference += (x.q - x.p) * v[i][j];  // the difference first: the two sums nearly agree where p and q do
           }
         }
-        sums[0] += mean_e;
-        sums[1] += u_p;
+        sums[0] += u_p;
+        sums[1] += cross;
         sums[2] += v_q;
         sums[3] += v_difference;
       }
     }
     row_sums(sums);
-    KlSums<A> s{sums[0], sums[1], sums[2] - sums[3], sums[2], A(0)};
-    if constexpr (kU) {
-      A cross[1] = {};
-      for (int round = 0; round < rounds; ++round) {
-        if (round > 0) load_round(ShareOfRow(round, c.classes));
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          A sum = 0;
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const KlClass<A> x(z, a[i][j], b[i][j]);
-            sum += kl_cross_term(x.p, x.d - r.d_top, u[i][j], s);
-          }
-          cross[0] += sum;
-        }
-      }
-      row_sums(cross);
-      s.cross = cross[0];
-    }
+    const KlSums<A> s{r.mean_e, some_u + sums[0], sums[2] - sums[3], sums[2], sums[1]};
     if (threadIdx.x == 0) c.per_row[row] = (s.cross + sums[3]) * r.inverse_t;
     const A factor = c.grad[row] * (r.inverse_t * r.inverse_t);
-    // Back again where the round in registers is the last.
-    for (int step = 0; step < rounds; ++step) {
-      const int round = kU ? rounds - 1 - step : step;
-      const ShareOfRow share(round, c.classes);
-      if (step > 0) load_round(share);
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds, first);
+      if (kept.has(round))
+        kept.take(round, a, b, u, v);
+      else if (round > 0)
+        load_round(share);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         A grad_p[V], grad_q[V];
@@ -278,34 +297,37 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) kl_divergence_double_ba
           grad_p[j] = factor * kl_bend_p<kU, kV>(x.p, x.d - r.d_top, u_j, v_j, s, A(1));
           grad_q[j] = factor * kl_bend_q<kU, kV>(x.p, x.q, u_j, v_j, s, A(1));
         }
-        if (c.grad_p) share.store(c.grad_p + first, i, grad_p);
-        if (c.grad_q) share.store(c.grad_q + first, i, grad_q);
+        if (c.grad_p) share.store(c.grad_p, i, grad_p);
+        if (c.grad_q) share.store(c.grad_q, i, grad_q);
       }
     }
   });
 }
 
-template <bool kAligned, class S>
+template <Layout kLayout, class S>
 cudaError_t launch_kl_as(Order order, const KlCall<S>& c, cudaStream_t stream) {
-  const auto with = [&](auto kernel, int round) {
-    const dim3 block = block_for_rows<S>(c.classes, round);
-    return launch(kernel, grid_for_rows(c.rows, block), block, 0, stream, c);
+  const auto with = [&](auto kernel, int inputs) {
+    const bool twice = order != Order::kBackward;
+    const int most = order == Order::kDoubleBackward ? kMostKlDoubleThreads : kMostRowThreads<kLayout, S>;
+    const auto g = rows_geometry<kLayout, S>(c.rows, c.classes, kl_vectors<kLayout, S>(order), inputs, twice, most);
+    return launch(kernel, g.grid, g.block, g.shared, stream, c, g.rounds);
   };
-  if (order == Order::kValue) return with(kl_divergence_kernel<kAligned, S>, kKlVectors);
-  if (order == Order::kBackward) return with(kl_divergence_backward_kernel<kAligned, S>, kKlVectors);
-  if (c.u && c.v) return with(kl_divergence_double_backward_kernel<true, true, kAligned, S>, kKlDoubleVectors);
-  if (c.u) return with(kl_divergence_double_backward_kernel<true, false, kAligned, S>, kKlDoubleVectors);
-  if (c.v) return with(kl_divergence_double_backward_kernel<false, true, kAligned, S>, kKlDoubleVectors);
-  return with(kl_divergence_double_backward_kernel<false, false, false, S>, kKlDoubleVectors);  // of nothing: zeros
+  if (order == Order::kValue) return with(kl_divergence_kernel<kLayout, S>, 2);
+  if (order == Order::kBackward) return with(kl_divergence_backward_kernel<kLayout, S>, 2);
+  if (c.u && c.v) return with(kl_divergence_double_backward_kernel<true, true, kLayout, S>, 4);
+  if (c.u) return with(kl_divergence_double_backward_kernel<true, false, kLayout, S>, 4);
+  if (c.v) return with(kl_divergence_double_backward_kernel<false, true, kLayout, S>, 4);
+  return with(kl_divergence_double_backward_kernel<false, false, Layout::kParts, S>, 4);  // of nothing: zeros
 }
 
 template <class S>
 cudaError_t launch_kl_divergence(Order order, const KlCall<S>& c, cudaStream_t stream) {
-  if constexpr (sizeof(S) < 8) {
-    if (aligned_rows<S>(c.classes, c.classes, c.p_logits, c.q_logits, c.u, c.v, c.grad_p, c.grad_q))
-      return launch_kl_as<true>(order, c, stream);
-  }
-  return launch_kl_as<false>(order, c, stream);
+  const Layout layout = layout_of_rows<S>(c.classes, c.classes, c.p_logits, c.q_logits, c.u, c.v,
+                                          static_cast<const S*>(c.grad_p), static_cast<const S*>(c.grad_q));
+  return with_layout<S>(layout, [&](auto known) {
+    constexpr Layout kLayout = known;
+    return launch_kl_as<kLayout>(order, c, stream);
+  });
 }
 
 }  // namespace rk::cuda

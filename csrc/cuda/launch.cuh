@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <tuple>
 #include <utility>
 
@@ -36,6 +37,18 @@ namespace rk::cuda {
 
 // Which operator of an op: its value, or one of its derivatives.
 enum class Order { kValue, kBackward, kDoubleBackward };
+
+// Bytes of shared memory that one block may ask for on this device.
+inline std::int64_t shared_memory_of_block() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? bytes : 48 * 1024;
+#else
+  return static_cast<std::int64_t>(::cuda_emulator::configuration().dynamic_shared_limit);
+#endif
+}
 
 // Runs `kernel` on `stream`. Arguments are converted to the kernel's parameter types here, on the host.
 //

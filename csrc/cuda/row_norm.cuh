@@ -279,7 +279,7 @@ __device__ __forceinline__ void bend_unit(const RowNormCall<S>& c, const Unit<kN
                                           accumulation_t<S> s) {
   using A = accumulation_t<S>;
   const A grad = c.grad[u.row];
-  x.begin_pass();
+  if constexpr (kNorm != Norm::kL2) x.begin_pass();  // its slopes are there if this block has added them up
   u_row.begin_pass();
   A result[Words<S>::kSize];
   for_columns(c, u, [&](auto p, int i, int k, A w) {

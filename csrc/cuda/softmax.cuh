@@ -37,42 +37,38 @@ struct SoftmaxElement {
   }
 };
 
-constexpr int kSoftmaxVectors = 2;  // vectors of every input in a round
+constexpr int kSoftmaxVectors = 2, kSoftmaxInputs = 3;  // vectors of every input in a round
 
-template <bool kLog, bool kAligned, class S>
-__global__ void __launch_bounds__(512, sizeof(S) == 8 ? 1 : 2)
-    softmax_double_backward_rows_kernel(const SoftmaxCall<S> c) {
+template <bool kLog, Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
+    softmax_double_backward_rows_kernel(const SoftmaxCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
   using Element = SoftmaxElement<kLog, A>;
-  using ShareOfRow = Share<kAligned, S, kSoftmaxVectors>;
-  constexpr int V = Words<S>::kSize;
+  constexpr int kVectors = round_vectors<kLayout, S>(kSoftmaxVectors), V = Words<S>::kSize;
+  using ShareOfRow = Share<kLayout, S, kVectors>;
+  const KeptRounds<S, kSoftmaxInputs * kVectors> kept(rounds);
   for_rows(c.batch, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
-    const int rounds = ShareOfRow::rounds(c.classes);
-    Words<S> o[kSoftmaxVectors], u[kSoftmaxVectors], g[kSoftmaxVectors];
+    typename ShareOfRow::Vector o[kVectors], u[kVectors], g[kVectors];
     const auto load_round = [&](const ShareOfRow& share) {
-      share.load(o, c.output + first, {});
-      share.load(u, c.u + first, {});
-      share.load(g, c.grad + first, {});
+      share.load(o, c.output, 0);
+      share.load(u, c.u, 0);
+      share.load(g, c.grad, 0);
     };
     A sums[2] = {};
-    for (int round = rounds - 1; round >= 0; --round) {
-      load_round(ShareOfRow(round, c.classes));
+    const auto add_round = [&] {
 #pragma unroll
-      for (int i = 0; i < kSoftmaxVectors; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         A total_g = 0, mean_u = 0;
 #pragma unroll
         for (int k = 0; k < V; ++k) Element(o[i][k], u[i][k], g[i][k]).add_to(total_g, mean_u);
         sums[0] += total_g;
         sums[1] += mean_u;
       }
-    }
-    row_sums(sums);
-    for (int round = 0; round < rounds; ++round) {
-      const ShareOfRow share(round, c.classes);
-      if (round > 0) load_round(share);
+    };
+    const auto write_round = [&](const ShareOfRow& share) {
 #pragma unroll
-      for (int i = 0; i < kSoftmaxVectors; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         A gg_grad[V], grad_output[V];
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -80,9 +76,27 @@ __global__ void __launch_bounds__(512, sizeof(S) == 8 ? 1 : 2)
           gg_grad[k] = e.gg_grad(sums[1]);
           grad_output[k] = e.grad_output(sums[0], sums[1]);
         }
-        if (c.gg_grad) share.store(c.gg_grad + first, i, gg_grad);
-        if (c.grad_output) share.store(c.grad_output + first, i, grad_output);
+        if (c.gg_grad) share.store(c.gg_grad, i, gg_grad);
+        if (c.grad_output) share.store(c.grad_output, i, grad_output);
       }
+    };
+    for (int round = rounds.all - 1; round > 0; --round) {
+      load_round(ShareOfRow(round, rounds, first));
+      if (kept.has(round)) kept.keep(round, o, u, g);
+      add_round();
+    }
+    const ShareOfRow share(0, rounds, first);
+    load_round(share);
+    add_round();
+    row_sums(sums);
+    write_round(share);
+    for (int round = 1; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds, first);
+      if (kept.has(round))
+        kept.take(round, o, u, g);
+      else
+        load_round(share);
+      write_round(share);
     }
   });
 }
@@ -141,11 +155,16 @@ __global__ void __launch_bounds__(256) softmax_double_backward_columns_kernel(co
   }
 }
 
-template <bool kLog, bool kAligned, class S>
+template <bool kLog, class S>
 cudaError_t launch_softmax_rows(const SoftmaxCall<S>& c, cudaStream_t stream) {
-  const dim3 block = block_for_rows<S>(c.classes, kSoftmaxVectors);
-  return launch(softmax_double_backward_rows_kernel<kLog, kAligned, S>, grid_for_rows(c.batch, block), block, 0, stream,
-                c);
+  const Layout layout = layout_of_rows<S>(c.classes, c.classes, c.u, c.grad, c.output, c.gg_grad, c.grad_output);
+  return with_layout<S>(layout, [&](auto known) {
+    constexpr Layout kLayout = known;
+    const auto g =
+        rows_geometry<kLayout, S>(c.batch, c.classes, round_vectors<kLayout, S>(kSoftmaxVectors), kSoftmaxInputs, true);
+    return launch(softmax_double_backward_rows_kernel<kLog, kLayout, S>, g.grid, g.block, g.shared, stream, c,
+                  g.rounds);
+  });
 }
 
 template <bool kLog, int kWidth, class S>
@@ -159,13 +178,7 @@ cudaError_t launch_softmax_columns(const SoftmaxCall<S>& c, cudaStream_t stream)
 
 template <bool kLog, class S>
 cudaError_t launch_softmax_as(const SoftmaxCall<S>& c, cudaStream_t stream) {
-  if (c.inner == 1) {
-    if constexpr (sizeof(S) < 8) {
-      if (aligned_rows<S>(c.classes, c.classes, c.u, c.grad, c.output, c.gg_grad, c.grad_output))
-        return launch_softmax_rows<kLog, true>(c, stream);
-    }
-    return launch_softmax_rows<kLog, false>(c, stream);
-  }
+  if (c.inner == 1) return launch_softmax_rows<kLog>(c, stream);
   if constexpr (sizeof(S) == 2) {
     const auto in_pairs = [](const S* tensor) { return reinterpret_cast<std::uintptr_t>(tensor) % 4 == 0; };
     if (c.inner % 2 == 0 && in_pairs(c.u) && in_pairs(c.grad) && in_pairs(c.output) && in_pairs(c.gg_grad) &&

@@ -21,9 +21,16 @@ namespace rk::cuda {
 // What a row's target is: an index; an index with label smoothing; probabilities.
 enum class Target { kIndex, kSmoothedIndex, kProbabilities };
 
-// Vectors of every input in a round: probabilities need registers of their own.
-template <Target kTarget>
-inline constexpr int kCrossEntropyVectors = kTarget == Target::kProbabilities ? 2 : 4;
+// Vectors of every input in a round: many float32 of the only input of the value, so that a warp has 1000 at once; few
+// where probabilities, or single elements of two inputs, need registers of their own.
+template <Target kTarget, Layout kLayout, class S>
+constexpr int cross_entropy_vectors(Order order) {
+  const bool few =
+      kTarget == Target::kProbabilities || (order == Order::kDoubleBackward && kLayout == Layout::kElements);
+  return round_vectors<kLayout, S>(few ? 2 : order == Order::kValue && sizeof(S) == 4 ? 8 : 4);
+}
+template <Target kTarget, Layout kLayout, class S, Order kOrder>
+using CrossEntropyShare = Share<kLayout, S, cross_entropy_vectors<kTarget, kLayout, S>(kOrder)>;
 
 template <class S>
 struct CrossEntropyCall {
@@ -64,22 +71,26 @@ struct RowTarget {
     }
   }
 
-  // q of the elements j, j + 1, ... of probabilities: `count` of them, and zeros.
-  __device__ __forceinline__ void weights(std::int64_t j, int count, A (&q)[V]) const {
+  // q of probabilities: of a vector's elements, and zeros where it has none.
+  template <class ShareOfRow>
+  __device__ __forceinline__ void weights(const ShareOfRow& share, int i, A (&q)[V]) const {
 #pragma unroll
-    for (int k = 0; k < V; ++k) q[k] = k < count ? smoothing.q(wide ? wide[j + k] : load(narrow[j + k])) : A(0);
+    for (int k = 0; k < V; ++k) {
+      const std::int64_t j = share.element(i, k);
+      q[k] = share.has(i, k) ? smoothing.q(wide ? wide[j] : load(narrow[j])) : A(0);
+    }
   }
 
   // sum_c q_c, in every thread.
   template <class ShareOfRow>
-  __device__ __forceinline__ A total_q(std::int64_t classes) const {
+  __device__ __forceinline__ A total_q(std::int64_t classes, RowRounds rounds) const {
     if constexpr (kTarget != Target::kProbabilities) return smoothing.keep + smoothing.floor * A(classes);
     A total[1] = {};
-    for (int round = 0; round < ShareOfRow::rounds(classes); ++round) {
-      const ShareOfRow share(round, classes);
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds);
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
         A q[V];
-        weights(share.element(i), share.count(i), q);
+        weights(share, i, q);
 #pragma unroll
         for (int k = 0; k < V; ++k) total[0] += q[k];
       }
@@ -108,10 +119,11 @@ __device__ __forceinline__ bool settle_row(const CrossEntropyCall<S>& c, const R
   return true;
 }
 
-template <Target kTarget, bool kAligned, class S>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_kernel(const CrossEntropyCall<S> c) {
+template <Target kTarget, Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostThreadsOfOneSweep, kLayout == Layout::kVectors ? 4 : 2)
+    softmax_cross_entropy_kernel(const CrossEntropyCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
+  using ShareOfRow = CrossEntropyShare<kTarget, kLayout, S, Order::kValue>;
   constexpr int V = Words<S>::kSize;
   const A k = c.inverse_t * kLog2E<A>;
   for_rows(c.rows, [&](std::int64_t row) {
@@ -119,14 +131,14 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
     if (settle_row(c, target, row)) return;
     const S* const z = c.logits + row * c.logits_stride;
     RunningRow<A, kTarget != Target::kIndex> r;
-    const int rounds = ShareOfRow::rounds(c.classes);
-    for (int round = 0; round < rounds; ++round) {
-      const ShareOfRow share(round, c.classes);
-      Words<S> x[ShareOfRow::kCount];
-      share.load(x, z, words_of<S>(-static_cast<A>(INFINITY)));
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds);
+      typename ShareOfRow::Vector x[ShareOfRow::kCount];
+      share.load(x, z, -static_cast<A>(INFINITY));
       A max = r.max;
 #pragma unroll
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        if (share.ends_at(i)) break;
         A top = x[i][0];
 #pragma unroll
         for (int j = 1; j < V; ++j) top = Larger{}(top, x[i][j]);
@@ -136,15 +148,16 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
       const A pivot = r.pivot();
 #pragma unroll
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
+        if (share.ends_at(i)) break;
         A sum = 0, weight = 0, gaps = 0;
         [[maybe_unused]] A q[V];
-        if constexpr (kTarget == Target::kProbabilities) target.weights(share.element(i), share.count(i), q);
+        if constexpr (kTarget == Target::kProbabilities) target.weights(share, i, q);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const A t = (x[i][j] - pivot) * k;
           sum += exp2_nonpositive(t);
           if constexpr (kTarget == Target::kSmoothedIndex) {
-            if (kAligned || j < share.count(i)) gaps += t;
+            if (kLayout == Layout::kVectors || share.has(i, j)) gaps += t;
           }
           if constexpr (kTarget == Target::kProbabilities) {
             weight += q[j];
@@ -160,7 +173,7 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) softmax_cross_entropy_k
           r.gaps += gaps;
         }
       }
-      if constexpr (kTarget == Target::kSmoothedIndex) r.weight += A(share.count_all(round + 1 == rounds));
+      if constexpr (kTarget == Target::kSmoothedIndex) r.weight += A(share.count_all(round + 1 == rounds.all));
     }
     r.join(k);
     if (threadIdx.x != 0) return;
@@ -197,11 +210,11 @@ struct RowSoftmax {
   }
 };
 
-template <Target kTarget, bool kAligned, class S>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1)
-    softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c) {
+template <Target kTarget, Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostThreadsOfOneSweep, kLayout == Layout::kVectors ? 4 : 2)
+    softmax_cross_entropy_backward_kernel(const CrossEntropyCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
+  using ShareOfRow = CrossEntropyShare<kTarget, kLayout, S, Order::kBackward>;
   constexpr int V = Words<S>::kSize;
   for_rows(c.rows, [&](std::int64_t row) {
     const RowTarget<kTarget, S> target(c, row);
@@ -210,20 +223,20 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
     S* const out = c.out + row * c.classes;
     const RowSoftmax<A> p(c, row);
     const A grad = c.grad[row], inverse_t = c.inverse_t,
-            total_q_t = target.template total_q<ShareOfRow>(c.classes) * inverse_t * p.scale;
+            total_q_t = target.template total_q<ShareOfRow>(c.classes, rounds) * inverse_t * p.scale;
     const auto slope = [&](A z_j, A q_j) {  // 1 / T in the sum and the target once, instead of in every element
       return grad * cross_entropy_slope(p(z_j), q_j * inverse_t, total_q_t, A(1));
     };
     [[maybe_unused]] bool has_index = false;
-    for (int round = 0; round < ShareOfRow::rounds(c.classes); ++round) {
-      const ShareOfRow share(round, c.classes);
-      Words<S> x[ShareOfRow::kCount];
-      share.load(x, z, {});
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds);
+      typename ShareOfRow::Vector x[ShareOfRow::kCount];
+      share.load(x, z, 0);
 #pragma unroll
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
         A values[V], q[V];
         if constexpr (kTarget == Target::kProbabilities)
-          target.weights(share.element(i), share.count(i), q);
+          target.weights(share, i, q);
         else
           has_index |= share.contains(i, target.index);
 #pragma unroll
@@ -241,32 +254,36 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
   });
 }
 
-template <Target kTarget, bool kAligned, class S>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1)
-    softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c) {
+template <Target kTarget, Layout kLayout, class S>
+__global__ void __launch_bounds__(kMostRowThreads<kLayout, S>, 1)
+    softmax_cross_entropy_double_backward_kernel(const CrossEntropyCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
-  using ShareOfRow = Share<kAligned, S, kCrossEntropyVectors<kTarget>>;
+  using ShareOfRow = CrossEntropyShare<kTarget, kLayout, S, Order::kDoubleBackward>;
   constexpr int V = Words<S>::kSize;
+  const KeptRounds<S, 2 * ShareOfRow::kCount> kept(rounds);
   for_rows(c.rows, [&](std::int64_t row) {
     const RowTarget<kTarget, S> target(c, row);
     if (settle_row(c, target, row)) return;
     const S *const z = c.logits + row * c.logits_stride, *const u = c.u + row * c.u_stride;
     S* const out = c.out + row * c.classes;
     const RowSoftmax<A> p(c, row);
-    const A grad = c.grad[row], inverse_t = c.inverse_t, total_q = target.template total_q<ShareOfRow>(c.classes);
-    const int rounds = ShareOfRow::rounds(c.classes);
-    // Past the end of a row stand logits of probability zero: 0, against a maximum far below, would be infinite.
-    const Words<S> none = words_of<S>(-static_cast<A>(INFINITY));
-    Words<S> x[ShareOfRow::kCount], y[ShareOfRow::kCount];
+    const A grad = c.grad[row], inverse_t = c.inverse_t,
+            total_q = target.template total_q<ShareOfRow>(c.classes, rounds);
+    typename ShareOfRow::Vector x[ShareOfRow::kCount], y[ShareOfRow::kCount];
+    const auto load_round = [&](const ShareOfRow& share) {
+      // Past the end of a row stand logits of probability zero: 0, against a maximum far below, would be infinite.
+      share.load(x, z, -static_cast<A>(INFINITY));
+      share.load(y, u, 0);
+    };
     A sums[2] = {};  // sum p u, and sum u or sum q u
-    for (int round = rounds - 1; round >= 0; --round) {
-      const ShareOfRow share(round, c.classes);
-      share.load(x, z, none);
-      share.load(y, u, {});
+    for (int round = rounds.all - 1; round >= 0; --round) {
+      const ShareOfRow share(round, rounds);
+      load_round(share);
+      if (kept.has(round)) kept.keep(round, x, y);
 #pragma unroll
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
         [[maybe_unused]] A q[V];
-        if constexpr (kTarget == Target::kProbabilities) target.weights(share.element(i), share.count(i), q);
+        if constexpr (kTarget == Target::kProbabilities) target.weights(share, i, q);
         A mean_u = 0, dot = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -286,12 +303,12 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
         dot_qu = target.smoothing.floor * dot_qu + target.smoothing.keep * load(u[target.index]);
       c.per_row[row] = (total_q * mean_u - dot_qu) * inverse_t;
     }
-    for (int round = 0; round < rounds; ++round) {
-      const ShareOfRow share(round, c.classes);
-      if (round > 0) {
-        share.load(x, z, none);
-        share.load(y, u, {});
-      }
+    for (int round = 0; round < rounds.all; ++round) {
+      const ShareOfRow share(round, rounds);
+      if (kept.has(round))
+        kept.take(round, x, y);
+      else if (round > 0)
+        load_round(share);
 #pragma unroll
       for (int i = 0; i < ShareOfRow::kCount; ++i) {
         A values[V];
@@ -303,33 +320,30 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1)
   });
 }
 
-template <Target kTarget, bool kAligned, class S>
+template <Target kTarget, Layout kLayout, class S>
 cudaError_t launch_cross_entropy_as(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
   constexpr Target kOfBackward = kTarget == Target::kSmoothedIndex ? Target::kIndex : kTarget;  // the same there
-  const dim3 block = block_for_rows<S>(c.classes, kCrossEntropyVectors<kTarget>), grid = grid_for_rows(c.rows, block);
+  const bool twice = order == Order::kDoubleBackward;
+  const auto g = rows_geometry<kLayout, S>(c.rows, c.classes, cross_entropy_vectors<kTarget, kLayout, S>(order),
+                                           twice ? 2 : 1, twice);
+  const auto with = [&](auto kernel) { return launch(kernel, g.grid, g.block, g.shared, stream, c, g.rounds); };
   switch (order) {
-    case Order::kValue: return launch(softmax_cross_entropy_kernel<kTarget, kAligned, S>, grid, block, 0, stream, c);
-    case Order::kBackward:
-      return launch(softmax_cross_entropy_backward_kernel<kOfBackward, kAligned, S>, grid, block, 0, stream, c);
-    default:
-      return launch(softmax_cross_entropy_double_backward_kernel<kTarget, kAligned, S>, grid, block, 0, stream, c);
+    case Order::kValue: return with(softmax_cross_entropy_kernel<kTarget, kLayout, S>);
+    case Order::kBackward: return with(softmax_cross_entropy_backward_kernel<kOfBackward, kLayout, S>);
+    default: return with(softmax_cross_entropy_double_backward_kernel<kTarget, kLayout, S>);
   }
-}
-
-template <bool kAligned, class S>
-cudaError_t launch_cross_entropy_to(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
-  if (!c.indices) return launch_cross_entropy_as<Target::kProbabilities, kAligned>(order, c, stream);
-  return c.label_smoothing == 0 ? launch_cross_entropy_as<Target::kIndex, kAligned>(order, c, stream)
-                                : launch_cross_entropy_as<Target::kSmoothedIndex, kAligned>(order, c, stream);
 }
 
 template <class S>
 cudaError_t launch_softmax_cross_entropy(Order order, const CrossEntropyCall<S>& c, cudaStream_t stream) {
-  if constexpr (sizeof(S) < 8) {
-    if (aligned_rows<S>(c.classes, c.logits_stride, c.logits, c.out) && (!c.u || aligned<S>(c.u_stride, c.u)))
-      return launch_cross_entropy_to<true>(order, c, stream);
-  }
-  return launch_cross_entropy_to<false>(order, c, stream);
+  Layout layout = layout_of_rows<S>(c.classes, c.logits_stride, c.logits, static_cast<const S*>(c.out));
+  if (layout == Layout::kVectors && c.u && !aligned<S>(c.u_stride, c.u)) layout = Layout::kParts;
+  return with_layout<S>(layout, [&](auto known) {
+    constexpr Layout kLayout = known;
+    if (!c.indices) return launch_cross_entropy_as<Target::kProbabilities, kLayout>(order, c, stream);
+    return c.label_smoothing == 0 ? launch_cross_entropy_as<Target::kIndex, kLayout>(order, c, stream)
+                                  : launch_cross_entropy_as<Target::kSmoothedIndex, kLayout>(order, c, stream);
+  });
 }
 
 }  // namespace rk::cuda

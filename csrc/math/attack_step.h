@@ -19,6 +19,13 @@ template <class A>
 RK_HOST_DEVICE A clamp(A v, A low, A high) {
   return v < low ? low : (v > high ? high : v);  // NaN stays
 }
+#if defined(__CUDA_ARCH__)
+template <>
+RK_HOST_DEVICE float clamp(float v, float low, float high) {
+  asm("max.NaN.f32 %0, %0, %1;\n\tmin.NaN.f32 %0, %0, %2;" : "+f"(v) : "f"(low), "f"(high));
+  return v;
+}
+#endif
 
 template <class A>
 RK_HOST_DEVICE A without_nan(A g) {
@@ -44,7 +51,8 @@ RK_HOST_DEVICE Interval<A> between(A a, A b) {
 
 template <class A>
 RK_HOST_DEVICE A linf_step(A adversary, A g, A step, Interval<A> to) {
-  return clamp(adversary + step * sign(without_nan(g)), to.low, to.high);
+  const A down = g < A(0) ? -step : A(0), d = g > A(0) ? step : down;  // two choices; NaN is neither
+  return clamp(adversary + d, to.low, to.high);
 }
 
 // The sums of a row that a step in l2 needs, with g divided by `largest` where its squares would leave the range.
@@ -69,10 +77,11 @@ struct L2Step {
   }
 };
 
-// `along` holds the scale of g already.
+// `along` holds the scale of g already; where it is zero, g may be infinite.
 template <class A>
 RK_HOST_DEVICE A l2_step(A adversary, A x, A g, L2Step<A> s) {
-  const A moved = s.along != A(0) ? adversary + s.along * without_nan(g) : adversary;
+  const A largest = s.along != A(0) ? Limits<A>::largest : A(0);
+  const A moved = adversary + s.along * (absolute(g) <= largest ? g : A(0));
   return clamp(s.shrink < A(1) ? x + s.shrink * (moved - x) : moved, A(0), A(1));
 }
 

@@ -8,7 +8,8 @@
 //              grad_b_c = grad (q_c (v_c - v_q) - p_c (u_c - u_p)) / T^2
 //
 // with u_p = sum_c p_c u_c, v_p and v_q likewise, and D = sum_c p_c (u_c - u_p) (e_c - h).  top is p's
-// first choice: where p is certain of it, d_c - sum_c p_c d_c would be the difference of two equal numbers there.
+// first choice: where p is certain of it, d_c - sum_c p_c d_c would be the difference of two equal numbers there.  As
+// sum_c p_c (e_c - h) = 0, any number may stand for u_p in D.
 //
 // The terms of the value add the zero sum_c q_c - p_c: none is negative, they shrink with the square of d_c, and an
 // error of d_c counts with p_c - q_c.  p_c d_c alone shrinks with d_c, so that its sum would lose, where two predictions
@@ -19,13 +20,13 @@
 
 namespace rk {
 
-// One row's maxima and logs of sums of exponentials, of a / T and of b / T, and d_top: of several first choices, the
-// largest d.
+// One row's maxima and logs of sums of exponentials, of a / T and of b / T, d_top, of several first choices the largest
+// d, and h.
 template <class A>
 struct KlRow {
-  A p_max, p_log_sum, q_max, q_log_sum, d_top, inverse_t;
+  A p_max, p_log_sum, q_max, q_log_sum, d_top, mean_e, inverse_t;
 };
-constexpr int kKlStatistics = 5;  // all but the last
+constexpr int kKlStatistics = 6;  // all but the last
 
 template <class A>
 struct KlPoint {
@@ -97,7 +98,7 @@ RK_HOST_DEVICE A kl_slope_q(A p, A q, A inverse_t) {
   return (q - p) * inverse_t;
 }
 
-// What a row's second derivatives need besides: h, u_p, v_p, v_q, D.
+// What a row's second derivatives need: h, u_p, v_p, v_q, D.
 template <class A>
 struct KlSums {
   A mean_e, u_p, v_p, v_q, cross;
@@ -111,8 +112,8 @@ RK_HOST_DEVICE A kl_cross_term(A p, A e, A u, const KlSums<A>& s) {
 template <bool kU = true, bool kV = true, class A>
 RK_HOST_DEVICE A kl_bend_p(A p, A e, A u, A v, const KlSums<A>& s, A inverse_t) {
   if constexpr (!kU) return p * -(v - s.v_p) * inverse_t * inverse_t;
-  if constexpr (!kV) return p * (((e - s.mean_e) + A(1)) * (u - s.u_p) - s.cross) * inverse_t * inverse_t;
-  return p * (((e - s.mean_e) + A(1)) * (u - s.u_p) - s.cross - (v - s.v_p)) * inverse_t * inverse_t;
+  if constexpr (!kV) return p * ((e + (A(1) - s.mean_e)) * (u - s.u_p) - s.cross) * inverse_t * inverse_t;
+  return p * ((e + (A(1) - s.mean_e)) * (u - s.u_p) - s.cross - (v - s.v_p)) * inverse_t * inverse_t;
 }
 template <bool kU = true, bool kV = true, class A>
 RK_HOST_DEVICE A kl_bend_q(A p, A q, A u, A v, const KlSums<A>& s, A inverse_t) {

@@ -24,23 +24,33 @@ RK_HOST_DEVICE A divide_or_zero(A v, A n) {
   return n == A(0) ? A(0) : v / n;
 }
 
-// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers.  A quotient is put right by
-// what is left over, so that a / a is 1: the bend of a row of one number must vanish.
+// A divisor that many numbers share, as two factors, neither of which leaves the normal numbers; of zero or infinity one
+// is zero.  A quotient is put right by what is left over, so that a / a is 1: the bend of a row of one number must vanish.
 template <class A>
 struct SharedDivisor {
-  A n, first, second;
+  A n, first, second, product;  // product: n * first, or 0 where nothing can be put right
   SharedDivisor() = default;
   explicit RK_HOST_DEVICE SharedDivisor(A divisor) : n(divisor) {
     const A large = A(sizeof(A) == 8 ? 0x1p900 : 0x1p100);
     first = n > large ? A(0x1p-64) : n < A(1) / large ? A(0x1p64) : A(1);
-    second = A(1) / (n * first);
+    product = n <= Limits<A>::largest || is_nan(n) ? n * first : A(0);
+    second = n == A(0) ? A(0) : A(1) / (n * first);
   }
 };
+// v / n of a finite number; the quotient of an infinite one is NaN.
+template <class A>
+RK_HOST_DEVICE A part_or_zero(A v, SharedDivisor<A> d) {
+  const A scaled = v * d.first, quotient = scaled * d.second;
+  return fused(fused(-quotient, d.product, scaled), d.second, quotient);
+}
+template <class A>
+RK_HOST_DEVICE A part_or_zero(A v, A n) {
+  return divide_or_zero(v, n);
+}
 template <class A>
 RK_HOST_DEVICE A divide_or_zero(A v, SharedDivisor<A> d) {
-  const A scaled = v * d.first, quotient = scaled * d.second;
-  const A left = fused(-quotient, d.n * d.first, scaled);  // NaN where one of them is infinite
-  return d.n == A(0) ? A(0) : is_nan(left) ? quotient : fused(left, d.second, quotient);
+  const A quotient = v * d.first * d.second, corrected = part_or_zero(v, d);
+  return is_nan(corrected) ? quotient : corrected;  // infinity
 }
 RK_HOST_DEVICE float number(float n) { return n; }
 RK_HOST_DEVICE double number(double n) { return n; }
@@ -91,11 +101,11 @@ struct RowNorm<Norm::kL2, A> {
   static RK_HOST_DEVICE A finish(A total, A) { return std::sqrt(total); }
   template <class N, class P>
   static RK_HOST_DEVICE A slope(A a, N n, P, N) {
-    return divide_or_zero(a, n);
+    return part_or_zero(a, n);
   }
   template <class N, class P>
   static RK_HOST_DEVICE A bend(A a, A v, A s, N n, P) {
-    return divide_or_zero(v - divide_or_zero(a, n) * s, n);
+    return part_or_zero(v - part_or_zero(a, n) * s, n);
   }
 };
 

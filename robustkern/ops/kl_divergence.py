@@ -71,7 +71,7 @@ def _register() -> None:
     @register_fake("kl_divergence")
     def _(p_logits, q_logits, temperature):  # type: ignore[no-untyped-def]
         rows, dtype = p_logits.shape[0], accumulation_dtype(p_logits.dtype)
-        return p_logits.new_empty([rows], dtype=dtype), p_logits.new_empty([rows, 5], dtype=dtype)
+        return p_logits.new_empty([rows], dtype=dtype), p_logits.new_empty([rows, 6], dtype=dtype)
 
     @register_fake("kl_divergence_backward")
     def _(grad, p_logits, q_logits, statistics, temperature, need_p, need_q):  # type: ignore[no-untyped-def]

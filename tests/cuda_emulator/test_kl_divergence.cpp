@@ -181,6 +181,9 @@ template <class S>
 void test_shapes(const Options& options, Draw& draw, int rows, int classes) {
   if (draw(0, 1)) classes = (classes + 7) / 8 * 8;  // whole vectors
   Problem<S> problem(draw, rows, classes, draw.one_of({0, 8}));
+  if (draw(0, 1))  // several first choices
+    for (std::int64_t j = 0; j < std::int64_t{rows} * classes; ++j)
+      problem.a[j] = from_double<S>(std::round(to_double(problem.a[j])));
   test_problem(options, problem);
 }
 
@@ -206,8 +209,10 @@ void test_alignment(Draw& draw, std::int64_t classes) {
 void test_small_grid(Draw& draw) {
   Problem<float> t(draw, 7, 300, 0);
   for (const dim3 block : {dim3(96), dim3(32, 3)}) {
-    expect_success(rk::cuda::launch(rk::cuda::kl_divergence_kernel<true, float>, dim3(2), block, 0, nullptr,
-                                    t.call(Order::kValue)));
+    constexpr auto layout = rk::cuda::Layout::kVectors;
+    const rk::cuda::RowRounds rounds(300, block.x * 4 * rk::cuda::kl_vectors<layout, float>(Order::kValue));
+    expect_success(rk::cuda::launch(rk::cuda::kl_divergence_kernel<layout, float>, dim3(2), block, 0, nullptr,
+                                    t.call(Order::kValue), rounds));
     for (std::int64_t row = 0; row < t.rows; ++row) {
       const Row want(t, row);
       expect_close(t.per_row[row], want.kl, 1e-4 * (1.0 + want.kl), "divergence in a small grid");
@@ -289,8 +294,11 @@ int main(int argc, char** argv) {
     test_alignment<__nv_bfloat16>(draw, 8 * draw(1, 90));
     test_infinite(draw, draw(2, 500));
   }
-  test_shapes<float>(options, draw, 3, 5000);  // several rounds
-  test_shapes<__nv_bfloat16>(options, draw, 2, 20000);
+  for (const std::size_t kilobytes : {227, 70, 1}) {  // several rounds, of which shared memory keeps all, some, none
+    cuda_emulator::configuration().dynamic_shared_limit = kilobytes << 10;
+    test_shapes<float>(options, draw, 2, 9001);
+    test_shapes<__nv_bfloat16>(options, draw, 2, 20000);
+  }
   if (options.huge) test_huge();
   return finish();
 }

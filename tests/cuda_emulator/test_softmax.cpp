@@ -129,8 +129,9 @@ void test_alignment(Draw& draw, std::int64_t classes, std::int64_t inner) {
 void test_small_grid(Draw& draw) {
   Problem<float> rows(draw, false, 7, 300, 1, 0), columns(draw, false, 3, 5, 100, 0);
   for (const dim3 block : {dim3(96), dim3(32, 3)}) {
-    expect_success(rk::cuda::launch(rk::cuda::softmax_double_backward_rows_kernel<false, true, float>, dim3(2), block,
-                                    0, nullptr, rows.call(true, true)));
+    const rk::cuda::RowRounds rounds(300, block.x * 4 * rk::cuda::kSoftmaxVectors);
+    const auto kernel = rk::cuda::softmax_double_backward_rows_kernel<false, rk::cuda::Layout::kVectors, float>;
+    expect_success(rk::cuda::launch(kernel, dim3(2), block, 0, nullptr, rows.call(true, true), rounds));
     rows.check(true, true);
     rows.gg_grad.fill_with_nan();
   }
@@ -177,8 +178,11 @@ int main(int argc, char** argv) {
     test_alignment<__half>(draw, 8 * draw(1, 60), 1);
     test_alignment<__nv_bfloat16>(draw, draw(1, 30), draw(2, 60));
   }
-  test_shape<float>(options, draw, 2, 9000, 1);  // several rounds
-  test_shape<__nv_bfloat16>(options, draw, 2, 20000, 1);
+  for (const std::size_t kilobytes : {227, 48, 1}) {  // several rounds, of which shared memory keeps all, some, none
+    cuda_emulator::configuration().dynamic_shared_limit = kilobytes << 10;
+    test_shape<float>(options, draw, 2, 9000, 1);
+    test_shape<__nv_bfloat16>(options, draw, 2, 20001, 1);
+  }
   test_small_grid(draw);
   if (options.huge) test_huge();
   return finish();

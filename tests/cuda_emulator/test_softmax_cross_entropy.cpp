@@ -217,9 +217,13 @@ void test_small_grid(Draw& draw) {
     }
     t.per_row.fill_with_nan();
   };
-  const auto kernel = rk::cuda::softmax_cross_entropy_kernel<rk::cuda::Target::kSmoothedIndex, true, float>;
+  constexpr auto target = rk::cuda::Target::kSmoothedIndex;
+  constexpr auto layout = rk::cuda::Layout::kVectors;
+  const auto kernel = rk::cuda::softmax_cross_entropy_kernel<target, layout, float>;
   for (const dim3 block : {dim3(96), dim3(32, 3)}) {
-    expect_success(rk::cuda::launch(kernel, dim3(2), block, 0, nullptr, call));
+    const int vectors = rk::cuda::cross_entropy_vectors<target, layout, float>(Order::kValue);
+    const rk::cuda::RowRounds rounds(300, block.x * 4 * vectors);
+    expect_success(rk::cuda::launch(kernel, dim3(2), block, 0, nullptr, call, rounds));
     check();
   }
 }
@@ -302,8 +306,11 @@ int main(int argc, char** argv) {
     test_infinite(draw, draw(2, 700));
   }
   test_shapes<float>(options, draw, 3, 5000);
-  test_shapes<float>(options, draw, 2, 20001);  // several rounds
-  test_shapes<__nv_bfloat16>(options, draw, 2, 40000);
+  for (const std::size_t kilobytes : {227, 70, 1}) {  // several rounds, of which shared memory keeps all, some, none
+    cuda_emulator::configuration().dynamic_shared_limit = kilobytes << 10;
+    test_shapes<float>(options, draw, 2, 20001);
+    test_shapes<__nv_bfloat16>(options, draw, 2, 40000);
+  }
   if (options.huge) test_huge();
   return finish();
 }

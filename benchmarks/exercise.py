@@ -25,7 +25,7 @@ from tests.samples import DerivativeSample, Sample, samples_of
 
 from .harness import reason, synchronize
 
-OPERATORS = (*robustkern.ops.__all__, *DERIVATIVES)
+OPERATORS = tuple(dict.fromkeys((*robustkern.ops.__all__, *DERIVATIVES)))
 Result = tuple[Tensor, ...]
 Call = tuple[str, Callable[[bool], None]]  # its name, and what runs it, checked or not
 

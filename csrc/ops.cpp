@@ -107,4 +107,9 @@ STABLE_TORCH_LIBRARY(robustkern, m) {
       "attention_double_backward(Tensor? a, Tensor? b, Tensor? c, Tensor grad, Tensor q, Tensor k, Tensor v, "
       "Tensor? out, Tensor? logsumexp, Tensor? mask, bool causal, float scale, bool need_grad, bool need_q, bool "
       "need_k, bool need_v) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Forward mode: the value, and how it moves when q, k, v and the mask move along their tangents, which are like them.
+  // -> (out, tangent [B, H, L, E] like q, logsumexp [B, H, L] of the scores in the accumulation type)
+  m.def(
+      "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor? "
+      "mask, Tensor? mask_tangent, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
 }

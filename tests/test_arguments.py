@@ -11,6 +11,7 @@ from robustkern import ops
 from robustkern.ops import (
     attack_start,
     attack_step,
+    attention_jvp,
     kl_divergence,
     margin_loss,
     random_cotangents,
@@ -183,7 +184,7 @@ COTANGENTS_MISUSE = [
 ]
 MISUSE = [(row_norm, *m) for m in ROW_NORM_MISUSE] + [(softmax_cross_entropy, *m) for m in CROSS_ENTROPY_MISUSE]
 MISUSE += [(random_cotangents, *m) for m in COTANGENTS_MISUSE]
-IMAGES = torch.rand(2, 3, 4)
+IMAGES, HEADS = torch.rand(2, 3, 4), torch.rand(1, 2, 3, 4)
 MISUSE += [  # the rest of theirs is in test_attack_ops.py and test_kl_divergence.py
     (attack_step, (IMAGES.long(), IMAGES.long()), {"eps": 0.1}, TypeError, "attack_step: x must be .* got torch.int64"),
     (attack_step, (IMAGES[:1], IMAGES), {"eps": 0.1}, ValueError, r"attack_step: adversary must be .* got \[1, 3, 4\]"),
@@ -195,6 +196,16 @@ MISUSE += [  # the rest of theirs is in test_attack_ops.py and test_kl_divergenc
     (kl_divergence, (LOGITS, LOGITS), {"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
     (margin_loss, (LOGITS, CLASSES.float()), {}, TypeError, "margin_loss: target must be .* got torch.float32"),
     (margin_loss, (LOGITS, CLASSES), {"kind": "ce"}, ValueError, "margin_loss: kind must be 'cw' or 'dlr', got 'ce'"),
+    (attention_jvp, (HEADS.long(),) * 3, {}, TypeError, "attention_jvp: q must be float32.* got torch.int64"),
+    (attention_jvp, (HEADS[0],) * 3, {}, ValueError, r"attention_jvp: q must be \[B, H, L, D\], got shape \[2, 3, 4\]"),
+    (attention_jvp, (HEADS,) * 3, {"mask_tangent": HEADS}, ValueError, "attention_jvp: mask_tangent needs a mask"),
+    (
+        attention_jvp,
+        (HEADS,) * 3,
+        {"mask": torch.ones(3, 3) > 0, "mask_tangent": HEADS},
+        ValueError,
+        "attention_jvp: mask_tangent needs a floating-point mask, got a boolean one",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
-"""attention_double_backward as CUDA tensors have it, at heads of networks' sizes.
+"""attention_double_backward and attention_jvp as CUDA tensors have them, at heads of networks' sizes.
 
-On the CPU that is blocks of matrix products, and with ROBUSTKERN_EMULATED the kernels of csrc/cuda/attention.cuh.
+On the CPU that is blocks of matrix products, and with ROBUSTKERN_EMULATED the kernels of csrc/cuda/attention.cuh and
+csrc/cuda/attention_jvp.cuh.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustkern.ops._pytorch_derivatives import DERIVATIVES
+from robustkern.ops._pytorch_derivatives import DERIVATIVES, Derivative
 from robustkern.testing import assert_as_accurate_as_reference, cast
 from tests.samples import make_tensor
 from tests.samples.attention import forward
 
-ENTRY = DERIVATIVES["attention_double_backward"]
+ENTRY, JVP = DERIVATIVES["attention_double_backward"], DERIVATIVES["attention_jvp"]
 
 
 class Shape(NamedTuple):
@@ -42,10 +43,10 @@ SHAPES = [
 ]
 
 
-def on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+def on_cuda(*arguments: Any, entry: Derivative = ENTRY) -> tuple[Tensor, ...]:
     """What CUDA tensors have, also for CPU tensors."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    return ENTRY.operator.default.redispatch(cuda, *arguments)
+    return entry.operator.default.redispatch(cuda, *arguments)
 
 
 def arguments_of(shape: Shape, dtype: torch.dtype, device: str, kind: str) -> dict[str, Any]:
@@ -101,3 +102,47 @@ def test_gradients_alone_are_the_same_bits(need, device):
     some = on_cuda(*arguments.values(), *(letter in need for letter in "gqkv"))
     for letter, one, whole in zip("gqkv", some, everything, strict=True):
         assert torch.equal(one, whole) if letter in need else one.shape == (0,)
+
+
+def jvp_arguments_of(shape: Shape, dtype: torch.dtype, device: str, kind: str) -> dict[str, Any]:
+    make = make_tensor(device, dtype)
+    of_q = (2, shape.heads, shape.queries, shape.key_size)
+    of_k = (2, shape.key_heads, shape.keys, shape.key_size)
+    of_v = (2, shape.key_heads, shape.keys, shape.value_size)
+    k_tangent = make(*of_k)
+    if "far" in kind:
+        k_tangent = k_tangent + 4.0
+    mask = mask_tangent = None
+    if "mask" in kind:
+        mask = make(2, 1, shape.queries, shape.keys)
+        mask[0, 0, 3] = -torch.inf
+        mask_tangent = make(*mask.shape) if "moving" in kind else None
+    return {
+        "q": make(*of_q),
+        "k": make(*of_k),
+        "v": make(*of_v),
+        "q_tangent": make(*of_q),
+        "k_tangent": None if "context" in kind else k_tangent,
+        "v_tangent": None if "context" in kind else make(*of_v),
+        "mask": mask,
+        "mask_tangent": mask_tangent,
+        "causal": "causal" in kind,
+        "scale": shape.key_size**-0.5,
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask", "moving mask", "far", "context"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy_in_forward_mode(shape, dtype, kind, device):
+    arguments = jvp_arguments_of(shape, dtype, device, kind)
+    exact = JVP.reference(*cast(arguments).values())
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    eager = JVP.reference(*cast(arguments, narrow).values())
+    actual = on_cuda(*arguments.values(), entry=JVP)
+    again = on_cuda(*arguments.values(), entry=JVP)
+    for name, a, n, r, e in zip(JVP.outputs, actual, again, eager, exact, strict=True):
+        assert torch.equal(a, n)
+        assert torch.equal(a == -torch.inf, e == -torch.inf)  # of rows that attend to nothing
+        a, r, e = (t.masked_fill(t == -torch.inf, 0.0) for t in (a, r, e))
+        assert_as_accurate_as_reference(a, r.to(torch.float32 if a.dtype == torch.float64 else a.dtype), e, what=name)

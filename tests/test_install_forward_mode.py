@@ -5,15 +5,21 @@ above a graph that exists already, compiled autograd.  Installed agrees with PyT
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 import robustkern as rk
+from robustkern.double_backward import replaced_operators
+from tests import attention_backends
+from tests.installed import attention
 
 
 def _parameter(size: int) -> Tensor:
@@ -22,6 +28,10 @@ def _parameter(size: int) -> Tensor:
 
 def _heads(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, 2 * x, x.flip(2))
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
@@ -204,6 +214,209 @@ def test_tangents_through_attention(order, create_graph):
         torch.testing.assert_close(tangent, expected)
 
 
+# ------------------------------------------------------------------ attention
+
+Inputs = tuple[Tensor, ...]
+
+
+def _each(inputs: Inputs) -> tuple[int, ...]:
+    return tuple(range(len(inputs)))
+
+
+def _scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *inputs: function(*inputs).sin().sum()
+
+
+def _dual_numbers(function: Callable[..., Tensor], x: Inputs, tangents: Inputs) -> Inputs:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(function(*map(forward_ad.make_dual, x, tangents))))
+
+
+def _reverse_over_jvp(function: Callable[..., Tensor], x: Inputs, tangents: Inputs, order: int = 1) -> Inputs:
+    leaves = [t.clone().requires_grad_() for t in (*x, *tangents)]
+    value, tangent = torch.func.jvp(function, tuple(leaves[: len(x)]), tuple(leaves[len(x) :]))
+    grads = torch.autograd.grad(value.cos().sum() + tangent.sin().sum(), leaves, create_graph=order > 1)
+    return grads if order == 1 else torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+def _vmap_of_jvp(function: Callable[..., Tensor], x: Inputs, tangents: Inputs) -> Inputs:
+    several = tuple(torch.stack([t, t.cos(), -t]) for t in tangents)
+    return torch.func.vmap(lambda *t: torch.func.jvp(function, x, t))(*several)
+
+
+def _jvp_of_vmap(function: Callable[..., Tensor], x: Inputs, tangents: Inputs) -> Inputs:
+    several = tuple(torch.stack([t, t.cos()]) for t in x)
+    return torch.func.jvp(torch.func.vmap(function), several, tuple(torch.stack([t, -t]) for t in tangents))
+
+
+Transform = Callable[[Callable[..., Tensor], Inputs, Inputs], Any]
+TRANSFORMS: dict[str, Transform] = {
+    "jvp": lambda f, x, t: torch.func.jvp(f, x, t),
+    "jvp in the first input": lambda f, x, t: torch.func.jvp(lambda first: f(first, *x[1:]), x[:1], t[:1]),
+    "dual numbers": _dual_numbers,
+    "linearize": lambda f, x, t: torch.func.linearize(f, *x)[1](*t),
+    "jacfwd": lambda f, x, t: torch.func.jacfwd(f, _each(x))(*x),
+    "vmap of jvp": _vmap_of_jvp,
+    "jvp of vmap": _jvp_of_vmap,
+    "grad of jvp": lambda f, x, t: torch.func.grad(
+        lambda *x: torch.func.jvp(f, x, t)[1].sin().sum(), _each(x)
+    )(*x),
+    "jvp of grad": lambda f, x, t: torch.func.jvp(torch.func.grad(_scalar(f), _each(x)), x, t),
+    "jvp of jvp": lambda f, x, t: torch.func.jvp(
+        lambda *x: torch.func.jvp(f, x, t)[1], x, tuple(u.cos() for u in t)
+    ),
+    "hessian": lambda f, x, t: torch.func.hessian(lambda first: _scalar(f)(first, *x[1:]))(x[0]),
+    "reverse over jvp": _reverse_over_jvp,
+    "reverse twice over jvp": lambda f, x, t: _reverse_over_jvp(f, x, t, order=2),
+}  # fmt: skip
+
+
+def _directions(inputs: Inputs) -> Inputs:
+    generator = torch.Generator().manual_seed(2)
+    return tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in inputs)
+
+
+@pytest.mark.parametrize("transform", list(TRANSFORMS))
+@pytest.mark.parametrize("case", attention.CASES, ids=str)
+def test_forward_mode_of_attention(case, transform):
+    """In every form that PyTorch sends to a fused backend, as on the MATH backend."""
+    inputs = case.inputs(torch.float64)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        return [t.detach() for t in tree_leaves(TRANSFORMS[transform](function, inputs, _directions(inputs)))]
+
+    hidden = case.name == "row without keys"  # whose derivatives are NaN on the MATH backend
+    expected = run(attention.without_the_hidden_row if hidden else case.stock)
+    assert all(e.any() for e in expected)
+    rk.install()
+    for actual, e in zip(run(case.function), expected, strict=True):
+        torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "grad of jvp", "jvp of grad", "hessian", "reverse over jvp"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_forward_mode_of_attention(transform, backend, not_emulated):
+    """Compiled as a whole; what is differentiated backwards from outside is compiled as the function that it is."""
+    case = next(c for c in attention.CASES if c.name == "causal")
+    inputs = case.inputs(torch.float64)
+    tangents = _directions(inputs)
+    expected = TRANSFORMS[transform](case.stock, inputs, tangents)
+    rk.install()
+    torch._dynamo.reset()
+    if transform == "reverse over jvp":
+        compiled = torch.compile(lambda *x: torch.func.jvp(case.function, x[:3], x[3:]), backend=backend)
+        leaves = [t.clone().requires_grad_() for t in (*inputs, *tangents)]
+        value, tangent = compiled(*leaves)
+        actual = torch.autograd.grad(value.cos().sum() + tangent.sin().sum(), leaves)
+    else:
+        actual = torch.compile(lambda *x: TRANSFORMS[transform](case.function, x[:3], x[3:]), backend=backend)(
+            *inputs, *tangents
+        )
+    torch._dynamo.reset()
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        assert e.any()
+        torch.testing.assert_close(a, e)
+
+
+def test_stock_raises_in_forward_mode():
+    q = torch.randn(1, 2, 4, 3)
+    with pytest.raises(NotImplementedError, match="Trying to use forward AD with _scaled_dot_product_flash_attention"):
+        torch.func.jvp(_heads, (q,), (q,))
+
+
+def test_forward_mode_of_a_mask():
+    """A mask that moves, such as a learned bias of positions, and that is differentiated."""
+    q, k, v = attention.CASES[0].inputs(torch.float64)
+    bias = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+    inputs = (q, k, v, bias)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    for transform in ("jvp", "vmap of jvp", "grad of jvp", "reverse over jvp", "reverse twice over jvp"):
+        rk.uninstall()
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = TRANSFORMS[transform](function, inputs, _directions(inputs))
+        rk.install()
+        for actual, e in zip(TRANSFORMS[transform](function, inputs, _directions(inputs)), expected, strict=True):
+            assert e.any()
+            torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.parametrize(
+    "backend", ["flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"]
+)
+def test_forward_mode_of_every_backend_is_replaced(backend):
+    name = f"aten::_scaled_dot_product_{backend}"
+    assert name in replaced_operators("cpu")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCUDA")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    ["jvp", "linearize", "jacfwd", "vmap of jvp", "grad of jvp", "jvp of grad", "hessian", "reverse over jvp"],
+)
+@pytest.mark.parametrize("backend", list(attention_backends.CALLS))
+def test_forward_mode_of_the_backends_for_cuda(backend, transform):
+    """What they keep for their backwards comes back to them, whatever computes the tangents."""
+    inputs = attention.CASES[0].inputs(torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = tree_leaves(TRANSFORMS[transform](_causal, inputs, _directions(inputs)))
+    rk.install()
+    with attention_backends.on_cpu_tensors():
+        actual = tree_leaves(TRANSFORMS[transform](attention_backends.CALLS[backend], inputs, _directions(inputs)))
+    for a, e in zip(actual, expected, strict=True):
+        assert e.any()
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", list(attention_backends.CALLS))
+def test_shapes_of_the_backends_for_cuda(backend):
+    """Of fake tensors in bfloat16: what PyTorch says of its own operators meets what we say of ours."""
+    rk.install()
+    call = attention_backends.CALLS[backend]
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 3, 16, 64, dtype=torch.bfloat16) for _ in range(3))
+        for result in (
+            *torch.func.jvp(call, (q, k, v), (q, k, v)),
+            *torch.func.jvp(torch.func.grad(_scalar(call)), (q, k, v), (q, k, v)),
+            *_reverse_over_jvp(call, (q, k, v), (q, k, v)),
+        ):
+            assert result.shape == q.shape and result.dtype == q.dtype
+
+
+def test_forward_mode_with_dropout_is_refused():
+    q = torch.randn(1, 2, 4, 3)
+    rk.install()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"with dropout needs sdpa_kernel"):
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(forward_ad.make_dual(q, q), q, q, 0.5)
+
+
+def test_cotangents_of_a_jvp():
+    """Several at once, and dual ones: the backward of what forward mode has recorded."""
+    q, k, v = attention.CASES[0].inputs(torch.float64)
+    tangents = _directions((q, k, v))
+
+    def pull(transform: str) -> Any:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, *tangents)]
+        results = torch.func.jvp(_causal, tuple(leaves[:3]), tuple(leaves[3:]))
+        several = torch.stack([q, q.cos(), k])
+
+        def back(u: Tensor) -> Inputs:
+            return torch.autograd.grad(results, leaves, (u, u.sin()), retain_graph=True)
+
+        return torch.func.vmap(back)(several) if transform == "vmap" else torch.func.jvp(back, (q,), (k,))
+
+    for transform in ("vmap", "jvp"):
+        rk.uninstall()
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = pull(transform)
+        rk.install()
+        for actual, e in zip(tree_leaves(pull(transform)), tree_leaves(expected), strict=True):
+            assert e.any()
+            torch.testing.assert_close(actual, e)
+
+
 @pytest.fixture
 def compiled_autograd():
     with torch._dynamo.config.patch(compiled_autograd=True):
@@ -224,6 +437,14 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(x.detach(), x.detach(), self.value(x))
 
 
+class ForwardAttention(Attention):
+    """A loss in value and tangent: of the latter, attention's second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, tangent = torch.func.jvp(super().forward, (x,), (x.cos(),))
+        return value + tangent.square()
+
+
 NETWORKS = {
     "LayerNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)),
     "BatchNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)),
@@ -234,6 +455,7 @@ NETWORKS = {
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 1), nn.MaxPool2d((1, 2), 1), nn.AvgPool2d(2, 1), nn.Flatten()
     ),
     "attention": lambda: Attention(),
+    "attention in forward mode": lambda: ForwardAttention(),
     "SiLU": lambda: nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 1)),
 }
 

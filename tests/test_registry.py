@@ -23,7 +23,8 @@ from tests.samples import samples_of
 ROOT = Path(__file__).parents[1]
 ORDERS = ("", "_backward", "_double_backward")
 SCHEMAS = re.findall(r'"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
-STEMS = [name for name in SCHEMAS if not name.endswith("backward")]
+STEMS = [name for name in SCHEMAS if not name.endswith(("backward", "_jvp"))]
+FORWARD_MODE = [name for name in SCHEMAS if name.endswith("_jvp")]  # public too, though PyTorch begins their chain
 # Differentiable once: nobody penalises the second derivative of a random direction.
 DIFFERENTIABLE_ONCE = {"margin_loss", "random_cotangents"}
 
@@ -74,7 +75,7 @@ def test_schemas_come_in_chains():
 
 @over_ends
 def test_derivatives_of_pytorch_operators(schema):
-    stem = re.sub(r"(_double)?_backward$", "", schema)
+    stem = re.sub(r"(_double)?_backward$|_jvp$", "", schema)
     entry = DERIVATIVES[schema]
     for key, step in (
         ("CPU", "kernel"),
@@ -125,7 +126,7 @@ def test_public_function_reference_and_module(op):
     assert (ROOT / f"tests/samples/{op}.py").is_file(), f"write samples(device, dtype) in tests/samples/{op}.py"
     assert inspect.getfile(getattr(reference, op)).endswith(f"reference/{op}.py")
     assert inspect.getfile(getattr(ops, op)).endswith(f"ops/{op}.py")
-    assert ops.__all__ == sorted(STEMS)
+    assert ops.__all__ == sorted([*STEMS, *FORWARD_MODE])
     assert reference.__all__ == sorted([*STEMS, *ENDS])
 
 

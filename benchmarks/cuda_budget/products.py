@@ -75,9 +75,25 @@ def attention(shape: tuple[int, int, int, int, int], dtype: str) -> None:
     PRODUCTS[name] = ProductCase(name, "attention", shape, kernels, call)
 
 
-attention((64, 12, 197, 197, 64), "bfloat16")
-attention((64, 12, 1024, 1024, 64), "bfloat16")
-attention((64, 8, 1024, 1024, 128), "bfloat16")
+def attention_jvp(shape: tuple[int, int, int, int, int], dtype: str) -> None:
+    batch, heads, queries, keys, size = shape
+
+    def call() -> object:
+        q, k = ((batch, heads, rows, size) for rows in (queries, keys))
+        like_q, like_k = ([torch.empty(x, dtype=DTYPES[dtype]) for _ in range(4)] for x in (q, k))
+        return torch.ops.robustkern_cuda.attention_jvp(
+            like_q[0], like_k[0], like_k[1], like_q[1], like_k[2], like_k[3], None, None, False, 0.125, *like_q[2:],
+            torch.empty((batch, heads, queries)),
+        )  # fmt: skip
+
+    name = f"attention_jvp {text(shape)} {dtype}"
+    PRODUCTS[name] = ProductCase(name, "attention_jvp", shape, (ProductKernel("attention_jvp", 6, 4),), call)
+
+
+for each in (attention, attention_jvp):
+    each((64, 12, 197, 197, 64), "bfloat16")
+    each((64, 12, 1024, 1024, 64), "bfloat16")
+    each((64, 8, 1024, 1024, 128), "bfloat16")
 
 
 def best_way(flow: Flow, loop: int) -> list[Instruction]:

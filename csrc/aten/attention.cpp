@@ -4,105 +4,19 @@
 // The first backward stays PyTorch's.  It is a function of (grad, q, k, v, bias) alone: out and logsumexp, which it is
 // given too, are functions of these.  The operator's formula (math/attention.h) differentiates P and D through q, k and v,
 // so what it is given of the forward are values that it need not compute again, and no graph leads from them: their edges
-// would count the same paths twice.  The second backward takes memory linear in the sequence; a third order, or second derivatives in a bias, go through the scores
-// of all heads, as PyTorch's own MATH backend does.
-#include <cmath>
+// would count the same paths twice.  The second backward takes memory linear in the sequence; a third order, or second
+// derivatives in a bias, go through the scores of all heads, as PyTorch's own MATH backend does.
 #include <functional>
 
+#include "attention.h"
 #include "replacement.h"
 
 namespace rk::aten {
 namespace {
 
+using namespace attention;
+
 constexpr char kOperator[] = "robustkern::attention_double_backward";
-
-struct Settings {
-  bool causal;
-  double scale, dropout;
-};
-
-SymInt heads_of(const Tensor& t) { return t.sym_size(1); }
-
-Tensor per_head(const Tensor& t, const Tensor& q) {
-  return heads_of(t) == heads_of(q) ? t : t.repeat_interleave_symint(heads_of(q) / heads_of(t), 1);
-}
-
-Tensor per_key_head(const Tensor& grad, const Tensor& k) {
-  if (heads_of(grad) == heads_of(k)) return grad;
-  auto shape = grad.sym_sizes().vec();
-  shape[1] = heads_of(grad) / heads_of(k);
-  shape.insert(shape.begin() + 1, heads_of(k));
-  return grad.reshape_symint(shape).sum(2);
-}
-
-// What both backwards have in common, in operators that PyTorch differentiates any number of times; k and v are given to
-// every head of q.
-struct Composed {
-  Tensor g, q, k, v, p, dp;
-
-  Composed(const variable_list& in, const Settings& s) {
-    const auto dtype = accumulation_type(in[0].scalar_type());
-    const auto wide = [&](const Tensor& t) { return t.to(dtype); };
-    g = wide(in[0]);
-    q = wide(in[1]);
-    k = wide(per_head(in[2], q));
-    v = wide(per_head(in[3], q));
-    Tensor scores = at::matmul(q, k.mT()) * s.scale;
-    if (in[4].defined()) scores = scores + wide(in[4]);
-    if (s.causal) {
-      const auto ones = at::ones_symint({q.sym_size(2), k.sym_size(2)}, q.options().dtype(at::kBool));
-      scores = scores.masked_fill(ones.triu(1), -std::numeric_limits<double>::infinity());
-    }
-    p = at::_safe_softmax(scores, -1);
-    dp = at::matmul(g, v.mT());
-  }
-  static Tensor total(const Tensor& t) { return t.sum(-1, /*keepdim=*/true); }
-};
-
-variable_list narrowed(const variable_list& grads, const variable_list& in) {
-  variable_list result;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    Tensor grad = grads[i];
-    if (i == 2 || i == 3) grad = per_key_head(grad, in[i]);
-    if (i == 4) grad = at::sum_to(grad, in[i].sym_sizes());
-    result.push_back(grad.to(in[i].scalar_type()));
-  }
-  return result;
-}
-
-// grad_q, grad_k, grad_v, and grad_bias where there is a bias.
-variable_list first_backward(const variable_list& in, const Settings& s) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Composed c(in, s);
-  const Tensor ds = c.p * (c.dp - c.total(c.p * c.dp));
-  variable_list grads{c.g, at::matmul(ds, c.k) * s.scale, at::matmul(ds.mT(), c.q) * s.scale,
-                      at::matmul(c.p.mT(), c.g)};
-  if (in[4].defined()) grads.push_back(ds);
-  grads = narrowed(grads, in);
-  grads.erase(grads.begin());
-  return grads;
-}
-
-// grad_g, grad_q, grad_k, grad_v, and grad_bias where there is a bias, with all scores in memory: see math/attention.h.
-// The cotangents of grad_q, grad_k, grad_v, grad_bias may be undefined.
-variable_list second_backward(const Tensor* gg, const variable_list& in, const Settings& s) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Composed m(in, s);
-  const auto wide = [&](const Tensor& t, const Tensor& like) {
-    return t.defined() ? per_head(t, m.q).to(like.scalar_type()) : at::zeros_like(like);
-  };
-  const Tensor a = wide(gg[0], m.q), b = wide(gg[1], m.k), c = wide(gg[2], m.v);
-  Tensor t = (at::matmul(a, m.k.mT()) + at::matmul(m.q, b.mT())) * s.scale;
-  if (gg[3].defined()) t = t + gg[3].to(t.scalar_type());
-  const Tensor d = m.total(m.p * m.dp), ds = m.p * (m.dp - d), centred = t - m.total(m.p * t), pd = m.p * centred;
-  const Tensor of_p = (m.dp - d) * centred + at::matmul(m.g, c.mT());
-  const Tensor of_scores = m.p * (of_p - m.total(m.p * of_p));
-  variable_list grads{at::matmul(pd, m.v) + at::matmul(m.p, c),
-                      (at::matmul(of_scores, m.k) + at::matmul(ds, b)) * s.scale,
-                      (at::matmul(of_scores.mT(), m.q) + at::matmul(ds.mT(), a)) * s.scale, at::matmul(pd.mT(), m.g)};
-  if (in[4].defined()) grads.push_back(of_scores);
-  return narrowed(grads, in);
-}
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -162,10 +76,6 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     return result;
   }
 };
-
-double scale_of(const std::optional<double>& scale, const Tensor& q) {
-  return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(q.sym_size(-1).guard_int(__FILE__, __LINE__)));
-}
 
 // What the four backends have in common.  A backend is one of the structs below.
 struct Call {
@@ -249,8 +159,13 @@ struct Attention<Backend, R(Args...)> {
     if (serves(args...)) return fused(args...);
     const bool ours = enabled() && !uses_stock_kernels() && all_known(args...) && has_cotangent(args...);
     const bool transformed = ours && under_functorch_grad();
-    if (transformed && (inner_levels > 0 || of_cotangent_alone(args...))) return composite(args...);
-    if (ours && has_tangent(args...)) return composite(args...);
+    if (ours && (transformed || has_tangent(args...))) {
+      const Call c = Backend::call(args...);
+      if (c.settings.dropout == 0) {
+        if (has_tangent(args...)) return has_linear_tangents(c, args...) ? with_tangents(keys, args...) : composite(c);
+        if (inner_levels > 0 || of_cotangent_alone(c)) return composite(c);
+      }
+    }
     const InnerLevel level(transformed);
     return Op::redispatch(stock_keys<Op>(keys), args...);
   }
@@ -269,15 +184,52 @@ struct Attention<Backend, R(Args...)> {
   }
 
   // Whether a transform differentiates by the cotangent, while the graph is older than the transform.
-  static bool of_cotangent_alone(Args... args) {
-    const Call c = Backend::call(args...);
+  static bool of_cotangent_alone(const Call& c) {
     return c.g.requires_grad() && !c.q.requires_grad() && !c.k.requires_grad() && !c.v.requires_grad();
   }
 
-  // In forward mode, and under torch.func.grad of torch.func.grad, where no Function can run.
-  static R composite(Args... args) {
-    const Call c = Backend::call(args...);
-    if (c.settings.dropout != 0) return Op::call(args...);
+  // Whether the tangents are all that is asked for, and those of kernels suffice.
+  static bool has_linear_tangents(const Call& c, Args... args) {
+    const auto moves_or_needed = c.bias && c.bias->defined() && (kOutputs > 3 || tangent_of(*c.bias).defined());
+    return !moves_or_needed &&
+           !any_tensor([](const Tensor& t) { return is_differentiated_beside_tangent(t); }, args...);
+  }
+
+  // How the first backward moves along (dg, dq, dk, dv): it is linear in g, and by q, k and v it is differentiated as the
+  // second backward differentiates it for the cotangents dq, dk, dv, as <dq, grad_q> + <dk, grad_k> + <dv, grad_v> is
+  // how <g, out> moves.
+  static R with_tangents(c10::DispatchKeySet keys, Args... args) {
+    const auto stock = [&](const auto&... primals) { return Op::redispatch(stock_keys<Op>(keys), primals...); };
+    std::tuple<std::decay_t<Args>...> primals(primal_of(args)...);
+    const Call moved = Backend::call(args...), c = std::apply(Backend::call, primals);
+    const R grads = std::apply(stock, primals);
+    const Tensor gg[] = {tangent_of(moved.q), tangent_of(moved.k), tangent_of(moved.v)};
+    std::array<Tensor, 3> tangents;
+    const auto add = [&](const auto& terms) {
+      size_t i = 0;
+      for (const Tensor& term : {std::get<0>(terms), std::get<1>(terms), std::get<2>(terms)}) {
+        if (term.defined()) tangents[i] = tangents[i].defined() ? tangents[i] + term : term;
+        ++i;
+      }
+    };
+    if (const Tensor dg = tangent_of(moved.g); dg.defined()) {
+      std::get<0>(primals) = dg;
+      add(std::apply(stock, primals));
+    }
+    if (gg[0].defined() || gg[1].defined() || gg[2].defined()) {
+      const auto [_, of_q, of_k, of_v] =
+          double_backward(gg, {c.g, c.q, c.k, c.v, optional_value(c.bias), c.saved.out, c.saved.logsumexp}, c.settings,
+                          {false, true, true, true, false});
+      add(std::tuple(of_q, of_k, of_v));
+    }
+    const Tensor* const results[] = {&std::get<0>(grads), &std::get<1>(grads), &std::get<2>(grads)};
+    for (size_t i = 0; i < 3; ++i)
+      if (results[i]->defined() && tangents[i].defined()) results[i]->_set_fw_grad(tangents[i], 0, false);
+    return grads;
+  }
+
+  // Under torch.func.grad of torch.func.grad, where no Function can run, and in forward mode of further orders.
+  static R composite(const Call& c) {
     const auto grads = first_backward({c.g, c.q, c.k, c.v, optional_value(c.bias)}, c.settings);
     MaskOf<kOutputs> present{};
     std::fill_n(present.begin(), std::min(kOutputs, grads.size()), true);

@@ -29,6 +29,17 @@ bool is_differentiated(const Tensor& t) {
   return t._fw_grad(0).defined();
 }
 
+bool is_differentiated_beside_tangent(const Tensor& t) {
+  if (at::GradMode::is_enabled() && t.requires_grad()) return true;
+  const auto below = [](const Tensor& value) {
+    return value._fw_grad(0).defined() || is_differentiated_beside_tangent(value);
+  };
+  if (const auto* const batched = at::functorch::maybeGetBatchedImpl(t)) return below(batched->value());
+  if (!t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return false;
+  const py::gil_scoped_acquire gil;  // the class of what wraps it has no header that can be included
+  return below(py::module_::import("torch._C._functorch").attr("get_unwrapped")(t).cast<Tensor>());
+}
+
 bool is_small(const Tensor& t, int64_t limit) {
   return t.is_cpu() && !being_compiled(t) && !c10::impl::dispatch_mode_enabled() && t.numel() < limit &&
          !however_small();

@@ -31,6 +31,21 @@ bool is_known(const Tensor& t);
 // would lose it, so whatever is given such a cotangent is computed in differentiable operators.
 bool is_differentiated(const Tensor& t);
 
+// Whether anything else than a tangent of the level at hand hangs on `t`: a graph that is being recorded, here or at a level of
+// torch.func below, or a tangent there.
+bool is_differentiated_beside_tangent(const Tensor& t);
+
+// The tangent of the level at hand, undefined if there is none; and an argument without it.
+inline Tensor tangent_of(const Tensor& t) { return t.defined() ? t._fw_grad(0) : t; }
+inline Tensor primal_of(const Tensor& t) { return tangent_of(t).defined() ? t._fw_primal(0) : t; }
+inline std::optional<Tensor> primal_of(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(primal_of(*t)) : t;
+}
+template <class T>
+const T& primal_of(const T& other) {
+  return other;
+}
+
 // Whether fused kernels can read `t`: a strided tensor of one of their dtypes, that holds numbers.
 inline bool is_plain(const Tensor& t) {
   return is_known(t) && !being_compiled(t) && is_floating_point(t.scalar_type());

@@ -3,67 +3,13 @@
 #include "attention.cuh"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <optional>
-#include <vector>
-
-#include "torch.cuh"
+#include "attention_tensors.cuh"
 
 namespace rk::cuda {
 namespace {
 
 constexpr const char* kOp = "attention_double_backward";
-
-using OptionalTensor = std::optional<Tensor>;
-
-// Since 8.0 there are the instructions of mma.cuh, and a block may have 99 KiB of shared memory.
-bool has_tensor_cores([[maybe_unused]] const Tensor& t) {
-#if defined(__CUDACC__)
-  int major = 0;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()) == cudaSuccess &&
-         major >= 8;
-#else
-  return true;
-#endif
-}
-
-// The tensors as the kernels take them; copies live as long as this.
-class Views {
- public:
-  template <class T>
-  Heads<T> operator()(const OptionalTensor& tensor, bool any_columns = false) {
-    if (!tensor) return {};
-    const Tensor& t =
-        held_.emplace_back(any_columns || has_adjacent_columns(*tensor) ? *tensor : torch::stable::contiguous(*tensor));
-    T* const data = pointer<T>(t);
-    if (any_columns)
-      return {{data, static_cast<int>(t.stride(2)), static_cast<int>(t.size(2)), 0}, t.stride(0), t.stride(1)};
-    aligned_ = aligned_ && aligned<std::remove_const_t<T>>(t.size(3), data);
-    for (int64_t d = 0; d < 3; ++d) aligned_ = aligned_ && (t.size(d) == 1 || t.stride(d) % (16 / sizeof(T)) == 0);
-    return {{data, static_cast<int>(t.stride(2)), static_cast<int>(t.size(2)), static_cast<int>(t.size(3))},
-            t.stride(0),
-            t.stride(1)};
-  }
-
-  // Whether rows of all of them can be copied by 16 bytes.
-  bool all_aligned() const { return aligned_; }
-
- private:
-  static bool has_adjacent_columns(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1; }
-  std::vector<Tensor> held_;
-  bool aligned_ = true;
-};
-
-// Whether the kernels serve these sizes: rows that they can hold, and few enough rows for 32 bits.
-template <class S>
-bool fits(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const int64_t most = int64_t{1} << 30, tile = 32;  // the fewest rows that a block has
-  const auto few = [&](const Tensor& t) {
-    return t.size(2) <= most && t.size(0) * t.size(1) <= most / (t.size(2) / tile + 1);
-  };
-  return q.size(3) <= kLargestHead<S> && v.size(3) <= kLargestHead<S> && few(q) && few(k);
-}
 
 // mask: [B, H, L, S] in the accumulation type.  Results that nobody needs are absent.
 bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTensor c, Tensor grad, Tensor q, Tensor k,

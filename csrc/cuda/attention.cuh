@@ -71,29 +71,7 @@ struct AttentionCall {
   __device__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
 };
 
-// Which rows a block stays with.
-struct AttentionUnit {
-  int batch, head, first;
-
-  // The last rows first: under a causal mask they have most to do.
-  __device__ __forceinline__ AttentionUnit(int heads, int rows, int tile_rows) {
-    const unsigned tiles = (rows + tile_rows - 1) / tile_rows, unit = blockIdx.x;
-    first = static_cast<int>(tiles - 1 - unit % tiles) * tile_rows;
-    head = static_cast<int>(unit / tiles % heads);
-    batch = static_cast<int>(unit / tiles / heads);
-  }
-};
-
 __device__ __forceinline__ int up_to_16(int n) { return n < 16 ? n : 16; }
-
-// S and logsumexp of 16-bit numbers are to base 2, which saves products; the others would notice its rounding.
-template <class S>
-constexpr accumulation_t<S> kPerNat = sizeof(S) == 2 ? kLog2E<accumulation_t<S>> : 1;
-
-template <class S>
-__device__ __forceinline__ accumulation_t<S> power_of_base(accumulation_t<S> v) {
-  return sizeof(S) == 2 ? exp2_nonpositive(v) : exp_nonpositive(v);
-}
 
 // Products of rows with columns, either of which are queries: 16 x 16 numbers of each matrix of scores.
 template <class S>
@@ -518,27 +496,6 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, 1) attention_ke
   const int first_row = rows.unit.first + rows.first_row;
   if (c.grad_k) k_sums.write(c.grad_k.of(rows.unit.batch, rows.unit.head), first_row, c.scale, c.aligned);
   if (c.grad_v) v_sums.write(c.grad_v.of(rows.unit.batch, rows.unit.head), first_row, A(1), c.aligned);
-}
-
-// The longest rows of q and v that kernels of these numbers take.
-template <class S>
-constexpr int kLargestHead = 256 / sizeof(S);
-
-// Calls f with the size of a kernel's rows, in which those of q and v are padded with zeros.
-template <class S, class F>
-cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
-  const int size = key_size > value_size ? key_size : value_size;
-  if constexpr (sizeof(S) == 2) {
-    if (size <= 32) return f(std::integral_constant<int, 32>{});
-    if (size <= 64) return f(std::integral_constant<int, 64>{});
-    if (size <= 96) return f(std::integral_constant<int, 96>{});
-  }
-  return f(std::integral_constant<int, kLargestHead<S>>{});
-}
-
-// Blocks of a kernel in which one stays with so many of a head's rows.
-inline dim3 attention_grid(int heads, int rows, int tile_rows) {
-  return dim3(static_cast<unsigned>(heads * ((rows + tile_rows - 1) / tile_rows)));
 }
 
 template <class S>

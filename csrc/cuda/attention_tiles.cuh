@@ -53,12 +53,13 @@ struct TileShape {
   static constexpr bool kHeld = sizeof(S) == 2 && kBytes <= 128;             // a warp's rows, in registers
 };
 
-// Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.
-template <int kRows, int kSize, class S>
+// Rows `first` and on of a matrix, in shared memory after the next arrival(); zeros where there are none.  The work of so
+// many threads: of the block's or of a warp's.
+template <int kRows, int kSize, class S, int kThreads = TileShape<S, kSize>::kThreads>
 class TileCopy {
  public:
   static __device__ __forceinline__ void begin(S* tile, const Matrix<const S>& m, int first, bool aligned) {
-    if (Shape::kThreads % kVectors != 0 && row() >= kPass) return;
+    if (kThreads % kVectors != 0 && row() >= kPass) return;
     const S* from = m.data + static_cast<std::int64_t>(first + row()) * m.stride + column();
     S* to = tile + row() * Shape::kStride + column();
     if (aligned)
@@ -69,10 +70,10 @@ class TileCopy {
 
  private:
   using Shape = TileShape<S, kSize>;
-  static constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kPass = Shape::kThreads / kVectors;
+  static constexpr int kVector = 16 / sizeof(S), kVectors = kSize / kVector, kPass = kThreads / kVectors;
 
-  static __device__ __forceinline__ int row() { return threadIdx.x / kVectors; }
-  static __device__ __forceinline__ int column() { return threadIdx.x % kVectors * kVector; }
+  static __device__ __forceinline__ int row() { return threadIdx.x % kThreads / kVectors; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kThreads % kVectors * kVector; }
 
   static __device__ __forceinline__ void copy(S* to, const S* from, const Matrix<const S>& m, int rows) {
 #pragma unroll
@@ -164,6 +165,14 @@ class LeftRows {
     two.times(twos, columns);
   }
 
+  // The same, and twos += one others^T.
+  static __device__ __forceinline__ void times_crosswise(const LeftRows& one, Scores<accumulation_t<S>>& ones,
+                                                         const LeftRows& two, Scores<accumulation_t<S>>& twos,
+                                                         const S* columns, const S* others) {
+    times_both(one, ones, two, twos, columns);
+    one.times(twos, others);
+  }
+
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride;
   const S* rows_;
@@ -205,6 +214,22 @@ class LeftRows<S, kSize, kHeld, true> {
     }
   }
 
+  static __device__ __forceinline__ void times_crosswise(const LeftRows& one, Scores<float>& ones, const LeftRows& two,
+                                                         Scores<float>& twos, const S* columns, const S* others) {
+    const S *right = right_factor(columns), *other = right_factor(others);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      std::uint32_t x[4], y[4], z[4];
+      ldmatrix_x4(y, right + 16 * k);
+      ldmatrix_x4(z, other + 16 * k);
+      one.step(k, x);
+      multiply(ones, x, y);
+      multiply(twos, x, z);
+      two.step(k, x);
+      multiply(twos, x, y);
+    }
+  }
+
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride, kSteps = kSize / 16;
 
@@ -240,9 +265,8 @@ struct RowSums {
   __device__ __forceinline__ void add(const Scores<A>& weights, const S* columns) {
     if constexpr (sizeof(S) == 2) {
       std::uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = pack<S>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
-      const S* right = columns + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
+      left_factor(x, weights);
+      const S* right = right_factor(columns);
 #pragma unroll
       for (int n = 0; n < kSize / 8; n += 2) {
         std::uint32_t y[4];
@@ -251,14 +275,16 @@ struct RowSums {
         mma_16816<S>(sum[n + 1], x, {y[2], y[3]});
       }
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int k = 0; k < 16; k += kPart) {
         A x[kPart][2];
 #pragma unroll
         for (int m = 0; m < kPart; ++m)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            x[m][i] = __shfl_sync(0xffffffffu, weights[(k + m) / 8][2 * i + (k + m) % 2], (k + m) % 8 / 2, 4);
+          for (int i = 0; i < 2; ++i) {
+            const int own = 2 * i + m % 2;  // chosen by value, lest weights go to memory
+            x[m][i] = __shfl_sync(0xffffffffu, k < 8 ? weights[0][own] : weights[1][own], m / 2, 4);
+          }
         const S* right = columns + k * kStride + lane_column();
 #pragma unroll
         for (int n = 0; n < kSize / 8; ++n) {
@@ -271,6 +297,29 @@ struct RowSums {
           for (int i = 0; i < 4; ++i) sum[n][i] += part[i];
         }
       }
+    }
+  }
+
+  // Two such sums over the same columns.
+  static __device__ __forceinline__ void add_both(RowSums& one, const Scores<A>& ones, RowSums& two,
+                                                  const Scores<A>& twos, const S* columns) {
+    if constexpr (sizeof(S) == 2) {
+      std::uint32_t x[2][4];
+      left_factor(x[0], ones);
+      left_factor(x[1], twos);
+      const S* right = right_factor(columns);
+#pragma unroll
+      for (int n = 0; n < kSize / 8; n += 2) {
+        std::uint32_t y[4];
+        ldmatrix_x4_transposed(y, right + 8 * n);
+        mma_16816<S>(one.sum[n], x[0], {y[0], y[1]});
+        mma_16816<S>(one.sum[n + 1], x[0], {y[2], y[3]});
+        mma_16816<S>(two.sum[n], x[1], {y[0], y[1]});
+        mma_16816<S>(two.sum[n + 1], x[1], {y[2], y[3]});
+      }
+    } else {
+      one.add(ones, columns);
+      two.add(twos, columns);
     }
   }
 
@@ -308,6 +357,14 @@ struct RowSums {
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride;
   static constexpr int kPart = 8;
+
+  static __device__ __forceinline__ void left_factor(std::uint32_t (&x)[4], const Scores<A>& weights) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = pack<S>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
+  }
+  static __device__ __forceinline__ const S* right_factor(const S* columns) {
+    return columns + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
+  }
 };
 
 // Over the four threads that share rows.
@@ -321,6 +378,49 @@ template <class A>
 __device__ __forceinline__ A row_max(A v) {
   v = ::max(v, __shfl_xor_sync(0xffffffffu, v, 1));
   return ::max(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+// S and logsumexp of 16-bit numbers are to base 2, which saves products; the others would notice its rounding.
+template <class S>
+constexpr accumulation_t<S> kPerNat = sizeof(S) == 2 ? kLog2E<accumulation_t<S>> : 1;
+
+template <class S>
+__device__ __forceinline__ accumulation_t<S> power_of_base(accumulation_t<S> v) {
+  return sizeof(S) == 2 ? exp2_nonpositive(v) : exp_nonpositive(v);
+}
+
+// Which rows a block stays with.
+struct AttentionUnit {
+  int batch, head, first;
+
+  // The last rows first: under a causal mask they have most to do.
+  __device__ __forceinline__ AttentionUnit(int heads, int rows, int tile_rows) {
+    const unsigned tiles = (rows + tile_rows - 1) / tile_rows, unit = blockIdx.x;
+    first = static_cast<int>(tiles - 1 - unit % tiles) * tile_rows;
+    head = static_cast<int>(unit / tiles % heads);
+    batch = static_cast<int>(unit / tiles / heads);
+  }
+};
+
+// The longest rows of q and v that kernels of these numbers take.
+template <class S>
+constexpr int kLargestHead = 256 / sizeof(S);
+
+// Calls f with the size of a kernel's rows, in which those of q and v are padded with zeros.
+template <class S, class F>
+cudaError_t visit_head_size(int key_size, int value_size, const F& f) {
+  const int size = key_size > value_size ? key_size : value_size;
+  if constexpr (sizeof(S) == 2) {
+    if (size <= 32) return f(std::integral_constant<int, 32>{});
+    if (size <= 64) return f(std::integral_constant<int, 64>{});
+    if (size <= 96) return f(std::integral_constant<int, 96>{});
+  }
+  return f(std::integral_constant<int, kLargestHead<S>>{});
+}
+
+// Blocks of a kernel in which one stays with so many of a head's rows.
+inline dim3 attention_grid(int heads, int rows, int tile_rows) {
+  return dim3(static_cast<unsigned>(heads * ((rows + tile_rows - 1) / tile_rows)));
 }
 
 }  // namespace rk::cuda

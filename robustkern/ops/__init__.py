@@ -1,9 +1,10 @@
 """The operators: fused kernels with a chain of derivatives, each beside its reference."""
 
 # Imported for what they register: derivatives of PyTorch's own operators.
-from robustkern.ops import activation, attention, batch_norm, group_norm, layer_norm, softmax  # noqa: F401
+from robustkern.ops import activation, batch_norm, group_norm, layer_norm, softmax  # noqa: F401
 from robustkern.ops.attack_start import attack_start
 from robustkern.ops.attack_step import attack_step
+from robustkern.ops.attention import attention_jvp
 from robustkern.ops.kl_divergence import kl_divergence
 from robustkern.ops.margin_loss import margin_loss
 from robustkern.ops.random_cotangents import random_cotangents
@@ -16,6 +17,7 @@ IN_PLACE = ("attack_start", "attack_step")
 __all__ = [
     "attack_start",
     "attack_step",
+    "attention_jvp",
     "kl_divergence",
     "margin_loss",
     "random_cotangents",

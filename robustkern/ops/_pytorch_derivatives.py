@@ -24,6 +24,8 @@ class Derivative:
     """An operator and its reference, which has the same name."""
 
     reference: Function
+    results: tuple[str, ...] = ()  # their names; by default gradients
+    ends_chain: bool = True  # whether differentiating it is refused
 
     @property
     def operator(self) -> Any:
@@ -31,7 +33,9 @@ class Derivative:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of its results: one for each need_<name> in the schema."""
+        """The names of its results: of gradients, one for each need_<name> in the schema."""
+        if self.results:
+            return self.results
         arguments = [argument.name for argument in self.operator.default._schema.arguments]
         needs = [name.removeprefix("need_") for name in arguments if name.startswith("need_")]
         return tuple("gg_grad" if name == "grad" else f"grad_{name}" for name in needs)

@@ -3,7 +3,7 @@
 from robustkern.reference.activation import activation_double_backward
 from robustkern.reference.attack_start import attack_start
 from robustkern.reference.attack_step import attack_step
-from robustkern.reference.attention import attention_double_backward
+from robustkern.reference.attention import attention_double_backward, attention_jvp
 from robustkern.reference.batch_norm import batch_norm_double_backward
 from robustkern.reference.group_norm import group_norm_backward, group_norm_double_backward
 from robustkern.reference.kl_divergence import kl_divergence
@@ -19,6 +19,7 @@ __all__ = [
     "attack_start",
     "attack_step",
     "attention_double_backward",
+    "attention_jvp",
     "batch_norm_double_backward",
     "group_norm_backward",
     "group_norm_double_backward",

@@ -1,7 +1,9 @@
-"""The second derivative of scaled dot-product attention in plain PyTorch."""
+"""Scaled dot-product attention in plain PyTorch: its second derivative, and its derivative in forward mode."""
 
 import torch
 from torch import Tensor
+
+from robustkern._dtypes import accumulation_dtype
 
 
 def attention_double_backward(
@@ -41,23 +43,15 @@ def attention_double_backward(
     """
     group = q.shape[1] // max(k.shape[1], 1)
 
-    def per_head(x: Tensor) -> Tensor:
-        return x.repeat_interleave(group, dim=1) if group > 1 else x
-
     def per_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, group)).sum(2) if group > 1 else x
 
     a = torch.zeros_like(q) if a is None else a
-    b = per_head(torch.zeros_like(k) if b is None else b)
-    c = per_head(torch.zeros_like(v) if c is None else c)
-    keys, values = per_head(k), per_head(v)
+    b = _per_head(torch.zeros_like(k) if b is None else b, group)
+    c = _per_head(torch.zeros_like(v) if c is None else c, group)
+    keys, values = _per_head(k, group), _per_head(v, group)
 
-    scores = scale * (q @ keys.mT)
-    if mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    p = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    p = _probabilities(_scores(q, keys, mask, causal, scale))
     slope = grad @ values.mT
     slope = slope - (p * slope).sum(-1, keepdim=True)
     tangent = scale * (a @ keys.mT + q @ b.mT)
@@ -73,3 +67,64 @@ def attention_double_backward(
         per_key_head(scale * (w.mT @ q + slope.mT @ a)) if need_k else nothing,
         per_key_head(moved.mT @ grad) if need_v else nothing,
     )
+
+
+def attention_jvp(
+    q: Tensor,  # [B, H, L, D]
+    k: Tensor,  # [B, G, S, D]
+    v: Tensor,  # [B, G, S, E]
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    mask: Tensor | None = None,  # added to the scores; broadcastable to [B, H, L, S]
+    mask_tangent: Tensor | None = None,  # broadcastable to [B, H, L, S], too
+    causal: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out = softmax(scale q k^T + mask) v, and how it moves when q, k, v and the mask move along their tangents.
+
+    ::
+
+        S = scale q k^T + mask      P = softmax(S)     T = scale (dq k^T + q dk^T) + dmask   t = sum_j P T
+        out = P v                   tangent = (P (T - t)) v + P dv                           logsumexp = log sum_j exp S
+
+    An absent tangent is zero.  A row whose keys are all masked attends to nothing: its output is zero, whatever moves.
+    The scores of all heads are stored.
+
+    Returns:
+        (out, tangent, logsumexp): [B, H, L, E] twice, and [B, H, L] in the accumulation type, which has no derivative.
+    """
+    group = q.shape[1] // max(k.shape[1], 1)
+    keys, values = _per_head(k, group), _per_head(v, group)
+    scores = _scores(q, keys, mask, causal, scale)
+    p = _probabilities(scores)
+    moved = torch.zeros_like(scores)
+    if q_tangent is not None:
+        moved = moved + scale * (q_tangent @ keys.mT)
+    if k_tangent is not None:
+        moved = moved + scale * (q @ _per_head(k_tangent, group).mT)
+    if mask_tangent is not None:
+        moved = moved + mask_tangent.to(moved.dtype)
+    tangent = (p * (moved - (p * moved).sum(-1, keepdim=True))) @ values
+    if v_tangent is not None:
+        tangent = tangent + p @ _per_head(v_tangent, group)
+    return p @ values, tangent, scores.detach().to(accumulation_dtype(q.dtype)).logsumexp(-1)
+
+
+def _per_head(x: Tensor, group: int) -> Tensor:
+    """A head of k or v for every head of q."""
+    return x.repeat_interleave(group, dim=1) if group > 1 else x
+
+
+def _scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = scale * (q @ keys.mT)
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    hidden = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(hidden, 0.0).softmax(-1).masked_fill(hidden, 0.0)

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <array>
 
-#include "testing.h"
+#include "attention_testing.h"
 
 namespace {
 
@@ -16,40 +16,7 @@ using rk::cuda::Matrix;
 using rk::cuda::RowMoments;
 using namespace testing;
 
-struct Shape {
-  int batch, heads, key_heads, queries, keys, key_size, value_size;
-};
-
 enum class Mask { kNone, kOfScores, kOfKeys, kOfRows };
-
-// A tensor [B, H, N, size], heads outside or, as a projection leaves them, inside.
-template <class S>
-struct Tensor {
-  std::int64_t heads, rows;
-  int size;
-  bool inside;
-  Buffer<S> data;
-
-  Tensor(Draw& draw, std::int64_t batch, std::int64_t head_count, std::int64_t row_count, int columns, int most_offset)
-      : heads(head_count),
-        rows(row_count),
-        size(columns),
-        inside(draw(0, 1)),
-        data(batch * heads * rows * size, draw(0, most_offset)) {}
-
-  std::int64_t index(std::int64_t b, std::int64_t h, std::int64_t i) const {
-    return inside ? ((b * rows + i) * heads + h) * size : ((b * heads + h) * rows + i) * size;
-  }
-  double at(std::int64_t b, std::int64_t h, std::int64_t i, int d) const { return to_double(data[index(b, h, i) + d]); }
-  template <class T>
-  Heads<T> view() const {
-    const std::int64_t row = inside ? heads * size : size;
-    return {{const_cast<S*>(data.data()), static_cast<int>(row), static_cast<int>(rows), size},
-            heads * rows * size,
-            inside ? size : rows * size};
-  }
-  bool aligned() const { return rk::cuda::aligned<S>(size, data.data()); }
-};
 
 // One tensor's entries in double, row after row.
 struct Exact {
@@ -249,14 +216,6 @@ void test_shape(const Options& options, Draw& draw, const Shape& shape, int most
   run_in_all_orders(
       options, t.text(), [&] { return t.run(need); }, t.gg_grad.data, t.grad_q.data, t.grad_k.data, t.grad_v.data);
   t.check(need);
-}
-
-Shape draw_shape(Draw& draw, int most_rows, int most_size) {
-  const int key_heads = draw(1, 2), group = draw(1, 2);
-  Shape s{draw(1, 2),         key_heads * group,  key_heads,         draw(1, most_rows),
-          draw(1, most_rows), draw(1, most_size), draw(1, most_size)};
-  if (draw(0, 1)) s.key_size = s.value_size = (s.key_size + 7) / 8 * 8;  // whole vectors
-  return s;
 }
 
 // No bit depends on where the tensors lie.

@@ -70,6 +70,12 @@ def row_hidden(q: Tensor) -> Tensor:
     return (torch.arange(4, device=q.device) != 1)[:, None].expand(4, 4)
 
 
+def without_the_hidden_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `row_hidden` comes to: the query attends to nothing."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v) * row_hidden(q)[:, :1]
+
+
 def added(*shape: int) -> Callable[[Tensor], Tensor]:
     def mask(q: Tensor) -> Tensor:
         return torch.arange(torch.Size(shape).numel(), device=q.device).view(shape).sin().to(q.dtype)

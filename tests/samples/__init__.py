@@ -1,7 +1,8 @@
 """Sample calls of the operators, over which the tests and `torch.library.opcheck` run: one file for each operator.
 
 The file of an operator in `robustkern.ops` has `samples`; that of an operator of PyTorch has `double_backward_samples`
-and, if its first derivative is ours too, `backward_samples`.  They cover every option, shape class and layout.
+and, if its first derivative or its forward mode is ours too, `backward_samples` or `jvp_samples`.  They cover every
+option, shape class and layout.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class DerivativeSample:
 
 def samples_of(schema: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Any]:
     """The samples of an operator such as "row_norm", or of a derivative such as "group_norm_double_backward"."""
-    stem = re.sub(r"(_double)?_backward$", "", schema)
+    stem = re.sub(r"(_double)?_backward$|_jvp$", "", schema)
     module = importlib.import_module(f"tests.samples.{stem}")
     samples: Iterator[Any] = getattr(module, f"{schema}_samples".removeprefix(f"{stem}_"))(device, dtype)
     return samples

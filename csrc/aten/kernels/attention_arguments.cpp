@@ -1,5 +1,6 @@
 #include "attention_arguments.h"
 
+#include <limits>
 #include <sstream>
 #include <vector>
 
@@ -8,56 +9,78 @@
 namespace rk::aten {
 namespace {
 
-constexpr const char* kOp = "attention_double_backward";
-
 std::string describe(const Tensor& t) {
   return shape_text(t.sizes().vec()) + " " + name_of(t.scalar_type()) + " on " + t.device().str();
 }
 
-void check(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, at::ScalarType dtype,
-           const Tensor& q) {
-  RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == dtype && t.device() == q.device(), kOp, ": ", name,
-           " must be ", shape_text(sizes), " ", name_of(dtype), " on ", q.device().str(), ", got ", describe(t));
-}
+// The checks of one operator, which messages name.
+struct Checks {
+  const char* op;
+  const Tensor& q;
 
-void check_like(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, const Tensor& q) {
-  check(name, t, sizes, q.scalar_type(), q);
-}
+  void tensor(const char* name, const Tensor& t, const std::vector<int64_t>& sizes, at::ScalarType dtype) const {
+    RK_CHECK(t.sizes().vec() == sizes && t.scalar_type() == dtype && t.device() == q.device(), op, ": ", name,
+             " must be ", shape_text(sizes), " ", name_of(dtype), " on ", q.device().str(), ", got ", describe(t));
+  }
+  void like(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const {
+    tensor(name, t, sizes, q.scalar_type());
+  }
+  void like(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& sizes) const {
+    if (t) like(name, *t, sizes);
+  }
 
-void check_like(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& sizes, const Tensor& q) {
-  if (t) check_like(name, *t, sizes, q);
-}
+  AttentionShape shape(const Tensor& k, const Tensor& v) const {
+    RK_CHECK(is_floating_point(q.scalar_type()), op, ": q must be float32, float64, float16 or bfloat16, got ",
+             describe(q));
+    const std::pair<const char*, const Tensor&> four_dimensional[] = {{"q", q}, {"k", k}, {"v", v}};
+    for (const auto& [name, t] : four_dimensional)
+      RK_CHECK(t.dim() == 4, op, ": ", name, " must have 4 dimensions, got ", describe(t));
+    const AttentionShape s{q.size(0), q.size(1), k.size(1), q.size(2),
+                           k.size(2), q.size(3), v.size(3), q.scalar_type()};
+    RK_CHECK(s.key_heads == 0 ? s.heads == 0 : s.heads % s.key_heads == 0, op, ": the ", s.key_heads,
+             " heads of k must divide the ", s.heads, " heads of q");
+    like("k", k, s.like_k());
+    like("v", v, s.like_v());
+    return s;
+  }
+
+  void mask(const char* name, const Tensor& m, const AttentionShape& s) const {
+    const std::vector<int64_t> scores{s.batch, s.heads, s.queries, s.keys};
+    bool fits = m.dim() <= 4 && is_floating_point(m.scalar_type()) && m.device() == q.device();
+    for (int64_t d = 1; fits && d <= m.dim(); ++d) fits = m.size(-d) == 1 || m.size(-d) == scores[4 - d];
+    RK_CHECK(fits, op, ": ", name, " must be floating-point, broadcastable to ", shape_text(scores), " and on ",
+             q.device().str(), ", got ", describe(m));
+  }
+};
 
 AttentionShape check_attention(const AttentionArguments& in) {
-  const Tensor &q = in.q, &k = in.k, &v = in.v;
-  RK_CHECK(is_floating_point(q.scalar_type()), kOp, ": q must be float32, float64, float16 or bfloat16, got ",
-           describe(q));
-  const std::pair<const char*, const Tensor&> four_dimensional[] = {{"q", q}, {"k", k}, {"v", v}};
-  for (const auto& [name, t] : four_dimensional)
-    RK_CHECK(t.dim() == 4, kOp, ": ", name, " must have 4 dimensions, got ", describe(t));
-  const AttentionShape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), q.scalar_type()};
-  RK_CHECK(s.key_heads == 0 ? s.heads == 0 : s.heads % s.key_heads == 0, kOp, ": the ", s.key_heads,
-           " heads of k must divide the ", s.heads, " heads of q");
-  const std::vector<int64_t> like_q{s.batch, s.heads, s.queries, s.key_size},
-      like_k{s.batch, s.key_heads, s.keys, s.key_size}, like_v{s.batch, s.key_heads, s.keys, s.value_size};
-  check_like("k", k, like_k, q);
-  check_like("v", v, like_v, q);
-  const std::vector<int64_t> like_out{s.batch, s.heads, s.queries, s.value_size};
-  check_like("grad", in.grad, like_out, q);
-  check_like("a", in.a, like_q, q);
-  check_like("b", in.b, like_k, q);
-  check_like("c", in.c, like_v, q);
-  RK_CHECK(in.out.has_value() == in.logsumexp.has_value(), kOp,
+  const Checks check{"attention_double_backward", in.q};
+  const AttentionShape s = check.shape(in.k, in.v);
+  check.like("grad", in.grad, s.like_out());
+  check.like("a", in.a, s.like_q());
+  check.like("b", in.b, s.like_k());
+  check.like("c", in.c, s.like_v());
+  RK_CHECK(in.out.has_value() == in.logsumexp.has_value(), check.op,
            ": out and logsumexp must be given both or neither, got ", in.out ? "out" : "logsumexp", " alone");
-  check_like("out", in.out, like_out, q);
-  if (in.logsumexp) check("logsumexp", *in.logsumexp, {s.batch, s.heads, s.queries}, accumulation_type(s.dtype), q);
-  if (!in.mask) return s;
-  const std::vector<int64_t> scores{s.batch, s.heads, s.queries, s.keys};
-  const Tensor& m = *in.mask;
-  bool fits = m.dim() <= 4 && is_floating_point(m.scalar_type()) && m.device() == q.device();
-  for (int64_t d = 1; fits && d <= m.dim(); ++d) fits = m.size(-d) == 1 || m.size(-d) == scores[4 - d];
-  RK_CHECK(fits, kOp, ": mask must be floating-point, broadcastable to ", shape_text(scores), " and on ",
-           q.device().str(), ", got ", describe(m));
+  check.like("out", in.out, s.like_out());
+  if (in.logsumexp) check.tensor("logsumexp", *in.logsumexp, {s.batch, s.heads, s.queries}, accumulation_type(s.dtype));
+  if (in.mask) check.mask("mask", *in.mask, s);
+  return s;
+}
+
+AttentionShape check_attention(const AttentionJvpArguments& in) {
+  const Checks check{"attention_jvp", in.q};
+  const AttentionShape s = check.shape(in.k, in.v);
+  check.like("q_tangent", in.q_tangent, s.like_q());
+  check.like("k_tangent", in.k_tangent, s.like_k());
+  check.like("v_tangent", in.v_tangent, s.like_v());
+  if (in.mask) check.mask("mask", *in.mask, s);
+  if (!in.mask_tangent) return s;
+  const Tensor& moved = *in.mask_tangent;
+  RK_CHECK(in.mask && moved.sizes() == in.mask->sizes() && is_floating_point(moved.scalar_type()) &&
+               moved.device() == in.q.device(),
+           check.op, ": mask_tangent must be floating-point, shaped like mask and on ", in.q.device().str(), ", got ",
+           describe(moved));
   return s;
 }
 
@@ -92,6 +115,21 @@ AttentionCall attention_call(const AttentionArguments& in, bool causal, double s
           scale,
           {attention_result(in.grad, need_grad, plan.grad), attention_result(in.q, need_q, plan.q),
            attention_result(in.k, need_k, plan.k), attention_result(in.v, need_v, plan.v)}};
+}
+
+AttentionJvpCall attention_jvp_call(const AttentionJvpArguments& in, bool causal, double scale) {
+  const AttentionShape s = check_attention(in);
+  const auto result = [&] {  // with the heads inside, as PyTorch's own kernels leave it
+    return at::empty({s.batch, s.queries, s.heads, s.value_size}, in.q.options()).transpose(1, 2);
+  };
+  const auto accumulation = in.q.options().dtype(accumulation_type(s.dtype));
+  return {in, s, causal, scale, {result(), result(), at::empty({s.batch, s.heads, s.queries}, accumulation)}};
+}
+
+void attends_to_nothing(const AttentionJvpResults& results) {
+  std::get<0>(results).zero_();
+  std::get<1>(results).zero_();
+  std::get<2>(results).fill_(-std::numeric_limits<double>::infinity());
 }
 
 Tensor additive_mask(const Tensor& mask, const AttentionShape& shape) {

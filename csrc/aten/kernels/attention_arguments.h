@@ -1,4 +1,4 @@
-// attention_double_backward but for its kernels: arguments are checked, results allocated, once for every implementation.
+// attention_double_backward and attention_jvp but for their kernels: arguments are checked, results allocated, once for every implementation.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../../arguments/dtype.h"
 
@@ -18,6 +19,10 @@ struct AttentionShape {
   int64_t batch, heads, key_heads, queries, keys, key_size, value_size;
   at::ScalarType dtype;
 
+  std::vector<int64_t> like_q() const { return {batch, heads, queries, key_size}; }
+  std::vector<int64_t> like_k() const { return {batch, key_heads, keys, key_size}; }
+  std::vector<int64_t> like_v() const { return {batch, key_heads, keys, value_size}; }
+  std::vector<int64_t> like_out() const { return {batch, heads, queries, value_size}; }
   int64_t group() const { return heads / key_heads; }  // heads of q that share a head of k and v
   bool empty() const { return batch == 0 || heads == 0 || queries == 0 || keys == 0; }
 };
@@ -70,6 +75,45 @@ AttentionResults attention_double_backward(const std::optional<Tensor>& a, const
   const AttentionCall call =
       attention_call({a, b, c, grad, q, k, v, out, logsumexp, mask}, causal, scale, need_grad, need_q, need_k, need_v);
   if (!call.plan.nothing()) run(call);
+  return call.results;
+}
+
+// ------------------------------------------------------------------ forward mode
+
+struct AttentionJvpArguments {
+  const Tensor &q, &k, &v;
+  const std::optional<Tensor>&q_tangent, &k_tangent, &v_tangent;
+  const std::optional<Tensor>&mask, &mask_tangent;
+
+  bool scores_move() const { return q_tangent || k_tangent || mask_tangent; }
+};
+
+using AttentionJvpResults = std::tuple<Tensor, Tensor, Tensor>;  // out, tangent, logsumexp
+
+struct AttentionJvpCall {
+  AttentionJvpArguments in;
+  AttentionShape shape;
+  bool causal;
+  double scale;
+  AttentionJvpResults results;
+};
+
+AttentionJvpCall attention_jvp_call(const AttentionJvpArguments& in, bool causal, double scale);
+void attends_to_nothing(const AttentionJvpResults& results);
+
+template <void (*run)(const AttentionJvpCall&)>
+AttentionJvpResults attention_jvp(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const std::optional<Tensor>& q_tangent, const std::optional<Tensor>& k_tangent,
+                                  const std::optional<Tensor>& v_tangent, const std::optional<Tensor>& mask,
+                                  const std::optional<Tensor>& mask_tangent, bool causal, double scale) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const AttentionJvpCall call =
+      attention_jvp_call({q, k, v, q_tangent, k_tangent, v_tangent, mask, mask_tangent}, causal, scale);
+  if (call.shape.empty() || call.shape.value_size == 0)
+    attends_to_nothing(call.results);
+  else
+    run(call);
   return call.results;
 }
 

@@ -13,105 +13,21 @@
 // Where there are too few heads to occupy the machine, the blocks of a head are dealt out to several units, whose
 // gradients of k and v are added afterwards in their order.  How many depends on shapes alone: every bit of the result is
 // independent of the number of threads.
-#include <ATen/native/CPUBlas.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
-#include "../../cpu/pieces.h"
-#include "../../cpu/transpose.h"
 #include "../../math/attention.h"
-#include "attention_arguments.h"
-
-// MKL's, where PyTorch is linked with it.
-extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+#include "attention_cpu.h"
 
 namespace rk::aten {
 namespace {
 
-// What oneDNN does not do, MKL does.  It chooses its kernels, and with them the order of additions, by the number of
-// threads it may use, even where it uses one: so that the bits are the same for every number, it is told one.
-class SequentialBlas {
- public:
-  SequentialBlas() : before_(set(1)) {}
-  ~SequentialBlas() { set(before_); }
-  SequentialBlas(const SequentialBlas&) = delete;
-  SequentialBlas& operator=(const SequentialBlas&) = delete;
-
- private:
-  static int set(int threads) { return MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(threads) : 0; }
-  const int before_;
-};
-
 using namespace rk::cpu;
 
 // ------------------------------------------------------------------ one row of scores between the matrix products
-
-// n, up to the next multiple of a register's lanes: rows are that long, and no loop has a remainder.
-template <class A>
-constexpr int64_t whole_lanes(int64_t n) {
-  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// The largest of n whole lanes, NaN if there is one.
-template <class A>
-RK_HOST_DEVICE A largest_score(const A* s, int64_t n) {
-  constexpr int L = kLanes<A>;
-  Lanes<A> best, v;
-  load_lanes(best, s);
-  for (int64_t j = L; j < n; j += L) {
-    load_lanes(v, s + j);
-    best = (v > best) | (v != v) ? v : best;
-  }
-  A largest = best[0];
-  for (int k = 1; k < L; ++k) largest = best[k] > largest || is_nan(best[k]) ? best[k] : largest;
-  return largest;
-}
-
-// A sum of n whole lanes, in their type within a piece and in double across pieces; f(j) gives those from j.
-template <class A, class F>
-RK_HOST_DEVICE double row_sum(int64_t n, const F& f) {
-  constexpr int L = kLanes<A>;
-  double total = 0;
-  for (int64_t i = 0; i < n; i += kPiece) {
-    const int64_t end = n - i < kPiece ? n : i + kPiece;
-    Lanes<A> sum_0 = {}, sum_1 = {}, sum_2 = {}, sum_3 = {}, term;  // four hide the latency of an addition
-    int64_t j = i;
-    for (; j + 4 * L <= end; j += 4 * L) {
-      f(term, j);
-      sum_0 += term;
-      f(term, j + L);
-      sum_1 += term;
-      f(term, j + 2 * L);
-      sum_2 += term;
-      f(term, j + 3 * L);
-      sum_3 += term;
-    }
-    for (; j < end; j += L) {
-      f(term, j);
-      sum_0 += term;
-      std::swap(sum_0, sum_1);
-    }
-    total += double(horizontal_sum<A>((sum_0 + sum_2) + (sum_1 + sum_3)));
-  }
-  return total;
-}
-
-// sum x y
-template <class A>
-RK_HOST_DEVICE double row_dot(const A* x, const A* y, int64_t n) {
-  return row_sum<A>(n, [=](Lanes<A>& term, int64_t j) RK_INLINE_LAMBDA {
-    Lanes<A> y_j;
-    load_lanes(term, x + j);
-    load_lanes(y_j, y + j);
-    term *= y_j;
-  });
-}
 
 // What the forward knew of a row.  A logarithm is rounded to its own size, so that probabilities taken with it have a sum
 // that differs from one by as much: they are divided by it.
@@ -149,14 +65,6 @@ RK_MULTIVERSION bool attention_lanes(A* __restrict__ s, A* __restrict__ t, A* __
 }
 
 template <class A>
-RK_MULTIVERSION void add_to_scores(A* s, const A* mask, int64_t stride, int64_t n) {
-  if (stride == 1)
-    for (int64_t j = 0; j < n; ++j) s[j] += mask[j];
-  else
-    for (int64_t j = 0; j < n; ++j) s[j] += mask[j * stride];
-}
-
-template <class A>
 RK_MULTIVERSION void add_rows(const A* from, A* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] += from[j];
 }
@@ -164,11 +72,6 @@ RK_MULTIVERSION void add_rows(const A* from, A* to, int64_t n) {
 template <class A>
 RK_MULTIVERSION A dot(const A* x, const A* y, int64_t n) {
   return sum_over<A>(n, [=](int64_t j) RK_INLINE_LAMBDA { return x[j] * y[j]; });
-}
-
-template <class A>
-RK_MULTIVERSION void scale_rows(A* rows, int64_t n, A scale) {
-  for (int64_t j = 0; j < n; ++j) rows[j] *= scale;
 }
 
 // One row of scores s, with t, dp and x beside it: in place, s becomes Pd, t becomes P, dp becomes W, x becomes dS.
@@ -189,22 +92,6 @@ constexpr int64_t kUnits = 16;             // at least as many as this, if there
 constexpr int64_t kBlockScores = 1 << 14;  // entries of one matrix of scores: four of float32 take 256 KiB
 constexpr int64_t kLeastRows = 32, kMostRows = 256;
 
-// A tensor [B, H, N, D] in any layout with adjacent columns.
-struct Rows {
-  char* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;  // bytes
-
-  Rows() = default;
-  explicit Rows(const Tensor& t)
-      : data(static_cast<char*>(t.data_ptr())),
-        batch(t.stride(0) * t.element_size()),
-        head(t.stride(1) * t.element_size()),
-        row(t.stride(2) * t.element_size()) {}
-  char* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
-};
-
-Tensor with_adjacent_columns(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
-
 struct Task {
   AttentionShape shape;
   AttentionPlan plan;
@@ -218,52 +105,6 @@ struct Task {
   int64_t splits;                                  // units that share a head
   Tensor partial_k, partial_v;                     // [B, G, splits, S, D or E] if there are several
 };
-
-template <class A>
-struct Matrix {
-  A* data;
-  int64_t rows, cols, stride;
-};
-
-// out = x y, or out += x y
-template <class A>
-void multiply(const Matrix<A>& x, const Matrix<A>& y, const Matrix<A>& out, bool add) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if constexpr (std::is_same_v<A, float>)
-    return at::native::cpublas::brgemm(x.rows, y.cols, x.cols, x.stride, y.stride, out.stride, add, x.data, y.data,
-                                       out.data);
-#endif
-  const auto tensor = [](const Matrix<A>& m) {
-    return at::from_blob(m.data, {m.rows, m.cols}, {m.stride, 1}, at::dtype<A>());
-  };
-  tensor(out).addmm_(tensor(x), tensor(y), add ? 1 : 0);
-}
-
-// Two matrices of one size that lie beside each other, or one beneath the other.
-template <class A>
-struct Pair {
-  Matrix<A> first, second, both;
-
-  static Pair beside(A* data, int64_t rows, int64_t cols) {
-    return {{data, rows, cols, 2 * cols}, {data + cols, rows, cols, 2 * cols}, {data, rows, 2 * cols, 2 * cols}};
-  }
-  static Pair beneath(A* data, int64_t rows, int64_t cols) {
-    return {{data, rows, cols, cols}, {data + rows * cols, rows, cols, cols}, {data, 2 * rows, cols, cols}};
-  }
-  const Matrix<A>& pick(bool with_first, bool with_second) const {
-    return with_first && with_second ? both : with_first ? first : second;
-  }
-};
-
-template <class A>
-void fill(const Matrix<A>& m, A value) {
-  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(m.data + i * m.stride, m.cols, value);
-}
-
-template <class A>
-void transpose(const Matrix<A>& from, const Matrix<A>& to) {
-  cpu::transpose(from.data, from.stride, to.data, to.stride, from.rows, from.cols);
-}
 
 // One thread's buffers, and what it does with them.
 template <class A>
@@ -452,18 +293,8 @@ class Worker {
 template <class A>
 void run_all(const Task& task) {
   const int64_t heads = task.shape.batch * task.shape.key_heads;
-  const auto on_threads = [&](int64_t n, auto step) {
-    // The library's own: at::parallel_for is a template, which without -fopenmp is a loop on one thread.
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-      const SequentialBlas sequential;
-      Worker<A> worker(task);
-      for (int64_t i = begin; i < end; ++i) step(worker, i);
-    });
-  };
-  on_threads(heads * task.splits, [](Worker<A>& worker, int64_t unit) { worker.run(unit); });
-  if (task.splits > 1) on_threads(heads, [](Worker<A>& worker, int64_t head) { worker.finish(head); });
+  on_threads<Worker<A>>(task, heads * task.splits, [](Worker<A>& worker, int64_t unit) { worker.run(unit); });
+  if (task.splits > 1) on_threads<Worker<A>>(task, heads, [](Worker<A>& worker, int64_t head) { worker.finish(head); });
 }
 
 void run(const AttentionCall& call) {

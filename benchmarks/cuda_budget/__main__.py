@@ -1,8 +1,8 @@
 """A budget for the CUDA kernels that needs nvcc and no GPU: python -m benchmarks.cuda_budget [--only REGEX].
 
 Compiles csrc/cuda for sm_90, reads every kernel's main loop in the machine code, and fails where a kernel's own bound
-falls below 85 % of a copy, unless its floor is arithmetic and said so.  Of kernels of matrix products, it fails where one
-keeps registers in memory.
+falls below 85 % of a copy, unless its floor is arithmetic and said so; of kernels of matrix products, where one keeps
+registers in memory.
 """
 
 from __future__ import annotations

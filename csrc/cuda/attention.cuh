@@ -140,7 +140,7 @@ template <class S, int kSize>
 struct QueryRows {
   using Shape = TileShape<S, kSize>;
   using A = accumulation_t<S>;
-  using Left = LeftRows<S, kSize>;
+  using Left = LeftRows<S, kSize, true>;
   static constexpr int kK = 0, kB = 1, kV = 2, kC = 3;
   static constexpr std::size_t kShared =
       sizeof(S) * (3 * Shape::kRowTile + 4 * Shape::kStages * static_cast<std::size_t>(Shape::kColumnTile));
@@ -196,11 +196,13 @@ struct QueryRows {
           for (int step = 0; step < Shape::kColumns && step < seen; step += 16) {
             const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
             ScoreTile<S> x;
-            if (with_a)
-              Left::times_both(q, x.s, a, x.t, passing[kK]);
-            else
+            if (with_a && with_b) {
+              Left::times_crosswise(q, x.s, a, x.t, passing[kK], passing[kB]);
+            } else {
               q.times(x.s, passing[kK]);
-            if (with_b) q.times(x.t, passing[kB]);
+              if (with_a) a.times(x.t, passing[kK]);
+              if (with_b) q.times(x.t, passing[kB]);
+            }
             if (slope) grad.times(x.dp, passing[kV]);
             if (mixed) grad.times(x.x, passing[kC]);
             x.template finish<false>(c, unit.batch, unit.head, first_query, first + step);
@@ -278,13 +280,19 @@ struct KeyRows {
               if (first_key >= c.keys || (c.causal && first + step + 15 < first_key)) continue;
               const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
               ScoreTile<S> x;
-              if (c.b)
-                Left::times_both(k, x.s, b, x.t, passing[kQ]);
-              else
+              if (c.a && c.b) {
+                Left::times_crosswise(k, x.s, b, x.t, passing[kQ], passing[kA]);
+              } else {
                 k.times(x.s, passing[kQ]);
-              if (c.a) k.times(x.t, passing[kA]);
-              if (slope) v.times(x.dp, passing[kGrad]);
-              if (mixed) cotangent.times(x.x, passing[kGrad]);
+                if (c.b) b.times(x.t, passing[kQ]);
+                if (c.a) k.times(x.t, passing[kA]);
+              }
+              if (slope && mixed)
+                Left::times_both(v, x.dp, cotangent, x.x, passing[kGrad]);
+              else if (slope)
+                v.times(x.dp, passing[kGrad]);
+              else if (mixed)
+                cotangent.times(x.x, passing[kGrad]);
               x.template finish<true>(c, unit.batch, head, first_key, first + step);
               use(x, passing, moments + stage * Shape::kColumns + step);
             }

@@ -123,7 +123,7 @@ template <class A>
 using Scores = A[2][4];
 
 // 16 rows of a tile as the left factor of products: on the tensor cores perhaps in registers.
-template <class S, int kSize, bool kTensorCores = sizeof(S) == 2>
+template <class S, int kSize, bool kHeld = TileShape<S, kSize>::kHeld, bool kTensorCores = sizeof(S) == 2>
 class LeftRows {
  public:
   __device__ __forceinline__ void take(const S* rows) { rows_ = rows + lane_row() * kStride; }
@@ -178,8 +178,8 @@ class LeftRows {
   const S* rows_;
 };
 
-template <class S, int kSize>
-class LeftRows<S, kSize, true> {
+template <class S, int kSize, bool kHeld>
+class LeftRows<S, kSize, kHeld, true> {
  public:
   __device__ __forceinline__ void take(const S* rows) {
     rows_ = rows + threadIdx.x % 16 * kStride + threadIdx.x % 32 / 16 * 8;
@@ -232,7 +232,6 @@ class LeftRows<S, kSize, true> {
 
  private:
   static constexpr int kStride = TileShape<S, kSize>::kStride, kSteps = kSize / 16;
-  static constexpr bool kHeld = TileShape<S, kSize>::kHeld;
 
   // Where a lane's row lies for the matrices (columns 0 to 7, numbers 0 to 7), (the same, 8 to 15), (8 to 15, 0 to 7)...
   static __device__ __forceinline__ const S* right_factor(const S* columns) {

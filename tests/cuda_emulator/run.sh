@@ -7,7 +7,7 @@
 set -u
 python=${1:-python3}
 cd "$(dirname "$0")/../.." || exit 1
-suite="tests/test_accuracy.py tests/test_cotangents.py tests/test_determinism.py tests/test_layouts.py tests/test_numerics.py tests/test_arguments.py tests/test_double_backward.py"
+suite="tests/test_accuracy.py tests/test_cotangents.py tests/test_determinism.py tests/test_layouts.py tests/test_numerics.py tests/test_arguments.py tests/test_double_backward.py tests/test_attention_kernels.py"
 
 run() { # a step that needs g++ and the CUDA toolkit's headers exits with 77 where they are missing
   echo "== $*"
@@ -30,6 +30,7 @@ library=$("$python" $emulator/build.py | tail -n 1)
 run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest -n 2 $suite
 run env ROBUSTKERN_EMULATED="$library" "$python" -m pytest tests/test_installed.py -k gradgradcheck
 run env ROBUSTKERN_EMULATED="$library" ROBUSTKERN_EMULATOR_ORDER=reverse "$python" -m pytest tests/test_cotangents.py
+run env ROBUSTKERN_EMULATED="$library" ROBUSTKERN_EMULATOR_ORDER=3 "$python" -m pytest tests/test_install_attention.py -k blocks
 run "$python" $emulator/build.py --sanitize address
 library=$("$python" $emulator/build.py --sanitize address | tail -n 1)
 # shellcheck disable=SC2046,SC2086

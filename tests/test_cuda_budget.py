@@ -17,8 +17,10 @@ from benchmarks.cuda_budget.counts import simulate, strides
 from benchmarks.cuda_budget.flow import flow_of
 from benchmarks.cuda_budget.model import TARGET, Unread, held_in_l2, predict, read
 from benchmarks.cuda_budget.path import main_loop, vectors_moved
+from benchmarks.cuda_budget.products import Pass, passes_of
 from benchmarks.cuda_budget.recorder import Launch
 from benchmarks.cuda_budget.sass import Instruction, decode, parse
+from benchmarks.cuda_budget.sass import Kernel as Code
 
 FOLDER = Path(__file__).parent / "cuda_budget"
 RECORDED = (FOLDER / "sample.sass").read_text()
@@ -224,3 +226,46 @@ def test_recorded_code_is_what_the_compiler_makes():
         code = next(code for name, code in parse(words, ptxas).items() if word in name)
         reading = read(*case_of(f"{word}_kernel"), launch_of(code), code)
         assert reading.passed == (word == "good")
+
+
+MULTIPLIES = """
+    MOV R0, RZ
+.L_x_0:  # tiles
+    ISETP.GE.AND P0, PT, R0, R1, PT
+    @P0 BRA `(.L_x_1)
+    LDGSTS.E.BYPASS.128 [R2], desc[UR6][R4.64]
+    LDGSTS.E.BYPASS.128 [R2+0x10], desc[UR6][R4.64]
+.L_x_1:
+    MOV R8, RZ
+.L_x_2:  # steps
+    LDSM.16.M88.4 R8, [R6]
+    @P1 BRA `(.L_x_3)
+    LDG.E R9, desc[UR6][R4.64]
+    FADD R10, R9, R9
+.L_x_3:
+    HMMA.16816.F32.BF16 R12, R84, R8, RZ
+    HMMA.16816.F32.BF16 R16, R84, R10, RZ
+    MUFU.EX2 R6, R6
+    @P2 BRA `(.L_x_2)
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    @P3 BRA `(.L_x_0)
+    EXIT
+"""
+
+
+def code_of(text):
+    code = Code("multiplies")
+    for line in (line.split("#")[0].strip() for line in text.strip().splitlines()):
+        if line.endswith(":"):
+            code.labels[line[:-1]] = len(code.instructions)
+        else:
+            predicate, _, rest = line.rpartition("@")[2].partition(" ") if line.startswith("@") else ("", "", line)
+            code.instructions.append(instruction(rest, 16 * len(code.instructions), predicate=predicate))
+    return code
+
+
+def test_passes_of_a_kernel_of_products():
+    """The way that multiplies and fetches most, without what only some tiles need."""
+    assert passes_of(code_of(MULTIPLIES)) == (Pass(2, 6, 4.0, 1, 0), Pass(0, 7, 8.0, 0, 2))
+    one_loop = MULTIPLIES.replace("    @P2 BRA `(.L_x_2)\n", "")
+    assert passes_of(code_of(one_loop)) == (Pass(2, 12, 12.0, 1, 2), Pass.of([]))

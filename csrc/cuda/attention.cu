@@ -22,7 +22,8 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
   visit_storage(q.scalar_type(), [&](auto element) {
     using S = decltype(element);
     using A = accumulation_t<S>;
-    served = fits<S>(q, k, v);
+    served = fits<S>(q, k, v) && has_near_rows(gg_grad) && has_near_rows(grad_q) && has_near_rows(grad_k) &&
+             has_near_rows(grad_v) && has_near_rows(mask);
     if (!served) return;
     const auto type = accumulation_type(q.scalar_type());
     const auto scratch = [&](std::int64_t numbers) {

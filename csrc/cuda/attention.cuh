@@ -196,11 +196,13 @@ struct QueryRows {
           for (int step = 0; step < Shape::kColumns && step < seen; step += 16) {
             const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
             ScoreTile<S> x;
-            if (with_a)
-              Left::times_both(q, x.s, a, x.t, passing[kK]);
-            else
+            if (with_a && with_b) {
+              Left::times_crosswise(q, x.s, a, x.t, passing[kK], passing[kB]);
+            } else {
               q.times(x.s, passing[kK]);
-            if (with_b) q.times(x.t, passing[kB]);
+              if (with_a) a.times(x.t, passing[kK]);
+              if (with_b) q.times(x.t, passing[kB]);
+            }
             if (slope) grad.times(x.dp, passing[kV]);
             if (mixed) grad.times(x.x, passing[kC]);
             x.template finish<false>(c, unit.batch, unit.head, first_query, first + step);
@@ -278,11 +280,13 @@ struct KeyRows {
               if (first_key >= c.keys || (c.causal && first + step + 15 < first_key)) continue;
               const Passing<S> passing{columns + stage * kStage + step * Shape::kStride, Shape::kColumnTile};
               ScoreTile<S> x;
-              if (c.b)
-                Left::times_both(k, x.s, b, x.t, passing[kQ]);
-              else
+              if (c.a && c.b) {
+                Left::times_crosswise(k, x.s, b, x.t, passing[kQ], passing[kA]);
+              } else {
                 k.times(x.s, passing[kQ]);
-              if (c.a) k.times(x.t, passing[kA]);
+                if (c.b) b.times(x.t, passing[kQ]);
+                if (c.a) k.times(x.t, passing[kA]);
+              }
               if (slope && mixed)
                 Left::times_both(v, x.dp, cotangent, x.x, passing[kGrad]);
               else if (slope)

@@ -21,7 +21,8 @@ bool attention_jvp(Tensor q, Tensor k, Tensor v, OptionalTensor q_tangent, Optio
   visit_storage(q.scalar_type(), [&](auto element) {
     using S = decltype(element);
     using A = accumulation_t<S>;
-    served = fits<S>(q, k, v);
+    served = fits<S>(q, k, v) && has_near_rows(out) && has_near_rows(tangent) && has_near_rows(mask) &&
+             has_near_rows(mask_tangent);
     if (!served) return;
     Views view;
     AttentionJvpCall<S> x{};

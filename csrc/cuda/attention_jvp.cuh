@@ -25,6 +25,8 @@ struct AttentionJvpCall {
   bool causal, aligned;  // rows are made of 16 bytes that lie in one piece
   A scale;
 
+  // The usual case, which has a kernel of its own: q, k and v move, and there is no mask.
+  __host__ __device__ bool plain() const { return q_tangent && k_tangent && v_tangent && !masked(); }
   __host__ __device__ __forceinline__ bool masked() const { return mask || mask_tangent; }
   __device__ __forceinline__ bool scores_move() const { return q_tangent || k_tangent || mask_tangent; }
 
@@ -81,7 +83,7 @@ struct AttentionJvpTiles {
       sizeof(S) * (kRowTiles + (kReused ? 1 : Shape::kStages) * static_cast<std::size_t>(kStage));
   static __device__ __forceinline__ int stage(int i) { return kReused && i == 1 ? 0 : kRowTiles + i * kStage; }
   // On an SM: masks take registers.
-  static constexpr int blocks(bool masked) { return masked && Shape::kBlocks > 2 ? 2 : Shape::kBlocks; }
+  static constexpr int blocks(bool plain) { return !plain && Shape::kBlocks > 2 ? 2 : Shape::kBlocks; }
 };
 
 // What is known of a thread's two rows of scores after some of their columns.
@@ -117,7 +119,7 @@ struct AttentionJvpRows {
   }
 
   // T0 of rows that see their first keys.
-  __device__ __forceinline__ void begin(const Scores<A>& p, const Scores<A>& t, const bool (&fresh)[2]) {
+  __device__ __forceinline__ void begin(const Scores<A>& p, const Scores<A>& t, const bool (&fresh)[2], A scale) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       A p_sum = 0, t_sum = 0;
@@ -130,12 +132,12 @@ struct AttentionJvpRows {
         }
       p_sum = row_sum(p_sum);
       t_sum = row_sum(t_sum);
-      if (fresh[i]) origin[i] = t_sum / p_sum;
+      if (fresh[i]) origin[i] = scale * t_sum / p_sum;
     }
   }
 
-  // S and T of 16 columns become P and P (T - T0).
-  __device__ __forceinline__ void weigh(Scores<A>& s, Scores<A>& t) {
+  // S and T of 16 columns become P and P (T - T0).  T is yet to be multiplied by `scale`.
+  __device__ __forceinline__ void weigh(Scores<A>& s, Scores<A>& t, A scale) {
     bool fresh[2] = {};
     const bool begins = raise(s, fresh);
     const A shift[2] = {most[0] == -INFINITY ? A(0) : most[0], most[1] == -INFINITY ? A(0) : most[1]};
@@ -143,11 +145,11 @@ struct AttentionJvpRows {
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[i / 2] += s[n][i] = power_of_base<S>(s[n][i] - shift[i / 2]);
-    if (begins) begin(s, t, fresh);
+    if (begins) begin(s, t, fresh, scale);
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) moved_total[i / 2] += t[n][i] = s[n][i] * (t[n][i] - origin[i / 2]);
+      for (int i = 0; i < 4; ++i) moved_total[i / 2] += t[n][i] = s[n][i] * (scale * t[n][i] - origin[i / 2]);
   }
 
   // From sums to the results of the row.  Returns its logsumexp.
@@ -165,8 +167,8 @@ struct AttentionJvpRows {
   }
 };
 
-template <class S, int kSize, bool kMasked>
-__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTiles<S, kSize>::blocks(kMasked))
+template <class S, int kSize, bool kPlain>
+__global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTiles<S, kSize>::blocks(kPlain))
     attention_jvp_kernel(const AttentionJvpCall<S> c) {
   using A = accumulation_t<S>;
   using Shape = TileShape<S, kSize>;
@@ -181,13 +183,13 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
                                             unit.first, c.aligned);
   };
   load_rows(c.q, 0);
-  if (c.q_tangent) load_rows(c.q_tangent, 1);
+  if (kPlain || c.q_tangent) load_rows(c.q_tangent, 1);
 
   // Each warp fetches one of K, dK, V and dV: so there are fewer addresses to compute.
   static_assert(Shape::kThreads == 4 * 32);
   Matrix<const S> fetched = {};
   const auto take = [&](const Heads<const S>& from, int which) {
-    if (from && which == warp) fetched = from.of(unit.batch, key_head);
+    if ((kPlain || from) && which == warp) fetched = from.of(unit.batch, key_head);
   };
   take(c.k, 0);
   take(c.k_tangent, 1);
@@ -198,13 +200,13 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
   for_columns<Shape>(
       0, c.keys_seen(unit.first + Shape::kRows - 1),
       [&](int first, int stage) {
-        if (!fetched.data) return;
+        if (!kPlain && !fetched.data) return;
         TileCopy<Shape::kColumns, kSize, S, 32>::begin(shared + Tiles::stage(stage) + warp * Shape::kColumnTile,
                                                        fetched, first, c.aligned);
       },
       [&] {
         q.take(shared + warp_row * Shape::kStride);
-        if (c.q_tangent) q_tangent.take(shared + Shape::kRowTile + warp_row * Shape::kStride);
+        if (kPlain || c.q_tangent) q_tangent.take(shared + Shape::kRowTile + warp_row * Shape::kStride);
         if constexpr (Tiles::kReused) __syncthreads();
       },
       [&](int first, int stage) {
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
           const S* const k = shared + Tiles::stage(stage) + step * Shape::kStride;
           const S* const v = k + 2 * Shape::kColumnTile;
           Scores<A> s = {}, t = {};
-          if (c.q_tangent && c.k_tangent) {
+          if (kPlain || (c.q_tangent && c.k_tangent)) {
             Left::times_crosswise(q, s, q_tangent, t, k, k + Shape::kColumnTile);
           } else if (c.q_tangent) {
             Left::times_both(q, s, q_tangent, t, k);
@@ -228,17 +230,17 @@ __global__ void __launch_bounds__(TileShape<S, kSize>::kThreads, AttentionJvpTil
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               s[n][i] *= c.scale * kPerNat<S>;
-              t[n][i] *= c.scale;
+              if constexpr (!kPlain) t[n][i] *= c.scale;
             }
-          if constexpr (kMasked)
+          if constexpr (!kPlain)
             if (c.masked()) c.add_masks(s, t, unit, first_query, first + step);
           if (step + 16 > seen_by_all) c.hide(s, t, first_query, first + step);
-          rows.weigh(s, t);
-          if (c.scores_move())
+          rows.weigh(s, t, kPlain ? c.scale : A(1));
+          if (c.scores_move())  // asked even where it is known: as one piece, the code takes a few registers too many
             RowSums<S, kSize>::add_both(rows.value, s, rows.moved, t, v);
           else
             rows.value.add(s, v);
-          if (c.v_tangent) rows.moved.add(s, v + Shape::kColumnTile);
+          if (kPlain || c.v_tangent) rows.moved.add(s, v + Shape::kColumnTile);
         }
       });
 
@@ -257,10 +259,9 @@ template <class S>
 cudaError_t launch_attention_jvp(const AttentionJvpCall<S>& c, cudaStream_t stream) {
   return visit_head_size<S>(c.q.first.columns, c.v.first.columns, [&](auto size) {
     using Tiles = AttentionJvpTiles<S, size()>;
-    // For wide numbers, masks cost little beside the products.
-    void (*kernel)(AttentionJvpCall<S>) = attention_jvp_kernel<S, size(), true>;
-    if constexpr (sizeof(S) == 2)
-      if (!c.masked()) kernel = attention_jvp_kernel<S, size(), false>;
+    void (*kernel)(AttentionJvpCall<S>) = attention_jvp_kernel<S, size(), false>;
+    if constexpr (sizeof(S) == 2)  // others are slow enough
+      if (c.plain()) kernel = attention_jvp_kernel<S, size(), true>;
     return launch(kernel, attention_grid(c.batch * c.heads, c.queries, Tiles::Shape::kRows),
                   dim3(Tiles::Shape::kThreads), Tiles::kShared, stream, c);
   });

@@ -26,7 +26,13 @@ inline bool has_tensor_cores([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
-// The tensors as the kernels take them; copies live as long as this.
+// Whether the kernels' 32 bits reach from a row to the next.
+inline bool has_near_rows(const OptionalTensor& t) {
+  return !t || t->size(2) <= 1 || t->stride(2) <= std::numeric_limits<int>::max();
+}
+
+// The tensors as the kernels take them; copies live as long as this.  Of results, and of masks, there must be none: they
+// have adjacent columns, or such as they are, and near rows.
 class Views {
  public:
   template <class T>
@@ -46,7 +52,7 @@ class Views {
 
  private:
   static bool serves(const Tensor& t, bool any_columns) {
-    return (any_columns || t.size(3) <= 1 || t.stride(3) == 1) && t.stride(2) <= std::numeric_limits<int>::max();
+    return (any_columns || t.size(3) <= 1 || t.stride(3) == 1) && has_near_rows(t);
   }
   std::vector<Tensor> held_;
   bool aligned_ = true;

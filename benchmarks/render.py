@@ -268,7 +268,8 @@ def readme_jacobian(results: Row) -> str:
 def attention(results: Row) -> str:
     """Attention differentiated twice: time, memory and error of ours, PyTorch's MATH backend and JAX, by length."""
     section = results["attention"]
-    header = ["", "ms", "quartiles", "peak memory of a head, MB", "relative error"]
+    ms = "ms of processor time" if section["stamp"]["clock"] == "process" else "ms"
+    header = ["", ms, "quartiles", "peak memory of a head, MB", "relative error"]
     lines = [
         [
             f"{row['keys']} keys, {row['dtype']}, {row['provider']}",

@@ -1,7 +1,8 @@
 """What only a GPU can show, in a minute: python -m benchmarks.gpu_checks.
 
 ceilings   the rates of a copy and of a matrix product, which everything else is measured by
-attention  the second derivative of every backend of scaled_dot_product_attention, in 16 bits, against float64
+attention  the second derivative and the forward mode of every backend of scaled_dot_product_attention, in 16 bits,
+           against float64
 graphs     a penalised training step and a step of PGD, captured as CUDA graphs: replays give the eager step's numbers
 
 With --device cpu everything runs in the form that it has there: nothing is captured, and PyTorch has one backend.
@@ -49,7 +50,27 @@ def _second_derivatives(q: Tensor, k: Tensor, v: Tensor, seeds: tuple[Tensor, ..
     return list(torch.autograd.grad(total, [*inputs, w]))  # type: ignore[arg-type]
 
 
+def _forward_mode(q: Tensor, k: Tensor, v: Tensor, seeds: tuple[Tensor, ...], **options: object) -> list[Tensor]:
+    """Of attention: its value and tangent, and the gradients of <w, both> in q, k and v."""
+    inputs = tuple(t.detach().requires_grad_() for t in (q, k, v))
+    w, *tangents = (t.to(q.dtype) for t in seeds)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*tensors, **options)  # type: ignore[arg-type]
+
+    value, tangent = torch.func.jvp(function, inputs, tuple(tangents))
+    return [value.detach(), tangent.detach(), *torch.autograd.grad((w * (value + tangent)).sum(), inputs)]
+
+
+ORDERS = {"": _second_derivatives, ", forward mode": _forward_mode}
+
+
 def attention(device: str) -> Iterator[Finding]:
+    for name, derivatives in ORDERS.items():
+        yield from _attention(device, name, derivatives)
+
+
+def _attention(device: str, order: str, derivatives: Callable[..., list[Tensor]]) -> Iterator[Finding]:
     tokens = 40 if device == "cpu" else 257
     cases: dict[str, tuple[int, dict[str, object]]] = {
         "plain": (4, {}),
@@ -65,13 +86,13 @@ def attention(device: str) -> Iterator[Finding]:
             narrow = [t.to(dtype) for t in (q, k, v)]
             narrow_seeds = tuple(t.to(dtype).double() for t in seeds)
             with sdpa_kernel(SDPBackend.MATH):
-                exact = _second_derivatives(*(t.double() for t in narrow), narrow_seeds, **options)
-                stock = _errors(_second_derivatives(*narrow, narrow_seeds, **options), exact)
+                exact = derivatives(*(t.double() for t in narrow), narrow_seeds, **options)
+                stock = _errors(derivatives(*narrow, narrow_seeds, **options), exact)
             for backend in BACKENDS[device]:
-                label = f"attention, {name}, {str(dtype)[6:]}, {backend.name.lower()}"
+                label = f"attention{order}, {name}, {str(dtype)[6:]}, {backend.name.lower()}"
                 try:
                     with rk.fused_double_backward(), sdpa_kernel(backend):
-                        ours = _errors(_second_derivatives(*narrow, narrow_seeds, **options), exact)
+                        ours = _errors(derivatives(*narrow, narrow_seeds, **options), exact)
                 except RuntimeError as error:
                     # A backend that PyTorch does not have here, or not for this call, is no fault of ours.
                     missing = "No available kernel" in str(error) or "no viable backend" in str(error).lower()

@@ -21,7 +21,8 @@ def install(*, materialize_zeros: bool = False) -> None:
     of a chain of small ones; SyncBatchNorm, which PyTorch cannot differentiate twice, gets a second backward.
     Everywhere else (no grad mode, plain training steps, torch.func, forward-mode differentiation, derivatives that are
     taken inside a torch.utils.checkpoint, DTensor and other tensors with a `__torch_dispatch__` of their own) PyTorch's
-    own kernels run.  The exception is RMSNorm's backward, which PyTorch composes of a dozen operators.
+    own kernels run.  The exceptions are RMSNorm's backward, which PyTorch composes of a dozen operators, and fused
+    attention in forward mode, which PyTorch refuses.
 
     First derivatives keep their bits, with these exceptions, which run fused kernels too and differ by rounding:
     LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm always), and GELU, SiLU and Mish for several

@@ -185,6 +185,21 @@ def second_derivatives(fake: bool) -> Iterator[Finding]:
             yield f"{kind} {name}, {dtype}", right, what
 
 
+def forward_mode(fake: bool) -> Iterator[Finding]:
+    """Attention's value and tangent, and the gradients of both in its input."""
+    kind = "fake" if fake else "real"
+    for name, (make, shape, dtypes, _, _) in CASES.items():
+        for dtype in dtypes if name.startswith("attention") else ():
+            with FakeTensorMode() if fake else nullcontext(), made_of(dtype):
+                function, x = make(), torch.randn(shape, requires_grad=True)
+                with record.recording() as asked, rk.fused_double_backward(), Reached() as reached:
+                    value, tangent = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+                    torch.autograd.grad(value.float().sum() + tangent.float().square().sum(), x)
+            expected = {"attention_jvp": 1, "attention_double_backward": 1}
+            right = reached.called == expected and not asked.waits and not reached.waiting
+            yield f"{kind} forward mode of {name}, {dtype}", right, f"{dict(reached.called)}"
+
+
 def replaced() -> Iterator[Finding]:
     """Every case of every replaced operator, differentiated twice in all of its inputs and its cotangent."""
     for module in sorted(pkgutil.iter_modules([str(ROOT / "tests" / "installed")]), key=lambda m: m.name):
@@ -349,6 +364,8 @@ PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
     # On the null GPU: autograd has no thread for a device that is not there.
     "fake": lambda: second_derivatives(fake=True),
     "real": lambda: second_derivatives(fake=False),
+    "fake-forward": lambda: forward_mode(fake=True),
+    "real-forward": lambda: forward_mode(fake=False),
     "replaced": replaced,
     "cotangents": several_cotangents,
     "launches": launches,

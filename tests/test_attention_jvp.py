@@ -92,26 +92,43 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
     "mask": {"mask": torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)},
-    "boolean mask": {"mask": torch.arange(12).view(3, 4) % 3 != 1},
+    "mask of queries": {"mask": torch.linspace(-1, 1, 3).view(3, 1)},
+    "boolean mask": {"mask": torch.arange(24).view(2, 3, 4) % 3 != 1},
     "scale": {"scale": 2.0},
 }
 
 
-def inputs(key_heads: int = 2) -> list[Tensor]:
-    shapes = ((1, 2, 3, 3), (1, key_heads, 4, 3), (1, key_heads, 4, 2)) * 2
+def inputs(key_heads: int = 2, value_size: int = 2) -> list[Tensor]:
+    shapes = ((1, 2, 3, 3), (1, key_heads, 4, 3), (1, key_heads, 4, value_size)) * 2
     return [heads(1, *shape, seed=i)[0].requires_grad_() for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-@pytest.mark.parametrize("key_heads", [2, 1])
-def test_derivatives(options, key_heads):
+@pytest.mark.parametrize(("key_heads", "value_size"), [(2, 3), (1, 3), (2, 2)])
+def test_derivatives(options, key_heads, value_size):
     """In q, k, v and their tangents: backwards once by kernels, twice composed; forwards by the reference."""
+    tensors = inputs(key_heads, value_size)
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return attention_jvp(*tensors, **options)
 
-    assert torch.autograd.gradcheck(function, inputs(key_heads), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, inputs(key_heads))
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_derivatives_where_a_row_has_no_keys():
+    tensors = inputs(value_size=3)
+    mask = torch.tensor([[True], [False], [True]]).expand(3, 4)
+    assert torch.autograd.gradcheck(lambda *t: attention_jvp(*t, mask=mask), tensors)
+
+
+@pytest.mark.parametrize("empty", [(0, 3, 4), (1, 0, 4), (1, 3, 0)], ids=str)
+def test_derivatives_of_empty_tensors(empty):
+    batch, queries, keys = empty
+    shapes = ((batch, 2, queries, 3), (batch, 2, keys, 3), (batch, 2, keys, 3)) * 2
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    grads = torch.autograd.grad(sum(t.sum() for t in attention_jvp(*tensors)), tensors)
+    assert not any(g.any() for g in grads)
 
 
 def test_derivatives_in_a_mask():

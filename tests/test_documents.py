@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import robustkern as rk
+from robustkern import models
 
 ROOT = Path(__file__).parents[1]
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in p.read_text()]
@@ -17,7 +18,7 @@ PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_on_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": rk.models.create("small-cnn", 10, (1, 28, 28)).state_dict()}, "weights.pt")
+    torch.save({"state_dict": models.create("small-cnn", 10, (1, 28, 28)).state_dict()}, "weights.pt")
     text = page.read_text()
     namespace: dict[str, object] = {"__name__": "__main__"}
     try:

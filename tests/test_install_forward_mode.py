@@ -12,11 +12,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import robustkern as rk
 from robustkern.double_backward import replaced_operators
+from tests import attention_backends
 from tests.installed import attention
 
 
@@ -28,7 +30,7 @@ def _heads(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, 2 * x, x.flip(2))
 
 
-def _masked_by_position(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -350,6 +352,39 @@ def test_forward_mode_of_every_backend_is_replaced(backend):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCUDA")
 
 
+@pytest.mark.parametrize(
+    "transform",
+    ["jvp", "linearize", "jacfwd", "vmap of jvp", "grad of jvp", "jvp of grad", "hessian", "reverse over jvp"],
+)
+@pytest.mark.parametrize("backend", list(attention_backends.CALLS))
+def test_forward_mode_of_the_backends_for_cuda(backend, transform):
+    """What they keep for their backwards comes back to them, whatever computes the tangents."""
+    inputs = attention.CASES[0].inputs(torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = tree_leaves(TRANSFORMS[transform](_causal, inputs, _directions(inputs)))
+    rk.install()
+    with attention_backends.on_cpu_tensors():
+        actual = tree_leaves(TRANSFORMS[transform](attention_backends.CALLS[backend], inputs, _directions(inputs)))
+    for a, e in zip(actual, expected, strict=True):
+        assert e.any()
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", list(attention_backends.CALLS))
+def test_shapes_of_the_backends_for_cuda(backend):
+    """Of fake tensors in bfloat16: what PyTorch says of its own operators meets what we say of ours."""
+    rk.install()
+    call = attention_backends.CALLS[backend]
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 3, 16, 64, dtype=torch.bfloat16) for _ in range(3))
+        for result in (
+            *torch.func.jvp(call, (q, k, v), (q, k, v)),
+            *torch.func.jvp(torch.func.grad(_scalar(call)), (q, k, v), (q, k, v)),
+            *_reverse_over_jvp(call, (q, k, v), (q, k, v)),
+        ):
+            assert result.shape == q.shape and result.dtype == q.dtype
+
+
 def test_forward_mode_with_dropout_is_refused():
     q = torch.randn(1, 2, 4, 3)
     rk.install()
@@ -364,7 +399,7 @@ def test_cotangents_of_a_jvp():
 
     def pull(transform: str) -> Any:
         leaves = [t.clone().requires_grad_() for t in (q, k, v, *tangents)]
-        results = torch.func.jvp(_masked_by_position, tuple(leaves[:3]), tuple(leaves[3:]))
+        results = torch.func.jvp(_causal, tuple(leaves[:3]), tuple(leaves[3:]))
         several = torch.stack([q, q.cos(), k])
 
         def back(u: Tensor) -> Inputs:
@@ -402,6 +437,14 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(x.detach(), x.detach(), self.value(x))
 
 
+class ForwardAttention(Attention):
+    """A loss in value and tangent: of the latter, attention's second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, tangent = torch.func.jvp(super().forward, (x,), (x.cos(),))
+        return value + tangent.square()
+
+
 NETWORKS = {
     "LayerNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 1)),
     "BatchNorm": lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)),
@@ -412,6 +455,7 @@ NETWORKS = {
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 1), nn.MaxPool2d((1, 2), 1), nn.AvgPool2d(2, 1), nn.Flatten()
     ),
     "attention": lambda: Attention(),
+    "attention in forward mode": lambda: ForwardAttention(),
     "SiLU": lambda: nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 1)),
 }
 

@@ -9,6 +9,7 @@
 //
 // The second backward is our operator, the first one PyTorch's own; both take memory linear in the sequence.  What moves a
 // mask or is differentiated further is composed, with the scores of all heads in memory.
+#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <limits>
@@ -35,20 +36,31 @@ Results call_jvp(const Inputs& in, const Inputs& tangents, const Settings& s) {
 
 // ------------------------------------------------------------------ the operator's derivatives
 
-// Gradients of several cotangents of the output in q, k and v, by PyTorch's fused kernels.
-std::vector<variable_list> stock_backwards(const variable_list& gs, const variable_list& in, const Settings& s) {
-  std::vector<variable_list> grads(gs.size(), variable_list(3));
-  if (std::none_of(gs.begin(), gs.end(), [](const Tensor& g) { return g.defined(); })) return grads;
+// As the backward of the CPU's kernel expects it: zero of a row that attends to nothing.
+Tensor finite(const Tensor& logsumexp) {
+  return logsumexp.masked_fill(logsumexp == -std::numeric_limits<double>::infinity(), 0.0);
+}
+
+// Gradients of the cotangent g of the output in q, k and v, by PyTorch's fused kernels.
+variable_list stock_backward(const Tensor& g, const variable_list& in, const Settings& s) {
+  const Tensor &q = in[0], &k = in[1], &v = in[2];
+  Tensor bias = in[6];
+  if (bias.defined()) bias = bias.to(accumulation_type(q.scalar_type()));
+  if (q.is_cpu() && q.sym_size(3) == v.sym_size(3) && q.sym_numel() != 0 && k.sym_numel() != 0) {
+    while (bias.defined() && bias.dim() < 4) bias = bias.unsqueeze(0);
+    const auto [of_q, of_k, of_v] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, in[8], finite(in[9]), /*dropout_p=*/0.0, s.causal, if_defined(bias), s.scale);
+    return {of_q, of_k, of_v};
+  }
+  // Whatever kernel it chooses keeps for its backward what we do not have.
   const at::AutoGradMode record(true);
-  variable_list leaves;
-  for (size_t i = 0; i < 3; ++i) leaves.push_back(in[i].detach().requires_grad_());
-  const Tensor& bias = in[6];
+  const variable_list leaves{q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_()};
   const Tensor out =
       at::scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], if_defined(bias), /*dropout_p=*/0.0, s.causal,
-                                       s.scale, /*enable_gqa=*/in[0].sym_size(1) != in[1].sym_size(1));
-  for (size_t i = 0; i < gs.size(); ++i)
-    if (gs[i].defined()) grads[i] = torch::autograd::grad({out}, leaves, {gs[i]}, /*retain_graph=*/true);
-  return grads;
+                                       s.scale, /*enable_gqa=*/q.sym_size(1) != k.sym_size(1));
+  std::optional<pybind11::gil_scoped_release> no_gil;  // which compiled autograd holds, and the engine must not
+  if (PyGILState_Check()) no_gil.emplace();
+  return torch::autograd::grad({out}, leaves, {g});
 }
 
 struct AttentionJvp : torch::autograd::Function<AttentionJvp> {
@@ -56,7 +68,7 @@ struct AttentionJvp : torch::autograd::Function<AttentionJvp> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                                const Maybe& q_tangent, const Maybe& k_tangent, const Maybe& v_tangent,
-                               const Maybe& mask, const Maybe& mask_tangent, const Settings& s) {
+                               const Maybe& mask, const Maybe& mask_tangent, const Settings& s, Tensor* logsumexp) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const variable_list in{q,
                            k,
@@ -66,46 +78,31 @@ struct AttentionJvp : torch::autograd::Function<AttentionJvp> {
                            optional_value(v_tangent),
                            optional_value(mask),
                            optional_value(mask_tangent)};
-    const auto [out, tangent, logsumexp] = call_jvp({q, k, v, in[6]}, {in[3], in[4], in[5], in[7]}, s);
-    ctx->mark_non_differentiable({logsumexp});
+    Tensor out, tangent;
+    std::tie(out, tangent, *logsumexp) = call_jvp({q, k, v, in[6]}, {in[3], in[4], in[5], in[7]}, s);
     ctx->set_materialize_grads(false);
     MaskOf<kInputs> given;
     for (size_t i = 0; i < kInputs; ++i) given[i] = in[i].defined();
     Kept().put(to_bits(given)).put(s.causal).put_number(s.scale).save(ctx);
     variable_list saved = in;
-    if (!mask) saved.insert(saved.end(), {out, logsumexp});
+    saved.insert(saved.end(), {out, *logsumexp});
     ctx->save_for_backward(std::move(saved));
-    return {out, tangent, logsumexp};
+    return {out, tangent};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
     const Tensor &g = cotangents[0], &u = cotangents[1];
-    variable_list result(kInputs + 1);
+    variable_list result(kInputs + 2);
     const auto in = ctx->get_saved_variables();
     Kept kept(ctx);
     const auto need = asked<kInputs>(ctx, kept.integer());
     const bool causal = kept.flag();
     const Settings s{causal, kept.number(), 0};
     const bool primal = need[0] || need[1] || need[2], tangent = need[3] || need[4] || need[5];
-    if (composes({g, u}) || need[6] || need[7] || in[7].defined()) {
+    if (composes({g, u}) || need[6] || need[7] || in[7].defined())
       composed(result, g, u, in, s);
-    } else {
-      const auto stock = stock_backwards({primal ? g : Tensor(), tangent ? u : Tensor()}, in, s);
-      for (size_t i = 0; i < 3; ++i) {
-        result[i] = stock[0][i];
-        result[3 + i] = stock[1][i];
-      }
-      if (primal && u.defined() && (in[3].defined() || in[4].defined() || in[5].defined())) {
-        const at::AutoDispatchBelowADInplaceOrView below;
-        const auto of_forward = [&](size_t i) { return i < in.size() ? Maybe(in[i]) : std::nullopt; };
-        const auto second = call_operator<kDoubleBackward, std::tuple<Tensor, Tensor, Tensor, Tensor>>(
-            if_defined(in[3]), if_defined(in[4]), if_defined(in[5]), u, in[0], in[1], in[2], of_forward(8),
-            of_forward(9), if_defined(in[6]), causal, s.scale, false, need[0], need[1], need[2]);
-        if (need[0]) add(result[0], std::get<1>(second));
-        if (need[1]) add(result[1], std::get<2>(second));
-        if (need[2]) add(result[2], std::get<3>(second));
-      }
-    }
+    else
+      by_kernels(result, primal ? g : Tensor(), u, in, s, need, tangent);
     for (size_t i = 0; i < kInputs; ++i)
       if (!need[i]) result[i] = Tensor();
     fill_for_compiled_autograd(need, result, in);
@@ -114,6 +111,26 @@ struct AttentionJvp : torch::autograd::Function<AttentionJvp> {
 
  private:
   static void add(Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; }
+
+  static void by_kernels(variable_list& result, const Tensor& g, const Tensor& u, const variable_list& in,
+                         const Settings& s, const MaskOf<kInputs>& need, bool of_tangents) {
+    const auto put = [&](size_t first, const variable_list& grads) {
+      for (size_t i = 0; i < 3; ++i) add(result[first + i], grads[i]);
+    };
+    if (g.defined()) put(0, stock_backward(g, in, s));
+    if (!u.defined()) return;
+    if (of_tangents) put(3, stock_backward(u, in, s));
+    if (!(need[0] || need[1] || need[2]) || !(in[3].defined() || in[4].defined() || in[5].defined())) return;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const bool masked = in[6].defined();  // hidden rows have no logsumexp: it computes them again
+    const auto [_, of_q, of_k, of_v] = call_operator<kDoubleBackward, std::tuple<Tensor, Tensor, Tensor, Tensor>>(
+        if_defined(in[3]), if_defined(in[4]), if_defined(in[5]), u, in[0], in[1], in[2],
+        masked ? Maybe() : Maybe(in[8]), masked ? Maybe() : Maybe(in[9]), if_defined(in[6]), s.causal, s.scale, false,
+        need[0], need[1], need[2]);
+    const Tensor* const second[] = {&of_q, &of_k, &of_v};
+    for (size_t i = 0; i < 3; ++i)
+      if (need[i]) add(result[i], *second[i]);
+  }
 
   static void composed(variable_list& result, const Tensor& g, const Tensor& u, const variable_list& in,
                        const Settings& s) {
@@ -152,8 +169,9 @@ Results attention_jvp(c10::DispatchKeySet keys, const Tensor& q, const Tensor& k
   const Inputs tangents{optional_value(q_tangent), optional_value(k_tangent), optional_value(v_tangent),
                         optional_value(mask_tangent)};
   if (moves || under_functorch_grad()) return forward_mode(in, tangents, s);
-  const auto results = AttentionJvp::apply(q, k, v, q_tangent, k_tangent, v_tangent, mask, mask_tangent, s);
-  return {results[0], results[1], results[2]};
+  Tensor logsumexp;  // not a result of the Function: nothing differentiates it
+  const auto results = AttentionJvp::apply(q, k, v, q_tangent, k_tangent, v_tangent, mask, mask_tangent, s, &logsumexp);
+  return {results[0], results[1], logsumexp};
 }
 
 // ------------------------------------------------------------------ PyTorch's operators
@@ -223,8 +241,8 @@ struct ForwardMode<Backend, R(Args...)> {
  private:
   // As the backend's own backward expects them; where it asks for more than these two, by the backend itself.
   static R values(const Tensor& out, const Tensor& logsumexp, Args... args) {
-    if constexpr (std::tuple_size_v<R> == 2)  // zero of a row that attends to nothing
-      return {out, logsumexp.masked_fill(logsumexp == -std::numeric_limits<double>::infinity(), 0.0)};
+    if constexpr (std::tuple_size_v<R> == 2)
+      return {out, finite(logsumexp)};
     else
       return Op::call(primal_of(args)...);
   }

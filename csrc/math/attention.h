@@ -1,4 +1,4 @@
-// The second derivative of scaled dot-product attention, entry by entry of one row of scores.
+// The second derivative of scaled dot-product attention, entry by entry of one row of scores; and its forward mode.
 //
 //   forward         S = scale Q K^T + mask, P = softmax(S), O = P V
 //   first backward  dP = dO V^T, D = sum_j P dP, dS = P (dP - D)
@@ -7,6 +7,8 @@
 //                   Pd = P (T - t): how P moves;  G = (dP - D)(T - t) + X, g = sum_j P G;  W = P (G - g)
 //                   ddO = Pd V + P C                dQ' = scale (W K + dS B)
 //                   dV' = Pd^T dO                   dK' = scale (W^T Q + dS^T A)
+//
+// Forward mode is a part of it: along (dQ, dK, dV) in the place of (A, B, C), O moves by ddO.
 //
 // G differs from the derivative of sum_j P T dP + P X by a number per row, which W does not see; written with both
 // factors centred, no large terms cancel.

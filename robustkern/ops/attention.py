@@ -58,7 +58,8 @@ def attention_jvp(
     Differentiability: any order, in q, k, v, mask and the tangents.  First gradients of both results take memory linear
     in the sequence: they are PyTorch's first backward and `attention_double_backward`.  Gradients in a mask, and higher
     orders, store the scores of all heads.  Determinism: the same bits on every run, for every batch size and number of
-    threads; its gradients are as deterministic as PyTorch's.  Saved for backward: q, k, v, mask and the tangents.
+    threads; its gradients are as deterministic as PyTorch's.  Saved for backward: q, k, v, mask, the tangents, out and
+    one number for each row.
     """
     check_floating("attention_jvp", "q", q)
     if q.dim() != 4:

@@ -120,8 +120,7 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
     yield sample("many heads", 4, 5, 17, 17, 8, 8)
     yield sample("large scores", scale=4.0)
     yield sample("large scores, nothing saved", scale=4.0, recomputed=True)
-    # Of a saved out, rounded, dP - D would be as far from zero as that is from v.
-    yield sample("one key", keys=1, recomputed=True, zero=(1, 2, 3))
+    yield sample("one key", keys=1, recomputed=True, zero=(1, 2, 3))  # exactly, as P is one
     yield sample("empty batch", batch=0)
     yield sample("no queries", queries=0, zero=(2, 3))
     yield sample("no keys", keys=0, zero=(0, 1))

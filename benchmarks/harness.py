@@ -84,8 +84,8 @@ class Interleaved:
     it long enough for the clock.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self._clock = device, clock
         self._flush = (
             torch.empty(2 * cache_bytes("cuda"), dtype=torch.int8, device="cuda") if device == "cuda" else None
         )
@@ -145,10 +145,10 @@ class Interleaved:
             end.record()
             end.synchronize()
             return begin.elapsed_time(end)
-        begin = time.perf_counter()
+        begin = self._clock()
         for _ in range(calls):
             function()
-        return 1e3 * (time.perf_counter() - begin) / calls
+        return 1e3 * (self._clock() - begin) / calls
 
 
 def _timing(values: list[float]) -> Timing:

@@ -268,19 +268,21 @@ def readme_jacobian(results: Row) -> str:
 def attention(results: Row) -> str:
     """Attention differentiated twice: time, memory and error of ours, PyTorch's MATH backend and JAX, by length."""
     section = results["attention"]
-    header = ["", "ms", "quartiles", "peak memory of a head, MB", "relative error"]
+    ms = "ms of processor time" if section["stamp"]["clock"] == "process" else "ms"
+    header = ["", ms, "quartiles", "peak memory of a head, MB", "relative error"]
     lines = [
         [
             f"{row['keys']} keys, {row['dtype']}, {row['provider']}",
             f"{row['ms']:.3g}",
             " ".join(f"{q:.3g}" for q in row["quartiles"]),
-            f"{row['peak_bytes'] / row['heads'] / 1e6:.3g}",
+            f"{row['peak_bytes'] / 1e6:.3g}",
             f"{row['error']:.1e}",
         ]
         for row in section["rows"]
     ]
     grown = ", ".join(f"{provider} {slope:.2f}" for provider, slope in section["memory_slopes"].items())
-    return f"{sentence(section)}\n\n{table(header, lines)}\n\nMemory grows with the length to the power of: {grown}."
+    growth = f"Between the two longest, memory grows with the length to the power of: {grown}."
+    return f"{sentence(section)}\n\n{table(header, lines)}\n\n{growth}"
 
 
 def _reasons(groups: dict[Any, Columns], orders: tuple[str, ...]) -> list[str]:

@@ -69,8 +69,9 @@ def jacobian_norm(
     and that of a batch's mean is B times smaller still: one projection is enough for training.  Each projection takes
     one backward pass, and another in the backward pass of the result: a step with K of them takes the time of 1 + K
     plain steps, and K times the memory for activations.  If `robustkern.install()` was in force when a network of
-    convolutions, linear layers, BatchNorm, LayerNorm, RMSNorm, ReLU, GELU, SiLU and Mish ran, the K passes become one,
-    in which every operator works on all cotangents at once (on the CPU, if BatchNorm and ReLU see at most K MiB).
+    convolutions, linear layers, BatchNorm, LayerNorm, RMSNorm, ReLU, GELU, SiLU, Mish and, on the CPU, attention ran,
+    the K passes become one, in which every operator works on all cotangents at once (on the CPU, if BatchNorm and ReLU
+    see at most K MiB).
 
     To penalise it, add a multiple of its mean to the loss and call backward; see `gradient_norm` for what is fused.
     In a model that mixes the samples of a batch, such as one with BatchNorm in training mode, other samples contribute

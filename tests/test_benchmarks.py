@@ -78,7 +78,10 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     steps = ["--size", "tiny", *shared, "--only", "Batch", "--providers"]
     programs = {
         "bench_ops": [["--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared]],
-        **{f"bench_{name}": [tiny] for name in ("double_backward", "jacobian", "cotangents", "attacks", "methods")},
+        **{
+            f"bench_{name}": [tiny]
+            for name in ("double_backward", "jacobian", "cotangents", "attacks", "methods", "attention")
+        },
         # The second joins the first.
         "penalised_step": [[*steps, "plain", "plain_installed", "eager", "installed"], [*steps, "installed_compile"]],
     }
@@ -107,6 +110,10 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
         (law, provider) for law in ("sphere", "orthonormal") for provider in ("pytorch", "robustkern")
     }
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in cotangents)
+
+    attention = results["attention"]["rows"]
+    assert {row["provider"] for row in attention} >= {"robustkern", "MATH"}
+    assert all(row["ms"] > 0 and 0 < row["error"] < 0.01 and row["peak_bytes"] > 0 for row in attention)
 
     attacks = results["attacks"]
     assert attacks["complete"]

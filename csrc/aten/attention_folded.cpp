@@ -155,7 +155,7 @@ std::optional<std::tuple<Tensor, Tensor>> forward_that_folds(const Tensor& q, co
                                                              double dropout, bool causal,
                                                              const std::optional<Tensor>& mask,
                                                              std::optional<double> scale) {
-  if (!is_plain(q) || !is_plain(k) || !is_plain(v) || dropout != 0 ||
+  if (!is_plain(q) || !is_plain(k) || !is_plain(v) || is_small(q, 1 << 14) || dropout != 0 ||
       (mask && mask->defined() && mask->requires_grad()) || saves_through_hooks())
     return std::nullopt;
   Tensor logsumexp;

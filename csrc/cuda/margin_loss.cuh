@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const Margi
     const std::int64_t target = c.target[row], towards = c.towards ? c.towards[row] : 0;
     const bool exist = target >= 0 && target < c.classes && towards >= 0 && towards < c.classes;
     const int y = exist ? static_cast<int>(target) : -1;
-    const int o = exist && c.towards ? static_cast<int>(towards) : best.index[best.index[0] == y ? 1 : 0];
+    const int o = exist && c.towards ? static_cast<int>(towards) : (best.index[0] == y ? best.index[1] : best.index[0]);
     if (!exist || o < 0) poison = A(NAN);
     const bool known = y >= 0 && o >= 0;
     const MarginSlopes<A, int> s(c.kind, best, y, known ? load(z[y]) : A(0), o, known ? load(z[o]) : A(0),

@@ -169,7 +169,8 @@ def reloaded(reading: Reading) -> tuple[float, float]:
     of_block = case.row * case.element_bytes * stated.moves[0] or reading.tensor_bytes
     of_sm = (1 - reading.held) * of_block * reading.resident * reading.warps // reading.warps_of_row
     of_all = min(of_sm * machine.SMS, reading.tensor_bytes * stated.moves[0])
-    if loads <= 0 or of_sm <= machine.L1 - reading.launch.shared * reading.resident:
+    l1 = min(machine.L1, machine.L1_AND_SHARED - reading.launch.shared * reading.resident)
+    if loads <= 0 or of_sm <= l1:
         return 0.0, 0.0
     again = (1 - reading.held) * loads * reading.tensor_bytes
     return again, again * max(0.0, 1 - machine.L2 / of_all)
@@ -199,7 +200,9 @@ def read(case: Case, stated: Kernel, launch: Launch, code: Code, portion: float 
         swept = any(step.loop is not None for step in way.steps)
         units = reading.tensor_bytes / way.width  # of one tensor
         rows = reading.tensor_bytes / (case.row * case.element_bytes) if case.row else 0.0
-        passes, trips = max(units / (32 * way.vectors * warps), rows * reading.warps_of_row / warps), 1.0
+        passes, trips = units / (32 * way.vectors * warps), 1.0
+        if rows <= warps:  # a pass for each row, though part of its lanes be idle
+            passes = max(passes, rows * reading.warps_of_row / warps)
         if swept:
             row = max(1.0, case.row * case.element_bytes / way.width)
             of_row = reading.warps_of_row

@@ -1,13 +1,14 @@
 // The kernels of margin_loss.  Formulas: math/margin_loss.h.
 //
-// A warp to a row, whose logits it reads once: a lane keeps the four largest that it meets, and the lanes' leaders meet
-// in a tree.  Slopes are zeros but for five.
+// A warp to a row, whose logits it reads once, many to a lane; the four largest are taken out one after the other.  Slopes
+// are zeros but for five.
 #pragma once
 
 #include <cstdint>
 
 #include "../math/margin_loss.h"
 #include "divisor.cuh"
+#include "reduce.cuh"
 #include "words.cuh"
 
 namespace rk::cuda {
@@ -26,19 +27,85 @@ struct MarginCall {
   S* slopes;                             // [rows, classes]
 };
 
+// Logits as whole numbers in their order; 0 is none.  Where NaN stands does not matter: it makes its row NaN.
+template <class A>
+using LogitKey = std::conditional_t<sizeof(A) == 8, std::uint64_t, std::uint32_t>;
+template <class A>
+__device__ __forceinline__ LogitKey<A> key_of(A logit) {
+  constexpr auto sign = LogitKey<A>(1) << (8 * sizeof(A) - 1);
+  const auto bits = bit_cast<LogitKey<A>>(logit);
+  return bits & sign ? ~bits : bits | sign;
+}
+template <class A>
+__device__ __forceinline__ A logit_of(LogitKey<A> key) {
+  constexpr auto sign = LogitKey<A>(1) << (8 * sizeof(A) - 1);
+  return bit_cast<A>(key & sign ? key ^ sign : ~key);
+}
+
+// The four largest logits of a row and their classes, one in each of the first four lanes.
+template <class A>
+struct MarginLeaders {
+  static constexpr int kNone = 2147483647;
+  LogitKey<A> key = 0;
+  int index = kNone;
+
+  // Takes the largest of a warp's logits out of `keys`; those of one lane are in the order of their classes, index(s),
+  // and behind those met before.
+  template <int kSlots, class Index>
+  __device__ __forceinline__ void meet(LogitKey<A> (&keys)[kSlots], const Index& index_of) {
+    const int lane = threadIdx.x % 32;
+    LogitKey<A> top = keys[0];
+#pragma unroll
+    for (int s = 1; s < kSlots; ++s) top = keys[s] > top ? keys[s] : top;
+    if (!__any_sync(0xffffffffu, top > __shfl_sync(0xffffffffu, key, 3))) return;
+    MarginLeaders next;
+#pragma unroll 1
+    for (int place = 0; place < 4; ++place) {
+      top = key;
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) top = keys[s] > top ? keys[s] : top;
+      const LogitKey<A> most = warp_reduce(top, Larger{});
+      int mine = kNone;
+      if (top == most && most != 0) {
+#pragma unroll
+        for (int s = kSlots - 1; s >= 0; --s) mine = keys[s] == most ? index_of(s) : mine;
+        mine = key == most ? index : mine;
+      }
+      const int first = -warp_reduce(-mine, Larger{});
+      if (mine == first && mine != kNone) {
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) keys[s] = index_of(s) == mine ? 0 : keys[s];
+        key = index == mine ? 0 : key;
+      }
+      if (lane == place) next.key = most, next.index = first;
+    }
+    *this = next;
+  }
+  __device__ __forceinline__ Leaders<A, int> all() const {
+    Leaders<A, int> best;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const LogitKey<A> its = __shfl_sync(0xffffffffu, key, k);
+      const int at = __shfl_sync(0xffffffffu, index, k);
+      if (its != 0) best.value[k] = logit_of<A>(its), best.index[k] = at;
+    }
+    return best;
+  }
+};
+
 template <bool kAligned, class S>
 __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const MarginCall<S> c) {
   using A = accumulation_t<S>;
-  constexpr unsigned all = 0xffffffffu;
-  constexpr int V = Words<S>::kSize, kUnroll = 4;
+  constexpr int V = Words<S>::kSize, kUnroll = sizeof(S) == 4 ? 8 : 4, kSlots = kUnroll * V;
   const int lane = threadIdx.x % 32, vectors = (c.classes + V - 1) / V;
   const std::int64_t warps = std::int64_t{gridDim.x} * (blockDim.x / 32);
   for (std::int64_t row = blockIdx.x * std::int64_t{blockDim.x / 32} + threadIdx.x / 32; row < c.rows; row += warps) {
     const S* const z = c.logits + row * c.classes;
     S* const slopes = c.slopes + row * c.classes;
-    Leaders<A, int> best;
-    A poison = A(0);
-    for (int first = lane; first < vectors; first += 32 * kUnroll) {
+    MarginLeaders<A> leaders;
+    bool has_nan = false;
+    for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
+      const int first = begin + lane;
       Words<S> words[kUnroll] = {};
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
@@ -49,34 +116,25 @@ __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const Margi
           if (v < vectors) words[i] = load_some_words(z + v * V, c.classes - v * V);
         }
       }
+      LogitKey<A> keys[kSlots];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int begin = (first + 32 * i) * V;
+        const int left = c.classes - (first + 32 * i) * V;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
           const A value = words[i][k];
-          if (begin + k >= c.classes) continue;
-          if (!(value <= best.value[3]) || best.index[3] < 0) best.meet(value, begin + k);
-          poison = value == value ? poison : value;
+          keys[i * V + k] = left > (kAligned ? 0 : k) ? key_of(value) : 0;
+          has_nan |= value != value;
         }
       }
+      leaders.meet(keys, [&](int s) { return (first + 32 * (s / V)) * V + s % V; });
     }
-#pragma unroll
-    for (int d = 16; d; d /= 2) {
-      A value[4];
-      int index[4];
-      for (int k = 0; k < 4; ++k) {
-        value[k] = __shfl_xor_sync(all, best.value[k], d);
-        index[k] = __shfl_xor_sync(all, best.index[k], d);
-      }
-      for (int k = 0; k < 4; ++k)
-        if (index[k] >= 0) best.meet(value[k], index[k]);
-      poison += __shfl_xor_sync(all, poison, d);
-    }
+    const Leaders<A, int> best = leaders.all();
+    A poison = __any_sync(0xffffffffu, has_nan) ? A(NAN) : A(0);
     const std::int64_t target = c.target[row], towards = c.towards ? c.towards[row] : 0;
     const bool exist = target >= 0 && target < c.classes && towards >= 0 && towards < c.classes;
     const int y = exist ? static_cast<int>(target) : -1;
-    const int o = exist && c.towards ? static_cast<int>(towards) : best.index[best.index[0] == y ? 1 : 0];
+    const int o = exist && c.towards ? static_cast<int>(towards) : (best.index[0] == y ? best.index[1] : best.index[0]);
     if (!exist || o < 0) poison = A(NAN);
     const bool known = y >= 0 && o >= 0;
     const MarginSlopes<A, int> s(c.kind, best, y, known ? load(z[y]) : A(0), o, known ? load(z[o]) : A(0),

@@ -232,7 +232,7 @@ def full(results: Row) -> str:
             table(header, lines),
             *_reasons(step_groups(results), ()),
         ]
-    for name, render in BLOCKS:
+    for name, render in (*BLOCKS, ("attention", attention)):
         if name in results and name not in ("ops", "steps"):
             parts += ["", f"## {_SECTIONS[name]}", "", render(results)]
     return "\n".join(parts) + "\n"
@@ -265,6 +265,24 @@ def readme_jacobian(results: Row) -> str:
     )
 
 
+def attention(results: Row) -> str:
+    """Attention differentiated twice: time, memory and error of ours, PyTorch's MATH backend and JAX, by length."""
+    section = results["attention"]
+    header = ["", "ms", "quartiles", "peak memory of a head, MB", "relative error"]
+    lines = [
+        [
+            f"{row['keys']} keys, {row['dtype']}, {row['provider']}",
+            f"{row['ms']:.3g}",
+            " ".join(f"{q:.3g}" for q in row["quartiles"]),
+            f"{row['peak_bytes'] / row['heads'] / 1e6:.3g}",
+            f"{row['error']:.1e}",
+        ]
+        for row in section["rows"]
+    ]
+    grown = ", ".join(f"{provider} {slope:.2f}" for provider, slope in section["memory_slopes"].items())
+    return f"{sentence(section)}\n\n{table(header, lines)}\n\nMemory grows with the length to the power of: {grown}."
+
+
 def _reasons(groups: dict[Any, Columns], orders: tuple[str, ...]) -> list[str]:
     """Why some figures are missing, once each."""
     reasons = {
@@ -286,6 +304,7 @@ def replace(text: str, name: str, content: str) -> str:
 _SECTIONS = {
     "double_backward": "Second backwards of PyTorch's operators", "jacobian": "Jacobian penalties",
     "cotangents": "Random directions", "attacks": "Attacks", "methods": "Training steps of every method",
+    "attention": "Attention, differentiated twice",
 }  # fmt: skip
 BLOCKS = (
     ("ops", readme_ops),

@@ -93,11 +93,10 @@ class Allocated(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-def peak(length: int) -> int:
-    """Bytes that the second backward of one head adds at its peak."""
-    arguments = [torch.randn(1, 1, length, 8) for _ in range(7)]
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes that a call adds at its peak."""
     with torch.profiler.profile(profile_memory=True) as profile:
-        ENTRY.operator(*arguments, None, None, None, False, 0.3, True, True, True, True)
+        work()
     live = most = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -106,8 +105,34 @@ def peak(length: int) -> int:
     return most
 
 
-def test_memory_is_linear_in_the_sequence(not_emulated):
-    short, long = peak(2048), peak(4096)
+def second_backward(length: int) -> Any:
+    arguments = [torch.randn(1, 1, length, 8) for _ in range(7)]
+    return ENTRY.operator(*arguments, None, None, None, False, 0.3, True, True, True, True)
+
+
+def both_backwards(length: int, causal: bool = False) -> Any:
+    x = torch.randn(1, 1, length, 8, requires_grad=True)
+    with rk.fused_double_backward():
+        out = F.scaled_dot_product_attention(x, x, x, is_causal=causal)
+        (grad,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)
+
+
+def of_several_cotangents(length: int) -> Any:
+    x = torch.randn(1, 1, length, 8, requires_grad=True)
+    with rk.fused_double_backward():
+        out = F.scaled_dot_product_attention(x, x, x)
+        first = torch.func.vmap(lambda g: torch.autograd.grad(out, x, g, create_graph=True)[0])
+        return torch.autograd.grad(first(torch.randn(3, *out.shape)).square().sum(), x)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [second_backward, both_backwards, lambda length: both_backwards(length, causal=True), of_several_cotangents],
+    ids=["second backward", "both backwards", "causal", "several cotangents"],
+)
+def test_memory_is_linear_in_the_sequence(work, not_emulated):
+    short, long = peak(lambda: work(2048)), peak(lambda: work(4096))
     assert 0 < long < 2.2 * short
     assert long < 4096 * 4096 * 4 / 2, "half a matrix of scores"
 

@@ -33,4 +33,11 @@ variable_list first_backward(const variable_list& in, const Settings& s);
 // gg of grad_q, grad_k, grad_v and grad_bias may be undefined.
 variable_list second_backward(const Tensor* gg, const variable_list& in, const Settings& s);
 
+// CPU flash, by a node that takes several cotangents at once; nothing where PyTorch's own is to be used.
+std::optional<std::tuple<Tensor, Tensor>> forward_that_folds(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                             double dropout, bool causal,
+                                                             const std::optional<Tensor>& mask,
+                                                             std::optional<double> scale);
+void add_attention_folding();
+
 }  // namespace rk::aten::attention

@@ -221,6 +221,9 @@ struct ForwardMode<Backend, R(Args...)> {
   using Op = typename Backend::Op;
 
   static R kernel(c10::DispatchKeySet keys, Args... args) {
+    if constexpr (std::is_same_v<Backend, FlashCpu>)
+      if (serves(args...))
+        if (const auto results = forward_that_folds(args...)) return *results;
     if (!enabled() || uses_stock_kernels() || !has_tangent(args...) || !all_known(args...))
       return Op::redispatch(stock_keys<Op>(keys), args...);
     const Call c = Backend::call(args...);
@@ -250,6 +253,7 @@ struct ForwardMode<Backend, R(Args...)> {
 TORCH_LIBRARY_IMPL(robustkern, Autograd, m) { m.impl("attention_jvp", TORCH_FN(attention_jvp)); }
 
 void register_attention_jvp(Registrar& r) {
+  add_attention_folding();
   r.add<FlashCpu::Op, ForwardMode<FlashCpu>::kernel>(kJvp);
   r.add<FlashCuda::Op, ForwardMode<FlashCuda>::kernel>(kJvp);
   r.add<Efficient::Op, ForwardMode<Efficient>::kernel>(kJvp);

@@ -23,17 +23,29 @@ std::unordered_map<std::type_index, Folding>& ours() {
 
 // PyTorch's own nodes whose batching rules neither loop nor copy x for each cotangent.  Other nodes have not been measured.
 bool is_known(const Node& node) {
-  static const std::unordered_set<std::string> names{"AddBackward0",         "AddmmBackward0",
-                                                     "AliasBackward0",       "CloneBackward0",
-                                                     "ConvolutionBackward0", "ExpandBackward0",
-                                                     "GeluBackward0",        "MeanBackward1",
-                                                     "MmBackward0",          "MulBackward0",
-                                                     "PermuteBackward0",     "ReshapeAliasBackward0",
-                                                     "SiluBackward0",        "SqueezeBackward1",
-                                                     "SubBackward0",         "SumBackward1",
-                                                     "TBackward0",           "TransposeBackward0",
-                                                     "UnsafeViewBackward0",  "UnsqueezeBackward0",
-                                                     "ViewBackward0",        "torch::autograd::AccumulateGrad"};
+  static const std::unordered_set<std::string> names{"AddBackward0",
+                                                     "AddmmBackward0",
+                                                     "AliasBackward0",
+                                                     "CloneBackward0",
+                                                     "ConvolutionBackward0",
+                                                     "ExpandBackward0",
+                                                     "GeluBackward0",
+                                                     "MeanBackward1",
+                                                     "MmBackward0",
+                                                     "MulBackward0",
+                                                     "PermuteBackward0",
+                                                     "ReshapeAliasBackward0",
+                                                     "SiluBackward0",
+                                                     "SqueezeBackward1",
+                                                     "SubBackward0",
+                                                     "SumBackward1",
+                                                     "TBackward0",
+                                                     "TransposeBackward0",
+                                                     "UnbindBackward0",
+                                                     "UnsafeViewBackward0",
+                                                     "UnsqueezeBackward0",
+                                                     "ViewBackward0",
+                                                     "torch::autograd::AccumulateGrad"};
   return names.count(node.name()) > 0;
 }
 

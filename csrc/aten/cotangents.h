@@ -29,22 +29,27 @@ class OutsideTransforms {
   std::unique_ptr<at::functorch::FuncTorchTLSBase> transforms_;
 };
 
-// f of the cotangents [K, ...] that g stands for, wrapped as g was; nothing if g is an ordinary tensor, or one of several
-// transforms.
+// f of the cotangents [K, ...] that g stands for, a tensor or several, wrapped as g was; nothing if g is an ordinary tensor,
+// or one of several transforms.
 template <class F>
-std::optional<Tensor> for_several(const Tensor& g, const F& f) {
+auto for_several(const Tensor& g, const F& f) -> std::optional<decltype(f(g))> {
   const auto* const batched = at::functorch::maybeGetBatchedImpl(g);
   if (!batched || !enabled()) return std::nullopt;
   const Tensor values = batched->value();
   if (!is_plain(values) || values.key_set().has_any(c10::DispatchKeySet(
                                {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper})))
     return std::nullopt;
-  Tensor result;
+  decltype(f(g)) result;
   {
     const OutsideTransforms guard;
     result = f(values.movedim(batched->bdim(), 0));
   }
-  return at::functorch::makeBatched(result, 0, batched->level());
+  const auto wrap = [&](Tensor& t) { t = at::functorch::makeBatched(t, 0, batched->level()); };
+  if constexpr (std::is_same_v<decltype(result), Tensor>)
+    wrap(result);
+  else
+    for (Tensor& t : result) wrap(t);
+  return result;
 }
 
 // Called by the forward of a Function that folds, below.

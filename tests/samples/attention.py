@@ -115,10 +115,12 @@ def double_backward_samples(device: str, dtype: torch.dtype) -> Iterator[Derivat
     yield sample("several blocks of rows", 1, 2, 90, 400, 8, 8)
     yield sample("several blocks of rows, nothing saved", 1, 2, 90, 400, 8, 8, recomputed=True)
     yield sample("several blocks of rows, causal", 1, 2, 90, 400, 8, 8, causal=True, need="qk")
+    yield sample("keys in several parts", 1, 1, 3, 1100, 4, 4)
+    yield sample("keys in several parts, cotangents of grad_q and grad_v", 1, 1, 3, 1100, 4, 4, given="qv")
     yield sample("many heads", 4, 5, 17, 17, 8, 8)
     yield sample("large scores", scale=4.0)
     yield sample("large scores, nothing saved", scale=4.0, recomputed=True)
-    yield sample("one key", keys=1, zero=(1, 2, 3))
+    yield sample("one key", keys=1, recomputed=True, zero=(1, 2, 3))  # exactly, as P is one
     yield sample("empty batch", batch=0)
     yield sample("no queries", queries=0, zero=(2, 3))
     yield sample("no keys", keys=0, zero=(0, 1))

@@ -205,22 +205,21 @@ class Worker {
     if (plan.slope() || plan.mixed() || plan.v) read(task_.grad, batch, head, first, grad);
     if (task_.logsumexp.defined() && plan.slope()) read(task_.out, batch, head, first, out);
 
-    multiply(queries.first, turned_keys_.pick(true, plan.b), scores.pick(true, plan.b), false);
-    if (plan.a) multiply(queries.second, turned_keys_.first, scores.second, plan.b);
+    multiply_across(queries.first, turned_keys_, scores, true, plan.b);
+    if (plan.a) multiply_across(queries.second, turned_keys_.first, scores.second, plan.b);
     if (!plan.tangent()) fill(scores.second, A(0));
-    if (plan.slope() || plan.mixed())
-      multiply(grad, turned_values_.pick(plan.slope(), plan.mixed()), slopes.pick(plan.slope(), plan.mixed()), false);
+    if (plan.slope() || plan.mixed()) multiply_across(grad, turned_values_, slopes, plan.slope(), plan.mixed());
     if (!plan.slope()) fill(slopes.first, A(0));
     if (!plan.mixed()) fill(slopes.second, A(0));
     scores_loop(batch, head, first, cols, scores, slopes, grad, out);  // now they are [Pd P] and [W dS]
     if (plan.grad) {
       const Matrix<A> result{out_grad_memory_, rows, s_.value_size, s_.value_size};
-      multiply(scores.pick(plan.tangent(), plan.c), values_.pick(plan.tangent(), plan.c), result, false);
+      multiply_along(scores, values_, result, plan.tangent(), plan.c);
       write(result, task_.result_grad, batch, head, first);
     }
     if (plan.q) {
       const Matrix<A> result{out_q_memory_, rows, s_.key_size, s_.key_size};
-      multiply(slopes.pick(true, plan.b), keys_.pick(true, plan.b), result, false);
+      multiply_along(slopes, keys_, result, true, plan.b);
       scale_rows(result.data, rows * s_.key_size, A(task_.scale));
       write(result, task_.result_q, batch, head, first);
     }
@@ -261,8 +260,8 @@ class Worker {
       } else {
         attention_row<A>(s, s + width_, dp, dp + width_, valid, width_, nullptr);
       }
-      s += 2 * width_;
-      dp += 2 * width_;
+      s += scores.both.stride;
+      dp += slopes.both.stride;
     }
   }
 
@@ -274,15 +273,15 @@ class Worker {
   // Of a head.
   A* const keys_memory_ = memory(2 * most_cols_ * s_.key_size);
   A* const values_memory_ = memory(2 * most_cols_ * s_.value_size);
-  A* const turned_keys_memory_ = memory(2 * most_cols_ * s_.key_size);
-  A* const turned_values_memory_ = memory(2 * most_cols_ * s_.value_size);
+  A* const turned_keys_memory_ = memory(Pair<A>::size_beside(s_.key_size, most_cols_));
+  A* const turned_values_memory_ = memory(Pair<A>::size_beside(s_.value_size, most_cols_));
   const Matrix<A> sum_k_{memory(s_.keys * s_.key_size), s_.keys, s_.key_size, s_.key_size};
   const Matrix<A> sum_v_{memory(s_.keys * s_.value_size), s_.keys, s_.value_size, s_.value_size};
   Pair<A> keys_{}, values_{}, turned_keys_{}, turned_values_{};
   // Of a block.
-  A* const scores_memory_ = memory(2 * most_rows_ * most_cols_);
-  A* const slopes_memory_ = memory(2 * most_rows_ * most_cols_);
-  A* const turned_memory_ = memory(2 * most_rows_ * most_cols_);
+  A* const scores_memory_ = memory(Pair<A>::size_beside(most_rows_, most_cols_));
+  A* const slopes_memory_ = memory(Pair<A>::size_beside(most_rows_, most_cols_));
+  A* const turned_memory_ = memory(Pair<A>::size_beside(most_cols_, most_rows_));
   A* const queries_memory_ = memory(2 * most_rows_ * s_.key_size);
   A* const grad_memory_ = memory(most_rows_ * s_.value_size);
   A* const out_memory_ = memory(most_rows_ * s_.value_size);

@@ -5,6 +5,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -148,8 +149,13 @@ template <class A>
 struct Pair {
   Matrix<A> first, second, both;
 
+  // Rows a cache line further apart than they are long: at a distance of a power of two they would share a few of the
+  // cache's sets.
+  static constexpr int64_t kGap = 64 / sizeof(A);
+  static constexpr int64_t size_beside(int64_t rows, int64_t cols) { return rows * (2 * cols + kGap); }
   static Pair beside(A* data, int64_t rows, int64_t cols) {
-    return {{data, rows, cols, 2 * cols}, {data + cols, rows, cols, 2 * cols}, {data, rows, 2 * cols, 2 * cols}};
+    const int64_t stride = 2 * cols + kGap;
+    return {{data, rows, cols, stride}, {data + cols, rows, cols, stride}, {data, rows, 2 * cols, stride}};
   }
   static Pair beneath(A* data, int64_t rows, int64_t cols) {
     return {{data, rows, cols, cols}, {data + rows * cols, rows, cols, cols}, {data, 2 * rows, cols, cols}};
@@ -158,6 +164,50 @@ struct Pair {
     return with_first && with_second ? both : with_first ? first : second;
   }
 };
+
+// Keys that a product takes at a time: their part of a factor stays in the second-level cache while it meets all rows of the
+// other one.
+constexpr int64_t kPart = 512;
+
+template <class F>
+void for_parts(int64_t keys, const F& f) {
+  for (int64_t j = 0; j < keys; j += kPart) f(j, std::min(kPart, keys - j));
+}
+
+template <class A>
+Matrix<A> columns(const Matrix<A>& m, int64_t first, int64_t count) {
+  return {m.data + first, m.rows, count, m.stride};
+}
+template <class A>
+Matrix<A> rows(const Matrix<A>& m, int64_t first, int64_t count) {
+  return {m.data + first * m.stride, count, m.cols, m.stride};
+}
+
+// out = x y, or out += x y, where out has a column for each key.
+template <class A>
+void multiply_across(const Matrix<A>& x, const Matrix<A>& y, const Matrix<A>& out, bool add) {
+  for_parts(y.cols, [&](int64_t j, int64_t n) { multiply(x, columns(y, j, n), columns(out, j, n), add); });
+}
+template <class A>
+void multiply_across(const Matrix<A>& x, const Pair<A>& y, const Pair<A>& out, bool with_first, bool with_second) {
+  if (y.first.cols <= kPart)
+    return multiply(x, y.pick(with_first, with_second), out.pick(with_first, with_second), false);
+  if (with_first) multiply_across(x, y.first, out.first, false);
+  if (with_second) multiply_across(x, y.second, out.second, false);
+}
+
+// out = x y, where x has a column and y a row for each key; of a pair the sum of both products.
+template <class A>
+void multiply_along(const Matrix<A>& x, const Matrix<A>& y, const Matrix<A>& out, bool add) {
+  for_parts(x.cols, [&](int64_t j, int64_t n) { multiply(columns(x, j, n), rows(y, j, n), out, add || j > 0); });
+}
+template <class A>
+void multiply_along(const Pair<A>& x, const Pair<A>& y, const Matrix<A>& out, bool with_first, bool with_second) {
+  if (x.first.cols <= kPart)
+    return multiply(x.pick(with_first, with_second), y.pick(with_first, with_second), out, false);
+  if (with_first) multiply_along(x.first, y.first, out, false);
+  if (with_second) multiply_along(x.second, y.second, out, with_first);
+}
 
 template <class A>
 void transpose(const Matrix<A>& from, const Matrix<A>& to) {

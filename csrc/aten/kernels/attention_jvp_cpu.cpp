@@ -130,21 +130,21 @@ class Worker {
       scale_rows(queries.data, rows * s_.key_size, A(task_.scale));
     };
     read_queries(task_.q);
-    multiply(queries, turned_keys_.pick(true, task_.k_moves), scores.pick(true, task_.k_moves), false);
+    multiply_across(queries, turned_keys_, scores, true, task_.k_moves);
     if (task_.q_moves) {
       read_queries(task_.q_tangent);
-      multiply(queries, turned_keys_.first, scores.second, task_.k_moves);
+      multiply_across(queries, turned_keys_.first, scores.second, task_.k_moves);
     } else if (!task_.k_moves) {
       fill(scores.second, A(0));
     }
     scores_loop(batch, head, first, scores);  // now they are [Pd P]
 
     const Matrix<A> result{result_memory_, rows, s_.value_size, s_.value_size};
-    multiply(scores.second, values_.first, result, false);
+    multiply_along(scores.second, values_.first, result, false);
     write(result, task_.out, batch, head, first);
     const bool scores_move = task_.scores_move();
     if (scores_move || task_.v_moves)
-      multiply(scores.pick(scores_move, task_.v_moves), values_.pick(scores_move, task_.v_moves), result, false);
+      multiply_along(scores, values_, result, scores_move, task_.v_moves);
     else
       fill(result, A(0));
     write(result, task_.tangent, batch, head, first);
@@ -178,11 +178,11 @@ class Worker {
   std::vector<Tensor> held_;
   // Of a head.
   A* const keys_memory_ = memory(most_cols_ * s_.key_size);
-  A* const turned_keys_memory_ = memory(2 * most_cols_ * s_.key_size);
+  A* const turned_keys_memory_ = memory(Pair<A>::size_beside(s_.key_size, most_cols_));
   A* const values_memory_ = memory(2 * most_cols_ * s_.value_size);
   Pair<A> turned_keys_{}, values_{};
   // Of a block.
-  A* const scores_memory_ = memory(2 * most_rows_ * most_cols_);
+  A* const scores_memory_ = memory(Pair<A>::size_beside(most_rows_, most_cols_));
   A* const queries_memory_ = memory(most_rows_ * s_.key_size);
   A* const result_memory_ = memory(most_rows_ * s_.value_size);
 };

@@ -131,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     clock = time.process_time if options.clock == "process" else time.perf_counter
     rows = measure(options.size, options.seconds, clock)
     stamp = {**harness.stamp("cpu"), "pages_kept": kept, "clock": options.clock}
+    if "jax" in sys.modules:
+        stamp["jax"] = sys.modules["jax"].__version__
     section = {"stamp": stamp, "complete": True, "rows": rows, "memory_slopes": slopes(rows)}
     print("at the end, memory grows with the length to the power of", section["memory_slopes"])
     if out is not None:

@@ -80,7 +80,7 @@ endif
 
 check: build lint
 	$(BIN)/python -m pytest tests/test_registry.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --few 40 -n 2 --dist loadfile $(LEFT_TO_TEST:%=--ignore=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --few 40 -n 2 --dist loadfile $(patsubst %,--ignore=tests/test_%.py,registry $(LEFT_TO_TEST))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

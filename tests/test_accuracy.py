@@ -1,10 +1,12 @@
 """Value, gradient and double backward of every operator, as accurate as the reference allows, in every dtype."""
 
+import pytest
 import torch
 
 from cases import assert_accurate, cotangents, over_dtypes, over_filled, over_small
 
 
+@pytest.mark.every_value
 @over_dtypes
 @over_filled
 def test_value_and_derivatives(case, dtype, device):

@@ -95,6 +95,7 @@ def test_saved_tensors_go_through_hooks():
     assert torch.equal(second, torch.autograd.grad(expected.sum(), v)[0])
 
 
+@pytest.mark.long
 def test_in_python_where_the_extension_does_not_load():
     """The property tests of cotangents and of torch.func, in a process of their own."""
     program = (

@@ -33,6 +33,7 @@ def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
 
 
+@pytest.mark.every_value
 @over_dtypes
 @over_samples
 def test_as_accurate_as_the_reference(op, name, dtype, device):
@@ -75,6 +76,7 @@ def test_strides_do_not_matter(op, device):
     assert_same_bits(tuple(t.contiguous() for t in entry.operator(*gapped.values())), expected)
 
 
+@pytest.mark.long
 @over_samples
 def test_opcheck(op, name, device, not_emulated):
     entry, sample = sample_of(op, name, device, torch.float32)

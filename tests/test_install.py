@@ -279,6 +279,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_distributed_data_parallel(tmp_path):
     """Two processes: the gradients that DistributedDataParallel averages are stock's."""
     script = tmp_path / "worker.py"

@@ -460,6 +460,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("penalised", [False, True])
 def test_compiled_autograd(name, penalised, compiled_autograd):

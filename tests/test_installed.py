@@ -292,6 +292,7 @@ def test_make_fx(case, device):
     assert_close(traced(*inputs), expected)
 
 
+@pytest.mark.long
 @over_cases
 def test_compile(case, device):
     inputs = fresh(case, device)

@@ -92,6 +92,7 @@ def test_every_is_a_number_of_calls(every):
         losses.Lazy(losses.CURE(), every)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "every" in method.options])
 def test_every_method_with_the_option(method, tmp_path):
     """The option reaches the loss: smoothness is shown though not every step measures it, and the weights change."""

@@ -204,6 +204,7 @@ def wide_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + content
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", BOMBS)
 def test_bombs_take_little_time_and_memory(kind, monkeypatch):
     monkeypatch.setattr(fuzz_readers.cifar, "_MOST_UNPACKED", 64 << 20)  # an eighth: quicker to reach

@@ -189,6 +189,7 @@ def test_wrong_arguments_are_shown_as_they_are(arguments):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]])
 def test_a_terminal_without_letters_is_no_error(arguments):
     surroundings = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}

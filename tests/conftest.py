@@ -63,7 +63,7 @@ def pytest_addoption(parser):
 
 
 def few(items, most):
-    """All cases of tests with no more than `most`; of others so many, or as many as it takes for every value to occur."""
+    """All cases of tests with at most `most`; of others so many, or as many as it takes for every value to occur."""
     seen, kept, cases = set(), defaultdict(set), Counter(item.function for item in items)
     for item in random.Random(0).sample(items, len(items)):
         parameters = item.callspec.params if hasattr(item, "callspec") else {"": None}

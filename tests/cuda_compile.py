@@ -154,7 +154,7 @@ def main() -> None:
         sys.exit(f"cuda-compile: no CUDA kernel registered for {', '.join(without)}")
     ptx = "" if sys.argv[1:] else " and PTX"
     print(
-        f"cuda-compile: {len(kernels)} kernels for {', '.join(architectures)}{ptx}, none spills more than it may; {library.name} "
+        f"cuda-compile: {len(kernels)} kernels for {', '.join(architectures)}{ptx}, no undue spills; {library.name} "
         f"({library.stat().st_size / 2**20:.1f} MiB) loads with PyTorch {torch.__version__}; "
         f"{time.perf_counter() - start:.0f} s"
     )

@@ -135,6 +135,29 @@ struct Loose {
   __device__ __forceinline__ accumulation_t<S> operator[](int k) const { return values[k]; }
 };
 
+// load_some_words; of 16-bit elements two at a time, since those of several vectors would take more registers than there
+// are.
+template <class S>
+__device__ __forceinline__ Words<S> load_parts(const S* from, int count, const Words<S>& others) {
+  if constexpr (sizeof(S) != 2) {
+    return load_some_words(from, count, others);
+  } else {
+    Words<S> result = others;
+#pragma unroll 1
+    for (int k = 0; k < Words<S>::kSize; k += 2) {
+      S pair[2];
+      memcpy(static_cast<void*>(pair), &result.raw.x, sizeof(pair));
+      if (k < count) pair[0] = from[k];
+      if (k + 1 < count) pair[1] = from[k + 1];
+      result.raw.x = result.raw.y;
+      result.raw.y = result.raw.z;
+      result.raw.z = result.raw.w;
+      memcpy(&result.raw.w, pair, sizeof(pair));
+    }
+    return result;
+  }
+}
+
 // Where one thread's vectors of one round lie in a row.
 template <Layout kLayout, class S, int kVectors>
 struct Share {
@@ -193,7 +216,7 @@ struct Share {
         x[i] = words_of<S>(other);
         if (has(i)) x[i] = load_words<true>(from);
       } else if constexpr (kLayout == Layout::kParts) {
-        x[i] = load_some_words(from, count(i), words_of<S>(other));
+        x[i] = load_parts(from, count(i), words_of<S>(other));
       } else {
         S elements[V];
 #pragma unroll

@@ -95,6 +95,26 @@ def test_accuracy(shape, dtype, kind, device):
         assert_as_accurate_as_reference(a, r.to(narrow), e, what=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_which_calls_the_kernels_serve(shape, dtype, device, emulated):
+    """Rows of up to 256 bytes; what they write is what CUDA tensors have, so that the tests here are of kernels."""
+    if not emulated:
+        pytest.skip("the kernels are not here")
+    fits = max(shape.key_size, shape.value_size) * dtype.itemsize <= 256
+    inputs = tuple(arguments_of(shape, dtype, device, "saved").values())
+    results = tuple(torch.empty_like(inputs[i]) for i in (3, 4, 5, 6))
+    assert torch.ops.robustkern_cuda.attention_double_backward(*inputs, *results) == fits
+    expected = on_cuda(*inputs, True, True, True, True)
+    assert not fits or all(map(torch.equal, results, expected))
+
+    inputs = tuple(jvp_arguments_of(shape, dtype, device, "plain").values())
+    expected = on_cuda(*inputs, entry=JVP)
+    results = tuple(map(torch.empty_like, expected))
+    assert torch.ops.robustkern_cuda.attention_jvp(*inputs, *results) == fits
+    assert not fits or all(map(torch.equal, results, expected))
+
+
 @pytest.mark.parametrize("need", ["g", "q", "k", "v", "gk"])
 def test_gradients_alone_are_the_same_bits(need, device):
     arguments = arguments_of(SHAPES[1], torch.bfloat16, device, "causal saved")

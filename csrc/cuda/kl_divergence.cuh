@@ -1,7 +1,7 @@
 // Kernels of kl_divergence.  Formulas: math/kl_divergence.h.
 //
 // Rows as in rows.cuh.  The value takes two sweeps, the first for maxima and sums, and leaves what is a row's own to the
-// derivatives: the backward needs one, the double backward three.  Bytes: both logits for the value; logits and results
+// derivatives: the backward needs one, the double backward two.  Bytes: both logits for the value; logits and results
 // for the backward; logits, cotangents and results for the double backward.
 #pragma once
 
@@ -247,66 +247,50 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
       if constexpr (kU) share.load(u, c.u, 0);
       if constexpr (kV) share.load(v, c.v, 0);
     };
-    // What a round's registers do not hold already is in shared memory, or loaded once more.
-    const auto take_round = [&](int round, int in_registers) {
-      if (round == in_registers) return;
-      if (kept.has(round))
-        kept.take(round, a, b, u, v);
-      else
-        load_round(ShareOfRow(round, rounds, first));
-    };
-    A sums[4] = {};
+    A some_u =
+        0;  // D is summed about it, and moved to the means afterwards: near the others, if these are far from zero
+    if constexpr (kU) some_u = load(c.u[first]);
+    A sums[6] = {};
     for (int round = rounds.all - 1; round >= 0; --round) {
       load_round(ShareOfRow(round, rounds, first));
       if (kept.has(round)) kept.keep(round, a, b, u, v);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        A mean_e = 0, u_p = 0, v_q = 0, v_difference = 0;
+        A u_p = 0, moved_p = 0, cross = 0, rest = 0, v_q = 0, v_difference = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const KlClass<A> x(z, a[i][j], b[i][j]);
           if constexpr (kU) {
-            mean_e += x.p * (x.d - r.d_top);
+            const A moved = x.p * (u[i][j] - some_u), above = (x.d - r.d_top) - r.mean_e;
             u_p += x.p * u[i][j];
+            moved_p += moved;
+            cross += moved * above;
+            rest += x.p * above;
           }
           if constexpr (kV) {
             v_q += x.q * v[i][j];
             v_difference += (x.q - x.p) * v[i][j];  // the difference first: the two sums nearly agree where p and q do
           }
         }
-        sums[0] += mean_e;
-        sums[1] += u_p;
-        sums[2] += v_q;
-        sums[3] += v_difference;
+        sums[0] += u_p;
+        sums[1] += moved_p;
+        sums[2] += cross;
+        sums[3] += rest;
+        sums[4] += v_q;
+        sums[5] += v_difference;
       }
     }
     row_sums(sums);
-    KlSums<A> s{sums[0], sums[1], sums[2] - sums[3], sums[2], A(0)};
-    if constexpr (kU) {  // about the means of these very p: those of the value's leave digits of D behind
-      A cross[1] = {};
-      for (int round = 0; round < rounds.all; ++round) {
-        take_round(round, 0);
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          A sum = 0;
-#pragma unroll
-          for (int j = 0; j < V; ++j) {
-            const KlClass<A> x(z, a[i][j], b[i][j]);
-            sum += kl_cross_term(x.p, x.d - r.d_top, u[i][j], s);
-          }
-          cross[0] += sum;
-        }
-      }
-      row_sums(cross);
-      s.cross = cross[0];
-    }
-    if (threadIdx.x == 0) c.per_row[row] = (s.cross + sums[3]) * r.inverse_t;
+    // rest: how far the value's h is from that of these p.
+    const KlSums<A> s{r.mean_e + sums[3], sums[0], sums[4] - sums[5], sums[4], sums[2] - sums[1] * sums[3]};
+    if (threadIdx.x == 0) c.per_row[row] = (s.cross + sums[5]) * r.inverse_t;
     const A factor = c.grad[row] * (r.inverse_t * r.inverse_t);
-    const int in_registers = kU ? rounds.all - 1 : 0;
-    for (int step = 0; step < rounds.all; ++step) {
-      const int round = kU ? in_registers - step : step;
-      take_round(round, in_registers);
+    for (int round = 0; round < rounds.all; ++round) {
       const ShareOfRow share(round, rounds, first);
+      if (kept.has(round))
+        kept.take(round, a, b, u, v);
+      else if (round > 0)
+        load_round(share);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         A grad_p[V], grad_q[V];

@@ -32,11 +32,7 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
     };
     Views view;
     AttentionCall<S> x{};
-    x.batch = static_cast<int>(q.size(0));
-    x.heads = static_cast<int>(q.size(1));
-    x.key_heads = static_cast<int>(k.size(1));
-    x.queries = static_cast<int>(q.size(2));
-    x.keys = static_cast<int>(k.size(2));
+    static_cast<AttentionSizes&>(x) = attention_sizes(q, k, causal);
     x.a = view.operator()<const S>(a);
     x.b = view.operator()<const S>(b);
     x.c = view.operator()<const S>(c);
@@ -50,7 +46,6 @@ bool attention_double_backward(OptionalTensor a, OptionalTensor b, OptionalTenso
     x.grad_v = view.operator()<S>(grad_v);
     x.mask = view.operator()<const A>(mask, true);
     x.mask_column = mask ? mask->stride(3) : 0;
-    x.causal = causal;
     x.scale = static_cast<A>(scale);
     const Tensor moments = scratch(sizeof(RowMoments<S>) / sizeof(A));
     x.moments = reinterpret_cast<RowMoments<S>*>(pointer<A>(moments));

@@ -49,26 +49,22 @@ struct alignas(16) RowMoments<S, true> {
 
 // q, a, grad, out, gg_grad: rows are queries, by heads; k, b, v, c: rows are keys, by key heads.
 template <class S>
-struct AttentionCall {
+struct AttentionCall : AttentionSizes {
   using A = accumulation_t<S>;
-  int batch, heads, key_heads, queries, keys;  // at most 2^30
-  Heads<const S> a, b, c;                      // null: zero
-  Heads<const S> grad, q, k, v, out;           // out: null unless ddO takes T
-  Heads<S> gg_grad, grad_q, grad_k, grad_v;    // null: not needed
-  Heads<const A> mask;                         // null: none; columns of any stride
+  Heads<const S> a, b, c;                    // null: zero
+  Heads<const S> grad, q, k, v, out;         // out: null unless ddO takes T
+  Heads<S> gg_grad, grad_q, grad_k, grad_v;  // null: not needed
+  Heads<const A> mask;                       // null: none; columns of any stride
   std::int64_t mask_column;
   const A* logsumexp;  // [B, H, L], natural
   RowMoments<S>* moments;
-  bool causal, aligned;  // every 16 bytes from the start of a row on lie in one piece, and rows are made of such
+  bool aligned;  // every 16 bytes from the start of a row on lie in one piece, and rows are made of such
   A scale;
 
   __host__ __device__ bool tangent() const { return a.first.data || b.first.data; }         // T
   __host__ __device__ bool bend() const { return grad_q.first.data || grad_k.first.data; }  // W
   __host__ __device__ bool slope() const { return tangent() && bend(); }                    // dP
   __host__ __device__ bool mixed() const { return c.first.data && bend(); }                 // X
-
-  // How many keys the queries up to this one see.
-  __device__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
 };
 
 __device__ __forceinline__ int up_to_16(int n) { return n < 16 ? n : 16; }

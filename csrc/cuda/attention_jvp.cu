@@ -26,11 +26,7 @@ bool attention_jvp(Tensor q, Tensor k, Tensor v, OptionalTensor q_tangent, Optio
     if (!served) return;
     Views view;
     AttentionJvpCall<S> x{};
-    x.batch = static_cast<int>(q.size(0));
-    x.heads = static_cast<int>(q.size(1));
-    x.key_heads = static_cast<int>(k.size(1));
-    x.queries = static_cast<int>(q.size(2));
-    x.keys = static_cast<int>(k.size(2));
+    static_cast<AttentionSizes&>(x) = attention_sizes(q, k, causal);
     x.q = view.operator()<const S>(q);
     x.k = view.operator()<const S>(k);
     x.v = view.operator()<const S>(v);
@@ -45,7 +41,6 @@ bool attention_jvp(Tensor q, Tensor k, Tensor v, OptionalTensor q_tangent, Optio
     x.mask_tangent = view.operator()<const A>(mask_tangent, true);
     x.mask_tangent_column = mask_tangent ? mask_tangent->stride(3) : 0;
     x.logsumexp = pointer<A>(logsumexp);
-    x.causal = causal;
     x.scale = static_cast<A>(scale);
     check_launch(launch_attention_jvp(x, scope.stream()), kOp);
   });

@@ -14,24 +14,20 @@ namespace rk::cuda {
 
 // q and what is like it: rows are queries, by heads; k and v: rows are keys, by key heads.
 template <class S>
-struct AttentionJvpCall {
+struct AttentionJvpCall : AttentionSizes {
   using A = accumulation_t<S>;
-  int batch, heads, key_heads, queries, keys;               // at most 2^30
   Heads<const S> q, k, v, q_tangent, k_tangent, v_tangent;  // null tangents: zero
   Heads<const A> mask, mask_tangent;                        // null: none; columns of any stride
   std::int64_t mask_column, mask_tangent_column;
   Heads<S> out, tangent;
-  A* logsumexp;          // [B, H, L], natural
-  bool causal, aligned;  // rows are made of 16 bytes that lie in one piece
+  A* logsumexp;  // [B, H, L], natural
+  bool aligned;  // rows are made of 16 bytes that lie in one piece
   A scale;
 
   // The usual case, which has a kernel of its own: q, k and v move, and there is no mask.
   __host__ __device__ bool plain() const { return q_tangent && k_tangent && v_tangent && !masked(); }
   __host__ __device__ __forceinline__ bool masked() const { return mask || mask_tangent; }
   __device__ __forceinline__ bool scores_move() const { return q_tangent || k_tangent || mask_tangent; }
-
-  // How many keys the queries up to this one see.
-  __device__ __forceinline__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
 
   // Adds the masks to 16 x 16 products of rows, which are scaled: S and T.
   __device__ __forceinline__ void add_masks(Scores<A>& s, Scores<A>& t, const AttentionUnit& unit, int first_query,

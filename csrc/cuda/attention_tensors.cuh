@@ -58,6 +58,11 @@ class Views {
   bool aligned_ = true;
 };
 
+inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, bool causal) {
+  const auto size = [](const Tensor& t, int64_t d) { return static_cast<int>(t.size(d)); };
+  return {size(q, 0), size(q, 1), size(k, 1), size(q, 2), size(k, 2), causal};
+}
+
 // Whether the kernels serve these sizes: rows that they can hold, and few enough rows for 32 bits.
 template <class S>
 bool fits(const Tensor& q, const Tensor& k, const Tensor& v) {

@@ -14,6 +14,15 @@
 
 namespace rk::cuda {
 
+// How many rows of what there are, at most 2^30, and who sees whom.
+struct AttentionSizes {
+  int batch, heads, key_heads, queries, keys;
+  bool causal;
+
+  // How many keys the queries up to this one see.
+  __device__ __forceinline__ int keys_seen(int query) const { return causal && query + 1 < keys ? query + 1 : keys; }
+};
+
 // One matrix of rows with adjacent columns.
 template <class S>
 struct Matrix {

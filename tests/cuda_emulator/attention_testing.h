@@ -47,4 +47,20 @@ inline Shape draw_shape(Draw& draw, int most_rows, int most_size) {
   return s;
 }
 
+// test(S(), shape) for numbers S and shapes that take every kernel.
+template <class Test>
+void for_shapes(const Options& options, Draw& draw, const Test& test) {
+  for (int round = 0; round < options.rounds; ++round) {
+    test(__nv_bfloat16(), draw_shape(draw, 40, 32));
+    test(__half(), draw_shape(draw, 40, 64));
+    if (round % 3 == 0) test(float(), draw_shape(draw, 40, 64));
+    if (round % 3 == 1) test(double(), draw_shape(draw, 40, 32));
+    if (round % 3 == 2) test(__nv_bfloat16(), draw_shape(draw, 40, 128));
+  }
+  if (options.rounds <= 3) return;
+  test(__nv_bfloat16(), Shape{1, 2, 1, 150, 100, 96, 96});
+  test(__half(), Shape{1, 1, 1, 100, 150, 128, 128});
+  test(float(), Shape{1, 1, 1, 70, 40, 64, 50});
+}
+
 }  // namespace testing

@@ -218,17 +218,9 @@ void test_nan(Draw& draw, const Shape& shape) {
 int main(int argc, char** argv) {
   const Options options(argc, argv);
   Draw draw{std::mt19937(options.seed)};
-  for (int round = 0; round < options.rounds; ++round) {
-    test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 32));
-    test_shape<__half>(options, draw, draw_shape(draw, 40, 64));
-    if (round % 3 == 0) test_shape<float>(options, draw, draw_shape(draw, 40, 64));
-    if (round % 3 == 1) test_shape<double>(options, draw, draw_shape(draw, 40, 32));
-    if (round % 3 == 2) test_shape<__nv_bfloat16>(options, draw, draw_shape(draw, 40, 128));
-  }
+  for_shapes(options, draw,
+             [&](auto number, const Shape& shape) { test_shape<decltype(number)>(options, draw, shape); });
   if (options.rounds > 3) {
-    test_shape<__nv_bfloat16>(options, draw, {1, 2, 1, 150, 100, 96, 96});
-    test_shape<__half>(options, draw, {1, 1, 1, 100, 150, 128, 128});
-    test_shape<float>(options, draw, {1, 1, 1, 70, 40, 64, 50});
     test_alignment<__half>(draw, {1, 2, 1, 40, 50, 64, 32});
     test_alignment<float>(draw, {1, 1, 1, 40, 50, 64, 32});
     for (const int hidden : {0, 20}) {

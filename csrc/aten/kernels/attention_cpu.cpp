@@ -108,9 +108,9 @@ struct Task {
 
 // One thread's buffers, and what it does with them.
 template <class A>
-class Worker {
+class Worker : RowBuffers<A> {
  public:
-  explicit Worker(const Task& task) : task_(task), s_(task.shape) {}
+  explicit Worker(const Task& task) : RowBuffers<A>(task.shape.dtype), task_(task), s_(task.shape) {}
 
   void run(int64_t unit) {
     const int64_t split = unit % task_.splits, head = unit / task_.splits;
@@ -139,20 +139,9 @@ class Worker {
   }
 
  private:
-  A* memory(int64_t size) {
-    held_.push_back(at::empty({size}, at::dtype<A>()));
-    return held_.back().template mutable_data_ptr<A>();
-  }
-
-  // Rows from `first` on.
-  void read(const Rows& from, int64_t b, int64_t h, int64_t first, const Matrix<A>& to) {
-    for (int64_t i = 0; i < to.rows; ++i)
-      read_piece(s_.dtype, from.at(b, h, first + i), to.data + i * to.stride, to.cols);
-  }
-  void write(const Matrix<A>& from, const Rows& to, int64_t b, int64_t h, int64_t first) {
-    for (int64_t i = 0; i < from.rows; ++i)
-      write_piece(s_.dtype, from.data + i * from.stride, to.at(b, h, first + i), from.cols);
-  }
+  using RowBuffers<A>::memory;
+  using RowBuffers<A>::read;
+  using RowBuffers<A>::write;
 
   void keep(const Matrix<A>& sum, const Tensor& partial, int64_t unit) {
     const int64_t size = sum.rows * sum.cols;
@@ -269,7 +258,6 @@ class Worker {
   const AttentionShape& s_;
   const int64_t most_rows_ = task_.block_rows, most_cols_ = whole_lanes<A>(s_.keys);
   int64_t width_ = 0, cols_read_ = -1;  // keys that were read, in whole lanes and without
-  std::vector<Tensor> held_;
   // Of a head.
   A* const keys_memory_ = memory(2 * most_cols_ * s_.key_size);
   A* const values_memory_ = memory(2 * most_cols_ * s_.value_size);

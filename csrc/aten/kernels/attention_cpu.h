@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../../cpu/pieces.h"
 #include "../../cpu/transpose.h"
@@ -215,6 +216,32 @@ void transpose(const Matrix<A>& from, const Matrix<A>& to) {
 }
 
 // ------------------------------------------------------------------ threads
+
+// What a thread's worker has: memory of its own, and rows of tensors on their way to it and back.
+template <class A>
+class RowBuffers {
+ protected:
+  explicit RowBuffers(at::ScalarType dtype) : dtype_(dtype) {}
+
+  A* memory(int64_t size) {
+    held_.push_back(at::empty({size}, at::dtype<A>()));
+    return held_.back().template mutable_data_ptr<A>();
+  }
+
+  // Rows from `first` on.
+  void read(const Rows& from, int64_t b, int64_t h, int64_t first, const Matrix<A>& to) const {
+    for (int64_t i = 0; i < to.rows; ++i)
+      cpu::read_piece(dtype_, from.at(b, h, first + i), to.data + i * to.stride, to.cols);
+  }
+  void write(const Matrix<A>& from, const Rows& to, int64_t b, int64_t h, int64_t first) const {
+    for (int64_t i = 0; i < from.rows; ++i)
+      cpu::write_piece(dtype_, from.data + i * from.stride, to.at(b, h, first + i), from.cols);
+  }
+
+ private:
+  const at::ScalarType dtype_;
+  std::vector<Tensor> held_;
+};
 
 // What oneDNN does not do, MKL does.  It chooses its kernels, and with them the order of additions, by the number of
 // threads it may use, even where it uses one: so that the bits are the same for every number, it is told one.

@@ -56,7 +56,9 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis expecttest ruff mypy types-PyYAML clang-format tensorboard
 	$(PIP) install -c constraints.txt pytorchcv==0.0.67 x-transformers
 	$(PIP) install -c constraints.txt pyautoattack foolbox tqdm
-	$(PIP) install -c constraints.txt --no-deps torchattacks # works without torchvision, of which there is no CPU build
+	$(PIP) install -c constraints.txt huggingface_hub pillow kornia webdataset
+	# Without what they need besides: a torchvision for CUDA, which tests/torchvision_operators.py makes importable.
+	$(PIP) install -c constraints.txt --no-deps torchattacks torchvision timm
 	@touch $@
 
 build: $(VENV)/.built

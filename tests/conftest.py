@@ -26,7 +26,10 @@ if EMULATED:  # before anything imports robustkern, which would load its own ext
     _spec.loader.exec_module(sys.modules["robustkern._C"])
 
 import robustkern  # noqa: E402
+import torchvision_operators  # noqa: E402
 from robustkern import _library  # noqa: E402
+
+torchvision_operators.declare()
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False

@@ -241,7 +241,7 @@ def methods(model: nn.Module) -> list[Method]:
         Method("gradient-penalty", 6, losses.GradientPenalty(1.0, 1.0, EPS), _gradient_penalty),
         Method(
             "gradient-penalty, finite differences",
-            7,
+            6,
             losses.GradientPenalty(1.0, 1.0, EPS, estimator="finite-difference"),
             _finite_difference,
         ),

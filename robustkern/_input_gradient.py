@@ -63,6 +63,11 @@ def input_gradient(
     (grad,) = torch.autograd.grad(
         outputs, x, cotangent, create_graph=create_graph, retain_graph=True, allow_unused=True
     )
+    return depends(function, name, grad)
+
+
+def depends(function: str, name: str, grad: Tensor | None) -> Tensor:
+    """The gradient of `name` in x; raises where there is none."""
     if grad is None:
         raise ValueError(
             f"{function}: {name} does not depend on x: compute it from this very tensor, after x.requires_grad_(), "

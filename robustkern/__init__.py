@@ -1,6 +1,6 @@
 """robustkern: second derivatives at the cost of the arithmetic, for robust training in PyTorch."""
 
-from robustkern import losses, ops, reference
+from robustkern import distributed, losses, ops, reference
 from robustkern._version import __version__
 from robustkern.coupling import batch_coupling
 from robustkern.double_backward import fused_double_backward, install, is_installed, uninstall
@@ -12,7 +12,7 @@ from robustkern.spectral_norm import jacobian_spectral_norm
 from robustkern.terms import Terms
 
 __all__ = [
-    "Draw", "Terms", "__version__", "batch_coupling", "fused_double_backward", "gradient_norm", "graphed",
-    "input_jacobian", "install", "is_installed", "jacobian_norm", "jacobian_spectral_norm", "losses", "ops",
+    "Draw", "Terms", "__version__", "batch_coupling", "distributed", "fused_double_backward", "gradient_norm",
+    "graphed", "input_jacobian", "install", "is_installed", "jacobian_norm", "jacobian_spectral_norm", "losses", "ops",
     "reference", "suggest_projections", "uninstall",
 ]  # fmt: skip

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +18,8 @@ pytest.importorskip("safetensors")
 pytest.importorskip("yaml")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this PyTorch has no gloo", allow_module_level=True)
+
+from processes import answers, fork
 
 import distributed_runs
 from distributed_runs import CASES, FLOAT32, SMOOTH, precision_of, small
@@ -110,38 +110,7 @@ def test_the_comparison_would_notice(tmp_path, monkeypatch, case, limit):
         assert distance(CASES[case], whole, others) > limit
 
 
-# --- processes of our own, forked: no import of PyTorch ---------------------------------------------------------------
-
-
-def fork(out, function, *args, size=2):
-    """Starts `function(rank, *args)` in a group of processes; their answers go to files."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def run(rank):
-        torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        try:
-            answer = function(rank, *args)
-        except BaseException as error:
-            answer = f"{type(error).__name__}: {error}"
-        (out / f"answer-{rank}").write_text(str(answer))
-
-    out.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def answers(out, processes, seconds=240):
-    for process in processes:
-        process.join(seconds)
-        assert not process.is_alive(), "a process still waits"
-    return [path.read_text() for path in sorted(out.glob("answer-*"))]
+# --- processes of our own ---------------------------------------------------------------------------------------------
 
 
 def wait_for_an_epoch(out, processes):

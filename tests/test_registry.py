@@ -290,6 +290,7 @@ LABORATORY = {
     "losses",
     "draw",
     "sharding",
+    "distributed",
     "terms",
     "attacks",
     "data",

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from robustkern import _late, ops
 from robustkern._classifier import check_call, check_largest, check_least, check_logits, gradient_of
 from robustkern._dtypes import accumulation_dtype
+from robustkern._sharded import is_sharded
 
 LOSSES = ("ce", "cw", "dlr")
 Model = Callable[[Tensor], Tensor]
@@ -32,7 +33,9 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """
     seen = model if isinstance(model, nn.Module) else nn.Module()
     modes = [(module, module.training) for module in seen.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in seen.parameters()]
+    # FSDP2 takes the flag for that of its weights for good. Frozen or not, no gradient in a parameter is asked for.
+    frozen = () if is_sharded(seen) else seen.parameters()
+    flags = [(parameter, parameter.requires_grad) for parameter in frozen]
     buffers: list[tuple[Tensor, int | None, Tensor]] = []
     fixed: list[tuple[Tensor, int | None]] = []
     try:

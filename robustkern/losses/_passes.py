@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import _late
+from robustkern._sharded import is_sharded
 from robustkern.losses.loss import Model
 from robustkern.terms import Terms
 
@@ -83,10 +84,11 @@ def value_without_graph(model: Model, function: Callable[[Tensor], Tensor], x: T
     is computed; if it is not, a forward and a backward pass are, with the same random `state`.  On a GPU, where looking
     would wait for the device, they always are: `Rise` sees to it that no gradient arrives there without need.  Running
     statistics stay as they are.  Differentiable once.  A model that is not an `nn.Module`, whose parameters cannot be
-    seen, gets its graph at once.
+    seen, gets its graph at once; so does one that FSDP2 manages.
     """
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    if not torch.is_grad_enabled() or not parameters:
+    # FSDP2 knows no forward pass inside a backward pass.
+    if not torch.is_grad_enabled() or not parameters or is_sharded(model):
         with frozen_statistics(model):
             return function(model(x))
     value: Tensor = _Deferred.apply(model, function, x, state, *parameters)

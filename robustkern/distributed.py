@@ -133,8 +133,9 @@ class _ShardedLoss(LossModule):
     """The loss of a model that FSDP2 manages.
 
     FSDP2 reduces gradients and frees weights after any backward pass.  While the loss is computed it is told that
-    none is the last.  In the last one it reduces, and only at its end weights are freed: a pass that is through with a
-    block does not know whether another needs it.
+    none is the last.  In the last one it reduces a block's gradients when it is through with a pass of the block.  What
+    comes later, from weights that a loss has moved or gradients that it has kept, is reduced at the end; and only there
+    are weights freed, since a pass that is through with a block does not know whether another needs it.
     """
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -147,7 +148,8 @@ class _ShardedLoss(LossModule):
             module.set_reshard_after_backward(False, recurse=False)
             module.unshard()
         self._set_last(False)
-        watch = self.model.register_forward_hook(self._watch)
+        # Before FSDP2's own hook: what is queued for the end of the backward pass then comes before FSDP2's end.
+        watch = self.model.register_forward_hook(self._watch, prepend=True)
         try:
             terms = self.loss(self.model, x, y, draw)
         finally:
@@ -173,11 +175,15 @@ class _ShardedLoss(LossModule):
             output.register_hook(self._on_backward)
 
     def _on_backward(self, grad: Tensor) -> None:
-        """A backward pass has begun; at the end of the last one the weights are freed."""
+        """A backward pass has begun; if it is the last, its end has work to do."""
         if self._last:
             self._last = False
-            torch.autograd.Variable._execution_engine.queue_callback(self._free)
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
-    def _free(self) -> None:
+    def _finish(self) -> None:
         for module in sharded_modules(self.model):
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                if group is not None:
+                    group.post_backward()  # nothing, where no gradient is left
             module.reshard()

@@ -1,15 +1,12 @@
 """Adversarial weight perturbation (AWP)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustkern._input_gradient import check_graph
-from robustkern._sharded import is_sharded, sharded_modules
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics
 from robustkern.losses.attack_loss import AttackLoss
@@ -87,51 +84,7 @@ class _Perturbed(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_sharded(self.model):
-            with _moved_inside(self.model, self.offsets):
-                result: Tensor = self.model(x)
-            return result
         weights = dict(self.model.named_parameters())
         moved = {name: weights[name] + offset for name, offset in self.offsets.items()}
-        result = torch.func.functional_call(self.model, moved, (x,))
+        result: Tensor = torch.func.functional_call(self.model, moved, (x,))
         return result
-
-
-@contextmanager
-def _moved_inside(model: nn.Module, offsets: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, every module that FSDP2 manages moves its weights in its own forward pass, after FSDP2 has begun with it.
-
-    In the backward pass FSDP2 sends the gradients of a module when it is through with it.  If the weights were moved
-    before the forward pass, their gradients would come after that.
-    """
-    sharded = set(sharded_modules(model))
-    managed = {name: module for name, module in model.named_modules() if module in sharded}
-    owned: dict[str, list[str]] = {}
-    for name in offsets:
-        parts = name.split(".")
-        parents = (".".join(parts[:count]) for count in range(len(parts) - 1, -1, -1))
-        owned.setdefault(next(parent for parent in parents if parent in managed), []).append(name)
-    handles = []
-    for parent, names in owned.items():
-        places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in names]
-        before: list[nn.Parameter | None] = []
-
-        def move(*_: Any, places: Any = places, before: list[Any] = before) -> None:
-            before[:] = [module._parameters[attribute] for module, attribute, _ in places]
-            for (module, attribute, name), weight in zip(places, before, strict=True):
-                module._parameters[attribute] = weight + offsets[name]
-
-        def put_back(*_: Any, places: Any = places, before: list[Any] = before) -> None:
-            for (module, attribute, _), weight in zip(places, before, strict=False):
-                module._parameters[attribute] = weight
-            before.clear()
-
-        handles += [
-            managed[parent].register_forward_pre_hook(move),
-            managed[parent].register_forward_hook(put_back, prepend=True, always_call=True),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -21,7 +21,7 @@ OTHER := build/torch-$(TORCH)
 # Files that `make check` leaves to `make test`: they take minutes, for torch.compile, compilers or other processes.
 LEFT_TO_TEST := benchmarks compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models
 
-.PHONY: help build demo test check lint format bench render compat cuda-compile cuda-budget cuda-dispatch test-cuda-emulated clean
+.PHONY: help build demo test check lint format bench render docs compat cuda-compile cuda-budget cuda-dispatch test-cuda-emulated clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,12 +31,13 @@ help:
 	@echo "make build               set up .venv and build"
 	@echo "make lint                ruff, mypy and clang-format, nothing changed"
 	@echo "make format              ruff and clang-format, in place"
-	@echo "make compat              compile without making code against the headers of every PyTorch that README names"
+	@echo "make compat              compile without making code against the headers of every PyTorch that docs/install.md names"
 	@echo "make cuda-compile        compile the CUDA kernels with nvcc, on any machine; fails on a register spill"
 	@echo "make cuda-budget         what share of a copy's speed each CUDA kernel's machine code allows; nvcc, no GPU; fails below 85 %"
 	@echo "make cuda-dispatch       against a PyTorch built for CUDA, without a GPU: what is launched, where, and what waits for it"
 	@echo "make test-cuda-emulated  run the CUDA kernels on the CPU: plain, under ASan + UBSan, under TSan"
-	@echo "make bench               benchmarks of this machine; make render puts them into README.md"
+	@echo "make docs                the site, in build/docs: warnings are errors; then its links, pictures and search are checked"
+	@echo "make bench               benchmarks of this machine; make render puts them into docs/benchmarks.md and README.md"
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, " + sys.version.split()[0] + " found; set PYTHON=") if sys.version_info < (3, 10) else 0'
@@ -55,7 +56,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py robustkern/_version.py $(CXX_SOURCES
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis expecttest ruff mypy types-PyYAML clang-format tensorboard
 	$(PIP) install -c constraints.txt pytorchcv==0.0.67 x-transformers
-	$(PIP) install -c constraints.txt pyautoattack foolbox tqdm
+	$(PIP) install -c constraints.txt pyautoattack foolbox tqdm accelerate
 	$(PIP) install -c constraints.txt huggingface_hub pillow kornia webdataset
 	# Without what they need besides: a torchvision for CUDA, which tests/torchvision_operators.py makes importable.
 	$(PIP) install -c constraints.txt --no-deps torchattacks torchvision timm
@@ -117,6 +118,14 @@ bench: build $(VENV)/.dev
 
 render: build
 	$(BIN)/python -m benchmarks.render
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install -c constraints.txt sphinx myst-parser furo sphinx-copybutton
+	@touch $@
+
+docs: build $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs/site . build/docs
+	$(BIN)/python docs/site/check.py build/docs
 
 clean:
 	rm -rf build dist demo *.egg-info robustkern/*.so $(VENV)/.built

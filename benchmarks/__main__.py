@@ -12,6 +12,7 @@ from . import (
     bench_jacobian,
     bench_methods,
     bench_ops,
+    bench_precision,
     penalised_step,
 )
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
         bench_ops.main(sys.argv[1:])
         or bench_double_backward.main([])
         or bench_cotangents.main([])
+        or bench_precision.main([])
         or bench_jacobian.main([])
         or bench_attacks.main([])
         or bench_methods.main([])

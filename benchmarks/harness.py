@@ -49,7 +49,11 @@ class Timing:
         Timings of one round are slowed by the same neighbours.  For steps of a second, ten rounds on two noisy virtual
         CPUs give this ratio within 2 per cent, the ratio of the fastest within 5.
         """
-        return statistics.median(ours / theirs for ours, theirs in zip(self.samples, other.samples, strict=True))
+        return self.over_quartiles(other)[1]
+
+    def over_quartiles(self, other: Timing) -> tuple[float, float, float]:
+        """The quartiles of the rounds' ratios."""
+        return _quartiles([ours / theirs for ours, theirs in zip(self.samples, other.samples, strict=True)])
 
 
 class Stopped(Exception):
@@ -152,8 +156,12 @@ class Interleaved:
 
 
 def _timing(values: list[float]) -> Timing:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return Timing(min(values), (quartiles[0], quartiles[1], quartiles[2]), tuple(values))
+    return Timing(min(values), _quartiles(values), tuple(values))
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return low, middle, high
 
 
 class Copy:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, results/<device>.md and the chart from results/*.json.
+"""Writes the tables of docs/benchmarks.md, README.md and results/<device>.md, and the charts, from results/*.json.
 
     python -m benchmarks.render [--check]
 
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import attack_tables, chart, harness, projections, robustness
+from . import attack_tables, bench_precision, chart, harness, projections, robustness
 from .markdown import sentence, table, times
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
@@ -33,7 +33,7 @@ _TITLES = {
     "installed": "robustkern installed", "installed_compile": "torch.compile, installed",
     "finite_differences": "finite differences", "installed_graph": "robustkern installed, one CUDA graph",
 }  # fmt: skip
-# The case of each operator that stands for it in README.md.
+# The case of each operator that stands for it in docs/benchmarks.md.
 _REPRESENTATIVE = {
     "row_norm": ("float32", "p=2"),
     "softmax_cross_entropy": ("float32", "1000 classes"),
@@ -90,7 +90,7 @@ def megabytes(row: Row | None) -> str:
     return "-" if row is None or not row.get("peak_bytes") else f"{row['peak_bytes'] / 1e6:.3g}"
 
 
-def readme_ops(results: Row) -> str:
+def ops_table(results: Row) -> str:
     """One line per operator and order at one size above cache, then the worst case of all."""
     groups = {key: c for key, c in op_groups(results).items() if key[1] == "large"}
     header = [
@@ -124,7 +124,7 @@ def readme_ops(results: Row) -> str:
     return f"{sentence(results['ops'])} {'; '.join(shapes.values())}.\n\n{table(header, lines)}"
 
 
-def readme_steps(results: Row) -> str:
+def steps_table(results: Row) -> str:
     """Penalised steps as multiples of the plain step: time, then peak memory."""
     timed = ("eager", "compile", "finite_differences", "installed", "installed_compile", "plain_installed")
     measured = ("eager", "installed")
@@ -148,7 +148,7 @@ def ratio_of(row: Row | None, other: Row | None, what: str) -> float | None:
     return row[what] / other[what] if row and other and row.get(what) and other.get(what) else None
 
 
-def readme_training(rows: list[Row]) -> str:
+def training_table(rows: list[Row]) -> str:
     """Accuracies of trained networks, as their run directories state them."""
     lines = [
         [
@@ -238,7 +238,7 @@ def full(results: Row) -> str:
     return "\n".join(parts) + "\n"
 
 
-def readme_double_backward(results: Row) -> str:
+def double_backward_table(results: Row) -> str:
     """One line for each second backward, stock beside installed."""
     section = results["double_backward"]
     header = ["second backward of", "stock, ms", "installed, ms", "faster", "GB/s", "of copy"]
@@ -256,7 +256,7 @@ def readme_double_backward(results: Row) -> str:
     return f"{sentence(section)}\n\n{table(header, lines)}"
 
 
-def readme_jacobian(results: Row) -> str:
+def jacobian_table(results: Row) -> str:
     """Steps with a Jacobian penalty: time, memory and variance of ours and of its rivals."""
     section = results["jacobian"]
     lines = list(projections.table_lines(section))
@@ -297,22 +297,21 @@ def replace(text: str, name: str, content: str) -> str:
     """The text with new content between the markers of that name."""
     pattern = re.compile(rf"(<!-- benchmarks:begin {name} -->\n).*?(<!-- benchmarks:end {name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(
-            f"README.md has no markers <!-- benchmarks:begin {name} --> and <!-- benchmarks:end {name} -->"
-        )
+        raise SystemExit(f"there are no markers <!-- benchmarks:begin {name} --> and <!-- benchmarks:end {name} -->")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
 _SECTIONS = {
     "double_backward": "Second backwards of PyTorch's operators", "jacobian": "Jacobian penalties",
     "cotangents": "Random directions", "attacks": "Attacks", "methods": "Training steps of every method",
-    "attention": "Attention, differentiated twice",
+    "attention": "Attention, differentiated twice", "precision": "Error, time and memory of a penalised step",
 }  # fmt: skip
 BLOCKS = (
-    ("ops", readme_ops),
-    ("double_backward", readme_double_backward),
-    ("steps", readme_steps),
-    ("jacobian", readme_jacobian),
+    ("precision", bench_precision.document),
+    ("ops", ops_table),
+    ("double_backward", double_backward_table),
+    ("steps", steps_table),
+    ("jacobian", jacobian_table),
     ("cotangents", attack_tables.cotangents),
     ("attacks", attack_tables.attacks),
     ("methods", attack_tables.methods),
@@ -320,7 +319,7 @@ BLOCKS = (
 
 
 def featured(everything: dict[Path, Row], name: str) -> tuple[list[Path], list[Path]]:
-    """The results whose tables of this section README.md shows, and those that it links to.
+    """The results whose tables of this section docs/benchmarks.md shows, and those that it links to.
 
     Shown are every GPU's, and those of the processor with the most figures, not the best; of several, the last.
     """
@@ -338,8 +337,8 @@ def featured(everything: dict[Path, Row], name: str) -> tuple[list[Path], list[P
 
 
 def elsewhere(results: Row, path: Path, name: str) -> str:
-    """One sentence on a machine whose table of this section is not in README.md."""
-    link = f"[benchmarks/results/{path.stem}.md](benchmarks/results/{path.stem}.md)"
+    """One sentence on a machine whose table of this section is not in docs/benchmarks.md."""
+    link = f"[benchmarks/results/{path.stem}.md](../benchmarks/results/{path.stem}.md)"
     device = results[name]["stamp"]["device"]
     if name != "steps":
         return f"{device}: {link}."
@@ -351,27 +350,39 @@ def elsewhere(results: Row, path: Path, name: str) -> str:
     return f"{device}: {', '.join(spans)}: {link}."
 
 
+def machine(path: Path, results: Row) -> str:
+    """A link to everything that was measured on one machine."""
+    device = next(iter(results.values()))["stamp"]["device"]
+    return f"* [{device}](../benchmarks/results/{path.stem}.md): {', '.join(results)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if something is not up to date")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
-    parser.add_argument("--readme", type=Path, default=harness.ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=harness.ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--readme", type=Path, help="by default the project's, where the page is")
     parser.add_argument("--images", type=Path, default=harness.ROOT / "docs" / "images")
     options = parser.parse_args(arguments)
 
     everything = {path: json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))}
     wanted = {path.with_suffix(".md"): full(results) for path, results in everything.items()}
-    text = options.readme.read_text()
+    text, whole = options.page.read_text(), options.page == harness.ROOT / "docs" / "benchmarks.md"
     for name, render in BLOCKS:
         shown, linked = featured(everything, name)
         tables = [render(everything[path]) for path in shown]
         tables += [elsewhere(everything[path], path, name) for path in linked]
         text = replace(text, name, "\n\n".join(tables) if tables else "No results yet: run `make bench`.")
-    if "<!-- benchmarks:begin training -->" in text:
-        text = replace(text, "training", readme_training(json.loads(TRAINING.read_text())["rows"]))
-    wanted[options.readme] = text
-    if options.readme == harness.ROOT / "README.md" and robustness.RESULTS.exists():
+    if whole:
+        text = replace(text, "machines", "\n".join(map(machine, everything, everything.values())))
+        text = replace(text, "training", training_table(json.loads(TRAINING.read_text())["rows"]))
         wanted[robustness.RESULTS.with_suffix(".md")] = robustness.document(robustness.rows(robustness.RESULTS))
+    wanted[options.page] = text
+    readme = options.readme or (harness.ROOT / "README.md" if whole else None)
+    if readme is not None:
+        shown = [path for path in featured(everything, "precision")[0] if path.stem.startswith("cpu-")]
+        tables = [bench_precision.front(everything[path]) for path in shown]
+        wanted[readme] = replace(readme.read_text(), "front", "".join(tables) or "No results yet: run `make bench`.")
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     charts = {path: draw for path, draw in _charts(options.images, everything).items() if draw is not None}
     for path in [*stale, *charts]:
@@ -386,22 +397,25 @@ def main(arguments: list[str] | None = None) -> int:
 def _charts(images: Path, everything: dict[Path, Row]) -> dict[Path, Callable[[], bytes] | None]:
     """How to draw each picture; None if it is up to date."""
     found: dict[Path, Callable[[], bytes] | None] = {}
+
+    def add(section: Row, picture: Path, drawing: Any, shown: Any) -> None:
+        draw = partial(drawing.draw, shown, sentence(section))
+        found[picture] = None if drawing.is_current(picture, shown) else draw
+
     for path, results in everything.items():
         if step_groups(results) and path in featured(everything, "steps")[0]:
-            groups, picture = step_groups(results), chart_path(images, path, "penalised_step")
-            title = sentence(results["steps"])
-            found[picture] = None if chart.is_current(picture, groups) else partial(chart.draw, groups, title)
-        if path in featured(everything, "jacobian")[0]:
-            section, picture = results["jacobian"], chart_path(images, path, "projections")
-            title = sentence(section)
-            found[picture] = (
-                None if projections.is_current(picture, section) else partial(projections.draw, section, title)
-            )
+            add(results["steps"], chart_path(images, path, "penalised_step"), chart, step_groups(results))
+        for name, title, drawing in (
+            ("jacobian", "projections", projections),
+            ("precision", "precision", bench_precision),
+        ):
+            if path in featured(everything, name)[0]:
+                add(results[name], chart_path(images, path, title), drawing, results[name])
     return found
 
 
 def chart_path(images: Path, results: Path, name: str) -> Path:
-    """The path of a chart; for the processor that README.md shows, it has the plain name."""
+    """The path of a chart; for the processor that docs/benchmarks.md shows, it has the plain name."""
     return images / (f"{name}.png" if results.stem.startswith("cpu-") else f"{name}-{results.stem}.png")
 
 

@@ -23,7 +23,7 @@ from setuptools import Extension
 
 from described import ROOT, defines, extensions
 
-VERSIONS = ("2.10.0", "2.12.1", "2.14.1", "2.15.0")  # README names them
+VERSIONS = ("2.10.0", "2.12.1", "2.14.1", "2.15.0")  # docs/install.md names them
 CACHE = ROOT / "build" / "compat"
 PRECOMPILED = ROOT / "csrc" / "aten" / "precompiled.h"  # read once for all files of _aten
 

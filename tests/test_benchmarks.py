@@ -71,7 +71,7 @@ def test_the_script_for_gpus_ends_in_time(tmp_path):
 
 
 def test_programs_write_results_that_render(tmp_path, monkeypatch):
-    out, readme = tmp_path / "cpu-machine.json", tmp_path / "README.md"
+    out, page, readme = tmp_path / "cpu-machine.json", tmp_path / "benchmarks.md", tmp_path / "README.md"
     shared = ["--device", "cpu", "--seconds", "0.01", "--backend", "eager", "--out", str(out)]
     # In a process of their own, since the programs make the C library keep freed memory.
     tiny = ["--size", "tiny", *shared[:4], "--out", str(out)]
@@ -80,7 +80,15 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
         "bench_ops": [["--sizes", "tiny", "--providers", "eager", "robustkern", "operator", *shared]],
         **{
             f"bench_{name}": [tiny]
-            for name in ("double_backward", "jacobian", "cotangents", "attacks", "methods", "attention")
+            for name in (
+                "double_backward",
+                "jacobian",
+                "cotangents",
+                "attacks",
+                "methods",
+                "attention",
+                "precision",
+            )
         },
         # The second joins the first.
         "penalised_step": [[*steps, "plain", "plain_installed", "eager", "installed"], [*steps, "installed_compile"]],
@@ -115,6 +123,15 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     assert {row["provider"] for row in attention} >= {"robustkern", "MATH"}
     assert all(row["ms"] > 0 and 0 < row["error"] < 0.01 and row["peak_bytes"] > 0 for row in attention)
 
+    precision = results["precision"]["rows"]
+    assert {row["provider"] for row in precision} == {"eager", "finite_differences", "installed"}
+    for row in precision:
+        low, high = row["interval"]
+        assert low <= row["ratio"] <= high and row["peak"] > 1 and row["error"] < 2
+    exact = {row["network"]: row["error"] for row in precision if row["provider"] == "installed"}
+    differences = [row for row in precision if row["provider"] == "finite_differences"]
+    assert all(row["error"] == min(row["errors"].values()) > exact[row["network"]] for row in differences)
+
     attacks = results["attacks"]
     assert attacks["complete"]
     assert {row["attack"] for row in attacks["attacks"]} >= {"stock PGD", "PGD", "APGD", "FGSM", "N-FGSM"}
@@ -140,19 +157,21 @@ def test_programs_write_results_that_render(tmp_path, monkeypatch):
     from benchmarks import render
 
     markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name, _ in render.BLOCKS for end in ("begin", "end"))
-    readme.write_text(f"before\n{markers}\nafter\n")
-    options = ["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]
+    page.write_text(f"before\n{markers}\nafter\n")
+    readme.write_text("<!-- benchmarks:begin front -->\n<!-- benchmarks:end front -->\n")
+    options = ["--results", str(tmp_path), "--page", str(page), "--readme", str(readme), "--images", str(tmp_path)]
     assert render.main([*options, "--check"]) == 1
     assert render.main(options) == 0
     assert render.main([*options, "--check"]) == 0
-    assert "ResNet" in readme.read_text()
-    assert "BatchNorm2d" in readme.read_text()
+    assert "| tiny ConvNeXt | " in readme.read_text()
+    assert "ResNet" in page.read_text()
+    assert "BatchNorm2d" in page.read_text()
     assert "double backward" in out.with_suffix(".md").read_text()
-    assert "as precise" in readme.read_text()
-    assert "torch.linalg.qr" in readme.read_text()
-    assert "| pgd with awp | 29 | 9.67 |" in readme.read_text()
-    assert "N-FGSM, tiny PreAct-ResNet" in readme.read_text() and "attack_step, l1" in readme.read_text()
-    for name in ("penalised_step.png", "projections.png"):
+    assert "as precise" in page.read_text()
+    assert "torch.linalg.qr" in page.read_text()
+    assert "| pgd with awp | 29 | 9.67 |" in page.read_text()
+    assert "N-FGSM, tiny PreAct-ResNet" in page.read_text() and "attack_step, l1" in page.read_text()
+    for name in ("penalised_step.png", "projections.png", "precision.png"):
         (tmp_path / name).unlink()
         assert render.main([*options, "--check"]) == 1
         assert render.main(options) == 0
@@ -263,7 +282,7 @@ def test_a_row_of_the_results_table(tmp_path, monkeypatch):
     assert "the first 8 test images" in text
 
 
-def test_readme_shows_one_processor_and_links_to_the_others(tmp_path, monkeypatch):
+def test_the_page_shows_one_processor_and_links_to_the_others(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import render
 
@@ -279,11 +298,11 @@ def test_readme_shows_one_processor_and_links_to_the_others(tmp_path, monkeypatc
     (tmp_path / "cpu-old.json").write_text(measured("Old", "2026-01-01T00:00:00+00:00", 1.5))
     (tmp_path / "cpu-new.json").write_text(measured("New", "2026-01-02T00:00:00+00:00", 2.5))
     (tmp_path / "h100.json").write_text(measured("GPU", "2025-01-01T00:00:00+00:00", 2.25))
-    readme = tmp_path / "README.md"
+    page = tmp_path / "benchmarks.md"
     markers = "\n".join(f"<!-- benchmarks:{end} {name} -->" for name, _ in render.BLOCKS for end in ("begin", "end"))
-    readme.write_text(markers)
-    assert render.main(["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]) == 0
-    text = readme.read_text()
+    page.write_text(markers)
+    assert render.main(["--results", str(tmp_path), "--page", str(page), "--images", str(tmp_path)]) == 0
+    text = page.read_text()
     assert "2.50x" in text and "2.25x" in text
     assert (
         "Old: robustkern installed 1.50x to 1.50x, stock eager 3.00x to 3.00x: [benchmarks/results/cpu-old.md]" in text
@@ -291,8 +310,8 @@ def test_readme_shows_one_processor_and_links_to_the_others(tmp_path, monkeypatc
     complete = json.loads(measured("Old", "2026-01-01T00:00:00+00:00", 1.5))
     complete["steps"]["rows"].append({**complete["steps"]["rows"][1], "provider": "compile"})
     (tmp_path / "cpu-old.json").write_text(json.dumps(complete))
-    assert render.main(["--results", str(tmp_path), "--readme", str(readme), "--images", str(tmp_path)]) == 0
-    assert "New: robustkern installed 2.50x" in readme.read_text()  # the last, but with fewer figures
+    assert render.main(["--results", str(tmp_path), "--page", str(page), "--images", str(tmp_path)]) == 0
+    assert "New: robustkern installed 2.50x" in page.read_text()  # the last, but with fewer figures
     assert {path.name for path in tmp_path.glob("*.png")} == {"penalised_step.png", "penalised_step-h100.png"}
 
 
@@ -347,7 +366,7 @@ def test_what_readme_says_first_was_measured(monkeypatch):
     from benchmarks import render
 
     readme = (ROOT / "README.md").read_text()
-    said = re.search(r"PyTorch takes ([\d.]+) to ([\d.]+) in the table below, compiled ([\d.]+) to ([\d.]+)", readme)
+    said = re.search(r"PyTorch takes ([\d.]+) to ([\d.]+) plain steps, compiled ([\d.]+) to ([\d.]+)", readme)
     everything = {path: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     shown, _ = render.featured(everything, "steps")
     rows = [row for path in shown if path.stem.startswith("cpu-") for row in everything[path]["steps"]["rows"]]

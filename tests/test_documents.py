@@ -1,4 +1,4 @@
-"""What the documents say in Python runs, a page from top to bottom in one namespace."""
+"""The front page is short, and what the documents say in Python runs, a page from top to bottom in one namespace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import robustkern as rk
 from robustkern import models
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in p.read_text()]
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "```python" in p.read_text()]
+
+
+def test_the_front_page_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 8192
+    assert "make demo" in text and "make test" in text and text.count("\n![") == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

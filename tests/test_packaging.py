@@ -364,6 +364,6 @@ def test_modules_are_asked_for_by_the_names_of_their_packages(modules, command):
 def test_versions_of_pytorch_are_the_same_everywhere():
     compiled = re.findall(r'"(2\.\d+\.\d+)"', (ROOT / "tests/compat.py").read_text())
     assert compiled
-    for name in ("README.md", "pyproject.toml"):
+    for name in ("docs/install.md", "pyproject.toml"):
         text = (ROOT / name).read_text()
         assert all(version in text for version in compiled), name

@@ -414,7 +414,7 @@ def test_nothing_in_csrc_includes_upward_or_in_a_circle():
 def test_paths_in_texts_exist(path):
     """From the repository's root, or from where the text stands; `<op>` and the like are anything."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
-    where = (ROOT, path.parent, ROOT / "robustkern")
+    where = (ROOT, path.parent, path.parent.parent, ROOT / "robustkern")
     names = re.findall(r"`((?:csrc|robustkern|tests|benchmarks|docs|\.ci)/[\w.<>*/-]+)`", text)
     names += [name for name in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if ":" not in name]
     if path.parent.name == "csrc":

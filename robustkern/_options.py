@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from robustkern._arguments import check_choice, check_integer, check_number, shown
-from robustkern.ops._select import IMPLS
-from robustkern.ops.random_cotangents import LAWS
-from robustkern.reference.attack_step import NORMS
+from robustkern._choices import IMPLS, LAWS, NORMS
 
 
 def check_options(options: Any, *, box: bool = False, **choices: tuple[str, ...]) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from robustkern._arguments import check_choice, check_generator, check_integer, check_number
 from robustkern._basis import basis_cotangents, unit_cotangents
+from robustkern._choices import IMPLS, KINDS, LAWS, REDUCTIONS, Impl, Kind, Law, Reduction
 from robustkern._input_gradient import check_differentiable, check_outputs, input_gradient
 from robustkern.double_backward import folds, fused_where_possible
-from robustkern.ops._select import IMPLS
-from robustkern.ops.random_cotangents import KINDS, LAWS, random_cotangents
+from robustkern.ops.random_cotangents import random_cotangents
 from robustkern.ops.row_norm import row_norm
 
 Projections = int | Literal["exact"]
@@ -20,17 +20,17 @@ Projections = int | Literal["exact"]
 
 @overload
 def jacobian_norm(
-    outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: str = ..., kind: str = ...,
-    weight: Tensor | float | None = ..., squared: bool = ..., reduction: str = ...,
+    outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: Law = ..., kind: Kind = ...,
+    weight: Tensor | float | None = ..., squared: bool = ..., reduction: Reduction = ...,
     generator: torch.Generator | None = ..., first: int = ..., return_variance: Literal[False] = ...,
-    create_graph: bool | None = ..., impl: str = ...,
+    create_graph: bool | None = ..., impl: Impl = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian_norm(
-    outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: str = ..., kind: str = ...,
-    weight: Tensor | float | None = ..., squared: bool = ..., reduction: str = ...,
+    outputs: Tensor, x: Tensor, projections: Projections = 1, *, law: Law = ..., kind: Kind = ...,
+    weight: Tensor | float | None = ..., squared: bool = ..., reduction: Reduction = ...,
     generator: torch.Generator | None = ..., first: int = ..., return_variance: Literal[True],
-    create_graph: bool | None = ..., impl: str = ...,
+    create_graph: bool | None = ..., impl: Impl = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -39,16 +39,16 @@ def jacobian_norm(
     x: Tensor,  # [B, ...]
     projections: Projections = 1,
     *,
-    law: str = "orthonormal",
-    kind: str = "plain",
+    law: Law = "orthonormal",
+    kind: Kind = "plain",
     weight: Tensor | float | None = None,
     squared: bool = True,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     generator: torch.Generator | None = None,
     first: int = 0,
     return_variance: bool = False,
     create_graph: bool | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""mean_k ||J_i^T w_ik||_2^2 ~ ||J_i||_F^2 for each sample i, with J_i = d outputs_i / d x_i and random w_ik.
 
@@ -120,7 +120,7 @@ def jacobian_norm(
         check_integer(function, "projections", projections, 1, 'or "exact"')
     check_choice(function, "law", law, LAWS)
     check_choice(function, "kind", kind, KINDS)
-    check_choice(function, "reduction", reduction, ("none", "mean", "sum"))
+    check_choice(function, "reduction", reduction, REDUCTIONS)
     if return_variance and not squared:
         raise ValueError("jacobian_norm: return_variance needs squared=True: the root of an estimate is biased")
     size = outputs.shape[1:].numel()
@@ -175,7 +175,7 @@ def jacobian_norm(
     return norm, _variance(stacked.detach(), outputs, exact, law, reduction)
 
 
-def _variance(values: Tensor, outputs: Tensor, exact: bool, law: str, reduction: str) -> Tensor:
+def _variance(values: Tensor, outputs: Tensor, exact: bool, law: Law, reduction: Reduction) -> Tensor:
     """The variance of the mean of each row of values [B, K]."""
     batch, count = values.shape
     size = outputs.shape[1:].numel()
@@ -189,7 +189,7 @@ def _variance(values: Tensor, outputs: Tensor, exact: bool, law: str, reduction:
     return variance / batch**2 if reduction == "mean" else variance
 
 
-def _reduce(values: Tensor, reduction: str) -> Tensor:
+def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
     return values if reduction == "none" else values.mean() if reduction == "mean" else values.sum()
 
 
@@ -200,7 +200,7 @@ def suggest_projections(
     *,
     projections: int,
     dimensions: int,
-    law: str = "orthonormal",
+    law: Law = "orthonormal",
 ) -> int:
     r"""The least K for which sqrt(sum Var_K / sum estimate^2) <= relative_error.
 
@@ -262,7 +262,7 @@ def input_jacobian(
     x: Tensor,  # [B, ...]
     *,
     create_graph: bool | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [B, C, ..., *x.shape[1:]]
     r"""J_i = d outputs_i / d x_i for each sample, by one backward pass for each of the D outputs of a sample.
 

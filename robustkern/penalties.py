@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from robustkern._choices import Impl
 from robustkern._input_gradient import check_differentiable, check_graph, check_tensors, input_gradient
 from robustkern.double_backward import fused_where_possible
 from robustkern.ops.row_norm import row_norm
@@ -16,7 +17,7 @@ def gradient_norm(
     weight: Tensor | float | None = None,
     squared: bool = False,
     create_graph: bool | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [B]
     r"""||w * d loss_i / d x_i||_p for each sample i.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustkern._arguments import check_generator, check_integer
+from robustkern._choices import Impl
 from robustkern._input_gradient import check_differentiable, check_outputs, input_gradient
 from robustkern.double_backward import fused_where_possible
 from robustkern.ops.random_cotangents import random_cotangents
@@ -16,13 +17,13 @@ from robustkern.ops.row_norm import row_norm
 def jacobian_spectral_norm(
     outputs: Tensor, x: Tensor, iterations: int = 10, *, start: Tensor | None = ...,
     generator: torch.Generator | None = ..., return_vectors: Literal[False] = ..., create_graph: bool | None = ...,
-    impl: str = ...,
+    impl: Impl = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def jacobian_spectral_norm(
     outputs: Tensor, x: Tensor, iterations: int = 10, *, start: Tensor | None = ...,
     generator: torch.Generator | None = ..., return_vectors: Literal[True], create_graph: bool | None = ...,
-    impl: str = ...,
+    impl: Impl = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def jacobian_spectral_norm(
     generator: torch.Generator | None = None,
     return_vectors: bool = False,
     create_graph: bool | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""||J_i^T v_i||_2 -> sigma_max(J_i), with v_i from power iteration on J J^T: v <- J J^T v / ||J J^T v||.
 
@@ -101,7 +102,7 @@ def jacobian_spectral_norm(
     return (norm, v) if return_vectors else norm
 
 
-def _normalized(t: Tensor, otherwise: Tensor, impl: str) -> Tensor:
+def _normalized(t: Tensor, otherwise: Tensor, impl: Impl) -> Tensor:
     """t with each sample scaled to unit length; samples of length zero are taken from `otherwise`."""
     norm = row_norm(t.detach(), 2.0, impl=impl).view(-1, *(1 for _ in t.shape[1:]))
     return torch.where(norm > 0, t / torch.where(norm > 0, norm, 1.0), otherwise).to(t.dtype)

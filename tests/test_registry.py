@@ -16,7 +16,7 @@ import torch
 
 import robustkern
 from cases import CASES, cotangents, recorded_calls
-from robustkern import _library, coupling, jacobian, losses, ops, penalties, reference, spectral_norm
+from robustkern import _library, attacks, coupling, jacobian, losses, ops, penalties, reference, spectral_norm
 from robustkern.ops._pytorch_derivatives import DERIVATIVES
 from tests.samples import samples_of
 
@@ -267,6 +267,13 @@ def test_public_functions_are_typed(name):
     assert signature.return_annotation is not inspect.Signature.empty
     for parameter in signature.parameters.values():
         assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *(f"attacks.{name}" for name in attacks.__all__)])
+def test_options_that_are_texts_name_them(name):
+    target = PUBLIC.get(name) or getattr(attacks, name.removeprefix("attacks."))
+    for parameter in inspect.signature(target).parameters.values():
+        assert parameter.annotation is not str, f"{name}: give {parameter.name} a type of robustkern/_choices.py"
 
 
 @pytest.mark.parametrize("module", ["", ".ops", ".reference", ".losses", ".testing"])

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustkern import _late, ops
+from robustkern._choices import AttackObjective, Impl, Norm
 from robustkern._classifier import check_call, check_largest, check_least, check_logits, gradient_of
 from robustkern._dtypes import accumulation_dtype
 from robustkern._sharded import is_sharded
 
-LOSSES = ("ce", "cw", "dlr")
 Model = Callable[[Tensor], Tensor]
 
 
@@ -89,7 +89,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def box_diameter(norm: str, shape: Sequence[int]) -> float:
+def box_diameter(norm: Norm, shape: Sequence[int]) -> float:
     """The largest distance between two images of a shape with values in [0, 1]."""
     entries = math.prod(shape)
     return {"linf": 1.0, "l2": entries**0.5, "l1": float(entries)}[norm]
@@ -104,7 +104,7 @@ def check_batch(
     indices: Tensor | None = None,
     *,
     eps: Tensor | float = 0.0,
-    norm: str = "linf",
+    norm: Norm = "linf",
 ) -> tuple[Model, Tensor, Tensor]:
     """The model, with a check on its logits; x and y as an attack needs them: detached and no inference tensors.
 
@@ -191,7 +191,9 @@ class _Numbers:
 _calls: dict[str, int] = {}  # of attacks on a device, by name
 
 
-def losses_of(kind: str, logits: Tensor, y: Tensor, towards: Tensor | None = None, impl: str = "auto") -> Tensor:
+def losses_of(
+    kind: AttackObjective, logits: Tensor, y: Tensor, towards: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
     """What an untargeted attack maximises for each sample: [B]."""
     if _late.must_wait(y):
         y = y.clamp(0, logits.shape[1] - 1)
@@ -205,12 +207,12 @@ def evaluate(
     model: Model,
     adversary: Tensor,
     y: Tensor,
-    loss: str,
+    loss: AttackObjective,
     *,
     need_grad: bool,
     targeted: bool = False,
     towards: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, fooled, gradient of the loss) at the adversary: what the attack maximises, whether it has won already.
 
@@ -230,7 +232,7 @@ class Attack:
     """The call that all attacks share."""
 
     eps: float | Tensor
-    norm: str
+    norm: Norm
 
     def __call__(
         self,

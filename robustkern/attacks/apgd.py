@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import TARGETED_OBJECTIVES, THREATS, AttackObjective, Impl, TargetedObjective, Threat
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate, keep_rows
+from robustkern.attacks._common import Attack, Best, Model, evaluate, keep_rows
 from robustkern.reference.random_cotangents import draw_seed
 
 _MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
@@ -43,13 +44,13 @@ class APGD(Attack):
     eps: float | Tensor
     steps: int = 100
     restarts: int = 1
-    norm: str = "linf"
-    loss: str = "ce"
+    norm: Threat = "linf"
+    loss: TargetedObjective = "ce"
     random_start: bool = True
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self, box=True, loss=(*LOSSES, "dlr-targeted"), norm=("linf", "l2"))
+        check_options(self, box=True, loss=TARGETED_OBJECTIVES, norm=THREATS)
 
     def _search(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
@@ -94,7 +95,7 @@ class APGD(Attack):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One restart: the best adversary of each sample, its loss, whether it fools the model."""
         options: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "impl": self.impl}
-        kind = "dlr" if self.loss == "dlr-targeted" else self.loss
+        kind: AttackObjective = "dlr" if self.loss == "dlr-targeted" else self.loss
         current = x.clone()
         if seed is not None:
             current = ops.attack_start(x, seed=seed, samples=samples, restart=restart, **options)

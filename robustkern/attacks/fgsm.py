@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import OBJECTIVES, AttackObjective, Impl, Norm
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Attack, Model, evaluate
+from robustkern.attacks._common import Attack, Model, evaluate
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class FGSM(Attack):
 
     eps: float | Tensor
     step_size: float | Tensor | None = None
-    norm: str = "linf"
+    norm: Norm = "linf"
     random_start: bool = True
-    loss: str = "ce"
+    loss: AttackObjective = "ce"
     targeted: bool = False
     coordinates: int = 1
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self, box=True, loss=LOSSES)
+        check_options(self, box=True, loss=OBJECTIVES)
 
     def _search(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None
@@ -72,15 +73,15 @@ class NFGSM(Attack):
     eps: float | Tensor
     step_size: float | Tensor | None = None
     noise: float = 2.0
-    loss: str = "ce"
-    impl: str = "auto"
+    loss: AttackObjective = "ce"
+    impl: Impl = "auto"
 
     norm = "linf"
     targeted = False
     coordinates = 1
 
     def __post_init__(self) -> None:
-        check_options(self, box=True, loss=LOSSES)
+        check_options(self, box=True, loss=OBJECTIVES)
 
     def _search(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None

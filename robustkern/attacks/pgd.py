@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import OBJECTIVES, AttackObjective, Impl, Norm
 from robustkern._options import check_options
-from robustkern.attacks._common import LOSSES, Attack, Best, Model, evaluate, keep_rows
+from robustkern.attacks._common import Attack, Best, Model, evaluate, keep_rows
 from robustkern.reference.random_cotangents import draw_seed
 
 
@@ -43,16 +44,16 @@ class PGD(Attack):
     step_size: float | Tensor | None = None
     steps: int = 20
     restarts: int = 1
-    norm: str = "linf"
+    norm: Norm = "linf"
     random_start: bool = True
-    loss: str = "ce"
+    loss: AttackObjective = "ce"
     targeted: bool = False
     early_exit: bool = False
     coordinates: int = 1
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        check_options(self, box=True, loss=LOSSES)
+        check_options(self, box=True, loss=OBJECTIVES)
 
     def _search(
         self, model: Model, x: Tensor, y: Tensor, generator: torch.Generator | None, indices: Tensor | None

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import typer
 
@@ -120,6 +120,7 @@ def takes(
 def _declared(kind: type, field: dataclasses.Field[Any], defaults: bool) -> dict[str, Any]:
     """The option that a field declares."""
     own = get_type_hints(kind)[field.name]
+    own = str if get_origin(own) is Literal else own  # the dataclass says which texts it takes
     return {
         "kind": own,
         "default": field.default if defaults and field.default is not dataclasses.MISSING else None,

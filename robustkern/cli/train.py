@@ -10,9 +10,9 @@ from rich.console import Console
 
 from robustkern import data as datasets
 from robustkern import models
+from robustkern._choices import LAWS
 from robustkern._settings import Range, counts, setting
 from robustkern._text import terminal
-from robustkern.ops.random_cotangents import LAWS
 from robustkern.training import (
     METHODS,
     Observers,

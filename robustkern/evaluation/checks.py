@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._choices import Threat
 from robustkern.attacks import FGSM, PGD, attacked
 from robustkern.attacks._common import box_diameter
 
@@ -65,7 +66,7 @@ class Subject:
     x: Tensor
     y: Tensor
     eps: float
-    norm: str = "linf"
+    norm: Threat = "linf"
     steps: int = 20
     seed: int = 0
     reported: float | None = None

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from robustkern._choices import THREATS, Threat
 from robustkern._settings import RADII, SEEDS, Range, check_ranges, counts, setting
 
 from .checks import Check
 from .intervals import wilson_interval
 
 ATTACKS = ("pgd", "apgd", "autoattack")
-NORMS = ("linf", "l2")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     """
 
     eps: float = setting(valid=Range(0, open="()"))
-    norm: str = "linf"
+    norm: Threat = "linf"
     samples: int = setting(1000, counts(0))
     attacks: tuple[str, ...] = ATTACKS
     pgd_steps: int = setting(50, counts())
@@ -50,8 +50,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_ranges(self, ValueError)
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.norm not in THREATS:
+            raise ValueError(f"norm must be one of {', '.join(THREATS)}, got {self.norm!r}")
         if self.norm == "linf" and self.eps not in RADII:
             raise ValueError(f"eps must be {RADII}, got {self.eps}")
         for attack in self.attacks:

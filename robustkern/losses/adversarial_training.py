@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern._choices import Impl
 from robustkern._classifier import logits_of
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, Rise, value_without_graph
@@ -38,7 +39,7 @@ class AdversarialTraining(GivenAttackLoss):
 
     weight: float = 1.0
     label_smoothing: float = 0.0
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
         def cross_entropy(logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import Impl
 from robustkern._dtypes import accumulation_dtype
 from robustkern.draw import Draw
 from robustkern.losses.attack_loss import GivenAttackLoss
@@ -36,7 +37,7 @@ class ALP(GivenAttackLoss):
     """
 
     weight: float = 0.5
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:
         clean, attacked = self._both_logits(model, x, adversary, y)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import STARTS, Impl, Norm, Start
 from robustkern._classifier import gradient_of, logits_of
 from robustkern._options import check_options
 from robustkern.attacks import FGSM, NFGSM, PGD, attacked
@@ -17,7 +18,6 @@ from robustkern.losses._passes import RandomState
 from robustkern.losses.loss import Loss, Model
 from robustkern.terms import Terms
 
-STARTS = ("gaussian", "uniform")
 _SMALL = 1e-3  # standard deviation of the Gaussian start, in units of the image
 _PGD_10 = PGD(8 / 255, 2 / 255, steps=10)
 
@@ -79,9 +79,9 @@ class AscentLoss(AttackLoss):
     eps: float | Tensor = field(default=8 / 255, kw_only=True)
     step_size: float | Tensor | None = field(default=None, kw_only=True)
     steps: int = field(default=10, kw_only=True)
-    norm: str = field(default="linf", kw_only=True)
-    start: str = field(default="gaussian", kw_only=True)
-    impl: str = field(default="auto", kw_only=True)
+    norm: Norm = field(default="linf", kw_only=True)
+    start: Start = field(default="gaussian", kw_only=True)
+    impl: Impl = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         check_options(self, box=True, start=STARTS)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from robustkern._choices import Impl
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
 from robustkern.terms import Terms
@@ -25,7 +26,7 @@ class CrossEntropy(Loss):
 
     label_smoothing: float = 0.0
     temperature: float = 1.0
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         orientation = self._cross_entropy(model, x, y).mean()

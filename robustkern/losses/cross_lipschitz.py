@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from robustkern._choices import Kind
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
@@ -32,7 +33,7 @@ class CrossLipschitz(ProjectedPenalty):
 
     weight: float = 1e-4
 
-    kind: ClassVar[str] = "centred"
+    kind: ClassVar[Kind] = "centred"
 
     def _scale(self, logits: Tensor) -> float:
         return 2.0 / logits.shape[1]

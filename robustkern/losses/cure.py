@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import Impl
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
 from robustkern.losses._passes import RandomState, frozen_statistics, leaf
@@ -42,7 +43,7 @@ class CURE(Loss):
     eps: float | Tensor = 8 / 255
     squared: bool = True
     label_smoothing: float = 0.0
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         x, state = leaf(x), RandomState(model, x)

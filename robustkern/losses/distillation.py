@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkern import ops
+from robustkern._choices import Impl
 from robustkern._classifier import check_logits
 from robustkern.attacks import attacked
 from robustkern.draw import Draw
@@ -38,7 +39,7 @@ class Distillation(Loss):
 
     teacher: nn.Module
     temperature: float = 100.0
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.teacher, nn.Module):

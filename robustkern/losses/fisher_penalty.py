@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from robustkern._choices import Kind
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
@@ -38,4 +39,4 @@ class FisherPenalty(ProjectedPenalty):
     weight: float = 0.5
     eps: float | Tensor = 8 / 255
 
-    kind: ClassVar[str] = "fisher"
+    kind: ClassVar[Kind] = "fisher"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import Impl
 from robustkern._dtypes import accumulation_dtype
 from robustkern._options import check_options
 from robustkern.attacks._common import check_batch
@@ -46,7 +47,7 @@ class GradAlign(AttackLoss):
     weight: float = 0.2
     eps: float | Tensor = 8 / 255
     step_size: float | Tensor | None = None
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         check_options(self, box=True)

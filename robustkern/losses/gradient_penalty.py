@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkern._choices import ESTIMATORS, Estimator, Impl
 from robustkern._options import check_options
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
@@ -17,8 +18,6 @@ from robustkern.losses._passes import RandomState, frozen_statistics, leaf
 from robustkern.losses.loss import Loss, Model
 from robustkern.penalties import gradient_norm
 from robustkern.terms import Terms
-
-ESTIMATORS = ("exact", "finite-difference")
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class GradientPenalty(Loss):
     eps: float | Tensor = 8 / 255
     squared: bool = False
     label_smoothing: float = 0.0
-    impl: str = "auto"
-    estimator: str = "exact"
+    impl: Impl = "auto"
+    estimator: Estimator = "exact"
     h: float = 0.1
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from robustkern._choices import Kind
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 
@@ -33,4 +34,4 @@ class JacobianPenalty(ProjectedPenalty):
     weight: float = 0.005
     squared: bool = True
 
-    kind: ClassVar[str] = "plain"
+    kind: ClassVar[Kind] = "plain"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import Impl
 from robustkern._classifier import logits_of
 from robustkern.draw import Draw
 from robustkern.losses.loss import Loss, Model
@@ -31,7 +32,7 @@ class LabelSmoothing(Loss):
     """
 
     weight: float = 0.1
-    impl: str = "auto"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

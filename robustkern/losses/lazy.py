@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -43,8 +44,10 @@ class Lazy(Loss):
             inner = self.loss
             while isinstance(inner, (AWP, Lazy)):
                 inner = inner.loss
-            smoothing, impl = getattr(inner, "label_smoothing", 0.0), getattr(inner, "impl", "auto")
-            object.__setattr__(self, "orientation", CrossEntropy(smoothing, impl=impl))
+            options: dict[str, Any] = {
+                name: getattr(inner, name) for name in ("label_smoothing", "impl") if hasattr(inner, name)
+            }
+            object.__setattr__(self, "orientation", CrossEntropy(**options))
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         if draw.step is None and self.every > 1:

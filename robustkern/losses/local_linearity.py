@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from robustkern._choices import Start
 from robustkern._classifier import gradient_of
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
@@ -42,7 +43,7 @@ class LocalLinearity(AscentLoss):
     ratio: float = 0.75
 
     steps: int = field(default=2, kw_only=True)
-    start: str = field(default="uniform", kw_only=True)
+    start: Start = field(default="uniform", kw_only=True)
 
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         with torch.enable_grad():

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import Impl
 from robustkern._classifier import check_call, logits_of
 from robustkern._input_gradient import check_differentiable, input_gradient
 from robustkern._options import check_options
@@ -22,7 +23,7 @@ class Loss:
     """total = orientation + weight * smoothness, each the mean over the batch of a per-sample quantity."""
 
     soft: ClassVar[bool] = True  # whether y may be probabilities
-    label_smoothing, temperature, impl = 0.0, 1.0, "auto"  # for losses without these options
+    label_smoothing, temperature, impl = 0.0, 1.0, cast(Impl, "auto")  # for losses without these options
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from robustkern._choices import Impl, Kind, Law
 from robustkern._classifier import logits_of
 from robustkern.double_backward import fused_where_possible
 from robustkern.draw import Draw
@@ -43,12 +44,12 @@ class ProjectedPenalty(Loss):
     weight: float
     projections: int | Literal["exact"] = 1
     eps: float | Tensor = 1.0
-    law: str = "orthonormal"
+    law: Law = "orthonormal"
     fraction: float = 1.0
     label_smoothing: float = 0.0
-    impl: str = "auto"
+    impl: Impl = "auto"
 
-    kind: ClassVar[str]
+    kind: ClassVar[Kind]
     squared = True
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustkern import ops
+from robustkern._choices import Impl, Norm
 from robustkern._classifier import logits_of
 from robustkern._options import check_options
 from robustkern.attacks import attacked
@@ -47,8 +48,8 @@ class VAT(AttackLoss):
     eps: float | Tensor = 1.0
     xi: float = 1.0
     steps: int = 1
-    norm: str = "l2"
-    impl: str = "auto"
+    norm: Norm = "l2"
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         check_options(self, box=True, norm=("l2", "linf"))
@@ -64,7 +65,7 @@ class VAT(AttackLoss):
                 direction = gradient("VAT", lambda v: ops.kl_divergence(clean, logits(v), impl=self.impl), probe)
             return self._moved(x, direction, self.eps, self.norm)
 
-    def _moved(self, x: Tensor, direction: Tensor, length: float | Tensor, norm: str) -> Tensor:
+    def _moved(self, x: Tensor, direction: Tensor, length: float | Tensor, norm: Norm) -> Tensor:
         return ops.attack_step(x.clone(), x, direction, eps=length, step_size=length, norm=norm, impl=self.impl)
 
     def terms(self, model: Model, x: Tensor, adversary: Tensor, y: Tensor, draw: Draw) -> Terms:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from robustkern._choices import NORMS
 from robustkern._dtypes import accumulation_dtype
-from robustkern.reference.attack_step import NORMS
 
 
 class Rows:

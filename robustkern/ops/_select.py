@@ -4,9 +4,8 @@ import torch
 from torch.autograd import forward_ad
 
 from robustkern import _library
+from robustkern._choices import IMPLS
 from robustkern._dtypes import DTYPES
-
-IMPLS = ("auto", "kernel", "reference")
 
 
 def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:

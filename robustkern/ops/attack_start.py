@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import NORMS, Impl, Norm
 from robustkern.ops._attack_arguments import Rows, check_ball, check_broadcast
 from robustkern.ops._register import register_fake
 from robustkern.ops._select import check_floating, use_kernel
-from robustkern.reference.attack_step import NORMS
 from robustkern.reference.random_cotangents import draw_seed
 
 
@@ -15,12 +15,12 @@ def attack_start(
     x: Tensor,  # [B, ...]
     *,
     eps: Tensor | float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     generator: torch.Generator | None = None,
     seed: Tensor | None = None,
     samples: Tensor | None = None,  # [B]
     restart: int = 0,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # like x
     r"""x'_i = clamp(x_i + u_i, 0, 1), u_i uniform in {||u|| <= eps}.
 

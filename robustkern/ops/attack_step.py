@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import NORMS, Impl, Norm
 from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._attack_arguments import Rows, check_ball, check_broadcast, check_like
 from robustkern.ops._register import register_fake
 from robustkern.ops._select import check_floating, use_kernel
-from robustkern.reference.attack_step import NORMS
 
 
 def attack_step(
@@ -18,10 +18,10 @@ def attack_step(
     *,
     eps: Tensor | float,
     step_size: Tensor | float = 0.0,
-    norm: str = "linf",
+    norm: Norm = "linf",
     scale: Tensor | None = None,  # [B]
     coordinates: int = 1,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # adversary
     r"""x'_i <- P(x'_i + s_i step_size d(g_i)), in place: P projects on {||x' - x_i|| <= eps} and on [0, 1].
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import Impl
 from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._pytorch_derivatives import DERIVATIVES, Derivative, nothing, register_derivative
 from robustkern.ops._register import register_fake
@@ -24,7 +25,7 @@ def attention_jvp(
     mask_tangent: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:  # [B, H, L, E] twice
     r"""out = P v with P = softmax(scale q k^T + mask), and tangent = P * (T - sum_j P T) v + P dv.
 

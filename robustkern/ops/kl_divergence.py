@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import Impl
 from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._chains import register_chain
 from robustkern.ops._register import register_fake, register_row_vmap
@@ -15,7 +16,7 @@ def kl_divergence(
     q_logits: Tensor,  # like p_logits
     *,
     temperature: float = 1.0,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [B] or [B, d1, ...]
     r"""kl_i = sum_c p_ic (log p_ic - log q_ic), with p = softmax(p_logits / T) and q = softmax(q_logits / T).
 

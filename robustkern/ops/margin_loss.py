@@ -4,21 +4,21 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import MARGINS as KINDS
+from robustkern._choices import Impl, Margin
 from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._chains import register_chain
 from robustkern.ops._register import register_fake, register_row_vmap
 from robustkern.ops._select import check_floating, use_kernel
-
-KINDS = ("cw", "dlr")  # in the order of csrc/math/margin_loss.h
 
 
 def margin_loss(
     logits: Tensor,  # [B, C]
     target: Tensor,  # [B]
     *,
-    kind: str = "cw",
+    kind: Margin = "cw",
     towards: Tensor | None = None,  # [B]
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [B]
     r"""loss_i = z_o - z_y (cw), or (z_o - z_y) / (z_(1) - z_(3)) (dlr); o = towards, or else the best wrong class.
 

@@ -5,25 +5,24 @@ from torch import Tensor
 
 from robustkern import _library, reference
 from robustkern._arguments import check_choice, check_generator, check_integer
+from robustkern._choices import KINDS, LAWS, Impl, Kind, Law
 from robustkern.ops._chains import register_chain
 from robustkern.ops._register import register_fake, register_looped_vmap
 from robustkern.ops._select import check_floating, use_kernel
 from robustkern.reference.random_cotangents import draw_seed
 
 # In the order of csrc/math/random_cotangents.h.
-LAWS = ("sphere", "gaussian", "rademacher", "orthonormal")
-KINDS = ("plain", "centred", "fisher")
 
 
 def random_cotangents(
     outputs: Tensor,  # [B, C] or [B, C, d1, ...]
     projections: int,
     *,
-    law: str = "sphere",
-    kind: str = "plain",
+    law: Law = "sphere",
+    kind: Kind = "plain",
     generator: torch.Generator | None = None,
     seed: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [K, B, C, ...]
     r"""w_k = v_k, v_k - mean_c(v_k) or sqrt(p) v_k - p <sqrt(p), v_k>, with random v_k, E[v_k v_k^T] = I.
 

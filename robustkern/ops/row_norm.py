@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import Impl
 from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._chains import register_chain
 from robustkern.ops._register import register_fake, register_row_vmap
@@ -18,7 +19,7 @@ def row_norm(
     weight: Tensor | float | None = None,  # [C], [C, 1, 1] or a number
     *,
     squared: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [B]
     r"""n_i = ||w * x_i||_p, with weight w_c on channel c = dimension 1 of x.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from robustkern import _library, reference
+from robustkern._choices import Impl
 from robustkern._dtypes import accumulation_dtype
 from robustkern.ops._chains import register_chain
 from robustkern.ops._register import register_fake, register_row_vmap
@@ -17,7 +18,7 @@ def softmax_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     temperature: float = 1.0,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:  # [B] or [B, d1, ...]
     r"""loss_i = -sum_c q_ic log softmax(z_i / T)_c, with q = (1 - s) target + s / C.
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from robustkern._choices import Norm
 from robustkern._dtypes import accumulation_dtype
 from robustkern.reference.attack_step import as_number, round_between
 from robustkern.reference.random_cotangents import _box_muller, draw_seed, philox
@@ -27,7 +28,7 @@ def _unit_interval(words: Tensor, dtype: torch.dtype) -> Tensor:
     return ((words >> 8) | 1).to(dtype) * 2.0**-24
 
 
-def _direction(words: Tensor, size: int, norm: str, dtype: torch.dtype) -> Tensor:  # [B, size], length 1
+def _direction(words: Tensor, size: int, norm: Norm, dtype: torch.dtype) -> Tensor:  # [B, size], length 1
     if norm == "l2":
         normals = torch.cat([_box_muller(words[..., :2], dtype), _box_muller(words[..., 2:], dtype)], -1)
         flat = normals.flatten(1)[:, :size]
@@ -41,7 +42,7 @@ def attack_start(
     x: Tensor,  # [B, ...]
     *,
     eps: Tensor | float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     generator: torch.Generator | None = None,
     seed: Tensor | None = None,  # [1] int64
     samples: Tensor | None = None,  # [B] int64

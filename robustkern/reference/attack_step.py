@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from robustkern._choices import Norm
 from robustkern._dtypes import accumulation_dtype
-
-NORMS = ("linf", "l2", "l1")  # in the order of csrc/math/attack_step.h
 
 
 def attack_step(
@@ -15,7 +14,7 @@ def attack_step(
     *,
     eps: Tensor | float,
     step_size: Tensor | float = 0.0,
-    norm: str = "linf",
+    norm: Norm = "linf",
     scale: Tensor | None = None,  # [B]
     coordinates: int = 1,
 ) -> Tensor:  # adversary

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from robustkern._choices import Margin
 from robustkern._dtypes import accumulation_dtype
 
 
@@ -10,7 +11,7 @@ def margin_loss(
     logits: Tensor,  # [B, C]
     target: Tensor,  # [B]
     *,
-    kind: str = "cw",
+    kind: Margin = "cw",
     towards: Tensor | None = None,  # [B]
 ) -> Tensor:  # [B]
     """loss_i = (max_{k != y} z_k - z_y) / scale(z); see `robustkern.ops.margin_loss`."""

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from robustkern._choices import Kind, Law
 from robustkern._dtypes import accumulation_dtype
 
 _MASK = 0xFFFFFFFF
@@ -90,7 +91,7 @@ def _frames(seed: Tensor, projections: int, batch: int, size: int, dtype: torch.
     return frames.permute(2, 0, 1)
 
 
-def _draws(seed: Tensor, projections: int, batch: int, size: int, law: str, dtype: torch.dtype) -> Tensor:
+def _draws(seed: Tensor, projections: int, batch: int, size: int, law: Law, dtype: torch.dtype) -> Tensor:
     """v [K, B, D] with E[v v^T] = I."""
     if law == "rademacher":
         return _signs(seed, projections, batch, size, dtype)
@@ -107,8 +108,8 @@ def random_cotangents(
     outputs: Tensor,  # [B, C, ...]
     projections: int,
     *,
-    law: str = "sphere",
-    kind: str = "plain",
+    law: Law = "sphere",
+    kind: Kind = "plain",
     generator: torch.Generator | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:  # [K, B, C, ...]

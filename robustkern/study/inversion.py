@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from robustkern import ops
 from robustkern._arguments import check_choice
+from robustkern._choices import THREATS, Threat
 from robustkern.attacks import attacked
-
-NORMS = ("linf", "l2")
 
 
 def invert(
@@ -18,7 +17,7 @@ def invert(
     *,
     steps: int = 16,
     step_size: float | Tensor = 0.1,
-    norm: str = "linf",
+    norm: Threat = "linf",
     batch_size: int = 500,
 ) -> Tensor:
     r"""x_{t+1} = clamp(x_t - step_size d(grad_x CE(f(x_t), target)), 0, 1), d = sign (linf) or g / ||g||_2 (l2).
@@ -44,7 +43,7 @@ def invert(
     Raises:
         ValueError: An unknown norm, or steps < 1.
     """
-    check_choice("invert", "norm", norm, NORMS)
+    check_choice("invert", "norm", norm, THREATS)
     if steps < 1:
         raise ValueError(f"invert: steps must be at least 1, got {steps}")
     # attack_step stays in a ball; one that reaches from any point of the box to any other limits nothing.

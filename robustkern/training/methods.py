@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from robustkern import Draw, Terms, losses
+from robustkern._choices import Impl
 from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
 from robustkern.data import Dataset
@@ -85,7 +86,7 @@ def _label_smoothing(*, eps: float, **options: Any) -> Loss:
     return losses.LabelSmoothing(**options)
 
 
-def _distillation(*, eps: float, impl: str, teacher: str, temperature: float) -> Loss:
+def _distillation(*, eps: float, impl: Impl, teacher: str, temperature: float) -> Loss:
     require(bool(teacher), "method distillation needs the option teacher: the run directory of a trained network")
     return losses.Distillation(load_model(teacher)[0], temperature, impl=impl)
 
@@ -100,12 +101,12 @@ def _gradient_penalty(*, norm: float, **options: Any) -> Loss:
 
 
 def _adversarial(
-    kind: Callable[..., Attack], *, eps: float, impl: str, weight: float, label_smoothing: float, **options: Any
+    kind: Callable[..., Attack], *, eps: float, impl: Impl, weight: float, label_smoothing: float, **options: Any
 ) -> Loss:
     return losses.AdversarialTraining(kind(eps, impl=impl, **options), weight, label_smoothing, impl)
 
 
-def _alp(*, eps: float, impl: str, weight: float, **options: Any) -> Loss:
+def _alp(*, eps: float, impl: Impl, weight: float, **options: Any) -> Loss:
     return losses.ALP(PGD(eps, impl=impl, **options), weight, impl)
 
 

@@ -32,6 +32,12 @@ def batch_coupling(model: Callable[[Tensor], Tensor], x: Tensor) -> float:
         ValueError: fewer than two samples, outputs that are not [B, ...], or that do not depend on x.
 
     Differentiability: none. Determinism: the same on every run.
+
+    >>> x = torch.rand(8, 4)
+    >>> rk.batch_coupling(nn.Linear(4, 2), x)
+    0.0
+    >>> rk.batch_coupling(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), x) > 0
+    True
     """
     name = "batch_coupling"
     if not isinstance(x, Tensor) or not x.is_floating_point():

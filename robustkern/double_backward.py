@@ -44,6 +44,11 @@ def install(*, materialize_zeros: bool = False) -> None:
 
     Differentiability: any order; beyond the second, PyTorch's own formulas run.  Determinism: the same bits on every
     run. Thread safety: may be called from any thread at any time.
+
+    >>> rk.install()
+    >>> rk.is_installed()
+    True
+    >>> rk.uninstall()
     """
     extension = _extension("install")
     extension.materialize_zeros(materialize_zeros)
@@ -52,7 +57,12 @@ def install(*, materialize_zeros: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Restores PyTorch's own second derivatives; does nothing if they were never replaced."""
+    """Restores PyTorch's own second derivatives; does nothing if they were never replaced.
+
+    >>> rk.uninstall()
+    >>> rk.is_installed()
+    False
+    """
     extension = _library.aten_extension()
     if extension is not None:
         extension.uninstall()
@@ -61,7 +71,11 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether `install()` is in force; scopes of `fused_double_backward` do not count."""
+    """Whether `install()` is in force; scopes of `fused_double_backward` do not count.
+
+    >>> rk.is_installed()
+    False
+    """
     extension = _library.aten_extension()
     return extension is not None and extension.is_installed()
 
@@ -79,6 +93,13 @@ def fused_double_backward() -> Iterator[None]:
 
     Raises:
         RuntimeError: the extension is missing; the message says why.
+
+    >>> x = torch.rand(4, 8, requires_grad=True)
+    >>> with rk.fused_double_backward():
+    ...     (grad,) = torch.autograd.grad(nn.functional.gelu(x).sum(), x, create_graph=True)
+    >>> grad.square().sum().backward()
+    >>> x.grad.shape
+    torch.Size([4, 8])
     """
     extension = _extension("fused_double_backward")
     extension.enter()

@@ -21,6 +21,13 @@ class Draw:
             default one, the only one that torch.compile can trace.
         step: Number of the step, from 0.  `robustkern.losses.Lazy` depends on it and refuses None.
         shard: Which rows of a larger batch x and y are; None: all of them.
+
+    >>> attack_loss = rk.losses.TRADES(steps=1)
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> draws = [rk.Draw(torch.Generator().manual_seed(0)) for _ in range(2)]
+    >>> once, again = (attack_loss(model, x, y, draw).total.item() for draw in draws)
+    >>> once == again
+    True
     """
 
     generator: torch.Generator | None = None

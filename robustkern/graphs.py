@@ -62,6 +62,18 @@ def graphed(
     Raises:
         TypeError: step is not callable, an optimizer or a generator is none.
         ValueError: an optimizer with `capturable=False`, or numbers that are not at least 1.
+
+    >>> model, loss = nn.Linear(6, 3), rk.losses.GradientPenalty()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> def step(x, y):
+    ...     optimizer.zero_grad()
+    ...     terms = loss(model, x, y)
+    ...     terms.backward(inputs=model.parameters())
+    ...     optimizer.step()
+    ...     return terms.total
+    >>> fast = rk.graphed(step, optimizer=optimizer)
+    >>> fast(torch.rand(4, 6), torch.tensor([0, 1, 2, 0])).shape  # on a CPU: the step as it is, and one warning
+    torch.Size([])
     """
     return Graphed(step, optimizer, generators, warmup, most)
 

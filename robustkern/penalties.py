@@ -54,6 +54,14 @@ def gradient_norm(
     Differentiability: once more in the parameters and x if `create_graph`.  Determinism: as deterministic as the
     model's own backward. Source: Drucker and LeCun, "Double backpropagation increasing generalization performance",
     1991; Lyu et al., "A unified gradient regularization family for adversarial examples", 2015.
+
+    >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]], requires_grad=True)
+    >>> losses = x.square().sum(1) / 2  # whose gradient is x
+    >>> rk.gradient_norm(losses, x, p=2).tolist()
+    [5.0, 1.0]
+    >>> rk.gradient_norm(losses, x, p=1).mean().backward()
+    >>> x.grad.tolist()
+    [[0.5, 0.5], [0.0, 0.5]]
     """
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph
     _check(loss, x)

@@ -66,6 +66,11 @@ def jacobian_spectral_norm(
     of the largest singular value once v has converged; zero where the Jacobian is zero. Determinism: given the start or
     the generator's state, as deterministic as the model's own backward. Source: Yoshida and Miyato,
     "Spectral norm regularization", 2017.
+
+    >>> x = torch.rand(2, 2, requires_grad=True)
+    >>> outputs = x * torch.tensor([3.0, 1.0])
+    >>> rk.jacobian_spectral_norm(outputs, x, 20, create_graph=False).round(decimals=3).tolist()
+    [3.0, 3.0]
     """
     function = "jacobian_spectral_norm"
     differentiable = torch.is_grad_enabled() if create_graph is None else create_graph

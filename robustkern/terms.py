@@ -12,6 +12,14 @@ class Terms(NamedTuple):
     """total = orientation + weight * smoothness, both means over the batch of a per-sample quantity.
 
     Since neither term depends on the batch size, neither does the meaning of the weight.
+
+    >>> w = torch.tensor(2.0, requires_grad=True)
+    >>> terms = rk.Terms(orientation=3 * w, smoothness=w.square(), weight=0.5)
+    >>> terms.total.item()
+    8.0
+    >>> terms.backward()
+    >>> w.grad.item()
+    5.0
     """
 
     orientation: Tensor  # scalar: expected loss

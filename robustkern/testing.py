@@ -14,7 +14,13 @@ __all__ = ["Derivatives", "assert_as_accurate_as_reference", "cast", "derivative
 
 
 class Derivatives(NamedTuple):
-    """A function value y = f(x) and its derivatives, as `derivatives` computes them."""
+    """A function value y = f(x) and its derivatives, as `derivatives` computes them.
+
+    >>> from robustkern.testing import derivatives
+    >>> one = torch.ones(2)
+    >>> derivatives(torch.sin, torch.zeros(2), one, one).grad_x.tolist()  # cos 0
+    [1.0, 1.0]
+    """
 
     value: Tensor  # y
     grad_x: Tensor  # grad . dy/dx
@@ -36,6 +42,11 @@ def derivatives(
 
     Returns:
         Four detached tensors; zeros for a derivative that is absent from the graph or was not asked for.
+
+    >>> from robustkern.testing import derivatives
+    >>> x, one = torch.tensor([1.0, 2.0]), torch.ones(2)
+    >>> derivatives(lambda x: x**3, x, one, one).second.tolist()  # 6 x
+    [6.0, 12.0]
     """
     x = x.detach().requires_grad_()
     grad = grad.detach().requires_grad_()
@@ -51,7 +62,12 @@ def derivatives(
 
 
 def cast(value: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """Converts floating-point tensors, also those in tuples, lists and dictionaries; leaves the rest as it is."""
+    """Converts floating-point tensors, also those in tuples, lists and dictionaries; leaves the rest as it is.
+
+    >>> from robustkern.testing import cast
+    >>> cast({"x": torch.ones(2), "p": 1})["x"].dtype
+    torch.float64
+    """
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -80,6 +96,10 @@ def assert_as_accurate_as_reference(
     Raises:
         AssertionError: the shape, dtype or device differs from that of `eager`, an element is not finite, `exact` is
             zero without `zero` or the other way round, or the error is too large; the message holds the numbers.
+
+    >>> from robustkern.testing import assert_as_accurate_as_reference
+    >>> x = torch.linspace(0, 1, 5)
+    >>> assert_as_accurate_as_reference(x.exp(), x.exp(), x.double().exp())
     """
     for name, other in (("eager", eager), ("exact", exact)):
         if actual.shape != other.shape:

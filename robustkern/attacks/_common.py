@@ -30,6 +30,14 @@ def attacked(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
     Raises:
         RuntimeError: A buffer that is only watched was written into, by something other than its module.
+
+    >>> from robustkern.attacks import attacked
+    >>> model = nn.Sequential(nn.Linear(6, 3), nn.Dropout()).train()
+    >>> with attacked(model):
+    ...     print(model.training, model[0].weight.requires_grad)
+    False False
+    >>> model.training
+    True
     """
     seen = model if isinstance(model, nn.Module) else nn.Module()
     modes = [(module, module.training) for module in seen.modules()]

@@ -39,6 +39,12 @@ class APGD(Attack):
         loss: "ce", "cw", "dlr" or "dlr-targeted".
         random_start: Start at a uniformly random point of the ball (True) or at x (False).
         impl: "auto", "kernel" or "reference" for the operators.
+
+    >>> from robustkern.attacks import APGD
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> adversaries = APGD(eps=0.1, steps=5)(model, x, y)
+    >>> bool((adversaries - x).abs().max() <= 0.1 + 1e-6)
+    True
     """
 
     eps: float | Tensor

@@ -32,6 +32,12 @@ class FGSM(Attack):
         targeted: Whether y is the class that the model should predict, not the one that it should leave.
         coordinates: For norm "l1": how many coordinates share the step.
         impl: "auto", "kernel" or "reference" for the operators.
+
+    >>> from robustkern.attacks import FGSM
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> adversaries = FGSM(eps=0.1)(model, x, y)
+    >>> bool((adversaries - x).abs().max() <= 0.1 + 1e-6)
+    True
     """
 
     eps: float | Tensor
@@ -68,6 +74,12 @@ class NFGSM(Attack):
         noise: Size of the noise, in units of eps.
         loss: "ce", "cw" or "dlr".
         impl: "auto", "kernel" or "reference" for the operators.
+
+    >>> from robustkern.attacks import NFGSM
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> adversaries = NFGSM(eps=0.1)(model, x, y)  # its noise may leave the ball
+    >>> bool((adversaries >= 0).all() and (adversaries <= 1).all())
+    True
     """
 
     eps: float | Tensor

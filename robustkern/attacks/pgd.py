@@ -38,6 +38,12 @@ class PGD(Attack):
             lower, and each step waits for the device.
         coordinates: For norm "l1": how many coordinates share a step.
         impl: "auto", "kernel" or "reference" for the operators.
+
+    >>> from robustkern.attacks import PGD
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> adversaries = PGD(eps=0.1, steps=3)(model, x, y)
+    >>> bool((adversaries - x).abs().max() <= 0.1 + 1e-6)
+    True
     """
 
     eps: float | Tensor

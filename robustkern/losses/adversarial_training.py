@@ -35,6 +35,13 @@ class AdversarialTraining(GivenAttackLoss):
     BatchNorm is in eval mode during the attack, as in the published codes; then the adversaries go through the model
     in its own mode; in training mode, they alone enter the running statistics.
     Differentiable once.  Sources: Goodfellow et al. 2015; Madry et al. 2018; Wong et al. 2020 (FGSM with random start).
+
+    >>> from robustkern.attacks import FGSM
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.AdversarialTraining(FGSM(0.1))(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.total > 0)
+    True
     """
 
     weight: float = 1.0

@@ -34,6 +34,13 @@ class ALP(GivenAttackLoss):
     BatchNorm is in eval mode during the attack; then x and the adversaries go through the model one after the other,
     each normalised by its own batch in training mode, and both enter the running statistics.  Differentiable once.
     Source: Kannan et al., Adversarial logit pairing, 2018.
+
+    >>> from robustkern.attacks import PGD
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.ALP(PGD(0.1, steps=2))(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 0.5

@@ -39,6 +39,12 @@ class AWP(Loss):
     Passes: those of the loss, and all but its attack's once more (4 for adversarial training).
     BatchNorm: the pass that gives v leaves the running statistics alone; the other is the loss's own.  Differentiable
     once.  Source: Wu et al., Adversarial weight perturbation helps robust generalization, NeurIPS 2020.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.AWP(rk.losses.TRADES(eps=0.1, steps=2), gamma=0.005)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     loss: Callable[..., Terms]

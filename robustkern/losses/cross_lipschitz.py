@@ -29,6 +29,12 @@ class CrossLipschitz(ProjectedPenalty):
     BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
     derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
     Source: Hein and Andriushchenko 2017.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.CrossLipschitz(weight=0.01, projections=2)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 1e-4

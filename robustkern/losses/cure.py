@@ -37,6 +37,12 @@ class CURE(Loss):
     normalised by its own batch, only that of x enters the running statistics, and the gradients also contain the other
     samples' part (see `robustkern.batch_coupling`).  Errors, dtypes and derivatives: see `robustkern.gradient_norm`.
     Source: Moosavi-Dezfooli et al., Robustness via curvature regularization, and vice versa, CVPR 2019.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.CURE(weight=4.0, eps=0.1)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 4.0

@@ -35,6 +35,12 @@ class Distillation(Loss):
     BatchNorm: in the mode of the model.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Papernot et al., Distillation as a defense to adversarial perturbations against deep neural networks, 2016;
     refuted by Carlini and Wagner, 2017.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.Distillation(nn.Linear(6, 3), temperature=20.0)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.orientation > 0)
+    True
     """
 
     teacher: nn.Module

@@ -34,6 +34,12 @@ class FisherPenalty(ProjectedPenalty):
 
     BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
     derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.FisherPenalty(weight=0.5, projections=1, eps=8 / 255)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 0.5

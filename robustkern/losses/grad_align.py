@@ -42,6 +42,12 @@ class GradAlign(AttackLoss):
     normalised by its own batch, only the adversaries enter the running statistics, and gradients also contain the other
     samples' part (see `robustkern.batch_coupling`).  Source: Andriushchenko and Flammarion, Understanding and improving
     fast adversarial training, NeurIPS 2020.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.GradAlign(weight=0.2, eps=0.1)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(0 <= terms.smoothness <= 2)
+    True
     """
 
     weight: float = 0.2

@@ -52,6 +52,12 @@ class GradientPenalty(Loss):
     Errors, dtypes and derivatives: see `robustkern.gradient_norm` and `robustkern.ops.softmax_cross_entropy`.
     Source: Drucker and LeCun 1991; Ross and Doshi-Velez 2018 (squared L2); Lyu et al. 2015 (the norm dual to the
     threat); Finlay and Oberman 2019 (finite differences).
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.GradientPenalty(weight=1.0, p=1, eps=8 / 255)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> terms.weight, bool(terms.smoothness > 0)
+    (1.0, True)
     """
 
     weight: float = 1.0

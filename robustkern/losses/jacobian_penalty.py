@@ -29,6 +29,12 @@ class JacobianPenalty(ProjectedPenalty):
     BatchNorm in training mode adds the other samples' part; see `robustkern.batch_coupling`. Errors, dtypes and
     derivatives: see `robustkern.jacobian_norm` and `robustkern.ops.softmax_cross_entropy`.
     Source: Hoffman, Roberts and Yaida 2019.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.JacobianPenalty(weight=0.01, projections="exact")(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(torch.isclose(terms.smoothness, model.weight.square().sum()))  # the Jacobian is the weight
+    True
     """
 
     weight: float = 0.005

@@ -29,6 +29,12 @@ class LabelSmoothing(Loss):
     Passes: 3, a plain step.
     BatchNorm: in the mode of the model.  Errors, dtypes and derivatives: see `robustkern.ops.softmax_cross_entropy`.
     Source: Szegedy et al., Rethinking the Inception architecture for computer vision, CVPR 2016.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.LabelSmoothing(weight=0.1)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 0.1

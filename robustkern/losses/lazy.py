@@ -32,6 +32,11 @@ class Lazy(Loss):
     An `AWP` inside perturbs the weights on the penalised steps, one around it on all.  BatchNorm, derivatives: those of
     the loss.  Source: Karras et al., Analyzing and improving the image quality of StyleGAN, CVPR 2020, appendix B (lazy
     regularisation).
+
+    >>> loss = rk.losses.Lazy(rk.losses.GradientPenalty(weight=1.0), every=4)
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> [loss(model, x, y, rk.Draw(step=step)).weight for step in range(5)]
+    [4.0, 0.0, 0.0, 0.0, 4.0]
     """
 
     loss: Callable[..., Terms]

@@ -37,6 +37,12 @@ class LocalLinearity(AscentLoss):
     BatchNorm is in eval mode in the search for delta; then, in training mode, both passes are normalised by their own
     batches, only that of x enters the running statistics, and g also contains the other samples' part (see
     `robustkern.batch_coupling`).  Source: Qin et al., Adversarial robustness through local linearization, NeurIPS 2019.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.LocalLinearity(eps=0.1, steps=2)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 4.0

@@ -36,6 +36,12 @@ class MART(AscentLoss):
     each normalised by its own batch in training mode, and both enter the running statistics, as in the published code.
     Differentiable once.  Source: Wang et al., Improving adversarial robustness requires revisiting misclassified
     examples, ICLR 2020.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.MART(weight=5.0, eps=0.1, steps=2)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 5.0

@@ -32,6 +32,12 @@ class TRADES(AscentLoss):
     each normalised by its own batch in training mode, and both enter the running statistics, as in the published code
     (which passes x once more).  Differentiable once.  Source: Zhang et al., Theoretically principled trade-off between
     robustness and accuracy, ICML 2019.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.TRADES(weight=6.0, eps=0.1, steps=2)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 6.0

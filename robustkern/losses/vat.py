@@ -42,6 +42,12 @@ class VAT(AttackLoss):
     BatchNorm is in eval mode during the power iteration; the pass at x + r is normalised by its batch in training mode
     and leaves the running statistics alone, as in the published codes.  Differentiable once.  Source: Miyato et al.,
     Virtual adversarial training, 2018.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> terms = rk.losses.VAT(eps=0.5)(model, x, y)
+    >>> terms.backward(inputs=model.parameters())
+    >>> bool(terms.smoothness >= 0)
+    True
     """
 
     weight: float = 1.0

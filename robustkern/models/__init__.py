@@ -38,6 +38,10 @@ def create(
         in_shape: Channels, height and width of an image.
         mean: Mean of each channel, zero by default.
         std: Standard deviation of each channel, one by default.
+
+    >>> from robustkern.models import create
+    >>> create("small-cnn", 10, (1, 28, 28))(torch.rand(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}: choose one of {', '.join(MODELS)}")

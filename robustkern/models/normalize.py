@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std, per channel. Mean and standard deviation are buffers, saved with the weights."""
+    """(x - mean) / std, per channel. Mean and standard deviation are buffers, saved with the weights.
+
+    >>> from robustkern.models import Normalize
+    >>> Normalize([0.5], [0.25])(torch.ones(1, 1, 1, 1)).item()
+    2.0
+    """
 
     mean: Tensor  # [C, 1, 1]
     std: Tensor  # [C, 1, 1]

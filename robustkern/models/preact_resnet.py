@@ -34,6 +34,10 @@ class PreActResNet(nn.Module):
         blocks: Number of blocks of each stage.
         widths: Channels of each stage; every stage but the first halves the image.
         stem: Channels of the first convolution; those of the first stage by default.
+
+    >>> from robustkern.models import PreActResNet
+    >>> PreActResNet(10, (3, 8, 8), blocks=(1, 1), widths=(8, 16))(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(

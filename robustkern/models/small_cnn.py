@@ -18,6 +18,10 @@ class SmallCNN(nn.Module):
         in_shape: Channels, height and width of an image.
         width: Channels of the first convolution; the others have twice as many.
         features: Width of the hidden linear layer.
+
+    >>> from robustkern.models import SmallCNN
+    >>> SmallCNN(10, (3, 32, 32))(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(self, num_classes: int, in_shape: tuple[int, int, int], width: int = 16, features: int = 128) -> None:

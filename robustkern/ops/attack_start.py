@@ -49,6 +49,11 @@ def attack_start(
     Differentiability: none; results have no history.  Determinism: Philox4x32-10, keyed by the seed and counted by
     entry (of the contiguous sample, whatever the layout), sample and restart: the same bits on every run and for any
     number of threads; for linf also on CPU and CUDA, where l1 and l2 agree to rounding.  Saved for backward: nothing.
+
+    >>> x = torch.full((2, 3), 0.5)
+    >>> start = rk.ops.attack_start(x, eps=0.25)
+    >>> bool((start - x).abs().max() <= 0.25)
+    True
     """
     op = "attack_start"
     check_floating(op, "x", x)

@@ -59,6 +59,10 @@ def attack_step(
 
     Differentiability: none; results have no history.  Determinism: the same bits on every run, for every batch size
     and number of threads.  Saved for backward: nothing.
+
+    >>> x = torch.full((1, 2), 0.5)
+    >>> rk.ops.attack_step(x.clone(), x, torch.tensor([[1.0, -2.0]]), eps=0.25, step_size=1.0).tolist()
+    [[0.75, 0.25]]
     """
     op = "attack_step"
     check_floating(op, "x", x)

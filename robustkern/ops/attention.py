@@ -61,6 +61,11 @@ def attention_jvp(
     orders, store the scores of all heads.  Determinism: the same bits on every run, for every batch size and number of
     threads; its gradients are as deterministic as PyTorch's.  Saved for backward: q, k, v, mask, the tangents, out and
     one number for each row.
+
+    >>> q, k, v = torch.rand(3, 1, 2, 5, 4)
+    >>> out, tangent = rk.ops.attention_jvp(q, k, v, v_tangent=torch.ones_like(v))
+    >>> torch.allclose(tangent, torch.ones_like(v))  # weights add up to 1
+    True
     """
     check_floating("attention_jvp", "q", q)
     if q.dim() != 4:

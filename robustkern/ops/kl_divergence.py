@@ -42,6 +42,10 @@ def kl_divergence(
     Differentiability: twice in both logits; a third derivative raises.  Determinism: the same bits on every run and
     for every batch size.  Saved for backward: both logits and five numbers a row (each one's maximum and the log of its
     sum, and log p - log q of p's first choice).
+
+    >>> p, q = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 2.0]])
+    >>> rk.ops.kl_divergence(p, q).tolist()  # equal distributions
+    [0.0]
     """
     op = "kl_divergence"
     check_floating(op, "p_logits", p_logits)

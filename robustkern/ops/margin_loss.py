@@ -45,6 +45,9 @@ def margin_loss(
 
     Differentiability: once in the logits; a second derivative raises.  Ties are broken by the lower class.
     Determinism: the same bits on every run and for every batch size.  Saved for backward: the gradient of each loss.
+
+    >>> rk.ops.margin_loss(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1])).tolist()  # 2 - 3
+    [-1.0]
     """
     op = "margin_loss"
     check_floating(op, "logits", logits)

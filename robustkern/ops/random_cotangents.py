@@ -58,6 +58,10 @@ def random_cotangents(
     Determinism: Philox4x32-10, keyed by the seed and counted by entry, projection and sample: the same bits on every
     run, on CPU and CUDA, and for any number of threads.  Without a seed, the result follows the generator.  Saved for
     backward: outputs and the seed, from which v is drawn again.
+
+    >>> v = rk.ops.random_cotangents(torch.zeros(2, 4), 3, law="orthonormal")  # [K, B, C]
+    >>> torch.allclose(v[:, 0] @ v[:, 0].T, 4 * torch.eye(3), atol=1e-5)  # of length sqrt(C)
+    True
     """
     op = "random_cotangents"
     check_floating(op, "outputs", outputs)

@@ -45,6 +45,11 @@ def row_norm(
     in both orders: at x_i = 0, at single zeros for p = 1, at single zeros of the second derivative for 1 < p < 2.  p
     = inf shares its gradient equally between ties. Determinism: the same bits on every run, for every batch size
     and number of threads.  Saved for backward: x and n.
+
+    >>> rk.ops.row_norm(torch.tensor([[3.0, -4.0]]), 2).tolist()
+    [5.0]
+    >>> rk.ops.row_norm(torch.tensor([[3.0, -4.0]]), float("inf")).tolist()
+    [4.0]
     """
     check_floating("row_norm", "x", x)
     p = float(p)

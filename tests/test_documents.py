@@ -33,3 +33,18 @@ def test_python_on_a_page_runs(page, tmp_path, monkeypatch):
             exec(compile("\n" * line + fence[1], str(page), "exec"), namespace)
     finally:
         rk.uninstall()
+
+
+MESSAGES = re.findall(
+    r"^\| `(.+?)` \|", (ROOT / "docs" / "install.md").read_text().partition("## When")[2], re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("message", [message for message in MESSAGES if " " in message])
+def test_what_an_installation_says_is_quoted_word_for_word(message):
+    """A message is put together from pieces, whose words the sources hold in this order."""
+    files = ("setup.py", "Makefile", "robustkern/_library.py", "robustkern/double_backward.py")
+    written = " ".join(re.sub(r'"\s*\n\s*f?"', "", (ROOT / name).read_text()) for name in files)
+    parts = [part for part in re.split(r"…|_aten|_cuda|_C\b", message) if part.strip(" .")]
+    words = "[^\n]*?".join(re.escape(part.strip()) for part in parts)
+    assert re.search(words, written), message

@@ -40,6 +40,9 @@ html_theme = "furo"
 html_title = f"robustkern {release}"
 html_extra_path = [str(Path(__file__).parent / "root")]  # an index.html that leads to docs/index.html
 html_copy_source = False
+html_show_copyright = False
+html_static_path = [str(Path(__file__).parent / "static")]
+html_css_files = ["wide.css"]
 copybutton_exclude = ".linenos, .gp"
 
 

@@ -1,6 +1,7 @@
 """Checks of what every attack and every loss is called with (a model, images, labels) and of the model's logits."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,23 @@ def check_call(name: str, model: object, x: Any, y: Any, generator: object = Non
                 f"{name}: y must be classes or probabilities, finite and not negative, got {least:g} to {largest:g}"
             )
     return y
+
+
+def warn_outside(name: str, x: Tensor) -> None:
+    """Warns, once for each loss, of an x outside [0, 1], where a radius means something else.  On the CPU only."""
+    if name in _warned or not is_readable(x) or not x.numel():
+        return
+    least, largest = (end.item() for end in torch.aminmax(x.detach()))
+    if not 0 <= least <= largest <= 1:
+        _warned.add(name)
+        warnings.warn(
+            f"{name}: x has values from {least:g} to {largest:g}, and eps is in units of x: of images normalised "
+            "outside the model it is not the published radius (normalise inside, images in [0, 1])",
+            stacklevel=4,
+        )
+
+
+_warned: set[str] = set()
 
 
 def check_least(name: str, least: int) -> None:

@@ -176,7 +176,7 @@ def seeds(reader: str) -> list[bytes]:
     images = struct.pack(">BBBB3I", 0, 0, 8, 3, 2, 2, 2) + bytes(8)
     labels = struct.pack(">BBBBI", 0, 0, 8, 1, 2) + bytes(2)
     header = {"model": "small-cnn", "classes": ["a", "b"], "in_shape": [1, 4, 4], "eps": 0.1, "data": "digits",
-              "method": "standard", "sha256": weights._digest(network())}  # fmt: skip
+              "method": "standard", "sha256": weights.digest(network())}  # fmt: skip
     head = json.dumps(header).encode()
     whole = state().to_bytes()
     settings = SETTINGS.to_yaml()

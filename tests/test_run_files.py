@@ -85,7 +85,9 @@ def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
         "gamma": 0.375, "ramp": 0.4375, "clip": 1.5, "ema": 0.625, "amp": True, "seed": 11, "impl": "reference",
         "device": "cpu", "threads": 2, "train_samples": 200, "shuffle_labels": True, "validation": 0.1875,
         "eval_samples": 50, "eval_every": 3, "pgd_steps": 13, "watch": "stop", "checkpoint_every": 17,
-        "max_skipped": 19,
+        "max_skipped": 19, "init": str(tmp_path / "weights.pt"), "smooth_activations": "silu", "data_mean": (0.25,),
+        "data_std": (0.5,), "model_options": {"widths": [8, 16], "stem": 4}, "image_size": 48,
+        "crop_scale": 0.5, "flip": 0.25, "eval_crop": 0.75,
     }  # fmt: skip
     seen = []
     monkeypatch.setattr(cli_train, "train", lambda config, *args, **kwargs: seen.append(config))
@@ -94,6 +96,9 @@ def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if isinstance(value, dict):
+            words += [word for key, entry in value.items() for word in ("--model-set", f"{key}={entry}")]
+            continue
         words += [flag] if value is True else [flag, text]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output

@@ -156,7 +156,7 @@ def test_a_folder_belongs_to_one_study(done):
         (["--epochs", 0], "'--epochs': must be an integer from 1 to 2147483647, got '0'"),
         (["--samples", -5], "'--samples': must be an integer from 1 to 2147483647, got '-5'"),
         (["--threads", 0], "'--threads': must be an integer from 1 to 1024, got '0'"),
-        (["--checkpoint", "a=:f"], "--checkpoint: NAME=RUN or NAME=module:function, got 'a=:f'"),
+        (["--checkpoint", "a=:f"], "--checkpoint: NAME=RUN, NAME=module:function or NAME=MODEL@FILE, got 'a=:f'"),
         (["--checkpoint", "a=x:f", "--checkpoint", "a=x:g"], "two of the networks that are given have the same name"),
         (["--checkpoint", "gradient-penalty=x:f"], "train the gradient penalty themselves: give yours another name"),
         (["--checkpoint", "gradient-penalty-x-0.1=x:f"], "would share its files with another network of the study"),
@@ -225,8 +225,8 @@ def test_given_networks_are_measured_beside_those_that_are_trained(done, tmp_pat
     other = json.loads((out / "study.json").read_text())["summary"]["mine"]
     assert other["gradient_norm"]["value"] != written["summary"]["mine"]["gradient_norm"]["value"]
     refused = {
-        "mine": "--checkpoint: NAME=RUN or NAME=module:function, got 'mine'",
-        "mine=nowhere": "nowhere: neither a run directory, a weight file nor module:function",
+        "mine": "--checkpoint: NAME=RUN, NAME=module:function or NAME=MODEL@FILE, got 'mine'",
+        "mine=nowhere": "nowhere: neither a run directory, a weight file, module:function nor MODEL@FILE",
         "mine=my_networks:nothing": "my_networks:nothing: AttributeError: module",
         "mine=my_networks:number": "my_networks:number returned a int, not a torch.nn.Module",
         "mine=my_networks:small": "my_networks:small gives (2, 3) for two images, digits takes logits of 10 classes",

@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 from robustkern import data as datasets
-from robustkern._settings import THREADS
+from robustkern._settings import THREADS, Range, counts
 from robustkern._text import terminal
 from robustkern.attacks._common import box_diameter
+from robustkern.data import Images, View
 from robustkern.evaluation import ATTACKS, Accuracy, MissingPackage, Report, Settings, evaluate
 from robustkern.evaluation.report import FILES, export_state_dict, write_partial, write_report
 from robustkern.evaluation.suite import autoattack_package
@@ -24,24 +26,55 @@ from robustkern.training import Interrupted, TrainingError, UsageError, load_mod
 from robustkern.training.errors import require
 from robustkern.training.figures import eps_text
 from robustkern.training.files import RunLock, make_writable, refuse_foreign, remove_stale
-from robustkern.training.weights import load_model_for
+from robustkern.training.initial import ModelSpec, initial_model
+from robustkern.training.weights import digest, load_model_for
 
 from .errors import FAILED, one_line_errors, print_error
-from .options import ROOT_HELP, device_name, names, option, path, takes
+from .options import (
+    MODEL_HELP,
+    MODEL_SET_HELP,
+    ROOT_HELP,
+    assigned,
+    assignment,
+    device_name,
+    names,
+    numbers,
+    option,
+    path,
+    takes,
+)
 from .progress import bar, say
 
 _ATTACKS_HELP = f"Attacks, separated by commas, of: {', '.join(ATTACKS)}."
+_ELSEWHERE = "A model that was trained elsewhere"
+_RUN_HELP = "Run directory, or a file of weights of one. Without: --model, --init and --data say what to evaluate."
+_INIT_HELP = "Its weights: a file of safetensors or of torch.save, or pretrained."
+_SMOOTH_HELP = "What its ReLU modules were replaced by: gelu, silu or none."
+_MEAN_HELP = "Mean of each channel that it normalises by, 0.485,0.456,0.406. Default: what its weights or timm say."
+_SIZE_HELP = "Height and width that a folder's images are scaled to. Default: what the run had, or as they are."
+_CROP_HELP = "Share of their shorter side that is kept, the middle."
 _OUT_HELP = "Where the files go. Default: RUN/evaluation, or evaluation-NAME beside a file of weights."
 _EXPORT_HELP = 'Also write the weights as {"state_dict": ...}, as RobustBench reads them.'
 
 
 @takes(
     Settings,
+    panels=(None, _ELSEWHERE),
     eps={"help": "Radius: 8/255 or 0.1. Default: the one it was trained with."},
     attacks={"kind": str, "default": ",".join(ATTACKS), "help": _ATTACKS_HELP, "read": names},
 )
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="Run directory, or a file of weights.", metavar="RUN", parser=path)],
+    run: Annotated[Path | None, typer.Argument(help=_RUN_HELP, metavar="[RUN]", parser=path)] = None,
+    model: Annotated[str | None, option(MODEL_HELP, panel=_ELSEWHERE)] = None,
+    init: Annotated[str | None, option(_INIT_HELP, panel=_ELSEWHERE)] = None,
+    model_options: Annotated[
+        list[str] | None, option(MODEL_SET_HELP, "--model-set", panel=_ELSEWHERE, read=assignment)
+    ] = None,
+    smooth_activations: Annotated[str, option(_SMOOTH_HELP, panel=_ELSEWHERE)] = "none",
+    data_mean: Annotated[Any, option(_MEAN_HELP, panel=_ELSEWHERE, read=numbers)] = None,
+    image_size: Annotated[int, option(_SIZE_HELP, panel=_ELSEWHERE, read=counts(0, 1 << 14))] = 0,
+    eval_crop: Annotated[float, option(_CROP_HELP, panel=_ELSEWHERE, read=Range(0, 1, open="("))] = 0.875,
+    data_std: Annotated[Any, option("Likewise, the deviation.", panel=_ELSEWHERE, read=numbers)] = None,
     device: Annotated[str, option("cpu or cuda.", read=device_name)] = "cpu",
     threads: Annotated[int | None, option("CPU threads.", read=THREADS)] = None,
     data: Annotated[str | None, option("Another data set than the one it was trained on.")] = None,
@@ -54,9 +87,17 @@ def evaluate_command(
     """Attack a trained classifier, and check whether the result can be believed."""
     settings["attacks"] = tuple(name.strip() for name in settings["attacks"].split(","))
     with one_line_errors():
+        spec = None
+        if model is not None:
+            options, mean, std = assigned(model_options), data_mean or (), data_std or ()
+            spec = ModelSpec(model, options, init or "", smooth_activations, tuple(mean), tuple(std))
+        else:
+            given = {"--init": init, "--model-set": model_options, "--data-mean": data_mean, "--data-std": data_std}
+            for flag in (flag for flag, value in given.items() if value is not None):
+                raise UsageError(f"{flag} belongs to --model")
         report = evaluate_run(
-            run, Console(emoji=False), data=data, root=root, out=out, export=export, device=device, threads=threads,
-            **settings,
+            run, Console(emoji=False), model=spec, image_size=image_size, eval_crop=eval_crop, data=data, root=root,
+            out=out, export=export, device=device, threads=threads, **settings,
         )  # fmt: skip
     if strict and not report.sound:
         failed = ", ".join(check.name for check in report.checks if not check.passed)
@@ -65,9 +106,12 @@ def evaluate_command(
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | None,
     console: Console,
     *,
+    model: ModelSpec | None = None,
+    image_size: int = 0,
+    eval_crop: float = 0.875,
     data: str | None = None,
     root: Path | None = None,
     out: Path | None = None,
@@ -79,7 +123,8 @@ def evaluate_run(
     """Evaluate a run on its data set's test images, print the tables and write the files.
 
     The arguments are the command's; `settings` are fields of `Settings`, where eps defaults to the one that the run was
-    trained with.
+    trained with. Without `run`, `model` says what to evaluate; with one, it may name the run's model, which it must
+    where that is a function.
 
     Raises:
         UsageError: The data set has other images or classes, a setting makes no sense, or the folder is in use, or is
@@ -90,10 +135,7 @@ def evaluate_run(
     require(device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA device")
     if threads is not None:
         torch.set_num_threads(threads)
-    name = data or load_model(run)[1].get("data")
-    require(bool(name), f"{run} does not say what it was trained on: give --data")
-    test = datasets.load(str(name), root, "test")
-    model, description = load_model_for(run, test)
+    run, network, description, test = _subject(run, model, data, root, (image_size, eval_crop))
     if settings.get("eps") is None:
         settings["eps"] = description.get("eps", 8 / 255)
     try:
@@ -109,12 +151,13 @@ def evaluate_run(
         except MissingPackage as error:
             raise TrainingError(str(error)) from error
     folder = out or (run / "evaluation" if run.is_dir() else run.parent / f"evaluation-{run.stem}")
-    source = {"run": str(run), "data": str(name), "model": description["model"], "weights": description["sha256"]}
-    model = model.to(device)
+    of = {"data": description["data"], "model": description["model"], "weights": description["sha256"]}
+    source = {"run": str(run), **{name: str(value) for name, value in of.items()}}
+    network = network.to(device)
     # Trouble with files shows now, not after hours of attacks.
     with _claimed(folder), _termination_as_interrupt():
         if export is not None:
-            export_state_dict(model, export)
+            export_state_dict(network, export)
         finished: list[str] = []
 
         def keep(report: Report) -> None:
@@ -123,8 +166,8 @@ def evaluate_run(
 
         try:
             with _bar(console) as on_stage:
-                report = evaluate(model, test, chosen, device=device, on_stage=on_stage, on_attack=keep)
-            write_report(report, model, folder, source)
+                report = evaluate(network, test, chosen, device=device, on_stage=on_stage, on_attack=keep)
+            write_report(report, network, folder, source)
         except KeyboardInterrupt:
             kept = f"{folder}/ has what was finished ({', '.join(finished)})" if finished else "no attack was finished"
             raise Interrupted("stopped by a signal", f"{kept}; the same command begins anew") from None
@@ -133,6 +176,37 @@ def evaluate_run(
     if export is not None:
         say(console, f"{terminal(export)}: the weights, for loaders that take a state_dict")
     return report
+
+
+def _subject(
+    run: Path | None, spec: ModelSpec | None, data: str | None, root: Path | None, view: tuple[int, float]
+) -> tuple[Path, nn.Module, dict[str, Any], Images]:
+    """What names the evaluation, the network, its description, and the images."""
+    if run is not None:
+        require(spec is None or not spec.init, "either RUN or --init: both are weights")
+        name = None if spec is None else spec.name
+        described = load_model(run, name)[1]
+        trained_on = data or described.get("data")
+        require(bool(trained_on), f"{run} does not say what it was trained on: give --data")
+        size = view[0] or described.get("image_size", 0)
+        crop = view[1] if view[0] else described.get("eval_crop", view[1])
+        test = _test_images(str(trained_on), root, size, crop, described["in_shape"][0])
+        network, description = load_model_for(run, test, name)
+        return run, network, {**description, "data": trained_on}, test
+    require(spec is not None and bool(spec.init), "nothing to evaluate: give RUN, or --model and --init")
+    require(data is not None, "--model with --init takes --data: the weights do not say what they were trained on")
+    assert spec is not None and data is not None
+    test = _test_images(data, root, *view, 0)
+    network, problem = initial_model(spec, test, trained=True)
+    require(not problem, problem)
+    description = {"model": spec.name, "data": data, "sha256": digest(network.state_dict())}
+    return Path(spec.init), network.eval(), description, test
+
+
+def _test_images(data: str, root: Path | None, size: int, crop: float, channels: int) -> Images:
+    if not size:
+        return datasets.load(data, root, "test")
+    return datasets.stream(data, View(size, center=crop), "test", channels=channels)
 
 
 def print_report(report: Report, console: Console, name: str) -> None:

@@ -9,14 +9,18 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 import typer
 
 from robustkern import data as datasets
+from robustkern import models
 from robustkern._arguments import shown
 from robustkern._settings import Range, summaries
 from robustkern.training import UsageError
 from robustkern.training.config import DEVICES, parse_fraction
+from robustkern.training.yaml_files import load_yaml
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DATA_HELP = f"{', '.join(datasets.NAMES)}, or a folder with train/CLASS/*.png and test/CLASS/*.png."
+MODEL_HELP = f"{', '.join(models.MODELS)}, timm:NAME, or package.module:function."
+MODEL_SET_HELP = "A keyword argument of the network, as NAME=VALUE. Can be repeated."
 ROOT_HELP = "Folder with the data set's files."
 
 
@@ -77,6 +81,22 @@ def milestone_epochs(value: Any) -> Any:
         return tuple(int(epoch) for epoch in text(value).split(","))
     except ValueError:
         raise typer.BadParameter(f"must be epochs with commas such as 100,150, got {shown(value)}") from None
+
+
+def numbers(value: Any) -> Any:
+    """Reads numbers separated by commas: 0.485,0.456,0.406."""
+    if isinstance(value, tuple):
+        return value
+    try:
+        return tuple(parse_fraction(part) for part in text(value).split(","))
+    except UsageError:
+        raise typer.BadParameter(f"must be numbers with commas such as 0.5,0.5,0.5, got {shown(value)}") from None
+
+
+def assigned(given: Sequence[str] | None) -> dict[str, Any]:
+    """The values of NAME=VALUE texts, with the types that YAML gives them."""
+    pairs = [text.partition("=") for text in given or ()]
+    return {name.strip().replace("-", "_"): load_yaml(value) for name, _, value in pairs}
 
 
 def option(help: str, *flags: str, panel: str | None = None, read: Any = text, show: bool = True) -> Any:

@@ -27,7 +27,7 @@ _SHOWN = ("clean_accuracy", "robust_accuracy", "gradient_norm", "centred_alignme
 
 _METHODS_HELP = "Methods of the paper and of ours, separated by commas, or none. Default: all."
 _SWEEP_HELP = "Multiples of the gradient penalty's weight, separated by commas, or none."
-_CHECKPOINT_HELP = "NAME=RUN or NAME=module:function: a network to measure as it is. Can be repeated."
+_CHECKPOINT_HELP = "NAME=RUN, NAME=module:function or NAME=MODEL@FILE: a network to measure as it is. Can be repeated."
 _JOBS_HELP = "Models trained at a time, each in a process of its own. Default: as many as cores."
 _REPORT_HELP = "Where the report, its figures and study.json go. Default: beside the models."
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from robustkern import data as datasets
-from robustkern import models
 from robustkern._choices import LAWS
 from robustkern._settings import Range, counts, setting
 from robustkern._text import terminal
@@ -25,15 +24,30 @@ from robustkern.training import (
     train,
 )
 from robustkern.training.config import MEASURING, OPTIMIZATION, RUN, WHAT
+from robustkern.training.initial import PRETRAINED
 from robustkern.training.tensorboard import TensorBoard
 
 from .errors import one_line_errors
-from .options import DATA_HELP, ROOT_HELP, assignment, device_name, milestone_epochs, option, path, takes
+from .options import (
+    DATA_HELP,
+    MODEL_HELP,
+    MODEL_SET_HELP,
+    ROOT_HELP,
+    assigned,
+    assignment,
+    device_name,
+    milestone_epochs,
+    numbers,
+    option,
+    path,
+    takes,
+)
 from .progress import TrainingProgress, say
 
 _METHOD = "Options of the method"
 _CONFIG_HELP = "YAML file with any of these settings, such as a run's config.yaml; options override it."
 _TENSORBOARD_HELP = "Write scalars for TensorBoard into the run directory."
+_WORKERS_HELP = "Processes that read images, with an image size; they change no bit. Default: 2."
 _TIMEOUT_HELP = "Seconds after which the others give up on a process that does not answer. Default: 600."
 
 
@@ -73,7 +87,10 @@ _SET_HELP = f"Another option of the method, as NAME=VALUE: {', '.join(_OTHERS)}.
     data={"help": f"{DATA_HELP} Default: digits."},
     method={"help": f"{', '.join(METHODS)}. Default: gradient-penalty."},
     options=None,
-    model={"help": f"{', '.join(models.MODELS)}."},
+    model={"help": MODEL_HELP},
+    model_options={"kind": list[str], "flags": ("--model-set",), "help": MODEL_SET_HELP, "read": assignment},
+    data_mean={"kind": str, "read": numbers},
+    data_std={"kind": str, "read": numbers},
     eps={"help": "Radius in units of the images: 8/255 or 0.1. Default: per data set."},
     law={"help": f"Law of the projections: {', '.join(LAWS)}."},
     milestones={"kind": str, "read": milestone_epochs},
@@ -87,6 +104,7 @@ def train_command(
     root: Annotated[Path | None, option(ROOT_HELP, panel=RUN, read=path)] = None,
     resume: Annotated[bool, option("Go on with the run in --out.", "--resume", panel=RUN, read=None)] = False,
     timeout: Annotated[float, option(_TIMEOUT_HELP, panel=RUN, read=Range(0, 1e9, open="("), show=False)] = 600.0,
+    workers: Annotated[int, option(_WORKERS_HELP, panel=RUN, read=counts(0, 1024), show=False)] = 2,
     **given: Any,
 ) -> None:
     """Train a classifier; interrupted at any moment, go on with --resume.
@@ -99,10 +117,12 @@ def train_command(
     for name, _, value in (text.partition("=") for text in set_ or ()):  # the method knows the types
         options[name.strip().replace("-", "_")] = value.strip()
     with one_line_errors():
+        if "model_options" in settings:
+            settings["model_options"] = assigned(settings["model_options"])
         chosen, out = _chosen(config, out, resume, options, settings)
         with TrainingProgress(console) as progress:
             observer = Observers(progress, TensorBoard(out)) if tensorboard else progress
-            result = train(chosen, out, root=root, resume=resume, observer=observer, timeout=timeout)
+            result = train(chosen, out, root=root, resume=resume, observer=observer, timeout=timeout, workers=workers)
         _print_result(console, result, chosen)
 
 
@@ -116,6 +136,8 @@ def _chosen(
         except UsageError as error:
             raise UsageError(f"--config {error}") from error
         options = {**read.pop("options", {}), **options}
+        if "model_options" in settings:
+            settings["model_options"] = {**read.get("model_options", {}), **settings["model_options"]}
         settings = {**read, **settings}
     data, method = settings.pop("data", None), settings.pop("method", None)
     if out is None:
@@ -131,6 +153,8 @@ def _resumed(
     """The stored configuration, updated by the command line; `train` refuses if that changes anything."""
     if data is not None and data not in datasets.NAMES:
         data = str(Path(data).resolve())
+    if settings.get("init") not in (None, "", PRETRAINED):
+        settings["init"] = str(Path(settings["init"]).resolve())
     method = method or stored.method
     options = {**stored.options, **options}
     if method in METHODS:

@@ -1,7 +1,8 @@
-"""Data sets in memory: `load(name, root, split)`, and what each one is trained with by default.
+"""Data sets, in memory or read while they are used: `load(name, root, split)`.
 
 Names: `digits` (scikit-learn's, embedded), `digits-28` (the same, enlarged), `mnist` and `fashion-mnist` (IDX files),
-`cifar10` (the published archive's files), or the path of a folder of images. A missing data set raises a
+`cifar10` (the published archive's files), or the path of a folder of images. `stream` reads larger
+folders while they are used. A missing data set raises a
 `DataError` that says how to get it.
 """
 
@@ -18,15 +19,21 @@ from robustkern._packages import pip_install
 
 from .cifar import load_cifar10
 from .dataset import DataError, Dataset, DataWarning
+from .decode import View
 from .folder import load_folder
 from .idx import load_idx
 from .randomness import CropFlip, epoch_order, generator
+from .stored import stream_folder
+from .streamed import Reader, StreamedDataset, as_images
 
 __all__ = [
-    "NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "augmentation", "epoch_order", "generator", "load",
+    "NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "Images", "Reader", "StreamedDataset", "View",
+    "as_images", "augmentation", "epoch_order", "generator", "load", "stream",
 ]  # fmt: skip
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
+
+Images = Dataset | StreamedDataset
 
 _DEBIAN = Path("/usr/share/datasets")
 _SPLITS = ("train", "test")
@@ -69,6 +76,27 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     if data is None:
         raise DataError(f"{name} not found in {', '.join(str(folder) for folder in folders)}: {source.how_to_get}")
     return data
+
+
+def stream(name: str, view: View, split: str = "train", *, channels: int = 0, workers: int = 0) -> StreamedDataset:
+    """One split of a data set that is read while it is used: images of any sizes, as many as there are.
+
+    Args:
+        name: The path of a folder with `train/<class>/*.jpg` and `test/<class>/*.jpg` (or `val/`), whose images come in
+            a random order that a fixed seed decides.
+        view: How they are cropped and scaled.
+        split: "train" or "test".
+        channels: 1 or 3; 0: 1 if the first 64 images are grey, else 3.
+        workers: Processes that read and decode; 0: this one does. They change no bit.
+
+    Raises:
+        DataError: There is no such folder, or it is none of images in classes.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split must be train or test, got {split!r}")
+    if name in _SOURCES or not Path(name).is_dir():
+        raise DataError(f"{name}: an image size is for image folders, {', '.join(NAMES)} have one")
+    return stream_folder(Path(name), split, view, channels, workers)
 
 
 def augmentation(name: str) -> CropFlip | None:

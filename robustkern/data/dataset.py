@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,6 +79,15 @@ class Dataset:
         channels = self.images.movedim(1, 0).flatten(1).double()
         std, mean = torch.std_mean(channels, dim=1, correction=0)
         return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
+
+    def in_memory(self) -> Dataset:
+        """Itself."""
+        return self
+
+    def parts(self, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels for each of these lists of samples."""
+        for part in parts:
+            yield self.images[part], self.labels[part]
 
     def with_shuffled_labels(self, seed: int) -> Dataset:
         """The same images with the labels shuffled among them, so that labels say nothing about images."""

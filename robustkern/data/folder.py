@@ -3,6 +3,8 @@
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from robustkern._text import brief, plain
 from .dataset import DataError, Dataset, DataWarning
 from .randomness import generator
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # some of Pillow's other readers run other programs
 _MOST_BYTES = 64 << 20  # of an image file
 _MOST_PIXELS = 1 << 24
 _ORIENTATION = 0x0112  # of EXIF
-_SEED = 0
+SEED = 0  # of the order of a folder's images
 
 
 def load_folder(root: Path, split: str) -> Dataset:
@@ -52,24 +54,24 @@ def load_folder(root: Path, split: str) -> Dataset:
         raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")
     # The classes are those of train/, so that a class without test images keeps its index.
     base = root / "train" if (root / "train").is_dir() else folder
-    classes = tuple(_entries(base)[0])
+    classes = tuple(entries(base)[0])
     if len(classes) < 2:
         raise DataError(f"{base}: needs at least two class folders, has {len(classes)}")
-    found, skipped = _entries(folder)
+    found, skipped = entries(folder)
     if strangers := set(found) - set(classes):
         raise DataError(f"{folder}: class {min(strangers)} does not occur in {base}")
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         # A class may have no test images, and then its folder may be missing.
-        nested, inside = _entries(folder / name) if name in found else ([], [])
-        images = [file for file in inside if file.lower().endswith(_SUFFIXES)]
+        nested, inside = entries(folder / name) if name in found else ([], [])
+        images = [file for file in inside if file.lower().endswith(SUFFIXES)]
         if not images and folder == base:
-            raise DataError(f"{folder / name}: a class without an image ({', '.join(_SUFFIXES)})")
+            raise DataError(f"{folder / name}: a class without an image ({', '.join(SUFFIXES)})")
         files += [(folder / name / file, label) for file in images]
         skipped += [f"{name}/{other}/" for other in nested]
-        skipped += [f"{name}/{file}" for file in inside if not file.lower().endswith(_SUFFIXES)]
+        skipped += [f"{name}/{file}" for file in inside if not file.lower().endswith(SUFFIXES)]
     if not files:
-        raise DataError(f"{folder}: no images in its class folders ({', '.join(_SUFFIXES)})")
+        raise DataError(f"{folder}: no images in its class folders ({', '.join(SUFFIXES)})")
     if skipped:
         names = ", ".join([plain(name) for name in skipped[:3]] + ["..."] * (len(skipped) > 3))
         warnings.warn(
@@ -81,7 +83,7 @@ def load_folder(root: Path, split: str) -> Dataset:
     return Dataset(str(root), *_read(files), classes)
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
+def entries(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the folders and of everything else in a folder, sorted, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
@@ -93,7 +95,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 
 def _read(files: list[tuple[Path, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels, in the order that the seed decides."""
-    order = torch.randperm(len(files), generator=generator(_SEED, "folder"))
+    order = torch.randperm(len(files), generator=generator(SEED, "folder"))
     images: Any = np.empty(0, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings about odd files that it can read all the same
@@ -110,7 +112,8 @@ def _read(files: list[tuple[Path, int]]) -> tuple[torch.Tensor, torch.Tensor]:
                 images = images[:, :1].copy()
             if image.shape != images.shape[1:]:
                 raise DataError(
-                    f"{path}: size {list(image.shape)}, but those before it are {list(images.shape[1:])} [C, H, W]"
+                    f"{path}: size {list(image.shape)}, but those before it are {list(images.shape[1:])} [C, H, W]; "
+                    "images of any sizes are read with an image size, to which they are scaled"
                 )
             images[place] = image
     return torch.from_numpy(images), torch.tensor([label for _, label in files])[order]
@@ -127,6 +130,13 @@ def read_image(path: Path) -> np.ndarray:
     Args:
         path: The file; its content decides the format, not its suffix.
     """
+    with opened(path) as image:
+        return _pixels(image, path)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An image file, opened by Pillow; whatever goes wrong with it, there or inside, is a DataError that names it."""
     from PIL import Image
 
     try:
@@ -134,7 +144,7 @@ def read_image(path: Path) -> np.ndarray:
         if status.st_size > _MOST_BYTES or not stat.S_ISREG(status.st_mode):
             raise DataError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, or no regular file")
         with Image.open(path, formats=_FORMATS) as image:
-            return _pixels(image, path)
+            yield image
     except DataError:
         raise
     # Pillow's decoders raise many kinds of error on damaged files, SyntaxError among them.
@@ -143,15 +153,14 @@ def read_image(path: Path) -> np.ndarray:
         raise DataError(f"{path}: not a readable image ({reason})") from error
 
 
-def _pixels(image: Any, path: Path) -> np.ndarray:
-    from PIL import ImageOps
-
+def check_image(image: Any, path: Path) -> str:
+    """How the pixels are stored; DataError if the image is too large, an animation or transparent."""
     if image.width * image.height > _MOST_PIXELS:
         raise DataError(f"{path}: {image.width} x {image.height} are more than {_MOST_PIXELS} pixels")
     # The further pictures of a photograph (MPO) are previews and depth maps, which do not count.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise DataError(f"{path}: an animation of {image.n_frames} pictures")
-    stored = image.tile[0][3] if image.tile else ""  # before Pillow converts it to 8 bits
+    stored = stored_as(image)
     transparent = False
     if image.mode.endswith("A") or "transparency" in image.info:
         # Pillow compares a transparent colour with 8-bit pixels, however many bits the colour has.
@@ -159,14 +168,36 @@ def _pixels(image: Any, path: Path) -> np.ndarray:
         transparent = transparent or image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     if transparent:
         raise DataError(f"{path}: partly transparent, and its looks depend on what lies behind: put it on a background")
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    return stored
+
+
+def stored_as(image: Any) -> str:
+    """Bits and channels in the file, before Pillow converts them to 8 bits; "" if nobody knows."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if tiles else ""
+
+
+def orientation(image: Any) -> int:
+    """EXIF's: 1 as stored, from 5 on with height and width exchanged."""
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+def is_grey(image: Any, stored: str) -> bool:
+    """Whether the pixels of an image of Pillow are grey."""
+    return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") or stored == "LA;16B"
+
+
+def _pixels(image: Any, path: Path) -> np.ndarray:
+    from PIL import ImageOps
+
+    stored = check_image(image, path)
+    if orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image).astype(np.float32) / np.float32(1 if image.mode == "F" else 65535)
         if not (array.min() >= 0 and array.max() <= 1):
             raise DataError(f"{path}: values outside the range of 16 bits, or of [0, 1] for floating point")
     else:
-        grey = image.mode in ("1", "L", "LA") or stored == "LA;16B"
-        mode = "L" if grey else "RGB"
+        mode = "L" if is_grey(image, stored) else "RGB"
         array = np.asarray(image if image.mode == mode else image.convert(mode)) / np.float32(255)
     return array.reshape(*array.shape[:2], -1)

@@ -15,7 +15,7 @@ from robustkern._packages import pip_install
 from robustkern._text import brief
 from robustkern.attacks import APGD, PGD, attacked
 from robustkern.attacks._common import box_diameter
-from robustkern.data import Dataset
+from robustkern.data import Images
 
 from .checks import Check, Subject, correct, run_checks
 from .measures import linearised_robustness, local_lipschitz, logit_margin
@@ -33,7 +33,7 @@ class MissingPackage(RuntimeError):
 
 def evaluate(
     model: nn.Module,
-    data: Dataset,
+    data: Images,
     settings: Settings,
     *,
     device: str = "cpu",
@@ -60,7 +60,7 @@ def evaluate(
         autoattack_package()  # before anything is attacked
     report_stage = on_stage or (lambda stage, done, total: None)
     training = any(module.training for module in model.modules())
-    data = data.first(settings.samples or None)
+    data = data.first(settings.samples or None).in_memory()
     x, y = data.images.to(device), data.labels.to(device)
     started = time.perf_counter()
     right = correct(model, x, y, settings.batch_size)

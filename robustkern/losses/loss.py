@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustkern import ops
 from robustkern._choices import Impl
-from robustkern._classifier import check_call, logits_of
+from robustkern._classifier import check_call, logits_of, warn_outside
 from robustkern._input_gradient import check_differentiable, input_gradient
 from robustkern._options import check_options
 from robustkern.draw import FRESH, Draw
@@ -33,9 +33,10 @@ class Loss:
 
         Args:
             model: Maps x to logits [B, C >= 2], normalisation inside; any callable, but an nn.Module for `AWP`.
-            x: Images; in [0, 1] for losses with an attack inside.  If it requires grad, it is used as it is, which
-                torch.compile of a whole step needs; if not, as a new leaf.  `Terms.backward(inputs=...)` saves the time
-                for its own gradient.  [B, ...]
+            x: Images; in [0, 1] for losses with an attack inside, and for an `eps` that means what it means in
+                publications: a loss with an `eps` warns once, on the CPU, of others.  If it requires grad, it is used
+                as it is, which torch.compile of a whole step needs; if not, as a new leaf.
+                `Terms.backward(inputs=...)` saves the time for its own gradient.  [B, ...]
             y: Classes of any integer dtype [B]; for losses without an attack inside also probabilities [B, C].
             draw: What is random or scheduled in this call; None: random numbers from PyTorch's default generator, the
                 whole batch, and no step.
@@ -50,6 +51,8 @@ class Loss:
         y = check_call(name, model, x, y, draw.generator, soft=self.soft)
         if draw.shard is not None and draw.shard.size != len(x):
             raise ValueError(f"{name}: shard has {draw.shard.size} rows, x has {len(x)}")
+        if hasattr(self, "eps"):
+            warn_outside(name, x)
         return self._terms(model, x, y, draw)
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:

@@ -12,7 +12,9 @@ from robustkern._text import brief
 from robustkern.attacks import attacked
 from robustkern.data import Dataset
 from robustkern.training import UsageError
+from robustkern.training.errors import require
 from robustkern.training.evaluation import device_of
+from robustkern.training.initial import ModelSpec, initial_model
 from robustkern.training.weights import load_model_for
 
 
@@ -27,16 +29,17 @@ def parse_given(text: str) -> tuple[str, str]:
     """
     name, _, source = (part.strip() for part in text.partition("="))
     if not name or not source or "/" in name or not (Path(source).exists() or all(source.split(":", 1))):
-        raise UsageError(f"--checkpoint: NAME=RUN or NAME=module:function, got {text!r}")
+        raise UsageError(f"--checkpoint: NAME=RUN, NAME=module:function or NAME=MODEL@FILE, got {text!r}")
     return name, source
 
 
 def load_given(source: str, data: Dataset) -> nn.Module:
-    """A network from a run directory, a weight file of one, or a Python callable.
+    """A network from a run directory, a weight file of one, a Python callable, or a model with weights from a file.
 
     Args:
         source: A path, or "module:function"; the function is called without arguments and returns a module that maps
-            images in [0, 1] to logits. Modules of the working directory are found.
+            images in [0, 1] to logits. Modules of the working directory are found. Or "MODEL@FILE": a name that
+            `robustkern.models.create` takes and a file that `robustkern.training.initial.read_state` reads.
         data: The data whose images it must take and whose classes it must know.
 
     Returns:
@@ -49,10 +52,14 @@ def load_given(source: str, data: Dataset) -> nn.Module:
     path = Path(source)
     if path.exists():
         model = load_model_for(path, data)[0]
+    elif "@" in source:
+        name, _, file = source.partition("@")
+        model, problem = initial_model(ModelSpec(name, init=file), data, trained=True)
+        require(not problem, problem)
     elif ":" in source:
         model = _call(*source.split(":", 1))
     else:
-        raise UsageError(f"{source}: neither a run directory, a weight file nor module:function")
+        raise UsageError(f"{source}: neither a run directory, a weight file, module:function nor MODEL@FILE")
     model.eval()
     try:
         with attacked(model), torch.no_grad():

@@ -3,7 +3,7 @@
 import torch
 
 from robustkern import models
-from robustkern.data import Dataset
+from robustkern.data import Images
 
 from .config import TrainingConfig
 from .errors import UsageError
@@ -20,16 +20,18 @@ def batches(count: int, size: int) -> list[tuple[int, int]]:
     return list(zip(begins, [*begins[1:], count], strict=True))
 
 
-def check_batches(config: TrainingConfig, train_set: Dataset, processes: int) -> None:
+def check_batches(config: TrainingConfig, train_set: Images, processes: int) -> None:
     """Raises UsageError if a batch, or a process's part of it, is too small for the model to be trained on."""
     parts = [max(1, (end - begin) // processes) for begin, end in batches(len(train_set), config.batch_size)]
     if min(parts) > 1 or (processes > 1 and config.sync_batch_norm):
         return
     shape = train_set.in_shape
-    with torch.device("meta"):  # shapes alone
-        model = models.create(config.model, train_set.num_classes, shape)
+    # Shapes alone, where the network is known to be content with them.
+    device = torch.device("meta" if config.model in models.MODELS else "cpu")
+    with torch.random.fork_rng(devices=[]), device:
+        model = models.create(config.model, train_set.num_classes, shape, options=config.model_options)
         try:
-            model.train()(torch.empty(1, *shape))
+            model.train()(torch.zeros(1, *shape))
         except ValueError as error:
             raise UsageError(
                 f"model {config.model} cannot be trained on {list(shape)} images one at a time ({len(train_set)} "

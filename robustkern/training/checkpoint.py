@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustkern._files import parse_json, read_bytes
 from robustkern._pickles import check_pickle
 from robustkern._text import brief
-from robustkern.data import Dataset
+from robustkern.data import Images
 
 from .averaging import WeightAverage
 from .config import TrainingConfig
@@ -345,7 +345,7 @@ def _require(condition: bool, what: str) -> None:
         raise ValueError(f"it has unexpected {what}")
 
 
-def fingerprint(model: nn.Module, data: Dataset) -> str:
+def fingerprint(model: nn.Module, data: Images) -> str:
     """What a checkpoint belongs to: names, shapes and types of the state, the classes, and every sample's label."""
     layout = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
     return hashlib.sha256(json.dumps([layout, data.classes, data.labels.tolist()]).encode()).hexdigest()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from robustkern import models
 from robustkern._arguments import shown
 from robustkern._settings import RADII, SEEDS, THREADS, Range, check_ranges, counts, setting
 from robustkern._text import brief
+from robustkern.data import View
 
 from .errors import UsageError, naming, require
 from .yaml_files import MOST_BYTES, dump_yaml, load_yaml
@@ -21,7 +24,8 @@ DEVICES = ("cpu", "cuda")
 WATCHES = ("warn", "stop", "off")
 WHAT, OPTIMIZATION, RUN, MEASURING = "What is trained", "Optimization", "The run", "Validation and measuring"
 
-_PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple}
+_PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple, "tuple[float, ...]": tuple}
+_DICTS = ("options", "model_options")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,20 @@ class TrainingConfig:
         data: A name of `robustkern.data.NAMES`, or the path of an image folder.
         method: A name of `robustkern.training.METHODS`.
         options: The options of the method; those left out take the method's defaults.
-        model: A name of `robustkern.models.MODELS`.
+        model: A name of `robustkern.models.MODELS`, timm:NAME, or package.module:function.
+        model_options: More keyword arguments of the network.
+        init: Weights to begin with: a file, a run directory, or "pretrained". A file is safetensors or of torch.save; a
+            head for another number of classes begins anew.
+        smooth_activations: What replaces ReLU modules: "gelu", "silu" or "none". A penalty on the input gradient wants
+            one that varies.
+        data_mean: Mean of each channel to normalise by, 0.485,0.456,0.406. (): that of the weights to begin with, or of
+            the data.
+        data_std: Standard deviation of each channel to normalise by. Likewise.
+        image_size: Height and width that a folder's images are scaled to while training; 0: all in memory as they are.
+            With it the images may have any sizes, and are read while they are used.
+        crop_scale: Least share of an image's area that a random crop keeps, with an image size.
+        flip: Probability that an image is mirrored, with an image size.
+        eval_crop: Share of the shorter side that is kept for evaluation, the middle, with an image size.
         eps: Radius in units of the images: 8/255 or 0.1. Used by the attack that measures robustness, and by methods
             that need one.
         epochs: Passes over the training set.
@@ -77,6 +94,15 @@ class TrainingConfig:
     method: str = setting(panel=WHAT)
     options: dict[str, Any] = field(default_factory=dict)
     model: str = setting("small-cnn", panel=WHAT)
+    model_options: dict[str, Any] = field(default_factory=dict, metadata={"panel": WHAT})
+    init: str = setting("", panel=WHAT)
+    smooth_activations: str = setting("none", panel=WHAT)
+    data_mean: tuple[float, ...] = setting((), panel=WHAT)
+    data_std: tuple[float, ...] = setting((), panel=WHAT)
+    image_size: int = setting(0, counts(0, 1 << 14), panel=WHAT)
+    crop_scale: float = setting(0.08, Range(0, 1, open="("), panel=WHAT)
+    flip: float = setting(0.5, Range(0, 1, open=""), panel=WHAT)
+    eval_crop: float = setting(0.875, Range(0, 1, open="("), panel=WHAT)
     eps: float = setting(8 / 255, RADII, panel=WHAT)
     epochs: int = setting(30, counts(), panel=OPTIMIZATION)
     batch_size: int = setting(128, counts(), panel=OPTIMIZATION)
@@ -110,6 +136,19 @@ class TrainingConfig:
         for given in dataclasses.fields(self):
             value, kind = getattr(self, given.name), _PLAIN.get(str(given.type), object)
             require(isinstance(value, kind), f"{given.name} must be {given.type}, got {shown(value)}")
+        smooth = ("none", *models.SMOOTH)
+        require(
+            self.smooth_activations in smooth,
+            f"smooth_activations: {', '.join(smooth)}, got {self.smooth_activations!r}",
+        )
+        require(
+            len(self.data_mean) == len(self.data_std) and all(0 < value < math.inf for value in self.data_std),
+            f"data_mean and data_std take as many numbers as the images have channels, and deviations above 0, got "
+            f"{list(self.data_mean)} and {list(self.data_std)}",
+        )
+        for name in ("crop_scale", "flip", "eval_crop"):
+            default = next(field.default for field in dataclasses.fields(self) if field.name == name)
+            require(bool(self.image_size) or getattr(self, name) == default, f"{name} takes an image_size")
         whole = self.validation < 1 or float(self.validation).is_integer()
         require(whole, f"validation must be a share below 1 or a number of samples, got {self.validation}")
         require(self.optimizer in OPTIMIZERS, f"no optimizer {self.optimizer!r}: {', '.join(OPTIMIZERS)}")
@@ -130,10 +169,16 @@ class TrainingConfig:
         )
         require(not self.sync_batch_norm or self.device == "cuda", "sync_batch_norm takes device cuda")
 
+    @property
+    def view(self) -> View | None:
+        """How images are cropped and scaled; None where they are taken as they are."""
+        return View(self.image_size, self.crop_scale, self.flip, self.eval_crop) if self.image_size else None
+
     def to_yaml(self) -> str:
         """The text that `from_yaml` reads; numbers keep their last bit."""
         values = dataclasses.asdict(self)
-        return dump_yaml({**values, "milestones": list(self.milestones)})
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return dump_yaml({**values, **lists})
 
     @classmethod
     def from_yaml(cls, text: str) -> TrainingConfig:
@@ -149,7 +194,7 @@ class TrainingConfig:
         for name, mine in vars(self).items():
             theirs = vars(other)[name]
             pairs = [(name, mine, theirs)]
-            if name == "options":
+            if name in _DICTS:
                 pairs = [(option, mine.get(option), theirs.get(option)) for option in sorted({*mine, *theirs})]
             changed += [f"{label} {old} -> {new}" for label, old, new in pairs if old != new]
         return changed
@@ -173,15 +218,27 @@ def parse_settings(text: str) -> dict[str, Any]:
         fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
         fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
         require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
+    for name in ("data_mean", "data_std"):
+        if name in values:
+            numbers = all(type(value) in (int, float) for value in values[name])
+            require(numbers, f"{name} must be a list of numbers, got {brief(repr(values[name]))}")
+            values[name] = tuple(map(float, values[name]))
     if "milestones" in values:
         numbers = all(type(epoch) is int and abs(epoch) < 1 << 63 for epoch in values["milestones"])
         require(numbers, f"milestones must be a list of epochs, got {brief(repr(values['milestones']))}")
         values["milestones"] = tuple(values["milestones"])
-    options = values.get("options", {})
-    for name, value in options.items():
-        plain = isinstance(name, str) and (value is None or type(value) in (str, int, float, bool))
-        require(plain, f"options must be names with a number, a text, true or false each, got {brief(repr(options))}")
+    for name in _DICTS:
+        given = values.get(name, {})
+        for key, value in given.items():
+            plain = isinstance(key, str) and _is_plain(value, lists=name == "model_options")
+            require(plain, f"{name} must be names with a number, a text, true or false each, got {brief(repr(given))}")
     return values
+
+
+def _is_plain(value: Any, lists: bool) -> bool:
+    if lists and isinstance(value, list):
+        return all(_is_plain(entry, lists=False) for entry in value)
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

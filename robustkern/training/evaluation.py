@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustkern._arguments import check_choice
 from robustkern.attacks import attacked
-from robustkern.data import Dataset, generator
+from robustkern.data import Images, generator
 
 from .distributed import Group
 
@@ -25,7 +25,7 @@ class Attack(Protocol):
 
 def clean_accuracy(
     model: nn.Module,
-    data: Dataset,
+    data: Images,
     *,
     device: str = "cpu",
     on_batch: Callable[[], None] | None = None,
@@ -50,7 +50,7 @@ def clean_accuracy(
 
 def robust_accuracy(
     model: nn.Module,
-    data: Dataset,
+    data: Images,
     attack: Attack,
     *,
     seed: int = 0,
@@ -87,19 +87,21 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _share(
     right: Callable[[int, Tensor, Tensor], Tensor],
-    data: Dataset,
+    data: Images,
     device: str,
     on_batch: Callable[[], None] | None,
     group: Group | None,
 ) -> float:
     """Share of the images for which `right` (number of the batch, x, y) is true."""
     rank, size = (group.rank, group.size) if group is not None else (0, 1)
-    x, y = data.images.split(_BATCH), data.labels.split(_BATCH)
+    parts = torch.arange(len(data)).split(_BATCH) if len(data) else ()
+    mine = data.parts(parts[rank::size])
     correct = 0
-    for begin in range(0, len(x), size):
+    for begin in range(0, len(parts), size):
         batch = begin + rank
-        if batch < len(x):
-            correct += int(right(batch, x[batch].to(device), y[batch].to(device)).sum())
+        if batch < len(parts):
+            x, y = next(mine)
+            correct += int(right(batch, x.to(device), y.to(device)).sum())
         # A process without a batch calls it too: all of them may have to meet in it.
         if on_batch is not None:
             on_batch()

@@ -15,7 +15,7 @@ from robustkern import Draw, Terms, losses
 from robustkern._choices import Impl
 from robustkern._text import brief
 from robustkern.attacks import FGSM, NFGSM, PGD
-from robustkern.data import Dataset
+from robustkern.data import Images
 from robustkern.losses.projected_penalty import ProjectedPenalty
 
 from .config import parse_fraction
@@ -91,7 +91,7 @@ def _distillation(*, eps: float, impl: Impl, teacher: str, temperature: float) -
     return losses.Distillation(load_model(teacher)[0], temperature, impl=impl)
 
 
-def _check_teacher(data: Dataset, *, teacher: str, **options: Any) -> None:
+def _check_teacher(data: Images, *, teacher: str, **options: Any) -> None:
     load_model_for(teacher, data)
 
 
@@ -114,7 +114,7 @@ def _projected(penalty: type[ProjectedPenalty], *, projections: int, **options: 
     return penalty(projections=projections or "exact", **options)
 
 
-def _check_projections(data: Dataset, *, projections: int, law: str, **options: Any) -> None:
+def _check_projections(data: Images, *, projections: int, law: str, **options: Any) -> None:
     most = data.num_classes
     require(
         law != "orthonormal" or projections <= most,
@@ -233,7 +233,7 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
         raise UsageError(f"method {name}: {error}") from error
 
 
-def check_options(name: str, options: dict[str, Any], data: Dataset) -> None:
+def check_options(name: str, options: dict[str, Any], data: Images) -> None:
     """Raises UsageError if the options of a method do not fit the images or classes that it will be trained on."""
     method = _method(name)
     if method.check is not None:

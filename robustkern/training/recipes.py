@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .config import TrainingConfig
+from .initial import PRETRAINED
 from .methods import METHODS
 
 # Radii at which the images keep their meaning for a person: digits of 8x8 pixels in 17 grey levels and clothes in 28x28
@@ -70,6 +71,8 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     """
     # An image folder is the same one from any working directory.
     data = data if data in _RECIPES or not Path(data).is_dir() else str(Path(data).resolve())
+    if given.get("init") not in (None, "", PRETRAINED):
+        given["init"] = str(Path(given["init"]).resolve())
     values: dict[str, Any] = {"threads": torch.get_num_threads(), **_RECIPES.get(data, {})}
     if method in _AT_THE_ADVERSARY:
         values["ramp"] = 0.0

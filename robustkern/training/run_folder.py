@@ -9,7 +9,7 @@ from typing import Any
 
 from robustkern._files import read_bytes
 from robustkern._text import brief
-from robustkern.data import Dataset
+from robustkern.data import Dataset, Images
 
 from .checkpoint import CheckpointError, Row, TrainState, fingerprint, load_latest, manifests, save_checkpoint
 from .config import TrainingConfig
@@ -19,6 +19,8 @@ from .files import RunLock, names_in, remove_stale, write_atomically
 from .methods import METHODS
 from .weights import save_weights
 from .yaml_files import MOST_BYTES
+
+_DRAWN_FROM = 500  # test images of a data set that is read while it is used
 
 
 class RunFolder:
@@ -31,7 +33,7 @@ class RunFolder:
         train_set: What is trained on.
     """
 
-    def __init__(self, path: Path, config: TrainingConfig, group: Group, train_set: Dataset) -> None:
+    def __init__(self, path: Path, config: TrainingConfig, group: Group, train_set: Images) -> None:
         self.path, self.config, self.group, self.train_set = path, config, group, train_set
         self._fingerprint, self._saved = "", (-1, -1)
 
@@ -101,7 +103,9 @@ class RunFolder:
         """`model.safetensors`, and `ema.safetensors` and `best.safetensors` where there are such weights."""
         config, data, progress = self.config, self.train_set, state.progress
         description = {
-            "model": config.model, "classes": data.classes, "in_shape": data.in_shape, "data": config.data,
+            "model": config.model, "model_options": config.model_options,
+            "smooth_activations": config.smooth_activations, "classes": data.classes, "in_shape": data.in_shape,
+            "image_size": config.image_size, "eval_crop": config.eval_crop, "data": config.data,
             "method": config.method, "eps": config.eps, "epoch": progress.epoch,
         }  # fmt: skip
 
@@ -119,14 +123,14 @@ class RunFolder:
         self._write("not-finite.json", json.dumps({"step": step, "epoch": epoch, "samples": samples}) + "\n")
         return self.path / "not-finite.json"
 
-    def write_results(self, state: TrainState, accuracies: dict[str, dict[str, Any]], test_set: Dataset) -> None:
+    def write_results(self, state: TrainState, accuracies: dict[str, dict[str, Any]], test_set: Images) -> None:
         config = self.config
         samples = min(config.eval_samples or len(test_set), len(test_set))
         attack = {"name": f"PGD-{config.pgd_steps}", "norm": "linf", "eps": config.eps, "samples": samples}
         record = {"attack": attack, "overfitting_stopped": state.progress.ended, "weights": accuracies}
         self._write("results.json", json.dumps(record, indent=2) + "\n")
 
-    def draw(self, state: TrainState, test_set: Dataset) -> None:
+    def draw(self, state: TrainState, test_set: Images) -> None:
         """`curves.png` and `gradients.png`."""
 
         def figures() -> None:
@@ -134,7 +138,8 @@ class RunFolder:
 
             method = self.config.method
             figures.curves(self.path / "curves.png", {method: state.progress.rows}, self.config.eps)
-            figures.gradients(self.path / "gradients.png", test_set, {method: state.model})
+            few = test_set if isinstance(test_set, Dataset) else test_set.first(_DRAWN_FROM).in_memory()
+            figures.gradients(self.path / "gradients.png", few, {method: state.model})
 
         self.group.on_main(figures)
 

@@ -10,6 +10,7 @@ each batch: their results differ by rounding, but for BatchNorm, which normalise
 
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from robustkern import data as datasets
 from robustkern import models
-from robustkern.data import Dataset
+from robustkern.data import Dataset, Images, Reader, StreamedDataset, as_images
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
@@ -29,6 +30,7 @@ from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError
+from .initial import ModelSpec, initial_model
 from .methods import build_loss, check_options
 from .observer import Observer
 from .run_folder import RunFolder
@@ -36,7 +38,7 @@ from .signals import StopOnSignal
 from .step import Outcome, Stepper, Taken
 from .validation import Validation, split
 
-Sets = tuple[Dataset, Dataset | None, Dataset]  # to train on, held out for validation, to test on
+Sets = tuple[Images, Images | None, Images]  # to train on, held out for validation, to test on
 _SUMS = ("samples", "penalised", "steps", "orientation", "smoothness", "seconds", "skipped")
 
 
@@ -67,6 +69,7 @@ def train(
     observer: Observer | None = None,
     timeout: float = 600.0,
     draw: bool = True,
+    workers: int = 0,
 ) -> Result:
     """Train a model, or finish training it.
 
@@ -85,6 +88,8 @@ def train(
         observer: Told how the run goes.
         timeout: Seconds after which the others give up on a process that does not answer.
         draw: Write `curves.png` and `gradients.png` as well.
+        workers: Processes that read images, beside each process of the run, where a data set is read while it is used.
+            They change no bit.
 
     Raises:
         UsageError: The configuration makes no sense, differs from the run's or from its checkpoints', `out` is neither
@@ -100,10 +105,13 @@ def train(
         # What one machine lacks, a teacher or images, is an error of all, and must not leave a run behind.
         loss = group.on_all(lambda: _prepare(config))
         with threads(config.threads), deterministic(config.device):
-            sets = group.on_all(lambda: _load(config, root, group.size))
+            sets = group.on_all(lambda: _load(config, root, group.size, workers))
+            model, problem = group.on_all(lambda: _initial_model(config, sets[0]))
+            if problem:
+                observer.on_message(problem)
             folder = RunFolder(Path(out), config, group, sets[0])
             with folder.claimed(resume):
-                run = _Run(config, folder, sets, loss, observer, stop, group)
+                run = _Run(config, folder, sets, model, loss, observer, stop, group)
                 accuracies = run.finish()
                 if draw:
                     folder.draw(run.state, run.test_set)
@@ -121,18 +129,20 @@ def _prepare(config: TrainingConfig) -> Any:
     if config.data not in datasets.NAMES and not Path(config.data).is_dir():
         known = ", ".join(datasets.NAMES)
         raise UsageError(f"no data set {config.data!r}: it is neither one of {known} nor an existing folder")
-    if config.model not in models.MODELS:
-        raise UsageError(f"no model {config.model!r}: choose one of {', '.join(models.MODELS)}")
+    try:
+        models.check_name(config.model, config.model_options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda: PyTorch sees no CUDA device here")
     return build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
 
 
-def _load(config: TrainingConfig, root: str | Path | None, processes: int) -> Sets:
-    train_set = datasets.load(config.data, root, "train").first(config.train_samples or None)
+def _load(config: TrainingConfig, root: str | Path | None, processes: int, workers: int) -> Sets:
+    train_set, test_set = _both(config, root, workers)
+    train_set = train_set.first(config.train_samples or None)
     if config.shuffle_labels:
         train_set = train_set.with_shuffled_labels(config.seed)
-    test_set = datasets.load(config.data, root, "test")
     if not len(train_set) or not len(test_set):
         raise datasets.DataError(f"{config.data}: no images to train or test on")
     if train_set.in_shape != test_set.in_shape:
@@ -144,6 +154,24 @@ def _load(config: TrainingConfig, root: str | Path | None, processes: int) -> Se
     return train_set, validation_set, test_set
 
 
+def _both(config: TrainingConfig, root: str | Path | None, workers: int) -> tuple[Images, Images]:
+    if config.view is None:
+        return datasets.load(config.data, root, "train"), datasets.load(config.data, root, "test")
+    train_set = datasets.stream(config.data, config.view, "train", workers=workers)
+    channels = train_set.channels
+    return train_set, datasets.stream(config.data, config.view, "test", channels=channels, workers=workers)
+
+
+def _initial_model(config: TrainingConfig, data: Images) -> tuple[nn.Module, str]:
+    """The model, a function of the configuration; and a sentence about weights that do not fit it."""
+    spec = ModelSpec(
+        config.model, config.model_options, config.init, config.smooth_activations, config.data_mean, config.data_std
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return initial_model(spec, data)
+
+
 class _Run:
     """One run in progress: a loop over epochs and steps."""
 
@@ -152,6 +180,7 @@ class _Run:
         config: TrainingConfig,
         folder: RunFolder,
         sets: Sets,
+        model: nn.Module,
         loss: Any,
         observer: Observer,
         stop: StopOnSignal,
@@ -164,10 +193,10 @@ class _Run:
         self.steps = self.steps_per_epoch * config.epochs
         self.stopping = False  # agreed upon by all processes, unlike `stop`
         self.augmentation = datasets.augmentation(config.data)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            data = self.train_set
-            model = models.create(config.model, data.num_classes, data.in_shape, *data.statistics())
+        self.reader: Reader | None = None
+        if isinstance(self.train_set, StreamedDataset):
+            self.reader = Reader(self.train_set, config.seed, pin=config.device == "cuda")
+        self.feed: Iterator[Tensor] = iter(())
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(config.device)
@@ -203,6 +232,7 @@ class _Run:
             self.folder.save(self.state)
             raise
         finally:
+            self.feed, self.reader = iter(()), None  # ends the processes that read
             self.observer.on_end()
         self.folder.write_weights(self.state)
         self.model.eval()
@@ -213,7 +243,12 @@ class _Run:
         progress = self.progress
         order = datasets.epoch_order(self.config.seed, progress.epoch, len(self.train_set))
         self.model.train()
-        for step in range(progress.step - progress.epoch * self.steps_per_epoch, self.steps_per_epoch):
+        first = progress.step - progress.epoch * self.steps_per_epoch
+        if self.reader is not None:
+            whole = [order[begin:end] for begin, end in self.batches[first:]]
+            mine = [Shard.of(self.group.rank, self.group.size, len(part)).rows(part) for part in whole]
+            self.feed = self.reader.read(mine, progress.epoch)
+        for step in range(first, self.steps_per_epoch):
             self._check_stop()
             indices = order[slice(*self.batches[step])]
             started = time.perf_counter()
@@ -252,6 +287,10 @@ class _Run:
         self._count(outcome, len(indices))
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.train_set, Dataset):
+            y = self.train_set.labels[indices]
+            y = y if self.config.device == "cpu" else y.pin_memory().to(self.config.device, non_blocking=True)
+            return as_images(next(self.feed), self.config.device), y
         x, y = self.train_set.images[indices], self.train_set.labels[indices]
         if self.augmentation is not None:
             seed, epoch = self.config.seed, self.progress.epoch

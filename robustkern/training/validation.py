@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robustkern.attacks import FGSM, PGD
-from robustkern.data import DataError, Dataset, generator
+from robustkern.data import DataError, Images, generator
 
 from .checkpoint import Row, TrainState
 from .config import TrainingConfig
@@ -25,7 +25,7 @@ _ACCURACIES = ("clean_accuracy", "robust_accuracy")
 _PREFIXES = {"last": "", "ema": "ema_"}  # of accuracies in a row of metrics
 
 
-def split(data: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset | None]:
+def split(data: Images, validation: float, seed: int) -> tuple[Images, Images | None]:
     """The samples to train on, in their order, and those held out, in random order; a function of the seed.
 
     Args:
@@ -91,8 +91,8 @@ class Validation:
         self,
         config: TrainingConfig,
         state: TrainState,
-        test_set: Dataset,
-        validation_set: Dataset | None,
+        test_set: Images,
+        validation_set: Images | None,
         group: Group,
         on_batch: Callable[[], None],
     ) -> None:
@@ -157,12 +157,12 @@ class Validation:
             results[name] = {**(chosen or {"epoch": progress.epoch}), **dict(zip(_ACCURACIES, accuracies, strict=True))}
         return results
 
-    def _accuracies(self, model: nn.Module, data: Dataset, attacked: bool) -> tuple[float, float | None]:
+    def _accuracies(self, model: nn.Module, data: Images, attacked: bool) -> tuple[float, float | None]:
         """Clean accuracy, and that under PGD on the first `eval_samples`."""
         clean = clean_accuracy(model, data, **self.how)
         attack = PGD(self.config.eps, steps=self.config.pgd_steps)
         return clean, self._robust_accuracy(model, data, attack) if attacked else None
 
-    def _robust_accuracy(self, model: nn.Module, data: Dataset, attack: Attack) -> float:
+    def _robust_accuracy(self, model: nn.Module, data: Images, attack: Attack) -> float:
         few = data.first(self.config.eval_samples or None)
         return robust_accuracy(model, few, attack, seed=self.config.seed, **self.how)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from robustkern import models
 from robustkern._files import parse_json, read_bytes
 from robustkern._text import brief
-from robustkern.data import Dataset
+from robustkern.data import Images
+from robustkern.models import named
 
 from .checkpoint import CheckpointError, check_finite, check_layout
-from .errors import UsageError
+from .errors import UsageError, require
 from .files import write_atomically
 
 KEY = "robustkern"  # of our metadata
@@ -33,7 +34,7 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], descriptio
     """
     check_finite(model)
     state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
-    header = {**description, "sha256": _digest(state)}
+    header = {**description, "sha256": digest(state)}
     write_tensors(path, state, {KEY: json.dumps(header, sort_keys=True)})
 
 
@@ -45,46 +46,82 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     write_atomically(path, save(stored, metadata=metadata))
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(path: str | Path, model: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run in eval mode, and its description.
 
     Args:
         path: A run directory, whose `model.safetensors` is taken, or one of its weight files.
+        model: The model's name. Needed where it is `package.module:function`: no file decides which code is run.
 
     Raises:
         CheckpointError: The file is missing, truncated, corrupt or not one of ours.
+        UsageError: The file is of another model, or of a function that is not named.
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a run writes it at the end of each epoch")
     state, metadata = read_tensors(path)
+    header = verify(path, state, metadata)
+    name = header["model"]
+    require(model in (None, name), f"{path} is of model {name}, not {model}")
+    require(
+        model is not None or not named.is_function(name),
+        f"{path} is of model {name}: no file decides which code is run, so name it yourself, by --model {name}",
+    )
+    create = partial(
+        models.create, name, len(header["classes"]), tuple(header["in_shape"]),
+        options=header.get("model_options", {}), smooth=header.get("smooth_activations", "none"),
+    )  # fmt: skip
     try:
-        header = parse_json(metadata[KEY])
-        _check_description(header)
-        create = partial(models.create, header["model"], len(header["classes"]), tuple(header["in_shape"]))
-        with torch.device("meta"):  # takes no memory: the file decides how large the model is
-            expected = create().state_dict()
+        if not named.is_function(name):
+            _check_on_meta(state, create, path)
+        # The initial weights are overwritten at once; the caller's generator must not notice them.
+        with torch.random.fork_rng(devices=[]):
+            made = create()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
-    if _digest(state) != header.get("sha256"):
-        raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one it was saved with")
+    check_layout(state, made.state_dict(), str(path))
+    made.load_state_dict(state)
+    return made.eval(), header
+
+
+def _check_on_meta(state: Mapping[str, Tensor], create: Callable[[], nn.Module], path: Path) -> None:
+    """Refuses what does not fit before it takes memory: the file decides how large the model is."""
+    try:
+        with torch.device("meta"):
+            expected = create().state_dict()
+    except NotImplementedError:  # the network computes what cannot be computed from shapes alone
+        return
     check_layout(state, expected, str(path))
-    # The initial weights are overwritten at once; the caller's generator must not notice them.
-    with torch.random.fork_rng(devices=[]):
-        model = create()
-    model.load_state_dict(state)
-    return model.eval(), header
 
 
-def load_model_for(path: str | Path, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+def verify(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The description of a model in a file of `save_weights`.
+
+    Raises:
+        CheckpointError: It is not one, or the weights are not those that it was written with.
+    """
+    try:
+        header: dict[str, Any] = parse_json(metadata[KEY])
+        _check_description(header)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: truncated, corrupt or not written by robustkern ({brief(error)})") from error
+    if digest(state) != header.get("sha256"):
+        raise CheckpointError(f"{path} is corrupt: its SHA-256 is not the one it was saved with")
+    return header
+
+
+def load_model_for(path: str | Path, data: Images, name: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """`load_model`, for a model that takes the images of `data` and has the same classes.
 
     Raises:
         CheckpointError: As `load_model`.
         UsageError: The images have another shape, or the classes other names.
     """
-    model, header = load_model(path)
+    model, header = load_model(path, name)
     theirs, mine = (tuple(header["in_shape"]), tuple(header["classes"])), (data.in_shape, data.classes)
     if theirs != mine:
         (shape, classes), (in_shape, names) = theirs, mine
@@ -127,8 +164,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_description(header: Any) -> None:
     """ValueError unless it describes one of our models, as `save_weights` was given it."""
-    if not isinstance(header, dict) or header.get("model") not in tuple(models.MODELS):
-        raise ValueError(f"it names none of the models {', '.join(models.MODELS)}")
+    options = header.get("model_options", {}) if isinstance(header, dict) else {}
+    if not isinstance(options, dict) or not isinstance(header, dict) or not isinstance(header.get("model"), str):
+        raise ValueError("it names no model")
+    models.check_name(header["model"], options)
+    if header.get("smooth_activations", "none") not in ("none", *models.SMOOTH):
+        raise ValueError("its smooth_activations is no activation")
     classes, shape, eps = header.get("classes"), header.get("in_shape"), header.get("eps", 1.0)
     if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no list of two names or more")
@@ -137,13 +178,17 @@ def _check_description(header: Any) -> None:
         raise ValueError("its in_shape is not [C, H, W]")
     if type(eps) not in (int, float) or not 0 < eps <= 1:
         raise ValueError("its eps is not in (0, 1]")
+    size, crop = header.get("image_size", 0), header.get("eval_crop", 1.0)
+    if type(size) is not int or not 0 <= size < 1 << 16 or type(crop) not in (int, float) or not 0 < crop <= 1:
+        raise ValueError("its image_size or eval_crop is none")
     if not all(isinstance(header.get(name, ""), str) for name in ("data", "method", "sha256")):
         raise ValueError("its data, method or sha256 is no text")
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    found = hashlib.sha256()
     for name in sorted(state):
-        digest.update(f"{name} {state[name].dtype} {list(state[name].shape)}".encode())
-        digest.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {state[name].dtype} {list(state[name].shape)}".encode())
+        found.update(state[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

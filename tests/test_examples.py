@@ -1,11 +1,10 @@
-"""Every public name has an example in its docstring, and all examples of the package give what they say.
+"""All examples in docstrings give what they say.
 
 They begin after `import torch`, `from torch import nn` and `import robustkern as rk`.
 """
 
 import doctest
 import importlib
-import inspect
 import warnings
 from pathlib import Path
 
@@ -21,21 +20,6 @@ MODULES = sorted(
     for path in ROOT.rglob("*.py")
     if ">>> " in path.read_text()
 )
-PACKAGES = ("robustkern", *(f"robustkern.{name}" for name in ("attacks", "losses", "models", "ops", "testing")))
-
-
-def public():
-    for package in PACKAGES:
-        module = importlib.import_module(package)
-        for name in module.__all__:
-            value = getattr(module, name)
-            if inspect.isfunction(value) or inspect.isclass(value):
-                yield pytest.param(value, id=f"{package.removeprefix('robustkern.')}.{name}")
-
-
-@pytest.mark.parametrize("value", public())
-def test_every_public_name_has_an_example(value):
-    assert ">>> " in inspect.getdoc(value), f"give {value.__module__}.{value.__name__} an example that runs"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -276,6 +276,25 @@ def test_options_that_are_texts_name_them(name):
         assert parameter.annotation is not str, f"{name}: give {parameter.name} a type of robustkern/_choices.py"
 
 
+@pytest.mark.parametrize("module", ["", ".attacks", ".losses", ".models", ".ops", ".testing"])
+def test_every_public_name_has_an_example(module):
+    module = importlib.import_module(f"robustkern{module}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert ">>> " in (inspect.getdoc(value) or ""), f"give {module.__name__}.{name} an example in its docstring"
+
+
+@pytest.mark.parametrize("module", ["", ".attacks", ".losses", ".ops"])
+def test_every_public_name_is_in_the_reference(module):
+    module, page = importlib.import_module(f"robustkern{module}"), text_of("docs/reference.md", "write it")
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            listed = re.search(rf"^\.\. auto(function|class):: {name}$", page, re.MULTILINE)
+            assert listed, f"add {module.__name__}.{name} to docs/reference.md"
+
+
 @pytest.mark.parametrize("module", ["", ".ops", ".reference", ".losses", ".testing"])
 def test_all_names_exist(module):
     module = importlib.import_module(f"robustkern{module}")
@@ -415,6 +434,13 @@ def test_nothing_in_csrc_includes_upward_or_in_a_circle():
             below = header.parent.relative_to(ROOT / "csrc").as_posix().strip(".")
             assert below in {floor, *FLOORS[floor]}, f"{path.relative_to(ROOT)} includes {header.relative_to(ROOT)}"
     graphlib.TopologicalSorter(graph).prepare()  # or CycleError
+
+
+@pytest.mark.parametrize("path", sources("docs/*.md", "docs/tutorials/*.md"), ids=lambda path: path.stem)
+def test_every_page_is_on_the_site(path):
+    name = path.relative_to(ROOT / "docs").with_suffix("").as_posix()
+    index = text_of("docs/index.md", "write it")
+    assert name == "index" or f"\n{name}\n" in index, f"add {name} to a toctree of docs/index.md"
 
 
 @pytest.mark.parametrize("path", sources("*.md", "*/README.md", "docs/**/*.md", "tests/*/README.md"), ids=str)

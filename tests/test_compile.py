@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import robustkern
 from cases import CASES, OPS, assert_accurate, assert_same_bits, cotangents, over_all, over_filled, recorded_calls
 from robustkern import gradient_norm
 from robustkern.losses import GradientPenalty
@@ -174,3 +175,77 @@ def test_export(case, device):
     assert any(f"robustkern.{case.op}" in str(node.target) for node in program.graph.nodes)
     other = dataclasses.replace(sample, inputs=tuple(t.flip(0) for t in sample.inputs))
     torch.testing.assert_close(program.module()(*other.inputs), other(impl="kernel"))
+
+
+def filled(step, model, *batch):
+    """The terms of a step, and the gradients that it fills in."""
+    model.zero_grad()
+    terms = step(*batch)
+    return tuple(terms), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def eager(loss, model):
+    def step(x, y):
+        terms = loss(model, x, y)
+        terms.backward(inputs=model.parameters())
+        return terms.detach()
+
+    return step
+
+
+def test_a_step_compiled_in_one_call(device):
+    model, x, y = step_inputs(device)
+    loss, before = GradientPenalty(weight=0.7, p=2.0, eps=0.5), torch._dynamo.config.trace_autograd_ops
+    step = robustkern.compile(loss, model, backend="aot_eager")
+    for rows in (4, 3):  # the second one compiles for all that follow
+        expected = filled(eager(loss, model), model, x[:rows], y[:rows])
+        torch.testing.assert_close(filled(step, model, x[:rows], y[:rows]), expected)
+        assert torch._dynamo.config.trace_autograd_ops == before
+        assert not robustkern.is_installed()
+    step(x[:3], y[:3])
+    torch.testing.assert_close([p.grad for p in model.parameters()], [2 * g for g in expected[1]])  # added
+    assert step.why_not is None and step.first_call_seconds > 0 and "compiled in" in repr(step)
+    with pytest.raises(ValueError, match="GradientPenalty: "):
+        step(x, y[:2])
+    assert step.why_not is None  # the batch was wrong, not the step
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(device, monkeypatch):
+    model, x, y = step_inputs(device)
+    loss = GradientPenalty(weight=0.7)
+    expected = filled(eager(loss, model), model, x, y)
+
+    def refuse(graph, inputs):
+        raise NotImplementedError("no\nmore")
+
+    step = robustkern.compile(loss, model, backend=refuse)
+    with pytest.warns(UserWarning, match=r"compile: the step of GradientPenalty of Net runs as it is, uncompiled: .*"):
+        torch.testing.assert_close(filled(step, model, x, y), expected)
+    assert "no" in step.why_not and "\n" not in step.why_not and "uncompiled" in repr(step)
+    monkeypatch.setattr(robustkern.compiled, "_traces_gradients", lambda: False)
+    with pytest.warns(UserWarning, match="cannot trace torch.autograd.grad"):
+        step = robustkern.compile(loss, model, backend=refuse)
+    torch.testing.assert_close(filled(step, model, x, y), expected)
+    for wrong in (torch.compile(model), lambda x: x):
+        with pytest.raises(TypeError, match="compile: model must be a module that is not compiled, got"):
+            robustkern.compile(loss, wrong)
+
+
+def test_a_compiled_step_averages_as_distributed_data_parallel_does(tmp_path, monkeypatch):
+    """In a group of one process, whose sum is stood in for by one that counts two."""
+    from torch import distributed as dist
+
+    model, x, y = step_inputs("cpu")
+    expected = filled(eager(GradientPenalty(), model), model, x, y)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        step = robustkern.compile(GradientPenalty(), wrapped, backend="aot_eager")
+        summed = dist.all_reduce
+        monkeypatch.setattr(dist, "all_reduce", lambda t, group: summed(t.mul_(2), group=group))
+        _, gradients = filled(step, model, x, y)
+        torch.testing.assert_close(gradients, [2 * g for g in expected[1]])
+        with wrapped.no_sync():
+            torch.testing.assert_close(filled(step, model, x, y), expected)
+    finally:
+        dist.destroy_process_group()

@@ -314,6 +314,7 @@ def test_every_penalty_is_public():
 CORE = ("ops", "reference", "penalties", "jacobian", "spectral_norm", "coupling", "double_backward", "graphs")
 LABORATORY = {
     "losses",
+    "compiled",
     "draw",
     "sharding",
     "distributed",

@@ -8,6 +8,7 @@ import ast
 import graphlib
 import importlib
 import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -442,6 +443,13 @@ def test_every_page_is_on_the_site(path):
     name = path.relative_to(ROOT / "docs").with_suffix("").as_posix()
     index = text_of("docs/index.md", "write it")
     assert name == "index" or f"\n{name}\n" in index, f"add {name} to a toctree of docs/index.md"
+
+
+@pytest.mark.parametrize("path", sources("docs/**/*.md"), ids=lambda path: path.stem)
+def test_headings_skip_no_level(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
 @pytest.mark.parametrize("path", sources("*.md", "*/README.md", "docs/**/*.md", "tests/*/README.md"), ids=str)

@@ -30,6 +30,10 @@ class LossModule(nn.Module):
     Args:
         model: As the loss takes it.
         loss: A loss of `robustkern.losses`, or a function called like one.
+
+    >>> module = rk.distributed.LossModule(nn.Linear(6, 3), rk.losses.GradientPenalty())
+    >>> len(list(module.parameters()))
+    2
     """
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
@@ -79,6 +83,10 @@ def wrap(model: nn.Module, loss: Loss, *, shard: bool = False, **options: Any) -
     Raises:
         TypeError: The model is no bare module.
         ValueError: An option under which gradients would be wrong.
+
+    >>> model, x, y = nn.Linear(6, 3), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+    >>> step = rk.distributed.wrap(model, rk.losses.GradientPenalty())  # without a process group: the loss itself
+    >>> step(x, y).backward(inputs=step.parameters())
     """
     if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
         raise TypeError(f"wrap: model must be a module that nothing wraps yet, got {type(model).__name__}")

@@ -1,12 +1,16 @@
 """Every text of docs/errors.md is what PyTorch says today, and its cure cures it."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import robustkern as rk
@@ -81,6 +85,24 @@ def reentrant(cured):
     grad.square().sum().backward()
 
 
+def sharded(cured):
+    """FSDP2 on one process, which frees weights after a pass as it does on many."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            model, x = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), torch.rand(4, 6, requires_grad=True)
+            if cured:
+                step = rk.distributed.wrap(model, rk.losses.GradientPenalty(), shard=True)
+                return step(x.detach(), torch.tensor([0, 1, 2, 0])).backward(inputs=step.parameters())
+            mesh = init_device_mesh("cpu", (1,))
+            for module in (model[0], model[2], model):
+                fully_shard(module, mesh=mesh)
+            (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            return grad.square().sum().backward()
+        finally:
+            dist.destroy_process_group()
+
+
 def case(text):
     """What raises the text; called with whether the cure is applied."""
     for name in sorted(ATTENTION, key=len, reverse=True):
@@ -88,12 +110,12 @@ def case(text):
             run = forwards if "forward AD" in text else twice
             return lambda cured: run(name) if name.endswith("cpu") or not cured else None  # no CUDA kernel runs on meta
     named = {"hardsigmoid": lambda cured: hardsigmoid(), "in-place operation": batch_norm, "aot_autograd": compiled,
-             "use_reentrant": reentrant}  # fmt: skip
+             "use_reentrant": reentrant, "storage of size 0": sharded}  # fmt: skip
     return next(run for part, run in named.items() if part in text)
 
 
 def test_the_page_has_rows():
-    assert len(TEXTS) == 12
+    assert len(TEXTS) == 13
 
 
 @pytest.mark.parametrize("text, cure", TEXTS, ids=[text[:90] for text, _ in TEXTS])

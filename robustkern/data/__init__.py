@@ -59,6 +59,10 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
 
     Raises:
         DataError: The data set is missing (the message says how to get it), truncated or wrong.
+
+    >>> from robustkern.data import load
+    >>> load("digits").images.shape[1:]
+    torch.Size([1, 8, 8])
     """
     if split not in _SPLITS:
         raise ValueError(f"split must be train or test, got {split!r}")
@@ -100,7 +104,12 @@ def stream(name: str, view: View, split: str = "train", *, channels: int = 0, wo
 
 
 def augmentation(name: str) -> CropFlip | None:
-    """The augmentation a data set is trained with: crops and flips for natural images, none where they would hurt."""
+    """The augmentation a data set is trained with: crops and flips for natural images, none where they would hurt.
+
+    >>> from robustkern.data import augmentation
+    >>> augmentation("digits") is None, augmentation("cifar10")
+    (True, CropFlip(padding=4, flip=True))
+    """
     return CropFlip() if name == "cifar10" else None
 
 

@@ -29,6 +29,11 @@ class Dataset:
         images: float32 in [0, 1].  [N, C, H, W]
         labels: int64 class indices.  [N]
         classes: Class names, in the order of the labels.
+
+    >>> from robustkern.data import Dataset
+    >>> data = Dataset("mine", torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 1, 0]), ("no", "yes"))
+    >>> len(data.images), data.classes
+    (4, ('no', 'yes'))
     """
 
     name: str

@@ -31,6 +31,10 @@ class View:
         crop_scale: Least share of the image's area that a random crop keeps.
         flip: Probability of the mirror image.
         center: Share of the shorter side that the square in the middle keeps.
+
+    >>> from robustkern.data import View
+    >>> View(224).center
+    0.875
     """
 
     size: int

@@ -14,7 +14,13 @@ _MASK = (1 << 64) - 1
 
 
 def generator(seed: int, stream: str, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator keyed by (seed, stream, counters); equal keys give equal numbers, different keys unrelated ones."""
+    """A generator keyed by (seed, stream, counters); equal keys give equal numbers, different keys unrelated ones.
+
+    >>> from robustkern.data import generator
+    >>> a, b = (torch.rand(1, generator=generator(0, "mine", 3)) for _ in range(2))
+    >>> torch.equal(a, b)
+    True
+    """
     key = _mix(seed & _MASK)
     for byte in stream.encode():
         key = _mix(key ^ byte)
@@ -33,7 +39,12 @@ def _mix(z: int) -> int:
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order in which epoch `epoch` visits `count` samples.  [count] int64"""
+    """The order in which epoch `epoch` visits `count` samples.  [count] int64
+
+    >>> from robustkern.data import epoch_order
+    >>> sorted(epoch_order(seed=0, epoch=1, count=5).tolist())
+    [0, 1, 2, 3, 4]
+    """
     return torch.randperm(count, generator=generator(seed, "order", epoch))
 
 
@@ -44,6 +55,11 @@ class CropFlip:
     Attributes:
         padding: Pixels added on each side before cropping back to the original size.
         flip: Whether an image is mirrored with probability 1/2.
+
+    >>> from robustkern.data import CropFlip
+    >>> images = torch.rand(4, 3, 32, 32)
+    >>> CropFlip()(images, torch.arange(4), seed=0, epoch=0, count=4).shape
+    torch.Size([4, 3, 32, 32])
     """
 
     padding: int = 4

@@ -126,7 +126,12 @@ def streamed(name: str, source: Source, labels: Tensor, classes: tuple[str, ...]
 
 
 def as_images(pixels: Tensor, device: str = "cpu") -> Tensor:
-    """Bytes as float32 in [0, 1] on a device; the bytes travel, a quarter of the numbers' size."""
+    """Bytes as float32 in [0, 1] on a device; the bytes travel, a quarter of the numbers' size.
+
+    >>> from robustkern.data import as_images
+    >>> as_images(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)).item()
+    1.0
+    """
     return pixels.to(device, non_blocking=True).float().div_(255)
 
 

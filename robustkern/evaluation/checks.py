@@ -39,6 +39,10 @@ class Check:
         passed: Whether nothing suspicious was seen.
         finding: One sentence: what was seen.
         values: The numbers behind it.
+
+    >>> from robustkern.evaluation import Check
+    >>> Check("gradients", True, "every image has one").passed
+    True
     """
 
     name: str
@@ -60,6 +64,10 @@ class Subject:
         steps: Steps of the iterative attacks that the checks run.
         seed: Seed of the random starts.
         reported: Share of the samples that are reported to withstand every attack; None if PGD was the only one.
+
+    >>> from robustkern.evaluation import Subject
+    >>> Subject(nn.Flatten(), torch.rand(4, 3), torch.tensor([0, 1, 2, 0]), eps=0.1).steps
+    20
     """
 
     model: nn.Module
@@ -117,6 +125,13 @@ def run_checks(subject: Subject, training: bool = False) -> list[Check]:
     Args:
         subject: What is checked.
         training: Whether a module of the model was in training mode when it was given.
+
+    >>> from robustkern.evaluation import Subject, run_checks
+    >>> x = torch.rand(8, 1, 2, 2)
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    >>> checks = run_checks(Subject(model, x, model(x).argmax(1), eps=0.1, steps=2))
+    >>> all(check.finding for check in checks)
+    True
     """
     subject = replace(subject, x=subject.x.clone())  # a model may change its input
     outcomes = [eval_mode(training)]

@@ -20,6 +20,11 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
 
     Raises:
         ValueError: The arguments are out of range.
+
+    >>> from robustkern.evaluation import wilson_interval
+    >>> low, high = wilson_interval(90, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.826, 0.945)
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"wilson_interval: successes must be between 0 and trials, got {successes} of {trials}")

@@ -29,6 +29,10 @@ def local_lipschitz(
 
     Raises:
         ValueError: eps is not positive.
+
+    >>> from robustkern.evaluation import local_lipschitz
+    >>> local_lipschitz(nn.Identity(), torch.full((1, 2), 0.5), 0.1).round(decimals=3).tolist()
+    [2.0]
     """
     if not eps > 0:
         raise ValueError(f"local_lipschitz: eps must be positive, got {eps}")
@@ -54,7 +58,12 @@ def local_lipschitz(
 
 
 def logit_margin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """z_y - max_{j != y} z_j for each sample, negative where it is misclassified: [B]."""
+    """z_y - max_{j != y} z_j for each sample, negative where it is misclassified: [B].
+
+    >>> from robustkern.evaluation import logit_margin
+    >>> logit_margin(nn.Identity(), torch.tensor([[1.0, 3.0]]), torch.tensor([0])).tolist()
+    [-2.0]
+    """
     with attacked(model), torch.no_grad():
         return -ops.margin_loss(model(x.detach()), y, kind="cw")
 
@@ -77,6 +86,12 @@ def linearised_robustness(model: nn.Module, x: Tensor, y: Tensor, norm: str = "l
 
     Raises:
         ValueError: An unknown norm.
+
+    >>> from robustkern.evaluation import linearised_robustness
+    >>> model = nn.Linear(2, 2)
+    >>> model.weight.data, model.bias.data = torch.eye(2), torch.zeros(2)
+    >>> linearised_robustness(model, torch.tensor([[1.0, 0.0]]), torch.tensor([0])).tolist()  # 1 over ||(1, -1)||_1
+    [0.5]
     """
     check_choice("linearised_robustness", "norm", norm, tuple(_DUAL))
     with attacked(model), torch.enable_grad():

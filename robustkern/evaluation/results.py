@@ -35,6 +35,10 @@ class Settings:
         check_samples: Images that the checks attack. They are the first, and are attacked a few dozen times.
         batch_size: Images at a time.
         seed: Seed of everything random.
+
+    >>> from robustkern.evaluation import Settings
+    >>> Settings(eps=8 / 255, attacks=("pgd",)).restarts
+    10
     """
 
     eps: float = setting(valid=Range(0, open="()"))
@@ -68,6 +72,10 @@ class Accuracy:
         right: Samples classified right.
         samples: Samples in all.
         seconds: How long it took to measure.
+
+    >>> from robustkern.evaluation import Accuracy
+    >>> Accuracy("clean", right=90, samples=100).value
+    0.9
     """
 
     name: str
@@ -118,6 +126,14 @@ class Report:
         x: The clean images.
         y: Their labels.
         identity: Name of this evaluation, in each of its files, which tells those of two evaluations apart.
+
+    >>> from robustkern.evaluation import Settings, evaluate
+    >>> from robustkern.data import load
+    >>> from robustkern.models import create
+    >>> settings = Settings(0.1, samples=20, attacks=("pgd",), pgd_steps=2, restarts=1, check_samples=5)
+    >>> report = evaluate(create("small-cnn", 10, (1, 8, 8)), load("digits", split="test"), settings)
+    >>> [attack.name for attack in report.attacks], report.worst.samples
+    (['PGD-2x1'], 20)
     """
 
     settings: Settings

@@ -55,6 +55,14 @@ def evaluate(
     Raises:
         MissingPackage: AutoAttack is asked for and pyautoattack is not installed.
         ValueError: The model does not give logits for the classes of the data.
+
+    >>> from robustkern.data import load
+    >>> from robustkern.evaluation import Settings, evaluate
+    >>> from robustkern.models import create
+    >>> settings = Settings(0.1, samples=20, attacks=("pgd",), pgd_steps=2, restarts=1, check_samples=5)
+    >>> report = evaluate(create("small-cnn", 10, (1, 8, 8)), load("digits", split="test"), settings)
+    >>> report.worst.value <= report.clean.value
+    True
     """
     if "autoattack" in settings.attacks:
         autoattack_package()  # before anything is attacked
@@ -118,6 +126,16 @@ def recheck(report: Report, model: nn.Module, stored: dict[str, Tensor], identit
         model: The model it was found on.
         stored: What `adversaries.safetensors` holds: "clean", "labels", and for each attack its adversarial images.
         identity: The evaluation that its metadata name; None: the same.
+
+    >>> from robustkern.data import load
+    >>> from robustkern.evaluation import Settings, evaluate, recheck
+    >>> from robustkern.models import create
+    >>> settings = Settings(0.1, samples=20, attacks=("pgd",), pgd_steps=2, restarts=1, check_samples=5)
+    >>> model = create("small-cnn", 10, (1, 8, 8))
+    >>> report = evaluate(model, load("digits", split="test"), settings)
+    >>> stored = {"clean": report.x, "labels": report.y, **report.adversaries}
+    >>> recheck(report, model, stored).passed
+    True
     """
     if identity not in (None, report.identity):
         return Check("reproduced from file", False, f"the file belongs to another evaluation, {brief(identity)}")

@@ -30,6 +30,11 @@ def activation_double_backward(
         parameters: (beta, threshold) of softplus; (alpha, scale, input_scale, is_result) of elu; else empty.
         need_grad: whether to compute gg_grad; it is empty if not.
         need_x: the same for grad_x.
+
+    >>> one = torch.ones(1)
+    >>> gg_grad, grad_x = rk.reference.activation_double_backward(one, one, torch.zeros(1), "silu", ())
+    >>> gg_grad.item(), grad_x.item()  # f'(0), f''(0)
+    (0.5, 0.5)
     """
     slope, bend = _SLOPES[function](x, *parameters)
     product = u * grad

@@ -48,7 +48,11 @@ def attack_start(
     samples: Tensor | None = None,  # [B] int64
     restart: int = 0,
 ) -> Tensor:  # like x
-    """x' = clamp(x + uniform in the ball, 0, 1); see `robustkern.ops.attack_start`."""
+    """x' = clamp(x + uniform in the ball, 0, 1); see `robustkern.ops.attack_start`.
+
+    >>> rk.reference.attack_start(torch.full((2, 3), 0.5), eps=0.25).shape
+    torch.Size([2, 3])
+    """
     seed = draw_seed(x, generator) if seed is None else seed.reshape(1)
     samples = torch.arange(len(x), device=x.device) if samples is None else samples
     dtype = accumulation_dtype(x.dtype)

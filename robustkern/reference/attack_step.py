@@ -18,7 +18,12 @@ def attack_step(
     scale: Tensor | None = None,  # [B]
     coordinates: int = 1,
 ) -> Tensor:  # adversary
-    """x' = P(x' + step_size * direction(grad)); see `robustkern.ops.attack_step`."""
+    """x' = P(x' + step_size * direction(grad)); see `robustkern.ops.attack_step`.
+
+    >>> x = torch.full((1, 2), 0.5)
+    >>> rk.reference.attack_step(x.clone(), x, torch.tensor([[1.0, -2.0]]), eps=0.25, step_size=1.0).tolist()
+    [[0.75, 0.25]]
+    """
     dtype = accumulation_dtype(x.dtype)
     rows = (-1,) + (1,) * (x.dim() - 1)
     with torch.no_grad():

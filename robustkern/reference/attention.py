@@ -40,6 +40,13 @@ def attention_double_backward(
 
     Returns:
         (gg_grad, grad_q, grad_k, grad_v), each shaped like its tensor, or [0] where it is not needed.
+
+    >>> q, k, v, grad, a = torch.rand(5, 1, 2, 3, 4)
+    >>> results = rk.reference.attention_double_backward(
+    ...     a, None, None, grad, q, k, v, None, None, None, causal=False, scale=0.5
+    ... )
+    >>> [result.shape for result in results] == 4 * [q.shape]
+    True
     """
     group = q.shape[1] // max(k.shape[1], 1)
 
@@ -93,6 +100,11 @@ def attention_jvp(
 
     Returns:
         (out, tangent, logsumexp): [B, H, L, E] twice, and [B, H, L] in the accumulation type, which has no derivative.
+
+    >>> q, k, v = torch.rand(3, 1, 2, 5, 4)
+    >>> out, tangent, _ = rk.reference.attention_jvp(q, k, v, None, None, torch.ones_like(v), scale=0.5)
+    >>> torch.allclose(tangent, torch.ones_like(v))  # weights add up to 1
+    True
     """
     group = q.shape[1] // max(k.shape[1], 1)
     keys, values = _per_head(k, group), _per_head(v, group)

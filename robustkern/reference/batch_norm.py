@@ -48,6 +48,14 @@ def batch_norm_double_backward(
         gg_grad like grad, grad_x like x, grad_weight [C] in the dtype of mean.
 
     Differentiability: any order.  Source: Ioffe and Szegedy, "Batch normalization", 2015, differentiated twice.
+
+    >>> x, u, grad = torch.rand(3, 4, 2, 5)
+    >>> mean, invstd = x.mean((0, 2)), (x.var((0, 2), unbiased=False) + 1e-5).rsqrt()
+    >>> results = rk.reference.batch_norm_double_backward(
+    ...     u, None, None, grad, x, torch.ones(2), mean, invstd, True, True, True, True
+    ... )
+    >>> [result.shape for result in results]
+    [torch.Size([4, 2, 5]), torch.Size([4, 2, 5]), torch.Size([2])]
     """
 
     def channels(v: Tensor) -> Tensor:

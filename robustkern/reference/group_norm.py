@@ -29,6 +29,12 @@ def group_norm_double_backward(
 
     Returns:
         gg_grad and grad_x like x, grad_weight [C] in the dtype of rstd; [0] where not needed.
+
+    >>> x, u, grad = torch.rand(3, 2, 4, 5)
+    >>> mean, rstd = x.mean((1, 2))[:, None], (x.flatten(1).var(1, unbiased=False) + 1e-5).rsqrt()[:, None]
+    >>> results = rk.reference.group_norm_double_backward(u, None, None, grad, x, torch.ones(4), mean, rstd, 1)
+    >>> [result.shape for result in results]
+    [torch.Size([2, 4, 5]), torch.Size([2, 4, 5]), torch.Size([4])]
     """
     n, c, s = x.shape
     shape = (n, groups, c // groups, s)
@@ -92,6 +98,12 @@ def group_norm_backward(
 
     Returns:
         grad_x like x, grad_weight and grad_bias [C] in the dtype of rstd; [0] where not needed.
+
+    >>> x, grad = torch.rand(2, 3, 4, 5)
+    >>> mean, rstd = x.mean((1, 2))[:, None], (x.flatten(1).var(1, unbiased=False) + 1e-5).rsqrt()[:, None]
+    >>> _, _, grad_bias = rk.reference.group_norm_backward(grad, x, torch.ones(4), mean, rstd, 1)
+    >>> torch.allclose(grad_bias, grad.sum((0, 2)))
+    True
     """
     n, c, s = x.shape
     shape = (n, groups, c // groups, s)

@@ -12,7 +12,11 @@ def kl_divergence(
     *,
     temperature: float = 1.0,
 ) -> Tensor:  # [B] or [B, d1, ...]
-    """kl_i = sum_c p_ic (log p_ic - log q_ic); see `robustkern.ops.kl_divergence`."""
+    """kl_i = sum_c p_ic (log p_ic - log q_ic); see `robustkern.ops.kl_divergence`.
+
+    >>> rk.reference.kl_divergence(torch.zeros(1, 2), torch.ones(1, 2)).tolist()
+    [0.0]
+    """
     dtype = accumulation_dtype(p_logits.dtype)
     log_p, log_q = ((z.to(dtype) / temperature).log_softmax(1) for z in (p_logits, q_logits))
     p = log_p.exp()

@@ -29,6 +29,12 @@ def layer_norm_double_backward(
     Returns:
         gg_grad, like grad, and grad_x [B, D] in the dtype of x, grad_weight [D] in the dtype of rstd; [0] where not
         needed.
+
+    >>> x, grad = torch.rand(2, 3, 4)
+    >>> mean, rstd = x.mean(1), (x.var(1, unbiased=False) + 1e-5).rsqrt()
+    >>> gg_grad, _, _ = rk.reference.layer_norm_double_backward(torch.ones(3, 4), None, None, grad, x, None, mean, rstd)
+    >>> bool(gg_grad.abs().max() < 1e-4)  # the mean is taken out: constants do not count
+    True
     """
     xh = (x if mean is None else x - mean[:, None].to(x.dtype)) * rstd[:, None].to(x.dtype)
     r = rstd[:, None].to(x.dtype)
@@ -86,6 +92,12 @@ def layer_norm_backward(
 
     Returns:
         grad_x, like grad, in the dtype of x, grad_weight and grad_bias [D] in the dtype of rstd; [0] where not needed.
+
+    >>> x, grad = torch.rand(2, 3, 4)
+    >>> mean, rstd = x.mean(1), (x.var(1, unbiased=False) + 1e-5).rsqrt()
+    >>> _, _, grad_bias = rk.reference.layer_norm_backward(grad, x, torch.ones(4), mean, rstd)
+    >>> torch.allclose(grad_bias, grad.sum(0))
+    True
     """
     r = rstd[:, None].to(x.dtype)
     xh = (x if mean is None else x - mean[:, None].to(x.dtype)) * r

@@ -14,7 +14,11 @@ def margin_loss(
     kind: Margin = "cw",
     towards: Tensor | None = None,  # [B]
 ) -> Tensor:  # [B]
-    """loss_i = (max_{k != y} z_k - z_y) / scale(z); see `robustkern.ops.margin_loss`."""
+    """loss_i = (max_{k != y} z_k - z_y) / scale(z); see `robustkern.ops.margin_loss`.
+
+    >>> rk.reference.margin_loss(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1])).tolist()
+    [-1.0]
+    """
     z = logits.to(accumulation_dtype(logits.dtype))
     ordered, order = z.sort(dim=1, descending=True, stable=True)
     own = z.gather(1, target[:, None]).squeeze(1)

@@ -116,6 +116,9 @@ def random_cotangents(
     """w = v, v - mean(v) or sqrt(p) v - p <sqrt(p), v>; see `robustkern.ops.random_cotangents`.
 
     Differentiable in any order: sqrt(p) = exp(log_softmax / 2) has no infinite slope where p vanishes.
+
+    >>> rk.reference.random_cotangents(torch.zeros(2, 4), 3).shape
+    torch.Size([3, 2, 4])
     """
     if seed is None:
         seed = draw_seed(outputs, generator)

@@ -19,6 +19,9 @@ def row_norm(
 
     Differentiable in any order, with zero subgradients at zero: square roots and powers are taken only where their
     argument is not zero, so that no derivative meets 0 * inf.
+
+    >>> rk.reference.row_norm(torch.tensor([[3.0, -4.0]])).tolist()
+    [5.0]
     """
     a = x.to(accumulation_dtype(x.dtype))
     if weight is not None:

@@ -22,6 +22,11 @@ def softmax_double_backward(
         log: whether to differentiate log_softmax instead of softmax.
         need_grad: whether to compute gg_grad; it is empty if not.
         need_output: the same for grad_output.
+
+    >>> p = torch.tensor([[0.5, 0.5]])
+    >>> gg_grad, _ = rk.reference.softmax_double_backward(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), p, False)
+    >>> gg_grad.tolist()
+    [[0.25, -0.25]]
     """
     p = output.exp() if log else output
     mean_u = (p * u).sum(1, keepdim=True)

@@ -14,7 +14,11 @@ def softmax_cross_entropy(
     ignore_index: int = -100,
     temperature: float = 1.0,
 ) -> Tensor:  # [B]
-    """loss_i = -sum_c q_ic log softmax(z_i / T)_c; see `robustkern.ops.softmax_cross_entropy`."""
+    """loss_i = -sum_c q_ic log softmax(z_i / T)_c; see `robustkern.ops.softmax_cross_entropy`.
+
+    >>> rk.reference.softmax_cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp().round(decimals=3).tolist()
+    [4.0]
+    """
     z = logits.to(accumulation_dtype(logits.dtype))
     if temperature != 1.0:
         z = z / temperature

@@ -22,6 +22,11 @@ def bootstrap_interval(
 
     Raises:
         ValueError: No values, values that are not finite, or a confidence out of range.
+
+    >>> from robustkern.study import bootstrap_interval
+    >>> low, high = bootstrap_interval(torch.arange(100.0))
+    >>> low < 49.5 < high
+    True
     """
     if statistic not in ("mean", "median"):
         raise ValueError(f"bootstrap_interval: statistic must be 'mean' or 'median', got {statistic!r}")

@@ -21,6 +21,11 @@ def alignment(gradient: Tensor, x: Tensor, *, centred: bool = False, cosine: boo
         centred: Subtract from each image its own mean first: the absolute correlation of image and gradient, which a
             gradient that merely brightens the whole image does not have.
         cosine: Divide by the length of the image.
+
+    >>> from robustkern.study import alignment
+    >>> x = torch.rand(2, 1, 4, 4)
+    >>> alignment(3 * x, x).round(decimals=4).tolist()
+    [1.0, 1.0]
     """
     g, image = _flat(gradient), _flat(x)
     if centred:
@@ -42,6 +47,11 @@ def low_frequency_share(gradient: Tensor, radius: float = 0.25) -> Tensor:
 
     Raises:
         ValueError: The radius is out of range.
+
+    >>> from robustkern.study import low_frequency_share
+    >>> wave = torch.cos(2 * torch.pi * torch.arange(16) / 16).expand(1, 1, 16, 16)
+    >>> low_frequency_share(wave).round(decimals=4).tolist()
+    [1.0]
     """
     if not 0 < radius <= 0.71:
         raise ValueError(f"low_frequency_share: radius must be in (0, 0.71] cycles a pixel, got {radius}")
@@ -64,6 +74,10 @@ def total_variation_ratio(gradient: Tensor) -> Tensor:
 
     Args:
         gradient: [B, C, H, W]
+
+    >>> from robustkern.study import total_variation_ratio
+    >>> total_variation_ratio(torch.ones(1, 1, 4, 4)).tolist()
+    [0.0]
     """
     g = _accurate(gradient)
     variation = g.diff(dim=2).abs().sum((1, 2, 3)) + g.diff(dim=3).abs().sum((1, 2, 3))
@@ -84,6 +98,10 @@ def edge_concentration(gradient: Tensor, x: Tensor, share: float = 0.2) -> Tenso
 
     Raises:
         ValueError: The share is out of range.
+
+    >>> from robustkern.study import edge_concentration
+    >>> edge_concentration(torch.ones(1, 1, 8, 8), torch.rand(1, 1, 8, 8)).shape
+    torch.Size([1])
     """
     if not 0 < share < 1:
         raise ValueError(f"edge_concentration: share must be in (0, 1), got {share}")
@@ -104,6 +122,10 @@ def white_noise_baseline(shape: tuple[int, int, int], radius: float = 0.25) -> d
     Args:
         shape: Channels, height and width.
         radius: As for `low_frequency_share`.
+
+    >>> from robustkern.study import white_noise_baseline
+    >>> white_noise_baseline((1, 8, 8))["low_frequency_share"] < 1
+    True
     """
     channels, height, width = shape
     rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)

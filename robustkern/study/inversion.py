@@ -42,6 +42,11 @@ def invert(
 
     Raises:
         ValueError: An unknown norm, or steps < 1.
+
+    >>> from robustkern.study import invert
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    >>> invert(model, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]), steps=3).shape
+    torch.Size([2, 1, 4, 4])
     """
     check_choice("invert", "norm", norm, THREATS)
     if steps < 1:
@@ -67,6 +72,11 @@ def seeded_grid(x: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     Args:
         x: Images, one of each class in the published figure.  [B, C, H, W]
         classes: Number of classes.
+
+    >>> from robustkern.study import seeded_grid
+    >>> starts, targets = seeded_grid(torch.rand(2, 1, 4, 4), 3)
+    >>> len(starts), targets.tolist()
+    (6, [0, 1, 2, 0, 1, 2])
     """
     targets = torch.arange(classes, device=x.device).repeat(len(x))
     return x.repeat_interleave(classes, dim=0), targets
@@ -80,6 +90,10 @@ def noise(count: int, shape: tuple[int, int, int], *, seed: int = 0, spread: flo
         shape: Channels, height and width.
         seed: Decides them.
         spread: Half the width of the distribution; the published one is a standard deviation of the data.
+
+    >>> from robustkern.study import noise
+    >>> noise(2, (1, 8, 8)).shape
+    torch.Size([2, 1, 8, 8])
     """
     generator = torch.Generator().manual_seed(seed)
     return (0.5 + spread * (2 * torch.rand(count, *shape, generator=generator) - 1)).clamp_(0, 1)
@@ -94,6 +108,10 @@ def inversion_accuracy(judge: nn.Module, inverted: Tensor, target: Tensor, batch
         inverted: Images.  [B, C, H, W]
         target: The classes they were made for.  [B]
         batch_size: Images at a time.
+
+    >>> from robustkern.study import inversion_accuracy
+    >>> inversion_accuracy(nn.Flatten(), torch.eye(2).view(2, 2, 1, 1), torch.tensor([0, 0])).tolist()
+    [1.0, 0.0]
     """
     with attacked(judge), torch.no_grad():
         named = [judge(part).argmax(1) for part in inverted.split(batch_size)]

@@ -55,6 +55,10 @@ class Judges(NamedTuple):
     Attributes:
         robust: Trained adversarially and independently, with a seed that no measured model has.
         standard: Trained independently, with cross-entropy alone.
+
+    >>> from robustkern.study import Judges
+    >>> Judges(robust=nn.Linear(4, 2), standard=nn.Linear(4, 2)).robust.out_features
+    2
     """
 
     robust: nn.Module
@@ -75,6 +79,10 @@ class Protocol:
         noise_steps: Their steps; published: 1,024.
         noise_step: Their length, in standard deviations; published: 2/255.
         seed: Seed of attacks and noise.
+
+    >>> from robustkern.study import Protocol
+    >>> Protocol(eps=0.1).inversion_steps
+    16
     """
 
     eps: float
@@ -169,6 +177,11 @@ def accuracy_curve(
         radii: Ascending; at 0 an image counts if it is classified right.
         steps: Steps of the attack, each a quarter of the radius.
         seed: Seed of its starts.
+
+    >>> from robustkern.study import accuracy_curve
+    >>> model, x = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2)
+    >>> accuracy_curve(model, x, model(x).argmax(1), [0.0, 1.0], steps=2).tolist()[0][0]
+    True
     """
     standing = correct(model, x, y)
     columns = []

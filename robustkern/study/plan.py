@@ -67,6 +67,10 @@ class Plan:
         epochs: Epochs of each training; None: half the recipe's, after which every method has shown what it does.
         threads: CPU threads of each training.
         device: "cpu" or "cuda".
+
+    >>> from robustkern.study import Plan
+    >>> Plan(data="digits", methods=("standard", "pgd"), seeds=1).sweep
+    (0.03, 0.1, 0.3, 1.0, 3.0)
     """
 
     data: str = "digits-28"

@@ -21,6 +21,14 @@ class WeightAverage:
     Attributes:
         model: The averaged model, in eval mode.
         updates: How many steps went into the average.
+
+    >>> from robustkern.training import WeightAverage
+    >>> model = nn.Linear(2, 1)
+    >>> average = WeightAverage(model, 0.9)
+    >>> model.weight.data += 1
+    >>> average.update(model)
+    >>> average.updates
+    1
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

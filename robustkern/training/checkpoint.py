@@ -60,6 +60,10 @@ class Progress:
         rows: The rows of metrics of the epochs completed.
         best: The epoch, kind and accuracies of the weights that were best on the validation set.
         ended: Whether the watch for catastrophic overfitting stopped the run before the last epoch.
+
+    >>> from robustkern.training import Progress
+    >>> Progress(step=10, epoch=1, skipped=0, sums={}, rows=[]).ended
+    False
     """
 
     step: int

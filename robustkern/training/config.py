@@ -88,6 +88,11 @@ class TrainingConfig:
         checkpoint_every: Steps between checkpoints inside an epoch; 0: only at its end.
         max_skipped: Steps in a row that may be skipped for a loss that is not finite. The same goes for a gradient;
             after more of them, the run fails.
+
+    >>> from robustkern.training import TrainingConfig
+    >>> config = TrainingConfig("digits", "standard", epochs=3)
+    >>> TrainingConfig.from_yaml(config.to_yaml()) == config
+    True
     """
 
     data: str = setting(panel=WHAT)
@@ -242,7 +247,16 @@ def _is_plain(value: Any, lists: bool) -> bool:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """`parse_settings` of a file; errors name it."""
+    """`parse_settings` of a file; errors name it.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from robustkern.training import read_settings
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "mine.yaml").write_text("{data: digits, epochs: 3}")
+    ...     print(read_settings(Path(folder) / "mine.yaml"))
+    {'data': 'digits', 'epochs': 3}
+    """
     # Not `read_bytes`: it may be a pipe, as the shell's <(...) is.
     with naming(path), open(path, "rb") as file:
         return parse_settings(file.read(4 * MOST_BYTES + 1).decode())

@@ -39,6 +39,12 @@ def clean_accuracy(
         device: Where the model is.
         on_batch: Called after each batch; what it raises ends the evaluation.
         group: Processes that share the work; the result does not depend on how many they are.
+
+    >>> from robustkern.data import load
+    >>> from robustkern.models import create
+    >>> from robustkern.training import clean_accuracy
+    >>> 0 <= clean_accuracy(create("small-cnn", 10, (1, 8, 8)), load("digits", split="test")) <= 1
+    True
     """
 
     def right(batch: int, x: Tensor, y: Tensor) -> Tensor:
@@ -70,6 +76,14 @@ def robust_accuracy(
         device: Where the model is.
         on_batch: Called after each batch; what it raises ends the evaluation.
         group: Processes that share the work; the result does not depend on how many they are.
+
+    >>> from robustkern.attacks import FGSM
+    >>> from robustkern.data import load
+    >>> from robustkern.models import create
+    >>> from robustkern.training import clean_accuracy, robust_accuracy
+    >>> model, data = create("small-cnn", 10, (1, 8, 8)), load("digits", split="test")
+    >>> robust_accuracy(model, data, FGSM(0.1)) <= clean_accuracy(model, data)
+    True
     """
 
     def right(batch: int, x: Tensor, y: Tensor) -> Tensor:
@@ -124,6 +138,12 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", b
 
     Raises:
         ValueError: An unknown `of`.
+
+    >>> from robustkern.training import input_gradients
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> grads = input_gradients(model, torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))
+    >>> torch.equal(grads[1].flatten(), model[1].weight[2])
+    True
     """
     check_choice("input_gradients", "of", of, _OF)
     parts = []

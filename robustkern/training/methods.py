@@ -38,6 +38,10 @@ class Method:
         smoothness: What its smoothness term is, for the axis of a figure; None if it has none.
         single_step: Whether it trains on single-step attacks, which can overfit to them catastrophically.
         check: Refuses options that do not fit the images or classes: `check(data, **options)`.
+
+    >>> from robustkern.training import METHODS
+    >>> METHODS["trades"].options["steps"], METHODS["fgsm"].single_step
+    (10, True)
     """
 
     options: dict[str, Any]
@@ -217,6 +221,10 @@ def build_loss(name: str, options: dict[str, Any], *, eps: float, impl: str) -> 
         options: Its options; those left out take the method's defaults.
         eps: Radius of the perturbations that it should withstand, in units of the images.
         impl: "auto", "kernel" or "reference".
+
+    >>> from robustkern.training import build_loss
+    >>> build_loss("gradient-penalty", {"weight": 2.0}, eps=8 / 255, impl="auto").weight
+    2.0
     """
     method = _method(name)
     try:

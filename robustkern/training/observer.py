@@ -9,7 +9,15 @@ from .config import TrainingConfig
 
 
 class Observer:
-    """What a run tells an observer; override what is of interest.  Of several processes, only the first tells."""
+    """What a run tells an observer; override what is of interest.  Of several processes, only the first tells.
+
+    >>> from robustkern.training import Observer
+    >>> class Rows(Observer):
+    ...     def on_epoch(self, row):
+    ...         print(row["epoch"])
+    >>> Rows().on_epoch({"epoch": 3})
+    3
+    """
 
     def on_start(self, config: TrainingConfig, steps_per_epoch: int, progress: Progress) -> None:
         """Training begins, or goes on, at `progress`."""
@@ -31,7 +39,11 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several observers, told one after the other."""
+    """Several observers, told one after the other.
+
+    >>> from robustkern.training import Observer, Observers
+    >>> Observers(Observer(), Observer()).on_message("hello")
+    """
 
     def __init__(self, *observers: Observer) -> None:
         for name in vars(Observer):

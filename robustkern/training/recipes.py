@@ -55,6 +55,10 @@ def teacher_recipe(data: str, **given: Any) -> TrainingConfig:
     Args:
         data: As for `recipe`.
         **given: Fields of `TrainingConfig`.
+
+    >>> from robustkern.training import teacher_recipe
+    >>> teacher_recipe("digits").method
+    'standard'
     """
     temperature = METHODS["distillation"].options["temperature"]
     options = {"temperature": temperature, **given.pop("options", {})}
@@ -68,6 +72,11 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
         data: A name of `robustkern.data.NAMES`, or the path of an image folder.
         method: A name of `METHODS`.
         **given: Fields of `TrainingConfig`; `options` are completed from the recipe's and the method's own.
+
+    >>> from robustkern.training import recipe
+    >>> config = recipe("fashion-mnist", "gradient-penalty", epochs=2)
+    >>> config.method, config.eps, config.epochs
+    ('gradient-penalty', 0.1, 2)
     """
     # An image folder is the same one from any working directory.
     data = data if data in _RECIPES or not Path(data).is_dir() else str(Path(data).resolve())

@@ -178,7 +178,15 @@ def _completed(config: TrainingConfig) -> TrainingConfig:
 
 
 def read_config(out: str | Path) -> TrainingConfig:
-    """The configuration of a run directory."""
+    """The configuration of a run directory.
+
+    >>> import tempfile
+    >>> from robustkern.training import read_config, recipe, train
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = train(recipe("digits", epochs=1, train_samples=64, eval_samples=10), f"{folder}/run", draw=False)
+    ...     print(read_config(f"{folder}/run").epochs)
+    1
+    """
     path = Path(out) / "config.yaml"
     with naming(path):
         return TrainingConfig.from_yaml(read_bytes(path, 4 * MOST_BYTES).decode())

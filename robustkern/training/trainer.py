@@ -52,6 +52,14 @@ class Result:
         rows: One row of metrics per epoch.
         accuracies: Of "last", and of "ema" and "best" where the run has them: clean and robust accuracy on test images,
             and where they come from.  As in `results.json`.
+
+    >>> import tempfile
+    >>> from robustkern.training import recipe, train
+    >>> config = recipe("digits", epochs=1, train_samples=64, eval_samples=10)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = train(config, f"{folder}/run", draw=False)
+    >>> result.rows[0]["epoch"], result.model.training
+    (1, False)
     """
 
     out: Path
@@ -97,6 +105,14 @@ def train(
         DataError: The data set is missing or damaged.
         TrainingError: Losses stay non-finite, nothing can be saved, or another process of the run ended.
         Interrupted: SIGINT or SIGTERM, sent to any of the processes; the state was saved.
+
+    >>> import tempfile
+    >>> from robustkern.training import recipe, train
+    >>> config = recipe("digits", "gradient-penalty", epochs=1, train_samples=64, eval_samples=10)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = train(config, f"{folder}/run", draw=False)
+    >>> len(result.rows)
+    1
     """
     with StopOnSignal() as stop, process_group(config.device, timeout) as group:
         observer = observer if observer is not None and group.main else Observer()

@@ -31,6 +31,19 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor], descriptio
         path: The file.
         model: The model or its state; all of it is saved, normalisation included.
         description: What `load_model` needs to build it again: model, classes, in_shape, and anything else.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from robustkern.models import create
+    >>> from robustkern.training import load_model, save_weights
+    >>> model = create("small-cnn", 10, (1, 8, 8)).eval()
+    >>> description = {"model": "small-cnn", "classes": list("0123456789"), "in_shape": [1, 8, 8]}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_weights(Path(folder) / "model.safetensors", model, description)
+    ...     again, _ = load_model(Path(folder) / "model.safetensors")
+    >>> x = torch.rand(2, 1, 8, 8)
+    >>> torch.equal(again(x), model(x))
+    True
     """
     check_finite(model)
     state = dict(model.state_dict() if isinstance(model, nn.Module) else model)
@@ -56,6 +69,15 @@ def load_model(path: str | Path, model: str | None = None) -> tuple[nn.Module, d
     Raises:
         CheckpointError: The file is missing, truncated, corrupt or not one of ours.
         UsageError: The file is of another model, or of a function that is not named.
+
+    >>> import tempfile
+    >>> from robustkern.training import load_model, recipe, train
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config = recipe("digits", epochs=1, train_samples=64, eval_samples=10)
+    ...     _ = train(config, f"{folder}/run", draw=False)
+    ...     model, description = load_model(f"{folder}/run")
+    >>> model(torch.rand(2, 1, 8, 8)).shape, description["model"]
+    (torch.Size([2, 10]), 'small-cnn')
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path

@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robustkern._sharded import is_sharded, sharded_modules
 from robustkern.draw import Draw
-from robustkern.terms import Terms
 
-Loss = Callable[..., Terms]
+Loss = Callable[..., Any]  # of (model, x, y, draw), giving Terms
 
 
 class LossModule(nn.Module):
@@ -40,8 +39,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, x: Tensor, y: Tensor, draw: Draw | None = None) -> Terms:
-        """What the loss returns."""
+    def forward(self, x: Tensor, y: Tensor, draw: Draw | None = None) -> Any:
+        """What the loss returns, `Terms`."""
         return self.loss(self.model, x, y, draw)
 
     @contextmanager
@@ -112,16 +111,18 @@ def wrap(model: nn.Module, loss: Loss, *, shard: bool = False, **options: Any) -
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that a network is a sequence of, innermost first: members of Sequential and ModuleList that are no
-    layers of torch.nn, and have parameters.
+    """The modules that a network is a sequence of, innermost first.
+
+    Of a Sequential or ModuleList, the members with parameters that are no layers of torch.nn, where there are two or
+    more of them.
     """
     found: dict[nn.Module, None] = {}
     for parent in model.modules():
         if isinstance(parent, nn.Sequential | nn.ModuleList):
-            for child in parent:
-                own = type(child).__module__.startswith("torch.nn.modules.")
-                if not own and next(child.parameters(), None) is not None:
-                    found[child] = None
+            members = [child for child in parent if not type(child).__module__.startswith("torch.nn.modules.")]
+            members = [child for child in members if next(child.parameters(), None) is not None]
+            if len(members) > 1:
+                found.update(dict.fromkeys(members))
     return sorted(found, key=lambda module: sum(1 for _ in module.modules()))
 
 
@@ -150,7 +151,7 @@ class _ShardedLoss(LossModule):
         super().__init__(model, loss)
         self._synchronise, self._last = True, False
 
-    def forward(self, x: Tensor, y: Tensor, draw: Draw | None = None) -> Terms:
+    def forward(self, x: Tensor, y: Tensor, draw: Draw | None = None) -> Any:
         for module in sharded_modules(self.model):
             module.set_reshard_after_forward(False, recurse=False)
             module.set_reshard_after_backward(False, recurse=False)

@@ -59,6 +59,7 @@ CASES = {
     "exact": small("cross-lipschitz", options={"projections": 0, "fraction": 0.5}),
     "no row for one": small("trades", options={"steps": 2, "awp": 0.01}, batch_size=1, train_samples=5),
     "no row, a fraction": small("fisher", options={"projections": 2, "fraction": 0.1}, batch_size=1, train_samples=5),
+    "in parts": small("fisher", options={"projections": 2, "fraction": 0.5}, accumulate=5),
     "everything else": small(
         optimizer="adamw", lr=3e-3, weight_decay=0.1, ema=0.9, validation=9, clip=0.1, schedule="triangular", epochs=3
     ),
@@ -69,10 +70,15 @@ CASES = {
 CASES["pgd in float32"], CASES["lazy in float32"] = CASES["pgd"], CASES["lazy"]
 FLOAT32 = {"pgd in float32", "lazy in float32"}
 
+# Divided by FSDP2; tests/test_wrap.py has every method.
+SHARDED = {f"{case}, sharded": case for case in ("gradient-penalty", "pgd", "weights perturbed", "everything else")}
+CASES.update({name: CASES[case] for name, case in SHARDED.items()})
+
 # Cases that take no sign of a gradient. The others depend on the signs of gradients that are nearly zero, which
 # another division of the batch may flip in float32: they are compared in float64.
 SMOOTH = {"standard", "label-smoothing", "distillation", "gradient-penalty", "jacobian", "fisher", "cross-lipschitz",
-          "few projections", "a fraction", "no row, a fraction", "exact", "everything else"}  # fmt: skip
+          "few projections", "a fraction", "no row, a fraction", "exact", "everything else", "in parts",
+          "gradient-penalty, sharded", "everything else, sharded"}  # fmt: skip
 
 
 @contextmanager
@@ -100,17 +106,22 @@ def prepare() -> None:
     RunFolder.draw = lambda *_: None
 
 
-if __name__ == "__main__":
-    prepare()
-    settle_imports()
+def run_all(out: Path, names: list[str]) -> None:
     torch.distributed.init_process_group("gloo")
-    for name, config in CASES.items():
+    for name in names:
         with precision_of(name):
-            result = train(config, Path(sys.argv[1]) / name)
+            result = train(CASES[name], out / name, shard=name in SHARDED)
         flat = torch.cat([value.double().flatten() for value in result.model.state_dict().values()])
         both = [torch.empty_like(flat) for _ in range(2)]
         torch.distributed.all_gather(both, flat)
         assert torch.equal(*both), f"{name}: the processes ended with different weights"
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    prepare()
+    settle_imports()
+    run_all(Path(sys.argv[1]), [name for name in CASES if name not in SHARDED])
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads  # one that outlives the group may abort the exit
+    run_all(Path(sys.argv[1]), list(SHARDED))  # DTensor's caches keep the group and its threads

@@ -138,17 +138,18 @@ def test_a_run_is_resumed_by_another_number_of_processes(tmp_path):
     settings = small("jacobian", ema=0.5, validation=7, checkpoint_every=1, epochs=3)
     whole = train(settings, tmp_path / "whole")
 
-    def start(rank, out, observer=None):
-        train(settings, out, resume=True, observer=observer)
+    def start(rank, out, observer=None, shard=False):
+        train(settings, out, resume=True, observer=observer, shard=shard)
 
-    # Two processes, killed after step 2; then one, killed after step 4; then three.
+    # Two processes, killed after step 2; two by FSDP2, after step 3; then one, after step 4; then three by FSDP2.
     out = tmp_path / "run"
     first = fork(out, start, out, _At(2, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert "lost the others" in answers(out, first)[0]
+    answers(out, fork(out, start, out, _At(3, crash), True))
     with pytest.raises(KeyboardInterrupt):
         train(settings, out, resume=True, observer=_At(4, crash))
     (out / "answer-1").unlink()
-    assert answers(out, fork(out, start, out, size=3)) == ["None"] * 3
+    assert answers(out, fork(out, start, out, None, True, size=3)) == ["None"] * 3
     for name in ("model", "ema", "best"):
         one, other = weights(tmp_path / "whole" / f"{name}.safetensors"), weights(out / f"{name}.safetensors")
         assert distance(settings, one, other) < ROUNDING
@@ -156,11 +157,12 @@ def test_a_run_is_resumed_by_another_number_of_processes(tmp_path):
     assert [row["step"] for row in rows] == [row["step"] for row in whole.rows]
 
 
-def test_two_processes_resume_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_resume_to_the_same_bits(tmp_path, shard):
     settings = small("fisher", checkpoint_every=2, ema=0.5)
 
     def start(rank, out, observer=None):
-        train(settings, out, resume=True, observer=observer)
+        train(settings, out, resume=True, observer=observer, shard=shard)
 
     assert answers(tmp_path / "a", fork(tmp_path / "a", start, tmp_path / "a")) == ["None"] * 2
     out = tmp_path / "b"
@@ -323,6 +325,11 @@ def test_buffers_are_averaged_over_the_processes(tmp_path, monkeypatch):
     assert count == 1 and not torch.allclose(torch.tensor(var), alone.running_var)
 
 
+def test_alone_there_is_nothing_to_divide(tmp_path):
+    with pytest.raises(training.UsageError, match="shard takes several processes: torchrun"):
+        train(small(), tmp_path / "run", shard=True)
+
+
 def test_an_environment_that_is_no_torchruns_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -336,7 +343,8 @@ def test_an_environment_that_is_no_torchruns_is_one_sentence(tmp_path, monkeypat
 
 def test_torchrun_trains_through_the_command_line(tmp_path):
     arguments = ["--method", "gradient-penalty", "--epochs", "1", "--train-samples", "67", "--batch-size", "33",
-                 "--eval-samples", "20", "--pgd-steps", "2", "--threads", "1", "--out", tmp_path / "run"]  # fmt: skip
+                 "--eval-samples", "20", "--pgd-steps", "2", "--threads", "1", "--shard",
+                 "--out", tmp_path / "run"]  # fmt: skip
     command = [*TORCHRUN, "-m", "robustkern", "train", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stderr[-3000:]

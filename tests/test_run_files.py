@@ -82,7 +82,8 @@ def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
     given = {
         "data": "digits-28", "method": "fgsm", "model": "preact-resnet18", "eps": 0.0625, "epochs": 7, "batch_size": 33,
         "optimizer": "adamw", "lr": 0.125, "weight_decay": 0.25, "schedule": "step", "milestones": (2, 5),
-        "gamma": 0.375, "ramp": 0.4375, "clip": 1.5, "ema": 0.625, "amp": True, "seed": 11, "impl": "reference",
+        "gamma": 0.375, "ramp": 0.4375, "clip": 1.5, "ema": 0.625, "accumulate": 3, "channels_last": True,
+        "recompute": True, "amp": True, "seed": 11, "impl": "reference",
         "device": "cpu", "threads": 2, "train_samples": 200, "shuffle_labels": True, "validation": 0.1875,
         "eval_samples": 50, "eval_every": 3, "pgd_steps": 13, "watch": "stop", "checkpoint_every": 17,
         "max_skipped": 19, "init": str(tmp_path / "weights.pt"), "smooth_activations": "silu", "data_mean": (0.25,),

@@ -164,5 +164,6 @@ def test_only_a_bare_module_is_wrapped():
 def test_blocks_are_those_of_the_network():
     model = network()
     assert rk.distributed.blocks(model) == list(model.blocks)
-    nested = nn.Sequential(model, nn.ReLU())
-    assert rk.distributed.blocks(nested) == [*model.blocks, model]  # the innermost first
+    assert rk.distributed.blocks(nn.Sequential(nn.ReLU(), model)) == list(model.blocks)
+    two = nn.ModuleList([model, network()])
+    assert rk.distributed.blocks(two)[-2:] == list(two)  # the innermost first

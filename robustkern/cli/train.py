@@ -48,6 +48,7 @@ _METHOD = "Options of the method"
 _CONFIG_HELP = "YAML file with any of these settings, such as a run's config.yaml; options override it."
 _TENSORBOARD_HELP = "Write scalars for TensorBoard into the run directory."
 _WORKERS_HELP = "Processes that read images, with an image size; they change no bit. Default: 2."
+_SHARD_HELP = "Divide weights, gradients and optimizer among the processes, by FSDP2."
 _TIMEOUT_HELP = "Seconds after which the others give up on a process that does not answer. Default: 600."
 
 
@@ -103,6 +104,7 @@ def train_command(
     out: Annotated[Path | None, option("Run directory. Default: runs/DATA-METHOD.", panel=RUN, read=path)] = None,
     root: Annotated[Path | None, option(ROOT_HELP, panel=RUN, read=path)] = None,
     resume: Annotated[bool, option("Go on with the run in --out.", "--resume", panel=RUN, read=None)] = False,
+    shard: Annotated[bool, option(_SHARD_HELP, "--shard", panel=RUN, read=None)] = False,
     timeout: Annotated[float, option(_TIMEOUT_HELP, panel=RUN, read=Range(0, 1e9, open="("), show=False)] = 600.0,
     workers: Annotated[int, option(_WORKERS_HELP, panel=RUN, read=counts(0, 1024), show=False)] = 2,
     **given: Any,
@@ -122,7 +124,9 @@ def train_command(
         chosen, out = _chosen(config, out, resume, options, settings)
         with TrainingProgress(console) as progress:
             observer = Observers(progress, TensorBoard(out)) if tensorboard else progress
-            result = train(chosen, out, root=root, resume=resume, observer=observer, timeout=timeout, workers=workers)
+            result = train(
+                chosen, out, root=root, resume=resume, observer=observer, timeout=timeout, workers=workers, shard=shard
+            )
         _print_result(console, result, chosen)
 
 

@@ -22,7 +22,8 @@ def batches(count: int, size: int) -> list[tuple[int, int]]:
 
 def check_batches(config: TrainingConfig, train_set: Images, processes: int) -> None:
     """Raises UsageError if a batch, or a process's part of it, is too small for the model to be trained on."""
-    parts = [max(1, (end - begin) // processes) for begin, end in batches(len(train_set), config.batch_size)]
+    count = processes * config.accumulate
+    parts = [max(1, (end - begin) // count) for begin, end in batches(len(train_set), config.batch_size)]
     if min(parts) > 1 or (processes > 1 and config.sync_batch_norm):
         return
     shape = train_set.in_shape
@@ -35,5 +36,6 @@ def check_batches(config: TrainingConfig, train_set: Images, processes: int) -> 
         except ValueError as error:
             raise UsageError(
                 f"model {config.model} cannot be trained on {list(shape)} images one at a time ({len(train_set)} "
-                f"samples, batch_size {config.batch_size}, processes {processes}): {str(error).split(', got')[0]}"
+                f"samples, batch_size {config.batch_size}, accumulate {config.accumulate}, processes {processes}): "
+                f"{str(error).split(', got')[0]}"
             ) from error

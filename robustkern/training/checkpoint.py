@@ -4,6 +4,7 @@ A checkpoint is two files, `checkpoint-<step>.pt` with the state and `checkpoint
 and SHA-256 of the first. The manifest is written last: without it there is no checkpoint.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from robustkern._files import parse_json, read_bytes
 from robustkern._pickles import check_pickle
+from robustkern._sharded import divided_like, whole
 from robustkern._text import brief
 from robustkern.data import Images
 
@@ -99,6 +101,7 @@ class TrainState:
         optimizer: Its buffers.
         average: The average of the weights, if the run keeps one.
         best: The state of the model that was best on the validation set.
+        replica: If FSDP2 manages the model, one that it does not, on the CPU; its weights are of no account.
     """
 
     progress: Progress
@@ -106,21 +109,36 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None = None
     best: dict[str, Tensor] | None = None
+    replica: nn.Module | None = None
 
-    def to_bytes(self) -> bytes:
+    def parts(self, keep: bool = True) -> dict[str, Any]:
+        """What a checkpoint has: whole tensors, so that any number of processes goes on, divided or not.
+
+        If FSDP2 manages the model, all processes must call it; where `keep` is false the tensors are dropped.
+        """
         average = None
         if self.average is not None:
             average = {"model": self.average.model.state_dict(), "updates": self.average.updates}
-        state = {
+        parts = {
             "progress": vars(self.progress),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": average,
             "best": self.best,
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        return buffer.getvalue()
+        return parts if self.replica is None else whole(parts, keep)
+
+    def undivided(self, model: nn.Module) -> nn.Module:
+        """The model, or its average, for use outside the training; all processes must call it."""
+        if self.replica is None:
+            return model
+        device = next(model.parameters()).device
+        plain = copy.deepcopy(self.replica).to(device)
+        plain.load_state_dict(whole(model.state_dict()))
+        return plain
+
+    def to_bytes(self) -> bytes:
+        return to_bytes(self.parts())
 
     def load_bytes(self, content: bytes, source: str) -> None:
         """Restore what `to_bytes` wrote; after an error nothing has changed.
@@ -156,44 +174,69 @@ class TrainState:
             if state["best"] is not None:
                 check_layout(state["best"], current, source)
             _check_buffers(state["optimizer"], self.optimizer)
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(_divided(state["optimizer"], self.optimizer))
         # What should be a mapping may be of any type.
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{source} belongs to another optimizer or version ({brief(error)})") from error
-        self.model.load_state_dict(state["model"])
+        _load(self.model, state["model"])
         if self.average is not None:
-            self.average.model.load_state_dict(state["average"]["model"])
+            _load(self.average.model, state["average"]["model"])
             self.average.updates = updates
         self.progress, self.best = progress, state["best"]
 
 
-def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, config: TrainingConfig) -> Path:
+def to_bytes(parts: dict[str, Any]) -> bytes:
+    """What `TrainState.load_bytes` reads."""
+    buffer = io.BytesIO()
+    torch.save(parts, buffer)
+    return buffer.getvalue()
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    current = model.state_dict()
+    model.load_state_dict({name: divided_like(value, current[name]) for name, value in state.items()})
+
+
+def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, divided as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def entries(number: int, entries: dict[str, Any]) -> dict[str, Any]:
+        like = parameters[number]
+        return {
+            name: divided_like(value, like) if isinstance(value, Tensor) else value for name, value in entries.items()
+        }
+
+    return {**state, "state": {number: entries(number, each) for number, each in state["state"].items()}}
+
+
+def save_checkpoint(folder: Path, parts: dict[str, Any], fingerprint: str, config: TrainingConfig) -> Path:
     """Write a checkpoint, then remove those older than the last two.
 
     Args:
         folder: The run directory.
-        state: What to save.
+        parts: What to save: `TrainState.parts`.
         fingerprint: What the checkpoint belongs to; loading under another one is refused.
         config: The run's configuration; loading under another one is refused.
 
     Raises:
         TrainingError: A weight is not finite, or the disk is full; older checkpoints are left alone.
     """
-    check_finite(state.model)
-    if state.average is not None:
-        check_finite(state.average.model)
-    progress, content = state.progress, state.to_bytes()
+    check_finite(parts["model"])
+    if parts["average"] is not None:
+        check_finite(parts["average"]["model"])
+    progress, content = parts["progress"], to_bytes(parts)
     manifest = {
         "format": _FORMAT,
-        "step": progress.step,
-        "epoch": progress.epoch,
+        "step": progress["step"],
+        "epoch": progress["epoch"],
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "fingerprint": fingerprint,
         "config": config.to_yaml(),
         "torch": torch.__version__,
     }
-    path = folder / f"checkpoint-{progress.step:09d}.pt"
+    path = folder / f"checkpoint-{progress['step']:09d}.pt"
     try:
         # While an older checkpoint of this step is replaced, no manifest may describe it.
         path.with_suffix(".json").unlink(missing_ok=True)
@@ -213,7 +256,11 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, config: T
 
 
 def load_latest(
-    folder: Path, state: TrainState, fingerprint: str, differences: Callable[[TrainingConfig], list[str]]
+    folder: Path,
+    state: TrainState,
+    fingerprint: str,
+    differences: Callable[[TrainingConfig], list[str]],
+    on_content: Callable[[bytes], None] = lambda content: None,
 ) -> list[str]:
     """Restore the newest checkpoint that verifies; if the folder holds none at all, leave the state as it is.
 
@@ -222,6 +269,7 @@ def load_latest(
         state: What to restore.
         fingerprint: As for `save_checkpoint`.
         differences: What differs between the configuration that a checkpoint was written with and that of this run.
+        on_content: Called with the content of the checkpoint that was restored.
 
     Returns:
         One sentence for each checkpoint that was passed over.
@@ -236,7 +284,9 @@ def load_latest(
     for manifest_path in manifests(folder):
         path = manifest_path.with_suffix(".pt")
         try:
-            state.load_bytes(_read_verified(manifest_path, fingerprint, differences, most), str(path))
+            content = _read_verified(manifest_path, fingerprint, differences, most)
+            state.load_bytes(content, str(path))
+            on_content(content)
             return problems
         except CheckpointError as error:
             problems.append(str(error))

@@ -67,6 +67,10 @@ class TrainingConfig:
         ramp: Share of the training over which the smoothness weight grows from 0 to full. It grows linearly.
         clip: Largest gradient norm; 0: no clipping. A longer gradient is scaled down to it.
         ema: Decay of a moving average of the weights, such as 0.995; 0: none. See `WeightAverage`.
+        accumulate: Parts in which each process takes its share of a batch, one after the other. Less memory for a
+            little time; gradients are those of the whole share, up to rounding, unless BatchNorm normalises each part.
+        channels_last: Images and weights of convolutions with the channels last in memory.
+        recompute: Keep the inputs of a network's blocks only, and compute the rest again for gradients.
         amp: Forward passes in bfloat16. Only those of the loss, where PyTorch's autocast does that; weights, reductions
             of the loss, optimizer and evaluation stay float32.
         sync_batch_norm: With several GPUs: BatchNorm over the whole batch. Otherwise over each process's part.
@@ -120,6 +124,9 @@ class TrainingConfig:
     ramp: float = setting(0.3, Range(0, 1, open=""), panel=OPTIMIZATION)
     clip: float = setting(1.0, Range(0), panel=OPTIMIZATION)
     ema: float = setting(0.0, Range(0, 1), panel=OPTIMIZATION)
+    accumulate: int = setting(1, counts(1, 1024), panel=OPTIMIZATION)
+    channels_last: bool = setting(False, panel=OPTIMIZATION)
+    recompute: bool = setting(False, panel=OPTIMIZATION)
     amp: bool = setting(False, panel=OPTIMIZATION)
     sync_batch_norm: bool = setting(False, panel=OPTIMIZATION)
     seed: int = setting(0, SEEDS, panel=RUN)

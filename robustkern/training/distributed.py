@@ -1,13 +1,8 @@
-"""The processes that train one model together, as torchrun starts them; one process alone is a group too.
-
-Gradients are averaged here, after the backward pass, in one message, rather than by DistributedDataParallel. Its hooks
-rely on one forward pass through the wrapper per backward pass, and on each parameter's gradient coming once. Robust
-losses run several forward passes, and differentiate with respect to the input in between, and twice. Averaging the
-final gradients is right whatever a loss does. The price is that communication does not overlap the backward pass.
-"""
+"""The processes that train one model together, as torchrun starts them; one process alone is a group too."""
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +18,7 @@ from robustkern.sharding import sum_
 from .errors import TrainingError, UsageError
 
 T = TypeVar("T")
+_BACKEND = re.compile("gloo|NCCL|Connection (closed|reset)")  # in errors that have no type of their own
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,17 @@ class Group:
         if first is not None:
             raise first
         return result  # type: ignore[return-value]
+
+    @contextmanager
+    def contact(self) -> Iterator[None]:
+        """Around what sends by itself, such as a backward pass: an error of the backend is that of `sum_`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or _BACKEND.search(str(error))):
+                raise
+            with self._contact():
+                raise
 
     @contextmanager
     def _contact(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ class RunFolder:
             UsageError: One was written with other settings.
         """
 
+        contents: list[bytes] = []
+
         def load() -> list[str]:
-            known = load_latest(self.path, state, self._fingerprint, lambda written: _differences(written, self.config))
+            differences = partial(_differences, config=self.config)
+            known = load_latest(self.path, state, self._fingerprint, differences, contents.append)
             progress = state.progress
             steps = progress.step - progress.epoch * steps_per_epoch
             if progress.epoch > self.config.epochs or not 0 <= steps <= steps_per_epoch:
@@ -79,8 +83,10 @@ class RunFolder:
         self._fingerprint = fingerprint(state.model, self.train_set)
         problems = self.group.on_main(load)
         if self.group.size > 1:
-            content = self.group.broadcast(state.to_bytes() if self.group.main else b"")
-            if not self.group.main:
+            if self.group.main and not contents and state.replica is None:
+                contents.append(state.to_bytes())
+            content = self.group.broadcast(contents[0] if contents else b"")
+            if content and not self.group.main:
                 state.load_bytes(content, "what process 0 sent")
         self._saved = state.progress.step, state.progress.epoch
         self._write("config.yaml", self.config.to_yaml())
@@ -93,7 +99,8 @@ class RunFolder:
         """
         position = state.progress.step, state.progress.epoch
         if position != self._saved:
-            self.group.on_main(lambda: save_checkpoint(self.path, state, self._fingerprint, self.config) and None)
+            parts = state.parts(keep=self.group.main)
+            self.group.on_main(lambda: save_checkpoint(self.path, parts, self._fingerprint, self.config) and None)
             self._saved = position
 
     def write_metrics(self, rows: list[Row]) -> None:
@@ -109,10 +116,12 @@ class RunFolder:
             "method": config.method, "eps": config.eps, "epoch": progress.epoch,
         }  # fmt: skip
 
+        parts = state.parts(keep=self.group.main)
+
         def save() -> None:
-            save_weights(self.path / "model.safetensors", state.model, description)
-            if state.average is not None:
-                save_weights(self.path / "ema.safetensors", state.average.model, description)
+            save_weights(self.path / "model.safetensors", parts["model"], description)
+            if parts["average"] is not None:
+                save_weights(self.path / "ema.safetensors", parts["average"]["model"], description)
             if progress.best is not None and state.best is not None:
                 save_weights(self.path / "best.safetensors", state.best, {**description, **progress.best})
 

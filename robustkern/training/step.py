@@ -1,14 +1,20 @@
 """One step of training: the loss on this process's part of the batch, gradients of all parts, the optimizer."""
 
-from collections.abc import Callable
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from robustkern import _late
 from robustkern import data as datasets
+from robustkern._sharded import is_sharded, whole
+from robustkern.distributed import LossModule, wrap
 from robustkern.draw import Draw
 from robustkern.losses import Lazy
 from robustkern.sharding import Shard
@@ -64,9 +70,13 @@ class Stepper:
     in bfloat16, forward and backward, also when an attack or a penalty calls the network. Weights, their gradients,
     norms and cross-entropies are float32.
 
-    With several processes each calls the loss on its rows and the gradients of the terms, weighted by the shares of the
-    batch, are summed. BatchNorm in training mode normalises by the rows of its process, unless it is synchronised; what
-    the processes did to the running statistics, or to any buffer, is averaged with the same weights.
+    With several processes each calls the loss on its rows, and DistributedDataParallel around the loss, or FSDP2 under
+    it, averages the gradients of the terms, weighted by the shares of the batch, while the backward pass runs.
+    BatchNorm in training mode normalises by the rows of its process, unless it is synchronised; what the processes did
+    to the running statistics, or to any buffer, is averaged with the same weights, which neither of the two does.
+
+    With `accumulate`, a process takes its rows in so many parts, one after the other, and sends gradients with the
+    last. A loss draws for each part what it would draw for the whole batch.
 
     On a GPU of one process nothing waits for the device: whether a step is finite is decided there, which puts weights
     and buffers back, and read in the next step.  The optimizer's state, which no forward pass sees, is put back then.
@@ -82,6 +92,29 @@ class Stepper:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffers = list(model.buffers())
         self.late = group.size == 1 and any(_late.must_wait(parameter) for parameter in self.parameters)
+        self._steps = 1
+        self._module: Any = self._carrier()
+
+    def _carrier(self) -> nn.Module:
+        """The loss as a module whose backward pass brings the gradients of all processes."""
+        if is_sharded(self.model):
+            return wrap(self.model, self._weighted, shard=True)
+        module = LossModule(self.model, self._weighted)
+        if self.group.size == 1:
+            return module
+        # Parameters without a gradient are told from others, so that weight decay leaves them alone everywhere; and
+        # gradients travel in the same buckets from the first step on, so that a resumed run has the same bits.
+        options: Any = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        known = inspect.signature(DistributedDataParallel).parameters
+        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+        # DDP prints a page on every process where all parameters have a gradient.
+        module.without_gradient = nn.Parameter(self.parameters[0].new_zeros(1))
+        with self.group.contact():
+            return DistributedDataParallel(module, **options)
+
+    def close(self) -> None:
+        """Lets go of the group's communication, which must not outlive the group; no step can follow."""
+        self._module = None
 
     def learning_rate(self, step: int, steps: int) -> float:
         config = self.config
@@ -114,26 +147,18 @@ class Stepper:
             stop: Whether this process has been asked to stop.
             before_update: Called before the weights change: the time to ask for the outcome of the step before.
         """
-        config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step, steps)
         self.optimizer.zero_grad(set_to_none=True)
         before = [buffer.clone() for buffer in self.buffers]
-        terms = self._terms(x, y, shard, step)
-        penalised = terms.weight != 0 or not isinstance(self.loss, Lazy)
-        terms = terms._replace(weight=terms.weight * weight_factor(config.ramp, step, steps))
-        total = terms.total
-        if self.group.size == 1:
-            terms.backward(inputs=self.parameters)
-        else:
-            (total * shard.share).backward(inputs=self.parameters)
-        # [orientation, smoothness, total, processes to be stopped]
-        values = torch.stack([terms.orientation, terms.smoothness, total]).detach().float() * shard.share
+        self._steps = steps
+        with self.group.contact(), nullcontext() if self.group.size == 1 else _no_advice():
+            values, penalised = self._gradients(x, y, shard, step)
         values = torch.cat([values, values.new_full([1], float(stop))])
         self._sum(values, before, shard)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         # Both: a finite loss can have a NaN gradient, and clipping by a NaN norm makes every weight NaN.
-        numbers = _late.Late(torch.cat([values, norm.float()[None]]))
+        numbers = _late.Late(torch.cat([values, whole(norm).to(values.device).float()[None]]))
         if not self.late:
             taken = Taken(numbers, penalised, lambda: None)
             outcome = taken.outcome()
@@ -170,33 +195,65 @@ class Stepper:
 
         return undo
 
-    def _terms(self, x: Tensor, y: Tensor, shard: Shard, step: int) -> Terms:
+    def _gradients(self, x: Tensor, y: Tensor, shard: Shard, step: int) -> tuple[Tensor, bool]:
+        """Puts gradients into the parameters; returns this process's share of [orientation, smoothness, total]."""
+        config, parts = self.config, _parts(shard, self.config.accumulate)
+        values, penalised = None, False
+        for number, part in enumerate(parts):
+            rows = slice(part.offset - shard.offset, part.offset - shard.offset + part.size)
+            alone = self.group.size == 1 and len(parts) == 1
+            draw = Draw(_generator(config.seed, step, config.device), step, None if alone else part)
+            with nullcontext() if number + 1 == len(parts) else self._module.no_sync():
+                total, terms, penalised = self._module(x[rows], y[rows], draw)
+                # Those of the module: FSDP2 puts others in the place of the optimizer's while they are used.
+                inputs = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+                Terms(total, total.detach(), 0.0).backward(inputs)
+            values = terms if values is None else values + terms
+        assert values is not None  # there is a part
+        return values, penalised
+
+    def _weighted(self, model: nn.Module, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, bool]:
+        """What is differentiated, the numbers, and whether there is a penalty: the forward pass of what is wrapped."""
+        assert draw.step is not None
+        terms = self._terms(model, x, y, draw)
+        penalised = terms.weight != 0 or not isinstance(self.loss, Lazy)
+        terms = terms._replace(weight=terms.weight * weight_factor(self.config.ramp, draw.step, self._steps))
+        total, share = terms.total, 1.0 if draw.shard is None else draw.shard.share
+        values = torch.stack([terms.orientation, terms.smoothness, total]).detach().float() * share
+        # The carriers take the mean over the processes.
+        return total if draw.shard is None else total * (share * self.group.size), values, penalised
+
+    def _terms(self, model: nn.Module, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         config = self.config
-        draw = Draw(_generator(config.seed, step, config.device), step, shard if self.group.size > 1 else None)
         # No cache: a pass that records gradients would take from it a weight that was cast without recording.
         with torch.autocast(config.device, torch.bfloat16, enabled=config.amp, cache_enabled=False):
-            return self.loss(self.model, x, y, draw)
+            return self.loss(model, x, y, draw)
 
     @torch.no_grad()
     def _sum(self, values: Tensor, before: list[Tensor], shard: Shard) -> None:
-        """Sum gradients and values over the processes, and average what happened to the buffers; one message."""
+        """Sum the values over the processes, and average what happened to the buffers; one message."""
         if self.group.size == 1:
             return
-        # A parameter without a gradient has none afterwards, so that weight decay leaves it alone everywhere.
-        present = values.new_tensor([float(parameter.grad is not None) for parameter in self.parameters])
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         # Changes rather than values: what does not change, such as a normalisation's constants, keeps its bits.
         pairs = [pair for pair in zip(self.buffers, before, strict=True) if pair[0].is_floating_point()]
         changes = [(buffer - value) * shard.share for buffer, value in pairs]
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        self.group.sum_([*gradients, *changes, present, values])
-        for parameter, count in zip(self.parameters, present.tolist(), strict=True):
-            if not count:
-                parameter.grad = None
+        self.group.sum_([*changes, values])
         for (buffer, value), change in zip(pairs, changes, strict=True):
             buffer.copy_(value + change)
+
+
+def _parts(shard: Shard, count: int) -> list[Shard]:
+    """The rows of a process in `count` parts, as many for each process: what they send is sent by all."""
+    inner = [Shard.of(number, count, shard.size) for number in range(count)]
+    return [Shard(shard.offset + part.offset, part.size, shard.total, shard.idle or part.idle) for part in inner]
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """DDP advises against gradients in another layout than its buckets', such as those of kernels of one channel."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match")
+        yield
 
 
 @torch.no_grad()

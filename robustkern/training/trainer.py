@@ -8,6 +8,7 @@ resumed ends with the same bits as one that was not. Nor does any of it depend o
 each batch: their results differ by rounding, but for BatchNorm, which normalises by each process's part.
 """
 
+import copy
 import signal
 import time
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from robustkern import data as datasets
 from robustkern import models
 from robustkern.data import Dataset, Images, Reader, StreamedDataset, as_images
+from robustkern.distributed import shard_model
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
@@ -29,10 +32,11 @@ from .checkpoint import Progress, Row, TrainState
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
-from .errors import Interrupted, TrainingError, UsageError
+from .errors import Interrupted, TrainingError, UsageError, require
 from .initial import ModelSpec, initial_model
 from .methods import build_loss, check_options
 from .observer import Observer
+from .recomputation import recompute_blocks
 from .run_folder import RunFolder
 from .signals import StopOnSignal
 from .step import Outcome, Stepper, Taken
@@ -78,6 +82,7 @@ def train(
     timeout: float = 600.0,
     draw: bool = True,
     workers: int = 0,
+    shard: bool = False,
 ) -> Result:
     """Train a model, or finish training it.
 
@@ -98,6 +103,8 @@ def train(
         draw: Write `curves.png` and `gradients.png` as well.
         workers: Processes that read images, beside each process of the run, where a data set is read while it is used.
             They change no bit.
+        shard: Divide weights, gradients, their average and the optimizer's buffers among the processes, by FSDP2. A run
+            can be resumed with it or without.
 
     Raises:
         UsageError: The configuration makes no sense, differs from the run's or from its checkpoints', `out` is neither
@@ -115,6 +122,7 @@ def train(
     1
     """
     with StopOnSignal() as stop, process_group(config.device, timeout) as group:
+        require(not shard or (dist.is_available() and dist.is_initialized()), "shard takes several processes: torchrun")
         observer = observer if observer is not None and group.main else Observer()
         theirs = group.broadcast(config)
         group.on_all(lambda: _check_agreement(group, theirs, config))
@@ -127,7 +135,7 @@ def train(
                 observer.on_message(problem)
             folder = RunFolder(Path(out), config, group, sets[0])
             with folder.claimed(resume):
-                run = _Run(config, folder, sets, model, loss, observer, stop, group)
+                run = _Run(config, folder, sets, model, loss, observer, stop, group, shard)
                 accuracies = run.finish()
                 if draw:
                     folder.draw(run.state, run.test_set)
@@ -201,6 +209,7 @@ class _Run:
         observer: Observer,
         stop: StopOnSignal,
         group: Group,
+        shard: bool,
     ) -> None:
         self.config, self.folder, self.observer, self.stop, self.group = config, folder, observer, stop, group
         self.train_set, validation_set, self.test_set = sets
@@ -215,13 +224,22 @@ class _Run:
         self.feed: Iterator[Tensor] = iter(())
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.recompute:
+            recompute_blocks(model)
         self.model = model.to(config.device)
+        average = WeightAverage(self.model, config.ema) if config.ema else None
+        replica = copy.deepcopy(self.model).cpu() if shard else None
+        if shard:
+            with group.contact():
+                for network in (self.model, *(() if average is None else (average.model,))):
+                    shard_model(network)
         optimizer = _optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
         self.stepper = Stepper(config, self.model, optimizer, loss, group)
         self.open: tuple[Taken, Tensor, int] | None = None  # the step whose outcome is not known yet
         progress = Progress(step=0, epoch=0, skipped=0, sums=dict.fromkeys(_SUMS, 0.0), rows=[])
-        average = WeightAverage(self.model, config.ema) if config.ema else None
-        self.state = TrainState(progress, self.model, optimizer, average)
+        self.state = TrainState(progress, self.model, optimizer, average, replica=replica)
         self.validation = Validation(config, self.state, self.test_set, validation_set, group, self._on_evaluation)
         for problem in folder.restore(self.state, self.steps_per_epoch):
             observer.on_message(f"{problem}; going back to the one before it")
@@ -250,8 +268,10 @@ class _Run:
         finally:
             self.feed, self.reader = iter(()), None  # ends the processes that read
             self.observer.on_end()
+            self.stepper.close()
         self.folder.write_weights(self.state)
-        self.model.eval()
+        self.model = self.state.undivided(self.model).eval()
+        self.state.model = self.model
         self.folder.write_results(self.state, accuracies, self.test_set)
         return accuracies
 
@@ -281,6 +301,8 @@ class _Run:
     def _step(self, indices: Tensor) -> None:
         shard = Shard.of(self.group.rank, self.group.size, len(indices))
         x, y = self._batch(shard.rows(indices))
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         asked = self.stop.signal is not None
         step = self.progress.step
         taken = self.stepper.start(x, y, shard, step, self.steps, stop=asked, before_update=self._settle)

@@ -102,7 +102,8 @@ class Validation:
     @property
     def _candidates(self) -> dict[str, nn.Module]:
         average = self.state.average
-        return {"last": self.state.model, **({} if average is None else {"ema": average.model})}
+        of = {"last": self.state.model, **({} if average is None else {"ema": average.model})}
+        return {name: self.state.undivided(model) for name, model in of.items()}
 
     def epoch(self, row: Row) -> str | None:
         """Put the accuracies after an epoch into its row; returns a warning of catastrophic overfitting, if any."""
@@ -110,7 +111,8 @@ class Validation:
         number = progress.epoch + 1
         data, prefix = (self.test_set, "") if self.validation_set is None else (self.validation_set, "validation_")
         attacked = number % config.eval_every == 0 or number == config.epochs
-        for name, model in self._candidates.items():
+        candidates = self._candidates
+        for name, model in candidates.items():
             clean, robust = self._accuracies(model, data, attacked)
             start = prefix + _PREFIXES[name]
             row[f"{start}clean_accuracy"], row[f"{start}robust_accuracy"] = clean, robust
@@ -128,7 +130,7 @@ class Validation:
             return None
         fgsm = None
         if METHODS[config.method].single_step:
-            fgsm = self._robust_accuracy(self.state.model, data, FGSM(config.eps, random_start=False))
+            fgsm = self._robust_accuracy(candidates["last"], data, FGSM(config.eps, random_start=False))
             row[f"{prefix}fgsm_accuracy"] = fgsm
         sign = overfitting(robust, fgsm, progress.rows, f"{prefix}robust_accuracy")
         row["overfitting"] = float(sign is not None)
@@ -148,7 +150,7 @@ class Validation:
                 for name in of
             }
         if self.state.best is not None:
-            of["best"] = copy.deepcopy(self.state.model)
+            of["best"] = copy.deepcopy(of["last"])
             of["best"].load_state_dict(self.state.best)
         results: dict[str, dict[str, Any]] = {}
         for name, model in of.items():

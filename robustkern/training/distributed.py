@@ -18,7 +18,8 @@ from robustkern.sharding import sum_
 from .errors import TrainingError, UsageError
 
 T = TypeVar("T")
-_BACKEND = re.compile("gloo|NCCL|Connection (closed|reset)")  # in errors that have no type of their own
+# In errors that have no type of their own.
+_BACKEND = re.compile("gloo|nccl|connection (closed|reset)|time(d )?out|pair closure|broken pipe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ Reduction = Literal["none", "mean", "sum"]
 TargetedObjective = Literal["ce", "cw", "dlr", "dlr-targeted"]
 Start = Literal["gaussian", "uniform"]
 Estimator = Literal["exact", "finite-difference"]
+GradientOf = Literal["logit", "loss", "margin"]
+Statistic = Literal["mean", "median"]
 
 IMPLS: tuple[Impl, ...] = get_args(Impl)
 THREATS: tuple[Threat, ...] = get_args(Threat)
@@ -25,3 +27,5 @@ TARGETED_OBJECTIVES: tuple[TargetedObjective, ...] = get_args(TargetedObjective)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 STARTS: tuple[Start, ...] = get_args(Start)
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+GRADIENTS_OF: tuple[GradientOf, ...] = get_args(GradientOf)
+STATISTICS: tuple[Statistic, ...] = get_args(Statistic)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from robustkern import ops
 from robustkern._arguments import check_choice
+from robustkern._choices import Threat
 from robustkern.attacks import attacked
 from robustkern.jacobian import input_jacobian
 
@@ -68,7 +69,7 @@ def logit_margin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return -ops.margin_loss(model(x.detach()), y, kind="cw")
 
 
-def linearised_robustness(model: nn.Module, x: Tensor, y: Tensor, norm: str = "linf") -> Tensor:
+def linearised_robustness(model: nn.Module, x: Tensor, y: Tensor, norm: Threat = "linf") -> Tensor:
     r"""min_{j != y} (z_y - z_j) / ||d(z_y - z_j)/dx||_q for each sample: [B].
 
     The distance, in the norm, at which the decision would change if the classifier were linear around x: orientation

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from robustkern._choices import STATISTICS, Statistic
+
 
 def bootstrap_interval(
-    values: Tensor, *, statistic: str = "mean", confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Tensor, *, statistic: Statistic = "mean", confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Quantiles of the means of resamples, drawn with replacement: where the mean of the population lies.
 
@@ -28,7 +30,7 @@ def bootstrap_interval(
     >>> low < 49.5 < high
     True
     """
-    if statistic not in ("mean", "median"):
+    if statistic not in STATISTICS:
         raise ValueError(f"bootstrap_interval: statistic must be 'mean' or 'median', got {statistic!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"bootstrap_interval: confidence must be in (0, 1), got {confidence}")

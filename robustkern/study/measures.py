@@ -209,6 +209,11 @@ def summarise(
             numbers of each.
         confidence: Confidence of the intervals.
         differences: Whether the values are differences between two networks.
+
+    >>> from robustkern.study import summarise
+    >>> found = summarise({"alignment": torch.linspace(0, 1, 101)})["alignment"]
+    >>> found["value"], found["images"], found["low"] < 0.5 < found["high"]
+    (0.5, 101, True)
     """
     summary: dict[str, dict[str, Any]] = {}
     for name, numbers in values.items():

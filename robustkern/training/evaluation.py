@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkern._arguments import check_choice
+from robustkern._choices import GRADIENTS_OF, GradientOf
 from robustkern.attacks import attacked
 from robustkern.data import Images, generator
 
 from .distributed import Group
 
 _BATCH = 250
-_OF = ("logit", "loss", "margin")
 
 
 class Attack(Protocol):
@@ -124,7 +124,7 @@ def _share(
     return correct / max(1, len(data))
 
 
-def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", batch_size: int = 250) -> Tensor:
+def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: GradientOf = "logit", batch_size: int = 250) -> Tensor:
     """d z_y / dx, d CE / dx or d (z_y - max_{j != y} z_j) / dx for each sample, in eval mode: [B, C, H, W].
 
     Figures show the logit's gradient: it does not fade where a network is certain, as that of the loss does.
@@ -145,7 +145,7 @@ def input_gradients(model: nn.Module, x: Tensor, y: Tensor, of: str = "logit", b
     >>> torch.equal(grads[1].flatten(), model[1].weight[2])
     True
     """
-    check_choice("input_gradients", "of", of, _OF)
+    check_choice("input_gradients", "of", of, GRADIENTS_OF)
     parts = []
     with attacked(model), torch.enable_grad():
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):

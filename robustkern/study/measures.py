@@ -212,7 +212,7 @@ def summarise(
 
     >>> from robustkern.study import summarise
     >>> found = summarise({"alignment": torch.linspace(0, 1, 101)})["alignment"]
-    >>> found["value"], found["images"], found["low"] < 0.5 < found["high"]
+    >>> round(found["value"], 3), found["images"], found["low"] < 0.5 < found["high"]
     (0.5, 101, True)
     """
     summary: dict[str, dict[str, Any]] = {}

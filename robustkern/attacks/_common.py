@@ -113,21 +113,24 @@ def check_batch(
     *,
     eps: Tensor | float = 0.0,
     norm: Norm = "linf",
+    soft: bool = False,
 ) -> tuple[Model, Tensor, Tensor]:
     """The model, with a check on its logits; x and y as an attack needs them: detached and no inference tensors.
+
+    With `soft`, y may be probabilities.
 
     Raises:
         TypeError: x is not floating-point, y is not integer, or another argument is of a wrong type.
         ValueError: x is not in [0, 1], y or indices do not match its samples, y are not classes, or no two images are
             eps apart.
     """
-    y = check_call(name, model, x, y, generator)
+    y = check_call(name, model, x, y, generator, soft=soft)
     if indices is not None:
         if not isinstance(indices, Tensor):
             raise TypeError(f"{name}: indices must be a tensor, got {type(indices).__name__}")
-        if indices.dtype != torch.int64 or indices.shape != y.shape or indices.device != x.device:
+        if indices.dtype != torch.int64 or indices.shape != y.shape[:1] or indices.device != x.device:
             raise ValueError(
-                f"{name}: indices must be {list(y.shape)} int64 on {x.device} like x, got {list(indices.shape)} "
+                f"{name}: indices must be {list(y.shape[:1])} int64 on {x.device} like x, got {list(indices.shape)} "
                 f"{str(indices.dtype).removeprefix('torch.')} on {indices.device}"
             )
     widest = box_diameter(norm, x.shape[1:])
@@ -145,6 +148,8 @@ def check_batch(
     def checked(images: Tensor) -> Tensor:
         logits = bare(images)
         check_logits(name, logits, len(images))
+        if y.is_floating_point() and y.shape[1:] != logits.shape[1:]:
+            raise ValueError(f"{name}: y must be probabilities of {logits.shape[1]} classes, got {list(y.shape)}")
         numbers.check(logits.shape[1])
         return logits
 
@@ -164,7 +169,8 @@ class _Numbers:
         self.shape = list(x.shape)
         if not x.numel() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        ends = [end.double() for end in (*torch.aminmax(x), *torch.aminmax(y))]
+        labels = y.new_zeros(1) if y.is_floating_point() else y  # probabilities are no numbers of classes
+        ends = [end.double() for end in (*torch.aminmax(x), *torch.aminmax(labels))]
         if _late.must_wait(x):
             _calls[name] = _calls.get(name, 0) + 1
             self.name = f"{name}, call {_calls[name]}"
@@ -203,10 +209,11 @@ def losses_of(
     kind: AttackObjective, logits: Tensor, y: Tensor, towards: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
     """What an untargeted attack maximises for each sample: [B]."""
-    if _late.must_wait(y):
+    if _late.must_wait(y) and not y.is_floating_point():
         y = y.clamp(0, logits.shape[1] - 1)
     if kind == "ce":
-        return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), y, reduction="none")
+        logits = logits.to(accumulation_dtype(logits.dtype))
+        return F.cross_entropy(logits, y.to(logits.dtype) if y.is_floating_point() else y, reduction="none")
     return ops.margin_loss(logits, y, kind=kind, towards=towards, impl=impl)
 
 
@@ -233,6 +240,7 @@ def evaluate(
         value = -value if targeted else value
         grad = gradient_of(name, value, leaf) if need_grad else None
     value, named = value.detach(), logits.argmax(1)
+    y = y.argmax(1) if y.is_floating_point() else y
     return value, (named == y if targeted else named != y) | value.isnan(), grad
 
 
@@ -257,7 +265,8 @@ class Attack:
             model: Maps images to logits [B, C >= 2]; any callable.  A module is left unchanged, and its parameters get
                 no gradients.
             x: Clean images in [0, 1].  [B, C, H, W]
-            y: Their labels, or the targets; of any integer dtype.  [B]
+            y: Their labels, or the targets; of any integer dtype.  [B]  For loss "ce" also probabilities of the
+                classes, of which the likeliest is the one that an adversary must leave.  [B, C]
             generator: Source of the random starts, on the device of x; by default PyTorch's own.
             indices: Numbers of the samples, [B] int64, such as their places in the data: a sample's starts depend on
                 the generator and its number, not on its place in the batch.  By default 0, 1, 2, ...
@@ -271,7 +280,8 @@ class Attack:
                 on x.
         """
         name = type(self).__name__
-        logits, x, y = check_batch(name, model, x, y, generator, indices, eps=self.eps, norm=self.norm)
+        soft = getattr(self, "loss", "") == "ce" and isinstance(y, Tensor) and y.dim() > 1
+        logits, x, y = check_batch(name, model, x, y, generator, indices, eps=self.eps, norm=self.norm, soft=soft)
         with torch.inference_mode(False), attacked(model):
             return self._search(logits, x, y, generator, indices)
 

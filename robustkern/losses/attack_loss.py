@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ class AttackLoss(Loss):
 
     `adversaries` runs the attack, `terms` computes what is differentiated; a call runs one after the other.
     """
-
-    soft: ClassVar[bool] = False
 
     def _terms(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Terms:
         return self.terms(model, x, self.adversaries(model, x, y, draw), y, draw)
@@ -88,7 +86,7 @@ class AscentLoss(AttackLoss):
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
         name = type(self).__name__
-        logits, x, y = check_batch(name, model, x, y, draw.generator, eps=self.eps, norm=self.norm)
+        logits, x, y = check_batch(name, model, x, y, draw.generator, eps=self.eps, norm=self.norm, soft=self.soft)
         step = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         with torch.inference_mode(False), attacked(model):
             objective = self._objective(logits, x, y)

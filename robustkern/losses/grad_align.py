@@ -60,7 +60,7 @@ class GradAlign(AttackLoss):
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, RandomState]:
         """The adversaries of FGSM, the gradient at x, and the random state of the pass that computed it."""
-        logits, x, y = check_batch("GradAlign", model, x, y, draw.generator)
+        logits, x, y = check_batch("GradAlign", model, x, y, draw.generator, soft=True)
         step, state = self.eps if self.step_size is None else self.step_size, RandomState(model, x)
         with frozen_statistics(model):
             grad = gradient("GradAlign", lambda v: self._cross_entropy(logits, v, y), x)

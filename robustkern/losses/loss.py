@@ -37,7 +37,8 @@ class Loss:
                 publications: a loss with an `eps` warns once, on the CPU, of others.  If it requires grad, it is used
                 as it is, which torch.compile of a whole step needs; if not, as a new leaf.
                 `Terms.backward(inputs=...)` saves the time for its own gradient.  [B, ...]
-            y: Classes of any integer dtype [B]; for losses without an attack inside also probabilities [B, C].
+            y: Classes of any integer dtype [B], or probabilities [B, C], such as those of mixed images; for `MART`, and
+                with an attack on another loss than the cross-entropy, classes.
             draw: What is random or scheduled in this call; None: random numbers from PyTorch's default generator, the
                 whole batch, and no step.
 

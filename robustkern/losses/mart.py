@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -45,6 +46,8 @@ class MART(AscentLoss):
     """
 
     weight: float = 5.0
+
+    soft: ClassVar[bool] = False  # the margin to the runner-up is that of one class
 
     def _objective(self, model: Model, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda adversary: ops.softmax_cross_entropy(model(adversary), y, impl=self.impl)

@@ -61,7 +61,7 @@ class VAT(AttackLoss):
         check_options(self, box=True, norm=("l2", "linf"))
 
     def adversaries(self, model: Model, x: Tensor, y: Tensor, draw: Draw) -> Tensor:
-        logits, x, y = check_batch("VAT", model, x, y, draw.generator, eps=self.eps, norm=self.norm)
+        logits, x, y = check_batch("VAT", model, x, y, draw.generator, eps=self.eps, norm=self.norm, soft=True)
         with torch.inference_mode(False), attacked(model):
             with torch.no_grad():
                 clean = logits(x)

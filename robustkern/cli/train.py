@@ -94,6 +94,7 @@ _SET_HELP = f"Another option of the method, as NAME=VALUE: {', '.join(_OTHERS)}.
     data_std={"kind": str, "read": numbers},
     eps={"help": "Radius in units of the images: 8/255 or 0.1. Default: per data set."},
     law={"help": f"Law of the projections: {', '.join(LAWS)}."},
+    betas={"kind": str, "read": numbers},
     milestones={"kind": str, "read": milestone_epochs},
     device={"read": device_name},
 )

@@ -58,12 +58,22 @@ class TrainingConfig:
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         lr: Peak learning rate.
         weight_decay: Weight decay. Decoupled for AdamW, L2 for SGD.
+        betas: Decay of AdamW's averages of the gradient and of its square, 0.9,0.95.
+        decay_matrices_only: No weight decay on biases and on what normalisation layers have. On parameters of fewer
+            than two dimensions, that is.
+        layer_decay: Factor on the learning rate for each block between a parameter and the head, such as 0.75. 1: all
+            learn alike. See `robustkern.distributed.blocks`.
         schedule: "one-cycle", "cosine", "triangular", "step", "constant". In this order: a linear rise over the first
             quarter, then a cosine to zero; the cosine alone; a linear rise over the first half, a linear fall over the
             second; the peak times `gamma` at each of the `milestones`; the peak all the time.
         milestones: For schedule "step": epochs after which the rate falls, 100,150. None: after half and three
             quarters.
         gamma: Factor on the learning rate at each milestone.
+        warm_up: Epochs in which the learning rate rises linearly before the schedule begins. For cosine, step and
+            constant.
+        least_lr: Learning rate that the schedule falls to in the place of 0.
+        plain_epochs: Epochs of plain training, by cross-entropy alone, before the method begins. The ramp begins with
+            the method.
         ramp: Share of the training over which the smoothness weight grows from 0 to full. It grows linearly.
         clip: Largest gradient norm; 0: no clipping. A longer gradient is scaled down to it.
         ema: Decay of a moving average of the weights, such as 0.995; 0: none. See `WeightAverage`.
@@ -118,9 +128,15 @@ class TrainingConfig:
     optimizer: str = setting("sgd", panel=OPTIMIZATION)
     lr: float = setting(0.05, Range(0, open="()"), panel=OPTIMIZATION)
     weight_decay: float = setting(5e-4, Range(0), panel=OPTIMIZATION)
+    betas: tuple[float, ...] = setting((0.9, 0.999), panel=OPTIMIZATION)
+    decay_matrices_only: bool = setting(False, panel=OPTIMIZATION)
+    layer_decay: float = setting(1.0, Range(0, 1, open="("), panel=OPTIMIZATION)
     schedule: str = setting("one-cycle", panel=OPTIMIZATION)
     milestones: tuple[int, ...] = setting((), panel=OPTIMIZATION)
     gamma: float = setting(0.1, Range(0, 1, open="("), panel=OPTIMIZATION)
+    warm_up: int = setting(0, counts(0), panel=OPTIMIZATION)
+    least_lr: float = setting(0.0, Range(0), panel=OPTIMIZATION)
+    plain_epochs: int = setting(0, counts(0), panel=OPTIMIZATION)
     ramp: float = setting(0.3, Range(0, 1, open=""), panel=OPTIMIZATION)
     clip: float = setting(1.0, Range(0), panel=OPTIMIZATION)
     ema: float = setting(0.0, Range(0, 1), panel=OPTIMIZATION)
@@ -170,6 +186,18 @@ class TrainingConfig:
             not self.milestones or all(a < b for a, b in pairwise(bounds)),
             f"milestones must be ascending epochs from 1 to {self.epochs - 1}, got {list(self.milestones)}",
         )
+        pair = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(pair, f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        require(
+            self.optimizer == "adamw" or self.betas == (0.9, 0.999),
+            f"betas belong to optimizer adamw, got optimizer {self.optimizer}",
+        )
+        rises = self.schedule in ("one-cycle", "triangular")
+        require(not (rises and self.warm_up), f"schedule {self.schedule} has a rise of its own: no warm_up")
+        for name in ("warm_up", "plain_epochs"):
+            value = getattr(self, name)
+            require(value < self.epochs, f"{name} must be less than the {self.epochs} epochs, got {value}")
+        require(self.least_lr <= self.lr, f"least_lr must be at most lr, {self.lr}, got {self.least_lr}")
         only_step = self.schedule == "step" or not self.milestones
         require(only_step, f"milestones belong to schedule step, got schedule {self.schedule}")
         require(self.impl in ("auto", "kernel", "reference"), f"impl: auto, kernel or reference, got {self.impl!r}")
@@ -230,7 +258,7 @@ def parse_settings(text: str) -> dict[str, Any]:
         fits = isinstance(value, _TYPES[kind.split("[")[0]]) and (kind == "bool") == isinstance(value, bool)
         fits = fits and not (isinstance(value, int) and abs(value) >= 1 << 63)
         require(fits, f"{name} must be {kind}, got {brief(repr(value))}")
-    for name in ("data_mean", "data_std"):
+    for name in ("data_mean", "data_std", "betas"):
         if name in values:
             numbers = all(type(value) in (int, float) for value in values[name])
             require(numbers, f"{name} must be a list of numbers, got {brief(repr(values[name]))}")

@@ -8,7 +8,15 @@ _MILESTONES = (0.5, 0.75)  # shares of the steps after which the step schedule f
 
 
 def learning_rate(
-    schedule: str, peak: float, step: int, steps: int, *, milestones: Sequence[float] = (), gamma: float = 0.1
+    schedule: str,
+    peak: float,
+    step: int,
+    steps: int,
+    *,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+    warm_up: float = 0.0,
+    least: float = 0.0,
 ) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
@@ -19,7 +27,19 @@ def learning_rate(
         steps: Steps of the whole run.
         milestones: For "step", the shares of the steps after which it falls; by default half and three quarters.
         gamma: The factor at each of them.
+        warm_up: Share of the steps in which the rate rises linearly to its peak; a cosine begins after them.
+        least: What the rate falls to.
     """
+    rise = round(warm_up * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    shift = rise if schedule == "cosine" else 0
+    rate = _falling(schedule, peak, step - shift, steps - shift, milestones, gamma)
+    return least + rate * (1 - least / peak) if least else rate
+
+
+def _falling(schedule: str, peak: float, step: int, steps: int, milestones: Sequence[float], gamma: float) -> float:
+    """The rate between its peak and zero."""
     if schedule == "constant":
         return peak
     if schedule == "step":

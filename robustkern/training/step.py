@@ -93,6 +93,7 @@ class Stepper:
         self.buffers = list(model.buffers())
         self.late = group.size == 1 and any(_late.must_wait(parameter) for parameter in self.parameters)
         self._steps = 1
+        self._plain: Any = Lazy(loss, 1).orientation if config.plain_epochs else None
         self._module: Any = self._carrier()
 
     def _carrier(self) -> nn.Module:
@@ -119,7 +120,8 @@ class Stepper:
     def learning_rate(self, step: int, steps: int) -> float:
         config = self.config
         shares = [epoch / config.epochs for epoch in config.milestones]
-        return learning_rate(config.schedule, config.lr, step, steps, milestones=shares, gamma=config.gamma)
+        options: Any = {"milestones": shares, "gamma": config.gamma, "least": config.least_lr}
+        return learning_rate(config.schedule, config.lr, step, steps, warm_up=config.warm_up / config.epochs, **options)
 
     def take(self, x: Tensor, y: Tensor, shard: Shard, step: int, steps: int, *, stop: bool = False) -> Outcome:
         """`start`, and what came of it."""
@@ -148,7 +150,7 @@ class Stepper:
             before_update: Called before the weights change: the time to ask for the outcome of the step before.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step, steps)
+            group["lr"] = self.learning_rate(step, steps) * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         before = [buffer.clone() for buffer in self.buffers]
         self._steps = steps
@@ -215,9 +217,11 @@ class Stepper:
     def _weighted(self, model: nn.Module, x: Tensor, y: Tensor, draw: Draw) -> tuple[Tensor, Tensor, bool]:
         """What is differentiated, the numbers, and whether there is a penalty: the forward pass of what is wrapped."""
         assert draw.step is not None
-        terms = self._terms(model, x, y, draw)
-        penalised = terms.weight != 0 or not isinstance(self.loss, Lazy)
-        terms = terms._replace(weight=terms.weight * weight_factor(self.config.ramp, draw.step, self._steps))
+        config, terms = self.config, self._terms(model, x, y, draw)
+        plain = self._plain_steps()
+        penalised = draw.step >= plain and (terms.weight != 0 or not isinstance(self.loss, Lazy))
+        factor = weight_factor(config.ramp, max(0, draw.step - plain), self._steps - plain)
+        terms = terms._replace(weight=terms.weight * factor)
         total, share = terms.total, 1.0 if draw.shard is None else draw.shard.share
         values = torch.stack([terms.orientation, terms.smoothness, total]).detach().float() * share
         # The carriers take the mean over the processes.
@@ -227,7 +231,12 @@ class Stepper:
         config = self.config
         # No cache: a pass that records gradients would take from it a weight that was cast without recording.
         with torch.autocast(config.device, torch.bfloat16, enabled=config.amp, cache_enabled=False):
-            return self.loss(model, x, y, draw)
+            plain = draw.step is not None and draw.step < self._plain_steps()
+            return (self._plain if plain else self.loss)(model, x, y, draw)
+
+    def _plain_steps(self) -> int:
+        """Steps of plain training before the method begins."""
+        return round(self.config.plain_epochs / self.config.epochs * self._steps)
 
     @torch.no_grad()
     def _sum(self, values: Tensor, before: list[Tensor], shard: Shard) -> None:

@@ -36,6 +36,7 @@ from .errors import Interrupted, TrainingError, UsageError, require
 from .initial import ModelSpec, initial_model
 from .methods import build_loss, check_options
 from .observer import Observer
+from .optimizers import optimizer_of
 from .recomputation import recompute_blocks
 from .run_folder import RunFolder
 from .signals import StopOnSignal
@@ -235,7 +236,7 @@ class _Run:
             with group.contact():
                 for network in (self.model, *(() if average is None else (average.model,))):
                     shard_model(network)
-        optimizer = _optimizer(config, [parameter for parameter in model.parameters() if parameter.requires_grad])
+        optimizer = optimizer_of(config, self.model)
         self.stepper = Stepper(config, self.model, optimizer, loss, group)
         self.open: tuple[Taken, Tensor, int] | None = None  # the step whose outcome is not known yet
         progress = Progress(step=0, epoch=0, skipped=0, sums=dict.fromkeys(_SUMS, 0.0), rows=[])
@@ -409,9 +410,3 @@ class _Run:
 def _mean(total: float, count: float) -> float | None:
     """None where nothing was measured."""
     return total / count if count else None
-
-
-def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)

@@ -9,8 +9,8 @@ pytest.importorskip("safetensors")
 from robustkern import data as datasets
 from robustkern import models
 from robustkern.training import UsageError, recipe, train
-from robustkern.training import trainer as trainer_module
 from robustkern.training.batches import batches, check_batches
+from robustkern.training.feed import Feed
 
 
 def test_batches_are_a_partition_without_a_single_sample():
@@ -26,8 +26,8 @@ def test_batches_are_a_partition_without_a_single_sample():
 @pytest.mark.usefixtures("no_figures")
 def test_a_single_sample_at_the_end_joins_the_batch_before(tmp_path, monkeypatch):
     seen = []
-    batch = trainer_module._Run._batch
-    monkeypatch.setattr(trainer_module._Run, "_batch", lambda self, i: seen.append(len(i)) or batch(self, i))
+    batch = Feed.batch
+    monkeypatch.setattr(Feed, "batch", lambda self, i, *more: seen.append(len(i)) or batch(self, i, *more))
     settings = {"batch_size": 8, "train_samples": 17, "eval_samples": 5, "pgd_steps": 1, "threads": 1}
     train(recipe("digits", model="preact-resnet18", epochs=1, **settings), tmp_path)
     assert seen == [8, 9]

@@ -30,6 +30,7 @@ from robustkern.training import CheckpointError, train
 from robustkern.training import step as step_module
 from robustkern.training import trainer as trainer_module
 from robustkern.training.distributed import process_group
+from robustkern.training.feed import Feed
 from robustkern.training.run_folder import RunFolder
 from robustkern.training.validation import split
 
@@ -99,8 +100,8 @@ def test_the_comparison_would_notice(tmp_path, monkeypatch, case, limit):
     """With one row less in a batch, or other random numbers."""
     whole = train(CASES[case], tmp_path / "whole").model.state_dict()
     with monkeypatch.context() as patch:
-        batch = trainer_module._Run._batch
-        patch.setattr(trainer_module._Run, "_batch", lambda self, i: [t[: max(1, len(t) - 1)] for t in batch(self, i)])
+        batch = Feed.batch
+        patch.setattr(Feed, "batch", lambda self, *given: [t[: max(1, len(t) - 1)] for t in batch(self, *given)])
         fewer = train(CASES[case], tmp_path / "fewer").model.state_dict()
     assert distance(CASES[case], whole, fewer) > limit
     if case != "standard":

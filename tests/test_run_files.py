@@ -89,7 +89,8 @@ def test_every_option_arrives_at_its_setting(tmp_path, monkeypatch):
         "eval_samples": 50, "eval_every": 3, "pgd_steps": 13, "watch": "stop", "checkpoint_every": 17,
         "max_skipped": 19, "init": str(tmp_path / "weights.pt"), "smooth_activations": "silu", "data_mean": (0.25,),
         "data_std": (0.5,), "model_options": {"widths": [8, 16], "stem": 4}, "image_size": 48,
-        "crop_scale": 0.5, "flip": 0.25, "eval_crop": 0.75,
+        "crop_scale": 0.5, "flip": 0.25, "eval_crop": 0.75, "extra": str(tmp_path), "extra_share": 0.375,
+        "randaugment": 2, "magnitude": 7.5, "colour": 0.125, "erasing": 0.3125, "mixup": 0.8, "cutmix": 1.5,
     }  # fmt: skip
     seen = []
     monkeypatch.setattr(cli_train, "train", lambda config, *args, **kwargs: seen.append(config))

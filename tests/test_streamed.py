@@ -21,6 +21,7 @@ from robustkern import data, training
 from robustkern.cli.app import app
 from robustkern.data import DataError, DataWarning, Reader, View
 from robustkern.data import index as index_module
+from robustkern.data import kept as kept_module
 from robustkern.data.decode import decode
 from robustkern.sharding import Shard
 from robustkern.training import Observer, UsageError, recipe, train
@@ -88,17 +89,17 @@ def test_the_index_names_every_image_and_is_made_once(folder, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    create = index_module.tempfile.mkstemp
+    create = kept_module.tempfile.mkstemp
 
     def refused(dir, **given):  # the tests may run as root, who can write everywhere
         if dir == folder:
             raise PermissionError("read-only")
         return create(dir=dir, **given)
 
-    monkeypatch.setattr(index_module.tempfile, "mkstemp", refused)
+    monkeypatch.setattr(kept_module.tempfile, "mkstemp", refused)
     index_module.folder_index(folder, "train")
     assert not (folder / ".robustkern-index-train.npz").exists()
-    assert len(list((tmp_path / "cache/robustkern").glob("index-*-train.npz"))) == 1
+    assert len(list((tmp_path / "cache/robustkern").glob("*-index-train.npz"))) == 1
     monkeypatch.setattr(index_module, "_scan", lambda *_, **__: pytest.fail("scanned again"))
     assert len(index_module.folder_index(folder, "train")) == 9
 
@@ -222,11 +223,11 @@ def test_colour_among_grey_is_refused_and_grey_among_colour_becomes_colour(folde
         data.stream(str(folder), View(8), channels=1).in_memory()
 
 
-def test_val_may_stand_for_test_and_named_sets_have_a_size(folder):
+def test_val_may_stand_for_test(folder):
     (folder / "test").rename(folder / "val")
-    assert len(data.stream(str(folder), View(8), "test")) == 3
-    with pytest.raises(DataError, match="an image size is for image folders"):
-        data.stream("digits", View(8))
+    assert len(data.stream(str(folder), View(8), split="test")) == 3
+    with pytest.raises(DataError, match="no data set 'nowhere'"):
+        data.stream("nowhere", View(8))
     with pytest.raises(UsageError, match="crop_scale takes an image_size"):
         recipe("digits", crop_scale=0.5)
 
@@ -275,3 +276,80 @@ def test_a_run_is_evaluated_at_its_size(shared, tmp_path):
     found = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())["clean"]["accuracy"]
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert found == pytest.approx(results["weights"]["last"]["clean_accuracy"])
+
+
+# ------------------------------------------------------------------ arrays, shards, named sets
+
+
+@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW", "colour"])
+def test_arrays_are_mapped_and_read(tmp_path, layout):
+    digits = data.load("digits-28").first(40)
+    pixels = (digits.images[:, 0] * 255).round().byte().numpy()
+    shaped = {"NHW": pixels, "NHWC": pixels[..., None], "NCHW": pixels[:, None]}
+    for split, part in (("train", slice(0, 30)), ("val", slice(30, 33))):
+        (tmp_path / split).mkdir()
+        stored = shaped.get(layout, np.repeat(pixels[..., None], 3, 3))[part]
+        np.save(tmp_path / split / "images.npy", stored)
+        np.save(tmp_path / split / "labels.npy", digits.labels[part].numpy().astype(np.uint8))
+    (tmp_path / "classes.txt").write_text("".join(f"digit {number}\n" for number in range(10)))
+    train_set = data.stream(str(tmp_path), View(28, center=1.0))
+    found = train_set.in_memory()
+    assert found.classes == tuple(f"digit {number}" for number in range(10))
+    channels = 3 if layout == "colour" else 1
+    expected = torch.from_numpy(pixels[train_set.rows]).float()[:, None].div(255).expand(-1, channels, -1, -1)
+    assert torch.equal(found.images, expected) and torch.equal(found.labels, digits.labels[train_set.rows])
+    test_set = data.stream(str(tmp_path), View(28), split="test", channels=channels)
+    assert len(test_set) == 3 and test_set.classes == found.classes
+
+
+def test_arrays_that_are_none(tmp_path):
+    (tmp_path / "train").mkdir()
+    for images, labels, message in (
+        (np.zeros((4, 8, 8), np.float32), np.arange(4), "must be uint8"),
+        (np.zeros((4, 8, 8, 5), np.uint8), np.arange(4), r"must be uint8 .* got uint8 \[4, 8, 8, 5\]"),
+        (np.zeros((4, 8, 8), np.uint8), np.arange(3), "must be 4 integers from 0 on, got int64"),
+        (np.zeros((4, 8, 8), np.uint8), np.arange(4) - 1, "must be 4 integers from 0 on"),
+        (np.zeros((4, 8, 8), np.uint8), np.zeros(4, int), "a label 0 among 1 classes"),
+        (np.array([print] * 4), np.arange(4), "not an array that can be read"),
+    ):
+        np.save(tmp_path / "train/images.npy", images, allow_pickle=True)
+        np.save(tmp_path / "train/labels.npy", labels)
+        with pytest.raises(DataError, match=message):
+            data.stream(str(tmp_path), View(8))
+
+
+def test_shards_of_webdataset_are_read_by_place(shared, tmp_path):
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    files = data.stream(str(shared), View(12))
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    with webdataset.ShardWriter(f"{tmp_path}/train/%04d.tar", maxcount=40, verbose=0) as writer:
+        for number, label in enumerate(files.source.index.labels.tolist()):
+            path = files.source.name(number)
+            writer.write({"__key__": f"n{number:03d}", path.suffix[1:]: path.read_bytes(), "cls": label})
+    shards = data.stream(str(tmp_path), View(12))
+    assert [path.name for path in shards.source.files] == ["0000.tar", "0001.tar", "0002.tar"]
+    assert shards.classes == ("0", "1", "2") and torch.equal(shards.labels, files.labels)
+    order = data.epoch_order(0, 0, 90).split(45)
+    with Reader(files, seed=1) as one, Reader(dataclasses.replace(shards, workers=1), seed=1) as other:
+        for a, b in zip(one.read(order, epoch=3), other.read(order, epoch=3), strict=True):
+            assert torch.equal(a, b)
+    again = data.stream(str(tmp_path), View(12))  # from the stored index
+    assert np.array_equal(again.source.begin, shards.source.begin)
+    with webdataset.TarWriter(f"{tmp_path}/test/0.tar") as writer:
+        writer.write({"__key__": "a", "cls": 1})
+    with pytest.raises(DataError, match=r"0.tar: sample a has no image, or no .cls"):
+        data.stream(str(tmp_path), View(12), split="test")
+    (tmp_path / "test/0.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(DataError, match="not a tar file that can be read"):
+        data.stream(str(tmp_path), View(12), split="test")
+
+
+def test_a_named_set_at_another_size():
+    small = data.load("digits-28").first(20)
+    streamed = data.stream("digits-28", View(56, center=1.0))
+    assert streamed.in_shape == (1, 56, 56) and len(streamed) == 1442
+    assert torch.equal(streamed.labels, data.load("digits-28").labels[streamed.rows])
+    same = data.stream("digits-28", View(28, center=1.0))
+    place = int((same.rows == 7).nonzero())
+    assert (same.take(torch.tensor([place])).in_memory().images - small.images[7]).abs().max() <= 0.5001 / 255

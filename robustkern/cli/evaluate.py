@@ -206,7 +206,7 @@ def _subject(
 def _test_images(data: str, root: Path | None, size: int, crop: float, channels: int) -> Images:
     if not size:
         return datasets.load(data, root, "test")
-    return datasets.stream(data, View(size, center=crop), "test", channels=channels)
+    return datasets.stream(data, View(size, center=crop), root, "test", channels=channels)
 
 
 def print_report(report: Report, console: Console, name: str) -> None:

@@ -23,8 +23,8 @@ from robustkern.training import (
     recipe,
     train,
 )
-from robustkern.training.config import MEASURING, OPTIMIZATION, RUN, WHAT
-from robustkern.training.initial import PRETRAINED
+from robustkern.training.config import AUGMENTATION, MEASURING, OPTIMIZATION, RUN, WHAT
+from robustkern.training.recipes import absolute
 from robustkern.training.tensorboard import TensorBoard
 
 from .errors import one_line_errors
@@ -84,7 +84,7 @@ _SET_HELP = f"Another option of the method, as NAME=VALUE: {', '.join(_OTHERS)}.
     MethodOptions,
     TrainingConfig,
     defaults=False,
-    panels=(WHAT, _METHOD, OPTIMIZATION, MEASURING, RUN),
+    panels=(WHAT, AUGMENTATION, _METHOD, OPTIMIZATION, MEASURING, RUN),
     data={"help": f"{DATA_HELP} Default: digits."},
     method={"help": f"{', '.join(METHODS)}. Default: gradient-penalty."},
     options=None,
@@ -158,8 +158,7 @@ def _resumed(
     """The stored configuration, updated by the command line; `train` refuses if that changes anything."""
     if data is not None and data not in datasets.NAMES:
         data = str(Path(data).resolve())
-    if settings.get("init") not in (None, "", PRETRAINED):
-        settings["init"] = str(Path(settings["init"]).resolve())
+    settings.update(absolute(settings))
     method = method or stored.method
     options = {**stored.options, **options}
     if method in METHODS:

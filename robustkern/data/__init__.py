@@ -17,18 +17,35 @@ import torch.nn.functional as F
 
 from robustkern._packages import pip_install
 
+from .augment import BatchAugmentation, Mixing
 from .cifar import load_cifar10
 from .dataset import DataError, Dataset, DataWarning
 from .decode import View
 from .folder import load_folder
 from .idx import load_idx
 from .randomness import CropFlip, epoch_order, generator
-from .stored import stream_folder
-from .streamed import Reader, StreamedDataset, as_images
+from .stored import stream_dataset, stream_folder
+from .streamed import Reader, StreamedDataset, as_images, joined
 
 __all__ = [
-    "NAMES", "CropFlip", "DataError", "DataWarning", "Dataset", "Images", "Reader", "StreamedDataset", "View",
-    "as_images", "augmentation", "epoch_order", "generator", "load", "stream",
+    "NAMES",
+    "BatchAugmentation",
+    "CropFlip",
+    "DataError",
+    "DataWarning",
+    "Dataset",
+    "Images",
+    "Mixing",
+    "Reader",
+    "StreamedDataset",
+    "View",
+    "as_images",
+    "augmentation",
+    "epoch_order",
+    "generator",
+    "join",
+    "load",
+    "stream",
 ]  # fmt: skip
 
 NAMES = ("digits", "digits-28", "fashion-mnist", "mnist", "cifar10")
@@ -82,12 +99,21 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     return data
 
 
-def stream(name: str, view: View, split: str = "train", *, channels: int = 0, workers: int = 0) -> StreamedDataset:
+def stream(
+    name: str,
+    view: View,
+    root: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    *,
+    channels: int = 0,
+    workers: int = 0,
+) -> StreamedDataset:
     """One split of a data set that is read while it is used: images of any sizes, as many as there are.
 
     Args:
-        name: The path of a folder with `train/<class>/*.jpg` and `test/<class>/*.jpg` (or `val/`), whose images come in
-            a random order that a fixed seed decides.
+        name: The path of a folder, see `robustkern.data.stored.stream_folder`; or one of `NAMES`, which is in memory
+            all the same, but cropped and scaled. The order is random, by a fixed seed.
+        root: As for `load`.
         view: How they are cropped and scaled.
         split: "train" or "test".
         channels: 1 or 3; 0: 1 if the first 64 images are grey, else 3.
@@ -99,8 +125,27 @@ def stream(name: str, view: View, split: str = "train", *, channels: int = 0, wo
     if split not in _SPLITS:
         raise ValueError(f"split must be train or test, got {split!r}")
     if name in _SOURCES or not Path(name).is_dir():
-        raise DataError(f"{name}: an image size is for image folders, {', '.join(NAMES)} have one")
+        return stream_dataset(load(name, root, split), view, channels, workers)
     return stream_folder(Path(name), split, view, channels, workers)
+
+
+def join(first: Images, second: Images) -> Images:
+    """The samples of both, the second one's after the first one's.
+
+    Raises:
+        DataError: They have other images or classes.
+    """
+    if (first.in_shape, first.classes) != (second.in_shape, second.classes):
+        raise DataError(
+            f"{second.name}: images {list(second.in_shape)} of {second.num_classes} classes beside those of "
+            f"{first.name}, {list(first.in_shape)} of {first.num_classes}, or classes of other names"
+        )
+    if isinstance(first, StreamedDataset) and isinstance(second, StreamedDataset):
+        return joined(first, second)
+    if isinstance(first, Dataset) and isinstance(second, Dataset):
+        both = torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels])
+        return Dataset(first.name, *both, first.classes)
+    raise DataError(f"{second.name}: one of both sets is in memory, the other is read while it is used")
 
 
 def augmentation(name: str) -> CropFlip | None:

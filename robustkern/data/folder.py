@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .randomness import generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")  # some of Pillow's other readers run other programs
-_MOST_BYTES = 64 << 20  # of an image file
+MOST_BYTES = 64 << 20  # of an image file
 _MOST_PIXELS = 1 << 24
 _ORIENTATION = 0x0112  # of EXIF
 SEED = 0  # of the order of a folder's images
@@ -135,14 +135,23 @@ def read_image(path: Path) -> np.ndarray:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """An image file, opened by Pillow; whatever goes wrong with it, there or inside, is a DataError that names it."""
+def opened(path: Path | str, content: IO[bytes] | None = None) -> Iterator[Any]:
+    """An image file, opened by Pillow; whatever goes wrong with it, there or inside, is a DataError that names it.
+
+    Args:
+        path: The file, or what messages call it.
+        content: What is read in place of the file.
+    """
     from PIL import Image
 
     try:
+        if content is not None:
+            with Image.open(content, formats=_FORMATS) as image:
+                yield image
+            return
         status = os.stat(path)  # before it is opened: a pipe may never end
-        if status.st_size > _MOST_BYTES or not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, or no regular file")
+        if status.st_size > MOST_BYTES or not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: larger than {MOST_BYTES >> 20} MiB, or no regular file")
         with Image.open(path, formats=_FORMATS) as image:
             yield image
     except DataError:

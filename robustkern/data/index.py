@@ -6,16 +6,12 @@ images take seconds, and a few bytes each.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,8 +19,10 @@ from robustkern._text import plain
 
 from .dataset import DataError, DataWarning
 from .folder import SUFFIXES, entries
+from .kept import keep_arrays, places, read_arrays
 
 _FORMAT = 1
+_ARRAYS = ("labels", "names", "ends", "skipped")
 _SETTLED = 2_000_000_000  # ns: a folder that changed so short a time ago may change again at the same time of change
 
 
@@ -81,16 +79,19 @@ def folder_index(root: Path, split: str) -> FolderIndex:
     present = [(label, name) for label, name in enumerate(classes) if name in set(inside)]
     times = [_changed(folder), *(_changed(folder / name) for _, name in present)]
     state = json.dumps([_FORMAT, [os.fsencode(name).hex() for _, name in present], classes != inside, times])
-    places = _places(root, split)
-    for place in places:
-        if (found := _read(place, folder, classes, state)) is not None:
+    where = places(root, f"index-{split}")
+    for place in where:
+        arrays = read_arrays(place, state, _ARRAYS)
+        if arrays is not None:
+            labels, names, ends, skipped = (arrays[name] for name in _ARRAYS)
+            found = FolderIndex(folder, classes, labels, names, ends, int(skipped))
             _tell(found)
             return found
     started = time.time_ns()
     made = _scan(folder, classes, present, complete=folder == base)
     _tell(made)
     if started - max(times) > _SETTLED:
-        _keep(places, made, state)
+        keep_arrays(where, state, {name: np.asarray(getattr(made, name)) for name in _ARRAYS})
     return made
 
 
@@ -142,53 +143,3 @@ def _tell(index: FolderIndex) -> None:
             DataWarning,
             stacklevel=5,
         )
-
-
-def _places(root: Path, split: str) -> list[Path]:
-    """Where the index may be, in this order."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robustkern"
-    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
-    return [root / f".robustkern-index-{split}.npz", cache / f"index-{name}-{split}.npz"]
-
-
-def _read(place: Path, folder: Path, classes: tuple[str, ...], state: str) -> FolderIndex | None:
-    """The index in a file, if it is one of these folders as they are now."""
-    try:
-        with np.load(place, allow_pickle=False) as stored:
-            if stored["state"].tobytes() != state.encode():
-                return None
-            labels, names, ends = stored["labels"], stored["names"], stored["ends"]
-            skipped, check = int(stored["skipped"]), stored["check"].tobytes()
-    except Exception:  # missing, damaged, or somebody else's: it is made anew
-        return None
-    found = FolderIndex(folder, classes, labels, names, ends, skipped)
-    return found if check == _check(found) else None
-
-
-def _keep(places: list[Path], index: FolderIndex, state: str) -> None:
-    texts = {"state": state.encode(), "check": _check(index)}
-    arrays: dict[str, Any] = {name: np.frombuffer(content, np.uint8) for name, content in texts.items()}
-    arrays.update(labels=index.labels, names=index.names, ends=index.ends, skipped=np.int64(index.skipped))
-    for place in places:
-        with contextlib.suppress(OSError):
-            if place != places[0]:
-                place.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".tmp-index-", suffix=".npz", dir=place.parent)
-            try:
-                os.fchmod(descriptor, 0o644)  # another user of the folder may read it too
-                with os.fdopen(descriptor, "wb") as file:
-                    np.savez(file, **arrays)
-                os.replace(temporary, place)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            return
-
-
-def _check(index: FolderIndex) -> bytes:
-    """SHA-256 of the arrays."""
-    found = hashlib.sha256()
-    for array in (index.labels, index.names, index.ends):
-        found.update(f"{array.dtype} {array.shape}".encode())
-        found.update(array.tobytes())
-    return found.digest()

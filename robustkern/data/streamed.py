@@ -135,6 +135,36 @@ def as_images(pixels: Tensor, device: str = "cpu") -> Tensor:
     return pixels.to(device, non_blocking=True).float().div_(255)
 
 
+@dataclass(frozen=True)
+class JoinedSource:
+    """Two sources, the second one's images after the first one's."""
+
+    first: Source
+    second: Source
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def _place(self, number: int) -> tuple[Source, int]:
+        beyond = number - len(self.first)
+        return (self.first, number) if beyond < 0 else (self.second, beyond)
+
+    def opened(self, number: int) -> Any:
+        source, place = self._place(number)
+        return source.opened(place)
+
+    def name(self, number: int) -> Any:
+        source, place = self._place(number)
+        return source.name(place)
+
+
+def joined(first: StreamedDataset, second: StreamedDataset) -> StreamedDataset:
+    """The samples of both, the second one's after the first one's, which decides everything else."""
+    rows = torch.cat([first.rows, second.rows + len(first.source)])
+    labels = torch.cat([first.labels, second.labels])
+    return replace(first, source=JoinedSource(first.source, second.source), rows=rows, labels=labels)
+
+
 class Reader:
     """Reads lists of samples, by processes that live as long as it does and read ahead.
 

@@ -22,7 +22,8 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "triangular", "step", "constant")
 DEVICES = ("cpu", "cuda")
 WATCHES = ("warn", "stop", "off")
-WHAT, OPTIMIZATION, RUN, MEASURING = "What is trained", "Optimization", "The run", "Validation and measuring"
+WHAT, AUGMENTATION, OPTIMIZATION = "What is trained", "Augmentation", "Optimization"
+RUN, MEASURING = "The run", "Validation and measuring"
 
 _PLAIN: dict[str, type] = {"str": str, "bool": bool, "tuple[int, ...]": tuple, "tuple[float, ...]": tuple}
 _DICTS = ("options", "model_options")
@@ -50,8 +51,17 @@ class TrainingConfig:
         crop_scale: Least share of an image's area that a random crop keeps, with an image size.
         flip: Probability that an image is mirrored, with an image size.
         eval_crop: Share of the shorter side that is kept for evaluation, the middle, with an image size.
+        extra: Another folder of images of the same classes, such as synthetic ones, to train on beside `data`. An epoch
+            is one of `data`.
+        extra_share: Share of each batch that comes from `extra`.
         eps: Radius in units of the images: 8/255 or 0.1. Used by the attack that measures robustness, and by methods
             that need one.
+        randaugment: Operations of RandAugment that each training image goes through; 0: none.
+        magnitude: Their strength, 0 to 10.
+        colour: Brightness, contrast and saturation of training images vary by this share; 0: not at all.
+        erasing: Probability that a rectangle of a training image becomes grey.
+        mixup: alpha of mixup, which mixes pairs of images and their labels; 0: none.
+        cutmix: alpha of CutMix, likewise. With both, either with probability 1/2.
         epochs: Passes over the training set.
         batch_size: Samples per step, of all processes together. The last, smaller batch of an epoch is trained
             on as well, and a single sample left over joins the batch before.
@@ -119,10 +129,18 @@ class TrainingConfig:
     data_mean: tuple[float, ...] = setting((), panel=WHAT)
     data_std: tuple[float, ...] = setting((), panel=WHAT)
     image_size: int = setting(0, counts(0, 1 << 14), panel=WHAT)
-    crop_scale: float = setting(0.08, Range(0, 1, open="("), panel=WHAT)
-    flip: float = setting(0.5, Range(0, 1, open=""), panel=WHAT)
+    crop_scale: float = setting(0.08, Range(0, 1, open="("), panel=AUGMENTATION)
+    flip: float = setting(0.5, Range(0, 1, open=""), panel=AUGMENTATION)
     eval_crop: float = setting(0.875, Range(0, 1, open="("), panel=WHAT)
+    extra: str = setting("", panel=WHAT)
+    extra_share: float = setting(0.7, Range(0, 1, open="()"), panel=WHAT)
     eps: float = setting(8 / 255, RADII, panel=WHAT)
+    randaugment: int = setting(0, counts(0, 100), panel=AUGMENTATION)
+    magnitude: float = setting(9.0, Range(0, 10, open=""), panel=AUGMENTATION)
+    colour: float = setting(0.0, Range(0, 1, open=""), panel=AUGMENTATION)
+    erasing: float = setting(0.0, Range(0, 1, open=""), panel=AUGMENTATION)
+    mixup: float = setting(0.0, Range(0, 1e6), panel=AUGMENTATION)
+    cutmix: float = setting(0.0, Range(0, 1e6), panel=AUGMENTATION)
     epochs: int = setting(30, counts(), panel=OPTIMIZATION)
     batch_size: int = setting(128, counts(), panel=OPTIMIZATION)
     optimizer: str = setting("sgd", panel=OPTIMIZATION)
@@ -174,6 +192,9 @@ class TrainingConfig:
             f"data_mean and data_std take as many numbers as the images have channels, and deviations above 0, got "
             f"{list(self.data_mean)} and {list(self.data_std)}",
         )
+        most = self.batch_size - 1
+        kept = not self.extra or 1 <= round(self.extra_share * self.batch_size) <= most
+        require(kept, f"extra_share {self.extra_share:g} of batch_size {self.batch_size} leaves no sample on one side")
         for name in ("crop_scale", "flip", "eval_crop"):
             default = next(field.default for field in dataclasses.fields(self) if field.name == name)
             require(bool(self.image_size) or getattr(self, name) == default, f"{name} takes an image_size")

@@ -1,5 +1,6 @@
 """What each data set is trained with when the user does not say otherwise."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def teacher_recipe(data: str, **given: Any) -> TrainingConfig:
     return recipe(data, "standard", **{"lr": _DISTILLATION_LR, **given, "options": options})
 
 
+def absolute(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings among these that are paths, as they are from any working directory."""
+    named = {name: settings.get(name) for name in ("init", "extra")}
+    return {name: str(Path(path).resolve()) for name, path in named.items() if path not in (None, "", PRETRAINED)}
+
+
 def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     """The configuration for a data set and a method, with what is given in place of the recipe's values.
 
@@ -80,8 +87,7 @@ def recipe(data: str, method: str = "standard", **given: Any) -> TrainingConfig:
     """
     # An image folder is the same one from any working directory.
     data = data if data in _RECIPES or not Path(data).is_dir() else str(Path(data).resolve())
-    if given.get("init") not in (None, "", PRETRAINED):
-        given["init"] = str(Path(given["init"]).resolve())
+    given.update(absolute(given))
     values: dict[str, Any] = {"threads": torch.get_num_threads(), **_RECIPES.get(data, {})}
     if method in _AT_THE_ADVERSARY:
         values["ramp"] = 0.0

@@ -11,7 +11,6 @@ each batch: their results differ by rounding, but for BatchNorm, which normalise
 import copy
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,18 @@ from torch import distributed as dist
 
 from robustkern import data as datasets
 from robustkern import models
-from robustkern.data import Dataset, Images, Reader, StreamedDataset, as_images
+from robustkern.data import Images
 from robustkern.distributed import shard_model
 from robustkern.sharding import Shard
 
 from .averaging import WeightAverage
-from .batches import batches, check_batches
+from .batches import batches, check_batches, main_size
 from .checkpoint import Progress, Row, TrainState
 from .config import TrainingConfig
 from .distributed import Group, process_group
 from .environment import deterministic, threads
 from .errors import Interrupted, TrainingError, UsageError, require
+from .feed import Feed
 from .initial import ModelSpec, initial_model
 from .methods import build_loss, check_options
 from .observer import Observer
@@ -131,12 +131,14 @@ def train(
         loss = group.on_all(lambda: _prepare(config))
         with threads(config.threads), deterministic(config.device):
             sets = group.on_all(lambda: _load(config, root, group.size, workers))
+            pool = group.on_all(lambda: _with_extra(config, sets[0], workers))
             model, problem = group.on_all(lambda: _initial_model(config, sets[0]))
             if problem:
                 observer.on_message(problem)
-            folder = RunFolder(Path(out), config, group, sets[0])
+            folder = RunFolder(Path(out), config, group, pool)
             with folder.claimed(resume):
-                run = _Run(config, folder, sets, model, loss, observer, stop, group, shard)
+                feed = Feed(config, pool, len(pool) - len(sets[0]))
+                run = _Run(config, folder, sets, feed, model, loss, observer, stop, group, shard)
                 accuracies = run.finish()
                 if draw:
                     folder.draw(run.state, run.test_set)
@@ -160,7 +162,10 @@ def _prepare(config: TrainingConfig) -> Any:
         raise UsageError(str(error)) from error
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda: PyTorch sees no CUDA device here")
-    return build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
+    loss = build_loss(config.method, config.options, eps=config.eps, impl=config.impl)
+    if (config.mixup or config.cutmix) and not getattr(loss, "soft", True):
+        raise UsageError(f"mixup and cutmix mix labels, which method {config.method} cannot take")
+    return loss
 
 
 def _load(config: TrainingConfig, root: str | Path | None, processes: int, workers: int) -> Sets:
@@ -182,9 +187,19 @@ def _load(config: TrainingConfig, root: str | Path | None, processes: int, worke
 def _both(config: TrainingConfig, root: str | Path | None, workers: int) -> tuple[Images, Images]:
     if config.view is None:
         return datasets.load(config.data, root, "train"), datasets.load(config.data, root, "test")
-    train_set = datasets.stream(config.data, config.view, "train", workers=workers)
+    train_set = datasets.stream(config.data, config.view, root, "train", workers=workers)
     channels = train_set.channels
-    return train_set, datasets.stream(config.data, config.view, "test", channels=channels, workers=workers)
+    return train_set, datasets.stream(config.data, config.view, root, "test", channels=channels, workers=workers)
+
+
+def _with_extra(config: TrainingConfig, train_set: Images, workers: int) -> Images:
+    """The training set with the extra samples behind it, if there are such."""
+    if not config.extra:
+        return train_set
+    if config.view is None:
+        return datasets.join(train_set, datasets.load(config.extra))
+    channels = train_set.in_shape[0]
+    return datasets.join(train_set, datasets.stream(config.extra, config.view, channels=channels, workers=workers))
 
 
 def _initial_model(config: TrainingConfig, data: Images) -> tuple[nn.Module, str]:
@@ -205,6 +220,7 @@ class _Run:
         config: TrainingConfig,
         folder: RunFolder,
         sets: Sets,
+        feed: Feed,
         model: nn.Module,
         loss: Any,
         observer: Observer,
@@ -214,15 +230,10 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.observer, self.stop, self.group = config, folder, observer, stop, group
         self.train_set, validation_set, self.test_set = sets
-        self.batches = batches(len(self.train_set), config.batch_size)
-        self.steps_per_epoch = len(self.batches)
+        self.feed = feed
+        self.steps_per_epoch = len(batches(len(self.train_set), main_size(config)))
         self.steps = self.steps_per_epoch * config.epochs
         self.stopping = False  # agreed upon by all processes, unlike `stop`
-        self.augmentation = datasets.augmentation(config.data)
-        self.reader: Reader | None = None
-        if isinstance(self.train_set, StreamedDataset):
-            self.reader = Reader(self.train_set, config.seed, pin=config.device == "cuda")
-        self.feed: Iterator[Tensor] = iter(())
         if config.sync_batch_norm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.channels_last:
@@ -267,7 +278,7 @@ class _Run:
             self.folder.save(self.state)
             raise
         finally:
-            self.feed, self.reader = iter(()), None  # ends the processes that read
+            self.feed.close()
             self.observer.on_end()
             self.stepper.close()
         self.folder.write_weights(self.state)
@@ -278,16 +289,12 @@ class _Run:
 
     def _train_epoch(self) -> None:
         progress = self.progress
-        order = datasets.epoch_order(self.config.seed, progress.epoch, len(self.train_set))
         self.model.train()
         first = progress.step - progress.epoch * self.steps_per_epoch
-        if self.reader is not None:
-            whole = [order[begin:end] for begin, end in self.batches[first:]]
-            mine = [Shard.of(self.group.rank, self.group.size, len(part)).rows(part) for part in whole]
-            self.feed = self.reader.read(mine, progress.epoch)
+        samples = self.feed.epoch(progress.epoch, self.group.rank, self.group.size, first)
         for step in range(first, self.steps_per_epoch):
             self._check_stop()
-            indices = order[slice(*self.batches[step])]
+            indices = samples[step]
             started = time.perf_counter()
             self._step(indices)
             progress.sums["seconds"] += time.perf_counter() - started
@@ -301,11 +308,11 @@ class _Run:
 
     def _step(self, indices: Tensor) -> None:
         shard = Shard.of(self.group.rank, self.group.size, len(indices))
-        x, y = self._batch(shard.rows(indices))
+        step = self.progress.step
+        x, y = self.feed.batch(indices, shard, self.progress.epoch, step)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         asked = self.stop.signal is not None
-        step = self.progress.step
         taken = self.stepper.start(x, y, shard, step, self.steps, stop=asked, before_update=self._settle)
         self.open = (taken, indices, step)
         if not self.stepper.late:
@@ -324,21 +331,6 @@ class _Run:
         if self.state.average is not None:
             self.state.average.update(self.model)
         self._count(outcome, len(indices))
-
-    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(self.train_set, Dataset):
-            y = self.train_set.labels[indices]
-            y = y if self.config.device == "cpu" else y.pin_memory().to(self.config.device, non_blocking=True)
-            return as_images(next(self.feed), self.config.device), y
-        x, y = self.train_set.images[indices], self.train_set.labels[indices]
-        if self.augmentation is not None:
-            seed, epoch = self.config.seed, self.progress.epoch
-            x = self.augmentation(x, indices, seed=seed, epoch=epoch, count=len(self.train_set))
-        device = self.config.device
-        if device == "cpu":
-            return x, y
-        # From ordinary memory a copy to the device waits for it.
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
 
     def _count(self, outcome: Outcome, samples: int) -> None:
         progress = self.progress

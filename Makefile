@@ -45,7 +45,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python constraints.txt pyproject.toml
-	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja
 	$(PIP) install -c constraints.txt typer rich matplotlib scikit-learn safetensors pyyaml
 	@touch $@
 

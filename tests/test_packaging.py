@@ -288,7 +288,7 @@ def tracked_files():
 
 SDIST = """
 import runpy, sys
-sys.modules.update(dict.fromkeys(("torch", "pybind11", "numpy")))
+sys.modules.update(dict.fromkeys(("torch", "numpy")))
 sys.path.insert(0, ".")
 folder = sys.argv[1]
 import build_backend

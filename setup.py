@@ -174,8 +174,8 @@ class WithoutPyTorch(build_ext):
 
     def run(self) -> None:
         raise SystemExit(
-            f"robustkern is compiled against the PyTorch that it will run with ({missing}): install torch>=2.10 and "
-            "ninja, then run: pip install --no-build-isolation -e ."
+            f"robustkern is compiled against the PyTorch that it will run with ({missing}): install torch>=2.10, ninja "
+            "and numpy, then run: pip install --no-build-isolation -e ."
         )
 
 

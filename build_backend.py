@@ -13,7 +13,7 @@ def get_requires_for_build_wheel(config_settings: object = None) -> list[str]:
     """
     installed = next(iter(metadata.distributions(name="torch", path=[sysconfig.get_path("purelib")])), None)
     torch = f"torch=={installed.version.split('+')[0]}" if installed else "torch>=2.10"
-    return ["ninja", "numpy", "pybind11>=2.13", torch]
+    return ["ninja", "numpy", torch]
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

@@ -5,10 +5,12 @@ robustkern._aten  second derivatives for PyTorch's own operators, always built; 
 robustkern._cuda  CUDA kernels: built when nvcc is found and PyTorch has CUDA; ROBUSTKERN_CUDA=1 insists, =0 leaves it
                   out; TORCH_CUDA_ARCH_LIST chooses the GPUs
 
-Nothing is compiled for an sdist, which therefore needs no PyTorch.
+Each uses Python's limited API alone: one binary serves every Python from 3.10 on.  Nothing is compiled for an sdist,
+which therefore needs no PyTorch.
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -20,7 +22,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 try:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
@@ -53,6 +54,10 @@ CXX_FLAGS = [
     *VALUE_SAFE,
     *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"]),
 ]
+
+
+# csrc/glibc.cpp says what for.
+LINK_FLAGS = ["-Wl,--wrap=log", "-Wl,--wrap=pow"] if sys.platform == "linux" and platform.machine() == "x86_64" else []
 
 
 def sources(pattern: str) -> list[str]:
@@ -117,13 +122,15 @@ def cuda_extension() -> Extension | None:
     runtime, name = shared_runtime(cuda)
     return Extension(
         "robustkern._cuda",
-        ["csrc/cuda/module.cpp", *sources("cuda/*.cu")],
+        ["csrc/cuda/module.cpp", "csrc/glibc.cpp", *sources("cuda/*.cu")],
         include_dirs=[*cpp_extension.include_paths(), str(cuda / "include")],
         library_dirs=[*cpp_extension.library_paths(), str(runtime)],
         # A PyTorch without CUDA has loaded none.
         runtime_library_dirs=[] if torch.version.cuda else [str(runtime)],
         libraries=["c10", "torch", "torch_cpu", name, "dl"],
         define_macros=[*DEFINES, ("USE_CUDA", None), ("RK_CUDA_ARCHITECTURES", f'"{built_for}"')],
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
         extra_compile_args={
             "cxx": CXX_FLAGS,
             "nvcc": ["-std=c++20", "-O3", "-lineinfo", "-Xptxas=--warn-on-spills", "--threads=2", *flags],
@@ -136,17 +143,20 @@ def extensions() -> list[Extension]:
     """Every extension that can be built here."""
     cpu = cpp_extension.CppExtension(
         "robustkern._C",
-        ["csrc/ops.cpp", "csrc/bindings.cpp", *sources("cpu/*.cpp")],
-        include_dirs=[pybind11.get_include()],
+        ["csrc/ops.cpp", "csrc/bindings.cpp", "csrc/glibc.cpp", *sources("cpu/*.cpp")],
         define_macros=[*DEFINES, *BUILT_WITH],
         extra_compile_args={"cxx": CXX_FLAGS},
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
     )
     aten = cpp_extension.CppExtension(
         "robustkern._aten",
-        sources("aten/**/*.cpp"),
-        include_dirs=[pybind11.get_include()],
+        ["csrc/glibc.cpp", *sources("aten/**/*.cpp")],
         define_macros=BUILT_WITH,
         extra_compile_args={"cxx": [*CXX_FLAGS]},
+        libraries=["torch_python"],  # which hands over tensors; CppExtension leaves it out for the limited API
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
     )
     return [extension for extension in (cpu, aten, cuda_extension()) if extension]
 
@@ -165,7 +175,7 @@ class WithoutPyTorch(build_ext):
     def run(self) -> None:
         raise SystemExit(
             f"robustkern is compiled against the PyTorch that it will run with ({missing}): install torch>=2.10, ninja "
-            "and pybind11, then run: pip install --no-build-isolation -e ."
+            "and numpy, then run: pip install --no-build-isolation -e ."
         )
 
 
@@ -200,7 +210,10 @@ if torch:
         version=VERSION,
         ext_modules=extensions(),
         cmdclass={"build_ext": with_pytorch},
-        options={"build_ext": {"build_temp": "build/temp"}},  # also for pip install -e: compiles only what changed
+        options={
+            "build_ext": {"build_temp": "build/temp"},  # also for pip install -e: compiles only what changed
+            "bdist_wheel": {"py_limited_api": "cp310"},
+        },
     )
 else:
     setup(version=VERSION, ext_modules=[Extension("robustkern._C", [])], cmdclass={"build_ext": WithoutPyTorch})

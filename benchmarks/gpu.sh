@@ -7,7 +7,7 @@
 # compute-sanitizer over all operators, a sample of the tests beside it; then, alone, times kernels by graph replay,
 # counts those that miss their budget with ncu, and times training steps.
 #
-# Needs Python with PyTorch for CUDA, pytest, hypothesis, pybind11 and ninja; nvcc; compute-sanitizer and ncu if there.
+# Needs Python with PyTorch for CUDA, pytest, hypothesis and ninja; nvcc; compute-sanitizer and ncu if there.
 # Every stage prints its line when it ends.  benchmarks/results/<device>.json is written after every case, and copied
 # with the logs to $OUT if that is set, also when the script is stopped: what was measured stays.
 # Exit status: 0 if every stage passed.  A stage that fails or runs past its time leaves the later ones alone.

@@ -1,6 +1,9 @@
 // The Python module robustkern._C: importing it registers the operators of ops.cpp and their CPU kernels; it answers
 // what it was built with.
-#include <pybind11/pybind11.h>
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030A0000  // one binary for every Python
+#endif
+#include <Python.h>
 
 #include <string>
 
@@ -34,17 +37,23 @@ std::string vector_level() {
 #endif
 }
 
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "version", RK_VERSION, "torch", RK_TORCH_VERSION, "compiler",
+                       compiler().c_str(), "compiled_for", RK_MULTIVERSION_NAMES, "cpu_runs", vector_level().c_str());
+}
+
+PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module{PyModuleDef_HEAD_INIT,
+                   "_C",
+                   "Operator schemas and CPU kernels of robustkern.",
+                   -1,
+                   methods,
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Operator schemas and CPU kernels of robustkern.";
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["version"] = RK_VERSION;
-    info["torch"] = RK_TORCH_VERSION;
-    info["compiler"] = compiler();
-    info["compiled_for"] = RK_MULTIVERSION_NAMES;
-    info["cpu_runs"] = vector_level();
-    return info;
-  });
-}
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

@@ -4,7 +4,9 @@ import functools
 import importlib
 import importlib.util
 import re
+import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -34,21 +36,43 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 def _load_aten() -> tuple[ModuleType | None, str | None]:
     """Like _load, but loads nothing that was built with another PyTorch: _aten uses PyTorch's C++ classes, whose layout
     and symbols change from version to version, so a mismatch would crash instead of raising an error."""
+    release = _release(torch.__version__)
+    several = {path.name.split(".")[0].removeprefix("_aten_").replace("_", "."): path for path in _several_aten()}
+    if several and release not in several:
+        versions = ", ".join(sorted(several, key=lambda version: [int(part) for part in version.split(".")]))
+        return None, (
+            f"this robustkern was built for PyTorch {versions}, not for {torch.__version__}: install one of those, or "
+            f"build it with: {BUILD}"
+        )
     found = importlib.util.find_spec("robustkern._aten")
+    if several:
+        found = importlib.util.spec_from_file_location("robustkern._aten", several[release])
     if found is None or found.origin is None:
         return _load("_aten")
     mark = re.search(rb"robustkern\._aten built with PyTorch ([^\0]+)\0", Path(found.origin).read_bytes())
     built_with = mark[1].decode() if mark else "of unknown version"
     module, error = None, None
-    if _release(built_with) == _release(torch.__version__):
+    if _release(built_with) == release:
         try:
-            module = importlib.import_module("robustkern._aten")
+            module = _load_from(found) if several else importlib.import_module("robustkern._aten")
         except ImportError as failed:
             error = failed
     return module, None if module else (
         f"robustkern._aten was built with PyTorch {built_with} and does not load with PyTorch {torch.__version__}"
         f"{f' ({error})' if error else ''}; rebuild it with: {BUILD}"
     )
+
+
+def _several_aten() -> list[Path]:
+    """The files of a wheel, which holds one for each PyTorch: _aten_2_13_0.abi3.so."""
+    return list(Path(__file__).parent.glob("_aten_*.so"))
+
+
+def _load_from(spec: ModuleSpec) -> ModuleType:
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    sys.modules[spec.name] = module
+    return module
 
 
 def _release(version: str) -> str:

@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,10 +59,10 @@ def flags(extension: Extension, include: Path) -> list[str]:
     return [*kept, *defines(extension), *(flag for folder in folders for flag in ("-isystem", folder))]
 
 
-def precompile(compiler: str, extension: Extension, include: Path) -> list[str]:
+def precompile(compiler: str, extension: Extension, include: Path, further: Sequence[str] = ()) -> list[str]:
     """Precompiles PyTorch's headers; returns the flags under which a file of the extension uses them."""
     header = shutil.copy(PRECOMPILED, include.parent)
-    common = flags(extension, include)
+    common = [*flags(extension, include), *further]
     command = [compiler, *common, "-x", "c++-header", header, "-o", f"{header}.gch"]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return [*common, "-include", header]

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import re
 import runpy
 import shutil
@@ -94,6 +95,36 @@ def test_what_says_so(another_pytorch, monkeypatch):
     assert all(isinstance(scope, contextlib.nullcontext) for scope in scopes)
     assert len(caught) == 1
     assert why in info.collect()["robustkern._aten"]
+
+
+# ------------------------------------------------------------------ a wheel for several PyTorchs
+
+SEVERAL = """
+import robustkern
+from robustkern import _library
+print(_library.aten_extension() and _library.aten_extension().__file__, _library.aten_why_unavailable(), sep="\\n")
+_library.aten_extension() and robustkern.install()
+"""
+
+
+@pytest.mark.parametrize("served", [["2.99.0", "own"], ["2.9.0", "2.99.0"]])
+def test_of_several_the_one_for_this_pytorch_is_loaded(tmp_path, served):
+    package, built = ROOT / "robustkern", Path(_library.aten_extension().__file__)
+    shutil.copytree(package, tmp_path / "robustkern", ignore=shutil.ignore_patterns("_aten*.so", "__pycache__"))
+    own = torch.__version__.split("+")[0]
+    names = [f"_aten_{(own if version == 'own' else version).replace('.', '_')}.abi3.so" for version in served]
+    for name in names:
+        shutil.copy(built, tmp_path / "robustkern" / name)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    file, why = done.stdout.splitlines()
+    if "own" in served:
+        assert file == str(tmp_path / "robustkern" / names[1]) and why == "None"
+    else:
+        assert file == "None"
+        assert why.startswith(f"this robustkern was built for PyTorch 2.9.0, 2.99.0, not for {torch.__version__}: inst")
 
 
 # ------------------------------------------------------------------ GPUs
@@ -288,7 +319,7 @@ def tracked_files():
 
 SDIST = """
 import runpy, sys
-sys.modules.update(dict.fromkeys(("torch", "pybind11", "numpy")))
+sys.modules.update(dict.fromkeys(("torch", "numpy")))
 sys.path.insert(0, ".")
 folder = sys.argv[1]
 import build_backend

@@ -9,12 +9,12 @@
 //
 // The second backward is our operator, the first one PyTorch's own; both take memory linear in the sequence.  What moves a
 // mask or is differentiated further is composed, with the scores of all heads in memory.
-#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <limits>
 
 #include "attention.h"
+#include "python.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -58,8 +58,7 @@ variable_list stock_backward(const Tensor& g, const variable_list& in, const Set
   const Tensor out =
       at::scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], if_defined(bias), /*dropout_p=*/0.0, s.causal,
                                        s.scale, /*enable_gqa=*/q.sym_size(1) != k.sym_size(1));
-  std::optional<pybind11::gil_scoped_release> no_gil;  // which compiled autograd holds, and the engine must not
-  if (PyGILState_Check()) no_gil.emplace();
+  const python::WithoutGil free;  // which compiled autograd holds, and the engine must not
   return torch::autograd::grad({out}, leaves, {g});
 }
 

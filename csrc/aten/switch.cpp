@@ -2,12 +2,11 @@
 
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/SavedTensorHooks.h>
-#include <pybind11/pybind11.h>
 
 #include <array>
 #include <limits>
 
-namespace py = pybind11;
+#include "python.h"
 
 namespace rk::aten {
 namespace {
@@ -25,9 +24,9 @@ bool runs_on_cuda(c10::DeviceIndex device) {
   static std::array<std::atomic<signed char>, std::numeric_limits<c10::DeviceIndex>::max() + 1> known{};
   auto& answer = known.at(device);
   if (answer == kUnknown) {
-    const py::gil_scoped_acquire gil;
-    const auto library = py::module_::import("robustkern._library");
-    answer = library.attr("runs_on_cuda")(static_cast<int>(device)).cast<bool>() ? kRuns : kDoesNot;
+    const python::WithGil gil;
+    const auto asked = python::import("robustkern._library").attribute("runs_on_cuda");
+    answer = asked(python::Object(PyLong_FromLong(device)).get()).is_true() ? kRuns : kDoesNot;
   }
   return answer == kRuns;
 }
@@ -47,11 +46,12 @@ bool saves_through_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has
 
 bool in_checkpoint() {
   if (!saves_through_hooks()) return false;
-  const py::gil_scoped_acquire gil;
-  const auto hooks = py::module_::import("torch._C._autograd").attr("_top_saved_tensors_default_hooks")(false);
+  const python::WithGil gil;
+  const auto hooks = python::import("torch._C._autograd").attribute("_top_saved_tensors_default_hooks")(Py_False);
   if (hooks.is_none()) return false;
-  const py::object pack = hooks.cast<py::tuple>()[0];
-  return py::getattr(pack, "__module__", py::str()).equal(py::str("torch.utils.checkpoint"));
+  const auto pack = hooks.item(0);
+  const bool has_module = PyObject_HasAttrString(pack.get(), "__module__") == 1;
+  return has_module && pack.attribute("__module__").text() == "torch.utils.checkpoint";
 }
 
 }  // namespace rk::aten

@@ -2,23 +2,21 @@
 
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <numeric>
 #include <string>
 
+#include "python.h"
 #include "switch.h"
-
-namespace py = pybind11;
 
 namespace rk::aten {
 
 bool is_known(const Tensor& t) {
   if (t.layout() != at::kStrided || t.is_nested()) return false;
   if (!t.key_set().has(c10::DispatchKey::Python)) return true;
-  const py::gil_scoped_acquire gil;
-  const std::string type = Py_TYPE(py::cast(t).ptr())->tp_name;
+  const python::WithGil gil;
+  const std::string type = python::wrap(t).attribute("__class__").attribute("__name__").text();
   return type == "FakeTensor" || type == "FunctionalTensor";
 }
 
@@ -36,8 +34,9 @@ bool is_differentiated_beside_tangent(const Tensor& t) {
   };
   if (const auto* const batched = at::functorch::maybeGetBatchedImpl(t)) return below(batched->value());
   if (!t.key_set().has(c10::DispatchKey::FuncTorchGradWrapper)) return false;
-  const py::gil_scoped_acquire gil;  // the class of what wraps it has no header that can be included
-  return below(py::module_::import("torch._C._functorch").attr("get_unwrapped")(t).cast<Tensor>());
+  const python::WithGil gil;  // the class of what wraps it has no header that can be included
+  const auto unwrapped = python::import("torch._C._functorch").attribute("get_unwrapped");
+  return below(python::unwrap(unwrapped(python::wrap(t).get()).get()));
 }
 
 bool is_small(const Tensor& t, int64_t limit) {

@@ -1,5 +1,8 @@
 // The Python module robustkern._cuda: importing it registers the CUDA kernels; `architectures` names the code it holds,
 // such as "sm_90 compute_120".
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030A0000  // one binary for every Python
+#endif
 #include <Python.h>
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {

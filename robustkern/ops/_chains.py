@@ -84,9 +84,8 @@ def differentiate(formula: Link) -> None:
     if extension is None:
         _differentiate_in_python(formula)
         return
-    op, following, sources, inputs, flags, only = formula
-    sources = [(getattr(extension.From, kind), i) for kind, i in sources]
-    extension.differentiate(op._schema.name, following._schema.name, sources, inputs, flags, only)
+    op, following, *rest = formula
+    extension.differentiate(op._schema.name, following._schema.name, *rest)
 
 
 def refuse_derivatives(op: Any, why: str) -> None:

@@ -74,6 +74,17 @@ PyObject* leave(PyObject*) {
   return none();
 }
 
+PyObject* enter_gradient(PyObject*) {
+  registrar();
+  ++the_switch.gradients;
+  return none();
+}
+
+PyObject* leave_gradient(PyObject*) {
+  --the_switch.gradients;
+  return none();
+}
+
 PyObject* is_enabled(PyObject*) { return PyBool_FromLong(enabled()); }
 
 PyObject* materialize_zeros(PyObject* arguments) { return PyBool_FromLong(the_switch.zeros.exchange(flag(arguments))); }
@@ -160,6 +171,8 @@ PyMethodDef methods[] = {
     method<is_installed>("is_installed"),
     method<enter>("enter"),
     method<leave>("leave"),
+    method<enter_gradient>("enter_gradient"),
+    method<leave_gradient>("leave_gradient"),
     method<is_enabled>("enabled"),
     method<materialize_zeros>("materialize_zeros"),
     method<set_however_small>("however_small"),

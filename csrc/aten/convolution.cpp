@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "kernels/input_gradient_cpu.h"
+#include "recomputed.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -165,6 +166,7 @@ std::optional<Triple> convolution_backward(const Tensor& g, const Tensor& x, con
                                            SymIntArrayRef output_padding, SymInt groups, Mask mask) {
   const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
   if (!is_first_layer(geometry, g, x, w) && stock_is_as_fast(x, w, groups)) return std::nullopt;
+  const KeepLess less(g);
   return spread(ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask), mask);
 }
 

@@ -1,13 +1,14 @@
 // The Python module robustkern._aten: registers the replacements once, and switches them on and off.
-#include <exception>
 #include <memory>
 
 #include "chains.h"
 #include "cotangents.h"
 #include "operators.h"
 #include "python.h"
+#include "recomputed.h"
 
 namespace rk::aten {
+
 namespace {
 
 // robustkern/_library.py reads it from the file: only the PyTorch of this version may load the module.
@@ -25,17 +26,6 @@ Registrar& registrar() {
 PyObject* none() {
   Py_INCREF(Py_None);
   return Py_None;
-}
-
-// A function of the module: what `body` returns, or its exception as Python's.  It takes the positional arguments.
-template <PyObject* (*body)(PyObject* arguments)>
-PyObject* function(PyObject*, PyObject* arguments) {
-  try {
-    return body(arguments);
-  } catch (const std::exception& error) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
 }
 
 // The arguments by PyArg_ParseTuple's format; throws where they are others, with Python's error set.
@@ -82,6 +72,21 @@ PyObject* enter_gradient(PyObject*) {
 
 PyObject* leave_gradient(PyObject*) {
   --the_switch.gradients;
+  return none();
+}
+
+PyObject* set_save_memory(PyObject* arguments) {
+  save_memory(flag(arguments));
+  return none();
+}
+
+PyObject* enter_saving_memory(PyObject*) {
+  enter_saving();
+  return none();
+}
+
+PyObject* leave_saving_memory(PyObject*) {
+  leave_saving();
   return none();
 }
 
@@ -156,13 +161,12 @@ PyObject* operators(PyObject* arguments) {
   for (const std::string& name : names)
     TORCH_CHECK(PyList_Append(result.get(), python::Object(PyUnicode_FromString(name.c_str())).get()) == 0,
                 "no memory");
-  Py_INCREF(result.get());
-  return result.get();
+  return result.release();
 }
 
 template <PyObject* (*body)(PyObject* arguments)>
 constexpr PyMethodDef method(const char* name) {
-  return {name, function<body>, METH_VARARGS, nullptr};
+  return {name, python::function<body>, METH_VARARGS, nullptr};
 }
 
 PyMethodDef methods[] = {
@@ -173,6 +177,9 @@ PyMethodDef methods[] = {
     method<leave>("leave"),
     method<enter_gradient>("enter_gradient"),
     method<leave_gradient>("leave_gradient"),
+    method<set_save_memory>("save_memory"),
+    method<enter_saving_memory>("enter_saving"),
+    method<leave_saving_memory>("leave_saving"),
     method<is_enabled>("enabled"),
     method<materialize_zeros>("materialize_zeros"),
     method<set_however_small>("however_small"),

@@ -8,7 +8,7 @@
 #endif
 #include <Python.h>
 
-#include <optional>
+#include <exception>
 #include <string>
 #include <utility>
 
@@ -54,6 +54,8 @@ class Object {
   Object operator()(Arguments... arguments) const {  // each a PyObject*
     return Object(PyObject_CallFunctionObjArgs(owned_, arguments..., nullptr));
   }
+  PyObject* release() { return std::exchange(owned_, nullptr); }
+  bool has(const char* name) const { return PyObject_HasAttrString(owned_, name) == 1; }
   bool is_none() const { return owned_ == Py_None; }
   bool is_true() const { return PyObject_IsTrue(owned_) == 1; }
   std::string text() const;
@@ -61,6 +63,17 @@ class Object {
  private:
   PyObject* owned_;
 };
+
+// A C function for Python: what `body` makes of its argument or arguments, or its exception as Python's.
+template <PyObject* (*body)(PyObject* given)>
+PyObject* function(PyObject*, PyObject* given) {
+  try {
+    return body(given);
+  } catch (const std::exception& error) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
 
 inline Object import(const char* module) { return Object(PyImport_ImportModule(module)); }
 

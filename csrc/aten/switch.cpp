@@ -50,8 +50,7 @@ bool in_checkpoint() {
   const auto hooks = python::import("torch._C._autograd").attribute("_top_saved_tensors_default_hooks")(Py_False);
   if (hooks.is_none()) return false;
   const auto pack = hooks.item(0);
-  const bool has_module = PyObject_HasAttrString(pack.get(), "__module__") == 1;
-  return has_module && pack.attribute("__module__").text() == "torch.utils.checkpoint";
+  return pack.has("__module__") && pack.attribute("__module__").text() == "torch.utils.checkpoint";
 }
 
 }  // namespace rk::aten

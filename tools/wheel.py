@@ -42,6 +42,8 @@ def run(*command: str | Path, **options: object) -> str:
 
 def build(scratch: Path, cuda: bool) -> Path:
     """The wheel of setup.py for the PyTorch that is installed, unpacked; returns its folder."""
+    for stale in (ROOT / "build").glob("lib.*"):  # setuptools packs whatever an earlier build left there
+        shutil.rmtree(stale)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation")
     environment = os.environ | {"ROBUSTKERN_CUDA": "1" if cuda else "0", "MAX_JOBS": str(JOBS)}
     run(*pip, "-w", scratch, ROOT, env=environment)

@@ -24,21 +24,32 @@ struct RowScalars {
 // Whether the second derivative is zero everywhere.
 constexpr bool is_flat(Norm norm) { return norm == Norm::kL1 || norm == Norm::kInf; }
 
-// f<norm>()
-template <class F>
-auto visit_norm(Norm norm, const F& f) {
+// f<norm>(p), with whole exponents as WholeExponent: a few products in the place of a logarithm and an exponential.
+template <class A, class F>
+auto visit_norm(Norm norm, A p, const F& f) {
   switch (norm) {
-    case Norm::kL1: return f.template operator()<Norm::kL1>();
-    case Norm::kL2: return f.template operator()<Norm::kL2>();
-    case Norm::kSquaredL2: return f.template operator()<Norm::kSquaredL2>();
-    case Norm::kInf: return f.template operator()<Norm::kInf>();
-    default: return f.template operator()<Norm::kP>();
+    case Norm::kL1: return f.template operator()<Norm::kL1>(p);
+    case Norm::kL2: return f.template operator()<Norm::kL2>(p);
+    case Norm::kSquaredL2: return f.template operator()<Norm::kSquaredL2>(p);
+    case Norm::kInf: return f.template operator()<Norm::kInf>(p);
+    default: break;
   }
+  if (p == std::floor(p) && p > A(1) && p <= A(7)) return f.template operator()<Norm::kP>(WholeExponent{int(p)});
+  return f.template operator()<Norm::kP>(p);
+}
+
+// What slope and bend divide by: gcc finds no vectors where a power is taken of a quotient or zero.
+template <Norm kNorm, class A>
+auto divisor(A n) {
+  if constexpr (kNorm == Norm::kP)
+    return NonzeroDivisor<A>(n);
+  else
+    return n;
 }
 
 // The sum of the terms; of the maximum norm the largest.
-template <Norm kNorm, class A>
-A terms(const A* a, int64_t n, A p) {
+template <Norm kNorm, class A, class P>
+A terms(const A* a, int64_t n, P p) {
   const auto term = [=](int64_t j) RK_INLINE_LAMBDA { return RowNorm<kNorm, A>::term(a[j], p); };
   if constexpr (kNorm == Norm::kInf) return vector_max<A>(n, A(0), term);
   return vector_sum<A>(n, term);
@@ -162,7 +173,7 @@ void sum_terms(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   Buffer<A> buffer;
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
     const A* v = weighted(a, a.x, row, begin, n, buffer);
-    const double part = visit_norm(a.norm, [&]<Norm kNorm>() { return terms<kNorm>(v, n, A(a.p)); });
+    const double part = visit_norm(a.norm, A(a.p), [&]<Norm kNorm>(auto p) { return terms<kNorm>(v, n, p); });
     total = a.norm == Norm::kInf ? larger(total, part) : total + part;
   });
   a.partial[row * a.chunks + chunk] = total;
@@ -225,10 +236,10 @@ void write_slopes(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
     const A* x = weighted(a, a.x, row, begin, n, buffer);
     write_weighted(a, row, begin, n, [&](A* out) {
-      visit_norm(a.norm, [&]<Norm kNorm>() {
-        vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
-          return r.grad * RowNorm<kNorm, A>::slope(x[j], r.n, r.p, r.ties);
-        });
+      visit_norm(a.norm, r.p, [&]<Norm kNorm>(auto p) {
+        const auto norm = divisor<kNorm>(r.n), ties = divisor<kNorm>(r.ties);
+        vector_write(
+            n, out, [=](int64_t j) RK_INLINE_LAMBDA { return r.grad * RowNorm<kNorm, A>::slope(x[j], norm, p, ties); });
       });
     });
   });
@@ -243,9 +254,10 @@ void sum_directional(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
   for_chunk(a, chunk, [&](int64_t begin, int64_t n) {
     const A* x = weighted(a, a.x, row, begin, n, x_buffer);
     const A* v = weighted(a, a.u, row, begin, n, v_buffer);
-    total += visit_norm(a.norm, [&]<Norm kNorm>() {
+    total += visit_norm(a.norm, r.p, [&]<Norm kNorm>(auto p) {
+      const auto norm = divisor<kNorm>(r.n), ties = divisor<kNorm>(r.ties);
       const auto term = [=](int64_t j)
-                            RK_INLINE_LAMBDA { return v[j] * RowNorm<kNorm, A>::slope(x[j], r.n, r.p, r.ties); };
+                            RK_INLINE_LAMBDA { return v[j] * RowNorm<kNorm, A>::slope(x[j], norm, p, ties); };
       return vector_sum<A>(n, term);
     });
   });
@@ -263,11 +275,13 @@ void write_bends(const RowNormArguments<A>& a, int64_t row, int64_t chunk) {
     const A* x = weighted(a, a.x, row, begin, n, x_buffer);
     const A* v = weighted(a, a.u, row, begin, n, v_buffer);
     write_weighted(a, row, begin, n, [&](A* out) {
-      visit_norm(a.norm, [&]<Norm kNorm>() {
-        if constexpr (!is_flat(kNorm))
+      visit_norm(a.norm, r.p, [&]<Norm kNorm>(auto p) {
+        if constexpr (!is_flat(kNorm)) {
+          const auto norm = divisor<kNorm>(r.n);
           vector_write(n, out, [=](int64_t j) RK_INLINE_LAMBDA {
-            return r.grad * RowNorm<kNorm, A>::bend(x[j], v[j], r.s, r.n, r.p);
+            return r.grad * RowNorm<kNorm, A>::bend(x[j], v[j], r.s, norm, p);
           });
+        }
       });
     });
   });

@@ -52,10 +52,26 @@ RK_HOST_DEVICE A divide_or_zero(A v, SharedDivisor<A> d) {
   const A quotient = v * d.first * d.second, corrected = part_or_zero(v, d);
   return is_nan(corrected) ? quotient : corrected;  // infinity
 }
+
+// A divisor with infinity in the place of zero: what it divides is zero then, and no loop has to ask.
+template <class A>
+struct NonzeroDivisor {
+  A n;
+  explicit RK_HOST_DEVICE NonzeroDivisor(A divisor) : n(divisor == A(0) ? Limits<A>::largest * A(2) : divisor) {}
+};
+template <class A>
+RK_HOST_DEVICE A divide_or_zero(A v, NonzeroDivisor<A> d) {
+  return v / d.n;
+}
+
 RK_HOST_DEVICE float number(float n) { return n; }
 RK_HOST_DEVICE double number(double n) { return n; }
 template <class A>
 RK_HOST_DEVICE A number(SharedDivisor<A> d) {
+  return d.n;
+}
+template <class A>
+RK_HOST_DEVICE A number(NonzeroDivisor<A> d) {
   return d.n;
 }
 
@@ -75,7 +91,7 @@ RK_HOST_DEVICE A less(A p, int k) {
 RK_HOST_DEVICE WholeExponent less(WholeExponent p, int k) { return {p.p - k}; }
 RK_HOST_DEVICE float number(WholeExponent p) { return float(p.p); }
 
-// N: a number or a SharedDivisor of it.  P: a number or a WholeExponent.
+// N: a number, a SharedDivisor or a NonzeroDivisor of it.  P: a number or a WholeExponent.
 template <Norm kNorm, class A>
 struct RowNorm;
 

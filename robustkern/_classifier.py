@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robustkern._arguments import check_generator
 from robustkern._dtypes import DTYPES
+from robustkern.double_backward import fast_input_gradient
 
 
 def check_call(name: str, model: object, x: Any, y: Any, generator: object = None, *, soft: bool = False) -> Tensor:
@@ -136,7 +137,8 @@ def gradient_of(name: str, values: Tensor, x: Tensor) -> Tensor:
     """
     if not values.requires_grad:
         raise ValueError(_independent(name))
-    grad: Tensor | None = torch.autograd.grad(values, x, torch.ones_like(values), allow_unused=True)[0]
+    with fast_input_gradient():
+        grad: Tensor | None = torch.autograd.grad(values, x, torch.ones_like(values), allow_unused=True)[0]
     if grad is None:
         raise ValueError(_independent(name))
     return grad

@@ -21,12 +21,13 @@ def install(*, materialize_zeros: bool = False) -> None:
     of a chain of small ones; SyncBatchNorm, which PyTorch cannot differentiate twice, gets a second backward.
     Everywhere else (no grad mode, plain training steps, torch.func, forward-mode differentiation, derivatives that are
     taken inside a torch.utils.checkpoint, DTensor and other tensors with a `__torch_dispatch__` of their own) PyTorch's
-    own kernels run.  The exceptions are RMSNorm's backward, which PyTorch composes of a dozen operators, and fused
-    attention in forward mode, which PyTorch refuses.
+    own kernels run.  The exceptions are RMSNorm's backward, which PyTorch composes of a dozen operators, fused
+    attention in forward mode, which PyTorch refuses, and on the CPU the input gradient of a first layer (a Conv2d of 1
+    to 4 input channels), for which PyTorch takes 4 to 10 times the time of its forward.
 
-    First derivatives keep their bits, with these exceptions, which run fused kernels too and differ by rounding:
-    LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm always), and GELU, SiLU and Mish for several
-    cotangents at once (torch.func.vmap over autograd.grad).
+    First derivatives keep their bits, with these exceptions, which run fused kernels too and differ by rounding: that
+    input gradient, LayerNorm, RMSNorm and GroupNorm under `create_graph` (RMSNorm always), and GELU, SiLU and Mish for
+    several cotangents at once (torch.func.vmap over autograd.grad).
 
     Calling it again only changes the option.  A graph keeps the derivatives it was built with: one built before
     `install()` stays PyTorch's, one built after it stays fused, whenever it is run.
@@ -122,6 +123,20 @@ def fused_where_possible(impl: str = "auto") -> AbstractContextManager[None]:
     if impl == "reference" or torch.compiler.is_compiling() or _library.aten_extension() is None or is_installed():
         return nullcontext()
     return fused_double_backward()
+
+
+@contextmanager
+def fast_input_gradient() -> Iterator[None]:
+    """For a gradient that nobody differentiates: a first layer's is computed as under `install()`, no other."""
+    extension = None if torch.compiler.is_compiling() else _library.aten_extension()
+    if extension is None:
+        yield
+        return
+    extension.enter_gradient()
+    try:
+        yield
+    finally:
+        extension.leave_gradient()
 
 
 def replaced_operators(device: str = "cpu") -> list[str]:

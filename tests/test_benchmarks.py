@@ -40,6 +40,9 @@ def test_programs_that_only_print():
     assert orders.count("| rms_norm |") == 15 and "0 above 99.0" in orders
     host = python("-m", "benchmarks.bench_host", "--seconds", "0.01", "--limit", "99")
     assert host.count("\n| ") == 10 and "0 above 99.00" in host
+    layers = python("-m", "benchmarks.bench_first_layers", "--only", "digits", "--seconds", "0.001", "--limit", "99")
+    assert layers.count("| digits") == 6
+    assert "0 above 99.0" in layers
     options = ("--size", "tiny", "--rounds", "2", "--launches", "1", "--limit", "99", "--only", "RMSNorm", "entropy")
     trees = python("-m", "benchmarks.compare", str(ROOT), *options)
     assert trees.count("\n| ") == 5 and "second backward: RMSNorm" in trees

@@ -8,8 +8,13 @@
 //   second backward  grad_g = conv(u, w) + conv(x, a) + b   grad_x = dgrad(g, a)   grad_w = wgrad(g, u)
 //
 // Written in operators that are themselves replaced, so it can be differentiated any number of times.
+//
+// dgrad of a first layer is a kernel of ours on the CPU: kernels/input_gradient_cpu.h.
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
 #include <algorithm>
 
+#include "kernels/input_gradient_cpu.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -37,6 +42,39 @@ struct Geometry {
                                            groups, mask);
   }
 };
+
+// A first layer has 1 to 4 input channels.  For its input gradient oneDNN takes 4 to 10 times its forward, PyTorch's own kernel
+// for float64 up to twice the time of ours (benchmarks/bench_first_layers.py); for 96 channels it is as fast.
+bool is_first_layer(const Geometry& geometry, const Tensor& g, const Tensor& x, const Tensor& w) {
+  const auto served = [&](const Tensor& t) {
+    return t.dim() == 4 && t.is_cpu() && t.scalar_type() == x.scalar_type() && is_plain(t) && !is_batched(t) &&
+           !t.is_neg() && !t._is_zerotensor();
+  };
+  const auto all = [](const std::vector<SymInt>& list, const auto& holds) {
+    return std::all_of(list.begin(), list.end(), holds);
+  };
+  return served(x) && served(g) && served(w) && w.size(1) <= 4 && w.size(2) * w.size(3) > 1 && !geometry.transposed &&
+         geometry.groups == 1 && all(geometry.dilation, [](const SymInt& d) { return d == 1; }) &&
+         all(geometry.padding, [](const SymInt& p) { return p >= 0; });
+}
+
+// PyTorch's first backward, for a graph that nobody differentiates.
+Triple first_backward(const Geometry& geometry, const Tensor& g, const Tensor& x, const Tensor& w,
+                      at::OptionalSymIntArrayRef bias_sizes, Mask mask) {
+  if (!mask[0] || c10::impl::dispatch_mode_enabled() || !is_first_layer(geometry, g, x, w))
+    return geometry.backward(g, x, w, bias_sizes, mask);
+  const auto axis = [&](size_t i) {
+    const auto of_axis = [i](const std::vector<SymInt>& list) { return list[list.size() == 1 ? 0 : i].expect_int(); };
+    const auto dim = 2 + static_cast<int64_t>(i);
+    return ConvolutionAxis{x.size(dim), g.size(dim), w.size(dim), of_axis(geometry.stride), of_axis(geometry.padding)};
+  };
+  const auto is_innermost = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
+  const bool innermost = is_innermost(x) || is_innermost(w);
+  auto result = mask[1] || mask[2] ? geometry.backward(g, x, w, bias_sizes, {false, mask[1], mask[2]}) : Triple();
+  std::get<0>(result) = convolution_input_gradient(
+      g, w, axis(0), axis(1), innermost ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  return result;
+}
 
 // On the CPU oneDNN reorders contiguous images before a weight gradient.  The copies of large ones are where the memory of
 // a penalised step is at its peak, so they are made for a part of the batch at a time: no slower from 6 MiB on.
@@ -91,7 +129,7 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
     ctx->set_materialize_grads(false);
     geometry.put_into(Kept().put(to_bits(mask))).save(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
-    return pick(geometry.backward(g, x, w, bias_sizes, mask), mask);
+    return pick(first_backward(geometry, g, x, w, bias_sizes, mask), mask);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -125,13 +163,30 @@ std::optional<Triple> convolution_backward(const Tensor& g, const Tensor& x, con
                                            at::OptionalSymIntArrayRef bias_sizes, SymIntArrayRef stride,
                                            SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                                            SymIntArrayRef output_padding, SymInt groups, Mask mask) {
-  if (stock_is_as_fast(x, w, groups)) return std::nullopt;
   const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
+  if (!is_first_layer(geometry, g, x, w) && stock_is_as_fast(x, w, groups)) return std::nullopt;
   return spread(ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask), mask);
+}
+
+// A first layer's input gradient is ours also where nobody differentiates it again: in attacks and in the last backward.
+Triple kernel(c10::DispatchKeySet keys, const Tensor& g, const Tensor& x, const Tensor& w,
+              at::OptionalSymIntArrayRef bias_sizes, SymIntArrayRef stride, SymIntArrayRef padding,
+              SymIntArrayRef dilation, bool transposed, SymIntArrayRef output_padding, SymInt groups, Mask mask) {
+  using Op = at::_ops::convolution_backward;
+  if (mask[0] && replaces_input_gradients() && x.defined() && x.is_cpu() && !uses_stock_kernels() && g.defined() &&
+      !to_be_differentiated(g, x, w)) {
+    const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
+    if (is_first_layer(geometry, g, x, w)) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return first_backward(geometry, g, x, w, bias_sizes, mask);
+    }
+  }
+  return Replacement<Op>::kernel<Kind::kBackward, convolution_backward>(
+      keys, g, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, std::move(groups), mask);
 }
 
 }  // namespace
 
-void register_convolution(Registrar& r) { r.replace<at::_ops::convolution_backward, convolution_backward>(); }
+void register_convolution(Registrar& r) { r.add<at::_ops::convolution_backward, kernel>(nullptr); }
 
 }  // namespace rk::aten

@@ -41,6 +41,11 @@ PYBIND11_MODULE(_aten, m) {
     ++the_switch.scopes;
   });
   m.def("leave", [] { --the_switch.scopes; });
+  m.def("enter_gradient", [] {
+    registrar();
+    ++the_switch.gradients;
+  });
+  m.def("leave_gradient", [] { --the_switch.gradients; });
   m.def("enabled", &enabled);
   m.def("materialize_zeros", [](bool value) { return the_switch.zeros.exchange(value); });
   m.def("however_small", [](bool value) { return the_switch.however_small.exchange(value); });

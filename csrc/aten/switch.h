@@ -14,12 +14,15 @@ struct Switch {
   std::atomic<int> scopes{0};              // of fused_double_backward()
   std::atomic<bool> zeros{false};          // derivatives that are identically zero come as zeros rather than as None
   std::atomic<bool> however_small{false};  // fused derivatives also where PyTorch's are faster: for tests
+  std::atomic<int> gradients{0};  // input gradients that robustkern itself takes, and nobody differentiates again
 };
 inline Switch the_switch;
 
 inline bool enabled() {
   return the_switch.installed.load(std::memory_order_relaxed) || the_switch.scopes.load(std::memory_order_relaxed) > 0;
 }
+// Whether the input gradients of first layers are ours, although they are not differentiated again.
+inline bool replaces_input_gradients() { return the_switch.gradients.load(std::memory_order_relaxed) > 0 || enabled(); }
 inline bool materializes_zeros() { return the_switch.zeros.load(std::memory_order_relaxed); }
 inline bool however_small() { return the_switch.however_small.load(std::memory_order_relaxed); }
 

@@ -35,6 +35,7 @@ CASES = [
     Case("Conv2d, dilation", partial(F.conv2d, dilation=2, padding=(1, 2)), _inputs((1, 2, 5, 4), (2, 2, 3, 3), 2)),
     Case("Conv2d, groups", partial(F.conv2d, groups=2), _inputs((2, 4, 3, 3), (2, 2, 2, 2), 2)),
     Case("Conv2d, depthwise", partial(F.conv2d, padding=1, groups=3), _inputs((2, 3, 3, 3), (3, 1, 3, 3), last=True)),
+    Case("Conv2d, patches", partial(F.conv2d, stride=(2, 3)), _inputs((2, 3, 4, 7), (3, 3, 2, 3), 3, last=True)),
     Case("Conv2d, 1x1", F.conv2d, _inputs((2, 3, 2, 2), (4, 3, 1, 1))),
     Case("Conv1d", partial(F.conv1d, stride=2, padding=1), _inputs((2, 2, 6), (3, 2, 3), 3)),
     Case("Conv3d", partial(F.conv3d, padding=(1, 0, 0)), _inputs((1, 2, 2, 3, 3), (2, 2, 2, 2, 2), 2)),

@@ -223,8 +223,16 @@ template <bool kGrad, bool kX, class A>
 RK_HOST_DEVICE void apply_rows(const Place<A>& p, int64_t rows, int64_t channels, const ChannelCoefficients<A>& c) {
   constexpr int L = kLanes<A>;
   for (int64_t o = 0; o < rows * channels; o += channels) {
+    const int64_t next = o + rows * channels;  // the rows behind these, which come next
     int64_t j = 0;
-    for (; j + L <= channels; j += L) apply_lanes<kGrad, kX>(p, o, j, L, c);
+    for (; j + L <= channels; j += L) {
+      __builtin_prefetch(p.x + next + j);
+      __builtin_prefetch(p.u + next + j);
+      if constexpr (kX) __builtin_prefetch(p.g + next + j);
+      if constexpr (kGrad) __builtin_prefetch(p.grad + next + j, 1);
+      if constexpr (kX) __builtin_prefetch(p.grad_x + next + j, 1);
+      apply_lanes<kGrad, kX>(p, o, j, L, c);
+    }
     if (j < channels) apply_lanes<kGrad, kX>(p, o, j, channels - j, c);
   }
 }

@@ -13,7 +13,7 @@ from robustkern._graph import graph_nodes
 __all__ = ["fused_double_backward", "install", "is_installed", "uninstall"]
 
 
-def install(*, materialize_zeros: bool = False) -> None:
+def install(*, materialize_zeros: bool = False, save_memory: bool = False) -> None:
     """Makes the second backward of PyTorch's own operators fused, for every model in this process.
 
     Nothing about a model changes.  Where a graph is built that can be differentiated again (`create_graph=True`), the
@@ -42,6 +42,14 @@ def install(*, materialize_zeros: bool = False) -> None:
     Raises:
         RuntimeError: the extension is missing; the message says why.
 
+        save_memory: keep no tensor that is cheap to compute again.  Where a convolution or a matrix product keeps what
+            BatchNorm, GroupNorm, LayerNorm, GELU, SiLU, Mish, ReLU, or one of their first backwards has made, and on
+            the CPU that of attention, it is made again from what these keep themselves when it is needed; of ReLU's
+            result the signs are kept.  Results have the same bits.  A penalised step then peaks at 1.2 to 1.5 times
+            the memory of a plain one rather than twice, for some per cent more time; plain steps keep less, too.  Does
+            nothing under torch.compile, within torch.func transforms that differentiate, and where saved tensors have
+            hooks already, such as in a torch.utils.checkpoint: around it, it does.
+
     Differentiability: any order; beyond the second, PyTorch's own formulas run.  Determinism: the same bits on every
     run. Thread safety: may be called from any thread at any time.
 
@@ -52,6 +60,7 @@ def install(*, materialize_zeros: bool = False) -> None:
     """
     extension = _extension("install")
     extension.materialize_zeros(materialize_zeros)
+    extension.save_memory(save_memory)
     extension.install()
     _tag_compiled_code(extension, materialize_zeros)
 
@@ -67,6 +76,7 @@ def uninstall() -> None:
     if extension is not None:
         extension.uninstall()
         extension.materialize_zeros(False)
+        extension.save_memory(False)
         _tag_compiled_code(extension)
 
 
@@ -81,7 +91,7 @@ def is_installed() -> bool:
 
 
 @contextmanager
-def fused_double_backward() -> Iterator[None]:
+def fused_double_backward(*, save_memory: bool = False) -> Iterator[None]:
     """`install()` for the graphs that any thread builds inside a with statement; an exception ends it too.
 
         with robustkern.fused_double_backward():
@@ -90,6 +100,10 @@ def fused_double_backward() -> Iterator[None]:
         (loss + grad.square().sum()).backward()  # fused, though outside
 
     Scopes may be nested and may overlap between threads: the replacements are in force while any scope is open.
+
+    Args:
+        save_memory: as for `install`; in force while any scope with it is open.  For a loss of `robustkern.losses` put
+            the scope around the call: what its graph keeps is kept by then.
 
     Raises:
         RuntimeError: the extension is missing; the message says why.
@@ -103,10 +117,14 @@ def fused_double_backward() -> Iterator[None]:
     """
     extension = _extension("fused_double_backward")
     extension.enter()
+    if save_memory:
+        extension.enter_saving()
     _tag_compiled_code(extension)
     try:
         yield
     finally:
+        if save_memory:
+            extension.leave_saving()
         extension.leave()
         _tag_compiled_code(extension)
 

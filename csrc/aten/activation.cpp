@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cotangents.h"
+#include "recomputed.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -140,9 +141,15 @@ struct ActivationBackward : torch::autograd::Function<ActivationBackward> {
     ctx->save_for_backward({x.requires_grad() ? g : Tensor(), x});
     ctx->set_materialize_grads(false);
     choice.save(ctx);
+    can_do_again(ctx, x.requires_grad() && !are_several(g, x));
     const at::AutoDispatchBelowADInplaceOrView below;
     // f'(x) once for all of several
     return are_several(g, x) ? std::get<0>(double_backward(g, g, x, choice, true, false)) : choice.backward(g, x);
+  }
+
+  static variable_list again(AutogradContext* ctx) {
+    const auto saved = ctx->get_saved_variables();
+    return {Choice::load(ctx).backward(saved[0], saved[1])};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -228,9 +235,11 @@ struct Forward : torch::autograd::Function<Forward<Activation>> {
     note_hooks(ctx);
     ctx->save_for_backward({x});
     ctx->set_materialize_grads(false);
+    can_do_again(ctx);
     const at::AutoDispatchBelowADInplaceOrView below;
     return Activation::forward(x);
   }
+  static variable_list again(AutogradContext* ctx) { return {Activation::forward(ctx->get_saved_variables()[0])}; }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& g = grads[0];
     if (!g.defined()) return {Tensor()};
@@ -288,6 +297,11 @@ void register_activation(Registrar& r) {
   add_folding<Forward<GeluTanh>>();
   add_folding<Forward<Silu>>();
   add_folding<Forward<Mish>>();
+  add_again<Forward<Gelu>>();
+  add_again<Forward<GeluTanh>>();
+  add_again<Forward<Silu>>();
+  add_again<Forward<Mish>>();
+  add_again<ActivationBackward>();
   r.replace<at::_ops::gelu_backward, gelu_backward>(kKernel);
   r.replace<at::_ops::softplus_backward, softplus_backward>(kKernel);
   r.replace<at::_ops::elu_backward, elu_backward>(kKernel);

@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "attention.h"
+#include "recomputed.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -42,8 +43,20 @@ struct AttentionBackward : torch::autograd::Function<AttentionBackward> {
     Kept kept;
     kept.put(to_bits({true, true, true, true, bias && bias->defined()})).put(s.causal);
     kept.put_number(s.scale).put_number(s.dropout).save(ctx);
+    can_do_again(ctx, g.is_cpu() && saved.out.defined() && s.dropout == 0);
     const at::AutoDispatchBelowADInplaceOrView below;
     return stock();
+  }
+
+  static variable_list again(AutogradContext* ctx) {
+    const auto in = ctx->get_saved_variables();
+    Kept kept(ctx);
+    kept.integer();
+    const bool causal = kept.flag();
+    const double scale = kept.number();
+    const auto [of_q, of_k, of_v] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        in[0], in[1], in[2], in[3], in[5], in[6], /*dropout_p=*/0.0, causal, std::nullopt, scale);
+    return {of_q, of_k, of_v};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -240,6 +253,7 @@ struct Attention<Backend, R(Args...)> {
 }  // namespace
 
 void register_attention(Registrar& r) {
+  add_again<AttentionBackward>(3);
   r.add<FlashCpu::Op, Attention<FlashCpu>::kernel>(kOperator);
   r.add<FlashCuda::Op, Attention<FlashCuda>::kernel>(kOperator);
   r.add<Efficient::Op, Attention<Efficient>::kernel>(kOperator);

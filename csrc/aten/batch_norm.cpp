@@ -82,6 +82,7 @@ struct BatchNorm {
   }
 
   bool statistics_are_constant() const { return !training; }
+  bool remembers_all() const { return !reserve; }
   bool bends(const Tensor& u, const Tensor& a) const { return a.defined() || (training && u.defined()); }
 
   // Below autograd.
@@ -149,14 +150,29 @@ struct ForwardBatchNorm : torch::autograd::Function<ForwardBatchNorm> {
     *result = run_forward(by_cudnn, x, w, b, running_mean, running_var, training, momentum, eps);
     // In eval mode PyTorch's own kernel is the derivative of cuDNN's.  On CUDA it takes what the forward gave in place of
     // the running statistics, unless that is empty.
+    const Tensor bias = saves_memory() ? optional_value(b) : Tensor();
     if (training)
-      ctx->save_for_backward({x, optional_value(w), result->mean, result->invstd, result->reserve});
+      ctx->save_for_backward(
+          {x, optional_value(w), result->mean, result->invstd, result->reserve, Tensor(), Tensor(), bias});
     else
       ctx->save_for_backward(
-          {x, optional_value(w), *running_mean, *running_var, Tensor(), result->mean, result->invstd});
+          {x, optional_value(w), *running_mean, *running_var, Tensor(), result->mean, result->invstd, bias});
+    can_do_again(ctx, !by_cudnn || training);
     ctx->set_materialize_grads(false);
     Kept().put(to_bits({true, w && w->defined(), b && b->defined()})).put(training).put_number(eps).save(ctx);
     return result->y;
+  }
+
+  static variable_list again(AutogradContext* ctx) {
+    const auto saved = ctx->get_saved_variables();
+    Kept kept(ctx);
+    kept.integer();
+    const bool training = kept.flag();
+    const double eps = kept.number();
+    const auto running = [&](const Tensor& t) { return training ? std::nullopt : if_defined(t); };
+    return {run_forward(saved[4].defined(), saved[0], if_defined(saved[1]), if_defined(saved[7]), running(saved[2]),
+                        running(saved[3]), training, /*momentum=*/0.0, eps)
+                .y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -216,6 +232,8 @@ std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> cudnn_batch_norm(const
 
 void register_batch_norm(Registrar& r) {
   add_folding<ForwardBatchNorm>(/*when_large=*/false);
+  add_again<ForwardBatchNorm>();
+  add_again<BatchNormBackward>();
   r.replace<at::_ops::native_batch_norm, native_batch_norm, Kind::kForward>(kKernel);
   r.replace<at::_ops::cudnn_batch_norm, cudnn_batch_norm, Kind::kForward>(kKernel);
   r.replace<at::_ops::native_batch_norm_backward, native_batch_norm_backward>(kKernel);

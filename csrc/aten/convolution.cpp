@@ -10,6 +10,7 @@
 // Written in operators that are themselves replaced, so it can be differentiated any number of times.
 #include <algorithm>
 
+#include "recomputed.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -127,6 +128,7 @@ std::optional<Triple> convolution_backward(const Tensor& g, const Tensor& x, con
                                            SymIntArrayRef output_padding, SymInt groups, Mask mask) {
   if (stock_is_as_fast(x, w, groups)) return std::nullopt;
   const Geometry geometry{stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
+  const KeepLess less(g);
   return spread(ConvolutionBackward::apply(g, x, w, bias_sizes, geometry, mask), mask);
 }
 

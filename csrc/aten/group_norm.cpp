@@ -131,6 +131,7 @@ struct GroupNorm {
   }
 
   static constexpr bool statistics_are_constant() { return false; }
+  static constexpr bool remembers_all() { return true; }
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
 
   // Below autograd.
@@ -155,11 +156,26 @@ struct NativeGroupNorm : torch::autograd::Function<NativeGroupNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, rstd] =
         at::native_group_norm_symint(x, w, b, norm.samples, norm.channels, norm.positions, norm.groups, eps);
-    ctx->save_for_backward(
-        {x, optional_value(w), mean, rstd});  // as PyTorch's node, in its order: a checkpoint counts them
+    variable_list kept_tensors{x, optional_value(w), mean,
+                               rstd};  // as PyTorch's node, in its order: a checkpoint counts them
+    if (saves_memory() && !saves_through_hooks()) {
+      kept_tensors.push_back(optional_value(b));
+      can_do_again(ctx);
+    }
+    ctx->save_for_backward(std::move(kept_tensors));
     ctx->set_materialize_grads(false);
     norm.put_into(Kept().put(to_bits({true, w && w->defined(), b && b->defined()})).put_number(eps)).save(ctx);
     return {y, mean, rstd};
+  }
+
+  static variable_list again(AutogradContext* ctx) {
+    const auto saved = ctx->get_saved_variables();
+    Kept kept(ctx);
+    kept.integer();
+    const double eps = kept.number();
+    const GroupNorm norm = GroupNorm::of(kept, saved[2], saved[3]);
+    return {std::get<0>(at::native_group_norm_symint(saved[0], if_defined(saved[1]), if_defined(saved[4]), norm.samples,
+                                                     norm.channels, norm.positions, norm.groups, eps))};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -221,6 +237,8 @@ std::optional<Triple> native_group_norm_backward(const Tensor& g, const Tensor& 
 }  // namespace
 
 void register_group_norm(Registrar& r) {
+  add_again<NativeGroupNorm>();
+  add_again<GroupNormBackward>();
   r.replace<at::_ops::native_group_norm, native_group_norm, Kind::kForward>(kDoubleBackward);
   r.replace<at::_ops::native_group_norm_backward, native_group_norm_backward>(kDoubleBackward);
 }

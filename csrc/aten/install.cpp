@@ -10,6 +10,9 @@
 #include "operators.h"
 
 namespace rk::aten {
+
+void bind_recomputed(pybind11::module_& m);  // recomputed.cpp
+
 namespace {
 
 // robustkern/_library.py reads it from the file: only the PyTorch of this version may load the module.
@@ -45,6 +48,7 @@ PYBIND11_MODULE(_aten, m) {
   m.def("materialize_zeros", [](bool value) { return the_switch.zeros.exchange(value); });
   m.def("however_small", [](bool value) { return the_switch.however_small.exchange(value); });
   m.def("folds", &folds);
+  bind_recomputed(m);
   py::enum_<From>(m, "From")
       .value("ARGUMENT", From::kArgument)
       .value("COTANGENT", From::kCotangent)

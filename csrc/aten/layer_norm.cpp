@@ -58,6 +58,7 @@ struct LayerNorm {
   }
 
   static constexpr bool statistics_are_constant() { return false; }
+  static constexpr bool remembers_all() { return true; }
   static bool bends(const Tensor& u, const Tensor& a) { return u.defined() || a.defined(); }
 
   // Below autograd.
@@ -95,14 +96,25 @@ struct ForwardLayerNorm : torch::autograd::Function<ForwardLayerNorm> {
                         Statistics* statistics) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, mean, rstd] = at::native_layer_norm_symint(x, shape, w, b, eps);
-    ctx->save_for_backward({x, optional_value(w), mean, rstd});
+    ctx->save_for_backward({x, optional_value(w), mean, rstd, saves_memory() ? optional_value(b) : Tensor()});
     ctx->set_materialize_grads(false);
+    can_do_again(ctx);
     const bool biased = b && b->defined();
     Kept kept;
     kept.put(to_bits({true, w && w->defined(), biased})).put(static_cast<int64_t>((biased ? *b : x).scalar_type()));
-    kept.put_list(shape).save(ctx);
+    kept.put_list(shape).put_number(eps).save(ctx);
     *statistics = {mean, rstd};
     return y;
+  }
+
+  static variable_list again(AutogradContext* ctx) {
+    const auto saved = ctx->get_saved_variables();
+    Kept kept(ctx);
+    kept.integer();
+    kept.integer();
+    const auto shape = kept.list();
+    return {std::get<0>(
+        at::native_layer_norm_symint(saved[0], shape, if_defined(saved[1]), if_defined(saved[4]), kept.number()))};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {
@@ -211,6 +223,8 @@ std::optional<Tensor> rms_norm(const Tensor& x, SymIntArrayRef shape, const std:
 
 void register_layer_norm(Registrar& r) {
   add_folding<ForwardLayerNorm>();
+  add_again<ForwardLayerNorm>();
+  add_again<LayerNormBackward>();
   add_folding<RmsNorm>();
   r.replace<at::_ops::native_layer_norm, native_layer_norm, Kind::kForward>(kDoubleBackward);
   r.replace<at::_ops::native_layer_norm_backward, native_layer_norm_backward>(kDoubleBackward);

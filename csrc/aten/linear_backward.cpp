@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "cotangents.h"
+#include "recomputed.h"
 
 namespace rk::aten {
 namespace {
@@ -82,6 +83,7 @@ struct LinearBackward : torch::autograd::Function<LinearBackward> {
 
 std::optional<Tensor> linear_backward(const Tensor& g, const Tensor& x, const LinearMap& map) {
   if (map.differentiable && is_small(x, 1 << 14)) return std::nullopt;
+  const KeepLess less(x);
   return LinearBackward::apply(g, x, map);
 }
 

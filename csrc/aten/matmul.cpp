@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "kernels/matmul_cpu.h"
+#include "recomputed.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -51,8 +52,11 @@ struct Matmul : torch::autograd::Function<Matmul> {
 // computes its forward again there, does so under hooks.
 std::optional<Tensor> mm(const Tensor& a, const Tensor& b) {
   const bool in_backward = torch::autograd::get_current_graph_task_id() >= 0 && !saves_through_hooks();
-  if (!in_backward || !has_faster_matmul() || !served(a) || !served(b) || !pays(a, b)) return std::nullopt;
-  return Matmul::apply(a, b);
+  const KeepLess less(a);
+  if (in_backward && has_faster_matmul() && served(a) && served(b) && pays(a, b)) return Matmul::apply(a, b);
+  if (!saves_memory()) return std::nullopt;
+  const UseStock stock;
+  return at::mm(a, b);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cotangents.h"
+#include "recomputed.h"
 #include "replacement.h"
 
 namespace rk::aten {
@@ -216,6 +217,7 @@ class ComposedNorm {
 //   Norm::composed(x, w)                               the ComposedNorm
 //   Norm::bends(u, a)                                  whether there is a derivative in x at all
 //   Norm::statistics_are_constant()                    whether x moves them
+//   Norm::remembers_all()                              whether of(kept, ...) is all that backward() needs
 template <class Norm>
 struct NormBackward : torch::autograd::Function<NormBackward<Norm>> {
   static Triple run(const Tensor& g, const Tensor& x, const std::optional<Tensor>& w, const Norm& norm, Mask mask) {
@@ -241,8 +243,18 @@ struct NormBackward : torch::autograd::Function<NormBackward<Norm>> {
     ctx->save_for_backward({reads_g ? g : Tensor(), x, reads_w ? optional_value(w) : Tensor(), mean, rstd});
     ctx->set_materialize_grads(false);
     norm.put_into(Kept().put(to_bits({true, true, weighted})).put(to_bits(mask))).save(ctx);
+    can_do_again(ctx, reads_g && mask[0] && !are_several(g, x) && norm.remembers_all());
     const at::AutoDispatchBelowADInplaceOrView below;
     return pick(norm.backward(g, x, optional_value(w), mask), mask);
+  }
+
+  static variable_list again(AutogradContext* ctx) {
+    const auto saved = ctx->get_saved_variables();
+    Kept kept(ctx);
+    kept.integer();
+    const Mask mask = kept.mask<3>();
+    const Norm norm = Norm::of(kept, saved[3], saved[4]);
+    return {std::get<0>(norm.backward(saved[0], saved[1], saved[2], {mask[0], false, false}))};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& cotangents) {

@@ -3,6 +3,7 @@
     python -m benchmarks.penalised_step                       everything, into benchmarks/results/<device>.json
     python -m benchmarks.penalised_step --only ConvNeXt ViT   these rows anew; the others keep their figures
     python -m benchmarks.penalised_step --resume              what this commit has not measured yet
+    python -m benchmarks.penalised_step --runs 5            that many runs of each row, for intervals of its multiples
     python -m benchmarks.penalised_step --size tiny           checks that everything runs; writes only to --out
 
 The gradients of every column are compared with those of stock PyTorch in float64 before anything is timed.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,6 +32,7 @@ from .step_cases import (
     COMPILED,
     FINITE_DIFFERENCES,
     GRAPHED,
+    JAX,
     PLAIN,
     PLAIN_INSTALLED,
     PROVIDERS,
@@ -81,7 +84,7 @@ class Truth:
         judged = error
         if provider == stock:
             allowed = 0.1
-        elif provider == STOCK_COMPILED:
+        elif provider in (STOCK_COMPILED, JAX):
             allowed = max(0.01, allowed)
         elif provider in COMPILED and self._compiled is not None:
             judged = min(error, float((gradient - self._compiled).norm() / self._exact[stock].norm()))
@@ -100,7 +103,8 @@ class Options:
     """How to measure a case."""
 
     providers: tuple[str, ...]
-    seconds: float  # for each provider
+    seconds: float  # for each provider and run
+    runs: int  # of all providers, one run after the other
     backend: str  # of torch.compile
     limit: float  # seconds that one provider may compile and check
     compiling: bool
@@ -129,20 +133,25 @@ def measure(
             del gradients
             # A replay allocates nothing: it holds what its recording took.
             whole = partial(case.step, provider, options.backend) if provider == GRAPHED else step
-            facts[provider] = {"gradient_error": _round(error), "peak_bytes": harness.peak_memory(whole, device)}
-            if provider in COMPILED:
+            peak = None if provider == JAX else harness.peak_memory(whole, device)  # JAX's memory is its own
+            facts[provider] = {"gradient_error": _round(error), "peak_bytes": peak}
+            if provider in (*COMPILED, JAX):
                 facts[provider]["first_call_s"] = _round(first)
             steps[provider] = step
         except Exception as failure:
             facts[provider] = {"ms": None, "reason": harness.reason(failure)}
     progress.enter(str(spec))
-    timings = interleaved(steps, seconds=options.seconds * len(steps), equally_long=True)
-    ratios = {name: timing.over(timings[PLAIN]) for name, timing in timings.items() if PLAIN in timings}
-    both = {name: steps[name] for name in (PLAIN, PLAIN_INSTALLED) if name in steps}
-    if len(both) == 2:  # a difference of one per cent needs more rounds than a factor does
-        pair = interleaved(both, seconds=3 * options.seconds)
-        timings[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED]
-        ratios[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED].over(pair[PLAIN])
+    ratios: dict[str, list[float]] = {}  # of every run, in which all of a row took turns
+    for _ in range(options.runs):
+        timings = interleaved(steps, seconds=options.seconds * len(steps), equally_long=True)
+        run = {name: timing.over(timings[PLAIN]) for name, timing in timings.items() if PLAIN in timings}
+        both = {name: steps[name] for name in (PLAIN, PLAIN_INSTALLED) if name in steps}
+        if len(both) == 2:  # a difference of one per cent needs more rounds than a factor does
+            pair = interleaved(both, seconds=3 * options.seconds)
+            timings[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED]
+            run[PLAIN_INSTALLED] = pair[PLAIN_INSTALLED].over(pair[PLAIN])
+        for name, ratio in run.items():
+            ratios.setdefault(name, []).append(ratio)
     rows = []
     for provider in providers:
         row = {"model": spec.name, "penalty": spec.penalty, "provider": provider}
@@ -150,7 +159,8 @@ def measure(
             timing = timings[provider]
             row.update(ms=_round(timing.ms), quartiles=[_round(q) for q in timing.quartiles], rounds=timing.rounds)
             if provider in ratios:
-                row["ratio"] = _round(ratios[provider])
+                row["ratio"] = _round(statistics.median(ratios[provider]))
+                row["ratios"] = [_round(ratio) for ratio in ratios[provider]]
         rows.append({**row, **facts[provider]})
     return rows
 
@@ -190,7 +200,7 @@ def show(rows: list[Row]) -> None:
             print(f"  {row['provider']:20s} {row['reason']}", flush=True)
             continue
         ratio, peak = row.get("ratio", float("nan")), row["peak_bytes"]
-        memory = f"{peak / 1e6:8.1f} MB" + (f" {peak / plain:5.2f}x" if plain else "")
+        memory = f"{peak / 1e6:8.1f} MB" + (f" {peak / plain:5.2f}x" if plain else "") if peak else ""
         first = f"  first call {row['first_call_s']:.0f} s" if "first_call_s" in row else ""
         error = f"error {row['gradient_error']:.1e}"
         print(f"  {row['provider']:20s} {row['ms']:9.3f} ms {ratio:6.3f}x {memory}  {error}{first}", flush=True)
@@ -236,7 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[""], help="only cases whose name contains one of these regular expressions")
     add("--resume", action="store_true", help="leave out the cases that this commit has measured")
     add("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
-    add("--seconds", type=float, default=3.0, help="roughly, for each provider of each case")
+    add("--seconds", type=float, default=3.0, help="roughly, for each provider of each case and run")
+    add("--runs", type=int, default=3, help="of each case")
     add("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun")
     add("--limit", type=float, default=150.0, help="seconds that one provider may compile and check")
     add("--compile-budget", type=float, default=float("inf"), help="seconds after which nothing is compiled")
@@ -273,7 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             print(f"{spec}  ({number + 1} of {len(cases)}, {elapsed:.0f} s)", flush=True)
             compiling = elapsed <= options.compile_budget
-            how = Options(tuple(options.providers), options.seconds, options.backend, options.limit, compiling)
+            how = Options(
+                tuple(options.providers), options.seconds, options.runs, options.backend, options.limit, compiling
+            )
             measured = measure(spec, options.device, interleaved, how, progress)
             show(measured)
             section.add(measured)

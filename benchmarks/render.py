@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,6 @@ from . import attack_tables, bench_precision, chart, harness, projections, robus
 from .markdown import sentence, table, times
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
-from .step_cases import PROVIDERS as STEP_PROVIDERS
 
 TRAINING = harness.ROOT / "docs" / "training.json"
 Row = dict[str, Any]
@@ -31,6 +31,8 @@ _TITLES = {
     "eager": "stock eager", "compile": "torch.compile", "reference": "reference", "robustkern": "robustkern",
     "operator": "bare kernel", "plain": "plain step", "plain_installed": "plain step, installed",
     "installed": "robustkern installed", "installed_compile": "torch.compile, installed",
+    "installed_save_memory": "installed, save_memory", "forward_over_reverse": "forward over reverse",
+    "jax": "JAX, jitted",
     "finite_differences": "finite differences", "installed_graph": "robustkern installed, one CUDA graph",
 }  # fmt: skip
 # The case of each operator that stands for it in docs/benchmarks.md.
@@ -126,9 +128,15 @@ def ops_table(results: Row) -> str:
 
 def steps_table(results: Row) -> str:
     """Penalised steps as multiples of the plain step: time, then peak memory."""
-    timed = ("eager", "compile", "finite_differences", "installed", "installed_compile", "plain_installed")
-    measured = ("eager", "installed")
-    header = ["", f"{_TITLES['plain']}, ms", *(_TITLES[p] for p in timed), "peak memory: stock eager", "installed"]
+    timed = (
+        "eager", "forward_over_reverse", "compile", "jax", "finite_differences", "installed", "installed_save_memory",
+        "installed_compile", "plain_installed",
+    )  # fmt: skip
+    measured = ("eager", "finite_differences", "installed", "installed_save_memory")
+    found = {provider for c in step_groups(results).values() for provider in c}
+    timed, measured = (tuple(p for p in chosen if p in found) for chosen in (timed, measured))
+    peak_titles = [f"peak memory: {_TITLES[p]}" if p == measured[0] else _TITLES[p] for p in measured]
+    header = ["", f"{_TITLES['plain']}, ms", *(_TITLES[p] for p in timed), *peak_titles]
     lines = []
     for (model, penalty), c in step_groups(results).items():
         peaks = [times(ratio_of(c.get(p), c.get("plain"), "peak_bytes")) for p in measured]
@@ -139,9 +147,22 @@ def steps_table(results: Row) -> str:
 def step_ratio(row: Row | None) -> str:
     if row is None or not row.get("ratio"):
         return ms(row)
+    if len(row.get("ratios", ())) > 1:
+        return f"{interval(row['ratios'])}{first_call(row)}"
     digits = 3 if row["provider"] == "plain_installed" else 2
+    return f"{row['ratio']:.{digits}f}x{first_call(row)}"
+
+
+def interval(ratios: list[float]) -> str:
+    """The median and the range of all runs, with one digit more than they have in common, and at least two."""
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    digits = 2 if high - low >= 0.01 else 3
+    return f"{middle:.{digits}f}x ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def first_call(row: Row) -> str:
     first = f" after {row['first_call_s']:.0f} s" if "first_call_s" in row else ""
-    return f"{row['ratio']:.{digits}f}x{first}"
+    return first
 
 
 def ratio_of(row: Row | None, other: Row | None, what: str) -> float | None:
@@ -204,10 +225,7 @@ def full(results: Row) -> str:
         header = ["case", "", "ms", "quartiles", "of plain", "peak MB", "gradient error", "first call, s"]
         lines = []
         for (model, penalty), c in step_groups(results).items():
-            for provider in STEP_PROVIDERS:
-                row = c.get(provider)
-                if row is None:
-                    continue
+            for provider, row in c.items():
                 quartiles = "-" if row["ms"] is None else " ".join(f"{q:.3g}" for q in row["quartiles"])
                 error = "-" if row["ms"] is None else f"{row['gradient_error']:.1e}"
                 first = f"{row['first_call_s']:.3g}" if "first_call_s" in row else ""
@@ -217,7 +235,7 @@ def full(results: Row) -> str:
                         _TITLES[provider],
                         ms(row),
                         quartiles,
-                        times(row.get("ratio")),
+                        step_ratio({k: v for k, v in row.items() if k != "first_call_s"}) if row.get("ratio") else "-",
                         megabytes(row),
                         error,
                         first,

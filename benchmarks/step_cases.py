@@ -14,14 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import robustkern as rk
 
+from . import jax_steps
 from .harness import differentiable_compilation
 from .step_models import ATTENTION, MODELS, Shape, available
 
 PLAIN, PLAIN_INSTALLED = "plain", "plain_installed"
 STOCK, INSTALLED, FINITE_DIFFERENCES = "eager", "installed", "finite_differences"
+SAVING = "installed_save_memory"
+FORWARD = "forward_over_reverse"
 COMPILED = ("compile", "installed_compile")
 GRAPHED = "installed_graph"
-PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, INSTALLED, GRAPHED, FINITE_DIFFERENCES, *COMPILED)
+JAX = "jax"
+PROVIDERS = (PLAIN, PLAIN_INSTALLED, STOCK, FORWARD, INSTALLED, SAVING, GRAPHED, FINITE_DIFFERENCES, *COMPILED, JAX)
 PENALTIES: dict[str, tuple[float, bool]] = {"L1": (1.0, False), "L2": (2.0, False), "squared L2": (2.0, True)}
 
 Gradients = tuple[Tensor, ...]
@@ -40,6 +44,7 @@ class Spec:
     channels_last: bool = False
     autocast: bool = False  # bfloat16
     compiled: bool = True  # whether there are columns of torch.compile, which take a minute each
+    jax: bool = True  # whether there is a column of JAX, which compiles for as long
     graphed: bool = False  # whether there is a column of the step as one CUDA graph
 
     @property
@@ -51,6 +56,10 @@ class Spec:
     @property
     def providers(self) -> tuple[str, ...]:
         left_out = (() if self.compiled else COMPILED) + (() if self.graphed else (GRAPHED,))
+        if self.autocast or not self.jax:
+            left_out += (JAX,)
+        if self.autocast or (self.channels_last and "GroupNorm" in self.model):
+            left_out += (FORWARD,)  # PyTorch's GroupNorm moves forwards in contiguous images only
         return tuple(p for p in PROVIDERS if p not in left_out)
 
     def __str__(self) -> str:
@@ -77,6 +86,8 @@ class Case:
 
     def step(self, provider: str, backend: str = "inductor") -> Step:
         """One training step of a column: returns the parameters' gradients and leaves nothing behind."""
+        if provider in (FINITE_DIFFERENCES, FORWARD, JAX):
+            return self._by_other_means(provider)
         loss = self._losses()[provider]
         if provider in COMPILED:
             return self._compiled(provider, loss, backend)
@@ -100,12 +111,12 @@ class Case:
     def _conditions(self, provider: str) -> Iterator[None]:
         """The state of the process that a column is about: robustkern installed or not, and which attention."""
         installed = "installed" in provider
-        stock_penalty = not installed and provider not in (PLAIN, FINITE_DIFFERENCES)
+        stock_penalty = not installed and provider not in (PLAIN, FINITE_DIFFERENCES, JAX)
         attention = sdpa_kernel(SDPBackend.MATH) if stock_penalty and self.spec.model in ATTENTION else nullcontext()
         if rk.is_installed():
             raise RuntimeError("robustkern is installed already: the stock columns would not be stock")
         if installed:
-            rk.install()
+            rk.install(save_memory=provider == SAVING)
         try:
             with attention:
                 yield
@@ -163,8 +174,8 @@ class Case:
     def _losses(self) -> dict[str, Loss]:
         plain, penalised = self._plain, self._penalised
         return {
-            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised, GRAPHED: penalised,
-            FINITE_DIFFERENCES: self._finite_differences, **dict.fromkeys(COMPILED, penalised),
+            PLAIN: plain, PLAIN_INSTALLED: plain, STOCK: penalised, INSTALLED: penalised, SAVING: penalised,
+            GRAPHED: penalised, **dict.fromkeys(COMPILED, penalised),
         }  # fmt: skip
 
     def _plain(self, x: Tensor, y: Tensor) -> Tensor:
@@ -180,22 +191,63 @@ class Case:
             norm = torch.linalg.vector_norm(grad.flatten(1), self.p, dim=1)
         return loss.mean() + self.weight * norm.mean()
 
-    def _finite_differences(self, x: Tensor, y: Tensor) -> Tensor:
-        """v, the penalty's derivative in g, is held fixed: <g, v> = (loss(x + h v) - loss(x)) / h up to O(h).
+    def _by_other_means(self, provider: str) -> Step:
+        """Steps that do not differentiate one graph twice."""
+        if provider == JAX:
+            return jax_steps.penalised_step(self.model, self.x, self.y, self.p, self.squared, self.weight)
+        step = self._finite_differences if provider == FINITE_DIFFERENCES else self._forward_over_reverse
 
-        The gradient of <g, v> in the parameters is that of the penalty, which a step needs.  This holds even for
-        models that mix the samples of a batch, since h is the same for all.
+        def conditioned() -> Gradients:
+            with self._conditions(provider):
+                return step()
+
+        return conditioned
+
+    def _direction(self, grad: Tensor) -> Tensor:
+        """v, the derivative of the penalty in the gradient g of a sample's loss.
+
+        The gradient of <g, v> in the parameters, v held fixed, is that of the penalty, which a step needs.
         """
-        loss = F.cross_entropy(self.model(x), y, reduction="none")
-        (grad,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
-        dims = tuple(range(1, x.dim()))
         if self.squared:
-            v = 2 * grad
-        else:
-            v = grad.sign() if self.p == 1.0 else grad / torch.linalg.vector_norm(grad, 2, dims, keepdim=True)
-        h = 1e-2 / torch.linalg.vector_norm(v, 2, dims).mean()
-        moved = F.cross_entropy(self.model((x + h * v).detach()), y, reduction="none")
-        return loss.mean() + self.weight * ((moved - loss) / h).mean()
+            return 2 * grad
+        return (
+            grad.sign() if self.p == 1.0 else grad / torch.linalg.vector_norm(grad.flatten(1), 2, 1).view(-1, 1, 1, 1)
+        )
+
+    def _finite_differences(self) -> Gradients:
+        """<g, v> = (loss(x + h v) - loss(x)) / h up to O(h), in two plain steps, one graph after the other.
+
+        This holds even for models that mix the samples of a batch, since h is the same for all.
+        """
+        with self._precision():
+            loss = F.cross_entropy(self.model(self.x), self.y)
+        loss.backward(inputs=(self.x, *self.parameters))
+        assert self.x.grad is not None
+        v = self._direction(len(self.x) * self.x.grad)
+        self.x.grad = None
+        h = 1e-2 / torch.linalg.vector_norm(v.flatten(1), 2, 1).mean()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad *= 1 - self.weight / h
+        del loss
+        with self._precision():
+            moved = F.cross_entropy(self.model((self.x + h * v).detach()), self.y)
+        (self.weight / h * moved).backward(inputs=self.parameters)
+        return self._take_gradients()
+
+    def _forward_over_reverse(self) -> Gradients:
+        """The derivative of the parameters' gradient along v, by torch.func.jvp of torch.func.grad."""
+        names = [name for name, _ in self.model.named_parameters()]
+
+        def loss(parameters: Gradients, x: Tensor) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            logits = torch.func.functional_call(self.model, (dict(zip(names, parameters)), buffers), (x,))
+            return F.cross_entropy(logits, self.y)
+
+        parameters, x = tuple(p.detach() for p in self.parameters), self.x.detach()
+        v = self._direction(len(x) * torch.func.grad(loss, argnums=1)(parameters, x))
+        gradients, along = torch.func.jvp(lambda x: torch.func.grad(loss)(parameters, x), (x,), (v,))
+        return tuple(gradient + self.weight * turn for gradient, turn in zip(gradients, along))
 
     def _balance(self) -> float:
         """The weight that makes the penalty as large as the loss, to one digit: neither hides an error in the other."""
@@ -228,13 +280,14 @@ def specs(size: str, device: str) -> list[Spec]:
 def _specs(size: str, device: str) -> list[Spec]:
     if size == "tiny":
         shape = (3, 8, 8)
-        return [
+        cases = [
             Spec("tiny PreAct-ResNet, BatchNorm", 4, shape),
             Spec("tiny PreAct-ResNet, GroupNorm", 4, shape, "L1", channels_last=True),
             Spec("tiny ConvNeXt", 4, shape, "L2", channels_last=True),
             Spec("tiny ViT", 4, shape),
             Spec("MLP with GELU", 4, shape, compiled=False),
         ]
+        return [replace(spec, jax=False) for spec in cases]
     if device == "cuda":
         resnet, of_size_b = "PreAct-ResNet-18, BatchNorm", "ViT-B/16"
         cases = [
@@ -249,7 +302,7 @@ def _specs(size: str, device: str) -> list[Spec]:
             Spec("PreAct-ResNet-18 of PyTorch issue 7714", 128),
             Spec("MLP with GELU", 1024, penalty="L1"),
         ]
-        return [replace(spec, graphed=True) for spec in cases]
+        return [replace(spec, graphed=True, jax=False) for spec in cases]
     batch_norm, group_norm = (f"PreAct-ResNet-18 of width 32, {norm}Norm" for norm in ("Batch", "Group"))
     return [
         Spec(batch_norm, 48),

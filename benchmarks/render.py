@@ -22,7 +22,6 @@ from . import attack_tables, bench_precision, chart, harness, projections, robus
 from .markdown import sentence, table, times
 from .op_cases import ORDERS
 from .op_cases import PROVIDERS as OP_PROVIDERS
-from .step_cases import PROVIDERS as STEP_PROVIDERS
 
 TRAINING = harness.ROOT / "docs" / "training.json"
 Row = dict[str, Any]
@@ -226,10 +225,7 @@ def full(results: Row) -> str:
         header = ["case", "", "ms", "quartiles", "of plain", "peak MB", "gradient error", "first call, s"]
         lines = []
         for (model, penalty), c in step_groups(results).items():
-            for provider in STEP_PROVIDERS:
-                row = c.get(provider)
-                if row is None:
-                    continue
+            for provider, row in c.items():
                 quartiles = "-" if row["ms"] is None else " ".join(f"{q:.3g}" for q in row["quartiles"])
                 error = "-" if row["ms"] is None else f"{row['gradient_error']:.1e}"
                 first = f"{row['first_call_s']:.3g}" if "first_call_s" in row else ""

@@ -46,7 +46,7 @@ def install(*, materialize_zeros: bool = False, save_memory: bool = False) -> No
         save_memory: keep no tensor that is cheap to compute again.  Where a convolution or a matrix product keeps what
             BatchNorm, GroupNorm, LayerNorm, GELU, SiLU, Mish, ReLU, or one of their first backwards has made, and on
             the CPU that of attention, it is made again from what these keep themselves when it is needed; of ReLU's
-            result the signs are kept.  Results have the same bits.  A penalised step then peaks at about 1.3 times
+            result the signs are kept.  Results have the same bits.  A penalised step then peaks at 1.2 to 1.5 times
             the memory of a plain one rather than twice, for some per cent more time; plain steps keep less, too.  Does
             nothing under torch.compile, within torch.func transforms that differentiate, and where saved tensors have
             hooks already, such as in a torch.utils.checkpoint: around it, it does.

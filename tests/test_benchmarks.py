@@ -379,3 +379,25 @@ def test_what_readme_says_first_was_measured(monkeypatch):
         [row["ratio"] for row in rows if row["provider"] == name and row["ms"]] for name in ("eager", "compile")
     ]
     assert said.groups() == tuple(f"{end(ratios):.1f}" for ratios in measured for end in (min, max))
+
+
+def test_multiples_of_several_runs_have_an_interval():
+    from benchmarks.render import step_ratio
+
+    row = {"provider": "installed", "ms": 1.0, "ratio": 2.04, "ratios": [2.1, 2.0, 2.04]}
+    assert step_ratio(row) == "2.04x (2.00 to 2.10)"
+    assert step_ratio({**row, "ratios": [2.0401, 2.0404, 2.0409], "first_call_s": 61}) == (
+        "2.040x (2.040 to 2.041) after 61 s"
+    )
+    assert step_ratio({**row, "ratios": [2.04]}) == "2.04x"
+
+
+@pytest.mark.parametrize("provider", ["jax", "forward_over_reverse", "installed_save_memory"])
+def test_the_rivals_of_a_step_have_its_gradient(provider):
+    from benchmarks.step_cases import Case, specs
+
+    if provider == "jax":
+        pytest.importorskip("jax")
+    case = Case(next(spec for spec in specs("tiny", "cpu") if "MLP" in spec.model), "cpu")
+    expected = case.gradient("eager")
+    assert (case.gradient(provider) - expected).norm() < 1e-5 * expected.norm()

@@ -260,8 +260,8 @@ def row_norm(shape: tuple[int, int], dtype: str) -> None:
         )
 
     one = (((1, 0),),)
-    row = min(columns, 16384 // DTYPES[dtype].itemsize)
-    several = columns > row
+    chunk = min(columns, 16384 // DTYPES[dtype].itemsize)
+    several = columns > chunk
     finish = (Kernel("row_norm_finish", rounds=2),) if several else ()
     queue = Kernel("row_norm_queue", (2, 1), (((2, 0), (2, 1)),), times=(1, 1))
     whole = (Kernel("row_norm_double", (2, 1), (((2, 0), (0, 1)),)),)
@@ -270,6 +270,7 @@ def row_norm(shape: tuple[int, int], dtype: str) -> None:
         ("backward", backward, 2, (Kernel("row_norm_backward", (1, 1), (((1, 1),),)),)),
         ("double", double, 3, (Kernel("clear_queue", rounds=1), queue) if several else whole),
     ):
+        row = columns if order == "double" else chunk
         add(Case(f"row_norm {order} {text(shape)} {dtype}", "row_norm", dtype, shape, tensors, kernels, call, row))
 
 

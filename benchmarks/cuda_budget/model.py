@@ -52,11 +52,16 @@ class Reading:
 
     @property
     def warps_of_row(self) -> int:
+        """Of a block, that work on one row."""
+        return min(self.warps, self.all_warps_of_row)
+
+    @property
+    def all_warps_of_row(self) -> int:
         """One pass a warp, if the grid is as large as that; if not, blocks go on to other rows, all warps together."""
         rows = self.tensor_bytes / max(1, self.case.row * self.case.element_bytes)
         share = round(self.launch.grid * self.warps / rows)
         together = any(one.base == "BAR" for one in self.code.instructions)
-        return min(self.warps, share) if share else self.warps if together else 1
+        return share or (self.warps if together else 1)
 
     @property
     def held(self) -> float:
@@ -167,7 +172,7 @@ def reloaded(reading: Reading) -> tuple[float, float]:
     case, stated = reading.case, reading.stated
     loads = sum(way.sweeps[i][0] * time for way, i, time in sweeps_of(reading)) - stated.moves[0]
     of_block = case.row * case.element_bytes * stated.moves[0] or reading.tensor_bytes
-    of_sm = (1 - reading.held) * of_block * reading.resident * reading.warps // reading.warps_of_row
+    of_sm = (1 - reading.held) * of_block * reading.resident * reading.warps // reading.all_warps_of_row
     of_all = min(of_sm * machine.SMS, reading.tensor_bytes * stated.moves[0])
     l1 = min(machine.L1, machine.L1_AND_SHARED - reading.launch.shared * reading.resident)
     if loads <= 0 or of_sm <= l1:

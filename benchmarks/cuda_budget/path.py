@@ -89,8 +89,7 @@ class Search:
         """What each block adds to a way's worth: its instructions, unless it is to be avoided."""
         gains: list[float] = []
         for block in self.flow.blocks:
-            slow = any(one.base == "CALL" or one.base in DOUBLE for one in block.instructions)
-            gains.append(len(block.instructions) * (-AVOIDED if slow else 1))
+            gains.append(len(block.instructions) * (-AVOIDED if avoided(block.instructions) else 1))
         if self.split:  # whole vectors if there is a choice
             gains = [gain - AVOIDED * len(found.split) for gain, found in zip(gains, self.accesses)]
         for loop in self.flow.loops:
@@ -138,7 +137,7 @@ class Search:
         """What an inner loop may move, as it is and by the vector if it is unrolled; its cost and way."""
         found: list[tuple[Moves, float, Chain]] = []
         for moved, (_, chain) in self.table(loop).items():
-            size = sum(len(step.instructions) for step in self.steps(chain))
+            size = sum(length(step.instructions) for step in self.steps(chain))
             for sweep in (*self.sweeps, *self.parts):
                 if count := vectors_moved(moved, sweep, self.exactly):
                     found.append((sweep, SWEEP - AVOIDED * size / count, (chain, loop, count)))
@@ -303,7 +302,7 @@ class Search:
             return None
         vectors, chain = found
         steps = self.steps(chain)
-        cost = sum(len(step.instructions) / step.unrolled for step in steps) / vectors
+        cost = sum(length(step.instructions) / step.unrolled for step in steps) / vectors
         loop = None if index is None else self.flow.loops[index]
         before, after = [], []
         if loop:
@@ -313,8 +312,12 @@ class Search:
         return cost, Way(steps, vectors, self.sweeps, self.width, loop, self.flow.never, before, after)
 
 
+def avoided(instructions: list[Instruction]) -> bool:
+    return any(one.base == "CALL" or one.base in DOUBLE for one in instructions)
+
+
 def length(instructions: list[Instruction]) -> int:
-    return len(instructions) * (AVOIDED if any(one.base == "CALL" for one in instructions) else 1)
+    return len(instructions) * (AVOIDED if avoided(instructions) else 1)
 
 
 def shortest(flow: Flow, start: int, ends: set[int], whole: bool = False) -> list[Instruction] | None:

@@ -28,7 +28,7 @@ struct AttackStepCall {
   const A* scale;  // [rows] or null
   std::int64_t coordinates;
   std::uint32_t* queue;  // [RowQueue::words(rows)], for l2 where rows are long
-  A* partial;            // [rows, chunks, 3], likewise
+  A* partial;            // [rows, chunks, warps of a block, 3], likewise
   L2Step<A>* steps;      // [rows], likewise
   bool aligned;          // all rows of all three
 
@@ -77,12 +77,12 @@ __global__ void __launch_bounds__(256)
 }
 
 // A tile of a row of adversary, x and grad in a block's registers.
-template <class S, int kVectorsOfEach = 2>
+template <class S, int kVectorsOfEach = 2, unsigned kThreads = 0>
 struct AttackTile {
   using A = accumulation_t<S>;
   static constexpr int kVectors = kVectorsOfEach, V = Words<S>::kSize;
   static constexpr unsigned kMostThreads = 512;
-  Held<S, kVectors> adversary, x, grad;
+  Held<S, kVectors, kThreads> adversary, x, grad;
 
   __device__ __forceinline__ void load(const AttackStepCall<S>& c, std::int64_t begin, std::uint32_t count) {
     adversary.load(c.adversary + begin, count, c.aligned);
@@ -252,36 +252,41 @@ __global__ void __launch_bounds__(1024 / kL2Vectors<S>, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
-constexpr unsigned kQueuedThreads = 512;
 template <class S>
-constexpr std::int64_t kAttackChunk = kQueuedThreads * AttackTile<S>::kVectors * Words<S>::kSize;
+inline constexpr unsigned kQueuedThreads = 1024 / kL2Vectors<S>;
+template <class S>
+constexpr std::uint32_t kAttackChunk = 1024 * Words<S>::kSize;
 
 template <class S>
-__global__ void __launch_bounds__(kQueuedThreads, 2)
+__global__ void __launch_bounds__(kQueuedThreads<S>, 2)
     attack_step_l2_queue_kernel(const AttackStepCall<S> c, const RowQueue q) {
   using A = accumulation_t<S>;
-  constexpr std::int64_t kChunk = kAttackChunk<S>;
-  AttackTile<S> tile;
-  const auto load_chunk = [&](std::int64_t row, std::int64_t chunk) {
-    const std::int64_t left = c.columns - chunk * kChunk;
-    const auto count = static_cast<std::uint32_t>(left < kChunk ? left : kChunk);
-    tile.load(c, row * c.columns + chunk * kChunk, count);
-    return count;
+  constexpr std::uint32_t kChunk = kAttackChunk<S>;
+  constexpr std::uint32_t kWarps = kQueuedThreads<S> / 32;
+  AttackTile<S, kL2Vectors<S>, kQueuedThreads<S>> tile;
+  const auto first = [&](std::uint32_t row, std::uint32_t chunk) {
+    return row * std::int64_t{c.columns} + chunk * kChunk;
+  };
+  const auto count = [&](std::uint32_t chunk) {
+    const std::uint32_t left = c.columns - chunk * kChunk;
+    return left < kChunk ? left : kChunk;
   };
   run_queue(
       q,
-      [&](std::int64_t row, std::int64_t chunk) {
-        load_chunk(row, chunk);
+      [&](std::uint32_t row, std::uint32_t chunk) {
+        tile.load(c, first(row, chunk), count(chunk));
         A s[3] = {};
         tile.each([&](A a, A x, A g) { add_l2(s, a, x, g); });
-        block_sums(s);
-        if (threadIdx.x != 0) return;
-        for (int i = 0; i < 3; ++i) c.partial[(row * q.chunks + chunk) * 3 + i] = s[i];
+        for (int i = 0; i < 3; ++i) s[i] = warp_sum(s[i]);
+        if (threadIdx.x % 32 != 0) return;
+        A* const partial = c.partial + (std::int64_t{row * q.chunks + chunk} * kWarps + threadIdx.x / 32) * 3;
+        for (int i = 0; i < 3; ++i) partial[i] = s[i];
       },
-      [&](std::int64_t row) {
+      [&](std::uint32_t row) {
         A s[3] = {};
-        for (std::int64_t k = threadIdx.x; k < q.chunks; k += blockDim.x)
-          for (int i = 0; i < 3; ++i) s[i] += __ldcg(c.partial + (row * q.chunks + k) * 3 + i);
+        const std::uint32_t parts = q.chunks * kWarps;
+        for (std::uint32_t k = threadIdx.x; k < parts; k += blockDim.x)
+          for (int i = 0; i < 3; ++i) s[i] += __ldcg(c.partial + (std::int64_t{row} * parts + k) * 3 + i);
         block_sums(s);
         L2Step<A> step = l2_step_of(c, row, s, A(1));
         if (!l2_in_range(c, s)) {
@@ -290,14 +295,12 @@ __global__ void __launch_bounds__(kQueuedThreads, 2)
         }
         if (threadIdx.x == 0) c.steps[row] = step;
       },
-      [&](std::int64_t row, std::int64_t chunk) { load_chunk(row, chunk); },
-      [&](std::int64_t row, std::int64_t chunk) {
-        const std::int64_t left = c.columns - chunk * kChunk;
+      [&](std::uint32_t row, std::uint32_t chunk) { tile.load(c, first(row, chunk), count(chunk)); },
+      [&](std::uint32_t row, std::uint32_t chunk) {
         L2Step<A> step;
         step.along = __ldcg(&c.steps[row].along);
         step.shrink = __ldcg(&c.steps[row].shrink);
-        tile.rewrite(c, row * c.columns + chunk * kChunk, static_cast<std::uint32_t>(left < kChunk ? left : kChunk),
-                     [&](A a, A x, A g) { return l2_step(a, x, g, step); });
+        tile.rewrite(c, first(row, chunk), count(chunk), [&](A a, A x, A g) { return l2_step(a, x, g, step); });
       });
 }
 
@@ -481,7 +484,7 @@ struct AttackWorkspace {
     const std::int64_t chunks = AttackRows<S>(columns).chunks;
     if (ball != Ball::kL2 || chunks == 1) return;
     queue = RowQueue::words(rows);
-    partial = rows * chunks * 3;
+    partial = rows * chunks * (kQueuedThreads<S> / 32) * 3;
     steps = rows * 2;
   }
 };
@@ -503,10 +506,10 @@ cudaError_t launch_attack_step_l2(const AttackStepCall<S>& c, cudaStream_t strea
     const dim3 block(threads_to_hold<S, kL2Vectors<S>>(c.columns, 1024 / kL2Vectors<S>));
     return launch(attack_step_l2_kernel<S>, grid_for(c.rows), block, 0, stream, c);
   }
-  const RowQueue queue(c.rows, rows.chunks, 3 * std::int64_t{c.columns} * sizeof(S), c.queue);
+  const RowQueue queue(c.rows, rows.chunks, RowQueue::group_of(3 * std::int64_t{c.columns} * sizeof(S)), c.queue);
   const cudaError_t status = clear_queue(c.queue, c.rows, stream);
   if (status != cudaSuccess) return status;
-  return launch(attack_step_l2_queue_kernel<S>, queue_grid(queue), dim3(kQueuedThreads), 0, stream, c, queue);
+  return launch(attack_step_l2_queue_kernel<S>, queue_grid(queue), dim3(kQueuedThreads<S>), 0, stream, c, queue);
 }
 
 template <class S>

@@ -7,8 +7,9 @@
 
 namespace rk::cuda {
 
-// kVectors vectors a thread, blockDim.x vectors apart.  A thread gets the same elements wherever they lie.
-template <class S, int kVectors>
+// kVectors vectors a thread, blockDim.x vectors apart, which kThreads says if it is known.  A thread gets the same elements
+// wherever they lie.
+template <class S, int kVectors, unsigned kThreads = 0>
 struct Held {
   static constexpr int V = Words<S>::kSize;
   Words<S> words[kVectors];
@@ -56,7 +57,9 @@ struct Held {
   }
 
   // The place of the first element of vector i, and how many elements of `count` are left from there on.
-  static __device__ __forceinline__ std::uint32_t first(int i) { return (threadIdx.x + i * blockDim.x) * V; }
+  static __device__ __forceinline__ std::uint32_t first(int i) {
+    return (threadIdx.x + i * (kThreads > 0 ? kThreads : blockDim.x)) * V;
+  }
   static __device__ __forceinline__ int left(int i, std::uint32_t count) {
     return static_cast<int>(count) - static_cast<int>(first(i));
   }

@@ -43,12 +43,12 @@ struct RowNormCall {
   bool aligned;                     // all rows of x, u and out
 };
 
-template <Norm kNorm, class S>
-using HeldRow = Held<S, kRowVectors<kNorm>>;
-
-template <Norm kNorm, class S>
+template <Norm kNorm_, class S, int kVectors_ = kRowVectors<kNorm_>, unsigned kThreads = 0>
 struct Unit {
-  static constexpr std::int64_t kChunk = std::int64_t{kRowThreads} * Words<S>::kSize * kRowVectors<kNorm>;
+  static constexpr Norm kNorm = kNorm_;
+  static constexpr int kVectors = kVectors_;
+  using Row = Held<S, kVectors, kThreads>;  // a thread's share
+  static constexpr std::int64_t kChunk = std::int64_t{kRowThreads} * Words<S>::kSize * kVectors;
   std::int64_t row, chunk, begin;  // of its columns
   std::uint32_t columns;
   const S *x, *u;
@@ -81,13 +81,13 @@ dim3 unit_grid(const RowNormCall<S>& c) {
 
 // f(i, k, w) for every element of a thread's vectors, w its column's weight.  Columns beyond the row, whose elements are
 // zeros, have the weight 1.  kOnce: one piece of code, with weights or without.
-template <bool kOnce, Norm kNorm, class S, class F>
-__device__ __forceinline__ void for_weights(const RowNormCall<S>& c, const Unit<kNorm, S>& u, const F& f) {
+template <bool kOnce, class S, class AnyUnit, class F>
+__device__ __forceinline__ void for_weights(const RowNormCall<S>& c, const AnyUnit& u, const F& f) {
   using A = accumulation_t<S>;
   constexpr int V = Words<S>::kSize;
   if (!kOnce && !c.weights.number) {
 #pragma unroll
-    for (int i = 0; i < kRowVectors<kNorm>; ++i)
+    for (int i = 0; i < AnyUnit::kVectors; ++i)
 #pragma unroll
       for (int k = 0; k < V; ++k) f(i, k, A(1));
     return;
@@ -95,23 +95,23 @@ __device__ __forceinline__ void for_weights(const RowNormCall<S>& c, const Unit<
   typename ColumnTable<A>::Cursor start{};
   if (c.weights.wide) start = c.weights.far(u.begin);
 #pragma unroll
-  for (int i = 0; i < kRowVectors<kNorm>; ++i) {
-    const std::uint32_t j = HeldRow<kNorm, S>::first(i);
+  for (int i = 0; i < AnyUnit::kVectors; ++i) {
+    const std::uint32_t j = AnyUnit::Row::first(i);
     A w[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) w[k] = A(1);
     if (c.weights.number && j < u.columns)
       (c.weights.wide ? start.after(j) : c.weights.at(static_cast<std::uint32_t>(u.begin) + j)).fill(w);
 #pragma unroll
-    for (int k = 0; k < V; ++k) f(i, k, k < HeldRow<kNorm, S>::left(i, u.columns) ? w[k] : A(1));
+    for (int k = 0; k < V; ++k) f(i, k, k < AnyUnit::Row::left(i, u.columns) ? w[k] : A(1));
   }
 }
 
 // f(p, i, k, w) likewise, with p as a whole number where it is a small one.
-template <Norm kNorm, class S, class F>
-__device__ __forceinline__ void for_columns(const RowNormCall<S>& c, const Unit<kNorm, S>& u, const F& f) {
+template <class S, class AnyUnit, class F>
+__device__ __forceinline__ void for_columns(const RowNormCall<S>& c, const AnyUnit& u, const F& f) {
   using A = accumulation_t<S>;
-  if constexpr (kNorm == Norm::kP) {
+  if constexpr (AnyUnit::kNorm == Norm::kP) {
     if (c.p <= A(7) && c.p == std::floor(c.p)) {
       const WholeExponent p{static_cast<int>(c.p)};
       for_weights<false>(c, u, [&](int i, int k, A w) { f(p, i, k, w); });
@@ -136,7 +136,7 @@ __device__ __forceinline__ A block_total(A total) {
 template <Norm kNorm, class S>
 __device__ __forceinline__ accumulation_t<S> thread_terms(const RowNormCall<S>& c, const Unit<kNorm, S>& u) {
   using A = accumulation_t<S>;
-  HeldRow<kNorm, S> x;
+  typename Unit<kNorm, S>::Row x;
   x.load(u.x, u.columns, c.aligned);
   A total = 0;
   for_columns(c, u, [&](auto p, int i, int k, A w) {
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) row_norm_finish_kernel(const R
 // How many of some columns share the row's maximum, in every thread.
 template <class S>
 __device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c, const Unit<Norm::kInf, S>& u,
-                                                        const HeldRow<Norm::kInf, S>& x) {
+                                                        const typename Unit<Norm::kInf, S>::Row& x) {
   using A = accumulation_t<S>;
   const A n = c.norms[u.row];
   A count = 0;
@@ -217,7 +217,7 @@ __device__ __forceinline__ accumulation_t<S> block_ties(const RowNormCall<S>& c,
 template <class S>
 __global__ void __launch_bounds__(kRowThreads, 2) row_norm_ties_kernel(const RowNormCall<S> c) {
   for_units<Norm::kInf>(c, [&](const Unit<Norm::kInf, S>& u) {
-    HeldRow<Norm::kInf, S> x;
+    typename Unit<Norm::kInf, S>::Row x;
     x.load(u.x, u.columns, c.aligned);
     const accumulation_t<S> count = block_ties(c, u, x);
     if (threadIdx.x == 0) c.ties[u.row * c.chunks + u.chunk] = count;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) row_norm_ties_kernel(const Row
 
 template <Norm kNorm, class S>
 __device__ __forceinline__ accumulation_t<S> ties_of_row(const RowNormCall<S>& c, const Unit<kNorm, S>& u,
-                                                         const HeldRow<kNorm, S>& x) {
+                                                         const typename Unit<kNorm, S>::Row& x) {
   if constexpr (kNorm == Norm::kInf)
     return c.chunks == 1 ? block_ties(c, u, x) : row_total<Norm::kL1>(c.ties, c, u.row);
   else
@@ -245,7 +245,7 @@ template <Norm kNorm, class S>
 __global__ void __launch_bounds__(kRowThreads, 2) row_norm_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
   for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
-    HeldRow<kNorm, S> x;
+    typename Unit<kNorm, S>::Row x;
     x.load(u.x, u.columns, c.aligned);
     const RowDivisors<A> row(c, u.row, ties_of_row<kNorm>(c, u, x));
     const A grad = c.grad[u.row];
@@ -259,11 +259,12 @@ __global__ void __launch_bounds__(kRowThreads, 2) row_norm_backward_kernel(const
 }
 
 // s = sum_k v_k slope(a_k) over the unit's columns, in every thread
-template <Norm kNorm, class S>
-__device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall<S>& c, const Unit<kNorm, S>& u,
-                                                               const HeldRow<kNorm, S>& x,
-                                                               const HeldRow<kNorm, S>& u_row,
+template <class S, class AnyUnit>
+__device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall<S>& c, const AnyUnit& u,
+                                                               const typename AnyUnit::Row& x,
+                                                               const typename AnyUnit::Row& u_row,
                                                                const RowDivisors<accumulation_t<S>>& row) {
+  constexpr Norm kNorm = AnyUnit::kNorm;
   using A = accumulation_t<S>;
   A total = 0;
   for_columns(c, u, [&](auto p, int i, int k, A w) {
@@ -273,10 +274,11 @@ __device__ __forceinline__ accumulation_t<S> block_directional(const RowNormCall
 }
 
 // grad_x of a unit, in the place of x.
-template <Norm kNorm, class S>
-__device__ __forceinline__ void bend_unit(const RowNormCall<S>& c, const Unit<kNorm, S>& u, HeldRow<kNorm, S>& x,
-                                          HeldRow<kNorm, S>& u_row, const RowDivisors<accumulation_t<S>>& row,
+template <class S, class AnyUnit>
+__device__ __forceinline__ void bend_unit(const RowNormCall<S>& c, const AnyUnit& u, typename AnyUnit::Row& x,
+                                          typename AnyUnit::Row& u_row, const RowDivisors<accumulation_t<S>>& row,
                                           accumulation_t<S> s) {
+  constexpr Norm kNorm = AnyUnit::kNorm;
   using A = accumulation_t<S>;
   const A grad = c.grad[u.row];
   if constexpr (kNorm != Norm::kL2) x.begin_pass();  // its slopes are there if this block has added them up
@@ -299,13 +301,13 @@ template <Norm kNorm, class S>
 __global__ void __launch_bounds__(kRowThreads, 2) row_norm_double_backward_kernel(const RowNormCall<S> c) {
   using A = accumulation_t<S>;
   for_units<kNorm>(c, [&](const Unit<kNorm, S>& u) {
-    HeldRow<kNorm, S> x, u_row;
+    typename Unit<kNorm, S>::Row x, u_row;
     x.load(u.x, u.columns, c.aligned);
     u_row.load(u.u, u.columns, c.aligned);
     const RowDivisors<A> row(c, u.row, ties_of_row<kNorm>(c, u, x));
-    const A s = block_directional<kNorm>(c, u, x, u_row, row);
+    const A s = block_directional(c, u, x, u_row, row);
     if (threadIdx.x == 0) (c.chunks == 1 ? c.per_row + u.row : c.partial + u.row * c.chunks + u.chunk)[0] = s;
-    if constexpr (kHasBend<kNorm>) bend_unit<kNorm>(c, u, x, u_row, row, s);
+    if constexpr (kHasBend<kNorm>) bend_unit(c, u, x, u_row, row, s);
   });
 }
 
@@ -318,31 +320,37 @@ __global__ void __launch_bounds__(kRowThreads, 2) row_norm_total_kernel(const Ro
   }
 }
 
+// More vectors of 16 bits, whose sums take longer to join.
 template <Norm kNorm, class S>
-__global__ void __launch_bounds__(kRowThreads, 3) row_norm_queue_kernel(const RowNormCall<S> c, const RowQueue q) {
+using QueuedUnit = Unit<kNorm, S, sizeof(S) == 2 && kNorm == Norm::kL2 ? 8 : kRowVectors<kNorm>, kRowThreads>;
+
+// c.chunks: of queued units.
+template <Norm kNorm, class S>
+__global__ void __launch_bounds__(kRowThreads, sizeof(S) == 2 ? 2 : 3)
+    row_norm_queue_kernel(const RowNormCall<S> c, const RowQueue q) {
   using A = accumulation_t<S>;
-  HeldRow<kNorm, S> x, u_row;
-  const auto load = [&](std::int64_t row, std::int64_t chunk) {
-    const Unit<kNorm, S> u(c, row, chunk);
+  using Queued = QueuedUnit<kNorm, S>;
+  typename Queued::Row x, u_row;
+  const auto load = [&](std::uint32_t row, std::uint32_t chunk) {
+    const Queued u(c, row, chunk);
     x.load(u.x, u.columns, c.aligned);
     u_row.load(u.u, u.columns, c.aligned);
     return u;
   };
   run_queue(
       q,
-      [&](std::int64_t row, std::int64_t chunk) {
-        const Unit<kNorm, S> u = load(row, chunk);
-        const A s = block_directional<kNorm>(c, u, x, u_row, RowDivisors<A>(c, row, A(1)));
-        if (threadIdx.x == 0) c.partial[row * c.chunks + chunk] = s;
+      [&](std::uint32_t row, std::uint32_t chunk) {
+        const Queued u = load(row, chunk);
+        const A s = block_directional(c, u, x, u_row, RowDivisors<A>(c, row, A(1)));
+        if (threadIdx.x == 0) c.partial[row * q.chunks + chunk] = s;
       },
-      [&](std::int64_t row) {
+      [&](std::uint32_t row) {
         const A s = row_total<Norm::kL1>(c.partial, c, row);
         if (threadIdx.x == 0) c.per_row[row] = s;
       },
-      [&](std::int64_t row, std::int64_t chunk) { load(row, chunk); },
-      [&](std::int64_t row, std::int64_t chunk) {
-        bend_unit<kNorm>(c, Unit<kNorm, S>(c, row, chunk), x, u_row, RowDivisors<A>(c, row, A(1)),
-                         __ldcg(c.per_row + row));
+      [&](std::uint32_t row, std::uint32_t chunk) { load(row, chunk); },
+      [&](std::uint32_t row, std::uint32_t chunk) {
+        bend_unit(c, Queued(c, row, chunk), x, u_row, RowDivisors<A>(c, row, A(1)), __ldcg(c.per_row + row));
       });
 }
 
@@ -363,10 +371,13 @@ cudaError_t launch_row_norm(Order order, const RowNormCall<S>& c, cudaStream_t s
   if (order == Order::kBackward) return launch(row_norm_backward_kernel<kNorm, S>, units, block, 0, stream, c);
   if constexpr (kBendNeedsSum<kNorm>) {
     if (several) {
-      const RowQueue queue(c.rows, c.chunks, 2 * c.cols * static_cast<std::int64_t>(sizeof(S)), c.queue);
+      const std::int64_t bytes = 2 * c.cols * static_cast<std::int64_t>(sizeof(S));
+      RowNormCall<S> queued = c;
+      queued.chunks = (c.cols + QueuedUnit<kNorm, S>::kChunk - 1) / QueuedUnit<kNorm, S>::kChunk;
+      const RowQueue queue(c.rows, queued.chunks, RowQueue::group_of(bytes), c.queue);
       status = clear_queue(c.queue, c.rows, stream);
       if (status != cudaSuccess) return status;
-      return launch(row_norm_queue_kernel<kNorm, S>, queue_grid(queue), block, 0, stream, c, queue);
+      return launch(row_norm_queue_kernel<kNorm, S>, queue_grid(queue), dim3(kRowThreads), 0, stream, queued, queue);
     }
   }
   status = launch(row_norm_double_backward_kernel<kNorm, S>, units, block, 0, stream, c);

@@ -1,11 +1,11 @@
 // Two passes over rows that are longer than a block, in one launch: sums of a row's chunks, then, once the row's sums
 // are complete, its chunks again, while the L2 cache still holds them.
 //
-// Blocks take chunks from a queue in this order: the sums of a group of rows, then the second pass of the same rows, and
-// so on.  A second pass waits for sums that were taken before it, by blocks that run and wait for nothing, so that the
-// order alone excludes a deadlock, whatever the number of blocks that run at a time.  Whose block a chunk falls to
-// changes no result: a row's partial sums are added in their order, by the block that brings the last.  (In the emulator,
-// whose blocks run one after another, none ever has to wait.)
+// Blocks take items from a queue in this order: the sums of a group of rows, chunk by chunk, then each of these rows'
+// total, then their second pass, chunk by chunk, and so on.  An item waits for such as were taken before it, by blocks
+// that run, so that the order alone excludes a deadlock, whatever the number of blocks that run at a time.  Whose block an
+// item falls to changes no result: a row's partial sums are added in their order, by one block.  (In the emulator, whose
+// blocks run one after another, none ever has to wait.)
 #pragma once
 
 #include <cstdint>
@@ -20,38 +20,50 @@ struct RowQueue {
   static constexpr std::int64_t kGroupBytes = 20 << 20;  // with the next group's, within the L2 cache
   static constexpr std::int64_t kBlocks = 4096;          // more than run at a time
 
-  std::int64_t rows, chunks, group;  // rows of a group
-  unsigned long long* taken;         // [1]
-  unsigned *arrived, *ready;         // [rows]
+  std::uint32_t rows, chunks, group;  // rows of a group
+  Divisor by_group, by_chunks;        // of items
+  std::uint32_t* taken;               // [1]
+  std::uint32_t *arrived, *ready;     // [rows]
 
   // Words of 4 bytes for the counters of so many rows.
-  static std::int64_t words(std::int64_t rows) { return 2 + 2 * rows; }
+  static std::int64_t words(std::int64_t rows) { return 1 + 2 * rows; }
+  // Rows of a group, if a pass over one row reads so many bytes.
+  static std::int64_t group_of(std::int64_t row_bytes) { return row_bytes < kGroupBytes ? kGroupBytes / row_bytes : 1; }
 
   RowQueue() = default;
-  // memory: `words(rows)` words, aligned to 8 bytes; row_bytes: what a pass over one row reads.
-  RowQueue(std::int64_t rows_, std::int64_t chunks_, std::int64_t row_bytes, std::uint32_t* memory)
-      : rows(rows_),
-        chunks(chunks_),
-        group(row_bytes < kGroupBytes ? kGroupBytes / row_bytes : 1),
-        taken(reinterpret_cast<unsigned long long*>(memory)),
-        arrived(memory + 2),
-        ready(memory + 2 + rows_) {}
+  // memory: `words(rows)` words.  No memory holds rows of 2^31 items: a chunk is kilobytes.
+  RowQueue(std::int64_t rows_, std::int64_t chunks_, std::int64_t group_, std::uint32_t* memory)
+      : rows(static_cast<std::uint32_t>(rows_)),
+        chunks(static_cast<std::uint32_t>(chunks_)),
+        group(static_cast<std::uint32_t>(group_ < rows_ || rows_ == 0 ? group_ : rows_)),
+        by_group(std::int64_t{group} * (2 * chunks_ + 1)),
+        by_chunks(chunks_),
+        taken(memory),
+        arrived(memory + 1),
+        ready(memory + 1 + rows_) {}
+  RK_HOST_DEVICE std::uint32_t items() const { return rows * (2 * chunks + 1); }
 };
 
-struct QueueItem {
-  std::int64_t row, chunk;
-  bool sums;
+enum class QueueWork { kSums, kTotal, kSecondPass };
 
-  // One thread's work.
-  __device__ __forceinline__ QueueItem(const RowQueue& q, std::int64_t ticket) {
-    const std::int64_t whole = 2 * q.group * q.chunks, group = quotient(ticket, whole), begin = group * q.group;
-    const std::int64_t sums_here = (q.rows - begin < q.group ? q.rows - begin : q.group) * q.chunks;
-    std::int64_t rest = ticket - group * whole;
-    sums = rest < sums_here;
-    if (!sums) rest -= sums_here;
-    const std::int64_t in_group = quotient(rest, q.chunks), j = rest - in_group * q.chunks;
-    row = begin + in_group;
-    chunk = sums ? j : q.chunks - 1 - j;  // what was read last is the likeliest to be near
+struct QueueItem {
+  std::uint32_t row, chunk = 0;  // of a total no chunk
+  QueueWork work;
+
+  RK_HOST_DEVICE QueueItem(const RowQueue& q, std::uint32_t ticket) {
+    const std::uint32_t before = q.by_group.quotient(ticket), begin = before * q.group;
+    const std::uint32_t rows_here = q.rows - begin < q.group ? q.rows - begin : q.group;
+    const std::uint32_t in_group = ticket - before * q.by_group.d, sums = rows_here * q.chunks;
+    if (in_group - sums < rows_here) {
+      work = QueueWork::kTotal;
+      row = begin + (in_group - sums);
+      return;
+    }
+    work = in_group < sums ? QueueWork::kSums : QueueWork::kSecondPass;
+    const std::uint32_t place = in_group < sums ? in_group : in_group - sums - rows_here;
+    const std::uint32_t of_row = q.by_chunks.quotient(place), j = place - of_row * q.chunks;
+    row = begin + of_row;
+    chunk = in_group < sums ? j : q.chunks - 1 - j;  // what was read last is the likeliest to be near
   }
 };
 
@@ -67,58 +79,55 @@ inline cudaError_t clear_queue(std::uint32_t* memory, std::int64_t rows, cudaStr
 }
 
 inline dim3 queue_grid(const RowQueue& q) {
-  const std::int64_t items = 2 * q.rows * q.chunks;
-  return grid_for(items < RowQueue::kBlocks ? items : RowQueue::kBlocks);
+  return grid_for(q.items() < RowQueue::kBlocks ? q.items() : RowQueue::kBlocks);
 }
 
-// sum(row, chunk) leaves a chunk's sums in memory; finish(row), of the block that brings a row's last sums, leaves in
-// memory what the second pass needs; both write with thread 0 alone.  load(row, chunk) may read what finish does
-// not write, so that it need not wait; apply(row, chunk) is the rest of the second pass.
-template <class SumChunk, class Finish, class Load, class Apply>
-__device__ __forceinline__ void run_queue(const RowQueue& q, const SumChunk& sum, const Finish& finish,
-                                          const Load& load, const Apply& apply) {
-  __shared__ std::int64_t shared_row, shared_chunk;
-  __shared__ int shared_sums, shared_last;
+// Waits until a counter of other blocks has come to `value`, and sees what they wrote before.  All threads take part.
+__device__ __forceinline__ void wait_for(std::uint32_t* counter, std::uint32_t value) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(counter, 0u) != value) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+// Adds one to it once all threads have written.
+__device__ __forceinline__ void announce(std::uint32_t* counter) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1u);
+  }
+}
+
+// sum(row, chunk) leaves a chunk's sums in memory; total(row) leaves there what the second pass needs; load(row, chunk)
+// may read what total does not write, so that it need not wait; apply(row, chunk) is the rest of the second pass.
+template <class SumChunk, class Total, class Load, class Apply>
+__device__ __forceinline__ void run_queue(const RowQueue& q, const SumChunk& sum, const Total& total, const Load& load,
+                                          const Apply& apply) {
+  __shared__ std::uint32_t shared_ticket;
   const bool leader = threadIdx.x == 0;
-  const std::uint64_t items = 2 * static_cast<std::uint64_t>(q.rows) * q.chunks;
-  std::uint64_t ticket = leader ? atomicAdd(q.taken, 1ull) : 0;
+  const std::uint32_t items = q.items();
+  std::uint32_t ticket = leader ? atomicAdd(q.taken, 1u) : 0;
   for (;;) {
     if (leader) {
-      if (ticket < items) {
-        const QueueItem item(q, static_cast<std::int64_t>(ticket));
-        shared_row = item.row, shared_chunk = item.chunk, shared_sums = item.sums;
-        ticket = atomicAdd(q.taken, 1ull);  // wanted only after this item
-      } else {
-        shared_row = -1;
-      }
+      shared_ticket = ticket;
+      if (ticket < items) ticket = atomicAdd(q.taken, 1u);  // wanted only after this item
     }
     __syncthreads();
-    const std::int64_t row = shared_row, chunk = shared_chunk;
-    const bool sums = shared_sums;
-    if (row < 0) return;
-    if (sums) {
+    if (shared_ticket >= items) return;
+    const QueueItem item(q, shared_ticket);
+    const std::uint32_t row = item.row, chunk = item.chunk;
+    if (item.work == QueueWork::kSums) {
       sum(row, chunk);
-      if (leader) {
-        __threadfence();
-        shared_last = atomicAdd(q.arrived + row, 1u) + 1 == static_cast<unsigned>(q.chunks);
-        __threadfence();
-      }
-      __syncthreads();
-      if (shared_last) {
-        finish(row);
-        if (leader) {
-          __threadfence();
-          atomicExch(q.ready + row, 1u);
-        }
-      }
+      announce(q.arrived + row);
+    } else if (item.work == QueueWork::kTotal) {
+      wait_for(q.arrived + row, q.chunks);
+      total(row);
+      announce(q.ready + row);
     } else {
       load(row, chunk);
-      if (leader) {
-        while (atomicAdd(q.ready + row, 0u) == 0u) {
-        }
-        __threadfence();
-      }
-      __syncthreads();
+      wait_for(q.ready + row, 1);
       apply(row, chunk);
     }
     __syncthreads();

@@ -47,6 +47,15 @@ template <class A>
 RK_HOST_DEVICE A part_or_zero(A v, A n) {
   return divide_or_zero(v, n);
 }
+// The same off by a unit in the last place, where nothing has to cancel.
+template <class A>
+RK_HOST_DEVICE A scaled_or_zero(A v, SharedDivisor<A> d) {
+  return v * d.first * d.second;
+}
+template <class A>
+RK_HOST_DEVICE A scaled_or_zero(A v, A n) {
+  return divide_or_zero(v, n);
+}
 template <class A>
 RK_HOST_DEVICE A divide_or_zero(A v, SharedDivisor<A> d) {
   const A quotient = v * d.first * d.second, corrected = part_or_zero(v, d);
@@ -105,7 +114,7 @@ struct RowNorm<Norm::kL2, A> {
   }
   template <class N, class P>
   static RK_HOST_DEVICE A bend(A a, A v, A s, N n, P) {
-    return part_or_zero(v - part_or_zero(a, n) * s, n);
+    return scaled_or_zero(v - part_or_zero(a, n) * s, n);
   }
 };
 

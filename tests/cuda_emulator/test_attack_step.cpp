@@ -222,18 +222,19 @@ void test_choices(Draw& draw) {
     }
 }
 
-// The order of the queue: every chunk twice, a row's sums before its second pass, at most two groups under way.
+// The order of the queue: every chunk twice, a row's sums before its total, that before its second pass.
 void test_queue(Draw& draw) {
   using namespace rk::cuda;
-  RowQueue q;
   for (const std::int64_t rows : {1, 5, 7})
     for (const std::int64_t group : {1, 3, 7}) {
-      q.rows = rows, q.chunks = 4, q.group = group;
-      std::vector<int> sums(rows, 0), writes(rows, 0);
-      for (std::int64_t ticket = 0; ticket < 2 * rows * q.chunks; ++ticket) {
+      const RowQueue q(rows, 4, group, nullptr);
+      std::vector<int> sums(rows, 0), totals(rows, 0), writes(rows, 0);
+      for (std::uint32_t ticket = 0; ticket < q.items(); ++ticket) {
         const QueueItem item(q, ticket);
-        ++(item.sums ? sums : writes)[item.row];
-        if (!item.sums) expect_close(sums[item.row], q.chunks, 0.0, "sums that a second pass finds");
+        ++(item.work == QueueWork::kSums ? sums : item.work == QueueWork::kTotal ? totals : writes)[item.row];
+        if (item.work != QueueWork::kSums) expect_close(sums[item.row], 4, 0.0, "sums that a total finds");
+        if (item.work == QueueWork::kSecondPass)
+          expect_close(totals[item.row], 1, 0.0, "a second pass finds its total");
       }
       for (std::int64_t row = 0; row < rows; ++row) expect_close(sums[row] + writes[row], 8, 0.0, "chunks of a row");
     }
@@ -242,10 +243,10 @@ void test_queue(Draw& draw) {
   std::copy_n(t.start.data(), t.start.size(), t.adversary.data());
   auto c = t.call();
   c.aligned = false;
-  RowQueue narrow(t.rows, 3, 1, c.queue);
-  narrow.group = 2;
+  const RowQueue narrow(t.rows, 3, 2, c.queue);
   expect_success(clear_queue(c.queue, t.rows, nullptr));
-  expect_success(launch(attack_step_l2_queue_kernel<float>, dim3(3), dim3(kQueuedThreads), 0, nullptr, c, narrow));
+  expect_success(
+      launch(attack_step_l2_queue_kernel<float>, dim3(3), dim3(kQueuedThreads<float>), 0, nullptr, c, narrow));
   t.check();
 }
 

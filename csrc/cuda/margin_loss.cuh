@@ -1,15 +1,14 @@
 // The kernels of margin_loss.  Formulas: math/margin_loss.h.
 //
-// A warp to a row, whose logits it reads once, many to a lane; the four largest are taken out one after the other.  Slopes
-// are zeros but for five.
+// A warp to a row, whose logits it reads once.  A lane sorts its own four by four, and keeps the four largest; those of the
+// lanes are merged at the end.  Slopes are zeros but for five.
 #pragma once
 
 #include <cstdint>
 
 #include "../math/margin_loss.h"
 #include "divisor.cuh"
-#include "reduce.cuh"
-#include "words.cuh"
+#include "rows.cuh"
 
 namespace rk::cuda {
 
@@ -27,73 +26,106 @@ struct MarginCall {
   S* slopes;                             // [rows, classes]
 };
 
-// Logits as whole numbers in their order; 0 is none.  Where NaN stands does not matter: it makes its row NaN.
-template <class A>
-using LogitKey = std::conditional_t<sizeof(A) == 8, std::uint64_t, std::uint32_t>;
-template <class A>
-__device__ __forceinline__ LogitKey<A> key_of(A logit) {
-  constexpr auto sign = LogitKey<A>(1) << (8 * sizeof(A) - 1);
-  const auto bits = bit_cast<LogitKey<A>>(logit);
-  return bits & sign ? ~bits : bits | sign;
-}
-template <class A>
-__device__ __forceinline__ A logit_of(LogitKey<A> key) {
-  constexpr auto sign = LogitKey<A>(1) << (8 * sizeof(A) - 1);
-  return bit_cast<A>(key & sign ? key ^ sign : ~key);
-}
+// A logit and its class as a whole number, in the order of logits, and of equal ones the lower class first.  Where NaN stands
+// does not matter: it makes its row NaN.
+template <class S>
+struct ShortRank {  // of 16 bits, and of at most 2^16 classes
+  static constexpr int kMostClasses = 1 << 16;
+  std::int32_t of_both;
 
-// The four largest logits of a row and their classes, one in each of the first four lanes.
-template <class A>
-struct MarginLeaders {
-  static constexpr int kNone = 2147483647;
-  LogitKey<A> key = 0;
-  int index = kNone;
-
-  // Takes the largest of a warp's logits out of `keys`; those of one lane are in the order of their classes, index(s),
-  // and behind those met before.
-  template <int kSlots, class Index>
-  __device__ __forceinline__ void meet(LogitKey<A> (&keys)[kSlots], const Index& index_of) {
-    const int lane = threadIdx.x % 32;
-    LogitKey<A> top = keys[0];
-#pragma unroll
-    for (int s = 1; s < kSlots; ++s) top = keys[s] > top ? keys[s] : top;
-    if (!__any_sync(0xffffffffu, top > __shfl_sync(0xffffffffu, key, 3))) return;
-    MarginLeaders next;
-#pragma unroll 1
-    for (int place = 0; place < 4; ++place) {
-      top = key;
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) top = keys[s] > top ? keys[s] : top;
-      const LogitKey<A> most = warp_reduce(top, Larger{});
-      int mine = kNone;
-      if (top == most && most != 0) {
-#pragma unroll
-        for (int s = kSlots - 1; s >= 0; --s) mine = keys[s] == most ? index_of(s) : mine;
-        mine = key == most ? index : mine;
-      }
-      const int first = -warp_reduce(-mine, Larger{});
-      if (mine == first && mine != kNone) {
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) keys[s] = index_of(s) == mine ? 0 : keys[s];
-        key = index == mine ? 0 : key;
-      }
-      if (lane == place) next.key = most, next.index = first;
-    }
-    *this = next;
+  static __device__ __forceinline__ ShortRank of(const Words<S>& words, int k, int c) {
+    const auto bits = static_cast<std::int32_t>(words.upper_bits(k));
+    return {(bits ^ (bits >> 31 & 0x7fff0000)) + (kMostClasses - 1 - c)};
   }
-  __device__ __forceinline__ Leaders<A, int> all() const {
-    Leaders<A, int> best;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const LogitKey<A> its = __shfl_sync(0xffffffffu, key, k);
-      const int at = __shfl_sync(0xffffffffu, index, k);
-      if (its != 0) best.value[k] = logit_of<A>(its), best.index[k] = at;
-    }
-    return best;
+  __device__ __forceinline__ int index() const { return kMostClasses - 1 - (of_both & 0xffff); }
+  __device__ __forceinline__ float logit() const {
+    const auto bits = static_cast<std::uint16_t>((of_both ^ (of_both >> 31 & 0x7fff0000)) >> 16);
+    S value;
+    memcpy(static_cast<void*>(&value), &bits, sizeof(value));
+    return load(value);
+  }
+  __device__ __forceinline__ bool operator==(ShortRank other) const { return of_both == other.of_both; }
+  // The largest of a warp's.
+  __device__ __forceinline__ ShortRank of_warp() const { return {__reduce_max_sync(0xffffffffu, of_both)}; }
+  static __device__ __forceinline__ ShortRank larger(ShortRank a, ShortRank b) { return {::max(a.of_both, b.of_both)}; }
+  static __device__ __forceinline__ ShortRank smaller(ShortRank a, ShortRank b) {
+    return {::min(a.of_both, b.of_both)};
   }
 };
 
-template <bool kAligned, class S>
+template <class S>
+struct LongRank {
+  using A = accumulation_t<S>;
+  using Key = std::conditional_t<sizeof(A) == 8, std::uint64_t, std::uint32_t>;
+  static constexpr Key kSign = Key(1) << (8 * sizeof(A) - 1);
+  Key key;
+  std::uint32_t behind;  // the class, the last one first
+
+  static __device__ __forceinline__ LongRank of(const Words<S>& words, int k, int c) {
+    const auto bits = bit_cast<Key>(words[k]);
+    return {bits & kSign ? ~bits : bits | kSign, ~static_cast<std::uint32_t>(c)};
+  }
+  __device__ __forceinline__ int index() const { return static_cast<int>(~behind); }
+  __device__ __forceinline__ A logit() const { return bit_cast<A>(key & kSign ? key ^ kSign : ~key); }
+  __device__ __forceinline__ LongRank of_warp() const {
+    Key most;
+    if constexpr (sizeof(Key) == 4)
+      most = __reduce_max_sync(0xffffffffu, key);
+    else
+      most = warp_reduce(key, Larger{});
+    return {most, __reduce_max_sync(0xffffffffu, key == most ? behind : 0u)};
+  }
+  __device__ __forceinline__ bool operator==(const LongRank& other) const {
+    return key == other.key && behind == other.behind;
+  }
+  __device__ __forceinline__ bool operator>(const LongRank& other) const {
+    if constexpr (sizeof(Key) == 4)
+      return (std::uint64_t{key} << 32 | behind) > (std::uint64_t{other.key} << 32 | other.behind);
+    else
+      return key > other.key || (key == other.key && behind > other.behind);
+  }
+  static __device__ __forceinline__ LongRank larger(LongRank a, LongRank b) { return a > b ? a : b; }
+  static __device__ __forceinline__ LongRank smaller(LongRank a, LongRank b) { return a > b ? b : a; }
+};
+
+// Four ranks, the largest first.
+template <class Rank>
+struct FourLargest {
+  Rank at[4];
+
+  __device__ __forceinline__ void order(int i, int j) {
+    const Rank first = Rank::larger(at[i], at[j]);
+    at[j] = Rank::smaller(at[i], at[j]);
+    at[i] = first;
+  }
+  __device__ __forceinline__ void sort() {
+    order(0, 1), order(2, 3);
+    order(0, 2), order(1, 3);
+    order(1, 2);
+  }
+  // The four largest of both.
+  __device__ __forceinline__ void merge(const FourLargest& other) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) at[k] = Rank::larger(at[k], other.at[3 - k]);
+    order(0, 2), order(1, 3);
+    order(0, 1), order(2, 3);
+  }
+  // The same of a warp, in each of its lanes: its largest leaves the lane that has it, one after the other.
+  __device__ __forceinline__ void join() {
+    FourLargest of_all;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      of_all.at[k] = at[0].of_warp();
+      if (at[0] == of_all.at[k]) {
+#pragma unroll
+        for (int i = 0; i < 3 - k; ++i) at[i] = at[i + 1];
+      }
+    }
+    *this = of_all;
+  }
+};
+
+template <bool kAligned, class Rank, class S>
 __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const MarginCall<S> c) {
   using A = accumulation_t<S>;
   constexpr int V = Words<S>::kSize, kUnroll = sizeof(S) == 4 ? 8 : 4, kSlots = kUnroll * V;
@@ -102,34 +134,44 @@ __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const Margi
   for (std::int64_t row = blockIdx.x * std::int64_t{blockDim.x / 32} + threadIdx.x / 32; row < c.rows; row += warps) {
     const S* const z = c.logits + row * c.classes;
     S* const slopes = c.slopes + row * c.classes;
-    MarginLeaders<A> leaders;
+    const Words<S> none = words_of<S>(-Limits<A>::largest * A(2));  // behind all classes, whatever their logits
+    FourLargest<Rank> largest;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) largest.at[k] = Rank::of(none, 0, vectors * V + k);
     bool has_nan = false;
     for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
       const int first = begin + lane;
-      Words<S> words[kUnroll] = {};
+      Words<S> words[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         const int v = first + 32 * i;
+        words[i] = none;
         if constexpr (kAligned) {
           if (v < vectors) words[i] = load_words<true>(z + v * V);
         } else {
-          if (v < vectors) words[i] = load_some_words(z + v * V, c.classes - v * V);
+          if (v < vectors) words[i] = load_some_words(z + v * V, c.classes - v * V, none);
         }
       }
-      LogitKey<A> keys[kSlots];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int left = c.classes - (first + 32 * i) * V;
+      for (int s = 0; s < kSlots; s += 4) {
+        FourLargest<Rank> four;
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          const A value = words[i][k];
-          keys[i * V + k] = left > (kAligned ? 0 : k) ? key_of(value) : 0;
+        for (int k = 0; k < 4; ++k) {
+          const int i = (s + k) / V, j = (s + k) % V;
+          four.at[k] = Rank::of(words[i], j, (first + 32 * i) * V + j);
+          const A value = words[i][j];
           has_nan |= value != value;
         }
+        four.sort();
+        largest.merge(four);
       }
-      leaders.meet(keys, [&](int s) { return (first + 32 * (s / V)) * V + s % V; });
     }
-    const Leaders<A, int> best = leaders.all();
+    largest.join();
+    Leaders<A, int> best;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (largest.at[k].index() < c.classes)
+        best.value[k] = largest.at[k].logit(), best.index[k] = largest.at[k].index();
     A poison = __any_sync(0xffffffffu, has_nan) ? A(NAN) : A(0);
     const std::int64_t target = c.target[row], towards = c.towards ? c.towards[row] : 0;
     const bool exist = target >= 0 && target < c.classes && towards >= 0 && towards < c.classes;
@@ -144,11 +186,18 @@ __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const Margi
 #pragma unroll
     for (int k = 0; k < V; ++k) rest[k] = poison;
     const Words<S> rest_words = Words<S>::of(rest);
-    for (int v = lane; v < vectors; v += 32) {
-      if constexpr (kAligned)
-        store_words<true>(slopes + v * V, rest_words);
-      else
-        store_some_words(slopes + v * V, rest_words, c.classes - v * V);
+#pragma unroll 1
+    for (int first = lane; first < vectors; first += 32 * kUnroll) {
+      S* const to = slopes + first * V;
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int v = first + 32 * i;
+        if constexpr (kAligned) {
+          if (v < vectors) store_words<true>(to + 32 * i * V, rest_words);
+        } else {
+          store_some_words(to + 32 * i * V, rest_words, c.classes - v * V);
+        }
+      }
     }
     __syncwarp();  // what follows overwrites some of them
     const int places[5] = {s.other, s.own, s.top_index, s.third_index, s.fourth_index};
@@ -190,12 +239,19 @@ __global__ void __launch_bounds__(256) margin_loss_backward_kernel(const MarginB
   }
 }
 
-template <class S>
-cudaError_t launch_margin_loss(const MarginCall<S>& c, cudaStream_t stream) {
+template <class Rank, class S>
+cudaError_t launch_margin_loss_with(const MarginCall<S>& c, cudaStream_t stream) {
   constexpr std::int64_t rows = kMarginThreads / 32;
   const bool whole = aligned<S>(c.classes, c.logits, static_cast<const S*>(c.slopes));
-  return launch(whole ? margin_loss_kernel<true, S> : margin_loss_kernel<false, S>,
+  return launch(whole ? margin_loss_kernel<true, Rank, S> : margin_loss_kernel<false, Rank, S>,
                 grid_for((c.rows + rows - 1) / rows), dim3(kMarginThreads), 0, stream, c);
+}
+
+template <class S>
+cudaError_t launch_margin_loss(const MarginCall<S>& c, cudaStream_t stream) {
+  if constexpr (sizeof(S) == 2)
+    if (c.classes + 16 <= ShortRank<S>::kMostClasses) return launch_margin_loss_with<ShortRank<S>>(c, stream);
+  return launch_margin_loss_with<LongRank<S>>(c, stream);
 }
 
 template <class S>

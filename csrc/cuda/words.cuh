@@ -47,11 +47,17 @@ struct Words {
     } else if constexpr (sizeof(S) == 4) {
       return bits_as<float>(word(k));
     } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
-      return bits_as<float>(k % 2 ? word(k / 2) & 0xffff0000u : word(k / 2) << 16);
+      return bits_as<float>(upper_bits(k));
     } else {
       const __half2 pair = bits_as<__half2>(word(k / 2));
       return k % 2 ? __high2float(pair) : __low2float(pair);
     }
+  }
+
+  // The bits of an element of 16, in the upper half.
+  __device__ __forceinline__ std::uint32_t upper_bits(int k) const {
+    static_assert(sizeof(S) == 2);
+    return k % 2 ? word(k / 2) & 0xffff0000u : word(k / 2) << 16;
   }
 
   // values, each rounded to the nearest S.

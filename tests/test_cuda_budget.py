@@ -15,7 +15,7 @@ from benchmarks.cuda_budget.cases import CASES, Case, Kernel
 from benchmarks.cuda_budget.constants import Evaluator, decide
 from benchmarks.cuda_budget.counts import simulate, strides
 from benchmarks.cuda_budget.flow import flow_of
-from benchmarks.cuda_budget.model import TARGET, Unread, held_in_l2, predict, read
+from benchmarks.cuda_budget.model import TARGET, Unread, held_in_l2, predict, read, reloaded
 from benchmarks.cuda_budget.path import main_loop, vectors_moved
 from benchmarks.cuda_budget.products import Pass, passes_of
 from benchmarks.cuda_budget.recorder import Launch
@@ -269,3 +269,40 @@ def test_passes_of_a_kernel_of_products():
     assert passes_of(code_of(MULTIPLIES)) == (Pass(2, 6, 4.0, 1, 0), Pass(0, 7, 8.0, 0, 2))
     one_loop = MULTIPLIES.replace("    @P2 BRA `(.L_x_2)\n", "")
     assert passes_of(code_of(one_loop)) == (Pass(2, 12, 12.0, 1, 2), Pass.of([]))
+
+
+IN_DOUBLE = """
+.L_x_0:  # work
+    @P0 BRA `(.L_x_1)
+    LDG.E.128 R4, desc[UR6][R2.64]
+    FADD R8, R4, R5
+    FADD R8, R6, R8
+    FADD R8, R7, R8
+    BRA `(.L_x_2)
+.L_x_1:  # a row in double
+    LDG.E.128 R4, desc[UR6][R2.64]
+    DADD R8, R4, R6
+    @P1 BRA `(.L_x_1)
+.L_x_2:
+    @P2 BRA `(.L_x_0)
+    EXIT
+"""
+
+
+def test_rows_that_need_double_are_not_the_main_loop():
+    way = main_loop(flow_of(code_of(IN_DOUBLE)), [((1, 0),)])
+    assert [one.opcode for step in way.steps for one in step.instructions].count("FADD") == 3
+    assert not any(one.base == "DADD" for step in way.steps for one in step.instructions)
+
+
+def test_rows_that_several_blocks_share_are_swept_together():
+    """What is loaded again comes from L2 where the rows under way fit it, and a block is not a row."""
+    sweeps = (((1, 0), (1, 0)),)
+    for blocks_of_row, fits in ((1, False), (64, True)):
+        case, stated = case_of("good_kernel", sweeps=sweeps, moves=(1, 0), times=(1, 1))
+        case = dataclasses.replace(case, row=2**20)
+        launch = launch_of(kernel("good"), blocks=64 * blocks_of_row)
+        reading = dataclasses.replace(read(*case_of("good_kernel"), launch, kernel("good")), case=case, stated=stated)
+        reading.ways = [dataclasses.replace(reading.ways[0], sweeps=((1, 0),)) for _ in range(2)]
+        again, from_memory = reloaded(reading)
+        assert again > 0 and (from_memory == 0) == fits

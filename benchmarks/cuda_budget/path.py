@@ -137,10 +137,12 @@ class Search:
         """What an inner loop may move, as it is and by the vector if it is unrolled; its cost and way."""
         found: list[tuple[Moves, float, Chain]] = []
         for moved, (_, chain) in self.table(loop).items():
-            size = sum(length(step.instructions) for step in self.steps(chain))
+            steps = self.steps(chain)
+            size = sum(length(step.instructions) for step in steps)
+            sought = 0 if any(avoided(step.instructions) for step in steps) else SWEEP
             for sweep in (*self.sweeps, *self.parts):
                 if count := vectors_moved(moved, sweep, self.exactly):
-                    found.append((sweep, SWEEP - AVOIDED * size / count, (chain, loop, count)))
+                    found.append((sweep, sought - AVOIDED * size / count, (chain, loop, count)))
             if self.inner and (count := vectors_moved(moved, self.inner, self.exactly)):
                 found.append((self.inner, -AVOIDED * size / count, (chain, None, count)))
             found.append((moved, -AVOIDED * size, (chain, None, 1)))

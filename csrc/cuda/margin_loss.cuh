@@ -155,13 +155,14 @@ __global__ void __launch_bounds__(kMarginThreads) margin_loss_kernel(const Margi
 #pragma unroll
       for (int s = 0; s < kSlots; s += 4) {
         FourLargest<Rank> four;
+        A value[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int i = (s + k) / V, j = (s + k) % V;
           four.at[k] = Rank::of(words[i], j, (first + 32 * i) * V + j);
-          const A value = words[i][j];
-          has_nan |= value != value;
+          value[k] = words[i][j];
         }
+        has_nan |= std::isunordered(value[0], value[1]) | std::isunordered(value[2], value[3]);
         four.sort();
         largest.merge(four);
       }
@@ -250,7 +251,7 @@ cudaError_t launch_margin_loss_with(const MarginCall<S>& c, cudaStream_t stream)
 template <class S>
 cudaError_t launch_margin_loss(const MarginCall<S>& c, cudaStream_t stream) {
   if constexpr (sizeof(S) == 2)
-    if (c.classes + 16 <= ShortRank<S>::kMostClasses) return launch_margin_loss_with<ShortRank<S>>(c, stream);
+    if (c.classes <= ShortRank<S>::kMostClasses) return launch_margin_loss_with<ShortRank<S>>(c, stream);
   return launch_margin_loss_with<LongRank<S>>(c, stream);
 }
 

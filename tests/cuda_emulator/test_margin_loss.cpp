@@ -109,7 +109,7 @@ void test_invalid(Draw& draw) {
   Problem<float> t(draw, 4, 10);
   t.target[1] = 10;
   t.target[2] = -1;
-  t.logits[35] = NAN;
+  t.logits[35] = draw(0, 1) ? NAN : -NAN;
   expect_success(t.run());
   for (const int row : {1, 2, 3}) {
     expect_nan(t.loss[row], t.text("an invalid loss"));
@@ -129,6 +129,9 @@ int main(int argc, char** argv) {
     test_kind<__half>(options, draw, draw(1, 5), draw(4, 40));
     test_kind<__nv_bfloat16>(options, draw, draw(1, 5), draw(4, 40));
   }
+  test_kind<float>(options, draw, 2, draw(1025, 1100));  // several rounds
+  test_kind<__half>(options, draw, 1, 65536);            // the most whose ranks are short
+  test_kind<__nv_bfloat16>(options, draw, 1, 65537 + draw(0, 9));
   test_invalid(draw);
   return finish();
 }

@@ -130,8 +130,10 @@ int main(int argc, char** argv) {
     test_kind<__nv_bfloat16>(options, draw, draw(1, 5), draw(4, 40));
   }
   test_kind<float>(options, draw, 2, draw(1025, 1100));  // several rounds
-  test_kind<__half>(options, draw, 1, 65536);            // the most whose ranks are short
-  test_kind<__nv_bfloat16>(options, draw, 1, 65537 + draw(0, 9));
+  if (options.huge) {
+    test_kind<__half>(options, draw, 1, 65536);  // the most whose ranks are short
+    test_kind<__nv_bfloat16>(options, draw, 1, 65537 + draw(0, 9));
+  }
   test_invalid(draw);
   return finish();
 }

@@ -45,15 +45,17 @@ struct KlScale {
         log_ratio(r.p_log_sum - r.q_log_sum) {}
 };
 
-// p, q and d of one class; d is `d_of_none` where p is zero.
+// p, q and d of one class, the latter less `shift` if that is more than log_ratio; d is `d_of_none` where p is zero.
 template <class A>
 struct KlClass {
   A p, q, d;
-  __device__ __forceinline__ KlClass(const KlScale<A>& r, A a, A b, A d_of_none = A(0)) {
+  __device__ __forceinline__ KlClass(const KlScale<A>& r, A a, A b, A d_of_none = A(0))
+      : KlClass(r, a, b, d_of_none, r.log_ratio) {}
+  __device__ __forceinline__ KlClass(const KlScale<A>& r, A a, A b, A d_of_none, A shift) {
     const A below_a = fused(a, r.inverse_t, -r.p_max), below_b = fused(b, r.inverse_t, -r.q_max);
     p = exp2_nonpositive(fused(below_a, kLog2E<A>, -r.p_log2_sum));
     q = exp2_nonpositive(fused(below_b, kLog2E<A>, -r.q_log2_sum));
-    d = p == A(0) ? d_of_none : (below_a - below_b) - r.log_ratio;
+    d = p == A(0) ? d_of_none : (below_a - below_b) - shift;
   }
 };
 
@@ -240,32 +242,36 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
     const std::int64_t first = row * c.classes;
     const KlRow<A> r = kl_row(c, row);
     const KlScale<A> z(r);
-    typename ShareOfRow::Vector a[kVectors], b[kVectors], u[kVectors], v[kVectors];
+    typename ShareOfRow::Vector a[kVectors] = {}, b[kVectors] = {}, u[kVectors] = {}, v[kVectors] = {};
     const auto load_round = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
-      share.load(a, c.p_logits, RunningRow<A, false>::kNone);
-      share.load(b, c.q_logits, RunningRow<A, false>::kNone);
-      if constexpr (kU) share.load(u, c.u, 0);
-      if constexpr (kV) share.load(v, c.v, 0);
+      share.load_there(a, c.p_logits, RunningRow<A, false>::kNone);
+      share.load_there(b, c.q_logits, RunningRow<A, false>::kNone);
+      if constexpr (kU) share.load_there(u, c.u, 0);
+      if constexpr (kV) share.load_there(v, c.v, 0);
     };
     A some_u =
         0;  // D is summed about it, and moved to the means afterwards: near the others, if these are far from zero
     if constexpr (kU) some_u = load(c.u[first]);
     A sums[6] = {};
+    const A about =
+        z.log_ratio + (r.d_top + r.mean_e);  // what d is summed about: what rounding takes from it, rest finds
     for (int round = rounds.all - 1; round >= 0; --round) {
-      load_round(ShareOfRow(round, rounds, first));
+      const ShareOfRow share(round, rounds, first);
+      load_round(share);
       if (kept.has(round)) kept.keep(round, a, b, u, v);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
+        if (!share.there(i)) continue;
         A u_p = 0, moved_p = 0, cross = 0, rest = 0, v_q = 0, v_difference = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const KlClass<A> x(z, a[i][j], b[i][j]);
+          const KlClass<A> x(z, a[i][j], b[i][j], A(0), about);
           if constexpr (kU) {
-            const A moved = x.p * (u[i][j] - some_u), above = (x.d - r.d_top) - r.mean_e;
+            const A moved = x.p * (u[i][j] - some_u);
             u_p += x.p * u[i][j];
             moved_p += moved;
-            cross += moved * above;
-            rest += x.p * above;
+            cross += moved * x.d;
+            rest += x.p * x.d;
           }
           if constexpr (kV) {
             v_q += x.q * v[i][j];
@@ -285,6 +291,7 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
     const KlSums<A> s{r.mean_e + sums[3], sums[0], sums[4] - sums[5], sums[4], sums[2] - sums[1] * sums[3]};
     if (threadIdx.x == 0) c.per_row[row] = (s.cross + sums[5]) * r.inverse_t;
     const A factor = c.grad[row] * (r.inverse_t * r.inverse_t);
+    const A below_rise = z.log_ratio + (r.d_top + (s.mean_e - A(1)));
     for (int round = 0; round < rounds.all; ++round) {
       const ShareOfRow share(round, rounds, first);
       if (kept.has(round))
@@ -293,14 +300,15 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
         load_round(share);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
+        if (!share.there(i)) continue;
         A grad_p[V], grad_q[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const KlClass<A> x(z, a[i][j], b[i][j]);
+          const KlClass<A> x(z, a[i][j], b[i][j], A(0), below_rise);
           A u_j = 0, v_j = 0;
           if constexpr (kU) u_j = u[i][j];
           if constexpr (kV) v_j = v[i][j];
-          grad_p[j] = factor * kl_bend_p<kU, kV>(x.p, x.d - r.d_top, u_j, v_j, s, A(1));
+          grad_p[j] = factor * kl_bend_p_of_rise<kU, kV>(x.p, x.d, u_j, v_j, s, A(1));
           grad_q[j] = factor * kl_bend_q<kU, kV>(x.p, x.q, u_j, v_j, s, A(1));
         }
         if (c.grad_p) share.store(c.grad_p, i, grad_p);

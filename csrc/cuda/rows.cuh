@@ -208,6 +208,18 @@ struct Share {
     return away < std::uint64_t{V};
   }
 
+  // Whether vector i is to be looked at, where `load_there` has loaded it: a whole one may be left out.
+  __device__ __forceinline__ bool there(int i) const { return kLayout != Layout::kVectors || has(i); }
+  // `load`, but that a whole vector that does not exist stays as it is.
+  __device__ __forceinline__ void load_there(Vector (&x)[kVectors], const S* row, A other) const {
+    if constexpr (kLayout != Layout::kVectors) {
+      load(x, row, other);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        if (has(i)) x[i] = load_words<true>(row + element(i));
+    }
+  }
   __device__ __forceinline__ void load(Vector (&x)[kVectors], const S* row, A other) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {

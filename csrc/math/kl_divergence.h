@@ -108,12 +108,16 @@ template <class A>
 RK_HOST_DEVICE A kl_cross_term(A p, A e, A u, const KlSums<A>& s) {
   return p * (u - s.u_p) * (e - s.mean_e);
 }
-// Without kU or kV that cotangent is zero, and so is what it is in.
+// With rise = e - h + 1.  Without kU or kV that cotangent is zero, and so is what it is in.
+template <bool kU = true, bool kV = true, class A>
+RK_HOST_DEVICE A kl_bend_p_of_rise(A p, A rise, A u, A v, const KlSums<A>& s, A inverse_t) {
+  if constexpr (!kU) return p * -(v - s.v_p) * inverse_t * inverse_t;
+  if constexpr (!kV) return p * (rise * (u - s.u_p) - s.cross) * inverse_t * inverse_t;
+  return p * (rise * (u - s.u_p) - s.cross - (v - s.v_p)) * inverse_t * inverse_t;
+}
 template <bool kU = true, bool kV = true, class A>
 RK_HOST_DEVICE A kl_bend_p(A p, A e, A u, A v, const KlSums<A>& s, A inverse_t) {
-  if constexpr (!kU) return p * -(v - s.v_p) * inverse_t * inverse_t;
-  if constexpr (!kV) return p * ((e + (A(1) - s.mean_e)) * (u - s.u_p) - s.cross) * inverse_t * inverse_t;
-  return p * ((e + (A(1) - s.mean_e)) * (u - s.u_p) - s.cross - (v - s.v_p)) * inverse_t * inverse_t;
+  return kl_bend_p_of_rise<kU, kV>(p, e + (A(1) - s.mean_e), u, v, s, inverse_t);
 }
 template <bool kU = true, bool kV = true, class A>
 RK_HOST_DEVICE A kl_bend_q(A p, A q, A u, A v, const KlSums<A>& s, A inverse_t) {

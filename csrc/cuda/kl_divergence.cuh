@@ -45,17 +45,45 @@ struct KlScale {
         log_ratio(r.p_log_sum - r.q_log_sum) {}
 };
 
-// p, q and d of one class, the latter less `shift` if that is more than log_ratio; d is `d_of_none` where p is zero.
+// p, q and d of one class; d is `d_of_none` where p is zero.
 template <class A>
 struct KlClass {
   A p, q, d;
-  __device__ __forceinline__ KlClass(const KlScale<A>& r, A a, A b, A d_of_none = A(0))
-      : KlClass(r, a, b, d_of_none, r.log_ratio) {}
-  __device__ __forceinline__ KlClass(const KlScale<A>& r, A a, A b, A d_of_none, A shift) {
+  __device__ __forceinline__ KlClass(const KlScale<A>& r, A a, A b, A d_of_none = A(0)) {
     const A below_a = fused(a, r.inverse_t, -r.p_max), below_b = fused(b, r.inverse_t, -r.q_max);
     p = exp2_nonpositive(fused(below_a, kLog2E<A>, -r.p_log2_sum));
     q = exp2_nonpositive(fused(below_b, kLog2E<A>, -r.q_log2_sum));
-    d = p == A(0) ? d_of_none : (below_a - below_b) - shift;
+    d = p == A(0) ? d_of_none : (below_a - below_b) - r.log_ratio;
+  }
+};
+
+// The same with one multiply-add an exponent.  What rounding takes from the constant in it, which may be large, is a
+// factor of all p or all q of a row, to be put right in what is made of them: 1 + p_more, 1 + q_more.
+template <class A>
+struct KlPowers {
+  A k, p_log2_sum, q_log2_sum, p_more, q_more;  // k = log2(e) / T; sums of 2^(a k), 2^(b k)
+  explicit __device__ __forceinline__ KlPowers(const KlRow<A>& r) : k(r.inverse_t * kLog2E<A>) {
+    const A off = fused(-r.inverse_t, kLog2E<A>, k) / r.inverse_t;  // a k is a log2(e) / T and this part of a / T
+    set(r.p_max, r.p_log_sum, off, p_log2_sum, p_more);
+    set(r.q_max, r.q_log_sum, off, q_log2_sum, q_more);
+  }
+  // How much is missing from d, of what the powers say it is.
+  __device__ __forceinline__ A d_more() const { return p_more - q_more; }
+
+ private:
+  static __device__ __forceinline__ void set(A max, A log_sum, A off, A& log2_sum, A& more) {
+    log2_sum = fused(max, kLog2E<A>, log_sum * kLog2E<A>);
+    more = (fused(-max, kLog2E<A>, log2_sum) - fused(log_sum, kLog2E<A>, max * off)) * kLn2<A>;
+  }
+};
+template <class A>
+struct KlPower {
+  A p, q, d;  // d less `shift`, or 0 where p is zero
+  __device__ __forceinline__ KlPower(const KlPowers<A>& r, A a, A b, A shift) {
+    const A log2_p = fused(a, r.k, -r.p_log2_sum), log2_q = fused(b, r.k, -r.q_log2_sum);
+    p = exp2_nonpositive(log2_p);
+    q = exp2_nonpositive(log2_q);
+    d = p == A(0) ? A(0) : fused(log2_p - log2_q, kLn2<A>, -shift);
   }
 };
 
@@ -241,7 +269,7 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
     const KlRow<A> r = kl_row(c, row);
-    const KlScale<A> z(r);
+    const KlPowers<A> z(r);
     typename ShareOfRow::Vector a[kVectors] = {}, b[kVectors] = {}, u[kVectors] = {}, v[kVectors] = {};
     const auto load_round = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
       share.load_there(a, c.p_logits, RunningRow<A, false>::kNone);
@@ -252,9 +280,8 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
     A some_u =
         0;  // D is summed about it, and moved to the means afterwards: near the others, if these are far from zero
     if constexpr (kU) some_u = load(c.u[first]);
-    A sums[6] = {};
-    const A about =
-        z.log_ratio + (r.d_top + r.mean_e);  // what d is summed about: what rounding takes from it, rest finds
+    A u_p = 0, cross = 0, rest = 0, v_q = 0, v_difference = 0;
+    const A about = r.d_top + r.mean_e - z.d_more();  // what d is summed about: what rounding takes from it, rest finds
     for (int round = rounds.all - 1; round >= 0; --round) {
       const ShareOfRow share(round, rounds, first);
       load_round(share);
@@ -262,15 +289,12 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         if (!share.there(i)) continue;
-        A u_p = 0, moved_p = 0, cross = 0, rest = 0, v_q = 0, v_difference = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const KlClass<A> x(z, a[i][j], b[i][j], A(0), about);
+          const KlPower<A> x(z, a[i][j], b[i][j], about);
           if constexpr (kU) {
-            const A moved = x.p * (u[i][j] - some_u);
             u_p += x.p * u[i][j];
-            moved_p += moved;
-            cross += moved * x.d;
+            cross += x.p * (u[i][j] - some_u) * x.d;
             rest += x.p * x.d;
           }
           if constexpr (kV) {
@@ -278,20 +302,18 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
             v_difference += (x.q - x.p) * v[i][j];  // the difference first: the two sums nearly agree where p and q do
           }
         }
-        sums[0] += u_p;
-        sums[1] += moved_p;
-        sums[2] += cross;
-        sums[3] += rest;
-        sums[4] += v_q;
-        sums[5] += v_difference;
       }
     }
+    A sums[5] = {u_p, cross, rest, v_q, v_difference};
     row_sums(sums);
+    const A p_factor = A(1) + z.p_more, q_factor = A(1) + z.q_more;
+    u_p = sums[0] * p_factor, cross = sums[1] * p_factor, rest = sums[2] * p_factor, v_q = sums[3] * q_factor;
+    v_difference = sums[4] + (z.q_more * sums[3] - z.p_more * (sums[3] - sums[4]));
     // rest: how far the value's h is from that of these p.
-    const KlSums<A> s{r.mean_e + sums[3], sums[0], sums[4] - sums[5], sums[4], sums[2] - sums[1] * sums[3]};
-    if (threadIdx.x == 0) c.per_row[row] = (s.cross + sums[5]) * r.inverse_t;
+    const KlSums<A> s{r.mean_e + rest, u_p, v_q - v_difference, v_q, cross - (u_p - some_u) * rest};
+    if (threadIdx.x == 0) c.per_row[row] = (s.cross + v_difference) * r.inverse_t;
     const A factor = c.grad[row] * (r.inverse_t * r.inverse_t);
-    const A below_rise = z.log_ratio + (r.d_top + (s.mean_e - A(1)));
+    const A below_rise = r.d_top + (s.mean_e - A(1)) - z.d_more();
     for (int round = 0; round < rounds.all; ++round) {
       const ShareOfRow share(round, rounds, first);
       if (kept.has(round))
@@ -304,12 +326,13 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
         A grad_p[V], grad_q[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const KlClass<A> x(z, a[i][j], b[i][j], A(0), below_rise);
+          const KlPower<A> x(z, a[i][j], b[i][j], below_rise);
           A u_j = 0, v_j = 0;
           if constexpr (kU) u_j = u[i][j];
           if constexpr (kV) v_j = v[i][j];
-          grad_p[j] = factor * kl_bend_p_of_rise<kU, kV>(x.p, x.d, u_j, v_j, s, A(1));
-          grad_q[j] = factor * kl_bend_q<kU, kV>(x.p, x.q, u_j, v_j, s, A(1));
+          const A p = x.p * (factor * p_factor), q = x.q * (factor * q_factor);  // both gradients are linear in them
+          grad_p[j] = kl_bend_p_of_rise<kU, kV>(p, x.d, u_j, v_j, s, A(1));
+          grad_q[j] = kl_bend_q<kU, kV>(p, q, u_j, v_j, s, A(1));
         }
         if (c.grad_p) share.store(c.grad_p, i, grad_p);
         if (c.grad_q) share.store(c.grad_q, i, grad_q);

@@ -78,6 +78,8 @@ RK_HOST_DEVICE double exp2_nonpositive(double v) { return v < -1022.0 ? 0.0 : st
 
 template <class A>
 inline constexpr A kLog2E = A(1.4426950408889634074);
+template <class A>
+inline constexpr A kLn2 = A(0.69314718055994530942);
 
 // 1 / v, on a GPU without the steps that correct the last place and without denormal numbers.
 RK_HOST_DEVICE float reciprocal(float v) {

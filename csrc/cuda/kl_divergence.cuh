@@ -43,6 +43,9 @@ struct KlScale {
         p_log2_sum(r.p_log_sum * kLog2E<A>),
         q_log2_sum(r.q_log_sum * kLog2E<A>),
         log_ratio(r.p_log_sum - r.q_log_sum) {}
+  // As of KlPowers: nothing is missing but the sums' ratio.
+  static constexpr A p_more = 0, q_more = 0;
+  __device__ __forceinline__ A d_more() const { return -log_ratio; }
 };
 
 // p, q and d of one class; d is `d_of_none` where p is zero.
@@ -57,7 +60,19 @@ struct KlClass {
   }
 };
 
-// The same with one multiply-add an exponent.  What rounding takes from the constant in it, which may be large, is a
+// p, q, and d less `shift` and log_ratio, or 0 where p is zero.
+template <class A>
+struct KlShifted {
+  A p, q, d;
+  __device__ __forceinline__ KlShifted(const KlScale<A>& r, A a, A b, A shift) {
+    const A below_a = fused(a, r.inverse_t, -r.p_max), below_b = fused(b, r.inverse_t, -r.q_max);
+    p = exp2_nonpositive(fused(below_a, kLog2E<A>, -r.p_log2_sum));
+    q = exp2_nonpositive(fused(below_b, kLog2E<A>, -r.q_log2_sum));
+    d = p == A(0) ? A(0) : (below_a - below_b) - shift;
+  }
+};
+
+// For 16 bits, the same with one multiply-add an exponent.  What rounding takes from the constant in it, which may be large, is a
 // factor of all p or all q of a row, to be put right in what is made of them: 1 + p_more, 1 + q_more.
 template <class A>
 struct KlPowers {
@@ -78,7 +93,7 @@ struct KlPowers {
 };
 template <class A>
 struct KlPower {
-  A p, q, d;  // d less `shift`, or 0 where p is zero
+  A p, q, d;
   __device__ __forceinline__ KlPower(const KlPowers<A>& r, A a, A b, A shift) {
     const A log2_p = fused(a, r.k, -r.p_log2_sum), log2_q = fused(b, r.k, -r.q_log2_sum);
     p = exp2_nonpositive(log2_p);
@@ -264,12 +279,13 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
     kl_divergence_double_backward_kernel(const KlCall<S> c, const RowRounds rounds) {
   using A = accumulation_t<S>;
   constexpr int kVectors = kl_vectors<kLayout, S>(Order::kDoubleBackward), V = Words<S>::kSize;
+  using Class = std::conditional_t<sizeof(S) == 2, KlPower<A>, KlShifted<A>>;
   using ShareOfRow = Share<kLayout, S, kVectors>;
   const KeptRounds<S, 4 * kVectors> kept(rounds);
   for_rows(c.rows, [&](std::int64_t row) {
     const std::int64_t first = row * c.classes;
     const KlRow<A> r = kl_row(c, row);
-    const KlPowers<A> z(r);
+    const std::conditional_t<sizeof(S) == 2, KlPowers<A>, KlScale<A>> z(r);
     typename ShareOfRow::Vector a[kVectors] = {}, b[kVectors] = {}, u[kVectors] = {}, v[kVectors] = {};
     const auto load_round = [&](const ShareOfRow& share) {  // absent classes are those of -inf in both
       share.load_there(a, c.p_logits, RunningRow<A, false>::kNone);
@@ -291,7 +307,7 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
         if (!share.there(i)) continue;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const KlPower<A> x(z, a[i][j], b[i][j], about);
+          const Class x(z, a[i][j], b[i][j], about);
           if constexpr (kU) {
             u_p += x.p * u[i][j];
             cross += x.p * (u[i][j] - some_u) * x.d;
@@ -326,7 +342,7 @@ __global__ void __launch_bounds__(kMostKlDoubleThreads, 1)
         A grad_p[V], grad_q[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const KlPower<A> x(z, a[i][j], b[i][j], below_rise);
+          const Class x(z, a[i][j], b[i][j], below_rise);
           A u_j = 0, v_j = 0;
           if constexpr (kU) u_j = u[i][j];
           if constexpr (kV) v_j = v[i][j];

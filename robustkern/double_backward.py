@@ -39,10 +39,6 @@ def install(*, materialize_zeros: bool = False, save_memory: bool = False) -> No
             decay and DistributedDataParallel (`find_unused_parameters`) treat the two differently.  Behind tensors of
             fewer than 16,384 elements on the CPU, PyTorch's zeros stay.  Either way,
             `torch.autograd.grad(outputs, inputs)` returns zeros for the inputs that it is asked for.
-
-    Raises:
-        RuntimeError: the extension is missing; the message says why.
-
         save_memory: keep no tensor that is cheap to compute again.  Where a convolution or a matrix product keeps what
             BatchNorm, GroupNorm, LayerNorm, GELU, SiLU, Mish, ReLU, or one of their first backwards has made, and on
             the CPU that of attention, it is made again from what these keep themselves when it is needed; of ReLU's
@@ -50,6 +46,9 @@ def install(*, materialize_zeros: bool = False, save_memory: bool = False) -> No
             the memory of a plain one rather than twice, for some per cent more time; plain steps keep less, too.  Does
             nothing under torch.compile, within torch.func transforms that differentiate, and where saved tensors have
             hooks already, such as in a torch.utils.checkpoint: around it, it does.
+
+    Raises:
+        RuntimeError: the extension is missing; the message says why.
 
     Differentiability: any order; beyond the second, PyTorch's own formulas run.  Determinism: the same bits on every
     run. Thread safety: may be called from any thread at any time.

@@ -51,8 +51,9 @@ def refused(name, parameter, value, place):
     result = invoke(*line)
     assert result.exit_code == 2, (line, result.output)
     (sentence,) = result.stderr.strip("\n").split("\n")
-    called = parameter.flags[0] if parameter.flags else parameter.name.upper()
-    assert re.match(rf"robustkern: Invalid value for '{re.escape(called)}'.*: must be .*, got ", sentence), sentence
+    # An argument that may be left out stands in brackets.
+    called = re.escape(parameter.flags[0]) if parameter.flags else rf"\[?{parameter.name.upper()}\]?"
+    assert re.match(rf"robustkern: Invalid value for '{called}'.*: must be .*, got ", sentence), sentence
     assert len(sentence) < 400 and not list(place.iterdir()), sentence
     return sentence
 

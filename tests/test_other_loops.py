@@ -59,7 +59,9 @@ def sharded_already(model, x, y):
 
 def with_accelerate(model, x, y):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another test, which may have chosen 16 bits
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step, optimizer = accelerator.prepare(rk.distributed.LossModule(model, LOSS), optimizer)

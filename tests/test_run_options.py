@@ -21,6 +21,7 @@ from robustkern.terms import Terms
 from robustkern.training import METHODS, WeightAverage, recipe, train
 from robustkern.training import trainer as trainer_module
 from robustkern.training import validation as validation_module
+from robustkern.training.feed import Feed
 from robustkern.training.schedule import learning_rate
 from robustkern.training.step import Stepper
 from robustkern.training.validation import overfitting, split
@@ -191,9 +192,9 @@ def test_best_weights_are_those_of_the_best_validation_accuracy(tmp_path, monkey
 
 def test_validation_images_are_never_trained_on_nor_test_images_chosen_by(tmp_path, monkeypatch):
     trained, judged = [], []
-    batch = trainer_module._Run._batch
+    batch = Feed.batch
     monkeypatch.setattr(
-        trainer_module._Run, "_batch", lambda self, i, f=batch: trained.append(self.train_set.images[i]) or f(self, i)
+        Feed, "batch", lambda self, i, *more: trained.append(self.data.images[i]) or batch(self, i, *more)
     )
     clean = validation_module.clean_accuracy
     monkeypatch.setattr(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +86,14 @@ def test_the_index_names_every_image_and_is_made_once(folder, monkeypatch):
     content[place] ^= 1
     stored.write_bytes(content)
     assert index_module.folder_index(folder, "train").path(5).name == "a name of ünusual length.jpg"
+
+
+def test_a_class_that_train_alone_gains_moves_the_labels_of_the_kept_index(folder):
+    shutil.rmtree(folder / "test/digit 0")
+    os.utime(folder / "test", (1e9, 1e9))
+    assert index_module.folder_index(folder, "test").labels.tolist() == [1, 2]
+    shutil.copytree(folder / "train/digit 0", folder / "train/another")
+    assert index_module.folder_index(folder, "test").labels.tolist() == [2, 3]
 
 
 def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(folder, tmp_path, monkeypatch):

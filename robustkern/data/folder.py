@@ -49,17 +49,8 @@ def load_folder(root: Path, split: str) -> Dataset:
         import PIL  # noqa: F401
     except ImportError as error:
         raise DataError(f"reading image folders needs Pillow: {pip_install('PIL')}") from error
-    folder = root / split
-    if not folder.is_dir():
-        raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")
-    # The classes are those of train/, so that a class without test images keeps its index.
-    base = root / "train" if (root / "train").is_dir() else folder
-    classes = tuple(entries(base)[0])
-    if len(classes) < 2:
-        raise DataError(f"{base}: needs at least two class folders, has {len(classes)}")
-    found, skipped = entries(folder)
-    if strangers := set(found) - set(classes):
-        raise DataError(f"{folder}: class {min(strangers)} does not occur in {base}")
+    folder, base = root / split, base_of(root, split)
+    classes, found, skipped = class_folders(folder, base)
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         # A class may have no test images, and then its folder may be missing.
@@ -81,6 +72,26 @@ def load_folder(root: Path, split: str) -> Dataset:
             stacklevel=3,
         )
     return Dataset(str(root), *_read(files), classes)
+
+
+def base_of(root: Path, split: str) -> Path:
+    """The folder that names the classes: train/, so that a class without test images keeps its index."""
+    folder = root / split
+    if not folder.is_dir():
+        raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")
+    return root / "train" if (root / "train").is_dir() else folder
+
+
+def class_folders(folder: Path, base: Path) -> tuple[tuple[str, ...], list[str], list[str]]:
+    """All classes, those that have a folder in `folder`, and what else lies there."""
+    known = entries(base)
+    classes = tuple(known[0])
+    if len(classes) < 2:
+        raise DataError(f"{base}: needs at least two class folders, has {len(classes)}")
+    found, others = known if folder == base else entries(folder)
+    if strangers := set(found) - set(classes):
+        raise DataError(f"{folder}: class {min(strangers)} does not occur in {base}")
+    return classes, found, others
 
 
 def entries(folder: Path) -> tuple[list[str], list[str]]:

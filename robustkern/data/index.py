@@ -18,7 +18,7 @@ import numpy as np
 from robustkern._text import plain
 
 from .dataset import DataError, DataWarning
-from .folder import SUFFIXES, entries
+from .folder import SUFFIXES, base_of, class_folders
 from .kept import keep_arrays, places, read_arrays
 
 _FORMAT = 1
@@ -66,19 +66,13 @@ def folder_index(root: Path, split: str) -> FolderIndex:
         DataError: There are fewer than two classes, a class of `train/` without an image, or a class of another split
             that `train/` does not have.
     """
-    folder = root / split
-    if not folder.is_dir():
-        raise DataError(f"{folder}: missing; an image folder has train/ and test/, each with one folder per class")
-    base = root / "train" if (root / "train").is_dir() else folder
-    classes = tuple(entries(base)[0])
-    if len(classes) < 2:
-        raise DataError(f"{base}: needs at least two class folders, has {len(classes)}")
-    inside = classes if folder == base else tuple(entries(folder)[0])
-    if strangers := set(inside) - set(classes):
-        raise DataError(f"{folder}: class {min(strangers)} does not occur in {base}")
-    present = [(label, name) for label, name in enumerate(classes) if name in set(inside)]
+    folder, base = root / split, base_of(root, split)
+    classes, folders, _ = class_folders(folder, base)
+    inside = set(folders)
+    present = [(label, name) for label, name in enumerate(classes) if name in inside]
     times = [_changed(folder), *(_changed(folder / name) for _, name in present)]
-    state = json.dumps([_FORMAT, [os.fsencode(name).hex() for _, name in present], classes != inside, times])
+    # With the numbers of the classes: one more in train/ moves those behind it.
+    state = json.dumps([_FORMAT, [(label, os.fsencode(name).hex()) for label, name in present], times])
     where = places(root, f"index-{split}")
     for place in where:
         arrays = read_arrays(place, state, _ARRAYS)
